@@ -114,9 +114,9 @@ def _memory(settings: SFT | DPO, parameters: int) -> int:
         # Adapters are a few per cent of the weights; their gradients and moments are not counted.
         return weights
     copies = 4  # weights, gradients, two moments
-    if isinstance(settings, DPO) and not settings.trainer.get("precompute_ref_log_probs"):
-        copies += 1
-    return weights * copies
+    return weights * (
+        copies + bool(settings.trainer.get("sync_ref_model"))
+    )  # a reference that moves stays
 
 
 def _parameters(step: Step, known: dict[Path, int | None]) -> int | None:

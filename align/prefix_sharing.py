@@ -64,7 +64,8 @@ def share(*models: nn.Module | None, say: Callable[[str], None] | None = None) -
     """
     model: Any
     for model in filter(None, models):
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        # What stands under an adapter has a `peft_config` as well, and no base of its own.
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         backbone = inner.base_model
         if not hasattr(backbone, "prefix_sharing"):
             backbone.prefix_sharing = _Sharing(say or logging.getLogger(__name__).warning)

@@ -154,7 +154,7 @@ class Training(Stage):
     lora: Lora | None = None
     """Train adapters; without it, all weights."""
     seed: int = Field(0, ge=0, lt=2**32)
-    prefix_sharing: bool = False
+    prefix_sharing: bool = True
     """Compute shared prompts once and no padding; the results are the same, up to rounding."""
     keep_checkpoints: bool = False
     """Leave the checkpoints in the folder when the stage is complete."""
@@ -228,7 +228,7 @@ class Evaluate(Stage):
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    prefix_sharing: bool = False
+    prefix_sharing: bool = True
     """Compute shared prompts once and no padding where completions are scored."""
     level: float = Field(0.95, gt=0.0, lt=1.0)
     """Of the intervals."""

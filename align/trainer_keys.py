@@ -49,6 +49,7 @@ OWNED = {
     "disable_tqdm": "Align draws the progress itself",
     "push_to_hub": "push the finished folder with `huggingface-cli upload`",
     "save_only_model": "Align needs whole checkpoints to resume",
+    "precompute_ref_log_probs": "Align computes them once, ahead, and keeps them beside the runs",
     "model_init_kwargs": "set `dtype` and `revision` on the stage itself",
     "ignore_data_skip": "a resumed run sees each row as often as one never stopped",
 }

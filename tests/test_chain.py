@@ -97,17 +97,17 @@ OTHER: dict[str, dict[str, Any]] = {
     "sft": {
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
-        "keep_checkpoints": True, "prefix_sharing": True, "trainer": {"max_steps": 3},
+        "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "dpo": {
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
-        "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": True, "trainer": {"max_steps": 3},
+        "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "evaluate": {
         "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
         "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
-        "level": 0.9, "resamples": 500, "seed": 1, "prefix_sharing": True,
+        "level": 0.9, "resamples": 500, "seed": 1, "prefix_sharing": False,
     },
 }  # fmt: skip
 BASE: dict[str, dict[str, Any]] = {

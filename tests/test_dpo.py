@@ -166,21 +166,6 @@ def test_only_what_is_trained_has_gradients(build: Build, source: str, lora: Lor
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
-def test_precomputed_references_give_the_same_losses(build: Build, source: str, lora: Lora | None):
-    found = {}
-    for precompute in (False, True):
-        trainer = build(source, lora, name=f"dpo-{precompute}", precompute_ref_log_probs=precompute)
-        trainer.train()
-        found[precompute] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    assert trainer.ref_model is None, "the second one needs no reference in memory"
-    assert len(found[True]) == 4
-    assert found[False][0] == pytest.approx(LOG_2, abs=1e-6)
-    assert found[False][3] != pytest.approx(LOG_2, abs=1e-3)
-    # padded in other batches: float32's last digits
-    assert found[True] == pytest.approx(found[False], abs=1e-4)
-
-
-@pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
 def test_with_trls_own_precision_and_checkpointing_the_first_loss_is_log_2_too(
     build: Build, source: str, lora: Lora | None
 ):
@@ -225,7 +210,9 @@ def test_what_a_stage_leaves_is_the_policy_that_was_trained(
     assert wanted <= made.metrics.keys()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses == [e["loss"] for e in again.state.log_history if "loss" in e]
+    # the stage has computed its reference ahead, in other batches: float32's last digits
+    expected = [e["loss"] for e in again.state.log_history if "loss" in e]
+    assert losses == pytest.approx(expected, abs=1e-4)
     assert (made.metrics["steps"], made.metrics["loss"]) == (4, losses[-1])
     assert (folder / "adapter_config.json").is_file() == (lora is not None)
 

@@ -40,11 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors"},
     "generation": {"errors", "functional"},
     "training": {"errors", "artifact", "interrupts", "processes", "tracking"},
+    "references": {"artifact", "processes", "tracking"},
     "checks": {"errors", "settings", "recipe", "planning", "sources", "training", "judges"},
     "stages": {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
         "preferences",
-        "models", "generation", "training", "functional", "judges", "prefix_sharing",
+        "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
     },
     "model_files": {"errors"},
     "planning": {
@@ -65,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversation": {"errors", "model_files", "artifact", "settings", "wording", "generation", "models"},
     "results": set(),
 }  # fmt: skip
-ONLY_UNDER = {"trl": {"stages", "checks"}, "gymnasium": {"control"}}
+ONLY_UNDER = {"trl": {"stages", "checks", "training"}, "gymnasium": {"control"}}
 PARSERS = {"run", "cli"}  # argument parsing stays there
 
 

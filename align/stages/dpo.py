@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
-from align import models, prefix_sharing, training
+from align import models, prefix_sharing, references, training
 from align.settings import DPO
 from align.tracking import Track
 
@@ -18,8 +18,24 @@ def run(
 ) -> dict[str, Any]:
     """Train ``settings.model`` to prefer the chosen completions of ``settings.pairs``."""
     trainer = build(settings, inputs, folder, say=track.say)
-    metrics = training.fit(trainer, folder, track)
-    return metrics | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+    found: dict[str, Any] = {}
+    if _reference_stands(trainer):
+        with training.small_tiles():
+            found["reference"] = references.attach(
+                trainer,
+                model=inputs["model"],
+                pairs=Path(inputs["pairs"]),
+                runs=folder.parent,
+                track=track,
+            )
+    found |= training.fit(trainer, folder, track)
+    return found | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+
+
+def _reference_stands(trainer: DPOTrainer) -> bool:
+    """Whether the reference is the same in every step, and can be asked before the first."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return not (sharded or trainer.args.sync_ref_model)
 
 
 def build(
@@ -46,11 +62,8 @@ def build(
         source, lora=lora, dtype=settings.dtype, revision=settings.revision
     )
     reference = None
-    # With precomputed log-probabilities the policy itself serves before its first step, except under FSDP.
-    if lora is None and not (arguments.precompute_ref_log_probs and not arguments.fsdp):
+    if lora is None:
         reference = models.load_whole(source, dtype=settings.dtype, revision=settings.revision)
-    if settings.prefix_sharing:  # building the trainer may score all pairs under the reference
-        prefix_sharing.share(model, reference, say=say)
     with training.refusals():
         trainer = DPOTrainer(
             model=model,
@@ -61,6 +74,6 @@ def build(
             processing_class=tokenizer,
             peft_config=adapter,
         )
-    if settings.prefix_sharing:
-        prefix_sharing.share(trainer.model, say=say)  # where the adapter is new, another one
+    if settings.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
+        prefix_sharing.share(trainer.model, trainer.ref_model, say=say)
     return trainer

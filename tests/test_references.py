@@ -1,0 +1,223 @@
+"""Reference log-probabilities: what TRL and a token-by-token forward find, kept, and computed once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from test_dpo import FOUR_WAYS, LOG_2
+from torch.testing import assert_close
+
+from align import artifact, models, references
+from align.settings import DPO, Lora
+from align.stages import dpo
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny.World:
+    return tiny.world(tmp_path_factory.getbasetemp())
+
+
+class Runs:
+    """A folder of runs, and DPO stages in it."""
+
+    def __init__(self, world: tiny.World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+
+    def build(self, source: str = "sft", lora: Lora | None = None, **given: Any) -> Any:
+        trainer = tiny.TRAINER | {"max_steps": 4} | given.pop("trainer", {})
+        settings = DPO(model=source, lora=lora, trainer=trainer, **given)
+        inputs = {"model": getattr(self.world, source), "pairs": self.world.data}
+        return dpo.build(settings, inputs, self.folder / "dpo")
+
+    def attach(self, trainer: Any, source: str = "sft") -> dict[str, Any]:
+        return references.attach(
+            trainer,
+            model=getattr(self.world, source),
+            pairs=self.world.data,
+            runs=self.folder,
+            track=tiny.track("dpo", self.folder / "dpo"),
+        )
+
+    def stage(self, name: str = "dpo", **given: Any) -> dict[str, Any]:
+        settings = DPO(model="sft", trainer=tiny.TRAINER | {"max_steps": 4}, **given)
+        inputs = {"model": self.world.sft, "pairs": self.world.data}
+        return tiny.stage(dpo, settings, inputs, self.folder / name)
+
+    @property
+    def kept(self) -> list[Path]:
+        return sorted(self.folder.glob("reference-*"))
+
+
+@pytest.fixture
+def runs(world: tiny.World, tmp_path: Path) -> Runs:
+    return Runs(world, tmp_path)
+
+
+def columns(trainer: Any) -> torch.Tensor:
+    return torch.tensor([trainer.train_dataset[name][:] for name in references.LOGPS])
+
+
+@pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
+def test_they_are_what_the_model_says_token_by_token(
+    runs: Runs, world: tiny.World, source: str, lora: Lora | None
+):
+    trainer = runs.build(source, lora)
+    found = runs.attach(trainer, source)
+    assert trainer.ref_model is None
+    assert (found["pairs"], found["computed"]) == (len(trainer.train_dataset),) * 2
+    reference = models.load_whole(getattr(world, source), dtype="float32").eval()
+    rows = trainer.train_dataset
+    for i in (0, 7, len(rows) - 1):
+        for column, side in zip(references.LOGPS, ("chosen_ids", "rejected_ids"), strict=True):
+            ids = rows[i]["prompt_ids"] + rows[i][side]
+            expected = tiny.slow_logps(reference, ids, len(rows[i]["prompt_ids"]))
+            assert rows[i][column] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "padded"])
+def test_training_takes_the_same_losses_from_them_as_from_a_reference_in_each_step(
+    runs: Runs, source: str, lora: Lora | None, share: bool
+):
+    losses = []
+    for ahead in (False, True):
+        trainer = runs.build(source, lora, prefix_sharing=share)
+        if ahead:
+            runs.attach(trainer, source)
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert len(losses[1]) == 4
+    assert losses[0][0] == pytest.approx(LOG_2, abs=1e-6)
+    assert losses[0][3] != pytest.approx(LOG_2, abs=1e-3)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_a_sweep_over_beta_and_seeds_computes_them_once(runs: Runs, monkeypatch):
+    first = runs.stage("first")["reference"]
+    assert (first["computed"], len(runs.kept)) == (first["pairs"], 1)
+    monkeypatch.setattr(references, "_score", lambda *_: pytest.fail("computed again"))
+    for name, given in {"second": {"beta": 0.3}, "third": {"beta": 0.3, "seed": 1}}.items():
+        again = runs.stage(name, **given)["reference"]
+        assert (again["computed"], again["folders"]) == (0, first["folders"])
+    made = artifact.read(runs.kept[0])
+    assert made is not None and made.stage == "reference"
+    assert made.inputs.keys() == {"model", "pairs"}
+    assert made.inputs["model"]["digest"] == artifact.digest_folder(runs.world.sft)
+    assert sorted(p.name for p in runs.kept[0].iterdir()) == ["artifact.json", "logps.parquet"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"trainer": {"max_length": 100}},
+        {"trainer": {"ld_alpha": 0.5}},
+        {"trainer": {"bf16": True}},
+        {"dtype": "bfloat16"},
+        {"lora": tiny.LORA, "source": "lora"},
+    ],
+    ids=lambda given: str(given)[:40],
+)
+def test_whatever_changes_them_makes_others(runs: Runs, given: dict[str, Any]):
+    runs.attach(runs.build())
+    found = runs.attach(runs.build(**given), given.get("source", "sft"))
+    assert found["computed"] == found["pairs"]
+    assert len(runs.kept) == 2
+
+
+@pytest.mark.parametrize("change", ["a token of a prompt", "a token of a completion", "order"])
+def test_other_rows_or_another_template_make_others(runs: Runs, change: str):
+    trainer = runs.build()
+    runs.attach(trainer)
+    again = runs.build()
+    rows = again.train_dataset.to_list()
+    if change == "order":
+        rows[0], rows[1] = rows[1], rows[0]
+    else:
+        rows[3]["prompt_ids" if "prompt" in change else "rejected_ids"][-1] ^= 1
+    again.train_dataset = Dataset.from_list(rows)
+    assert runs.attach(again)["computed"] == len(rows)
+    if change == "order":
+        swapped = columns(trainer)[:, [1, 0, *range(2, len(rows))]]
+        assert_close(columns(again), swapped, rtol=1e-5, atol=1e-4)
+    else:
+        moved = (columns(again) - columns(trainer)).abs() > 1e-2
+        assert moved.nonzero()[:, 1].unique().tolist() == [3]
+
+
+def test_tokens_that_move_over_a_lists_end_are_other_rows():
+    def row(prompt: list[int], chosen: list[int]) -> dict[str, list[int]]:
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": [5]}
+
+    a = Dataset.from_list([row([1, 2], [4]), row([3], [4])])
+    b = Dataset.from_list([row([1], [4]), row([2, 3], [4])])
+    assert references._digest(a) != references._digest(b)
+    assert references._digest(a) == references._digest(Dataset.from_list(a.to_list()))
+    assert references._digest(a.select([1, 0])) == references._digest(
+        Dataset.from_list(a.to_list()[::-1])
+    )
+
+
+def test_the_settings_of_losses_and_the_sharing_change_nothing_kept(runs: Runs):
+    runs.attach(runs.build())
+    for given in ({"trainer": {"loss_type": "ipo"}}, {"seed": 3}, {"prefix_sharing": False}):
+        assert runs.attach(runs.build(**given))["computed"] == 0
+
+
+def test_what_was_cut_off_is_computed_anew(runs: Runs):
+    runs.stage("first")
+    (runs.kept[0] / artifact.FILE).unlink()
+    found = runs.stage("second")["reference"]
+    assert found["computed"] == found["pairs"]
+    assert json.loads((runs.kept[0] / artifact.FILE).read_text())["metrics"]["pairs"] == 40
+
+
+def test_held_out_pairs_have_theirs_in_a_folder_of_their_own(runs: Runs, world: tiny.World):
+    data = runs.folder / "data"
+    shutil.copytree(world.data, data)
+    pq.write_table(pq.read_table(data / "pairs-test.parquet"), data / "pairs-validation.parquet")
+    object.__setattr__(runs, "world", tiny.World(world.folder, data, world.sft, world.lora))
+    trainer = runs.build(trainer={"eval_strategy": "steps", "eval_steps": 2})
+    found = runs.attach(trainer)
+    assert len(runs.kept) == 2
+    assert found["pairs"] == len(trainer.train_dataset) + len(trainer.eval_dataset)
+    trainer.train()
+    logged = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(logged) == 2 and logged[0] != pytest.approx(LOG_2, abs=1e-4)
+
+
+def test_a_reference_that_moves_is_not_kept(runs: Runs):
+    settings = DPO(
+        model="sft",
+        trainer=tiny.TRAINER
+        | {"max_steps": 2, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    )  # fmt: skip
+    inputs = {"model": runs.world.sft, "pairs": runs.world.data}
+    found = tiny.stage(dpo, settings, inputs, runs.folder / "dpo")
+    assert "reference" not in found
+    assert runs.kept == []
+
+
+def test_rows_of_a_prompt_go_together_and_like_lengths_do():
+    def row(prompt: list[int], chosen: int) -> dict[str, list[int]]:
+        return {"prompt_ids": prompt, "chosen_ids": [9] * chosen, "rejected_ids": [9]}
+
+    rows = [row([1, 2], 3), row([7], 9), row([1, 2], 8), row([3], 2), row([1, 2], 1)]
+    # the longest of a prompt's rows decides its place: [1, 2] has 10, [7] has 10 too, [3] has 3
+    assert references._order(Dataset.from_list(rows)) in ([2, 0, 4, 1, 3], [1, 2, 0, 4, 3])
+
+
+def test_the_memory_of_the_second_model_is_given_back(runs: Runs):
+    trainer = runs.build()
+    reference = trainer.ref_model
+    assert reference is not None
+    runs.attach(trainer)
+    assert all(p.is_meta for p in reference.parameters())
+    assert not any(p.is_meta for p in trainer.model.parameters())
