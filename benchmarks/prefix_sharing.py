@@ -1,18 +1,25 @@
 """TRL's trainers as they come against the same trainers with shared prefixes, in turns in one run.
 
     python benchmarks/prefix_sharing.py --quick                      # a sanity check, under a minute
-    python benchmarks/prefix_sharing.py                              # two cores, about ten minutes
+    python benchmarks/prefix_sharing.py                              # one core, about ten minutes
+    python benchmarks/prefix_sharing.py --layers 8 --trainers dpo    # 20 M parameters
+    python benchmarks/prefix_sharing.py --quick --steps 20 --learning-rate 1e-3 --trainers dpo dpo-lora sft reward kto
+    python benchmarks/prefix_sharing.py --shapes --hh harmless-base-test.jsonl.gz
     python benchmarks/prefix_sharing.py --device cuda --dtype bfloat16 --layers 24 --width 1024 --pairs 16
 
 Three shapes of data, lengths log-normal around (prompt, completion): TL;DR (300, 30), HH (120, 90), UltraFeedback
-(150, 280); spread so that of eight pairs' positions 44, 38 and 37 % are distinct on average. Models are Llamas with random weights, tokens are random: speed and memory ask for no more. Both sides start
-from the same weights and see the same batches; their losses stand side by side. The median step counts, after one to
-warm up; memory is the highest resident size within the steps of a side (``VmHWM``, set back before each), or CUDA's.
+(150, 280); spread so that of eight pairs' positions 44, 38 and 37 % are distinct on average. Their tokens are random;
+those of ``--hh`` are a file's of HH-RLHF, under a tokenizer trained on it. Models are Llamas with random weights: speed
+and memory ask for no more. Both sides start from the same weights and see the same batches; their losses stand side by
+side. Ours is what our stages do: shared prefixes, and on CPU small tiles in TRL's head; the reference runs in each step on
+both sides. All steps count, after one to warm up; memory is the highest resident size within the steps of a side
+(``VmHWM``, set back before each), or CUDA's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -26,6 +33,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 import trl
@@ -39,11 +47,12 @@ from transformers import (
     TrainerCallback,
 )
 
-from align import models, prefix_sharing
+from align import models, preferences, prefix_sharing, processes, training
 
 # Mean lengths of prompt and completion, and the spread of their logarithms.
 SHAPES = {"TL;DR": (300, 30, 0.16), "HH": (120, 90, 0.57), "UltraFeedback": (150, 280, 0.67)}
-TRAINERS = ("dpo", "dpo-lora", "sft", "reward", "kto")
+KINDS = {"dpo": "DPO", "sft": "SFT", "reward": "Reward", "kto": "KTO"}
+TRAINERS = tuple(kind + how for kind in KINDS for how in ("", "-lora"))
 
 
 @dataclass
@@ -59,24 +68,19 @@ class Side:
 
 def rows(
     shape: tuple[int, int, float], pairs: int, seed: int, vocabulary: int
-) -> list[dict[str, Any]]:
-    """Pairs as token ids."""
+) -> list[dict[str, str]]:
+    """Pairs of random tokens, written as the tokenizer below reads them."""
     draw = random.Random(seed)
     spread = shape[2]
 
-    def some(mean: int) -> list[int]:
+    def some(mean: int) -> str:
         length = max(2, round(draw.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
-        return [draw.randrange(300, vocabulary) for _ in range(length)]
+        return "".join(f"<t{draw.randrange(300, vocabulary)}>" for _ in range(length))
 
     return [
         {"prompt": some(shape[0]), "chosen": some(shape[1]), "rejected": some(shape[1])}
         for _ in range(pairs)
     ]
-
-
-def text(ids: list[int]) -> str:
-    """As the tokenizer below reads it."""
-    return "".join(f"<t{i}>" for i in ids)
 
 
 def tokenizer(vocabulary: int) -> Any:
@@ -86,6 +90,16 @@ def tokenizer(vocabulary: int) -> Any:
     made = models.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
     made.add_tokens([AddedToken(f"<t{i}>", normalized=False) for i in range(300, vocabulary)])
     return made
+
+
+def hh(file: Path, vocabulary: int) -> tuple[list[dict[str, Any]], Any]:
+    """The pairs of a file of HH-RLHF as conversations, in a random order, and a tokenizer trained on them."""
+    prepared = preferences.prepare_rows(str(file), reader="hh", test_fraction=0.0)
+    pairs = prepared.tables["pairs"]["train"]
+    found = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
+    texts = (m["content"] for row in found for part in row.values() for m in part)
+    random.Random(0).shuffle(found)
+    return found, models.new_tokenizer(texts, vocab_size=vocabulary, max_length=100_000)
 
 
 class Clock(TrainerCallback):
@@ -105,9 +119,10 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-def build(kind: str, share: bool, data: list[dict[str, Any]], tokens: Any, args: Any) -> Any:
+def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args: Any) -> Any:
     """A trainer of TRL; with ``share``, its models share prefixes."""
-    name = {"dpo": "DPO", "dpo-lora": "DPO", "sft": "SFT", "reward": "Reward", "kto": "KTO"}[kind]
+    kind, _, how = kind.partition("-")
+    name = KINDS[kind]
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=len(tokens), hidden_size=args.width, intermediate_size=args.width * 8 // 3, num_hidden_layers=args.layers,
@@ -117,14 +132,14 @@ def build(kind: str, share: bool, data: list[dict[str, Any]], tokens: Any, args:
     kinds = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     policy = kinds.from_config(config, dtype=getattr(torch, args.dtype))
     made: dict[str, Any] = {}
-    if kind in ("dpo", "kto"):
+    if kind in ("dpo", "kto") and not how:
         made["ref_model"] = kinds.from_config(config, dtype=getattr(torch, args.dtype))
         made["ref_model"].load_state_dict(policy.state_dict())
-    if kind == "dpo-lora":
+    if how:
+        task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"  # which trains the score head as well
         made["peft_config"] = LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=16, lora_alpha=32, target_modules="all-linear", task_type=task
         )
-    texts = [{key: text(ids) for key, ids in row.items()} for row in data]
     if kind == "sft":
         texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in texts]
     if kind == "kto":
@@ -135,7 +150,7 @@ def build(kind: str, share: bool, data: list[dict[str, Any]], tokens: Any, args:
         ]
     size = args.pairs * (2 if kind == "kto" else 1)
     arguments = getattr(trl, f"{name}Config")(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=size, max_steps=args.steps + 1, learning_rate=1e-5,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=size, max_steps=args.steps + 1, learning_rate=args.learning_rate,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=args.device == "cpu", seed=args.seed,
         bf16=False, gradient_checkpointing=args.checkpointing, max_length=None, dataloader_pin_memory=args.device != "cpu",
         **({"train_sampling_strategy": "sequential"} if not args.shuffle else {}),
@@ -166,22 +181,23 @@ def peak(reset: bool, device: str) -> int:
     return found
 
 
-def measure(kind: str, shape: tuple[int, int, float], tokens: Any, args: Any) -> dict[str, Any]:
+def measure(kind: str, data: list[dict[str, Any]], tokens: Any, args: Any) -> dict[str, Any]:
     """Both sides, ``args.rounds`` times each in turns."""
-    data = rows(shape, args.pairs * (args.steps + 1), args.seed, args.vocabulary)
     sides = {"trl": Side(None), "shared": Side(None)}
     for round_ in range(args.rounds):
         for name in list(sides)[:: 1 if round_ % 2 == 0 else -1]:
             side, clock = sides[name], Clock()
+            processes.clean_state(args.seed)
             trainer = build(kind, name == "shared", data, tokens, args)
             trainer.add_callback(clock)
-            inner = trainer.model.get_base_model() if kind == "dpo-lora" else trainer.model
+            inner = trainer.model.get_base_model() if "lora" in kind else trainer.model
             seen: list[int] = []
             inner.base_model.layers[0].register_forward_pre_hook(
                 lambda _, given, seen=seen: seen.append(given[0].shape[:2].numel())
             )
             peak(True, args.device)
-            trainer.train()
+            with training.small_tiles() if name == "shared" else contextlib.nullcontext():
+                trainer.train()
             side.memory = max(side.memory, peak(True, args.device))
             side.seconds += clock.seconds[1:]
             side.losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
@@ -206,37 +222,45 @@ def measure(kind: str, shape: tuple[int, int, float], tokens: Any, args: Any) ->
 def main() -> None:
     """Read the command line, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true", help="a small model, two steps, DPO and SFT"
-    )
+    parser.add_argument("--quick", action="store_true", help="a small model, two steps")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--pairs", type=int, default=8, help="a batch")
-    parser.add_argument("--steps", type=int, default=3, help="a round, after one to warm up")
+    parser.add_argument("--steps", type=int, help="a round, after one to warm up; 2")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--trainers", nargs="*", choices=TRAINERS, default=["dpo", "dpo-lora", "sft"])  # fmt: skip
+    parser.add_argument("--trainers", nargs="*", choices=TRAINERS, default=["dpo", "dpo-lora", "sft", "reward", "kto"])  # fmt: skip
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--hh", type=Path, help="a file of HH-RLHF, besides the shapes")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--shuffle", action="store_true", help="TRL's sampling; else in order")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     if args.quick:
-        args.layers, args.width, args.vocabulary, args.pairs, args.steps = 4, 128, 2048, 4, 2
-    tokens = tokenizer(args.vocabulary)
+        args.layers, args.width, args.vocabulary, args.pairs = 4, 128, 2048, 4
+    args.steps = args.steps or 2
+    n = args.pairs * (args.steps + 1)
+    drawn = [(s, rows(SHAPES[s], n, args.seed, args.vocabulary), tokenizer) for s in args.shapes]
+    sets = {name: (data, make(args.vocabulary)) for name, data, make in drawn}
+    if args.hh:
+        data, tokens = hh(args.hh, args.vocabulary)
+        sets[args.hh.name.partition(".")[0]] = data[:n], tokens
     found = []
-    print(f"{'shape':14} {'trainer':9} {'tokens':>6} {'TRL s':>8} {'ours s':>8} {'ratio':>6} {'samples/s':>15} {'GiB':>12} {'loss ±':>8}")  # fmt: skip
-    for shape in args.shapes:
+    print(f"{'shape':18} {'trainer':11} {'tokens':>6} {'TRL s':>8} {'ours s':>8} {'ratio':>6} {'samples/s':>15} {'GiB':>12} {'loss ±':>8}")  # fmt: skip
+    for shape, (data, tokens) in sets.items():
         for kind in args.trainers:
-            each = measure(kind, SHAPES[shape], tokens, args) | {"shape": shape}
+            each = measure(kind, data, tokens, args) | {"shape": shape}
             found.append(each)
             a, b = each["seconds"]
             s, t = each["samples_per_second"]
             m, n = each["memory_gib"]
-            print(f"{shape:14} {kind:9} {each['tokens']:6.2f} {a:8.2f} {b:8.2f} {each['ratio']:6.2f} {s:6.2f} → {t:6.2f} {m:5.2f} {n:6.2f} {each['loss_difference']:8.1e}", flush=True)  # fmt: skip
+            print(f"{shape:18} {kind:11} {each['tokens']:6.2f} {a:8.2f} {b:8.2f} {each['ratio']:6.2f} {s:6.2f} → {t:6.2f} {m:5.2f} {n:6.2f} {each['loss_difference']:8.1e}", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 
