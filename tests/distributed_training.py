@@ -1,8 +1,8 @@
-"""Trains tiny models with TRL's trainers, each with and without prefix sharing: one process of a launch.
+"""One process of a launch: trains tiny models with TRL's trainers, each without prefix sharing and with it.
 
-    accelerate launch --config_file … tests/distributed_training.py folder sft dpo lora checkpointing
+    accelerate launch --config_file … tests/distributed_training.py folder
 
-Leaves what every process saw in ``folder/<rank>.json``, and the weights at the end in ``folder/weights.pt``.
+It leaves what every process saw in ``folder/<rank>.json``, and all weights at the end in ``folder/weights.pt``;
 :mod:`test_prefix_sharing_distributed` launches it and judges.
 """
 
@@ -13,13 +13,10 @@ import json
 import os
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl
-from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -30,8 +27,6 @@ from transformers import (
     PrinterCallback,
 )
 
-from align import prefix_sharing
-
 STEPS, ROWS = 6, 4  # rows a step in each process
 WORDS = [str(n) for n in range(38)]
 SHAPE = {
@@ -39,134 +34,163 @@ SHAPE = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
     "bos_token_id": None, "eos_token_id": 1,
 }  # fmt: skip
-# Weight decay off and a large epsilon: Adam divides by the size of a gradient, and so makes rounding
-# errors of gradients that are zero as large as the learning rate.
+# Adam divides a gradient by its size: with its usual epsilon, 1e-8, rounding errors of a gradient that should be zero
+# move a weight as far as any gradient does.
 ARGUMENTS = {
     "max_steps": STEPS, "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "adam_epsilon": 1e-4,
     "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0,
-    "bf16": False, "activation_checkpointing": False, "disable_tqdm": True, "log_level": "error",
-    "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",
+    "bf16": False, "disable_tqdm": True, "log_level": "error", "dataloader_pin_memory": False,
+    "train_sampling_strategy": "sequential",
 }  # fmt: skip
-RUNS: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "dpo": {},
-    "lora": {},
-    "dpo, checkpointing": {"activation_checkpointing": True},
-    "lora, checkpointing": {"activation_checkpointing": True},
-}
+KINDS = ("sft", "dpo", "lora", "dpo checkpointing", "lora checkpointing")
 
 
-def texts(seed: int, low: int, high: int) -> str:
+def text(seed: int, low: int, high: int) -> str:
     draw = random.Random(seed)
     return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
 
 
-def pairs() -> Dataset:
-    rows = [
-        {"prompt": texts(k, 6, 14), "chosen": texts(1000 + k, 1, 9), "rejected": texts(2000 + k, 1, 9)}
+def pairs() -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": text(k, 6, 14),
+            "chosen": " " + text(1000 + k, 1, 9),
+            "rejected": " " + text(2000 + k, 1, 9),
+        }
         for k in range(2 * ROWS * STEPS)
-    ]  # fmt: skip
-    return Dataset.from_list(rows)
+    ]
 
 
-def demonstrations() -> Dataset:
-    """Batches of process 0 share a long prompt; those of process 1 have neither pads nor prefixes in common."""
-    rows = []
-    for k in range(2 * ROWS * STEPS):
-        batch = k // ROWS
-        if batch % 2 == 0:
-            rows.append({"prompt": texts(3000 + batch, 8, 8), "completion": texts(k, 1, 9)})
-        else:
-            rows.append({"prompt": f"{k % ROWS} {texts(k, 5, 5)}", "completion": texts(k, 4, 4)})
-    return Dataset.from_list(rows)
+def demonstrations() -> list[dict[str, str]]:
+    """Batches of process 0 share a prompt; those of process 1 have no pads and no prefix in common."""
+    shared = [
+        {"prompt": text(3000 + k // ROWS, 8, 8), "completion": " " + text(k, 1, 9)}
+        for k in range(ROWS * STEPS)
+    ]
+    single = [
+        {"prompt": f"{k % ROWS} {text(4000 + k, 5, 5)}", "completion": " " + text(5000 + k, 4, 4)}
+        for k in range(ROWS * STEPS)
+    ]
+    return [
+        row
+        for k in range(0, ROWS * STEPS, ROWS)
+        for row in (*shared[k : k + ROWS], *single[k : k + ROWS])
+    ]
 
 
 def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What this process saw of a run, and in the main process the weights at the end."""
-    trainer_name = "SFT" if kind == "sft" else "DPO"
-    words = {word: n for n, word in enumerate(("<pad>", "<eos>", *WORDS))}
-    splitter = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>"
-    )
-    # The arguments come before a model is loaded: with ZeRO-3 they say that it loads in parts.
-    args = getattr(trl, f"{trainer_name}Config")(
-        output_dir=str(folder / "out"), use_cpu="FSDP" not in asked(), **ARGUMENTS | RUNS[kind]
+    """What this process saw of a run, and in the main process the weights at its end."""
+    import trl
+    from datasets import Dataset
+
+    from align import prefix_sharing
+
+    sft, lora = kind == "sft", "lora" in kind
+    name = "SFT" if sft else "DPO"
+    # Before a model is loaded: these say to ZeRO-3 that it loads in parts.
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(folder / "trainer"),
+        use_cpu=not asked("FSDP"),
+        activation_checkpointing="checkpointing" in kind,
+        **ARGUMENTS,
     )
     load = AutoModelForCausalLM.from_pretrained
+    policy = load(folder / "policy", dtype="float32")
+    reference = None if sft or lora else load(folder / "reference", dtype="float32")
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    reference = {}
-    if trainer_name == "DPO":
-        full = "lora" not in kind
-        reference["ref_model"] = load(folder / "reference", dtype="float32") if full else None
-    torch.manual_seed(0)
-    trainer = getattr(trl, f"{trainer_name}Trainer")(
-        model=load(folder / "policy", dtype="float32"),
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=policy,
         args=args,
-        train_dataset=demonstrations() if kind == "sft" else pairs(),
-        processing_class=tokenizer,
-        peft_config=adapter if "lora" in kind else None,
-        **reference,
+        train_dataset=Dataset.from_list(demonstrations() if sft else pairs()),
+        processing_class=word_tokenizer(),
+        peft_config=adapter if lora else None,
+        **({} if sft else {"ref_model": reference}),
     )
+    reference = getattr(trainer, "ref_model", None)
     said: list[str] = []
-    computed = {"policy": tokens_computed(trainer.model)}
-    if reference.get("ref_model") is not None:
-        computed["reference"] = tokens_computed(trainer.ref_model)
     if share:
-        prefix_sharing.share(trainer.model, *reference and [trainer.ref_model], say=said.append)
+        prefix_sharing.share(trainer.model, reference, say=said.append)
+    batches = sizes_of_batches(trainer)
+    computed = [tokens_computed(each) for each in (trainer.model, reference) if each is not None]
     trainer.remove_callback(PrinterCallback)
-    padded: list[int] = []
+    trainer.train()
+
+    accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "processes": accelerator.num_processes,
+        "type": str(accelerator.distributed_type),
+        "wrapper": type(wrapped).__name__,
+        "stage": getattr(wrapped, "zero_optimization_stage", lambda: None)(),
+        "layer": type(first_layer(trainer.model)).__name__,
+        "kept": kept(trainer.model),
+        "kept of the reference": None if reference is None else kept(reference),
+        "losses": [entry["loss"] for entry in log],
+        "margins": [] if sft else [entry["rewards/margins"] for entry in log],
+        "computed": computed,
+        "padded": [padded for padded, _ in batches],
+        "distinct": [distinct for _, distinct in batches],
+        "said": said,
+    }, accelerator.get_state_dict(wrapped)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: n for n, word in enumerate(("<pad>", "<eos>", *WORDS))}
+    splitter = Tokenizer(models.WordLevel(words))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>")
+
+
+def first_layer(model: Any) -> Any:
+    return next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+
+
+def tokens_computed(model: Any) -> list[int]:
+    """How many positions each pass of the first layer saw; a module within it, for checkpointing runs those again."""
+    seen: list[int] = []
+    first_layer(model).self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[:2].numel())
+    )
+    return seen
+
+
+def sizes_of_batches(trainer: Any) -> list[tuple[int, int]]:
+    """Of each batch as it is collated: how many positions it has, and how many distinct prefixes."""
+    sizes: list[tuple[int, int]] = []
     collate = trainer.data_collator
 
     def counted(rows: Any) -> Any:
         batch = collate(rows)
-        padded.append(batch["input_ids"].numel())
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        real = [row[some].tolist() for row, some in zip(ids, mask, strict=True)]
+        distinct = {tuple(row[:k]) for row in real for k in range(1, len(row) + 1)}
+        sizes.append((ids.numel(), len(distinct)))
         return batch
 
     trainer.data_collator = counted
-    trainer.train()
-    accelerator = trainer.accelerator
-    weights = accelerator.get_state_dict(trainer.model_wrapped)
-    some = next(p for p in trainer.model.parameters() if p.dim() == 2)
-    return {
-        "processes": accelerator.num_processes,
-        "type": str(accelerator.distributed_type),
-        "fsdp2": accelerator.is_fsdp2,
-        "wrapper": type(trainer.model_wrapped).__name__,
-        "stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
-        "kept": kept(some),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "margins": [e["rewards/margins"] for e in trainer.state.log_history if "rewards/margins" in e],
-        "computed": computed,
-        "padded": padded,
-        "said": said,
-    }, weights  # fmt: skip
+    return sizes
 
 
-def tokens_computed(model: Any) -> list[int]:
-    """How many positions each pass of the first layer computed; inside of what checkpointing runs again."""
-    seen: list[int] = []
-    some = next(
-        m for name, m in model.named_modules() if name.endswith("layers.0.self_attn.q_proj")
-    )
-    some.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
-    return seen
+def kept(model: Any) -> float:
+    """Which share of the weights lies in this process."""
+    held = whole = 0
+    for weight in model.parameters():
+        if hasattr(weight, "to_local"):  # FSDP2
+            held, whole = held + weight.to_local().numel(), whole + weight.numel()
+        elif hasattr(weight, "ds_numel"):  # ZeRO-3; empty where the rest is elsewhere
+            held += weight.numel() or weight.ds_tensor.numel()
+            whole += weight.ds_numel
+        else:
+            held, whole = held + weight.numel(), whole + weight.numel()
+    return held / whole
 
 
-def kept(weight: Any) -> float:
-    """Which share of a weight lies in this process."""
-    if hasattr(weight, "to_local"):
-        return weight.to_local().numel() / weight.numel()
-    return weight.numel() / getattr(weight, "ds_numel", weight.numel())
+def asked(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
-def asked() -> str:
-    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else os.environ.get("ACCELERATE_USE_DEEPSPEED", "")  # fmt: skip
-
-
-def fsdp_on_cpu() -> None:
-    """Make accelerate believe that gloo is a GPU's backend: else FSDP silently becomes DDP without a GPU."""
+def fsdp_without_gpus() -> None:
+    """Make accelerate take gloo for a GPU's backend: without one it silently turns FSDP into DDP."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -174,37 +198,37 @@ def fsdp_on_cpu() -> None:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
-def main(folder: Path, kinds: list[str]) -> None:
+def main(folder: Path) -> None:
+    import trl  # noqa: F401 (so that it is frozen below)
+
     from align import processes
 
-    rank = os.environ["RANK"]
-    own = folder / rank  # and before the process group is joined: in it only rank 0 saves
-    for seed, name in enumerate(("policy", "reference")):
+    rank = int(os.environ["RANK"])
+    own = folder / str(rank)
+    for seed, name in enumerate(("policy", "reference")):  # in a process group only rank 0 saves
         torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(own / name)
-    if asked() == "FSDP":
-        fsdp_on_cpu()
-    elif asked():
+    if asked("FSDP"):
+        fsdp_without_gpus()
+    elif asked("DEEPSPEED"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     gc.collect()
-    gc.freeze()  # accelerate collects garbage whenever a training starts, over imported modules as well
+    gc.freeze()  # accelerate collects garbage whenever a training starts, over imported modules too
     found: dict[str, Any] = {}
     weights: dict[str, Any] = {}
-    for kind in kinds:
+    for kind in KINDS:
         for share in (False, True):
             processes.clean_state(0)
-            started = time.monotonic()
-            name = f"{kind}, {'shared' if share else 'plain'}"
-            found[name], weights[name] = train(kind, own, share=share)
-            found[name]["seconds"] = time.monotonic() - started
+            run = f"{kind}, {'shared' if share else 'padded'}"
+            found[run], weights[run] = train(kind, own, share=share)
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    if rank == "0":
+    if rank == 0:
         torch.save(weights, folder / "weights.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

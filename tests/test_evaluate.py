@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
-from align import artifact, generation, models, results
+from align import artifact, generation, models, prefix_sharing, results
 from align.errors import UserError
 from align.generation import Completion
 from align.judges import gold
@@ -431,6 +431,19 @@ def test_implicit_rewards_by_hand(world: tiny.World, policy: Path, foreign: Path
         drawn = np.random.default_rng(0).integers(len(means), size=(20_000, len(means)))
         ends = np.quantile(means[drawn].mean(axis=1), [0.025, 0.975])
         assert entry["ci"] == pytest.approx(ends, abs=0.03)
+
+
+@pytest.mark.parametrize("told", [{}, {"prefix_sharing": False}], ids=["by default", "not"])
+def test_scoring_shares_prefixes_unless_told_not_to(
+    world: tiny.World, foreign: Path, tmp_path: Path, told: dict[str, bool], monkeypatch
+):
+    shared = []
+    share = prefix_sharing.share
+    monkeypatch.setattr(
+        prefix_sharing, "share", lambda model, say: shared.append(model) or share(model, say=say)
+    )
+    run(tmp_path, foreign, {"sft": world.sft, "lora": world.lora}, implicit_rewards=True, **told)
+    assert len(shared) == (0 if told else 2)
 
 
 def test_prompts_that_all_fill_the_models_positions_are_a_users_mistake(

@@ -13,7 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -379,8 +379,9 @@ def forget(forward: Any, *args: Any, prefix_layout: Any = None, **kwargs: Any) -
     return forward(*args, **kwargs)
 
 
-def test_prompt_tuning_runs_padded():
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_adapters_that_learn_prompts_run_padded(kind):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
     some, said = get_peft_model(model("llama", SMALL, torch.float32), config), []
     ids, mask = batch(ROWS["pairs"], "right")
     expected = some(input_ids=ids, attention_mask=mask, use_cache=False).logits
