@@ -44,6 +44,7 @@ class _Sharing:
         self.say = say
         self.said: set[str] = set()
         self.never: str | None = None
+        self.proven = False  # a packed forward came through
         self.wanted: Tensor | None = None
         self.scored: Tensor | None = None
 
@@ -102,6 +103,8 @@ def _obstacle(model: Any, backbone: Any) -> str | None:
         return "a model of more than text"
     if _learns_prompts(model) or any(getattr(a, "alora_invocation_tokens", 0) for a in adapters):
         return "an adapter that depends on the row"
+    if not backbone._can_set_attn_implementation():
+        return "layers that do not attend through transformers' interface"
     if config._attn_implementation not in AttentionInterface._global_mapping:
         return f"`{config._attn_implementation}` attention"
     return None
@@ -165,7 +168,16 @@ def _layout(
     layout = lay_out(ids, mask, absolute=not hasattr(self, "rotary_emb"))
     if layout is None:
         raise Aside("an attention mask with holes")
-    return layout if 0 < len(layout.tokens) < ids.numel() else None
+    # Several processes must run the layers equally often, or those that gather weights wait for each other. So while a
+    # model may yet turn out to be one that cannot share, all of them find out in the same call.
+    finding_out = not self.prefix_sharing.proven and _several_processes()
+    gains = len(layout.tokens) < ids.numel()
+    return layout if len(layout.tokens) and (gains or finding_out) else None
+
+
+def _several_processes() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
 
 
 def _packed(
@@ -184,6 +196,7 @@ def _packed(
     except Aside as why:
         self.prefix_sharing.never = str(why)  # a trait of the model: do not try again
         raise
+    self.prefix_sharing.proven = True
     hidden = pad(outputs.last_hidden_state[0], (0, 0, 0, 1))  # a row of zeros for the pads
     places = layout.places if wanted is None else layout.places[wanted]
     chosen = hidden.index_select(0, places)
