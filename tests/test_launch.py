@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +47,11 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     assert done.stdout.count("sft: ran") == 1
     assert done.stdout.count("held-out win rates") == 1
     made = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/artifact.json")]
-    assert [m["world_size"] for m in made] == [2, 2, 2, 2]
+    assert sorted(m["stage"] for m in made) == ["dpo", "evaluate", "prepare", "reference", "sft"]
+    assert [m["world_size"] for m in made] == [2] * 5
     two = comparisons(tmp_path / "runs")
+    (kept,) = (tmp_path / "runs").glob("reference-*")
+    reference = pq.read_table(kept / "logps.parquet")
 
     # The same policies evaluated by one process: the same completions, so the same figures.
     for folder in (tmp_path / "runs").glob("evaluate-*"):
@@ -56,6 +60,15 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("reused") >= 3
     assert comparisons(tmp_path / "runs") == two
+
+    # The reference's log-probabilities computed by one process: the same, in a folder of the same name.
+    shutil.rmtree(kept)
+    again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, "--force", "dpo", "--until", "dpo", folder=tmp_path)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    alone = pq.read_table(kept / "logps.parquet")
+    for column in reference.column_names:
+        expected = reference[column].to_pylist()
+        assert alone[column].to_pylist() == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow
