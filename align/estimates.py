@@ -1,13 +1,14 @@
 """What a stage will take, estimated before it runs: rows, steps, tokens, memory. Light: nothing is loaded.
 
 Tokens are words times 1.35, English's usual ratio in subword vocabularies. Memory is what does not depend on the batch:
-weights, gradients, Adam's two moments, and the reference; activations come on top. What is not known is None, not a guess.
+weights, gradients and Adam's two moments, and DPO's reference where it stays; activations come on top. What is not known is None, not a guess.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +115,10 @@ def _memory(settings: SFT | DPO, parameters: int) -> int:
         # Adapters are a few per cent of the weights; their gradients and moments are not counted.
         return weights
     copies = 4  # weights, gradients, two moments
-    return weights * (
-        copies + bool(settings.trainer.get("sync_ref_model"))
-    )  # a reference that moves stays
+    sharded = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
+    if isinstance(settings, DPO) and (sharded or settings.trainer.get("sync_ref_model")):
+        copies += 1
+    return weights * copies
 
 
 def _parameters(step: Step, known: dict[Path, int | None]) -> int | None:

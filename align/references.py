@@ -1,24 +1,28 @@
 """Log-probabilities of pairs under the reference: computed once, kept beside the runs, and never again in a sweep over beta.
 
 ``runs/reference-<digest>/`` holds them, with an ``artifact.json`` of its own. The digest covers the token ids (so data,
-template and tokenizer), the model by content, and what else changes a sum: truncation, number types, the adapter. The
-policy before its first step is the reference, so no second model is loaded.
+template and tokenizer), the reference's weights and shape as they are in memory, and what else changes a sum: truncation
+and number types. While it trains, the trainer then holds no second model. Values kept were found in other batches than
+those of training: up to rounding they are what the reference says in each step.
 
 Left out: DeepSpeed and FSDP, where the policy is not in one piece before training; TRL's reference then runs in each step.
+A run that is stopped while it scores scores anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock, Timeout
 
 from align import artifact, processes
 
@@ -31,6 +35,16 @@ FILE = "logps.parquet"
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 CODE_VERSION = 1
+UNREAD = ("_name_or_path", "architectures", "transformers_version", "use_cache")
+
+
+def stands(trainer: Any) -> bool:
+    """Whether the reference is the same in every step, can be asked before the first, and is asked for all rows."""
+    arguments = trainer.args
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    seen = arguments.max_steps * batch * processes.world_size()
+    return not (sharded or arguments.sync_ref_model or 0 < seen < len(trainer.train_dataset))
 
 
 def attach(
@@ -43,23 +57,26 @@ def attach(
     """
     started = time.monotonic()
     report: dict[str, Any] = {"pairs": 0, "computed": 0, "folders": []}
-    for name in ("train_dataset", "eval_dataset"):
+    settings = processes.from_main(_settings(trainer))
+    evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start
+    for name in ("train_dataset", "eval_dataset") if evaluates else ("train_dataset",):
         rows = getattr(trainer, name)
         if rows is None:
             continue
-        settings = _settings(trainer, model)
-        digest = artifact.digest({"tokens": _digest(rows), **settings})
+        digest = processes.from_main(artifact.digest({"tokens": _digest(rows), **settings}))
         folder = runs / f"reference-{digest[:12]}"
-        made = processes.from_main(artifact.read(folder) if processes.is_main() else None)
-        if made is None:
-            track.say(f"log-probabilities of {len(rows):,} pairs under the reference")
-            found = _score(trainer, rows, track)
-            if processes.is_main():
-                _write(folder, found, digest, settings, {"model": model, "pairs": pairs}, started)
-            processes.wait()
-            report["computed"] += len(rows)
-        else:
-            track.say(f"log-probabilities of {len(rows):,} pairs under the reference: {folder}")
+        with _held(folder, track):
+            if processes.from_main(_kept(folder, len(rows))):
+                track.say(f"log-probabilities of {len(rows):,} pairs under the reference: {folder}")
+            else:
+                track.say(f"log-probabilities of {len(rows):,} pairs under the reference")
+                found = _score(trainer, rows, track)
+                if processes.is_main():
+                    _write(
+                        folder, found, digest, settings, {"model": model, "pairs": pairs}, started
+                    )
+                processes.wait()
+                report["computed"] += len(rows)
         setattr(trainer, name, _with_columns(rows, pq.read_table(folder / FILE)))
         report["pairs"] += len(rows)
         report["folders"].append(folder.name)
@@ -70,23 +87,66 @@ def attach(
     return report | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def _settings(trainer: Any, model: Path | str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _held(folder: Path, track: Track) -> Iterator[None]:
+    """One run at a time looks, scores and writes; another waits for it, and then reads what it wrote."""
+    if not processes.is_main():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / artifact.WORKING)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        track.say(f"{folder}: another run is at it; waiting for it to finish")
+        lock.acquire()
+    try:
+        yield
+        (folder / artifact.WORKING).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _kept(folder: Path, pairs: int) -> bool:
+    """Whether the log-probabilities of so many pairs are there, whole."""
+    try:
+        rows = pq.read_metadata(folder / FILE).num_rows
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return artifact.read(folder) is not None and rows == pairs
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
     """What a log-probability depends on, besides the tokens."""
     policy, arguments = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    if isinstance(model, Path):
-        source = artifact.digest_folder(model)
-    else:
-        source = f"hub:{model}@{policy.config._commit_hash}"
+    adapter = getattr(policy, "peft_config", {}).get("ref")
+    shape = policy.config.to_dict()
     return {
         "code_version": CODE_VERSION,
-        "model": source,
-        "adapter": "ref" in getattr(policy, "peft_config", {}),
-        "dtype": str(policy.dtype),
+        "weights": _digest_weights(trainer.ref_model or policy),
+        "config": {k: v for k, v in shape.items() if k not in UNREAD},
+        "adapter": adapter
+        and [adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora],
         "mixed_precision": trainer.accelerator.mixed_precision,
         "max_length": arguments.max_length,
         "truncation_mode": arguments.truncation_mode,
         "ld_alpha": arguments.ld_alpha,
     }
+
+
+def _digest_weights(model: torch.nn.Module) -> str:
+    """SHA-256 of names, types and numbers of what the reference computes with, in hex.
+
+    A stage's own digest names its settings, and these may give other weights on another number of processes. The policy's
+    adapter is not the reference's, and peft's way to name what stands under one tells nothing.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".default." not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            found.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _digest(rows: Dataset) -> str:
@@ -132,7 +192,7 @@ def _score(trainer: Any, rows: Dataset, track: Track) -> torch.Tensor:
             model, send_to_device(inputs, trainer.accelerator.device)
         )
         found.append((batch, torch.stack(logps, 1).float().cpu()))
-        track.step(done + 1, len(mine))
+        track.step(done + 1, len(mine), what="batch under the reference")
     gathered = gather_object(found)
     result = torch.empty(len(rows), len(LOGPS))
     result[torch.tensor([i for batch, _ in gathered for i in batch])] = torch.cat([logps for _, logps in gathered])  # fmt: skip
@@ -148,11 +208,13 @@ def _write(
     inputs: Mapping[str, Path | str],
     started: float,
 ) -> None:
-    """Keep them: whole or not at all, and two runs that compute the same at once do not meet."""
+    """Keep them, whole or not at all."""
     columns = {name: found[:, k].numpy() for k, name in enumerate(LOGPS)}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    pq.write_table(pa.table(columns), temporary)
+    temporary = folder / f".{FILE}"
+    with temporary.open("wb") as file:
+        pq.write_table(pa.table(columns), file)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(folder / FILE)
     made = artifact.Artifact(
         stage="reference",

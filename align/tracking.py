@@ -51,13 +51,15 @@ class Display:
         self._started[name] = time.monotonic()
         self.say(f"{name}: {how} → {folder}")
 
-    def step(self, name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """A stage is at ``done`` of ``total``."""
+    def step(
+        self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
+    ) -> None:
+        """A stage is at ``done`` of ``total``, of steps or of ``what`` else."""
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_LINES or done == total:
             self._last = now
             seconds = now - self._started[name]
-            line = f"{name}: step {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
+            line = f"{name}: {what} {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
             self.say(line.rstrip())
 
     def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
@@ -104,10 +106,13 @@ class LiveDisplay(Display):
         """A stage begins."""
         self._task = self._progress.add_task(name, total=None, numbers=how)
 
-    def step(self, name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """A stage is at ``done`` of ``total``."""
+    def step(
+        self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
+    ) -> None:
+        """A stage is at ``done`` of ``total``, of steps or of ``what`` else."""
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total, numbers=numbers(metrics))
+            told = numbers(metrics) if what == "step" else what
+            self._progress.update(self._task, completed=done, total=total, numbers=told)
 
     def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
         """A stage is complete, or was before."""
@@ -150,10 +155,17 @@ class Track:
         self._name, self._display = name, display
         self._file = folder / "metrics.jsonl" if main else None
 
-    def step(self, done: int, total: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Tell that ``done`` of ``total`` steps are done."""
+    def step(
+        self,
+        done: int,
+        total: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        what: str = "step",
+    ) -> None:
+        """Tell that ``done`` of ``total`` steps, or of ``what`` else, are done."""
         if self._file is not None:
-            self._display.step(self._name, done, total, metrics or {})
+            self._display.step(self._name, done, total, metrics or {}, what)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one line of metrics."""

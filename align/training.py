@@ -129,7 +129,7 @@ def fit(trainer: Trainer, folder: Path, track: Track) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
-    """On CPU, let TRL's LM head take 256 tokens at a time, for as long as this lasts; the sums are the same.
+    """On CPU, let TRL's LM head take 256 tokens at a time, for as long as this lasts; sums change by rounding.
 
     Its 4,096 suit a GPU: a tile of logits is then 128 MiB at a vocabulary of 8,192 and goes through memory several
     times, where one of 8 MiB stays in the cache.

@@ -1,4 +1,4 @@
-"""TRL's trainers as they come against the same trainers with shared prefixes, in turns in one run.
+"""TRL's trainers as they come against the same trainers with shared prefixes, one after the other in one run.
 
     python benchmarks/prefix_sharing.py --quick                      # a sanity check, under a minute
     python benchmarks/prefix_sharing.py                              # one core, about ten minutes
@@ -11,7 +11,7 @@ Three shapes of data, lengths log-normal around (prompt, completion): TL;DR (300
 (150, 280); spread so that of eight pairs' positions 44, 38 and 37 % are distinct on average. Their tokens are random;
 those of ``--hh`` are a file's of HH-RLHF, under a tokenizer trained on it. Models are Llamas with random weights: speed
 and memory ask for no more. Both sides start from the same weights and see the same batches; their losses stand side by
-side. Ours is what our stages do: shared prefixes, and on CPU small tiles in TRL's head; the reference runs in each step on
+side, and who goes first changes with each of ``--rounds``. Ours is what our stages do: shared prefixes, and on CPU small tiles in TRL's head; the reference runs in each step on
 both sides. All steps count, after one to warm up; memory is the highest resident size within the steps of a side
 (``VmHWM``, set back before each), or CUDA's.
 """

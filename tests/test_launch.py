@@ -20,7 +20,7 @@ SMALL = [
     "sft.model.hidden_size=32",
     "sft.model.vocab_size=400",
     "sft.trainer.max_steps=8",
-    "dpo.trainer.max_steps=6",
+    "dpo.trainer.max_steps=12",
     "evaluate.max_new_tokens=24",
 ]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]

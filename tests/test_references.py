@@ -12,10 +12,12 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 from test_dpo import FOUR_WAYS, LOG_2
 from torch.testing import assert_close
 
-from align import artifact, models, references
+from align import artifact, models, references, training
 from align.settings import DPO, Lora
 from align.stages import dpo
 
@@ -47,7 +49,8 @@ class Runs:
         )
 
     def stage(self, name: str = "dpo", **given: Any) -> dict[str, Any]:
-        settings = DPO(model="sft", trainer=tiny.TRAINER | {"max_steps": 4}, **given)
+        trainer = tiny.TRAINER | {"max_steps": 5} | given.pop("trainer", {})  # 5 × 8: every row
+        settings = DPO(model="sft", trainer=trainer, **given)
         inputs = {"model": self.world.sft, "pairs": self.world.data}
         return tiny.stage(dpo, settings, inputs, self.folder / name)
 
@@ -183,7 +186,8 @@ def test_held_out_pairs_have_theirs_in_a_folder_of_their_own(runs: Runs, world: 
     data = runs.folder / "data"
     shutil.copytree(world.data, data)
     pq.write_table(pq.read_table(data / "pairs-test.parquet"), data / "pairs-validation.parquet")
-    object.__setattr__(runs, "world", tiny.World(world.folder, data, world.sft, world.lora))
+    runs.world = tiny.World(world.folder, data, world.sft, world.lora)
+    assert runs.attach(runs.build())["pairs"] == 40, "without evaluation nobody reads theirs"
     trainer = runs.build(trainer={"eval_strategy": "steps", "eval_steps": 2})
     found = runs.attach(trainer)
     assert len(runs.kept) == 2
@@ -193,11 +197,120 @@ def test_held_out_pairs_have_theirs_in_a_folder_of_their_own(runs: Runs, world: 
     assert len(logged) == 2 and logged[0] != pytest.approx(LOG_2, abs=1e-4)
 
 
+def changed(world: tiny.World, folder: Path, **config: Any) -> tiny.World:
+    """The SFT model with other weights, or another configuration, under the artifact that it had."""
+    shutil.copytree(world.sft, folder)
+    if config:
+        old = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(old | config))
+    else:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] *= 1.01
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return tiny.World(world.folder, world.data, folder, world.lora)
+
+
+@pytest.mark.parametrize("config", [{}, {"rms_norm_eps": 1e-2}], ids=["weights", "configuration"])
+def test_other_weights_under_the_same_artifact_make_others(
+    runs: Runs, world: tiny.World, config: dict[str, Any]
+):
+    # A stage's digest names its settings: trained again on two processes, the weights under it are others.
+    runs.attach(runs.build())
+    runs.world = changed(world, runs.folder / "again", **config)
+    assert artifact.digest_folder(runs.world.sft) == artifact.digest_folder(world.sft)
+    trainer = runs.build()
+    assert runs.attach(trainer)["computed"] == 40
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=1e-5)
+
+
+def test_all_weights_and_a_new_adapter_have_the_same_reference(runs: Runs):
+    first = runs.attach(runs.build())
+    again = runs.attach(runs.build(lora=tiny.LORA))
+    assert (again["computed"], again["folders"]) == (0, first["folders"])
+
+
+def test_a_model_from_the_hub_has_one_too(runs: Runs):
+    trainer = runs.build()
+    found = references.attach(
+        trainer, model="some/model", pairs=runs.world.data, runs=runs.folder, track=tiny.track("dpo", runs.folder)
+    )  # fmt: skip
+    assert found["computed"] == 40
+    made = artifact.read(runs.kept[0])
+    assert made is not None and made.inputs["model"]["folder"] == "some/model"
+
+
+@pytest.mark.parametrize("broken", ["missing", "cut off", "of other rows"])
+def test_a_table_that_is_not_whole_is_made_again(runs: Runs, broken: str):
+    runs.attach(runs.build())
+    file = runs.kept[0] / references.FILE
+    whole = pq.read_table(file)
+    if broken == "missing":
+        file.unlink()
+    elif broken == "cut off":
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        pq.write_table(whole[:-1], file)
+    assert runs.attach(runs.build())["computed"] == 40
+    assert pq.read_table(file).equals(whole)
+
+
+def test_a_run_that_ends_before_it_has_seen_all_rows_does_not_score_them_all(runs: Runs):
+    assert "reference" not in runs.stage("short", trainer={"max_steps": 4})
+    assert runs.kept == []
+    assert "reference" in runs.stage("long", trainer={"max_steps": 2, "gradient_accumulation_steps": 3})  # fmt: skip
+
+
+def test_another_run_waits_for_the_one_that_scores(runs: Runs, monkeypatch):
+    score, holder = references._score, []
+
+    def slowly(*given: Any) -> torch.Tensor:
+        lock = FileLock(runs.kept[0] / artifact.WORKING)
+        with pytest.raises(Timeout):
+            lock.acquire(timeout=0)
+        holder.append(True)
+        return score(*given)
+
+    monkeypatch.setattr(references, "_score", slowly)
+    runs.attach(runs.build())
+    assert holder == [True]
+
+
+def test_in_bfloat16_the_first_loss_is_log_2_up_to_its_rounding(runs: Runs):
+    for given in ({"dtype": "bfloat16"}, {"trainer": {"bf16": True}}):
+        trainer = runs.build(**given)
+        runs.attach(trainer)
+        trainer.train()
+        # 40 tokens, each rounded to 2^-9 of itself: a tenth of a nat, times beta, half of it in the loss
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=5e-3)
+
+
+def test_trls_head_takes_small_tiles_on_cpu_while_a_stage_trains_and_its_own_after(runs: Runs, monkeypatch):  # fmt: skip
+    from trl.kernels import chunked_logprob
+
+    seen = []
+    forward = chunked_logprob._forward_tile
+    monkeypatch.setattr(
+        chunked_logprob,
+        "_forward_tile",
+        lambda *a, **k: (
+            seen.append((chunked_logprob.TOKEN_CHUNK_SIZE, len(a[0]))) or forward(*a, **k)
+        ),
+    )
+    runs.stage("dpo")
+    assert {size for size, _ in seen} == {256}
+    assert max(rows for _, rows in seen) == 256
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == 4096
+    with pytest.raises(ZeroDivisionError), training.small_tiles():
+        _ = 1 / 0
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == 4096
+
+
 def test_a_reference_that_moves_is_not_kept(runs: Runs):
     settings = DPO(
         model="sft",
         trainer=tiny.TRAINER
-        | {"max_steps": 2, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        | {"max_steps": 6, "sync_ref_model": True, "ref_model_sync_steps": 1},
     )  # fmt: skip
     inputs = {"model": runs.world.sft, "pairs": runs.world.data}
     found = tiny.stage(dpo, settings, inputs, runs.folder / "dpo")

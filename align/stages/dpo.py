@@ -19,7 +19,7 @@ def run(
     """Train ``settings.model`` to prefer the chosen completions of ``settings.pairs``."""
     trainer = build(settings, inputs, folder, say=track.say)
     found: dict[str, Any] = {}
-    if _reference_stands(trainer):
+    if references.stands(trainer):
         with training.small_tiles():
             found["reference"] = references.attach(
                 trainer,
@@ -30,12 +30,6 @@ def run(
             )
     found |= training.fit(trainer, folder, track)
     return found | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
-
-
-def _reference_stands(trainer: DPOTrainer) -> bool:
-    """Whether the reference is the same in every step, and can be asked before the first."""
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    return not (sharded or trainer.args.sync_ref_model)
 
 
 def build(
