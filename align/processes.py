@@ -24,9 +24,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this process is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this is the process that prints and writes what is written once."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def join() -> None:
