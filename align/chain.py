@@ -42,6 +42,7 @@ def run(
     checks.writable(runs)
     due = [step for step in steps if step.status != "reused"]
     checks.hub_models(recipe, due)
+    checks.environments(recipe, due)
     started = time.monotonic()
     if due or processes.world_size() > 1:
         processes.join()
@@ -154,7 +155,7 @@ def _stage(name: str) -> Any:
 def _tidy(step: Step) -> None:
     """What a complete stage needs no more. After the artifact: a crash in between loses nothing."""
     shutil.rmtree(step.folder / ".cache", ignore_errors=True)
-    if isinstance(step.settings, Training) and not step.settings.keep_checkpoints:
+    if not getattr(step.settings, "keep_checkpoints", True):
         for checkpoint in step.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
@@ -179,6 +180,8 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {"win_rate": comparison["win_rate"]}
     for accuracy in metrics.get("implicit_rewards", [])[:1]:
         return {"accuracy": accuracy["accuracy"]}
+    if "control" in metrics:
+        return {key: metrics[key] for key in ("mean_return", "steps_per_second")}
     wanted = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps", "rows")
     return {key: metrics[key] for key in wanted if isinstance(metrics.get(key), int | float)}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from align import sources
 from align.errors import UserError
-from align.settings import DPO, SFT, Evaluate, Stage, Training
+from align.settings import DPO, SFT, Control, Evaluate, Stage, Training
 
 if TYPE_CHECKING:
     from align.planning import Step
@@ -70,6 +70,27 @@ def hub_models(recipe: Recipe, due: Sequence[Step]) -> None:
         for keys, model in models.items()
         if model in missing
     ]
+    if problems:
+        raise UserError(*problems)
+
+
+def environments(recipe: Recipe, due: Sequence[Step]) -> None:
+    """Make each environment once: that it is there, installed, and of a kind that a policy fits.
+
+    Raises:
+        UserError: One line for each that is not.
+    """
+    problems = []
+    for step in due:
+        settings = step.settings
+        if not isinstance(settings, Control):
+            continue
+        from align.control import worlds
+
+        try:
+            worlds.look(settings.environment, settings.environment_options, settings.distribution)
+        except worlds.UnfitError as error:
+            problems.append(f"{recipe.at(step.name, error.key)}: {error}")
     if problems:
         raise UserError(*problems)
 

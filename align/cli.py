@@ -1,4 +1,4 @@
-"""The ``align`` command: run a recipe, say what it would do, check it, talk to what came out."""
+"""The ``align`` command: run a recipe, say what it would do, check it, talk to what came out or watch it play."""
 
 from __future__ import annotations
 
@@ -101,11 +101,12 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from align import estimates, planning
+    from align import checks, estimates, planning
     from align import recipe as recipes
 
     read = recipes.read(recipe, overrides or [])
     steps = planning.plan(read, runs, until=until)
+    checks.environments(read, [step for step in steps if step.status != "reused"])
     estimated = estimates.estimate(steps, world_size=processes)
     table = Table(title=f"{recipe}: {len(steps)} stages", title_justify="left")
     for title in ("stage", "status", "folder"):
@@ -128,6 +129,7 @@ def plan(
         console = Console(width=100)
     console.print(table)
     console.print(
+        "steps: the optimizer's, or the environments' of all seeds; "
         "memory: weights, gradients, Adam and reference in a process; activations come on top",
         style="dim",
     )
@@ -150,13 +152,14 @@ def check(
     """Find everything that can be known wrong without training: recipe, data, lengths, template."""
     from rich.console import Console
 
-    from align import estimates, lengths, planning
+    from align import checks, estimates, lengths, planning
     from align import recipe as recipes
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     read = recipes.read(recipe, overrides or [])
     console.print(f"{recipe}: {len(read.stages)} stages: {', '.join(read.stages)}")
     steps = planning.plan(read, runs)
+    checks.environments(read, steps)
     warnings = 0
     for line in lengths.examine(read, steps):
         console.print(line)
@@ -189,6 +192,27 @@ def chat(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
+
+
+@app.command()
+def play(
+    policy: Annotated[
+        str,
+        typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage such as control, or a folder."),
+    ],
+    runs: Runs = Path("runs"),
+    gif: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a GIF; without it, open a window.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Of training: which policy; without it, the first.")
+    ] = None,
+) -> None:
+    """Watch a policy that `control` trained take its likeliest actions."""
+    from align import playing
+
+    playing.play(playing.find(policy, runs), gif=gif, episodes=episodes, seed=seed)
 
 
 def main() -> None:

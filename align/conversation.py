@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from align import artifact, model_files
@@ -23,15 +24,24 @@ def find(policy: str, runs: Path) -> Path | str:
         return folder
     if "/" in policy:
         return policy
+    return newest(policy, runs, POLICY_STAGES, recipe="recipes/sft.yaml")
+
+
+def newest(name: str, runs: Path, stages: Sequence[str], *, recipe: str) -> Path:
+    """The newest finished stage called ``name`` of these kinds; ``recipe`` is told to whoever has none.
+
+    Raises:
+        UserError: There is no such stage, or it did not finish.
+    """
     made = [(p, artifact.read(p)) for p in runs.glob("*-????????????")]
-    finished = [(p, a) for p, a in made if a is not None and a.stage in POLICY_STAGES]
-    mine = [p for p, a in finished if a.name == policy]
-    unfinished = any(a is None and p.name.startswith(f"{policy}-") for p, a in made)
+    finished = [(p, a) for p, a in made if a is not None and a.stage in stages]
+    mine = [p for p, a in finished if a.name == name]
+    unfinished = any(a is None and p.name.startswith(f"{name}-") for p, a in made)
     if not mine:
         names = sorted({a.name for _, a in finished})
         raise UserError(
-            f"{runs}: no finished policy `{policy}`{' (it did not finish yet)' if unfinished else ''}"
-            f"{nearest(policy, names) if names else '; run a recipe first, such as recipes/sft.yaml'}"
+            f"{runs}: no finished policy `{name}`{' (it did not finish yet)' if unfinished else ''}"
+            f"{nearest(name, names) if names else f'; run a recipe first, such as {recipe}'}"
         )
     return max(mine, key=lambda p: (p / artifact.FILE).stat().st_mtime)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from align import artifact, model_files, preferences, sources, trainer_keys
 from align.planning import Step
-from align.settings import DPO, SFT, NewModel, Prepare, Training
+from align.settings import DPO, SFT, Control, NewModel, Prepare, Training
 
 TOKENS_A_WORD = 1.35
 LARGEST_READ = 8 * 2**20  # bytes of a source that is read for a plan
@@ -25,7 +25,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one stage; None is unknown."""
+    """Of one stage; None is unknown. ``steps`` are the optimizer's; of ``control`` the environments', of all seeds."""
 
     rows: int | None = None
     steps: int | None = None
@@ -50,6 +50,8 @@ def estimate(steps: Sequence[Step], *, world_size: int) -> dict[str, Estimate]:
             found[step.name] = _training(
                 step, settings, prepared, parameters[step.folder], world_size
             )
+        elif isinstance(settings, Control):
+            found[step.name] = Estimate(steps=settings.steps * len(settings.seeds))
         else:
             found[step.name] = Estimate()
     return found

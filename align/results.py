@@ -1,4 +1,4 @@
-"""What a person sees at the end: win rates with intervals, scores, lengths, and completions side by side."""
+"""What a person sees at the end: win rates with intervals, scores, lengths, completions side by side, and returns."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def show(summary: Mapping[str, Any], console: Console, file: Path) -> None:
             console.print(_win_rates(metrics["comparisons"], stage["name"]))
         if metrics.get("implicit_rewards"):
             console.print(_accuracies(metrics["implicit_rewards"], stage["name"]))
+        if metrics.get("control"):
+            console.print(_returns(metrics, stage["name"]))
+            console.print(Text(f"curves: {Path(stage['folder']) / 'curves.png'}", style="dim"))
     if any(stage["metrics"].get("comparisons") for stage in summary["stages"]):
         console.print(Text(LEGEND, style="dim"))
     reused = sum(stage["status"] == "reused" for stage in summary["stages"])
@@ -91,6 +94,26 @@ def _accuracies(rows: list[dict[str, Any]], name: str) -> Group:
     for row in rows:
         accuracy, interval = _percent(row["accuracy"]), _interval(row["ci"])
         table.add_row(row["policy"], accuracy, interval, str(row["n_pairs"]), str(row["invalid"]))
+    return Group(Text(title, style="bold"), table)
+
+
+def _returns(metrics: Mapping[str, Any], name: str) -> Group:
+    title = (
+        f"{name}: {metrics['algorithm']} on {metrics['environment']}, greedy policy; "
+        f"mean return of {metrics['episodes']} episodes"
+    )
+    table = _table("seed", "return", "interval", "lowest", "steps", "seconds", "steps/s")
+    for row in metrics["control"]:
+        low, high = row["ci"]
+        table.add_row(
+            str(row["seed"]),
+            f"{row['mean_return']:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{row['lowest']:.1f}",
+            f"{row['steps']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['steps_per_second']:,.0f}",
+        )
     return Group(Text(title, style="bold"), table)
 
 

@@ -13,7 +13,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from jaxtyping import install_import_hook
 
 # Shapes and types in the signatures of the mathematics are checked at every call.
-install_import_hook("align.functional", "beartype.beartype")
+install_import_hook(["align.functional", "align.rl"], "beartype.beartype")
 
 import signal
 import sys

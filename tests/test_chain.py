@@ -109,6 +109,15 @@ OTHER: dict[str, dict[str, Any]] = {
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
         "level": 0.9, "resamples": 500, "seed": 1, "prefix_sharing": False,
     },
+    "control": {
+        "environment": "Acrobot-v1", "environment_options": {"x": 1}, "algorithm": "a2c",
+        "baseline": "none", "seeds": [1], "steps": 7, "envs": 3, "stretch": 3, "gamma": 0.5, "lam": 0.5,
+        "learning_rate": 0.5, "value_learning_rate": 0.5, "schedule": "constant", "epochs": 3,
+        "minibatches": 3, "clip": 0.5, "clip_high": 0.5, "value_clip": 0.5, "target_kl": 0.5,
+        "entropy_coef": 0.5, "max_grad_norm": 0.5, "whiten": False, "hidden": [3], "activation": "relu",
+        "distribution": "gaussian", "normalize_observations": True, "normalize_rewards": True,
+        "episodes": 3, "level": 0.9, "resamples": 500, "keep_checkpoints": True,
+    },
 }  # fmt: skip
 BASE: dict[str, dict[str, Any]] = {
     "prepare": {"source": "rows.jsonl"},
@@ -120,6 +129,7 @@ BASE: dict[str, dict[str, Any]] = {
         "judge": "gold",
         "implicit_rewards": False,
     },
+    "control": {"environment": "CartPole-v1", "steps": 100},
 }
 
 

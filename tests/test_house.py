@@ -30,6 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "readers": {"errors", "wording", "sources"},
     "preferences": {"errors", "wording", "sources", "readers"},
     "functional": {"functional"},
+    "control": {"control", "rl", "functional", "wording"},
+    "rl": {"rl", "functional"},
     "judges": {"judges", "functional", "generation", "models"},
     "meaning": {"settings", "wording", "readers"},
     "recipe": LIGHT | {"meaning"},
@@ -41,11 +43,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"errors", "functional"},
     "training": {"errors", "artifact", "interrupts", "processes", "tracking"},
     "references": {"artifact", "processes", "tracking"},
-    "checks": {"errors", "settings", "recipe", "planning", "sources", "training", "judges"},
+    "checks": {
+        "errors", "settings", "recipe", "planning", "sources", "training", "judges", "control",
+    },
     "stages": {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
         "preferences",
         "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
+        "interrupts", "rl", "control",
     },
     "model_files": {"errors"},
     "planning": {
@@ -64,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer_keys",
     },
     "conversation": {"errors", "model_files", "artifact", "settings", "wording", "generation", "models"},
+    "playing": {"errors", "conversation", "control"},
     "results": set(),
 }  # fmt: skip
 ONLY_UNDER = {"trl": {"stages", "checks", "training"}, "gymnasium": {"control"}}
@@ -114,7 +120,17 @@ def test_stages_never_import_each_other():
 
 
 def test_pure_functions_import_torch_only():
-    allowed = {"math", "collections", "typing", "torch", "jaxtyping", "align", "__future__"}
+    allowed = {
+        "math",
+        "collections",
+        "contextlib",
+        "contextvars",
+        "typing",
+        "torch",
+        "jaxtyping",
+        "align",
+        "__future__",
+    }
     for path in (PACKAGE / "functional").glob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= allowed
 

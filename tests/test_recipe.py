@@ -24,7 +24,7 @@ from align.recipe import Recipe, read
 from align.settings import DPO, SFT, STAGES, Lora, NewModel, Training
 from align.wording import mismatch, nearest
 
-N_RECIPES = 6
+N_RECIPES = 13
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAIN = """\
 stages:
@@ -662,6 +662,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "sft": {"model": {}},
     "dpo": {"model": "sft"},
     "evaluate": {"policies": ["dpo"], "baseline": "sft", "judge": "gold"},
+    "control": {"environment": "CartPole-v1", "steps": 100},
 }
 PLACES = [
     *((name, key) for name, cls in STAGES.items() for key in cls.model_fields),

@@ -1,0 +1,86 @@
+"""Returns and advantages along time, for environments that reset themselves and for padded completions alike.
+
+A row is a stretch of time in which several episodes may follow each other. ``terminated[t]``: nothing follows step t.
+``cut[t]``: what follows step t in the row does not follow it in the world (an episode's end, a time limit, the last
+token before padding). The last column is cut too. ``next_values[t]`` is the value of the state that step t led to,
+read unless terminated; inside an episode it is ``values[t + 1]``. What lies behind a cut does not reach across it, so
+padding changes nothing before it. Left out: normalisation of advantages (:func:`align.functional.tensors.masked_whiten`).
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def discounted_returns(
+    rewards: Float[Tensor, "batch time"],
+    next_values: Float[Tensor, "batch time"],
+    terminated: Bool[Tensor, "batch time"],
+    cut: Bool[Tensor, "batch time"],
+    *,
+    gamma: float,
+) -> Float[Tensor, "batch time"]:
+    """Sum the discounted rewards up to the episode's end, or to a cut and the value of what follows it.
+
+    ``R_t = r_t + gamma * R_{t+1}``; at a cut ``r_t + gamma * next_value``; at the end ``r_t``. It is what
+    :func:`gae` with lam = 1 adds to the values: ``gae(...) + values``.
+
+    Source: Sutton and Barto 2018, Reinforcement Learning, eq. 3.9; a time limit is no end: Pardo et al. 2018,
+    arXiv:1712.00378.
+    """
+    stopped = _stopped(terminated, cut)
+    bootstrap = next_values.masked_fill(terminated | ~stopped, 0)
+    return _backward_sum(rewards + gamma * bootstrap, gamma * (~stopped).to(rewards.dtype))
+
+
+def gae(
+    rewards: Float[Tensor, "batch time"],
+    values: Float[Tensor, "batch time"],
+    next_values: Float[Tensor, "batch time"],
+    terminated: Bool[Tensor, "batch time"],
+    cut: Bool[Tensor, "batch time"],
+    *,
+    gamma: float,
+    lam: float,
+) -> Float[Tensor, "batch time"]:
+    """Generalised advantage estimation; ``advantages + values`` are the critic's targets.
+
+    ``delta_t = r_t + gamma * next_value_t - value_t`` (without the next value where terminated), and
+    ``A_t = delta_t + gamma * lam * A_{t+1}``, which stops at an end and at a cut.
+
+    Reward 1, values 0.5, next values 0.5, gamma = lam = 1. An episode that ends after its second step has deltas
+    1 and 0.5; cut there instead, 1 and 1: the last next value counts.
+
+    >>> ones, halves = torch.ones(1, 3), torch.full((1, 3), 0.5)
+    >>> never, second = torch.zeros(1, 3).bool(), torch.tensor([[False, True, False]])
+    >>> gae(ones, halves, halves, second, never, gamma=1.0, lam=1.0)
+    tensor([[1.5000, 0.5000, 1.0000]])
+    >>> gae(ones, halves, halves, never, second, gamma=1.0, lam=1.0)
+    tensor([[2., 1., 1.]])
+    >>> gae(ones, halves, halves, never, never, gamma=1.0, lam=1.0)
+    tensor([[3., 2., 1.]])
+
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16; episodes inside a row: Schulman et al. 2017,
+    arXiv:1707.06347, eq. 11 and 12.
+    """
+    stopped = _stopped(terminated, cut)
+    deltas = rewards + gamma * next_values.masked_fill(terminated, 0) - values
+    return _backward_sum(deltas, gamma * lam * (~stopped).to(rewards.dtype))
+
+
+def _stopped(terminated: Tensor, cut: Tensor) -> Tensor:
+    """Where the recursion stops: at an end, at a cut, and in the last column."""
+    stopped = terminated | cut
+    stopped[:, -1:] = True
+    return stopped
+
+
+def _backward_sum(terms: Tensor, decays: Tensor) -> Tensor:
+    """``S_t = terms_t + decays_t * S_{t+1}``, column by column from the last, after which there is 0."""
+    columns = terms.T.contiguous()  # time-major: a column is one stretch of memory
+    running = torch.zeros_like(terms[:, 0])
+    sums = []
+    for term, decay in zip(columns.flip(0), decays.T.flip(0), strict=True):
+        running = torch.addcmul(term, decay, running)
+        sums.append(running)
+    return torch.stack(sums[::-1], dim=1)

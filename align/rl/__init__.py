@@ -1,0 +1,1 @@
+"""What control and language share: a rollout, and the update that learns from it."""

@@ -1,0 +1,383 @@
+"""Policy-gradient losses and estimators: hand values, exact expectations over a small categorical, autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from align.functional.policy_gradient import (
+    MAX_LOGRATIO,
+    adaptive_kl_coef,
+    clipped_surrogate_loss,
+    clipped_value_loss,
+    entropy,
+    explained_variance,
+    importance_ratio,
+    importance_weights,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    reinforce_loss,
+)
+
+
+def float64(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def surrogate(ratio: float, advantage: float, **clips: float) -> float:
+    clips = {"clip_low": 0.2, "clip_high": 0.2} | clips
+    loss = clipped_surrogate_loss(
+        float64([math.log(ratio) - 1.0]), float64([-1.0]), float64([advantage]), **clips
+    )
+    return loss.item()
+
+
+# --- surrogates ---
+
+
+def test_reinforce_by_hand():
+    # -A * log p
+    loss = reinforce_loss(float64([-2.0, -0.5]), float64([3.0, -1.0]))
+    assert_close(loss, float64([6.0, -0.5]))
+
+
+def test_the_mean_reinforce_gradient_is_that_of_the_expected_reward():
+    # sum over actions of p * grad(-r * log p) = -grad(sum of p * r), exactly
+    logits, rewards = normal(5).requires_grad_(), normal(5, seed=1)
+    logps = logits.log_softmax(0)
+    estimated = torch.autograd.grad(
+        (logps.detach().exp() * reinforce_loss(logps, rewards)).sum(), logits
+    )
+    exact = torch.autograd.grad(-(logits.softmax(0) * rewards).sum(), logits)
+    assert_close(estimated, exact)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        pytest.param(1.1, +1.0, -1.1, id="inside the range: plain ratio"),
+        pytest.param(0.9, -2.0, +1.8, id="inside the range, bad action: plain ratio"),
+        pytest.param(1.5, +1.0, -1.2, id="good action, too far up: clipped"),
+        pytest.param(0.5, +1.0, -0.5, id="good action, moved the wrong way: not clipped"),
+        pytest.param(0.5, -1.0, +0.8, id="bad action, too far down: clipped"),
+        pytest.param(1.5, -1.0, +1.5, id="bad action, moved the wrong way: not clipped"),
+    ],
+)
+def test_ppo_clip_by_hand(ratio, advantage, expected):
+    assert surrogate(ratio, advantage) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        pytest.param(1.25, +1.0, -1.25, id="clip-higher: a good action may rise by 28 %"),
+        pytest.param(1.5, +1.0, -1.28, id="and no further"),
+        pytest.param(0.7, -1.0, +0.8, id="a bad one falls by 20 % only"),
+    ],
+)
+def test_clip_higher_by_hand(ratio, advantage, expected):
+    found = surrogate(ratio, advantage, clip_low=0.2, clip_high=0.28)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        pytest.param(10.0, -2.0, +6.0, id="bad action far up: bounded by 3 * 2"),
+        pytest.param(2.0, -2.0, +4.0, id="bad action below the bound: as before"),
+        pytest.param(0.5, -2.0, +1.6, id="bad action too far down: clipped as before"),
+        pytest.param(10.0, +2.0, -2.4, id="good action: as before"),
+        pytest.param(0.01, +2.0, -0.02, id="good action far down: as before"),
+    ],
+)
+def test_dual_clip_by_hand(ratio, advantage, expected):
+    assert surrogate(ratio, advantage, dual_clip=3.0) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+def test_infinite_clips_are_none(ratio, advantage):
+    found = surrogate(ratio, advantage, clip_low=math.inf, clip_high=math.inf)
+    assert found == pytest.approx(-ratio * advantage, rel=1e-12)
+
+
+@pytest.mark.parametrize("difference", [-100.0, 100.0])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_a_log_difference_of_100_is_finite_in_float32_and_so_is_its_gradient(difference, advantage):
+    logps = torch.tensor([difference], requires_grad=True)
+    for clips in ((0.2, 0.2), (math.inf, math.inf)):
+        loss = clipped_surrogate_loss(
+            logps,
+            torch.zeros(1),
+            torch.tensor([advantage]),
+            clip_low=clips[0],
+            clip_high=clips[1],
+        )
+        assert loss.isfinite().all()
+        assert torch.autograd.grad(loss.sum(), logps)[0].isfinite().all()
+    # exp(20) is the end, however far it goes: 4.85e8
+    assert importance_ratio(torch.tensor([100.0]), torch.zeros(1)).item() == pytest.approx(
+        math.exp(20), rel=1e-6
+    )
+    assert MAX_LOGRATIO == 20.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-200, 200), st.floats(-10, 0))
+def test_the_dual_clip_bounds_every_bad_action(difference, advantage):
+    loss = clipped_surrogate_loss(
+        float64([difference]),
+        float64([0.0]),
+        float64([advantage]),
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=3.0,
+    )
+    assert 0 <= loss.item() <= 3 * -advantage
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", [0.2, math.inf])
+def test_the_first_step_of_ppo_has_the_gradient_of_reinforce_to_the_bit(dtype, clip):
+    logps, advantages = normal(7, 5).to(dtype), normal(7, 5, seed=1).to(dtype)
+    ppo, reinforce = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+    clipped_surrogate_loss(
+        ppo, logps, advantages, clip_low=clip, clip_high=clip, dual_clip=3.0
+    ).sum().backward()
+    reinforce_loss(reinforce, advantages).sum().backward()
+    assert torch.equal(ppo.grad, reinforce.grad)
+
+
+def test_beyond_the_clip_a_good_action_earns_nothing_more():
+    logps = float64([math.log(1.5), math.log(0.5)]).requires_grad_()
+    loss = clipped_surrogate_loss(
+        logps, float64([0.0, 0.0]), float64([1.0, 1.0]), clip_low=0.2, clip_high=0.2
+    )
+    # above the range the gradient is 0; below it, that of -ratio: -0.5
+    assert_close(torch.autograd.grad(loss.sum(), logps)[0], float64([0.0, -0.5]))
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "expected"),
+    [
+        pytest.param(1.1, 1.0, 3.0, 0.5 * 1.9**2, id="inside the range: plain"),
+        pytest.param(2.0, 1.0, 3.0, 0.5 * 1.8**2, id="too far towards the target: as if at 1.2"),
+        pytest.param(0.0, 1.0, 3.0, 0.5 * 3.0**2, id="away from the target: plain, it is worse"),
+        pytest.param(0.0, 1.0, -3.0, 0.5 * 3.8**2, id="too far down: as if at 0.8"),
+    ],
+)
+def test_value_clip_by_hand(value, old, target, expected):
+    found = clipped_value_loss(float64([value]), float64([old]), float64([target]), clip=0.2)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_a_clip_the_value_loss_is_half_the_squared_error_and_the_old_value_does_not_matter():
+    found = clipped_value_loss(float64([1.0]), float64([math.nan]), float64([4.0]))
+    assert found.item() == 4.5  # 0.5 * 3^2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31))
+def test_inside_the_range_the_clipped_value_loss_is_the_plain_one_and_never_below_it(seed):
+    old, returns, step = normal(3, 6, seed=seed).unbind()
+    near = old + 0.2 * step.tanh()
+    plain = clipped_value_loss(near, old, returns)
+    assert torch.equal(clipped_value_loss(near, old, returns, clip=0.2), plain)
+    far = old + 3 * step
+    clipped = clipped_value_loss(far, old, returns, clip=0.2)
+    assert (clipped >= clipped_value_loss(far, old, returns)).all()
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_the_value_gradient_is_the_error(clip):
+    values = float64([1.0, 2.0]).requires_grad_()
+    returns = float64([4.0, 0.0])
+    loss = clipped_value_loss(values, values.detach(), returns, clip=clip)
+    # d/dv 0.5 * (v - R)^2 = v - R
+    assert_close(torch.autograd.grad(loss.sum(), values)[0], float64([-3.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        pytest.param([1.0, 2.0, 6.0, 50.0], 1.0, id="perfect"),
+        pytest.param([2.0, 3.0, 7.0, 50.0], 1.0, id="perfect up to a constant"),
+        pytest.param([4.0, 4.0, 4.0, 50.0], 0.0, id="a constant"),
+        # errors 2, 4, 12: twice the returns, so four times their variance
+        pytest.param([-1.0, -2.0, -6.0, 50.0], -3.0, id="the opposite: 1 - 4"),
+        pytest.param([0.5, 1.0, 3.0, 50.0], 0.75, id="half way: 1 - 1/4"),
+    ],
+)
+def test_explained_variance_by_hand(values, expected):
+    mask = torch.tensor([True, True, True, False])
+    found = explained_variance(float64(values), float64([1.0, 2.0, 6.0, -9.0]), mask)
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_returns_that_are_all_alike_leave_nothing_to_explain():
+    ones = torch.ones(3)
+    assert explained_variance(ones, ones, ones.bool()).isnan()
+    assert explained_variance(torch.tensor([1.0, 2.0, 3.0]), ones, ones.bool()).isnan()
+
+
+# --- entropy and KL ---
+
+
+def test_entropy_by_hand():
+    # uniform over 4: log 4; certain: 0; (1/2, 1/4, 1/4, 0): 1.5 log 2
+    logits = float64(
+        [
+            [3.0, 3.0, 3.0, 3.0],
+            [0.0, -math.inf, -math.inf, -math.inf],
+            [math.log(2), 0.0, 0.0, -math.inf],
+        ]
+    )
+    expected = float64([math.log(4), 0.0, 1.5 * math.log(2)])
+    assert_close(entropy(logits), expected)
+
+
+def test_entropy_is_torchs_and_its_gradient_survives_impossible_actions():
+    logits = normal(2, 3, 5).requires_grad_()
+    expected = torch.distributions.Categorical(logits=logits)
+    assert_close(entropy(logits), expected.entropy())
+    masked = float64([0.3, 1.0, -math.inf]).requires_grad_()
+    kept = float64([0.3, 1.0]).requires_grad_()
+    found = torch.autograd.grad(entropy(masked), masked)[0]
+    assert_close(found[:2], torch.autograd.grad(entropy(kept), kept)[0])
+    assert found[2] == 0
+
+
+def test_kl_estimators_by_hand():
+    # policy 1/2, reference 1/4: log-ratio log 2, so log 2, (log 2)^2 / 2 and (1/2 - 1) + log 2
+    logps, reference = float64([math.log(1 / 2)]), float64([math.log(1 / 4)])
+    two = math.log(2)
+    assert_close(kl_k1(logps, reference), float64([two]))
+    assert_close(kl_k2(logps, reference), float64([two**2 / 2]))
+    assert_close(kl_k3(logps, reference), float64([two - 0.5]))
+    # and the other way round: -log 2, the same, (2 - 1) - log 2
+    assert_close(kl_k1(reference, logps), float64([-two]))
+    assert_close(kl_k2(reference, logps), float64([two**2 / 2]))
+    assert_close(kl_k3(reference, logps), float64([1 - two]))
+
+
+def test_k1_and_k3_are_unbiased_and_k2_has_the_gradient_of_the_exact_kl():
+    logits = (2 * normal(6)).requires_grad_()
+    policy = torch.distributions.Categorical(logits=logits)
+    reference = torch.distributions.Categorical(logits=2 * normal(6, seed=1))
+    exact = torch.distributions.kl_divergence(policy, reference)
+    probs = policy.probs.detach()
+    # the expectation, by listing every action
+    assert_close((probs * kl_k1(policy.logits, reference.logits)).sum(), exact)
+    assert_close((probs * kl_k3(policy.logits, reference.logits)).sum(), exact)
+    biased = (probs * kl_k2(policy.logits, reference.logits)).sum()
+    assert abs(biased - exact) > 0.1
+    (found,) = torch.autograd.grad(biased, logits, retain_graph=True)
+    assert_close(found, torch.autograd.grad(exact, logits)[0])
+
+
+def test_where_policy_and_reference_are_near_all_three_estimate_the_kl():
+    logits = normal(6)
+    policy = torch.distributions.Categorical(logits=logits)
+    reference = torch.distributions.Categorical(logits=logits + 1e-3 * normal(6, seed=1))
+    exact = torch.distributions.kl_divergence(policy, reference)
+    for estimate in (kl_k1, kl_k2, kl_k3):
+        mean = (policy.probs * estimate(policy.logits, reference.logits)).sum()
+        assert mean.item() == pytest.approx(exact.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("estimate", [kl_k1, kl_k3])
+def test_estimators_on_samples_are_within_three_standard_errors(estimate):
+    torch.manual_seed(0)
+    policy = torch.distributions.Categorical(logits=normal(6))
+    reference = torch.distributions.Categorical(logits=normal(6, seed=1))
+    actions = policy.sample((20_000,))
+    estimates = estimate(policy.log_prob(actions), reference.log_prob(actions))
+    exact = torch.distributions.kl_divergence(policy, reference)
+    assert abs(estimates.mean() - exact) < 3 * estimates.std() / math.sqrt(20_000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-50, 0, width=32), st.floats(-50, 0, width=32))
+def test_k3_is_never_negative(logp, reference):
+    assert (kl_k3(torch.full((9,), logp), torch.full((9,), reference)) >= 0).all()
+
+
+def test_k3_is_never_negative_where_rounding_decides():
+    differences = torch.cat([10.0 ** torch.linspace(-9, 0, 5000), torch.zeros(1)])
+    for sign in (-1, 1):
+        assert (kl_k3(sign * differences, torch.zeros(5001)) >= 0).all()
+
+
+def test_k3_has_digits_in_float32_where_the_policies_are_near():
+    # d^2 / 2 + ...: with d = 2^-10, 4.7668e-7 +- a unit in the last place of d, 1.2e-10
+    d = 2.0**-10
+    found = kl_k3(torch.tensor([-d]), torch.zeros(1)).item()
+    assert found == pytest.approx(d**2 / 2 + d**3 / 6, abs=1.2e-10)
+
+
+def test_k3_of_a_log_difference_of_100_is_finite():
+    assert kl_k3(torch.tensor([-100.0]), torch.zeros(1)).isfinite().all()
+
+
+# --- coefficients and weights ---
+
+
+@pytest.mark.parametrize(
+    ("kl", "n", "factor"),
+    [
+        pytest.param(12.0, 100, 1.2, id="twice the target, a whole horizon: 20 % more"),
+        pytest.param(600.0, 100, 1.2, id="however far above"),
+        pytest.param(0.0, 100, 0.8, id="no divergence: 20 % less"),
+        pytest.param(6.0, 100, 1.0, id="on target"),
+        # 6.6 / 6 - 1 = 0.1; 50 / 100 of it
+        pytest.param(6.6, 50, 1.05, id="10 % above, half a horizon: 5 % more"),
+        pytest.param(5.4, 50, 0.95, id="10 % below, half a horizon: 5 % less"),
+    ],
+)
+def test_adaptive_kl_by_hand(kl, n, factor):
+    found = adaptive_kl_coef(0.5, kl, target=6.0, horizon=100, n=n)
+    assert found == pytest.approx(0.5 * factor, rel=1e-12)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_adaptive_kl_at_twice_the_target_is_a_fifth_more_exactly(coef, target):
+    assert adaptive_kl_coef(coef, 2 * target, target=target, horizon=64, n=64) == coef * 1.2
+
+
+def test_importance_weights_are_exactly_1_for_the_same_engine():
+    logps = (10 * normal(4, 9)).float()
+    assert torch.equal(importance_weights(logps, logps.clone(), cap=2.0), torch.ones(4, 9))
+
+
+def test_importance_weights_by_hand_and_bounded_under_noise():
+    # e^0.5; e^3 = 20 is cut to 2; e^-3 stays
+    found = importance_weights(float64([-1.0, -1.0, -4.0]), float64([-1.5, -4.0, -1.0]), cap=2.0)
+    assert_close(found, float64([math.exp(0.5), 2.0, math.exp(-3)]))
+    logps = normal(100).requires_grad_()
+    noisy = importance_weights(logps, logps.detach() + 100 * normal(100, seed=1), cap=2.0)
+    assert ((noisy >= 0) & (noisy <= 2)).all()
+    assert not noisy.requires_grad
+    uncapped = importance_weights(float64([3.0]), float64([0.0]), cap=math.inf)
+    assert_close(uncapped, float64([math.exp(3)]))
+
+
+def test_importance_weights_recover_the_policys_expectation():
+    # sum over actions of sampler * (policy / sampler) * r = sum of policy * r, if the cap is never reached
+    policy, sampler = normal(5).log_softmax(0), normal(5, seed=1).log_softmax(0)
+    rewards = normal(5, seed=2)
+    weights = importance_weights(policy, sampler, cap=1e6)
+    assert_close((sampler.exp() * weights * rewards).sum(), (policy.exp() * rewards).sum())
