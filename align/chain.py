@@ -82,7 +82,8 @@ def _run_or_reuse(step: Step, recipe: Recipe, display: Display, *, forced: bool)
         display.say(f"{step.name}: {line}")
     if isinstance(step.settings, Training) and made.world_size != processes.world_size():
         now = processes.world_size()
-        display.say(f"{step.name}: trained by {made.world_size} processes; this run has {now}")
+        many = "process" if made.world_size == 1 else "processes"
+        display.say(f"{step.name}: trained by {made.world_size} {many}; this run has {now}")
     if interrupts.requested():
         raise interrupts.Interrupted  # it came when the stage was about to be complete
     return {

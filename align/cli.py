@@ -130,7 +130,7 @@ def plan(
     console.print(table)
     console.print(
         "steps: the optimizer's, or the environments' of all seeds; "
-        "memory: weights, gradients, Adam and reference in a process; activations come on top",
+        "memory: weights, gradients and Adam in a process; activations come on top",
         style="dim",
     )
 
@@ -167,7 +167,7 @@ def check(
     for name, figures in estimates.estimate(steps, world_size=1).items():
         if figures.memory_bytes is not None:
             memory = _short(figures.memory_bytes)
-            console.print(f"{name}: memory ≥ {memory}B: weights, gradients, Adam and reference")
+            console.print(f"{name}: memory ≥ {memory}B: weights, gradients and Adam")
     found = f"{warnings} warning{'s' * (warnings > 1)}, and " if warnings else ""
     console.print(f"{found}nothing wrong found")
 

@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from align import artifact, processes
+from align.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,9 +68,11 @@ def attach(
         folder = runs / f"reference-{digest[:12]}"
         with _held(folder, track):
             if processes.from_main(_kept(folder, len(rows))):
-                track.say(f"log-probabilities of {len(rows):,} pairs under the reference: {folder}")
+                track.say(f"reference log-probabilities of {len(rows):,} pairs: reused, {folder}")
             else:
-                track.say(f"log-probabilities of {len(rows):,} pairs under the reference")
+                track.say(
+                    f"reference log-probabilities of {len(rows):,} pairs: computed now, kept for other runs"
+                )
                 found = _score(trainer, rows, track)
                 if processes.is_main():
                     _write(
@@ -111,9 +114,9 @@ def _kept(folder: Path, pairs: int) -> bool:
     """Whether the log-probabilities of so many pairs are there, whole."""
     try:
         rows = pq.read_metadata(folder / FILE).num_rows
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return artifact.read(folder) is not None and rows == pairs
+        return artifact.read(folder) is not None and rows == pairs
+    except (OSError, pa.ArrowInvalid, UserError):
+        return False  # damaged: what it held is found again
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def _score(trainer: Any, rows: Dataset, track: Track) -> torch.Tensor:
             model, send_to_device(inputs, trainer.accelerator.device)
         )
         found.append((batch, torch.stack(logps, 1).float().cpu()))
-        track.step(done + 1, len(mine), what="batch under the reference")
+        track.step(done + 1, len(mine), what="reference")
     gathered = gather_object(found)
     result = torch.empty(len(rows), len(LOGPS))
     result[torch.tensor([i for batch, _ in gathered for i in batch])] = torch.cat([logps for _, logps in gathered])  # fmt: skip

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors"},
     "generation": {"errors", "functional"},
     "training": {"errors", "artifact", "interrupts", "processes", "tracking"},
-    "references": {"artifact", "processes", "tracking"},
+    "references": {"errors", "artifact", "processes", "tracking"},
     "checks": {
         "errors", "settings", "recipe", "planning", "sources", "training", "judges", "control",
     },

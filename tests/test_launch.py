@@ -140,7 +140,7 @@ def test_help_and_plan_answer_without_a_recipe_that_ran(tmp_path):
 
     assert all(word in align("--help").stdout for word in ("run", "plan", "check", "chat"))
     plan = align("plan", RECIPE).stdout
-    assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "212"))
+    assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "424"))
     assert "nothing wrong found" in align("check", RECIPE).stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -240,7 +240,7 @@ def test_a_model_from_the_hub_has_one_too(runs: Runs):
     assert made is not None and made.inputs["model"]["folder"] == "some/model"
 
 
-@pytest.mark.parametrize("broken", ["missing", "cut off", "of other rows"])
+@pytest.mark.parametrize("broken", ["missing", "cut off", "of other rows", "artifact"])
 def test_a_table_that_is_not_whole_is_made_again(runs: Runs, broken: str):
     runs.attach(runs.build())
     file = runs.kept[0] / references.FILE
@@ -249,6 +249,8 @@ def test_a_table_that_is_not_whole_is_made_again(runs: Runs, broken: str):
         file.unlink()
     elif broken == "cut off":
         file.write_bytes(file.read_bytes()[:-20])
+    elif broken == "artifact":
+        (runs.kept[0] / artifact.FILE).write_text("{")
     else:
         pq.write_table(whole[:-1], file)
     assert runs.attach(runs.build())["computed"] == 40

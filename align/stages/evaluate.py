@@ -167,7 +167,7 @@ def _sample(
         seed=seed,
         rank=state.process_index,
         world_size=state.num_processes,
-        progress=lambda at, of: track.step(done * of + at, parts * of),
+        progress=lambda at, of: track.step(done * of + at, parts * of, what="sampled batch"),
     )
     merged = dict(gather_object(list(mine.items())))
     return [merged[i] for i in range(len(prompts))]
@@ -334,7 +334,7 @@ def _logps(
         [sides[i] for i in mine],
         batch_size=settings.batch_size,
         max_length=getattr(model.config, "max_position_embeddings", None),
-        progress=lambda at, of: track.step(done * of + at, parts * of),
+        progress=lambda at, of: track.step(done * of + at, parts * of, what="scored completion"),
     )
     merged = dict(gather_object(list(zip(mine, logps.tolist(), strict=True))))
     return torch.tensor([merged[i] for i in range(len(sides))], dtype=torch.float64)
