@@ -118,7 +118,9 @@ def theirs(seed: int) -> Found:
     if asked.best < SOLVED:
         asked.seconds += time.perf_counter() - asked.begin
         asked.ask()
-    steps = model.num_timesteps - (8 if asked.best >= SOLVED else 0)  # it stops one step after it was asked
+    steps = model.num_timesteps - (
+        8 if asked.best >= SOLVED else 0
+    )  # it stops one step after it was asked
     return Found(asked.seconds, steps, asked.best)
 
 
