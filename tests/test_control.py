@@ -349,9 +349,55 @@ def test_whole_episodes_count_the_first_of_each_environment_and_nothing_of_the_n
     assert len(experience.returns) == 8
     rollout = one._rollout(experience, valid)
     assert len(rollout) == valid.sum()
-    point = one.advance()
-    assert point["episodes"] == 8
-    assert point["steps"] == one.steps
+
+
+def test_whole_episodes_begin_anew_in_each_update_and_elsewhere():
+    one = learner(environment="CartPole-v1", stretch=None, envs=8, lam=1.0)
+    starts = []
+    collect = one._collect
+    one._collect = lambda: starts.append(collect()) or starts[-1]  # type: ignore[func-returns-value]
+    points = [one.advance() for _ in range(3)]
+    first = torch.stack([experience.observations[0] for experience, _ in starts])
+    assert (first.abs() <= 0.05).all()
+    assert len(first.flatten(0, 1).unique(dim=0)) == 3 * 8
+    lengths = [sum(experience.returns) for experience, _ in starts]  # a cart is paid 1 for a step
+    assert [point["steps"] for point in points] == np.cumsum(lengths).tolist()
+    assert [point["episodes"] for point in points] == [8, 8, 8]
+
+
+def test_environments_are_renewed_before_the_way_back_to_a_state_grows_long(monkeypatch):
+    monkeypatch.setattr(algorithms, "RENEWED", 100)
+    one = learner(steps=480, environment="CartPole-v1")
+    ways = []
+    while not one.done:
+        one.advance()
+        ways.append(len(one.state()["environments"]["actions"]))
+    # Updates of 8 steps in 3 environments: 5 of them pass 100 steps, then 4 (216 after 9), then 4 (312 after 13).
+    assert [way // 8 for way in ways[:10]] == [1, 2, 3, 4, 5, 1, 2, 3, 4, 1]
+
+
+def test_seeds_begin_with_different_weights_and_a_seed_with_the_same():
+    weights = [learner(seed).policy.body[0].weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_squashed_policy_needs_bounds():
+    class Unbounded(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+
+    gymnasium.register("Unbounded-v0", Unbounded)
+    try:
+        assert worlds.look("Unbounded-v0", {}, None).actions == 1
+        with pytest.raises(
+            worlds.UnfitError, match=r"unbounded actions.*expected gaussian"
+        ) as error:
+            worlds.look("Unbounded-v0", {}, "squashed")
+        assert error.value.key == "distribution"
+    finally:
+        del gymnasium.registry["Unbounded-v0"]
 
 
 def test_without_a_baseline_advantages_are_the_discounted_returns():
@@ -454,8 +500,9 @@ def test_a_learner_that_goes_on_from_its_state_is_the_same_to_the_bit(
     half = learner(3, **told)
     while half.steps < half.plan.steps // 2:
         half.advance()
-    torch.save(half.state(), tmp_path / "state.pt")
+    state = half.state()
     half.advance()  # what was written down does not move with it
+    torch.save(state, tmp_path / "state.pt")
     again = learner(3, **told)
     again.restore(torch.load(tmp_path / "state.pt", weights_only=False))
     train(again)
@@ -491,21 +538,23 @@ def test_an_evaluation_takes_one_episode_of_each_environment_and_leaves_the_stat
 
 
 def test_an_evaluation_is_not_biased_to_short_episodes():
-    # The second action is always taken, and half of the carts fall sooner than the others: each counts once.
-    policy = Policy(
-        worlds.look("CartPole-v1", {}, None), hidden=(), activation="tanh", distribution=None
-    )
+    # A push towards where the pole leans keeps carts up for quite different times.
+    world = worlds.look("CartPole-v1", {}, None)
+    policy = Policy(world, hidden=(), activation="tanh", distribution=None)
     with torch.no_grad():
-        policy.body[0].weight.zero_()
-        policy.body[0].bias.copy_(torch.tensor([0.0, 1.0]))
+        policy.body[0].weight.copy_(torch.tensor([[0.0, 0, 0, 0], [2.0, 0, 1.0, 0.2]]))
     found = evaluate(policy, "CartPole-v1", {}, statistics=None, episodes=100, seed=0)
     environments = Environments("CartPole-v1", {}, 100)
-    environments.fresh(derived(0, 3, 0))
+    seen = environments.fresh(derived(0, 3, 0))
     first = torch.zeros(100, dtype=torch.float64)
-    for time in range(1, 60):
-        ended = environments.step(np.ones(100, dtype=np.int64)).ended
-        first[torch.from_numpy(ended) & (first == 0)] = time
+    for time in range(1, 501):
+        step = environments.step((seen @ np.array([2.0, 0, 1.0, 0.2]) > 0).astype(np.int64))
+        first[torch.from_numpy(step.ended) & (first == 0)] = time
+        seen = step.observations
     assert_close(found, first)
+    assert (
+        2 * first.min() + 5 < first.max()
+    )  # so some have begun another one before the last has ended
 
 
 def test_a_policy_on_disk_is_the_policy(tmp_path):

@@ -309,14 +309,26 @@ def same(done: Path, runs: Path) -> bool:
     return all((folder / name).read_bytes() == (done / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("at", ["checkpoint-2[2-9]*", "curve-3.json"])
+@pytest.mark.parametrize("at", ["checkpoint-[23]???", "curve-3.json"])
 def test_killed_and_started_again_it_ends_in_the_same_policies(at, done, tmp_path):
     pid = start(tmp_path / "runs", SMALL)
     wait_for(pid, tmp_path / "runs", f"control-*/{at}")
     os.kill(pid, signal.SIGKILL)
     finish(pid)
+    (curve,) = (tmp_path / "runs").glob("control-*/curve-3.json")  # the first seed was done by then
+    before = curve.read_bytes()
     assert finish(start(tmp_path / "runs", SMALL, 1e9)) == 0, (tmp_path / "log").read_text()
     assert same(done, tmp_path / "runs")
+    assert curve.read_bytes() == before  # with its seconds: it was not trained again
+
+
+def test_each_seed_has_the_checkpoints_between_its_neighbours(tmp_path):
+    for number in (1500, 2500, 3999):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        artifact.mark_checkpoint(tmp_path / f"checkpoint-{number}", world_size=1)
+    told = settings(seeds=[3, 5], steps=2000)
+    found = [[c.name for c in control._checkpoints(told, seed, tmp_path)] for seed in (3, 5)]
+    assert found == [["checkpoint-1500"], ["checkpoint-2500", "checkpoint-3999"]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -383,6 +395,7 @@ def test_play_writes_a_gif_of_the_episode_and_says_its_return(done, tmp_path, ca
     said = capsys.readouterr().out.splitlines()
     returns = [float(line.rpartition(" ")[2]) for line in said if ": return " in line]
     assert len(returns) == 2
+    assert all(line.startswith("CartPole-v1, seed 5: ") for line in said[:2])
     # Every step and the end of both episodes, of which every second is kept: 50 frames a second are played at 25.
     kept = -(-int(sum(returns) + 2) // 2)
     with Image.open(file) as picture:
