@@ -317,6 +317,12 @@ class Control(Stage):
             raise ValueError("`reinforce` takes whole episodes: remove `stretch`")
         if self.algorithm == "reinforce" and self.lam not in (None, 1.0):
             raise ValueError("`reinforce` takes whole returns, which is `lam: 1.0`: remove `lam`")
+        collected = self.envs * (self.stretch or 128)
+        if self.algorithm == "ppo" and (self.minibatches or 4) > collected:
+            raise ValueError(
+                f"`minibatches: {self.minibatches or 4}` of the {collected} steps that `envs` times `stretch` collect: "
+                "one has a step at least; lower it, or raise `stretch`"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in `seeds`; name each once")
         return self

@@ -207,6 +207,7 @@ MISTAKES = [
     ("a stretch for REINFORCE", "{algorithm: reinforce, stretch: 5}", ["`reinforce` takes whole episodes: remove `stretch`"]),
     ("a lambda for REINFORCE", "{algorithm: reinforce, lam: 0.5}", ["remove `lam`"]),
     ("no baseline for PPO", "baseline: none", ["`ppo` learns from values"]),
+    ("more minibatches than steps", "{envs: 4, stretch: 8, minibatches: 33}", ["control: `minibatches: 33` of the 32 steps"]),
     ("a seed twice", "seeds: [1, 1]", ["a seed stands twice"]),
     ("a seed alone", "seeds: 1", ["control.seeds: expected a list, got 1"]),
     ("a text for steps", "steps: 1e5", ["control.steps: expected a whole number, got the text '1e5'"]),
