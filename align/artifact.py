@@ -94,6 +94,12 @@ def write_json(path: Path, data: object) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 # Digests -------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from align import artifact, checks, interrupts, processes
 from align.errors import UserError
 from align.planning import Step, plan
 from align.recipe import Recipe
-from align.settings import Prepare, Training
+from align.settings import Prepare, Trained
 from align.tracking import Display, Track
 
 
@@ -80,7 +80,7 @@ def _run_or_reuse(step: Step, recipe: Recipe, display: Display, *, forced: bool)
     display.end(step.name, status, made.seconds, _headline(made.metrics))
     for line in _remarks(made.metrics):
         display.say(f"{step.name}: {line}")
-    if isinstance(step.settings, Training) and made.world_size != processes.world_size():
+    if isinstance(step.settings, Trained) and made.world_size != processes.world_size():
         now = processes.world_size()
         many = "process" if made.world_size == 1 else "processes"
         display.say(f"{step.name}: trained by {made.world_size} {many}; this run has {now}")
@@ -183,7 +183,13 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {"accuracy": accuracy["accuracy"]}
     if "control" in metrics:
         return {key: metrics[key] for key in ("mean_return", "steps_per_second")}
-    wanted = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps", "rows")
+    if metrics.get("held_out"):  # of a reward model
+        return {
+            key: metrics["held_out"][key]
+            for key in ("accuracy", "ceiling")
+            if key in metrics["held_out"]
+        }
+    wanted = ("score", "kl", "loss", "mean_token_accuracy", "rewards/accuracies", "steps", "rows")
     return {key: metrics[key] for key in wanted if isinstance(metrics.get(key), int | float)}
 
 

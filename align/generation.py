@@ -5,7 +5,7 @@ Prompts are padded left, completions right, and lengths decide what is real: a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,15 +83,60 @@ def sample(
     for done, (place, batch) in enumerate(mine):
         torch.manual_seed(seed * 1_000_003 + place)
         rows = [tokens[i] for i in batch for _ in range(n_completions)]
-        inputs, mask = padded(rows, pad=tokenizer.pad_token_id, side="left", device=model.device)
-        with torch.inference_mode():
-            output = model.generate(input_ids=inputs, attention_mask=mask)
         completions = [
-            _completion(row, stops, tokenizer) for row in output[:, inputs.shape[1] :].tolist()
+            _completion(row, stops, tokenizer) for row in continuations(model, rows, stops)
         ]
         for k, i in enumerate(batch):
             found[i] = completions[k * n_completions : (k + 1) * n_completions]
         progress(done + 1, len(mine))
+    return found
+
+
+def continuations(
+    model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
+) -> list[list[int]]:
+    """Sample one continuation of each row by ``model.generation_config``: its tokens, the stop included if it has one.
+
+    What ``generate`` writes behind a stop, where other rows of the batch go on, is cut off.
+    """
+    import torch
+
+    pad = model.generation_config.pad_token_id
+    inputs, mask = padded(rows, pad=pad, side="left", device=model.device)
+    with torch.inference_mode():
+        output = model.generate(input_ids=inputs, attention_mask=mask)
+    return [until_stop(row, stops) for row in output[:, inputs.shape[1] :].tolist()]
+
+
+def until_stop(row: Sequence[int], stops: Collection[int]) -> list[int]:
+    """The tokens up to and including the first stop; all where there is none.
+
+    >>> until_stop([5, 6, 2, 7], {2})
+    [5, 6, 2]
+    """
+    end = next((place for place, token in enumerate(row) if token in stops), len(row) - 1)
+    return list(row[: end + 1])
+
+
+def judged_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[Sequence[Message]],
+) -> list[list[int]]:
+    """Tokens of prompts and completions as a reward model reads them, in training, evaluation and PPO alike.
+
+    They end in the first eos after the prompt. A template may write more behind it (ChatML a line feed), which a policy
+    that stops at eos never says; and one that writes no eos gets one.
+    """
+    eos = tokenizer.eos_token_id
+    found = []
+    for prompt, completion, head in zip(
+        prompts, completions, prompt_ids(tokenizer, prompts), strict=True
+    ):
+        whole = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
+        start = _common(head, whole)
+        body = until_stop(whole[start:], {eos})
+        found.append(whole[:start] + body + ([] if body[-1:] == [eos] else [eos]))
     return found
 
 
@@ -128,10 +173,10 @@ def set_sampling(
 
 
 def _completion(row: list[int], stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
-    end = next((place for place, token in enumerate(row) if token in stops), None)
-    kept = row if end is None else row[:end]
+    finished = row[-1] in stops
+    kept = row[:-1] if finished else row
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Completion(text, len(kept), end is not None)
+    return Completion(text, len(kept), finished)
 
 
 def padded(

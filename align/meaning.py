@@ -11,10 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from align.readers import COLUMNS
-from align.settings import DPO, STAGES, Evaluate, Input, Prepare, Stage, Training
+from align.settings import (
+    DPO,
+    PPO,
+    STAGES,
+    Evaluate,
+    Input,
+    Prepare,
+    Reward,
+    Stage,
+    Trained,
+    Training,
+)
 from align.wording import nearest, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # module:function
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
@@ -29,7 +41,12 @@ def _references(cls: type[Stage], data: Mapping[str, Any]) -> dict[str, str]:
         value = data.get(key, cls.model_fields[key].default)
         items = enumerate(value) if isinstance(value, list) else ()
         found |= {key: value} | {f"{key}.{i}": item for i, item in items}
-    return {role: target for role, target in found.items() if isinstance(target, str)}
+    return {
+        role: target
+        for role, target in found.items()
+        if isinstance(target, str)
+        and not (cls.inputs[role.split(".")[0]].functions and FUNCTION.match(target))
+    }
 
 
 def check_references(
@@ -58,6 +75,10 @@ def check_meaning(name: str, stage: Stage, stages: Mapping[str, Stage], report: 
         report(name, ["policies"], "a policy stands twice; name each once")
     if isinstance(stage, Evaluate):
         _check_held_out(name, ["split"], stage.prompts, stage.split, stages, report)
+    if isinstance(stage, PPO) and stage.eval_steps is not None:
+        _check_held_out(name, ["eval_steps"], stage.prompts, stage.eval_split, stages, report)
+    if isinstance(stage, Trained):
+        _check_adapter(name, stage, stages, report)
     if isinstance(stage, Training):
         _check_training(name, stage, stages, report)
 
@@ -65,7 +86,7 @@ def check_meaning(name: str, stage: Stage, stages: Mapping[str, Stage], report: 
 def _check_training(
     name: str, stage: Training, stages: Mapping[str, Stage], report: Report
 ) -> None:
-    data = stage.pairs if isinstance(stage, DPO) else getattr(stage, "demonstrations", "")
+    data = stage.pairs if isinstance(stage, DPO | Reward) else getattr(stage, "demonstrations", "")
     strategy = stage.trainer.get("eval_strategy", "no")
     if isinstance(strategy, str) and strategy != "no":
         keys = ["trainer", "eval_strategy"]
@@ -82,8 +103,11 @@ def _check_training(
             ["trainer", "loss_type"],
             "`exo_pair` needs smooth labels: set `label_smoothing` above 0 (1.0e-3 in the paper)",
         )
-    before = stages.get(stage.model) if isinstance(stage, DPO) else None
-    if isinstance(before, Training) and before.lora and stage.lora and before.lora != stage.lora:
+
+
+def _check_adapter(name: str, stage: Trained, stages: Mapping[str, Stage], report: Report) -> None:
+    before = stages.get(stage.model) if isinstance(stage, DPO | PPO | Reward) else None
+    if isinstance(before, Trained) and before.lora and stage.lora and before.lora != stage.lora:
         # An adapter is trained on, not stacked: its shape is given once, where it was first made.
         report(
             name,

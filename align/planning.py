@@ -14,7 +14,7 @@ from align import artifact, model_files
 from align.errors import UserError
 from align.meaning import references
 from align.recipe import Recipe, kind
-from align.settings import Prepare, Stage, Training
+from align.settings import Prepare, Stage, Trained, Training
 from align.sources import source_files
 from align.wording import nearest
 
@@ -146,10 +146,14 @@ def _digest(settings: Stage, inputs: Mapping[str, str]) -> str:
     results, so there they count too.
     """
     own = settings.model_dump(exclude={"stage"})
-    if isinstance(settings, Training):
+    if isinstance(settings, Trained):
+        named = references(settings)
         for key in settings.inputs:
             if isinstance(own[key], str):
                 del own[key]
+            else:  # a list: what is an input counts by its digest, what is not by its name
+                items = enumerate(own[key])
+                own[key] = [None if f"{key}.{i}" in named else item for i, item in items]
     if isinstance(settings, Prepare):
         for key in inputs:
             own[key] = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-POLICY_STAGES = ("sft", "dpo")
+POLICY_STAGES = ("sft", "dpo", "ppo")
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
 
 
@@ -19,11 +19,13 @@ TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's 
 class Input:
     """A field that names what a stage reads: an earlier stage of these kinds, or a folder.
 
-    Where ``models`` holds, the name may also be that of a model: any folder in Hugging Face layout, or a Hub id.
+    Where ``models`` holds, the name may also be that of a model: any folder in Hugging Face layout, or a Hub id. Where
+    ``functions`` holds, it may be a Python function as well: ``module:function``.
     """
 
     stages: tuple[str, ...]
     models: bool = False
+    functions: bool = False
 
 
 class Settings(BaseModel):
@@ -144,8 +146,8 @@ class Prepare(Stage):
         return self
 
 
-class Training(Stage):
-    """What every stage has that trains a model with a trainer of TRL."""
+class Trained(Stage):
+    """What every stage has that trains a language model."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type of the weights as loaded. Mixed precision is TRL's own ``trainer: {bf16: true}``."""
@@ -158,6 +160,11 @@ class Training(Stage):
     """Compute shared prompts once and no padding; the results are the same, up to rounding."""
     keep_checkpoints: bool = False
     """Leave the checkpoints in the folder when the stage is complete."""
+
+
+class Training(Trained):
+    """What every stage has that trains a model with a trainer of TRL."""
+
     trainer: dict[str, Any] = {}
     """Fields of TRL's own configuration class, verbatim."""
 
@@ -198,6 +205,139 @@ class DPO(Training):
     pairs: str = "prepare"
     beta: float = Field(0.1, gt=0.0)
     """How much the policy is held to the reference."""
+
+
+class Reward(Training):
+    """A Bradley-Terry reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1)."""
+
+    trainer_config: ClassVar[str | None] = "RewardConfig"
+    inputs: ClassVar = {
+        "model": Input(POLICY_STAGES, models=True),
+        "pairs": Input(("prepare",)),
+    }
+
+    model: str
+    """An earlier stage, a folder or a Hub id: the layers below the score. The SFT model, as a rule."""
+    pairs: str = "prepare"
+    """Pairs to learn from; those held out measure it, and the demonstrations beside them are given a mean score of 0."""
+
+
+class PPO(Trained):
+    """Policy optimisation against a reward, held to a reference by a KL penalty (Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    inputs: ClassVar = {
+        "model": Input(POLICY_STAGES, models=True),
+        "prompts": Input(("prepare",)),
+        "rewards": Input(("reward",), models=True, functions=True),
+    }
+
+    model: str
+    """An earlier stage, a folder or a Hub id: the policy at the start, and the reference."""
+    prompts: str = "prepare"
+    rewards: list[str] = Field(min_length=1)
+    """Where scores come from: ``reward`` stages, folders, Hub ids, or functions written ``module:function``."""
+    weights: list[float] | None = None
+    """Of the rewards, in their order; without it, 1 each."""
+    judge: Literal["gold"] | None = None
+    """``gold``: the embedded task's own score is logged beside the reward. It teaches nothing."""
+
+    steps: int = Field(ge=1)
+    """Updates; each samples anew."""
+    batch_size: int = Field(ge=1)
+    """Completions an update, of all processes together."""
+    n_completions: int = Field(1, ge=1)
+    """Completions a prompt."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Of the policy and of the reference, wherever they speak."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    max_new_tokens: int = Field(256, ge=1)
+    missing_eos_penalty: float | None = Field(None, ge=0.0)
+    """Taken off the score of a completion that does not end by itself."""
+    sampler: Literal["transformers", "vllm"] = "transformers"
+    """What draws completions; ``vllm`` is a server, at ``vllm_url``."""
+    vllm_url: str = "http://localhost:8000"
+    importance_cap: float = Field(2.0, gt=0.0)
+    """Of the weights policy / sampler, where another engine samples."""
+
+    advantages: Literal["gae", "rloo", "reinforce"] = "gae"
+    """``gae`` has a critic; ``rloo`` compares completions of one prompt, ``reinforce`` those of a batch."""
+    gamma: float = Field(1.0, ge=0.0, le=1.0)
+    lam: float = Field(0.95, ge=0.0, le=1.0)
+    """Of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    """Scale rewards to variance 1; their mean stays."""
+    kl_coef: float = Field(0.05, ge=0.0)
+    """How much the policy is held to the reference."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: float | None = Field(None, gt=0.0)
+    """Nats a completion; with it ``kl_coef`` is adapted, without it fixed."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Completions in which ``kl_coef`` changes by 20 % at most."""
+
+    learning_rate: float = Field(1e-5, gt=0.0)
+    critic_learning_rate: float | None = Field(None, gt=0.0)
+    """Without it, that of the policy."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    """Updates in which the learning rates rise from 0."""
+    critic_warmup_steps: int = Field(0, ge=0)
+    """Updates at the start in which the critic learns alone."""
+    epochs: int = Field(4, ge=1)
+    """Passes over what was sampled."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps in a pass."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Completions that pass through the models at once, on each process. It saves memory and changes no result."""
+    sample_batch_size: int = Field(64, ge=1)
+    """Completions that are sampled at once, on each process."""
+    clip: float = Field(0.2, gt=0.0)
+    clip_high: float | None = Field(None, gt=0.0)
+    """The upper bound, where it differs."""
+    dual_clip: float | None = Field(None, gt=1.0)
+    value_clip: float | None = Field(0.2, gt=0.0)
+    value_coef: float = Field(0.1, ge=0.0)
+    entropy_coef: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    target_kl: float | None = Field(None, gt=0.0)
+    """KL(old, new) a token at which an update stops early."""
+    gradient_checkpointing: bool = False
+    quantization: Literal["nf4"] | None = None
+    """Hold the frozen backbone in 4 bits (needs ``lora``)."""
+
+    eval_steps: int | None = Field(None, ge=1)
+    """Every so many updates, sample on held-out prompts."""
+    eval_split: Literal["test", "validation"] = "validation"
+    n_eval_prompts: int = Field(128, ge=1)
+    save_steps: int | None = Field(None, ge=1)
+    """A checkpoint every so many updates; without it, ten in all."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PPO:
+        if self.weights is not None and len(self.weights) != len(self.rewards):
+            raise ValueError(
+                f"`weights` has {len(self.weights)} entries and `rewards` {len(self.rewards)}; give one for each"
+            )
+        if self.batch_size % self.n_completions:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} is no multiple of `n_completions` {self.n_completions}: a prompt's "
+                "completions are of one update; change one of them"
+            )
+        if self.advantages == "rloo" and self.n_completions < 2:
+            raise ValueError(
+                "`rloo` compares the completions of a prompt: set `n_completions` to 2 or more"
+            )
+        if self.minibatches > self.batch_size:
+            raise ValueError(
+                f"`minibatches: {self.minibatches}` of a batch of {self.batch_size}: one has a completion at least; lower it"
+            )
+        if self.advantages != "gae" and self.critic_warmup_steps:
+            raise ValueError(
+                f"`{self.advantages}` has no critic: remove `critic_warmup_steps`, or set `advantages: gae`"
+            )
+        if self.quantization and not self.lora:
+            raise ValueError("`quantization` freezes the backbone: set `lora`, or remove it")
+        return self
 
 
 class Evaluate(Stage):
@@ -332,6 +472,8 @@ STAGES: dict[str, type[Stage]] = {
     "prepare": Prepare,
     "sft": SFT,
     "dpo": DPO,
+    "reward": Reward,
+    "ppo": PPO,
     "evaluate": Evaluate,
     "control": Control,
 }

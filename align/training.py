@@ -113,7 +113,7 @@ def fit(trainer: Trainer, folder: Path, track: Track) -> dict[str, Any]:
         model.delete_adapter("ref")  # TRL's frozen copy: the reference is the input, and lies there
     trainer.save_model(str(folder))
     if processes.is_main():
-        _make_readable(folder)
+        make_readable(folder)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     last = history[-1] if history else {}
     found = {key: last[key] for key in KEY_METRICS if key in last}
@@ -146,7 +146,7 @@ def small_tiles() -> Iterator[None]:
         chunked_logprob.TOKEN_CHUNK_SIZE = usual
 
 
-def _make_readable(folder: Path) -> None:
+def make_readable(folder: Path) -> None:
     """Give weights the usual permissions: safetensors writes through a private temporary file."""
     umask = os.umask(0)
     os.umask(umask)
@@ -165,7 +165,7 @@ class _Follow(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self._track.step(state.global_step, state.max_steps, self._latest)
-        if _anyone(self.stop.requested):
+        if anyone(self.stop.requested):
             self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
 
@@ -184,7 +184,7 @@ class _Follow(TrainerCallback):
             artifact.mark_checkpoint(folder, world_size=processes.world_size())
 
 
-def _anyone(requested: bool) -> bool:
+def anyone(requested: bool) -> bool:
     """Whether any process was asked to stop: all must stop at the same step."""
     if processes.world_size() == 1:
         return requested

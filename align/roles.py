@@ -1,0 +1,362 @@
+"""PPO's four roles - policy, reference, reward models, critic - on one frozen backbone, or each on its own.
+
+With LoRA all of them are adapters and heads on one base: the policy is an adapter, the reference is that adapter switched
+off (or a frozen copy, where the policy started as one), reward models trained as adapters on the same base are adapters
+again, and the critic is a copy of the first of them with a head of its own. What does not stand on that base (a reward
+model trained in full, one of another family) is loaded beside it. Without LoRA each role has its own weights.
+
+The critic begins as the reward model: its layers, and its head with the score's mean as the bias. Without a reward model
+it begins as the policy's layers with a head from N(0, 1/(d+1)).
+
+Dropout is off everywhere: the ratio of a policy to itself is 1. Left out: DeepSpeed, FSDP, models over several devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
+
+from align import models, prefix_sharing, rewards
+from align.errors import UserError
+
+POLICY, REFERENCE, VALUE = (
+    "default",
+    "reference",
+    "value",
+)  # adapters; peft saves `default` at the top of a folder
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A way to call a model: which of its adapters speaks (None: none does), and the head above its layers."""
+
+    model: Any
+    adapter: str | None = None
+    head: nn.Module | None = None
+    mean: float = 0.0
+    """Taken off what the head says."""
+    tokenizer: Any = None
+    """Of a reward model with tokens of its own; None where they are the policy's."""
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """States of the last layer, ``[batch, time, hidden]``."""
+        with speaking(self):
+            backbone = self.model.base_model
+            return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def logps(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label given what is before it, and the entropy there; ``[batch, time - 1]``.
+
+        In float32, by TRL's fused head: a tile of logits at a time, and 0 where there is no label.
+        """
+        with speaking(self):
+            found = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+            )
+        return found.log_probs, found.entropy
+
+    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the head says at each token but the last: the value of the state before the next; ``[batch, time - 1]``."""
+        assert self.head is not None
+        return self.head(self.hidden(ids, mask)[:, :-1].float())[..., 0]  # type: ignore[no-any-return]
+
+    def scores(self, rows: Sequence[Sequence[int]], *, batch_size: int) -> Tensor:
+        """Centred scores of rows of tokens, each read at its last."""
+        with speaking(self):
+            found = rewards.score_ids(self.model.base_model, self.head, rows, batch_size=batch_size)
+        return found - self.mean
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """All roles. ``saved`` is what writes the policy: peft's wrapper, or the model itself."""
+
+    policy: Role
+    reference: Role
+    rewards: list[Role]
+    critic: Role | None
+    saved: Any
+    tokenizer: Any
+
+    def parameters(self, role: Role) -> list[nn.Parameter]:
+        """What a role learns: its adapter, or all its weights, and a critic's head."""
+        found = [
+            p
+            for name, p in role.model.named_parameters()
+            if role.adapter is None or f".{role.adapter}." in name
+        ]
+        return found + (list(role.head.parameters()) if role.head is not None else [])
+
+    def models(self) -> list[Any]:
+        """Each model once."""
+        roles = [self.policy, self.reference, *self.rewards, *filter(None, [self.critic])]
+        return list({id(role.model): role.model for role in roles}.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that learns, by a name: what a checkpoint keeps."""
+        found = {f"policy.{i}": p for i, p in enumerate(self.parameters(self.policy))}
+        if self.critic is not None:
+            found |= {f"critic.{i}": p for i, p in enumerate(self.parameters(self.critic))}
+        return found
+
+
+@contextlib.contextmanager
+def speaking(role: Role) -> Iterator[None]:
+    """Inside, the model speaks with the role's adapter.
+
+    peft's own ``set_adapter`` would also switch gradients off for the others, whose graph may wait for its backward.
+    """
+    layers = _adapted(role.model)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        if role.adapter is not None:
+            layer._active_adapter = [role.adapter]
+        layer._disable_adapters = role.adapter is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def _adapted(model: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+def build(
+    source: Path | str,
+    *,
+    scorers: Sequence[Path | str],
+    lora: dict[str, Any] | None,
+    dtype: str,
+    quantization: str | None,
+    revision: str | None,
+    critic: bool,
+    temperature: float,
+    share: bool,
+    checkpointing: bool,
+    device: Any,
+    say: Callable[[str], None],
+) -> Roles:
+    """All roles, on their device, ready to speak. ``scorers`` are folders of reward models; ``critic``: there is one.
+
+    Raises:
+        UserError: Something cannot be loaded, or does not fit.
+    """
+    tokenizer = models.load_tokenizer(source, revision=revision)
+    how = {"dtype": dtype, "revision": revision}
+    if lora is None:
+        made = _separate(source, scorers, tokenizer, critic=critic, **how)
+    else:
+        made = _on_one_backbone(
+            source, scorers, tokenizer, lora, critic=critic, quantization=quantization, **how
+        )
+    learners = {id(p) for role in (made.policy, made.critic) if role for p in made.parameters(role)}
+    for model in made.models():
+        if not hasattr(model, "quantization_method") and not getattr(model, "is_quantized", False):
+            model.to(device)
+        still(model)
+        for p in model.parameters():
+            p.requires_grad_(id(p) in learners)
+        if checkpointing:
+            _checkpointed(model)
+        if share:
+            prefix_sharing.share(model, say=say)
+    for role in (made.critic, *made.rewards):
+        if role is not None and role.head is not None:
+            role.head.to(device)
+    for role in (made.policy, made.reference):
+        if not hasattr(role.model, "scores_in_tiles"):
+            role.model.scores_in_tiles = True
+            add_fused_lm_head(role.model, temperature, outputs=("log_probs", "entropy"))
+    return made
+
+
+def _separate(
+    source: Path | str,
+    scorers: Sequence[Path | str],
+    tokenizer: Any,
+    *,
+    critic: bool,
+    dtype: str,
+    revision: str | None,
+) -> Roles:
+    policy = models.load_whole(source, dtype=dtype, revision=revision)
+    reference = models.load_whole(source, dtype=dtype, revision=revision)
+    judges = [_scorer(each, tokenizer, dtype=dtype) for each in scorers]
+    value = None
+    if critic and judges:
+        model = models.load_whole_scorer(scorers[0], dtype=dtype)
+        if judges[0].tokenizer is not None:
+            raise UserError(
+                f"{scorers[0]}: its tokens are not the policy's, so no critic can begin as this reward model; use "
+                "`advantages: rloo`, or a reward model on the policy's family"
+            )
+        value = Role(model, head=_value_head(model.score, judges[0].mean))
+    elif critic:
+        model = models.load_whole(source, dtype=dtype, revision=revision)
+        value = Role(model, head=_value_head(model.config.hidden_size))
+    return Roles(Role(policy), Role(reference), judges, value, policy, tokenizer)
+
+
+def _on_one_backbone(
+    source: Path | str,
+    scorers: Sequence[Path | str],
+    tokenizer: Any,
+    lora: dict[str, Any],
+    *,
+    critic: bool,
+    quantization: str | None,
+    dtype: str,
+    revision: str | None,
+) -> Roles:
+    from peft import get_peft_model
+
+    base = models.adapter_base(source, revision=revision)
+    if base is None:
+        model = models.load_base(source, dtype=dtype, revision=revision, quantization=quantization)
+        wrapped = get_peft_model(model, models.lora_config(lora))
+        reference = None
+    else:
+        wrapped = models.load_adapter(
+            source, dtype=dtype, revision=revision, quantization=quantization
+        )
+        models.check_lora(source, wrapped, lora)
+        wrapped.load_adapter(str(source), REFERENCE)
+        reference = REFERENCE
+    inner = wrapped.get_base_model()
+    judges = []
+    for k, each in enumerate(scorers):
+        if _same_folder(models.adapter_base(each), base or source):
+            head = models.add_scorer(wrapped, each, name=f"reward{k}")
+            judges.append(Role(inner, f"reward{k}", head, rewards.score_mean(each)))
+        else:
+            judges.append(_scorer(each, tokenizer, dtype=dtype))
+    value = _adapter_critic(wrapped, judges, scorers, lora, reference) if critic else None
+    return Roles(Role(inner, POLICY), Role(inner, reference), judges, value, wrapped, tokenizer)
+
+
+def _adapter_critic(
+    wrapped: Any,
+    judges: Sequence[Role],
+    scorers: Sequence[Path | str],
+    lora: dict[str, Any],
+    reference: str | None,
+) -> Role:
+    """An adapter that begins as the first reward model, wherever that stands."""
+    if judges and judges[0].tokenizer is not None:
+        raise UserError(
+            f"{scorers[0]}: its tokens are not the policy's, so no critic can begin as this reward model; use "
+            "`advantages: rloo`, or a reward model on the policy's family"
+        )
+    if judges and judges[0].model is not wrapped.get_base_model():
+        model = judges[0].model
+        before = judges[0].adapter
+        model.add_adapter(model.peft_config[before] if before else models.lora_config(lora), VALUE)
+        _copy_adapter(model, before, VALUE)
+        return Role(model, VALUE, _value_head(models.score_head(model), judges[0].mean))
+    before = judges[0].adapter if judges else reference
+    wrapped.add_adapter(VALUE, wrapped.peft_config[before] if before else models.lora_config(lora))
+    model = wrapped.get_base_model()
+    _copy_adapter(model, before, VALUE)
+    head = (
+        _value_head(judges[0].head, judges[0].mean)
+        if judges
+        else _value_head(model.config.hidden_size)
+    )
+    return Role(model, VALUE, head)
+
+
+def _scorer(source: Path | str, tokenizer: Any, *, dtype: str) -> Role:
+    """A reward model of its own."""
+    model = models.load_scorer(source, dtype=dtype)
+    own = models.load_tokenizer(source)
+    adapter = POLICY if getattr(model, "peft_config", None) else None
+    same = _same_tokens(own, tokenizer)
+    return Role(
+        model, adapter, models.score_head(model), rewards.score_mean(source), None if same else own
+    )
+
+
+def _value_head(like: nn.Module | int, mean: float = 0.0) -> nn.Linear:
+    """A linear layer to one number in float32; ``like`` is the score's, or a width."""
+    if isinstance(like, int):
+        head = nn.Linear(like, 1)
+        nn.init.normal_(head.weight, std=(like + 1) ** -0.5)
+    else:
+        weight = models.head_weight(like)
+        head = nn.Linear(weight.shape[1], 1)
+        head.weight.data.copy_(weight)
+    nn.init.constant_(head.bias, -mean)
+    return head
+
+
+def _copy_adapter(model: Any, source: str | None, target: str) -> None:
+    if source is None:
+        return  # a fresh adapter adds nothing: it is the layers below
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in named.items():
+            if f".{target}." in name:
+                p.copy_(named[name.replace(f".{target}.", f".{source}.")])
+
+
+def _same_folder(one: str | None, other: Path | str) -> bool:
+    if one is None:
+        return False
+    paths = Path(one), Path(other)
+    return paths[0].resolve() == paths[1].resolve() if paths[0].exists() else str(one) == str(other)
+
+
+def _same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers write a conversation in the same ids."""
+    alike = [(t.get_vocab(), t.chat_template, t.eos_token_id) for t in (one, other)]
+    return alike[0] == alike[1]
+
+
+# What a model is made to do ------------------------------------------------------------------------------------------
+
+
+def still(model: nn.Module) -> None:
+    """Turn dropout off for good, in training as well: layers, attention, and adapters."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+        if isinstance(getattr(layer, "attention_dropout", None), float):
+            layer.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _checkpointed(model: Any) -> None:
+    """Compute activations again in the backward pass, with the adapter that spoke in the forward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.modules():
+        if hasattr(layer, "_gradient_checkpointing_func"):
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint, model)
+
+
+def _checkpoint(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    layers = _adapted(model)
+    active = layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with speaking(Role(model, active)):
+            return function(*args, **kwargs)
+
+    return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False, **kwargs)
