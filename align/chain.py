@@ -43,6 +43,7 @@ def run(
     due = [step for step in steps if step.status != "reused"]
     checks.hub_models(recipe, due)
     checks.environments(recipe, due)
+    checks.functions(recipe, due)
     started = time.monotonic()
     if due or processes.world_size() > 1:
         processes.join()

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align import sources
+from align import reward_functions, sources
 from align.errors import UserError
-from align.settings import DPO, SFT, Control, Evaluate, Stage, Training
+from align.meaning import FUNCTION
+from align.settings import DPO, PPO, SFT, Control, Evaluate, Reward, Stage, Training
 
 if TYPE_CHECKING:
     from align.planning import Step
@@ -74,6 +75,26 @@ def hub_models(recipe: Recipe, due: Sequence[Step]) -> None:
         raise UserError(*problems)
 
 
+def functions(recipe: Recipe, due: Sequence[Step]) -> None:
+    """Import each reward function once: that it is there and can be called.
+
+    Raises:
+        UserError: One line for each that is not.
+    """
+    problems = []
+    for step in due:
+        for k, name in enumerate(step.settings.rewards if isinstance(step.settings, PPO) else ()):
+            try:
+                if FUNCTION.match(name):
+                    reward_functions.function(name)
+            except UserError as error:
+                problems += [
+                    f"{recipe.at(step.name, 'rewards', str(k))}: {line}" for line in error.lines
+                ]
+    if problems:
+        raise UserError(*problems)
+
+
 def environments(recipe: Recipe, due: Sequence[Step]) -> None:
     """Make each environment once: that it is there, installed, and of a kind that a policy fits.
 
@@ -128,8 +149,11 @@ def unfit(
     needs = []
     if isinstance(settings, SFT):
         needs = [("demonstrations", "demonstrations-train")]
-    elif isinstance(settings, DPO):
+    elif isinstance(settings, DPO | Reward):
         needs = [("pairs", "pairs-train")]
+    elif isinstance(settings, PPO):
+        needs = [("prompts", "prompts-train")]
+        needs += [("eval_split", f"prompts-{settings.eval_split}")] if settings.eval_steps else []
     elif isinstance(settings, Evaluate):
         needs = [("judge", f"prompts-{settings.split}")] if settings.judge else []
         needs += (
@@ -140,15 +164,20 @@ def unfit(
         for key, table in needs
         if table not in tables
     ]
-    if isinstance(settings, Evaluate) and settings.judge == "gold" and not problems:
+    if isinstance(settings, Evaluate | PPO) and settings.judge == "gold" and not problems:
         from align.judges import gold
 
+        split = settings.split if isinstance(settings, Evaluate) else "train"
         try:
-            for text in prompts(settings.split):
+            for text in prompts(split):
                 gold.parse_prompt(text)
         except ValueError as error:
+            repair = (
+                f"without a judge measure `implicit_rewards`: {name}.judge=null {name}.implicit_rewards=true"
+                if isinstance(settings, Evaluate)
+                else f"set {name}.judge=null"
+            )
             problems.append(
-                f"{recipe.at(name, 'judge')}: `gold` scores the embedded task's prompts only: {error}; without a judge "
-                f"measure `implicit_rewards`: {name}.judge=null {name}.implicit_rewards=true"
+                f"{recipe.at(name, 'judge')}: `gold` scores the embedded task's prompts only: {error}; {repair}"
             )
     return problems

@@ -113,8 +113,13 @@ def speak(roles: Roles, inputs: dict[str, Tensor], *, batch_size: int) -> Spoken
             if roles.critic is not None:
                 value = roles.critic.values(part["ids"], part["mask"])
                 values.append(widened(value, width))
-    found = [torch.cat(each) for each in (logps, ref_logps, entropies)]
-    return Spoken(inputs, *found, torch.cat(values) if values else None)
+    return Spoken(
+        inputs,
+        logps=torch.cat(logps),
+        ref_logps=torch.cat(ref_logps),
+        entropy=torch.cat(entropies),
+        values=torch.cat(values) if values else None,
+    )
 
 
 def evaluator(roles: Roles, *, frozen_policy: bool) -> Callable[[dict[str, Tensor]], Evaluated]:

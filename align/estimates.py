@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from align import artifact, model_files, preferences, sources, trainer_keys
+from align.meaning import FUNCTION
 from align.planning import Step
-from align.settings import DPO, SFT, Control, NewModel, Prepare, Training
+from align.settings import DPO, PPO, SFT, Control, NewModel, Prepare, Reward, Training
 
 TOKENS_A_WORD = 1.35
 LARGEST_READ = 8 * 2**20  # bytes of a source that is read for a plan
+NF4 = 0.55  # bytes a parameter, its scales included
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -45,7 +47,10 @@ def estimate(steps: Sequence[Step], *, world_size: int) -> dict[str, Estimate]:
             found[step.name] = Estimate(
                 rows=sum(prepared[step.folder].get("rows", {}).values()) or None
             )
-        elif isinstance(settings, SFT | DPO):
+        elif isinstance(settings, PPO):
+            parameters[step.folder] = _parameters(step, parameters)
+            found[step.name] = _ppo(settings, parameters[step.folder])
+        elif isinstance(settings, SFT | DPO | Reward):
             parameters[step.folder] = _parameters(step, parameters)
             found[step.name] = _training(
                 step, settings, prepared, parameters[step.folder], world_size
@@ -73,7 +78,7 @@ def _prepared(step: Step) -> dict[str, Any]:
 
 def _training(
     step: Step,
-    settings: SFT | DPO,
+    settings: SFT | DPO | Reward,
     prepared: dict[Path, dict[str, Any]],
     parameters: int | None,
     world_size: int,
@@ -103,6 +108,21 @@ def _training(
     return Estimate(rows, int(steps) if steps > 0 else None, tokens, memory)
 
 
+def _ppo(settings: PPO, parameters: int | None) -> Estimate:
+    """Rows are completions. Memory is that of all four roles: on one backbone its weights, else each role's own."""
+    steps = settings.steps * settings.epochs * settings.minibatches
+    memory = None
+    if parameters is not None:
+        each = parameters * _BYTES[settings.dtype]
+        critic = settings.advantages == "gae"
+        models = sum(not FUNCTION.match(name) for name in settings.rewards)
+        learning, frozen = 1 + critic, 1 + models
+        memory = each * (4 * learning + frozen)
+        if settings.lora is not None:
+            memory = round(parameters * NF4) if settings.quantization else each
+    return Estimate(rows=settings.steps * settings.batch_size, steps=steps, memory_bytes=memory)
+
+
 def _knob(settings: Training, word: str) -> Any:
     """A trainer's setting: the recipe's, else the default of TRL's class."""
     if word in settings.trainer:
@@ -111,7 +131,7 @@ def _knob(settings: Training, word: str) -> Any:
     return json.loads(str(default))
 
 
-def _memory(settings: SFT | DPO, parameters: int) -> int:
+def _memory(settings: SFT | DPO | Reward, parameters: int) -> int:
     weights = parameters * _BYTES[settings.dtype]
     if settings.lora is not None:
         # Adapters are a few per cent of the weights; their gradients and moments are not counted.

@@ -15,7 +15,7 @@ from align import checks, preferences, sources, trainer_keys
 from align.errors import UserError
 from align.planning import Step
 from align.recipe import Recipe
-from align.settings import DPO, SFT, NewModel, Prepare, Training
+from align.settings import DPO, SFT, NewModel, Prepare, Reward, Training
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +53,7 @@ def examine(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
                     problems += checks.unfit(
                         recipe, reader.name, reader.settings, *_contents(prepared.tables)
                     )
-        elif isinstance(settings, SFT | DPO):
+        elif isinstance(settings, SFT | DPO | Reward):
             kind = "demonstrations" if isinstance(settings, SFT) else "pairs"
             splits = tables.get(Path(step.inputs[kind]), {}).get(kind)
             try:

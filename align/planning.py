@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from align import artifact, model_files
+from align import artifact, model_files, reward_functions
 from align.errors import UserError
-from align.meaning import references
+from align.meaning import FUNCTION, references
 from align.recipe import Recipe, kind
-from align.settings import Prepare, Stage, Trained, Training
+from align.settings import PPO, Prepare, Stage, Trained, Training
 from align.sources import source_files
 from align.wording import nearest
 
@@ -128,7 +128,7 @@ def _source(settings: Prepare, key: str) -> str:
 
 
 def _named_files(settings: Stage) -> dict[str, str]:
-    """Digests of what a trainer's settings name on this disk, such as a chat template: the content counts."""
+    """Digests of what settings name on this disk, a chat template or a reward function's file: the content counts."""
     found = {}
     for word, value in settings.trainer.items() if isinstance(settings, Training) else ():
         path = Path(value) if isinstance(value, str) and value else None
@@ -136,6 +136,10 @@ def _named_files(settings: Stage) -> dict[str, str]:
             found[f"trainer.{word}"] = artifact.digest_files([path])
         elif path is not None and path.is_dir():
             found[f"trainer.{word}"] = artifact.digest_folder(path)
+    for name in settings.rewards if isinstance(settings, PPO) else ():
+        file = reward_functions.function_file(name) if FUNCTION.match(name) else None
+        if file is not None and file.is_file():
+            found[name] = artifact.digest_files([file])
     return found
 
 
@@ -151,7 +155,7 @@ def _digest(settings: Stage, inputs: Mapping[str, str]) -> str:
         for key in settings.inputs:
             if isinstance(own[key], str):
                 del own[key]
-            else:  # a list: what is an input counts by its digest, what is not by its name
+            elif isinstance(own[key], list):  # what is an input counts by its digest, what is not by its name
                 items = enumerate(own[key])
                 own[key] = [None if f"{key}.{i}" in named else item for i, item in items]
     if isinstance(settings, Prepare):

@@ -28,6 +28,11 @@ def show(summary: Mapping[str, Any], console: Console, file: Path) -> None:
             console.print(_win_rates(metrics["comparisons"], stage["name"]))
         if metrics.get("implicit_rewards"):
             console.print(_accuracies(metrics["implicit_rewards"], stage["name"]))
+        if metrics.get("held_out"):
+            console.print(_reward(metrics, stage["name"]))
+        if metrics.get("ppo"):
+            console.print(_ppo(metrics, stage["name"]))
+            console.print(Text(f"curves: {Path(stage['folder']) / 'ppo.png'}", style="dim"))
         if metrics.get("control"):
             console.print(_returns(metrics, stage["name"]))
             console.print(Text(f"curves: {Path(stage['folder']) / 'curves.png'}", style="dim"))
@@ -94,6 +99,38 @@ def _accuracies(rows: list[dict[str, Any]], name: str) -> Group:
     for row in rows:
         accuracy, interval = _percent(row["accuracy"]), _interval(row["ci"])
         table.add_row(row["policy"], accuracy, interval, str(row["n_pairs"]), str(row["invalid"]))
+    return Group(Text(title, style="bold"), table)
+
+
+def _reward(metrics: Mapping[str, Any], name: str) -> Group:
+    held_out = metrics["held_out"]
+    title = f"{name}: reward model on {held_out['pairs']} held-out pairs"
+    table = _table("accuracy", "interval", "ceiling", "agrees with gold", "calibration error")
+    table.add_row(
+        _percent(held_out["accuracy"]),
+        _interval(held_out["ci"]),
+        _percent(held_out.get("ceiling")),
+        _percent(held_out.get("agreement_with_gold")),
+        f"{held_out['expected_calibration_error']:.3f}",
+    )
+    return Group(Text(title, style="bold"), table)
+
+
+def _ppo(metrics: Mapping[str, Any], name: str) -> Group:
+    figures = metrics["ppo"]
+    title = f"{name}: after {metrics['steps']} updates; KL in nats a completion"
+    table = _table("prompts", "score", "gold", "KL", "entropy", "tokens", "no eos")
+    for label, prefix in (("trained on", ""), ("held out", "eval_")):
+        if f"{prefix}score" in figures:
+            cells = [
+                figures.get(f"{prefix}{key}")
+                for key in ("score", "gold", "kl", "entropy", "tokens", "missing_eos")
+            ]
+            forms = (".3f", ".3f", ".2f", ".3f", ".1f", ".3f")
+            table.add_row(
+                label,
+                *("–" if c is None else f"{c:{f}}" for c, f in zip(cells, forms, strict=True)),
+            )
     return Group(Text(title, style="bold"), table)
 
 

@@ -1,4 +1,4 @@
-"""Where scores come from: reward models, and Python functions that a recipe names.
+"""Reward models: how they are read.
 
 A reward model reads prompt and completion as :func:`align.generation.judged_ids` writes them, at the last real token, and
 its score is what the head says there less ``score_mean``, the mean over SFT completions that its stage stored in
@@ -7,26 +7,18 @@ its score is what the head says there less ``score_mean``, the mean over SFT com
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-import inspect
 import json
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align import generation, models, prefix_sharing
-from align.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 Message = dict[str, str]
-Score = Callable[..., Sequence[float]]
 FILE, MEAN = "reward.json", "score_mean"
 
 
@@ -91,78 +83,3 @@ def score_ids(
             scores = head(hidden[torch.arange(len(batch), device=ids.device), last])
         result[torch.tensor(batch)] = scores[:, 0].float().cpu()
     return result
-
-
-# Functions -----------------------------------------------------------------------------------------------------------
-
-
-def function(name: str) -> Score:
-    """The function ``module:function``; modules are looked for in the working directory as well.
-
-    It is called with ``prompts`` (lists of messages), ``completions`` (texts) and, by name, the columns of the prompts'
-    rows, each a list with an entry a completion; it returns a finite number for each.
-
-    Raises:
-        UserError: There is no such module or function, or it cannot take that.
-    """
-    module, _, attribute = name.partition(":")
-    with _working_directory_on_path():
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{name}: no such function: {error}; a module lies in the working directory or is installed"
-            ) from None
-    takes = inspect.signature(found).parameters
-    if not {"prompts", "completions"} <= takes.keys():
-        raise UserError(
-            f"{name}: it takes {', '.join(takes) or 'nothing'}; a reward function is written "
-            "`def score(prompts, completions, **columns)` and returns a list of numbers"
-        )
-    return found
-
-
-def function_file(name: str) -> Path | None:
-    """The file of ``module:function``, found without running it; None where there is none."""
-    with _working_directory_on_path():
-        try:
-            spec = importlib.util.find_spec(name.partition(":")[0])
-        except (ImportError, ValueError):
-            return None
-    return Path(spec.origin) if spec is not None and spec.origin else None
-
-
-def call(
-    name: str,
-    score: Score,
-    prompts: Sequence[Sequence[Message]],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[float]:
-    """Scores by a function, checked: one finite number a completion.
-
-    Raises:
-        UserError: Anything else came back.
-    """
-    takes = inspect.signature(score).parameters
-    every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    given = {key: value for key, value in columns.items() if every or key in takes}
-    found = [float(value) for value in score(prompts=prompts, completions=completions, **given)]
-    if len(found) != len(completions):
-        raise UserError(f"{name}: {len(found)} scores for {len(completions)} completions")
-    wrong = next((i for i, value in enumerate(found) if not math.isfinite(value)), None)
-    if wrong is not None:
-        raise UserError(
-            f"{name}: the score {found[wrong]} for {completions[wrong]!r}; scores are finite"
-        )
-    return found
-
-
-@contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before

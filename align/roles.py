@@ -50,7 +50,7 @@ class Role:
         """States of the last layer, ``[batch, time, hidden]``."""
         with speaking(self):
             backbone = self.model.base_model
-            return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+            return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def logps(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each label given what is before it, and the entropy there; ``[batch, time - 1]``.
@@ -70,7 +70,7 @@ class Role:
     def values(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What the head says at each token but the last: the value of the state before the next; ``[batch, time - 1]``."""
         assert self.head is not None
-        return self.head(self.hidden(ids, mask)[:, :-1].float())[..., 0]  # type: ignore[no-any-return]
+        return self.head(self.hidden(ids, mask)[:, :-1].float())[..., 0]
 
     def scores(self, rows: Sequence[Sequence[int]], *, batch_size: int) -> Tensor:
         """Centred scores of rows of tokens, each read at its last."""
@@ -106,7 +106,7 @@ class Roles:
 
     def weights(self) -> dict[str, Tensor]:
         """Everything that learns, by a name: what a checkpoint keeps."""
-        found = {f"policy.{i}": p for i, p in enumerate(self.parameters(self.policy))}
+        found: dict[str, Tensor] = {f"policy.{i}": p for i, p in enumerate(self.parameters(self.policy))}
         if self.critic is not None:
             found |= {f"critic.{i}": p for i, p in enumerate(self.parameters(self.critic))}
         return found
@@ -161,12 +161,18 @@ def build(
         UserError: Something cannot be loaded, or does not fit.
     """
     tokenizer = models.load_tokenizer(source, revision=revision)
-    how = {"dtype": dtype, "revision": revision}
     if lora is None:
-        made = _separate(source, scorers, tokenizer, critic=critic, **how)
+        made = _separate(source, scorers, tokenizer, critic=critic, dtype=dtype, revision=revision)
     else:
         made = _on_one_backbone(
-            source, scorers, tokenizer, lora, critic=critic, quantization=quantization, **how
+            source,
+            scorers,
+            tokenizer,
+            lora,
+            critic=critic,
+            quantization=quantization,
+            dtype=dtype,
+            revision=revision,
         )
     learners = {id(p) for role in (made.policy, made.critic) if role for p in made.parameters(role)}
     for model in made.models():
@@ -295,7 +301,7 @@ def _scorer(source: Path | str, tokenizer: Any, *, dtype: str) -> Role:
     )
 
 
-def _value_head(like: nn.Module | int, mean: float = 0.0) -> nn.Linear:
+def _value_head(like: Any, mean: float = 0.0) -> nn.Linear:
     """A linear layer to one number in float32; ``like`` is the score's, or a width."""
     if isinstance(like, int):
         head = nn.Linear(like, 1)

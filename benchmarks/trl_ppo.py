@@ -257,7 +257,7 @@ def configure(settings: Settings, folder: str) -> PPOConfig:
 
 
 def adapter(lora: dict[str, Any] | None) -> LoraConfig | None:
-    """peft's settings for LoRA, without dropout."""
+    """LoRA as peft takes it, without dropout."""
     if lora is None:
         return None
     modules = lora.get("target_modules", "all-linear")

@@ -103,6 +103,23 @@ OTHER: dict[str, dict[str, Any]] = {
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
+    "reward": {
+        "model": "sft_2", "pairs": "prepare_2", "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
+        "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "ppo": {
+        "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
+        "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 3,
+        "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
+        "advantages": "rloo", "gamma": 0.5, "lam": 0.5, "whiten_advantages": False, "whiten_rewards": True,
+        "kl_coef": 0.5, "kl_estimator": "k3", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
+        "critic_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 3, "critic_warmup_steps": 3,
+        "epochs": 3, "minibatches": 3, "micro_batch_size": 3, "sample_batch_size": 3, "clip": 0.5,
+        "clip_high": 0.5, "dual_clip": 2.0, "value_clip": 0.5, "value_coef": 0.5, "entropy_coef": 0.5,
+        "max_grad_norm": 0.5, "target_kl": 0.5, "gradient_checkpointing": True, "quantization": "nf4",
+        "eval_steps": 3, "eval_split": "test", "n_eval_prompts": 3, "save_steps": 3, "dtype": "bfloat16",
+        "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False,
+    },
     "evaluate": {
         "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
         "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
@@ -129,8 +146,12 @@ BASE: dict[str, dict[str, Any]] = {
         "judge": "gold",
         "implicit_rewards": False,
     },
+    "reward": {"model": "sft"},
+    "ppo": {
+        "model": "sft", "rewards": ["reward"], "steps": 9, "batch_size": 8, "n_completions": 2, "lora": {"r": 3},
+    },
     "control": {"environment": "CartPole-v1", "steps": 100},
-}
+}  # fmt: skip
 
 
 def digest_with(stage: str, **changes: Any) -> str:

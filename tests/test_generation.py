@@ -210,7 +210,7 @@ def test_a_completion_ends_at_eos_also_where_pad_is_eos(model: Any, tokenizer: A
     ],
 )
 def test_tokens_become_a_completion(tokenizer: Any, row: list[int], expected: Completion):
-    found = generation._completion(row, {2, 7}, tokenizer)
+    found = generation._completion(generation.until_stop(row, {2, 7}), {2, 7}, tokenizer)
     assert (found.n_tokens, found.finished) == (expected.n_tokens, expected.finished)
     assert found.text == tokenizer.decode(row[: expected.n_tokens])
 

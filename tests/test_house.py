@@ -43,25 +43,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"errors", "functional"},
     "training": {"errors", "artifact", "interrupts", "processes", "tracking"},
     "references": {"errors", "artifact", "processes", "tracking"},
+    "reward_functions": {"errors"},
+    "rewards": {"generation", "models", "prefix_sharing"},
+    "roles": {"errors", "models", "prefix_sharing", "rewards"},
+    "episodes": {"functional", "generation", "rl", "roles"},
+    "dashboard": set(),
     "checks": {
-        "errors", "settings", "recipe", "planning", "sources", "training", "judges", "control",
+        "errors", "settings", "meaning", "recipe", "planning", "sources", "training", "judges", "control",
+        "reward_functions",
     },
     "stages": {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
         "preferences",
         "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
-        "interrupts", "rl", "control",
+        "interrupts", "rl", "control", "meaning", "roles", "rewards", "reward_functions", "episodes",
+        "dashboard",
     },
     "model_files": {"errors"},
     "planning": {
         "errors", "wording", "settings", "recipe", "meaning", "artifact", "sources", "model_files",
+        "reward_functions",
     },
     "chain": {
         "errors", "settings", "recipe", "planning", "artifact", "interrupts", "processes",
         "tracking", "checks",
     },
     "estimates": {
-        "artifact", "model_files", "planning", "preferences", "settings", "sources",
+        "artifact", "meaning", "model_files", "planning", "preferences", "settings", "sources",
         "trainer_keys",
     },
     "lengths": {
@@ -72,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "playing": {"errors", "conversation", "control"},
     "results": set(),
 }  # fmt: skip
-ONLY_UNDER = {"trl": {"stages", "checks", "training"}, "gymnasium": {"control"}}
+ONLY_UNDER = {"trl": {"stages", "checks", "training", "roles"}, "gymnasium": {"control"}}
 PARSERS = {"run", "cli"}  # argument parsing stays there
 
 

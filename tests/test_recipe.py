@@ -661,6 +661,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     "prepare": {"source": "embedded"},
     "sft": {"model": {}},
     "dpo": {"model": "sft"},
+    "reward": {"model": "sft"},
+    "ppo": {"model": "sft", "rewards": ["reward"], "steps": 3, "batch_size": 4},
     "evaluate": {"policies": ["dpo"], "baseline": "sft", "judge": "gold"},
     "control": {"environment": "CartPole-v1", "steps": 100},
 }

@@ -29,7 +29,7 @@ from align import (
     generation,
     interrupts,
     processes,
-    rewards,
+    reward_functions,
     roles,
     training,
 )
@@ -117,7 +117,9 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
         say=track.say,
     )
     data = Path(inputs["prompts"])
-    functions = {name: rewards.function(name) for name in settings.rewards if FUNCTION.match(name)}
+    functions = {
+        name: reward_functions.function(name) for name in settings.rewards if FUNCTION.match(name)
+    }
     rows = _rows(data, "train")
     held_out = _rows(data, settings.eval_split) if settings.eval_steps else []
     own_config = cast.policy.model.generation_config
@@ -183,7 +185,7 @@ class Learner:
     track: Track
     device: Any
     cast: roles.Roles
-    functions: dict[str, rewards.Score]
+    functions: dict[str, reward_functions.Score]
     rows: list[Row]
     prompts: list[list[int]]
     held_out: list[Row]
@@ -303,7 +305,7 @@ class Learner:
                     key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt",)
                 }
                 scores = torch.tensor(
-                    rewards.call(name, self.functions[name], messages, texts, columns)
+                    reward_functions.call(name, self.functions[name], messages, texts, columns)
                 )
             else:
                 scores = self.by_model(next(models), said, messages, texts)
