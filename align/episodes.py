@@ -122,20 +122,26 @@ def speak(roles: Roles, inputs: dict[str, Tensor], *, batch_size: int) -> Spoken
     )
 
 
-def evaluator(roles: Roles, *, frozen_policy: bool) -> Callable[[dict[str, Tensor]], Evaluated]:
-    """What :func:`align.rl.update.update` asks about a piece of a batch. A frozen policy is asked without gradients."""
+def evaluators(
+    roles: Roles, *, frozen_policy: bool
+) -> list[Callable[[dict[str, Tensor]], Evaluated]]:
+    """What :func:`align.rl.update.update` asks about a piece of a batch: the policy, then the critic.
 
-    def evaluate(inputs: dict[str, Tensor]) -> Evaluated:
-        width = inputs["ids"].shape[1] - 1
-        part = trimmed(inputs)
+    A frozen policy is asked without gradients.
+    """
+
+    def policy(inputs: dict[str, Tensor]) -> Evaluated:
+        width, part = inputs["ids"].shape[1] - 1, trimmed(inputs)
         with torch.set_grad_enabled(not frozen_policy):
             logps, entropy = roles.policy.logps(part["ids"], part["mask"], part["labels"])
-        values = None
-        if roles.critic is not None:
-            values = widened(roles.critic.values(part["ids"], part["mask"]), width)
-        return Evaluated(widened(logps, width), widened(entropy, width), values)
+        return Evaluated(widened(logps, width), widened(entropy, width))
 
-    return evaluate
+    def critic(inputs: dict[str, Tensor]) -> Evaluated:
+        assert roles.critic is not None
+        width, part = inputs["ids"].shape[1] - 1, trimmed(inputs)
+        return Evaluated(values=widened(roles.critic.values(part["ids"], part["mask"]), width))
+
+    return [policy] if roles.critic is None else [policy, critic]
 
 
 def trimmed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -155,7 +155,9 @@ def _digest(settings: Stage, inputs: Mapping[str, str]) -> str:
         for key in settings.inputs:
             if isinstance(own[key], str):
                 del own[key]
-            elif isinstance(own[key], list):  # what is an input counts by its digest, what is not by its name
+            elif isinstance(
+                own[key], list
+            ):  # what is an input counts by its digest, what is not by its name
                 items = enumerate(own[key])
                 own[key] = [None if f"{key}.{i}" in named else item for i, item in items]
     if isinstance(settings, Prepare):

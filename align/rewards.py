@@ -80,6 +80,8 @@ def score_ids(
         with torch.inference_mode():
             hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             last = mask.sum(1) - 1
-            scores = head(hidden[torch.arange(len(batch), device=ids.device), last])
-        result[torch.tensor(batch)] = scores[:, 0].float().cpu()
+            states = hidden[torch.arange(len(batch), device=ids.device), last]
+            # In float32 whatever the layers are in: near 4 neighbouring bfloat16 numbers are 1/64 apart.
+            scores = states.float() @ models.head_weight(head)[0].float()
+        result[torch.tensor(batch)] = scores.cpu()
     return result

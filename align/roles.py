@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 from align import models, prefix_sharing, rewards
 from align.errors import UserError
 
+NF4_BLOCK = 64
 POLICY, REFERENCE, VALUE = (
     "default",
     "reference",
@@ -91,10 +92,11 @@ class Roles:
     tokenizer: Any
 
     def parameters(self, role: Role) -> list[nn.Parameter]:
-        """What a role learns: its adapter, or all its weights, and a critic's head."""
+        """What a role learns: its adapter, or all its weights, and a critic's head in the place of the model's own."""
+        layers = role.model if role.head is None else role.model.base_model
         found = [
             p
-            for name, p in role.model.named_parameters()
+            for name, p in layers.named_parameters()
             if role.adapter is None or f".{role.adapter}." in name
         ]
         return found + (list(role.head.parameters()) if role.head is not None else [])
@@ -106,7 +108,9 @@ class Roles:
 
     def weights(self) -> dict[str, Tensor]:
         """Everything that learns, by a name: what a checkpoint keeps."""
-        found: dict[str, Tensor] = {f"policy.{i}": p for i, p in enumerate(self.parameters(self.policy))}
+        found: dict[str, Tensor] = {
+            f"policy.{i}": p for i, p in enumerate(self.parameters(self.policy))
+        }
         if self.critic is not None:
             found |= {f"critic.{i}": p for i, p in enumerate(self.parameters(self.critic))}
         return found
@@ -184,7 +188,7 @@ def build(
         if checkpointing:
             _checkpointed(model)
         if share:
-            prefix_sharing.share(model, say=say)
+            prefix_sharing.share(model, say=lambda why: None if "cache" in why else say(why))
     for role in (made.critic, *made.rewards):
         if role is not None and role.head is not None:
             role.head.to(device)
@@ -238,6 +242,7 @@ def _on_one_backbone(
     base = models.adapter_base(source, revision=revision)
     if base is None:
         model = models.load_base(source, dtype=dtype, revision=revision, quantization=quantization)
+        _check_quantized(source, model)
         wrapped = get_peft_model(model, models.lora_config(lora))
         reference = None
     else:
@@ -257,6 +262,16 @@ def _on_one_backbone(
             judges.append(_scorer(each, tokenizer, dtype=dtype))
     value = _adapter_critic(wrapped, judges, scorers, lora, reference) if critic else None
     return Roles(Role(inner, POLICY), Role(inner, reference), judges, value, wrapped, tokenizer)
+
+
+def _check_quantized(source: Path | str, model: Any) -> None:
+    """Refuse what bitsandbytes cannot compute on a CPU, before it fails in the first forward pass."""
+    widths = {m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit"}
+    odd = sorted(width for width in widths if width % NF4_BLOCK)
+    if odd and next(model.parameters()).device.type == "cpu":
+        raise UserError(
+            f"{source}: a layer of width {odd[0]}: on a CPU 4 bits need multiples of {NF4_BLOCK}; remove `quantization`"
+        )
 
 
 def _adapter_critic(
@@ -345,8 +360,9 @@ def still(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-        if isinstance(getattr(layer, "attention_dropout", None), float):
-            layer.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(layer).items()):
+            if "drop" in name and isinstance(value, float):  # OPT and BLOOM keep a number
+                setattr(layer, name, 0.0)
 
 
 def _checkpointed(model: Any) -> None:

@@ -12,7 +12,7 @@ an unfinished sentence, a word that does not exist) earns nothing. Needs the sta
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -249,3 +249,17 @@ def preference_probability(prompt: str, first: str, second: str) -> float:
     """
     gap = gold_score(prompt, first) - gold_score(prompt, second)
     return 1 / (1 + math.exp(-LABEL_SLOPE * gap))
+
+
+def rewards(
+    prompts: Sequence[Sequence[Mapping[str, str]]], completions: Sequence[str]
+) -> list[float]:
+    """Gold scores as a reward function of a recipe: ``rewards: ["align.judges.gold:rewards"]``.
+
+    Raises:
+        ValueError: A prompt is not one of the embedded task's.
+    """
+    return [
+        gold_score(prompt[-1]["content"], completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

@@ -18,8 +18,9 @@ Left out: schedules (the learning rate is the optimizer's), penalties inside the
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -65,9 +66,9 @@ class Objective:
 
 
 class Evaluated(NamedTuple):
-    """What the policy now says about a minibatch, with gradients. Padding may hold anything."""
+    """What the policy, or the critic, now says about a minibatch, with gradients. Padding may hold anything."""
 
-    logps: Float[Tensor, "batch time"]
+    logps: Float[Tensor, "batch time"] | None = None
     """Log-probabilities of the rollout's actions."""
     entropy: Float[Tensor, "batch time"] | None = None
     values: Float[Tensor, "batch time"] | None = None
@@ -97,8 +98,11 @@ class Diagnostics:
     stopped_early: bool
 
 
+Evaluate = Callable[[dict[str, Tensor]], Evaluated]
+
+
 def update(
-    evaluate: Callable[[dict[str, Tensor]], Evaluated],
+    evaluate: Evaluate | Sequence[Evaluate],
     rollout: Rollout,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -110,7 +114,9 @@ def update(
 ) -> Diagnostics:
     """Improve the policy behind ``evaluate`` on ``rollout``: for each epoch, each row once, in a fresh order.
 
-    ``evaluate`` goes from the inputs of some rows to what the policy says about their actions. A minibatch's loss is
+    ``evaluate`` goes from the inputs of some rows to what the policy says about their actions. Where policy and critic
+    share nothing that learns, two functions, one for each, halve the memory: the first's graph is gone before the second's
+    is made, and the gradients are the same. A minibatch's loss is
     the sum over its valid tokens / their number in all micro-batches and on all ranks, so a token weighs the same
     however the minibatch is cut up. The critic learns where the rollout has returns. Only ``generator`` is drawn from.
 
@@ -127,6 +133,7 @@ def update(
         parameters = (p for group in optimizer.param_groups for p in group["params"])
     parameters = list(parameters)
     rollout = _constants(rollout, whiten=objective.whiten)
+    asked = [evaluate] if callable(evaluate) else list(evaluate)
     history: list[Tensor] = []  # tensors: a float for every minibatch would make a GPU wait
     norms: list[Tensor] = []
     counts: list[Tensor] = []
@@ -135,10 +142,21 @@ def update(
     for minibatch, tokens in _minibatches(rollout, objective, generator):
         counts.append(tokens)
         for piece in minibatch.split(objective.micro_batches):
-            terms = _terms(evaluate(piece.inputs), piece, objective)
-            # Gradients are averaged over the ranks: times their number it is the sum.
-            backward(_loss(terms, objective) * ranks() / tokens)
-            history.append(torch.stack(terms).detach())
+            told: Tensor | None = None
+            given: set[str] = set()
+            for ask in asked:
+                now = ask(piece.inputs)
+                given |= {name for name in now._fields if getattr(now, name) is not None}
+                terms = _terms(now, piece, objective)
+                if loss := _losses(terms, objective):
+                    # Gradients are averaged over the ranks: times their number it is the sum.
+                    backward(sum(loss[1:], loss[0]) * ranks() / tokens)
+                found = torch.stack(terms).detach()
+                told = found if told is None else torch.where(told.isnan(), found, told)
+                del now, terms, loss  # and with them the graph
+            _check_given(given, rollout, objective)
+            assert told is not None
+            history.append(told)
         if objective.target_kl is not None:
             kl = torch.stack(history[-objective.micro_batches :])[:, _KL].sum()
             # "Not below" rather than "above": NaN stops too, before it reaches the weights.
@@ -150,8 +168,8 @@ def update(
         optimizer.zero_grad()
     optimizer.zero_grad()
 
-    told = torch.stack(history)
-    means = sum_over_ranks(told[:, :_RATIO].sum(0)) / torch.stack(counts).sum()
+    every = torch.stack(history)
+    means = sum_over_ranks(every[:, :_RATIO].sum(0)) / torch.stack(counts).sum()
     policy_loss, value_loss, entropy, kl, clip_fraction = means.tolist()
     return Diagnostics(
         policy_loss=policy_loss,
@@ -159,7 +177,7 @@ def update(
         entropy=entropy,
         kl=kl,
         clip_fraction=clip_fraction,
-        ratio_max=float(max_over_ranks(told[:, _RATIO].amax())),
+        ratio_max=float(max_over_ranks(every[:, _RATIO].amax())),
         explained_variance=_explained_variance(rollout),
         grad_norm=float(torch.stack(norms).mean()) if norms else math.nan,
         epochs=len(norms) // objective.minibatches,
@@ -211,6 +229,16 @@ def _minibatches(
     """Each minibatch of each epoch, and the number of valid tokens that all ranks have in it."""
     for _ in range(objective.epochs):
         order = torch.randperm(len(rollout), generator=generator, device=generator.device)
+        if (
+            objective.micro_batches > 1
+        ):  # rows that share a prompt stand together, and so may be computed together
+            ends = [
+                len(order) * part // objective.minibatches
+                for part in range(objective.minibatches + 1)
+            ]
+            order = torch.cat(
+                [order[slice(*part)].sort().values for part in itertools.pairwise(ends)]
+            )
         minibatches = rollout.take(order).split(objective.minibatches)
         counts = sum_over_ranks(torch.stack([part.mask.sum() for part in minibatches]))
         yield from zip(minibatches, counts.clamp(min=1), strict=True)
@@ -220,35 +248,32 @@ def _terms(now: Evaluated, piece: Rollout, objective: Objective) -> _Terms:
     """What a piece adds to the losses and to the diagnostics; NaN where there is nothing to tell."""
     _check_shapes("evaluate", now, now._fields, piece.mask.shape)
     padding = ~piece.mask
-    logps = now.logps.masked_fill(padding, 0)
-    policy = clipped_surrogate_loss(
-        logps,
-        piece.logps,
-        piece.advantages,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        dual_clip=objective.dual_clip,
-    )
-    if piece.weights is not None:
-        policy = policy * piece.weights
-    value = entropy = logps.new_tensor(math.nan)
-    if piece.values is not None and piece.returns is not None:
-        if now.values is None:
-            raise ValueError("evaluate gave no values, and the rollout has returns to learn")
+    policy = value = entropy = kl = clipped = ratio_max = piece.logps.new_tensor(math.nan)
+    if now.logps is not None:
+        logps = now.logps.masked_fill(padding, 0)
+        losses = clipped_surrogate_loss(
+            logps,
+            piece.logps,
+            piece.advantages,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            dual_clip=objective.dual_clip,
+        )
+        policy = (losses if piece.weights is None else losses * piece.weights).sum()
+        with torch.no_grad():
+            ratio = importance_ratio(logps, piece.logps)
+            outside = (ratio < 1 - objective.clip_low) | (ratio > 1 + objective.clip_high)
+            clipped = outside.to(logps.dtype).sum()
+            kl = kl_k3(piece.logps, logps).sum()
+            ratio_max = ratio.masked_fill(padding, -math.inf).amax()
+    if now.values is not None and piece.values is not None and piece.returns is not None:
         values = now.values.masked_fill(padding, 0)
-        value = clipped_value_loss(values, piece.values, piece.returns, clip=objective.value_clip)
+        value = clipped_value_loss(
+            values, piece.values, piece.returns, clip=objective.value_clip
+        ).sum()
     if now.entropy is not None:
-        entropy = now.entropy.masked_fill(padding, 0)
-    elif objective.entropy_coef:
-        raise ValueError("evaluate gave no entropy, and entropy_coef is not 0")
-    with torch.no_grad():
-        ratio = importance_ratio(logps, piece.logps)
-        clipped = (ratio < 1 - objective.clip_low) | (ratio > 1 + objective.clip_high)
-        kl = kl_k3(piece.logps, logps)
-        ratio_max = ratio.masked_fill(padding, -math.inf).amax()
-    return _Terms(
-        policy.sum(), value.sum(), entropy.sum(), kl.sum(), clipped.to(kl.dtype).sum(), ratio_max
-    )
+        entropy = now.entropy.masked_fill(padding, 0).sum()
+    return _Terms(policy, value, entropy, kl, clipped, ratio_max)
 
 
 def _check_shapes(where: str, of: object, names: Iterable[str], shape: torch.Size) -> None:
@@ -260,14 +285,29 @@ def _check_shapes(where: str, of: object, names: Iterable[str], shape: torch.Siz
             raise ValueError(f"{where}: {name} has {found}")
 
 
-def _loss(terms: _Terms, objective: Objective) -> Tensor:
-    """A piece's share of the loss, still a sum."""
-    loss = terms.policy
-    if terms.value.requires_grad:  # NaN without a critic, which has none
-        loss = loss + objective.value_coef * terms.value
-    if objective.entropy_coef:
-        loss = loss - objective.entropy_coef * terms.entropy
-    return loss
+def _losses(terms: _Terms, objective: Objective) -> list[Tensor]:
+    """A piece's shares of the loss, still sums: those that something learns from."""
+    shares = [
+        terms.policy,
+        objective.value_coef * terms.value,
+        -objective.entropy_coef * terms.entropy,
+    ]
+    weights = (1.0, objective.value_coef, objective.entropy_coef)
+    return [
+        share
+        for share, weight in zip(shares, weights, strict=True)
+        if weight and share.requires_grad
+    ]
+
+
+def _check_given(given: set[str], rollout: Rollout, objective: Objective) -> None:
+    """Refuse an evaluation that leaves out what is to be learned."""
+    if "logps" not in given:
+        raise ValueError("evaluate gave no log-probabilities")
+    if rollout.returns is not None and "values" not in given:
+        raise ValueError("evaluate gave no values, and the rollout has returns to learn")
+    if objective.entropy_coef and "entropy" not in given:
+        raise ValueError("evaluate gave no entropy, and entropy_coef is not 0")
 
 
 def _explained_variance(rollout: Rollout) -> float:

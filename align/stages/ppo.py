@@ -229,7 +229,7 @@ class Learner:
         self.set_rates(step)
         self.mode(train=True)
         diagnostics = update(
-            episodes.evaluator(self.cast, frozen_policy=warm_up),
+            episodes.evaluators(self.cast, frozen_policy=warm_up),
             rollout,
             self.objective(len(rollout)),
             self.optimizer,
