@@ -335,6 +335,15 @@ class PPO(Trained):
             raise ValueError(
                 f"`{self.advantages}` has no critic: remove `critic_warmup_steps`, or set `advantages: gae`"
             )
+        if self.quantization and self.sampler == "vllm":
+            raise ValueError(
+                "`sampler: vllm` needs whole weights, and `quantization` holds none: remove one"
+            )
+        if self.dtype == "bfloat16" and not self.lora:
+            raise ValueError(
+                "`dtype: bfloat16` trained in full rounds small updates away (8 bits of precision): keep float32, or set "
+                "`lora`, whose adapters stay in float32"
+            )
         if self.quantization and not self.lora:
             raise ValueError("`quantization` freezes the backbone: set `lora`, or remove it")
         return self

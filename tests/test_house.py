@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"generation", "models", "prefix_sharing"},
     "roles": {"errors", "models", "prefix_sharing", "rewards"},
     "episodes": {"functional", "generation", "rl", "roles"},
+    "vllm_sampler": {"episodes", "errors", "processes", "roles"},
     "dashboard": set(),
     "checks": {
         "errors", "settings", "meaning", "recipe", "planning", "sources", "training", "judges", "control",
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "preferences",
         "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
         "interrupts", "rl", "control", "meaning", "roles", "rewards", "reward_functions", "episodes",
-        "dashboard",
+        "dashboard", "vllm_sampler",
     },
     "model_files": {"errors"},
     "planning": {
@@ -80,7 +81,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "playing": {"errors", "conversation", "control"},
     "results": set(),
 }  # fmt: skip
-ONLY_UNDER = {"trl": {"stages", "checks", "training", "roles"}, "gymnasium": {"control"}}
+ONLY_UNDER = {
+    "trl": {"stages", "checks", "training", "roles", "vllm_sampler"},
+    "gymnasium": {"control"},
+}
 PARSERS = {"run", "cli"}  # argument parsing stays there
 
 

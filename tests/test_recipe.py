@@ -24,7 +24,7 @@ from align.recipe import Recipe, read
 from align.settings import DPO, SFT, STAGES, Lora, NewModel, Training
 from align.wording import mismatch, nearest
 
-N_RECIPES = 13
+N_RECIPES = 20
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAIN = """\
 stages:
@@ -365,7 +365,7 @@ def test_a_model_is_an_earlier_stage_or_a_hub_id_or_a_folder_that_is_there(model
     [
         ("model: dpo", "dpo.model: stage `dpo` does not come before `dpo`"),
         ("model: later", "dpo.model: stage `later` does not come before `dpo`"),
-        ("model: prepare", "dpo.model: stage `prepare` is a `prepare` stage; expected one of kind sft or dpo"),
+        ("model: prepare", "dpo.model: stage `prepare` is a `prepare` stage; expected one of kind sft or dpo or ppo"),
         ("model: tiny", "dpo.model: no earlier stage `tiny`; earlier stages: prepare, sft"),
         ("model: ./tiny", "dpo.model: no such folder: ./tiny"),
         ("model: a/b/c", "dpo.model: no such folder: a/b/c"),

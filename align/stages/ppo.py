@@ -149,7 +149,16 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
         optimizer=torch.optim.AdamW(groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0),
         save_steps=settings.save_steps or max(1, settings.steps // 10),
         kl_coef=settings.kl_coef,
+        server=_server(settings, device),
     )
+
+
+def _server(settings: PPO, device: Any) -> Any:
+    if settings.sampler == "transformers":
+        return None
+    from align import vllm_sampler
+
+    return vllm_sampler.Server(settings.vllm_url, device)
 
 
 def _rows(data: Path, split: str) -> list[Row]:
@@ -194,6 +203,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     save_steps: int
     kl_coef: float
+    server: Any = None
+    """What samples, where it is not the policy itself."""
     latest: dict[str, float] = field(default_factory=dict)
     evaluated: dict[str, float] = field(default_factory=dict)
 
@@ -279,6 +290,16 @@ class Learner:
         """Completions of prompts, other ones on every rank, the same ones in every run."""
         self.mode(train=False)
         seed = episodes.mixed(self.settings.seed, what, step, processes.rank())
+        if self.server is not None:
+            return self.server.sample(
+                self.cast.policy,
+                prompts,
+                self.stops,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                max_new_tokens=self.settings.max_new_tokens,
+                seed=seed,
+            )
         return episodes.sample(
             self.cast.policy,
             prompts,
