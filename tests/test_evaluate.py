@@ -313,6 +313,17 @@ def test_prompts_that_a_models_ancestors_were_trained_on_are_refused(
         run(tmp_path / "out", other_split, {"sft": baseline, "dpo": model}, judge="gold")
 
 
+def test_a_ppo_policy_was_trained_on_its_prompts_and_on_what_its_reward_models_were(
+    world: tiny.World, other_split: Path, tmp_path: Path
+):
+    reward = stranger(world.sft, tmp_path / "reward", {"pairs": other_split})
+    model = stranger(
+        world.sft, tmp_path / "ppo", {"prompts": world.data, "rewards.0": reward}
+    )
+    files = {world.data / "prompts-train.parquet", other_split / "pairs-train.parquet"}
+    assert evaluate._trained_on(model) == files
+
+
 def test_prompts_that_were_trained_on_are_refused_where_all_runs_were_moved(
     world: tiny.World, other_split: Path, tmp_path: Path
 ):

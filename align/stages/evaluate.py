@@ -93,9 +93,9 @@ def _trained_on(folder: Path) -> set[Path]:
                 f"{folder} was trained on {given['folder']}, which is gone: it cannot be told what was held "
                 "out from it; put it back, or run the whole recipe again with `--force all`"
             )
-        if role == "model":
+        if role == "model" or role.startswith("rewards."):  # a reward model teaches what it was taught
             found |= _trained_on(below)
-        elif role in ("demonstrations", "pairs") and below.is_dir():
+        elif role in ("demonstrations", "pairs", "prompts") and below.is_dir():
             found.add(below / f"{role}-train.parquet")
     return found
 
