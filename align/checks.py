@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from align import sources
 from align.errors import UserError
-from align.settings import DPO, SFT, Control, Evaluate, Stage, Training
+from align.settings import DPO, KTO, SFT, Control, Evaluate, Stage, Training
 
 if TYPE_CHECKING:
     from align.planning import Step
@@ -43,7 +43,7 @@ def trainer_arguments(recipe: Recipe, due: Sequence[Step]) -> None:
         if not isinstance(settings, Training):
             continue
         config = getattr(trl, str(settings.trainer_config))
-        own = {"beta": settings.beta} if isinstance(settings, DPO) else {}
+        own = {"beta": settings.beta} if isinstance(settings, DPO | KTO) else {}
         try:
             training.arguments(
                 config, step.folder, seed=settings.seed, trainer=settings.trainer, **own
@@ -130,6 +130,8 @@ def unfit(
         needs = [("demonstrations", "demonstrations-train")]
     elif isinstance(settings, DPO):
         needs = [("pairs", "pairs-train")]
+    elif isinstance(settings, KTO):
+        needs = [] if "unpaired-train" in tables else [("preferences", "pairs-train")]
     elif isinstance(settings, Evaluate):
         needs = [("judge", f"prompts-{settings.split}")] if settings.judge else []
         needs += (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.readers import COLUMNS
-from align.settings import DPO, STAGES, Evaluate, Input, Prepare, Stage, Training
+from align.settings import DPO, KTO, STAGES, Evaluate, Input, Prepare, Stage, Training
 from align.wording import nearest, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
@@ -65,7 +65,7 @@ def check_meaning(name: str, stage: Stage, stages: Mapping[str, Stage], report: 
 def _check_training(
     name: str, stage: Training, stages: Mapping[str, Stage], report: Report
 ) -> None:
-    data = stage.pairs if isinstance(stage, DPO) else getattr(stage, "demonstrations", "")
+    data = next(getattr(stage, role) for role in stage.inputs if role != "model")
     strategy = stage.trainer.get("eval_strategy", "no")
     if isinstance(strategy, str) and strategy != "no":
         keys = ["trainer", "eval_strategy"]
@@ -82,7 +82,9 @@ def _check_training(
             ["trainer", "loss_type"],
             "`exo_pair` needs smooth labels: set `label_smoothing` above 0 (1.0e-3 in the paper)",
         )
-    before = stages.get(stage.model) if isinstance(stage, DPO) else None
+    if isinstance(stage, KTO):
+        _check_batches(name, stage, report)
+    before = stages.get(stage.model) if isinstance(stage, DPO | KTO) else None
     if isinstance(before, Training) and before.lora and stage.lora and before.lora != stage.lora:
         # An adapter is trained on, not stacked: its shape is given once, where it was first made.
         report(
@@ -90,6 +92,24 @@ def _check_training(
             ["lora"],
             f"`{name}` trains the adapter of `{getattr(stage, 'model', '')}` on, so its `lora` must be that one: "
             f"{before.lora!r}; without `lora` the adapter is merged and all weights are trained",
+        )
+
+
+def _check_batches(name: str, stage: KTO, report: Report) -> None:
+    """Report what would undo the batches that a ``kto`` stage puts together."""
+    refused = {
+        "train_sampling_strategy": "rows are shuffled by `seed` already, anew in every epoch: remove it",
+        "dataloader_persistent_workers": "its workers would keep the first epoch's order: remove it",
+    }
+    for key, why in refused.items():
+        if stage.trainer.get(key) not in (None, False, "sequential"):
+            report(name, ["trainer", key], why)
+    size = stage.trainer.get("per_device_train_batch_size")
+    if isinstance(size, int) and size < 2:
+        report(
+            name,
+            ["trainer", "per_device_train_batch_size"],
+            f"a batch holds both labels, so 2 or more; got {size}",
         )
 
 

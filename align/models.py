@@ -230,3 +230,15 @@ def to_train(
             "set these, or remove `lora` to merge it"
         )
     return model, None
+
+
+def reference(
+    source: Path | str, *, lora: dict[str, Any] | None, dtype: str, revision: str | None = None
+) -> PreTrainedModel | None:
+    """The reference that TRL is to be given beside :func:`to_train`'s policy, the same model to the last bit.
+
+    A new adapter has the model below it as its reference, and an adapter that is trained on has a frozen copy of itself:
+    TRL makes both, so None. A policy trained in full gets a second model, loaded the same way. TRL's own default loads
+    ``config._name_or_path`` instead, which for a merged adapter is the base without it.
+    """
+    return load_whole(source, dtype=dtype, revision=revision) if lora is None else None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-POLICY_STAGES = ("sft", "dpo")
+POLICY_STAGES = ("sft", "dpo", "kto")
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
 
 
@@ -200,6 +200,27 @@ class DPO(Training):
     """How much the policy is held to the reference."""
 
 
+class KTO(Training):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of pairs."""
+
+    trainer_config: ClassVar[str | None] = "KTOConfig"
+    inputs: ClassVar = {
+        "model": Input(POLICY_STAGES, models=True),
+        "preferences": Input(("prepare",)),
+    }
+
+    model: str
+    """An earlier stage, a folder or a Hub id: the policy at the start, and the reference."""
+    preferences: str = "prepare"
+    """Completions with labels of their own, and both sides of pairs."""
+    beta: float = Field(0.1, gt=0.0)
+    """How much the policy is held to the reference."""
+    desirable_weight: float | None = Field(None, gt=0.0)
+    """Of desirable completions; without it, so that both labels' sums stand 1:1 to 4:3, as the paper advises."""
+    undesirable_weight: float | None = Field(None, gt=0.0)
+    """Of undesirable completions; without it, likewise."""
+
+
 class Evaluate(Stage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards on held-out pairs."""
 
@@ -332,6 +353,7 @@ STAGES: dict[str, type[Stage]] = {
     "prepare": Prepare,
     "sft": SFT,
     "dpo": DPO,
+    "kto": KTO,
     "evaluate": Evaluate,
     "control": Control,
 }
