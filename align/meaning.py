@@ -29,7 +29,11 @@ def _references(cls: type[Stage], data: Mapping[str, Any]) -> dict[str, str]:
         value = data.get(key, cls.model_fields[key].default)
         items = enumerate(value) if isinstance(value, list) else ()
         found |= {key: value} | {f"{key}.{i}": item for i, item in items}
-    return {role: target for role, target in found.items() if isinstance(target, str)}
+    return {
+        role: target
+        for role, target in found.items()
+        if isinstance(target, str) and target not in cls.inputs[role.split(".")[0]].words
+    }
 
 
 def check_references(
@@ -156,7 +160,7 @@ def _wrong_reference(
         )
         return f"no earlier stage `{target}`{near}{others}"
     if not wanted.models:
-        return f"no such folder: {target}; name an earlier `{' or '.join(wanted.stages)}` stage, or its folder"
+        return f"no such folder: {target}; name an earlier {' or '.join(f'`{kind}`' for kind in wanted.stages)} stage, or its folder"
     first = target.split("/")[0]
     if not _HUB_ID.match(target) or Path(first).is_dir():
         return f"no such folder: {target}; name an earlier stage, a folder with a model, or a Hub id (owner/name)"

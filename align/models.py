@@ -242,3 +242,34 @@ def reference(
     ``config._name_or_path`` instead, which for a merged adapter is the base without it.
     """
     return load_whole(source, dtype=dtype, revision=revision) if lora is None else None
+
+
+def load_classifier(source: Path | str, *, dtype: str) -> PreTrainedModel:
+    """A reward model: a sequence classifier with one output; an adapter is merged into its base.
+
+    Raises:
+        UserError: It cannot be loaded, or has no trained head, or several outputs.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    base = adapter_base(source)
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            str(base or source),
+            num_labels=1,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+        if base is not None:
+            model = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(_cannot_load(source, "reward model", error)) from None
+    if base is None and report["missing_keys"]:
+        raise UserError(
+            f"{source}: no reward model: its {sorted(report['missing_keys'])[0]} is missing; name a `reward` stage, or a "
+            "sequence classifier with one output"
+        )
+    return model

@@ -130,9 +130,10 @@ def _repair(
                     continue
                 if prompts[row] == prompts[batch[place]]:
                     continue
-                before = (len(list(crowded(batch))), len(list(crowded(other))))
+                before = [len(list(crowded(each))) for each in (batch, other)]
                 batch[place], other[there] = other[there], batch[place]
-                if (len(list(crowded(batch))), len(list(crowded(other)))) < before:
+                after = [len(list(crowded(each))) for each in (batch, other)]
+                if after[0] < before[0] and after[1] <= before[1]:
                     return True
                 batch[place], other[there] = other[there], batch[place]
         return False

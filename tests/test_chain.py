@@ -103,6 +103,20 @@ OTHER: dict[str, dict[str, Any]] = {
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
+    "kto": {
+        "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
+        "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,
+        "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "sample": {
+        "model": "sft_2", "prompts": "prepare_2", "split": "test", "n_prompts": 3, "n_completions": 2,
+        "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
+        "revision": "abc", "seed": 1,
+    },
+    "label": {
+        "completions": "sample_2", "judge": "reward", "pairing": "all", "margin": 0.1,
+        "labels": "bradley_terry", "slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
+    },
     "evaluate": {
         "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
         "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
@@ -123,6 +137,9 @@ BASE: dict[str, dict[str, Any]] = {
     "prepare": {"source": "rows.jsonl"},
     "sft": {"model": {"vocab_size": 300, "hidden_size": 32}},
     "dpo": {"model": "sft"},
+    "kto": {"model": "sft"},
+    "sample": {"model": "sft"},
+    "label": {"judge": "gold"},
     "evaluate": {
         "policies": ["dpo"],
         "baseline": "sft",

@@ -29,6 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"errors", "wording", "__init__"},
     "readers": {"errors", "wording", "sources"},
     "preferences": {"errors", "wording", "sources", "readers"},
+    "unpaired": {"errors"},
+    "pairing": set(),
     "functional": {"functional"},
     "control": {"control", "rl", "functional", "wording"},
     "rl": {"rl", "functional"},
@@ -50,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
         "preferences",
         "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
-        "interrupts", "rl", "control",
+        "interrupts", "rl", "control", "unpaired", "pairing",
     },
     "model_files": {"errors"},
     "planning": {

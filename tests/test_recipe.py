@@ -370,7 +370,7 @@ def test_a_model_is_an_earlier_stage_or_a_hub_id_or_a_folder_that_is_there(model
         ("model: ./tiny", "dpo.model: no such folder: ./tiny"),
         ("model: a/b/c", "dpo.model: no such folder: a/b/c"),
         ("model: near/tiny", "dpo.model: no such folder: near/tiny"),
-        ("pairs: a/b", "dpo.pairs: no such folder: a/b; name an earlier `prepare` stage"),
+        ("pairs: a/b", "dpo.pairs: no such folder: a/b; name an earlier `prepare` or `label` stage"),
     ],
 )  # fmt: skip
 def test_a_reference_to_what_is_not_there_is_told(key: str, told: str, write: Any):

@@ -135,7 +135,7 @@ class Mixed(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, *, batch_size: int, seed: int) -> None:
         self.rows = rows.select_columns(list(COLUMNS))
         self.labels: list[bool] = self.rows["label"][:]
-        prompts = [tuple(ids) for ids in self.rows["prompt_ids"]]
+        prompts = [hash(tuple(ids)) for ids in self.rows["prompt_ids"]]  # a tenth of the memory
         self._order = functools.partial(
             unpaired.interleaved, self.labels, prompts, batch_size=batch_size, seed=seed
         )
