@@ -12,13 +12,20 @@ Each policy, and SFT, answers the held-out prompts; a win is a higher gold score
 over prompts; "all seeds" pools the seeds' outcomes of a prompt.
 """
 
+# ruff: noqa: E402 (see `quiet_libraries`)
+
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+from align.run import quiet_libraries
+
+quiet_libraries()  # before what reads the environment is imported
 
 import pyarrow.parquet as pq
 import torch
@@ -26,7 +33,6 @@ from rich.console import Console
 
 from align import chain, processes, recipe, training
 from align.functional import winrate
-from align.run import quiet_libraries
 from align.settings import KTO, Evaluate
 from align.tracking import Display, Track
 
@@ -73,7 +79,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where SFT is reused, or trained")  # fmt: skip
     parser.add_argument("overrides", nargs="*", default=[], help="as in a recipe: kto.beta=0.2")
     args = parser.parse_intermixed_args()
-    quiet_libraries()
     processes.join()
     display = Display(Console(quiet=True))
     wins: dict[str, dict[int, torch.Tensor]] = {side: {} for side in args.sides}
@@ -88,7 +93,8 @@ def main() -> None:
         place = args.runs / "benchmark-kto" / f"seed-{seed}"
         for side in args.sides:
             folder = place / side
-            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # its checkpoints would be gone on from
+            folder.mkdir(parents=True)
             display.start(side, folder, "running")
             inputs = {"model": sft, "preferences": data}
             track = Track(side, folder, display, main=True)
