@@ -113,8 +113,31 @@ def prepared(recipe: Recipe, data: Path, due: Sequence[Step]) -> None:
     for step in due:
         if data in step.inputs.values():
             problems += unfit(recipe, step.name, step.settings, tables, prompts)
+            problems += _unmixed(recipe, step.name, step.settings, data)
     if problems:
         raise UserError(*problems)
+
+
+def _unmixed(recipe: Recipe, name: str, settings: Stage, data: Path) -> list[str]:
+    """Whether a ``kto`` stage finds completions of both labels for every batch."""
+    file = data / "unpaired-train.parquet"
+    if not isinstance(settings, KTO) or not file.is_file():
+        return []
+    import pyarrow.parquet as pq
+
+    from align import trainer_keys, unpaired
+
+    labels = pq.read_table(file, columns=["label"])["label"].to_pylist()
+    pairs = data / "pairs-train.parquet"
+    both = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
+    key = "per_device_train_batch_size"
+    usual = trainer_keys.trainer_keys(str(settings.trainer_config))[key].default
+    size = settings.trainer.get(key, int(str(usual)))
+    try:
+        unpaired.check(sum(labels) + both, labels.count(False) + both, batch_size=size)
+    except UserError as error:
+        return [f"{recipe.at(name, 'preferences')}: {line}" for line in error.lines]
+    return []
 
 
 def unfit(

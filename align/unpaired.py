@@ -41,14 +41,12 @@ def interleaved(
         UserError: No such order exists.
     """
     rows = len(labels)
+    check(sum(labels), rows - sum(labels), batch_size=batch_size)
     batches = math.ceil(rows / batch_size)
     total = batches * batch_size if batches > 1 else rows
     sides = _shuffled(labels, prompts, Random(f"{seed}:{epoch}"))
-    desirable = round(total * len(sides[True]) / max(rows, 1))
+    desirable = round(total * len(sides[True]) / rows)
     slots = {True: desirable, False: total - desirable}
-    for label, word in ((True, "desirable"), (False, "undesirable")):
-        if min(slots[label], len(sides[label])) < batches or not rows:
-            raise UserError(_too_few(word, len(sides[label]), rows, batches))
     queues = {
         label: deque(islice(cycle(side), slots[label])) for label, side in sides.items()
     }
@@ -65,13 +63,24 @@ def interleaved(
     return [row for batch in found for row in batch]
 
 
-def _too_few(word: str, have: int, rows: int, batches: int) -> str:
-    if have == 0:
-        return f"no completion is {word}; KTO learns from both labels: name a source that has both"
-    return (
-        f"{have:,} {word} completions of {rows:,} are not enough for {batches:,} batches: every batch holds both labels; "
-        f"set `per_device_train_batch_size` to {math.ceil(rows / have) + 1} or more"
-    )
+def check(desirable: int, undesirable: int, *, batch_size: int) -> None:
+    """Make sure that there is one completion of each label for every batch.
+
+    Raises:
+        UserError: There is not.
+    """
+    rows = desirable + undesirable
+    batches = math.ceil(rows / batch_size)
+    for have, word in ((desirable, "desirable"), (undesirable, "undesirable")):
+        if have == 0:
+            raise UserError(
+                f"no completion is {word}; KTO learns from both labels: name a source that has both"
+            )
+        if have < batches:
+            raise UserError(
+                f"{have:,} {word} completions of {rows:,} are not enough for {batches:,} batches: every batch holds both "
+                f"labels; set `per_device_train_batch_size` to {math.ceil(rows / have)} or more"
+            )
 
 
 def _shuffled(

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "references": {"errors", "artifact", "processes", "tracking"},
     "checks": {
         "errors", "settings", "recipe", "planning", "sources", "training", "judges", "control",
+        "trainer_keys", "unpaired",
     },
     "stages": {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",

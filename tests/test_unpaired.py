@@ -102,7 +102,7 @@ def test_rows_that_fill_the_last_batch_differ_between_epochs():
         pytest.param([True] * 8, range(8), 4, "no completion is undesirable", id="one label"),
         pytest.param([False] * 8, range(8), 4, "no completion is desirable", id="the other"),
         pytest.param([True] * 3 + [False] * 97, range(100), 10,
-                     r"3 desirable completions of 100 are not enough for 10 batches.*to 35 or more", id="too few"),
+                     r"3 desirable completions of 100 are not enough for 10 batches.*to 34 or more", id="too few"),
         pytest.param([True, False] * 4, [0] * 8, 4, "one prompt has more than half", id="one prompt"),
     ],
 )  # fmt: skip
@@ -111,10 +111,12 @@ def test_what_cannot_be_mixed_is_a_users_mistake(labels, prompts, size, told):
         unpaired.interleaved(labels, list(prompts), batch_size=size, seed=0, epoch=0)
 
 
-def test_the_batch_size_that_is_told_is_enough():
+def test_the_batch_size_that_is_told_is_enough_and_no_larger():
     labels = [True] * 3 + [False] * 97
+    with pytest.raises(UserError):
+        unpaired.check(3, 97, batch_size=33)
     for epoch in range(3):
-        unpaired.interleaved(labels, list(range(100)), batch_size=35, seed=0, epoch=epoch)
+        unpaired.interleaved(labels, list(range(100)), batch_size=34, seed=0, epoch=epoch)
 
 
 # Partners

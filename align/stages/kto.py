@@ -18,7 +18,6 @@ from trl import KTOConfig, KTOTrainer
 from trl.data_utils import unpair_preference_dataset
 
 from align import models, prefix_sharing, training, unpaired
-from align.errors import UserError
 from align.settings import KTO
 from align.tracking import Track
 
@@ -111,9 +110,7 @@ def _labelled(data: Path, split: str, folder: Path) -> Any:
 
 def _weights(settings: KTO, labels: Any) -> unpaired.Weights:
     desirable = sum(labels)
-    if desirable in (0, len(labels)):
-        word = "undesirable" if desirable else "desirable"
-        raise UserError(f"preferences: no completion is {word}; KTO learns from both labels")
+    unpaired.check(desirable, len(labels) - desirable, batch_size=len(labels))  # both are there
     return unpaired.weights(
         desirable,
         len(labels) - desirable,
