@@ -111,9 +111,7 @@ def _figures(step: Step, role: str, prepared: dict[Path, dict[str, Any]]) -> dic
     return made.metrics if made is not None else {}
 
 
-def _rows(
-    settings: SFT | DPO | KTO, figures: dict[str, Any]
-) -> tuple[int | None, tuple[str, ...]]:
+def _rows(settings: SFT | DPO | KTO, figures: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """How many rows a stage trains on, and which lengths they have."""
     counts = {
         kind: splits.get("train")

@@ -79,9 +79,7 @@ def _by_prompt(
         yield list(some.values())
 
 
-def _matches(
-    some: Sequence[Row], pairing: Pairing, random: Random
-) -> Iterator[tuple[Row, Row]]:
+def _matches(some: Sequence[Row], pairing: Pairing, random: Random) -> Iterator[tuple[Row, Row]]:
     if pairing == "all":
         yield from itertools.combinations(some, 2)
         return

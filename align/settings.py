@@ -286,7 +286,9 @@ class Label(Stage):
     @model_validator(mode="after")
     def _slope_has_a_use(self) -> Label:
         if self.slope is not None and self.labels == "exact":
-            raise ValueError("`slope` is for noisy labels: set `labels: bradley_terry`, or remove it")
+            raise ValueError(
+                "`slope` is for noisy labels: set `labels: bradley_terry`, or remove it"
+            )
         return self
 
 

@@ -47,9 +47,7 @@ def interleaved(
     sides = _shuffled(labels, prompts, Random(f"{seed}:{epoch}"))
     desirable = round(total * len(sides[True]) / rows)
     slots = {True: desirable, False: total - desirable}
-    queues = {
-        label: deque(islice(cycle(side), slots[label])) for label, side in sides.items()
-    }
+    queues = {label: deque(islice(cycle(side), slots[label])) for label, side in sides.items()}
     found: list[list[int]] = []
     for start in range(0, total, batch_size):
         size = min(batch_size, total - start)
@@ -120,9 +118,7 @@ def _batch(
     return batch
 
 
-def _repair(
-    batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[Hashable]
-) -> None:
+def _repair(batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[Hashable]) -> None:
     """Where the end of an epoch left a prompt with more than half a batch, exchange rows with other batches."""
 
     def crowded(batch: Sequence[int]) -> Iterator[int]:

@@ -68,7 +68,9 @@ def outcomes(folder: Path, policy: str) -> torch.Tensor:
 def shown(found: torch.Tensor) -> str:
     """A win rate with its interval."""
     low, high = winrate.proportion_interval(found.double(), level=0.95, resamples=2000, seed=0)
-    return f"{100 * winrate.win_rate(found.double()).item():.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+    return (
+        f"{100 * winrate.win_rate(found.double()).item():.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+    )
 
 
 def main() -> None:

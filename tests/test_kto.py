@@ -180,7 +180,9 @@ def test_the_loss_of_a_batch_is_trls_own(build: Build, world: tiny.World, tmp_pa
 # Batches ------------------------------------------------------------------------------------------
 
 
-def test_every_batch_of_the_loader_has_both_labels_and_kl_completions_of_other_prompts(build: Build):
+def test_every_batch_of_the_loader_has_both_labels_and_kl_completions_of_other_prompts(
+    build: Build,
+):
     trainer = build(per_device_train_batch_size=6, num_train_epochs=2, max_steps=-1)
     own = {
         (tuple(row["prompt_ids"]), tuple(row["completion_ids"]))
@@ -296,7 +298,9 @@ def test_the_loss_without_kl_needs_no_partners(build: Build):
 def test_what_a_stage_leaves_is_the_policy_that_was_trained(
     build: Build, world: tiny.World, tmp_path: Path
 ):
-    settings = KTO(model="lora", lora=tiny.LORA, trainer=tiny.TRAINER | {"max_steps": 4, "learning_rate": 1e-3})
+    settings = KTO(
+        model="lora", lora=tiny.LORA, trainer=tiny.TRAINER | {"max_steps": 4, "learning_rate": 1e-3}
+    )
     folder = tmp_path / "stage"
     tiny.stage(kto, settings, {"model": world.lora, "preferences": world.data}, folder)
     again = build("lora", tiny.LORA, learning_rate=1e-3)
@@ -317,4 +321,6 @@ def test_what_a_stage_leaves_is_the_policy_that_was_trained(
     assert losses[-1] != losses[0] == 0.5
     assert (folder / "adapter_config.json").is_file()
     assert not (folder / "ref").exists()
-    assert generation.prompt_ids(models.load_tokenizer(folder), [[{"role": "user", "content": "."}]])
+    assert generation.prompt_ids(
+        models.load_tokenizer(folder), [[{"role": "user", "content": "."}]]
+    )

@@ -83,7 +83,9 @@ def test_the_seed_and_the_temperature_decide_what_is_sampled(world: tiny.World, 
 
 
 def test_a_split_that_was_not_held_out_is_a_users_mistake(world: tiny.World, tmp_path: Path):
-    with pytest.raises(UserError, match="no prompts-validation.parquet; set `validation_fraction`"):
+    with pytest.raises(
+        UserError, match=r"no prompts-validation.parquet; set `validation_fraction`"
+    ):
         sampled(world, tmp_path / "sample", split="validation")
 
 
@@ -235,10 +237,14 @@ def test_what_was_trained_on_labels_is_known_to_evaluate(
     settings = cls(model="sft", **{role: "label"}, trainer=tiny.TRAINER | {"max_steps": 1})
     tiny.stage(module, settings, {"model": world.sft, role: pairs}, tmp_path / "policy")
     found = evaluate._trained_on(tmp_path / "policy")
-    assert found == {
-        pairs / "pairs-train.parquet",
-        world.data / "demonstrations-train.parquet",  # of the policy's own beginning, and of the one that was sampled
-    }
+    assert (
+        found
+        == {
+            pairs / "pairs-train.parquet",
+            world.data
+            / "demonstrations-train.parquet",  # of the policy's own beginning, and of the one that was sampled
+        }
+    )
 
 
 def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(

@@ -45,7 +45,9 @@ def load(
                 hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
                 logits = model.score(hidden)[..., 0].float()
             last = mask.sum(dim=1) - 1
-            for row, value in zip(batch, logits.gather(1, last[:, None])[:, 0].tolist(), strict=True):
+            for row, value in zip(
+                batch, logits.gather(1, last[:, None])[:, 0].tolist(), strict=True
+            ):
                 found[row] = value
         return found
 

@@ -80,12 +80,16 @@ def as_trl_feeds_it(
         undesirable_weight=weights.undesirable,
     )
     lora = settings.lora.model_dump() if settings.lora else None
-    given = {"dtype": settings.dtype, "revision": settings.revision}
-    model, adapter = models.to_train(source, lora=lora, **given)
+    model, adapter = models.to_train(
+        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+    )
+    reference = models.reference(
+        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+    )
     with training.refusals():
         trainer = KTOTrainer(
             model=model,
-            ref_model=models.reference(source, lora=lora, **given),
+            ref_model=reference,
             args=arguments,
             train_dataset=rows,
             eval_dataset=_labelled(data, "validation", folder),
@@ -99,7 +103,7 @@ def as_trl_feeds_it(
 
 def _labelled(data: Path, split: str, folder: Path) -> Any:
     """The rows of a split that have labels of their own, and both sides of those that come in pairs."""
-    parts = []
+    parts: list[Any] = []
     if (data / f"unpaired-{split}.parquet").is_file():
         parts.append(training.dataset(data, "unpaired", split, folder))
     if (data / f"pairs-{split}.parquet").is_file() or (split == "train" and not parts):

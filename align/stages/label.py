@@ -74,9 +74,7 @@ def run(
 def _judge(settings: Label, inputs: Mapping[str, Path | str]) -> Judge:
     if settings.judge == "gold":
         return _gold_scores
-    return reward_model.load(
-        inputs["judge"], dtype=settings.dtype, batch_size=settings.batch_size
-    )
+    return reward_model.load(inputs["judge"], dtype=settings.dtype, batch_size=settings.batch_size)
 
 
 def _gold_scores(prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
