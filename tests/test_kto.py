@@ -206,6 +206,11 @@ def test_every_batch_of_the_loader_has_both_labels_and_kl_completions_of_other_p
     assert not any(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
 
 
+def test_the_seed_of_the_stage_decides_the_order(build: Build):
+    one, same, other = (build(own={"seed": seed}).train_dataset.order for seed in (0, 0, 1))
+    assert one == same != other
+
+
 def test_trls_own_order_holds_batches_of_one_label(build: Build):
     # What this stage is for. Should TRL mix labels one day, this fails and much of the stage can go.
     trainer = build(how=kto.as_trl_feeds_it, per_device_train_batch_size=4)
