@@ -282,3 +282,29 @@ def made_from(world: tiny.World) -> artifact.Artifact:
     given = {name: getattr(donor, name) for name in donor.__slots__}
     pairs = {"folder": str(world.data), "digest": ""}
     return artifact.Artifact(**given | {"stage": "reward", "inputs": {"pairs": pairs}})
+
+
+def test_a_recipe_names_a_judge_by_word_or_by_folder(
+    world: tiny.World, rewards: dict[str, Path], tmp_path: Path, launch: Any
+):
+    (tmp_path / "recipe.yaml").write_text(
+        f"""\
+stages:
+  sample: {{model: {world.sft}, prompts: {world.data}, n_prompts: 8, n_completions: 3, max_new_tokens: 12}}
+  gold: {{stage: label, judge: gold, pairing: all, labels: bradley_terry}}
+  rlaif: {{stage: label, judge: {rewards["reward"]}}}
+"""
+    )
+    done = launch("recipe.yaml")
+    assert done.code == 0, done.err
+    made = {}
+    for folder in (tmp_path / "runs").glob("*-????????????"):
+        found = artifact.read(folder)
+        assert found is not None
+        made[found.name] = found
+    assert set(made["gold"].inputs) == {"completions"}
+    assert set(made["rlaif"].inputs) == {"completions", "judge"}
+    assert made["rlaif"].inputs["judge"]["folder"] == str(rewards["reward"])
+    assert made["rlaif"].metrics["pairs"]["train"] == 8
+    again = launch("recipe.yaml")
+    assert (again.code, again.out.count(": reused")) == (0, 3)
