@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from align import sources
 from align.errors import UserError
-from align.settings import DPO, KTO, SFT, Control, Evaluate, Stage, Training
+from align.settings import DPO, KTO, SFT, Control, Evaluate, Sample, Stage, Training
 
 if TYPE_CHECKING:
     from align.planning import Step
@@ -155,6 +155,8 @@ def unfit(
         needs = [("pairs", "pairs-train")]
     elif isinstance(settings, KTO):
         needs = [] if "unpaired-train" in tables else [("preferences", "pairs-train")]
+    elif isinstance(settings, Sample):
+        needs = [("split", f"prompts-{settings.split}")]
     elif isinstance(settings, Evaluate):
         needs = [("judge", f"prompts-{settings.split}")] if settings.judge else []
         needs += (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.readers import COLUMNS
-from align.settings import DPO, KTO, STAGES, Evaluate, Input, Prepare, Stage, Training
+from align.settings import DPO, KTO, STAGES, Evaluate, Input, Prepare, Sample, Stage, Training
 from align.wording import nearest, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
@@ -60,7 +60,7 @@ def check_meaning(name: str, stage: Stage, stages: Mapping[str, Stage], report: 
                 report(name, ["columns", key], f"no column of ours{nearest(key, COLUMNS)}")
     if isinstance(stage, Evaluate) and len(set(stage.policies)) < len(stage.policies):
         report(name, ["policies"], "a policy stands twice; name each once")
-    if isinstance(stage, Evaluate):
+    if isinstance(stage, Evaluate | Sample) and stage.split != "train":
         _check_held_out(name, ["split"], stage.prompts, stage.split, stages, report)
     if isinstance(stage, Training):
         _check_training(name, stage, stages, report)

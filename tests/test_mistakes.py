@@ -834,6 +834,11 @@ LABELS = [
         "recipe.yaml:4: sample: `temperature: 0.0` gives the same completion every time: raise it",
     ),
     mistake(
+        "samples of a split that nobody held out",
+        recipe(PREPARE, SFT, "sample: {model: sft, split: validation}"),
+        "recipe.yaml:4: sample.split: `prepare` holds no validation split out; set `prepare.validation_fraction` above 0",
+    ),
+    mistake(
         "labels without completions",
         recipe(PREPARE, SFT, "label: {judge: gold}"),
         "recipe.yaml:4: label.completions: no earlier stage `sample`",
