@@ -113,26 +113,54 @@ def test_scores_are_the_gold_ones_and_pairs_are_as_prepared_ones(
     assert made.metrics["words"].keys() == {"prompt_median", "chosen_median", "rejected_median"}
 
 
-def test_exact_labels_choose_the_higher_score(world: tiny.World, tmp_path: Path):
-    # the tiny policy's own completions all score nothing: those of the embedded pairs differ
+@pytest.fixture
+def given(world: tiny.World, tmp_path: Path) -> Path:
+    """Completions of a known worth: the tiny policy's own all score nothing, those of the embedded pairs differ."""
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "prompt_id": row["prompt_id"], "n_tokens": 9, "finished": True}
         for row in tiny.rows(world.data, "pairs-train")
         for side in ("chosen", "rejected")
     ]  # fmt: skip
-    written = tmp_path / "sample"
-    written.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), written / "completions-train.parquet")
-    folder = labelled(written, tmp_path / "label", labels="exact")
+    (tmp_path / "sample").mkdir()
+    file = tmp_path / "sample" / "completions-train.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file.parent
+
+
+def gaps(folder: Path) -> list[float]:
+    """Of each pair: how much higher the chosen completion scores."""
     found = {
         (row["prompt_id"], row["completion"][0]["content"]): row["score"]
         for row in tiny.rows(folder, "scores-train")
     }
-    rows = tiny.rows(folder, "pairs-train")
-    assert len(rows) > 20
-    for row in rows:
-        chosen, rejected = (found[row["prompt_id"], row[side][0]["content"]] for side in ("chosen", "rejected"))  # fmt: skip
-        assert chosen > rejected
+    return [
+        found[row["prompt_id"], row["chosen"][0]["content"]]
+        - found[row["prompt_id"], row["rejected"][0]["content"]]
+        for row in tiny.rows(folder, "pairs-train")
+    ]
+
+
+def test_exact_labels_choose_the_higher_score_and_margins_keep_clear_pairs(
+    given: Path, tmp_path: Path
+):
+    all_of_them = gaps(labelled(given, tmp_path / "all", labels="exact"))
+    clear = gaps(labelled(given, tmp_path / "clear", labels="exact", margin=0.2))
+    assert len(all_of_them) > 20
+    assert min(all_of_them) > 0
+    assert sorted(clear) == sorted(gap for gap in all_of_them if gap >= 0.2)
+    assert len(clear) < len(all_of_them)
+
+
+def test_the_slope_and_the_seed_decide_noisy_labels(given: Path, tmp_path: Path):
+    sure = gaps(labelled(given, tmp_path / "sure", slope=1.0e6))
+    assert min(sure) >= 0, "so steep a slope is no noise"
+    noisy = gaps(labelled(given, tmp_path / "noisy", slope=1.0e-3))
+    wrong = sum(gap < 0 for gap in noisy) / len(noisy)
+    assert 0.2 < wrong < 0.8, "so flat a slope is a coin"
+    assert gaps(labelled(given, tmp_path / "other", slope=1.0e-3, seed=1)) != noisy
+    usual = gaps(labelled(given, tmp_path / "usual"))
+    assert usual == gaps(labelled(given, tmp_path / "same", slope=gold.LABEL_SLOPE))
+    assert 0 < sum(gap < 0 for gap in usual) / len(usual) < 0.35
 
 
 def test_nothing_to_pair_is_a_users_mistake(world: tiny.World, tmp_path: Path):
