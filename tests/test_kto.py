@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -271,6 +272,15 @@ def test_weights_that_the_paper_advises_against_are_told(world: tiny.World, tmp_
     metrics = tiny.stage(kto, settings, inputs, tmp_path / "kto")
     assert metrics["weight_ratio"] == 3.0
     assert ["weighs 3.00 times" in line for line in metrics["warnings"]] == [True]
+
+
+def test_held_out_labels_are_mixed_as_well(build: Build, world: tiny.World, tmp_path: Path):
+    data = unpaired_rows(world, tmp_path / "unpaired", 12, 12)
+    shutil.copy(data / "unpaired-train.parquet", data / "unpaired-validation.parquet")
+    trainer = build(data=data, per_device_eval_batch_size=6)
+    for batch in trainer.get_eval_dataloader():
+        assert batch["label"].tolist().count(True) == 3
+    assert trainer.evaluate()["eval_loss"] == 0.5
 
 
 @pytest.mark.parametrize(
