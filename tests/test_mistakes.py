@@ -341,7 +341,7 @@ RECIPES = [
         "a wrong kind for a name of one's own",
         recipe(PREPARE, SFT, "low_beta: {stage: DPO, model: sft}"),
         "recipe.yaml:4: low_beta.stage: expected a kind of stage, got the text 'DPO'",
-        "known: prepare, sft, dpo, evaluate",
+        "known: prepare, sft, dpo, kto, sample, label, evaluate",
     ),
     mistake(
         "a stage's name in capitals",
