@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 from align import reward_functions, sources
 from align.errors import UserError
 from align.meaning import FUNCTION
-from align.settings import DPO, PPO, SFT, Control, Evaluate, Reward, Stage, Training
+from align.settings import (
+    DPO,
+    KTO,
+    PPO,
+    SFT,
+    Control,
+    Evaluate,
+    Reward,
+    Sample,
+    Stage,
+    Training,
+)
 
 if TYPE_CHECKING:
     from align.planning import Step
@@ -44,7 +55,7 @@ def trainer_arguments(recipe: Recipe, due: Sequence[Step]) -> None:
         if not isinstance(settings, Training):
             continue
         config = getattr(trl, str(settings.trainer_config))
-        own = {"beta": settings.beta} if isinstance(settings, DPO) else {}
+        own = {"beta": settings.beta} if isinstance(settings, DPO | KTO) else {}
         try:
             training.arguments(
                 config, step.folder, seed=settings.seed, trainer=settings.trainer, **own
@@ -134,8 +145,31 @@ def prepared(recipe: Recipe, data: Path, due: Sequence[Step]) -> None:
     for step in due:
         if data in step.inputs.values():
             problems += unfit(recipe, step.name, step.settings, tables, prompts)
+            problems += _unmixed(recipe, step.name, step.settings, data)
     if problems:
         raise UserError(*problems)
+
+
+def _unmixed(recipe: Recipe, name: str, settings: Stage, data: Path) -> list[str]:
+    """Whether a ``kto`` stage finds completions of both labels for every batch."""
+    file = data / "unpaired-train.parquet"
+    if not isinstance(settings, KTO) or not file.is_file():
+        return []
+    import pyarrow.parquet as pq
+
+    from align import trainer_keys, unpaired
+
+    labels = pq.read_table(file, columns=["label"])["label"].to_pylist()
+    pairs = data / "pairs-train.parquet"
+    both = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
+    key = "per_device_train_batch_size"
+    usual = trainer_keys.trainer_keys(str(settings.trainer_config))[key].default
+    size = settings.trainer.get(key, int(str(usual)))
+    try:
+        unpaired.check(sum(labels) + both, labels.count(False) + both, batch_size=size)
+    except UserError as error:
+        return [f"{recipe.at(name, 'preferences')}: {line}" for line in error.lines]
+    return []
 
 
 def unfit(
@@ -154,6 +188,10 @@ def unfit(
     elif isinstance(settings, PPO):
         needs = [("prompts", "prompts-train")]
         needs += [("eval_split", f"prompts-{settings.eval_split}")] if settings.eval_steps else []
+    elif isinstance(settings, KTO):
+        needs = [] if "unpaired-train" in tables else [("preferences", "pairs-train")]
+    elif isinstance(settings, Sample):
+        needs = [("split", f"prompts-{settings.split}")]
     elif isinstance(settings, Evaluate):
         needs = [("judge", f"prompts-{settings.split}")] if settings.judge else []
         needs += (

@@ -1,7 +1,7 @@
 """What a stage will take, estimated before it runs: rows, steps, tokens, memory. Light: nothing is loaded.
 
 Tokens are words times 1.35, English's usual ratio in subword vocabularies. Memory is what does not depend on the batch:
-weights, gradients and Adam's two moments, and DPO's reference where it stays; activations come on top. What is not known is None, not a guess.
+weights, gradients and Adam's two moments, and the reference where it stays (KTO's, and DPO's where it cannot be asked ahead); activations come on top. What is not known is None, not a guess.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from typing import Any
 from align import artifact, model_files, preferences, sources, trainer_keys
 from align.meaning import FUNCTION
 from align.planning import Step
-from align.settings import DPO, PPO, SFT, Control, NewModel, Prepare, Reward, Training
+from align.settings import (
+    DPO,
+    KTO,
+    PPO,
+    SFT,
+    Control,
+    NewModel,
+    Prepare,
+    Reward,
+    Sample,
+    Training,
+)
 
 TOKENS_A_WORD = 1.35
 LARGEST_READ = 8 * 2**20  # bytes of a source that is read for a plan
@@ -50,11 +61,16 @@ def estimate(steps: Sequence[Step], *, world_size: int) -> dict[str, Estimate]:
         elif isinstance(settings, PPO):
             parameters[step.folder] = _parameters(step, parameters)
             found[step.name] = _ppo(settings, parameters[step.folder])
-        elif isinstance(settings, SFT | DPO | Reward):
+        elif isinstance(settings, SFT | DPO | KTO | Reward):
             parameters[step.folder] = _parameters(step, parameters)
             found[step.name] = _training(
                 step, settings, prepared, parameters[step.folder], world_size
             )
+        elif isinstance(settings, Sample):
+            prompts = _figures(step, "prompts", prepared).get("prompts", {}).get(settings.split)
+            if prompts is not None:
+                prompts = min(prompts, settings.n_prompts or prompts) * settings.n_completions
+            found[step.name] = Estimate(rows=prompts)
         elif isinstance(settings, Control):
             found[step.name] = Estimate(steps=settings.steps * len(settings.seeds))
         else:
@@ -78,18 +94,14 @@ def _prepared(step: Step) -> dict[str, Any]:
 
 def _training(
     step: Step,
-    settings: SFT | DPO | Reward,
+    settings: SFT | DPO | KTO | Reward,
     prepared: dict[Path, dict[str, Any]],
     parameters: int | None,
     world_size: int,
 ) -> Estimate:
-    kind = "demonstrations" if isinstance(settings, SFT) else "pairs"
-    data = Path(step.inputs[kind])
-    figures = prepared.get(data)
-    if figures is None:
-        made = artifact.read(data)
-        figures = made.metrics if made is not None else {}
-    rows = figures.get(kind, {}).get("train")
+    role = next(role for role in settings.inputs if role != "model")
+    figures = _figures(step, role, prepared)
+    rows, sides = _rows(settings, figures)
     batch = _knob(settings, "per_device_train_batch_size") * world_size
     accumulate = _knob(settings, "gradient_accumulation_steps")
     steps = _knob(settings, "max_steps")
@@ -97,12 +109,10 @@ def _training(
         each_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulate))
         steps = math.ceil(each_epoch * _knob(settings, "num_train_epochs"))
     words = figures.get("words", {})
-    sides = (
-        ("completion_median",) if kind == "demonstrations" else ("chosen_median", "rejected_median")
-    )
     tokens = None
-    if steps > 0 and all(side in words for side in sides):
-        row = sum(words["prompt_median"] + words[side] for side in sides) * TOKENS_A_WORD
+    if steps > 0 and all(f"{side}_median" in words for side in sides):
+        row = sum(words["prompt_median"] + words[f"{side}_median"] for side in sides)
+        row *= TOKENS_A_WORD / (len(sides) if isinstance(settings, KTO) else 1)
         tokens = round(row * steps * batch * accumulate)
     memory = _memory(settings, parameters) if parameters is not None else None
     return Estimate(rows, int(steps) if steps > 0 else None, tokens, memory)
@@ -123,6 +133,32 @@ def _ppo(settings: PPO, parameters: int | None) -> Estimate:
     return Estimate(rows=settings.steps * settings.batch_size, steps=steps, memory_bytes=memory)
 
 
+def _figures(step: Step, role: str, prepared: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """What is known of the data that a stage reads."""
+    data = Path(step.inputs[role])
+    if data in prepared:
+        return prepared[data]
+    made = artifact.read(data)
+    return made.metrics if made is not None else {}
+
+
+def _rows(
+    settings: SFT | DPO | KTO | Reward, figures: dict[str, Any]
+) -> tuple[int | None, tuple[str, ...]]:
+    """How many rows a stage trains on, and which lengths they have."""
+    counts = {
+        kind: splits.get("train")
+        for kind, splits in figures.items()
+        if kind in ("demonstrations", "pairs", "unpaired")
+    }
+    if isinstance(settings, SFT):
+        return counts.get("demonstrations"), ("completion",)
+    if isinstance(settings, DPO | Reward):
+        return counts.get("pairs"), ("chosen", "rejected")
+    both = [n * k for kind, k in (("unpaired", 1), ("pairs", 2)) if (n := counts.get(kind))]
+    return sum(both) or None, ("chosen", "rejected") if "pairs" in counts else ("completion",)
+
+
 def _knob(settings: Training, word: str) -> Any:
     """A trainer's setting: the recipe's, else the default of TRL's class."""
     if word in settings.trainer:
@@ -131,14 +167,15 @@ def _knob(settings: Training, word: str) -> Any:
     return json.loads(str(default))
 
 
-def _memory(settings: SFT | DPO | Reward, parameters: int) -> int:
+def _memory(settings: SFT | DPO | KTO | Reward, parameters: int) -> int:
     weights = parameters * _BYTES[settings.dtype]
     if settings.lora is not None:
         # Adapters are a few per cent of the weights; their gradients and moments are not counted.
         return weights
     copies = 4  # weights, gradients, two moments
     sharded = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
-    if isinstance(settings, DPO) and (sharded or settings.trainer.get("sync_ref_model")):
+    asked = isinstance(settings, DPO) and (sharded or settings.trainer.get("sync_ref_model"))
+    if asked or isinstance(settings, KTO):
         copies += 1
     return weights * copies
 

@@ -140,6 +140,29 @@ def judged_ids(
     return found
 
 
+def sample_together(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    **how: Any,
+) -> list[list[Completion]]:
+    """What :func:`sample` finds for all prompts, in their order, on every process; the processes share the work."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    mine = sample(
+        model,
+        tokenizer,
+        prompts,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        **how,
+    )
+    merged = dict(gather_object(list(mine.items())))
+    return [merged[i] for i in range(len(prompts))]
+
+
 def set_sampling(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

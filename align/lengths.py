@@ -15,7 +15,7 @@ from align import checks, preferences, sources, trainer_keys
 from align.errors import UserError
 from align.planning import Step
 from align.recipe import Recipe
-from align.settings import DPO, SFT, NewModel, Prepare, Reward, Training
+from align.settings import DPO, KTO, SFT, NewModel, Prepare, Reward, Training
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,9 +53,11 @@ def examine(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
                     problems += checks.unfit(
                         recipe, reader.name, reader.settings, *_contents(prepared.tables)
                     )
-        elif isinstance(settings, SFT | DPO | Reward):
-            kind = "demonstrations" if isinstance(settings, SFT) else "pairs"
-            splits = tables.get(Path(step.inputs[kind]), {}).get(kind)
+        elif isinstance(settings, SFT | DPO | KTO | Reward):
+            role = next(role for role in settings.inputs if role != "model")
+            kinds = ("unpaired", "pairs") if isinstance(settings, KTO) else (role,)
+            found = tables.get(Path(step.inputs[role]), {})
+            splits = next((found[kind] for kind in kinds if kind in found), None)
             try:
                 tokenizer = tokenizers[step.folder] = _tokenizer(step, splits, tokenizers)
             except UserError as error:
@@ -115,7 +117,7 @@ def _texts(rows: Sequence[Any]) -> Iterator[str]:
 
 
 def _measured(name: str, settings: Training, rows: Sequence[Any], tokenizer: Tokenizer) -> str:
-    sides = ("completion",) if isinstance(settings, SFT) else ("chosen", "rejected")
+    sides = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
     counts = {side: [] for side in ("prompt", *sides)}  # type: dict[str, list[int]]
     for side in counts:
         texts = ["\n".join(m["content"] for m in row[side]) for row in rows]

@@ -13,12 +13,14 @@ from typing import Any
 from align.readers import COLUMNS
 from align.settings import (
     DPO,
+    KTO,
     PPO,
     STAGES,
     Evaluate,
     Input,
     Prepare,
     Reward,
+    Sample,
     Stage,
     Trained,
     Training,
@@ -44,9 +46,12 @@ def _references(cls: type[Stage], data: Mapping[str, Any]) -> dict[str, str]:
     return {
         role: target
         for role, target in found.items()
-        if isinstance(target, str)
-        and not (cls.inputs[role.split(".")[0]].functions and FUNCTION.match(target))
+        if isinstance(target, str) and not _by_itself(cls.inputs[role.split(".")[0]], target)
     }
+
+
+def _by_itself(wanted: Input, target: str) -> bool:
+    return target in wanted.words or (wanted.functions and FUNCTION.match(target) is not None)
 
 
 def check_references(
@@ -73,7 +78,7 @@ def check_meaning(name: str, stage: Stage, stages: Mapping[str, Stage], report: 
                 report(name, ["columns", key], f"no column of ours{nearest(key, COLUMNS)}")
     if isinstance(stage, Evaluate) and len(set(stage.policies)) < len(stage.policies):
         report(name, ["policies"], "a policy stands twice; name each once")
-    if isinstance(stage, Evaluate):
+    if isinstance(stage, Evaluate | Sample) and stage.split != "train":
         _check_held_out(name, ["split"], stage.prompts, stage.split, stages, report)
     if isinstance(stage, PPO) and stage.eval_steps is not None:
         _check_held_out(name, ["eval_steps"], stage.prompts, stage.eval_split, stages, report)
@@ -86,7 +91,7 @@ def check_meaning(name: str, stage: Stage, stages: Mapping[str, Stage], report: 
 def _check_training(
     name: str, stage: Training, stages: Mapping[str, Stage], report: Report
 ) -> None:
-    data = stage.pairs if isinstance(stage, DPO | Reward) else getattr(stage, "demonstrations", "")
+    data = next(getattr(stage, role) for role in stage.inputs if role != "model")
     strategy = stage.trainer.get("eval_strategy", "no")
     if isinstance(strategy, str) and strategy != "no":
         keys = ["trainer", "eval_strategy"]
@@ -103,10 +108,12 @@ def _check_training(
             ["trainer", "loss_type"],
             "`exo_pair` needs smooth labels: set `label_smoothing` above 0 (1.0e-3 in the paper)",
         )
+    if isinstance(stage, KTO):
+        _check_batches(name, stage, report)
 
 
 def _check_adapter(name: str, stage: Trained, stages: Mapping[str, Stage], report: Report) -> None:
-    before = stages.get(stage.model) if isinstance(stage, DPO | PPO | Reward) else None
+    before = stages.get(stage.model) if isinstance(stage, DPO | KTO | PPO | Reward) else None
     if isinstance(before, Trained) and before.lora and stage.lora and before.lora != stage.lora:
         # An adapter is trained on, not stacked: its shape is given once, where it was first made.
         report(
@@ -114,6 +121,24 @@ def _check_adapter(name: str, stage: Trained, stages: Mapping[str, Stage], repor
             ["lora"],
             f"`{name}` trains the adapter of `{getattr(stage, 'model', '')}` on, so its `lora` must be that one: "
             f"{before.lora!r}; without `lora` the adapter is merged and all weights are trained",
+        )
+
+
+def _check_batches(name: str, stage: KTO, report: Report) -> None:
+    """Report what would undo the batches that a ``kto`` stage puts together."""
+    refused = {
+        "train_sampling_strategy": "rows are shuffled by `seed` already, anew in every epoch: remove it",
+        "dataloader_persistent_workers": "its workers would keep the first epoch's order: remove it",
+    }
+    for key, why in refused.items():
+        if stage.trainer.get(key) not in (None, False, "sequential"):
+            report(name, ["trainer", key], why)
+    size = stage.trainer.get("per_device_train_batch_size")
+    if isinstance(size, int) and size < 2:
+        report(
+            name,
+            ["trainer", "per_device_train_batch_size"],
+            f"a batch holds both labels, so 2 or more; got {size}",
         )
 
 
@@ -160,7 +185,7 @@ def _wrong_reference(
         )
         return f"no earlier stage `{target}`{near}{others}"
     if not wanted.models:
-        return f"no such folder: {target}; name an earlier `{' or '.join(wanted.stages)}` stage, or its folder"
+        return f"no such folder: {target}; name an earlier {' or '.join(f'`{kind}`' for kind in wanted.stages)} stage, or its folder"
     first = target.split("/")[0]
     if not _HUB_ID.match(target) or Path(first).is_dir():
         return f"no such folder: {target}; name an earlier stage, a folder with a model, or a Hub id (owner/name)"

@@ -270,6 +270,18 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
         )
 
 
+def reference(
+    source: Path | str, *, lora: dict[str, Any] | None, dtype: str, revision: str | None = None
+) -> PreTrainedModel | None:
+    """The reference that TRL is to be given beside :func:`to_train`'s policy, the same model to the last bit.
+
+    A new adapter has the model below it as its reference, and an adapter that is trained on has a frozen copy of itself:
+    TRL makes both, so None. A policy trained in full gets a second model, loaded the same way. TRL's own default loads
+    ``config._name_or_path`` instead, which for a merged adapter is the base without it.
+    """
+    return load_whole(source, dtype=dtype, revision=revision) if lora is None else None
+
+
 # Reward models -------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-POLICY_STAGES = ("sft", "dpo", "ppo")
+POLICY_STAGES = ("sft", "dpo", "kto", "ppo")
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
 
 
@@ -20,12 +20,14 @@ class Input:
     """A field that names what a stage reads: an earlier stage of these kinds, or a folder.
 
     Where ``models`` holds, the name may also be that of a model: any folder in Hugging Face layout, or a Hub id. Where
-    ``functions`` holds, it may be a Python function as well: ``module:function``.
+    ``functions`` holds, it may be a Python function as well: ``module:function``. A value in ``words`` names nothing, and
+    means what it says.
     """
 
     stages: tuple[str, ...]
     models: bool = False
     functions: bool = False
+    words: tuple[str, ...] = ()
 
 
 class Settings(BaseModel):
@@ -197,7 +199,7 @@ class DPO(Training):
     trainer_config: ClassVar[str | None] = "DPOConfig"
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
-        "pairs": Input(("prepare",)),
+        "pairs": Input(("prepare", "label")),
     }
 
     model: str
@@ -213,7 +215,7 @@ class Reward(Training):
     trainer_config: ClassVar[str | None] = "RewardConfig"
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
-        "pairs": Input(("prepare",)),
+        "pairs": Input(("prepare", "label")),
     }
 
     model: str
@@ -346,6 +348,96 @@ class PPO(Trained):
             )
         if self.quantization and not self.lora:
             raise ValueError("`quantization` freezes the backbone: set `lora`, or remove it")
+        return self
+
+
+class KTO(Training):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of pairs."""
+
+    trainer_config: ClassVar[str | None] = "KTOConfig"
+    inputs: ClassVar = {
+        "model": Input(POLICY_STAGES, models=True),
+        "preferences": Input(("prepare", "label")),
+    }
+
+    model: str
+    """An earlier stage, a folder or a Hub id: the policy at the start, and the reference."""
+    preferences: str = "prepare"
+    """Completions with labels of their own, and both sides of pairs."""
+    beta: float = Field(0.1, gt=0.0)
+    """How much the policy is held to the reference."""
+    desirable_weight: float | None = Field(None, gt=0.0)
+    """Of desirable completions; without it, so that both labels' sums stand 1:1 to 4:3, as the paper advises."""
+    undesirable_weight: float | None = Field(None, gt=0.0)
+    """Of undesirable completions; without it, likewise."""
+
+
+class Sample(Stage):
+    """Completions of a policy, several a prompt: what ``label`` makes pairs of."""
+
+    inputs: ClassVar = {
+        "model": Input(POLICY_STAGES, models=True),
+        "prompts": Input(("prepare",)),
+    }
+
+    model: str
+    """The policy: an earlier stage, a folder or a Hub id."""
+    prompts: str = "prepare"
+    split: Literal["train", "validation", "test"] = "train"
+    n_prompts: int | None = Field(None, ge=1)
+    """The first so many prompts only."""
+    n_completions: int = Field(4, ge=1)
+    """Completions a prompt."""
+    temperature: float = Field(1.0, ge=0.0)
+    """0 takes the likeliest token."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    revision: str | None = None
+    """The commit, branch or tag of a model from the Hub."""
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _draws(self) -> Sample:
+        if self.temperature == 0 and self.n_completions > 1:
+            raise ValueError(
+                "`temperature: 0.0` gives the same completion every time: raise it, or set `n_completions: 1`"
+            )
+        return self
+
+
+class Label(Stage):
+    """Pairs from sampled completions, by the scores of a judge."""
+
+    inputs: ClassVar = {
+        "completions": Input(("sample",)),
+        "judge": Input(("reward",), models=True, words=("gold",)),
+    }
+
+    completions: str = "sample"
+    judge: str
+    """``gold``, the embedded task's own score; or a reward model: a stage, a folder or a Hub id."""
+    pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
+    """Of each prompt's completions: the best against the worst, against any other, or each against each."""
+    margin: float = Field(0.0, ge=0.0)
+    """Pairs whose scores lie closer are left out."""
+    labels: Literal["exact", "bradley_terry"] = "exact"
+    """``bradley_terry`` draws the chosen one with probability sigmoid(slope × gap), noisy like people."""
+    slope: float | None = Field(None, gt=0.0)
+    """Of ``bradley_terry``: that of the embedded task's labels for ``gold``, 1 for a reward model."""
+    max_pairs: int | None = Field(None, ge=1)
+    """No more than so many pairs, drawn at random."""
+    batch_size: int = Field(64, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _slope_has_a_use(self) -> Label:
+        if self.slope is not None and self.labels == "exact":
+            raise ValueError(
+                "`slope` is for noisy labels: set `labels: bradley_terry`, or remove it"
+            )
         return self
 
 
@@ -482,7 +574,10 @@ STAGES: dict[str, type[Stage]] = {
     "sft": SFT,
     "dpo": DPO,
     "reward": Reward,
+    "kto": KTO,
     "ppo": PPO,
+    "sample": Sample,
+    "label": Label,
     "evaluate": Evaluate,
     "control": Control,
 }

@@ -41,6 +41,8 @@ OWNED = {
     "seed": "set `seed` on the stage itself",
     "data_seed": "set `seed` on the stage itself",
     "beta": "set `beta` on the stage itself",
+    "desirable_weight": "set `desirable_weight` on the stage itself",
+    "undesirable_weight": "set `undesirable_weight` on the stage itself",
     "resume_from_checkpoint": "Align resumes by itself; `--force STAGE` starts anew",
     "use_cpu": "choose the device with `accelerate launch --config_file`",
     "do_train": "a stage always trains",

@@ -103,6 +103,20 @@ OTHER: dict[str, dict[str, Any]] = {
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
+    "kto": {
+        "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
+        "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,
+        "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "sample": {
+        "model": "sft_2", "prompts": "prepare_2", "split": "test", "n_prompts": 3, "n_completions": 2,
+        "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
+        "revision": "abc", "seed": 1,
+    },
+    "label": {
+        "completions": "sample_2", "judge": "reward", "pairing": "all", "margin": 0.1,
+        "labels": "bradley_terry", "slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
+    },
     "reward": {
         "model": "sft_2", "pairs": "prepare_2", "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
@@ -146,6 +160,9 @@ BASE: dict[str, dict[str, Any]] = {
         "judge": "gold",
         "implicit_rewards": False,
     },
+    "kto": {"model": "sft"},
+    "sample": {"model": "sft"},
+    "label": {"judge": "gold"},
     "reward": {"model": "sft"},
     "ppo": {
         "model": "sft", "rewards": ["reward"], "steps": 9, "batch_size": 8, "n_completions": 2, "lora": {"r": 3},

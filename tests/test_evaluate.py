@@ -277,7 +277,9 @@ def test_prompts_that_were_trained_on_are_refused(
     assert f"{len(held_out & trained)} of {len(held_out)} held-out" in str(told.value)
 
 
-def stranger(source: Path, folder: Path, inputs: dict[str, Path] | None = None) -> Path:
+def stranger(
+    source: Path, folder: Path, inputs: dict[str, Path] | None = None, **changed: Any
+) -> Path:
     """A copy of a model that comes from elsewhere, or from the stages ``inputs``."""
     made = artifact.read(source)
     assert made is not None
@@ -288,7 +290,9 @@ def stranger(source: Path, folder: Path, inputs: dict[str, Path] | None = None) 
         artifact.write(
             folder,
             type(made)(
-                **{f: getattr(made, f) for f in made.__dataclass_fields__} | {"inputs": given}
+                **{f: getattr(made, f) for f in made.__dataclass_fields__}
+                | {"inputs": given}
+                | changed
             ),
         )
     return folder
@@ -318,7 +322,7 @@ def test_a_ppo_policy_was_trained_on_its_prompts_and_on_what_its_reward_models_w
 ):
     reward = stranger(world.sft, tmp_path / "reward", {"pairs": other_split})
     model = stranger(
-        world.sft, tmp_path / "ppo", {"prompts": world.data, "rewards.0": reward}
+        world.sft, tmp_path / "ppo", {"prompts": world.data, "rewards.0": reward}, stage="ppo"
     )
     files = {world.data / "prompts-train.parquet", other_split / "pairs-train.parquet"}
     assert evaluate._trained_on(model) == files

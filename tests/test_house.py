@@ -29,6 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"errors", "wording", "__init__"},
     "readers": {"errors", "wording", "sources"},
     "preferences": {"errors", "wording", "sources", "readers"},
+    "unpaired": {"errors"},
+    "pairing": set(),
     "functional": {"functional"},
     "control": {"control", "rl", "functional", "wording"},
     "rl": {"rl", "functional"},
@@ -51,14 +53,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dashboard": set(),
     "checks": {
         "errors", "settings", "meaning", "recipe", "planning", "sources", "training", "judges", "control",
-        "reward_functions",
+        "reward_functions", "trainer_keys", "unpaired",
     },
     "stages": {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
         "preferences",
         "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
         "interrupts", "rl", "control", "meaning", "roles", "rewards", "reward_functions", "episodes",
-        "dashboard", "vllm_sampler",
+        "dashboard", "vllm_sampler", "unpaired", "pairing",
     },
     "model_files": {"errors"},
     "planning": {

@@ -150,3 +150,47 @@ def test_a_checkout_runs_without_being_installed_and_from_any_folder(tmp_path):
     done = call(sys.executable, SCRIPT, RECIPE, "--until", "prepare", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("runs/prepare-*/artifact.json"))
+
+
+OWN_LABELS = """\
+stages:
+  prepare: {source: embedded, max_rows: 200}
+  sft:
+    model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
+    trainer: {max_steps: 8, bf16: false, gradient_checkpointing: false}
+  sample: {model: sft, n_prompts: 30, n_completions: 3, max_new_tokens: 16, batch_size: 12}
+  label: {judge: gold, pairing: all, labels: bradley_terry}
+  kto:
+    model: sft
+    preferences: label
+    trainer: {num_train_epochs: 2, per_device_train_batch_size: 4, logging_steps: 1, bf16: false, gradient_checkpointing: false}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_label_what_one_does_and_train_kto_on_it(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(OWN_LABELS)
+    for name, more in (("two", TWO), ("one", [])):
+        done = call(*LAUNCH, *more, SCRIPT, "recipe.yaml", "--runs", name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        made = {
+            m["stage"]: m
+            for m in (json.loads(f.read_text()) for f in (tmp_path / name).glob("*/artifact.json"))
+        }
+        assert made["kto"]["world_size"] == (2 if name == "two" else 1)
+        # both sides of the pairs in batches of 4, which the processes share
+        pairs = made["label"]["metrics"]["pairs"]["train"]
+        batches = -(-2 * pairs // 4)
+        each = -(-batches // 2) if name == "two" else batches
+        assert made["kto"]["metrics"]["steps"] == 2 * each
+        assert made["sample"]["metrics"]["rows"] == 90
+    # The policies differ, for two processes trained on other batches: so the same policy is sampled by both.
+    (policy,) = (tmp_path / "one").glob("sft-*")
+    (data,) = (tmp_path / "one").glob("prepare-*")
+    text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 16, batch_size: 12}}\n  label: {{judge: gold, pairing: all, labels: bradley_terry}}\n"
+    (tmp_path / "again.yaml").write_text(text)
+    done = call(*LAUNCH, *TWO, SCRIPT, "again.yaml", "--runs", "again", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for pattern in ("sample-*/completions-train.parquet", "label-*/pairs-train.parquet"):
+        (theirs,), (ours,) = ((tmp_path / runs).glob(pattern) for runs in ("one", "again"))
+        assert pq.read_table(theirs).equals(pq.read_table(ours))

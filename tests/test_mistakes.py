@@ -341,7 +341,7 @@ RECIPES = [
         "a wrong kind for a name of one's own",
         recipe(PREPARE, SFT, "low_beta: {stage: DPO, model: sft}"),
         "recipe.yaml:4: low_beta.stage: expected a kind of stage, got the text 'DPO'",
-        "known: prepare, sft, dpo, evaluate",
+        "known: prepare, sft, dpo, reward, kto, ppo, sample, label, evaluate",
     ),
     mistake(
         "a stage's name in capitals",
@@ -786,6 +786,85 @@ FOLDERS = [
     ),
 ]
 
+# Labels and samples ---------------------------------------------------------------------------------------------------
+
+LABELS = [
+    mistake(
+        "batches of one for KTO",
+        recipe(PREPARE, SFT, "kto: {model: sft, trainer: {per_device_train_batch_size: 1}}"),
+        "recipe.yaml:4: kto.trainer.per_device_train_batch_size: a batch holds both labels, so 2 or more; got 1",
+    ),
+    mistake(
+        "a sampling strategy for KTO",
+        recipe(PREPARE, SFT, "kto: {model: sft, trainer: {train_sampling_strategy: random}}"),
+        "recipe.yaml:4: kto.trainer.train_sampling_strategy: rows are shuffled by `seed` already",
+        "remove it",
+    ),
+    mistake(
+        "workers that live on for KTO",
+        recipe(PREPARE, SFT, "kto: {model: sft, trainer: {dataloader_persistent_workers: true}}"),
+        "recipe.yaml:4: kto.trainer.dataloader_persistent_workers: its workers would keep the first epoch's order",
+    ),
+    mistake(
+        "a weight of KTO under trainer",
+        recipe(PREPARE, SFT, "kto: {model: sft, trainer: {desirable_weight: 2.0}}"),
+        "recipe.yaml:4: kto.trainer.desirable_weight: not to be set here: set `desirable_weight` on the stage itself",
+    ),
+    mistake(
+        "a weight of nothing",
+        recipe(PREPARE, SFT, "kto: {model: sft, undesirable_weight: 0.0}"),
+        "recipe.yaml:4: kto.undesirable_weight: must be greater than 0, got 0.0",
+    ),
+    mistake(
+        "KTO on demonstrations alone",
+        recipe("prepare: {source: rows.jsonl}", SFT, "kto: {model: sft}"),
+        "recipe.yaml:4: kto.preferences: the source of `prepare` gives no pairs-train",
+        files={"rows.jsonl": jsonl(*({"prompt": f"Say {i}.", "completion": f"{i}!"} for i in range(40)))},
+    ),
+    mistake(
+        "too few rejected completions for KTO",
+        recipe("prepare: {source: rows.jsonl}", SFT, "kto: {model: sft}"),
+        "recipe.yaml:4: kto.preferences: 2 undesirable completions of 38 are not enough for 5 batches",
+        "set `per_device_train_batch_size` to 19 or more",
+        files={"rows.jsonl": jsonl(*({"prompt": f"Say {i}.", "completion": f"{i}!", "label": i not in (0, 2)} for i in range(46)))},
+    ),
+    mistake(
+        "several completions at temperature 0",
+        recipe(PREPARE, SFT, "sample: {model: sft, temperature: 0.0}"),
+        "recipe.yaml:4: sample: `temperature: 0.0` gives the same completion every time: raise it",
+    ),
+    mistake(
+        "samples of a split that nobody held out",
+        recipe(PREPARE, SFT, "sample: {model: sft, split: validation}"),
+        "recipe.yaml:4: sample.split: `prepare` holds no validation split out; set `prepare.validation_fraction` above 0",
+    ),
+    mistake(
+        "labels without completions",
+        recipe(PREPARE, SFT, "label: {judge: gold}"),
+        "recipe.yaml:4: label.completions: no earlier stage `sample`",
+    ),
+    mistake(
+        "a judge that is nothing",
+        recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: god}"),
+        "recipe.yaml:5: label.judge: no earlier stage `god`",
+    ),
+    mistake(
+        "a policy as the judge",
+        recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: sft}"),
+        "recipe.yaml:5: label.judge: stage `sft` is a `sft` stage; expected one of kind reward",
+    ),
+    mistake(
+        "a slope for exact labels",
+        recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: gold, slope: 2.0}"),
+        "recipe.yaml:5: label: `slope` is for noisy labels: set `labels: bradley_terry`, or remove it",
+    ),
+    mistake(
+        "DPO on completions without labels",
+        recipe(PREPARE, SFT, "sample: {model: sft}", "dpo: {model: sft, pairs: sample}"),
+        "recipe.yaml:5: dpo.pairs: stage `sample` is a `sample` stage; expected one of kind prepare or label",
+    ),
+]  # fmt: skip
+
 # What TRL says --------------------------------------------------------------------------------------------------------
 
 TRL = [
@@ -816,7 +895,7 @@ TRL = [
     ),
 ]
 
-ALL = KEYS + VALUES + MEANING + REFERENCES + RECIPES + COMMANDS + DATA + FOLDERS + TRL
+ALL = KEYS + VALUES + MEANING + REFERENCES + RECIPES + COMMANDS + DATA + FOLDERS + LABELS + TRL
 
 
 @pytest.mark.parametrize(("files", "arguments", "told"), ALL)

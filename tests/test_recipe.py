@@ -24,7 +24,7 @@ from align.recipe import Recipe, read
 from align.settings import DPO, SFT, STAGES, Lora, NewModel, Training
 from align.wording import mismatch, nearest
 
-N_RECIPES = 20
+N_RECIPES = 24
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAIN = """\
 stages:
@@ -365,12 +365,12 @@ def test_a_model_is_an_earlier_stage_or_a_hub_id_or_a_folder_that_is_there(model
     [
         ("model: dpo", "dpo.model: stage `dpo` does not come before `dpo`"),
         ("model: later", "dpo.model: stage `later` does not come before `dpo`"),
-        ("model: prepare", "dpo.model: stage `prepare` is a `prepare` stage; expected one of kind sft or dpo or ppo"),
+        ("model: prepare", "dpo.model: stage `prepare` is a `prepare` stage; expected one of kind sft or dpo or kto or ppo"),
         ("model: tiny", "dpo.model: no earlier stage `tiny`; earlier stages: prepare, sft"),
         ("model: ./tiny", "dpo.model: no such folder: ./tiny"),
         ("model: a/b/c", "dpo.model: no such folder: a/b/c"),
         ("model: near/tiny", "dpo.model: no such folder: near/tiny"),
-        ("pairs: a/b", "dpo.pairs: no such folder: a/b; name an earlier `prepare` stage"),
+        ("pairs: a/b", "dpo.pairs: no such folder: a/b; name an earlier `prepare` or `label` stage"),
     ],
 )  # fmt: skip
 def test_a_reference_to_what_is_not_there_is_told(key: str, told: str, write: Any):
@@ -638,6 +638,9 @@ def test_every_recipe_in_the_tree_is_read_and_fits_the_schema():
         ({"dpo": {"model": "sft", "trainer": {"loss_type": "sigmod"}}}, False),
         ({"dpo": {"model": "sft", "trainer": {"seed": 1}}}, False),
         ({"dpo": {"beta": 0.1}}, False),
+        ({"kto": {"model": "sft", "trainer": {"loss_type": "apo_zero_unpaired"}}}, True),
+        ({"kto": {"model": "sft", "trainer": {"loss_type": "sigmoid"}}}, False),
+        ({"kto": {"model": "sft", "desirable_weight": "1"}}, False),
     ],
 )
 def test_the_schema_and_the_reader_agree(stages: dict[str, Any], valid: bool, write: Any):
@@ -663,6 +666,9 @@ WHOLE: dict[str, dict[str, Any]] = {
     "dpo": {"model": "sft"},
     "reward": {"model": "sft"},
     "ppo": {"model": "sft", "rewards": ["reward"], "steps": 3, "batch_size": 4},
+    "kto": {"model": "sft"},
+    "sample": {"model": "sft"},
+    "label": {"judge": "gold"},
     "evaluate": {"policies": ["dpo"], "baseline": "sft", "judge": "gold"},
     "control": {"environment": "CartPole-v1", "steps": 100},
 }
@@ -707,7 +713,7 @@ def test_no_value_anywhere_ends_in_anything_but_a_line_for_the_user(
 def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     (tmp_path / "sft.yaml").write_text(
         (Path(__file__).parents[1] / "recipes" / "sft.yaml").read_text()
     )
@@ -716,4 +722,6 @@ def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")
         stages.append(list(read(path).stages))
-    assert stages == [["prepare", "sft", "dpo", "evaluate"]] * 2
+    whole = ["prepare", "sft", "dpo", "evaluate"]
+    own = ["prepare", "sft", "sample", "label", "dpo"]
+    assert sorted(stages, key=len) == [whole, whole, own]

@@ -53,8 +53,19 @@ stages:
     model: sft_lora
     lora: {r: 2, alpha: 4, dropout: 0.1}
     trainer: *trainer
+  kto: # 24 steps are two epochs, each with an order of its own
+    model: sft
+    trainer:
+      learning_rate: 1.0e-3
+      max_steps: 24
+      per_device_train_batch_size: 16
+      save_steps: 2
+      logging_steps: 2
+      lr_scheduler_type: constant_with_warmup
+      bf16: false
+      gradient_checkpointing: false
 """
-ORDER = ["prepare", "sft", "dpo", "sft_lora", "dpo_lora"]
+ORDER = ["prepare", "sft", "dpo", "sft_lora", "dpo_lora", "kto"]
 
 
 def start(runs: Path, until: str, **options: Any) -> int:
@@ -101,10 +112,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     assert trl.SFTTrainer
     assert trl.DPOTrainer
+    assert trl.KTOTrainer
     folder = tmp_path_factory.mktemp("whole")
     (folder / "recipe.yaml").write_text(RECIPE)
     run.quiet_libraries()
-    assert finish(start(folder / "runs", "dpo_lora")) == 0, (folder / "log").read_text()
+    assert finish(start(folder / "runs", "kto")) == 0, (folder / "log").read_text()
     yield folder / "runs"
     shutil.rmtree(folder)
 
@@ -142,13 +154,13 @@ def kill_at_random_moments(whole: Path, folder: Path, stage: str, kills: int) ->
     assert set(range(2, 25, 2)) <= set(steps)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "dpo_lora"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "dpo_lora", "kto"])
 def test_killed_twice_and_started_again_it_ends_in_the_same_weights(whole, tmp_path, stage):
     kill_at_random_moments(whole, tmp_path, stage, kills=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "dpo", "sft_lora", "dpo_lora"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "sft_lora", "dpo_lora", "kto"])
 def test_killed_at_five_moments_it_ends_in_the_same_weights(whole, tmp_path, stage):
     kill_at_random_moments(whole, tmp_path, stage, kills=5)
 
@@ -202,6 +214,19 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on_there(whole, t
     assert finish(start(runs, "dpo")) == 0
     assert f"going on from step {step}" in (tmp_path / "log").read_text()
     assert weights(runs, "dpo") == weights(whole, "dpo")
+
+
+def test_stopped_in_its_second_epoch_kto_goes_on_in_that_epochs_order(whole, tmp_path):
+    runs = beside(whole, tmp_path, "kto")
+    pid = start(runs, "kto")
+    wait_for(pid, runs, "kto-*/checkpoint-16/complete.json")
+    os.kill(pid, signal.SIGTERM)
+    assert finish(pid) == 130, (tmp_path / "log").read_text()
+    (folder,) = runs.glob("kto-*")
+    last = artifact.checkpoints(folder)[-1]
+    assert json.loads((last / "trainer_state.json").read_text())["epoch"] > 1
+    assert finish(start(runs, "kto")) == 0
+    assert weights(runs, "kto") == weights(whole, "kto")
 
 
 def test_another_seed_ends_in_other_weights(whole, tmp_path):

@@ -38,12 +38,7 @@ def build(
     folder: Path,
     say: Callable[[str], None] | None = None,
 ) -> DPOTrainer:
-    """The trainer, with the policy and its reference: equal to the last bit before the first step.
-
-    A new adapter has the model below it as its reference, and an adapter that is trained on has a frozen copy of
-    itself (TRL makes it). A policy trained in full gets a second model, loaded the same way. TRL's own default loads
-    ``config._name_or_path`` instead, which for a merged adapter is the base without it.
-    """
+    """The trainer, with the policy and its reference: equal to the last bit before the first step."""
     source, data = inputs["model"], Path(inputs["pairs"])
     arguments = training.arguments(
         DPOConfig, folder, seed=settings.seed, trainer=settings.trainer, beta=settings.beta
@@ -55,9 +50,9 @@ def build(
     model, adapter = models.to_train(
         source, lora=lora, dtype=settings.dtype, revision=settings.revision
     )
-    reference = None
-    if lora is None:
-        reference = models.load_whole(source, dtype=settings.dtype, revision=settings.revision)
+    reference = models.reference(
+        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+    )
     with training.refusals():
         trainer = DPOTrainer(
             model=model,

@@ -24,6 +24,7 @@ from align.settings import Evaluate
 from align.tracking import Track
 
 _OURS = re.compile(r"-[0-9a-f]{12}$")  # a stage's folder
+_TABLES = ("demonstrations", "pairs", "unpaired")
 Row = dict[str, Any]
 Samples = list[list[Completion]]  # by prompt, then by completion
 
@@ -79,7 +80,7 @@ def _refuse_seen(rows: Sequence[Row], targets: Mapping[str, Path | str], data: P
 
 
 def _trained_on(folder: Path) -> set[Path]:
-    """The files of all training stages in the lineage of a folder."""
+    """The files that the training stages in the lineage of a folder read."""
     found: set[Path] = set()
     made = artifact.read(folder) if folder.is_dir() else None
     if made is None:
@@ -93,10 +94,16 @@ def _trained_on(folder: Path) -> set[Path]:
                 f"{folder} was trained on {given['folder']}, which is gone: it cannot be told what was held "
                 "out from it; put it back, or run the whole recipe again with `--force all`"
             )
-        if role == "model" or role.startswith("rewards."):  # a reward model teaches what it was taught
+        if not below.is_dir():
+            continue
+        if role not in ("prompts", "demonstrations"):
+            # A policy comes from the model it began as and the rewards it earned, and labels from the policy and the judge
+            # that made them.
             found |= _trained_on(below)
-        elif role in ("demonstrations", "pairs", "prompts") and below.is_dir():
-            found.add(below / f"{role}-train.parquet")
+        kinds = {"preferences": ("unpaired", "pairs")}.get(role, (role,))
+        taught = (*_TABLES, "prompts") if made.stage == "ppo" else _TABLES
+        files = [below / f"{kind}-train.parquet" for kind in kinds if kind in taught]
+        found |= {file for file in files if file.is_file()}
     return found
 
 
@@ -149,15 +156,12 @@ def _sample(
     part: tuple[int, int],
 ) -> Samples:
     from accelerate import PartialState
-    from accelerate.utils import gather_object
 
-    state = PartialState()
     done, parts = part
-    tokenizer = models.load_tokenizer(target)
-    model = models.load_to_infer(target, dtype=settings.dtype).to(state.device)
-    mine = generation.sample(
+    model = models.load_to_infer(target, dtype=settings.dtype).to(PartialState().device)
+    return generation.sample_together(
         model,
-        tokenizer,
+        models.load_tokenizer(target),
         prompts,
         n_completions=settings.n_completions,
         temperature=settings.temperature,
@@ -165,12 +169,8 @@ def _sample(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         seed=seed,
-        rank=state.process_index,
-        world_size=state.num_processes,
         progress=lambda at, of: track.step(done * of + at, parts * of, what="sampled batch"),
     )
-    merged = dict(gather_object(list(mine.items())))
-    return [merged[i] for i in range(len(prompts))]
 
 
 def _compare(

@@ -105,10 +105,14 @@ def _tokenized(rows: Any, tokenizer: Any, arguments: Any, track: Track) -> Any:
 def _centre(
     model: rewards.RewardModel, data: Path, folder: Path, track: Track
 ) -> dict[str, float | int]:
-    """Store the mean score of SFT's demonstrations, and take it off from now on."""
-    rows = _rows(data, "demonstrations-train")
+    """Store the mean score of SFT's demonstrations, and take it off from now on.
+
+    Labelled completions come without any: there it is the mean of the chosen ones.
+    """
+    shown = (data / "demonstrations-train.parquet").is_file()
+    rows = _rows(data, "demonstrations-train" if shown else "pairs-train")
     rows = rows[:: max(1, len(rows) // N_CENTRE)][:N_CENTRE]
-    scores = _scores(model, rows, "completion", track)
+    scores = _scores(model, rows, "completion" if shown else "chosen", track)
     mean = scores.mean().item()
     if processes.is_main():
         artifact.write_json(folder / rewards.FILE, {rewards.MEAN: mean})

@@ -1,0 +1,143 @@
+"""Label: a judge scores the completions of a ``sample`` stage, and they become pairs, in the files that DPO and KTO read.
+
+``pairs-train.parquet`` is as ``prepare`` leaves it; ``scores-train.parquet`` has every completion with its score.
+Left out: judges that compare two completions, and judges behind an API.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align import pairing, processes, rewards
+from align.errors import UserError
+from align.judges import gold
+from align.settings import Label
+from align.tracking import Track
+
+Messages = Sequence[dict[str, str]]
+Judge = Callable[[Sequence[Messages], Sequence[Messages]], list[float]]
+
+
+def run(
+    settings: Label, inputs: Mapping[str, Path | str], folder: Path, track: Track
+) -> dict[str, Any]:
+    """Score, pair and write every split that ``settings.completions`` has."""
+    data = Path(inputs["completions"])
+    files = {
+        file.stem.partition("-")[2]: file for file in sorted(data.glob("completions-*.parquet"))
+    }
+    if not files:
+        raise UserError(f"{data}: no completions-*.parquet; name a finished `sample` stage")
+    judge = _judge(settings, inputs)
+    slope = None
+    if settings.labels == "bradley_terry":
+        own = gold.LABEL_SLOPE if settings.judge == "gold" else 1.0
+        slope = own if settings.slope is None else settings.slope
+    metrics: dict[str, Any] = {"rows": 0, "pairs": {}, "dropped": {}, "agreement": {}}
+    for split, file in files.items():
+        rows = pq.read_table(file).to_pylist()
+        scores = _scores(judge, rows, settings.batch_size, track)
+        found = pairing.pairs(
+            rows,
+            scores,
+            pairing=settings.pairing,
+            margin=settings.margin,
+            slope=slope,
+            max_pairs=settings.max_pairs,
+            seed=settings.seed,
+        )
+        if not found.rows:
+            why = ", ".join(f"{number} × {reason}" for reason, number in found.dropped.items())
+            raise UserError(
+                f"{file}: no pair is left of {len(rows)} completions: {why}; sample more a prompt, at a higher "
+                "temperature, or lower `margin`"
+            )
+        if processes.is_main():
+            _write(folder, split, rows, scores, found.rows)
+        metrics["rows"] += len(found.rows)
+        metrics["pairs"][split] = len(found.rows)
+        metrics["agreement"][split] = found.agreement
+        for reason, number in found.dropped.items():
+            metrics["dropped"][f"{split}: {reason}"] = number
+        metrics |= {"mean_score": statistics.fmean(scores), "words": _words(found.rows)}
+    # What reads pairs expects those to train on among them.
+    metrics["pairs"] = {"train": 0} | metrics["pairs"]
+    return metrics
+
+
+def _judge(settings: Label, inputs: Mapping[str, Path | str]) -> Judge:
+    if settings.judge == "gold":
+        return _gold_scores
+    return reward_model(inputs["judge"], dtype=settings.dtype, batch_size=settings.batch_size)
+
+
+def reward_model(source: Path | str, *, dtype: str, batch_size: int) -> Judge:
+    """A reward model as a judge."""
+    from accelerate import PartialState
+
+    model = rewards.RewardModel(source, dtype=dtype, device=PartialState().device, share=True)
+    return lambda prompts, completions: model.score(
+        prompts, completions, batch_size=batch_size
+    ).tolist()
+
+
+def _gold_scores(prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
+    try:
+        return [
+            gold.gold_score(prompt[-1]["content"], completion[-1]["content"])
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"`judge: gold` scores the embedded task's prompts only: {error}; name a reward model"
+        ) from None
+
+
+def _scores(
+    judge: Judge, rows: Sequence[dict[str, Any]], batch_size: int, track: Track
+) -> list[float]:
+    """The judge's score of every row; processes share the work, some batches at a time."""
+    from accelerate.utils import gather_object
+
+    size = 16 * batch_size  # the judge sorts them by length
+    parts = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    mine = parts[processes.rank() :: processes.world_size()]
+    found: list[tuple[int, float]] = []
+    for done, part in enumerate(mine):
+        scores = judge([rows[i]["prompt"] for i in part], [rows[i]["completion"] for i in part])
+        found += zip(part, scores, strict=True)
+        track.step(done + 1, len(mine), what="scored part")
+    merged = dict(gather_object(found))
+    return [merged[i] for i in range(len(rows))]
+
+
+def _write(
+    folder: Path,
+    split: str,
+    rows: Sequence[dict[str, Any]],
+    scores: Sequence[float],
+    pairs: Sequence[dict[str, Any]],
+) -> None:
+    tables = {
+        "scores": [row | {"score": score} for row, score in zip(rows, scores, strict=True)],
+        "pairs": [{k: v for k, v in pair.items() if not k.endswith("_score")} for pair in pairs],
+    }
+    for kind, table in tables.items():
+        file = folder / f"{kind}-{split}.parquet"
+        pq.write_table(pa.Table.from_pylist(table), file, compression="zstd")
+
+
+def _words(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median lengths, as prepared data tell them."""
+    return {
+        f"{column}_median": statistics.median(
+            sum(len(turn["content"].split()) for turn in pair[column]) for pair in pairs
+        )
+        for column in ("prompt", "chosen", "rejected")
+    }
