@@ -73,7 +73,9 @@ def rewind(folder: Path, step: int) -> None:
     file = folder / SAMPLES
     if file.is_file():
         kept = [row for row in file.read_text(encoding="utf-8").splitlines() if _step(row) <= step]
-        file.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(file)  # cut off in between, no sample is lost
 
 
 def _step(row: str) -> float:

@@ -510,7 +510,8 @@ class Learner:
         checkpoint = artifact.last_checkpoint(self.folder, world_size=processes.world_size())
         if checkpoint is None:
             self.track.rewind(-1)
-            dashboard.rewind(self.folder, -1)
+            if processes.is_main():
+                dashboard.rewind(self.folder, -1)
             return 0
         state = artifact.read_json(checkpoint / STATE)
         kept = load_file(checkpoint / TRAINABLE)
@@ -522,7 +523,8 @@ class Learner:
         )
         self.kl_coef = state["kl_coef"]
         self.track.rewind(state["step"])
-        dashboard.rewind(self.folder, state["step"])
+        if processes.is_main():
+            dashboard.rewind(self.folder, state["step"])
         self.track.say(f"going on from step {state['step']}: {checkpoint}")
         return int(state["step"])
 
