@@ -1,4 +1,4 @@
-"""Check finished runs of `recipes/dpo.yaml` against what the project set itself before it measured.
+"""Check finished runs of `recipes/{dpo,kto,ppo}.yaml` against what the project set itself before it measured.
 
 ``python .ci/margins.py SUMMARY...``: win rate 0.80 with its interval above 0.75, 0.10 more gold, and a policy against itself that
 cannot be told from a coin. With ``--reused`` before them: that nothing ran.
