@@ -519,7 +519,7 @@ class Learner:
             for name, p in self.cast.weights().items():
                 p.copy_(kept[name])
         self.optimizer.load_state_dict(
-            torch.load(checkpoint / OPTIMIZER, map_location=self.device, weights_only=True)
+            torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
         )
         self.kl_coef = state["kl_coef"]
         self.track.rewind(state["step"])
