@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align import artifact, model_files, preferences, sources, trainer_keys
+from align import artifact, figures, model_files, preferences, sources, trainer_keys
 from align.planning import Step
 from align.settings import DPO, SFT, Control, NewModel, Prepare, Training
 
@@ -64,11 +64,12 @@ def _prepared(step: Step) -> dict[str, Any]:
         return made.metrics
     assert isinstance(step.settings, Prepare)
     settings = step.settings
-    files = sources.source_files(settings.source, split=settings.data_split)
-    if not files or sum(file.stat().st_size for file in files) > LARGEST_READ:
+    read = [sources.source_files(name, split=split) for name, split, _ in settings.sources()]
+    size = sum(file.stat().st_size for files in read for file in files)
+    if not all(read) or size > LARGEST_READ:
         return {}
     rows = preferences.prepare_rows(**settings.model_dump(exclude={"stage"}))
-    return preferences.describe(rows)
+    return figures.describe(rows)
 
 
 def _training(
@@ -80,18 +81,18 @@ def _training(
 ) -> Estimate:
     kind = "demonstrations" if isinstance(settings, SFT) else "pairs"
     data = Path(step.inputs[kind])
-    figures = prepared.get(data)
-    if figures is None:
+    told = prepared.get(data)
+    if told is None:
         made = artifact.read(data)
-        figures = made.metrics if made is not None else {}
-    rows = figures.get(kind, {}).get("train")
+        told = made.metrics if made is not None else {}
+    rows = told.get(kind, {}).get("train")
     batch = _knob(settings, "per_device_train_batch_size") * world_size
     accumulate = _knob(settings, "gradient_accumulation_steps")
     steps = _knob(settings, "max_steps")
     if steps <= 0 and rows is not None:
         each_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulate))
         steps = math.ceil(each_epoch * _knob(settings, "num_train_epochs"))
-    words = figures.get("words", {})
+    words = told.get("words", {})
     sides = (
         ("completion_median",) if kind == "demonstrations" else ("chosen_median", "rejected_median")
     )

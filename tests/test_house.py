@@ -22,13 +22,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interrupts": set(),
     "reading": {"errors"},
     "trainer_keys": set(),
-    "settings": set(),
+    "settings": {"catalogue"},
+    "catalogue": set(),
     "artifact": {"errors", "__init__"},
     "processes": {"errors"},
     "tracking": {"processes"},
     "sources": {"errors", "wording", "__init__"},
-    "readers": {"errors", "wording", "sources"},
-    "preferences": {"errors", "wording", "sources", "readers"},
+    "comparisons": set(),
+    "readers": {"errors", "wording", "sources", "comparisons"},
+    "intake": {"readers"},
+    "minhash": set(),
+    "contamination": {"readers"},
+    "preferences": {
+        "errors", "wording", "sources", "comparisons", "readers", "intake", "minhash", "contamination",
+    },
+    "figures": {"preferences", "readers"},
+    "doctor": {"errors", "settings", "preferences", "figures", "stages"},
+    "token_streams": {"errors", "settings", "preferences", "models", "training"},
     "functional": {"functional"},
     "control": {"control", "rl", "functional", "wording"},
     "rl": {"rl", "functional"},
@@ -48,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "stages": {
         "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
-        "preferences",
+        "preferences", "catalogue", "figures",
         "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
         "interrupts", "rl", "control",
     },
@@ -61,18 +71,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tracking", "checks",
     },
     "estimates": {
-        "artifact", "model_files", "planning", "preferences", "settings", "sources",
-        "trainer_keys",
+        "artifact", "model_files", "planning", "preferences", "figures", "settings",
+        "sources", "trainer_keys",
     },
     "lengths": {
-        "errors", "checks", "planning", "recipe", "settings", "preferences", "sources", "models",
-        "trainer_keys",
+        "errors", "checks", "planning", "recipe", "settings", "preferences", "figures", "sources",
+        "models", "trainer_keys",
     },
     "conversation": {"errors", "model_files", "artifact", "settings", "wording", "generation", "models"},
     "playing": {"errors", "conversation", "control"},
     "results": set(),
 }  # fmt: skip
-ONLY_UNDER = {"trl": {"stages", "checks", "training"}, "gymnasium": {"control"}}
+ONLY_UNDER = {"trl": {"stages", "checks", "training", "token_streams"}, "gymnasium": {"control"}}
 PARSERS = {"run", "cli"}  # argument parsing stays there
 
 
