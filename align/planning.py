@@ -118,7 +118,9 @@ def _sources(settings: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
 
     A Hub id stands for itself, with its revision.
     """
-    named = {"source": (settings.source, settings.data_split, settings.revision)}
+    named: dict[str, tuple[str | None, str, str | None]] = {
+        "source": (settings.source, settings.data_split, settings.revision)
+    }
     named["demonstrations"] = (settings.demonstrations, settings.data_split, settings.revision)
     for i, entry in enumerate(settings.mixture):
         named[f"mixture.{i}"] = (entry.source, entry.data_split, entry.revision)

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from align import contamination, intake, minhash
-from align.comparisons import COMPARISONS, Options, trees
+from align.comparisons import COMPARISONS, DroppedError, Options, trees
 from align.errors import UserError
 from align.intake import KEPT, NEAR_DUPLICATE, Table
 from align.readers import (
     COLUMNS,
     READERS,
-    DroppedError,
     Row,
     check_columns,
     columns_of,

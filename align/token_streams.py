@@ -117,8 +117,11 @@ def _batch(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> Any:
             seed=0,
             trainer={"bf16": False, "gradient_checkpointing": False},
         )
+        # without a reference, TRL would look for one under the model's name, and this one has none
+        reference = {} if stage == "sft" else {"ref_model": AutoModelForCausalLM.from_config(shape)}
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_config(shape),
+            **reference,
             args=arguments,
             train_dataset=data,
             processing_class=tokenizer,
