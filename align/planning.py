@@ -124,8 +124,8 @@ def _sources(settings: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
     named["demonstrations"] = (settings.demonstrations, settings.data_split, settings.revision)
     for i, entry in enumerate(settings.mixture):
         named[f"mixture.{i}"] = (entry.source, entry.data_split, entry.revision)
-    for i, source in enumerate(settings.decontaminate):
-        named[f"decontaminate.{i}"] = (source, "test", None)
+    for i, name in enumerate(settings.decontaminate):
+        named[f"decontaminate.{i}"] = (name, "test", None)
     digests: dict[str, str] = {}
     wrong: list[tuple[str, str]] = []
     for key, (source, split, revision) in named.items():

@@ -705,7 +705,7 @@ def test_no_value_anywhere_ends_in_anything_but_a_line_for_the_user(
 def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     (tmp_path / "sft.yaml").write_text(
         (Path(__file__).parents[1] / "recipes" / "sft.yaml").read_text()
     )
@@ -714,4 +714,4 @@ def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")
         stages.append(list(read(path).stages))
-    assert stages == [["prepare", "sft", "dpo", "evaluate"]] * 2
+    assert stages == [*[["prepare", "sft", "dpo", "evaluate"]] * 2, ["prepare"]]
