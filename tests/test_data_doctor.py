@@ -214,6 +214,12 @@ def test_a_mixture_is_weighed_capped_and_counted_by_source(tmp_path: Path):
     assert plain.sources[two]["pairs"]["dropped"] == {"exact duplicate": 1}
 
 
+def test_a_cap_counts_over_the_files_of_a_folder(tmp_path: Path):
+    for name in ("one", "two"):
+        jsonl(tmp_path / f"{name}.jsonl", clean(30, seed=len(name) + ord(name[0])))
+    assert prepare(str(tmp_path), max_rows=40).read == {"pairs": 40}
+
+
 def test_kept_columns_come_along_with_the_first_row_of_a_prompt(tmp_path: Path):
     rows = [{**r, "tests": [k], "meta": {"level": k}} for k, r in enumerate(clean(40))]
     rows.append({**rows[0], "rejected": "other", "tests": [99]})
