@@ -6,6 +6,7 @@ A name stands for a Hub id, how to read it, its licence and citation. What a rec
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def filled(told: Mapping[str, Any]) -> dict[str, Any]:
 def licence(source: str) -> tuple[str, str]:
     """The licence's identifier (empty where there is none) and its words, with the citation."""
     for name, entry in entries().items():
-        if source in (name, entry["source"]) or (name != "embedded" and name in source.lower()):
+        word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"  # a local copy, named after the set
+        copy = name != "embedded" and re.search(word, source.lower())
+        if source in (name, entry["source"]) or copy:
             identifier, text = entry["licence"]["id"], entry["licence"]["text"]
             return identifier, text if name == "embedded" else f"{text} ({entry['citation']})"
     return "", "not known here; see the source"

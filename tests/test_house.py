@@ -32,9 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "readers": {"errors", "wording", "sources", "comparisons"},
     "intake": {"readers"},
     "minhash": set(),
+    "splitting": {"errors", "intake"},
     "contamination": {"readers"},
     "preferences": {
         "errors", "wording", "sources", "comparisons", "readers", "intake", "minhash", "contamination",
+        "splitting",
     },
     "figures": {"preferences", "readers"},
     "doctor": {"errors", "settings", "preferences", "figures", "stages"},

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from align.errors import UserError
 from align.figures import describe
-from align.preferences import Prepared, prepare_rows, split_of
+from align.preferences import Prepared, prepare_rows
 from align.readers import DroppedError, demonstration, hh_turns, normalise, pair, prompt_id
+from align.splitting import split_of
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.jsonl.gz"
 GOOD = {"prompt": "Say a word.", "chosen": "Hello.", "rejected": "No."}
