@@ -9,12 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from align.errors import UserError
 from align.run import Force, Overrides, RecipePath, Runs, Until, guarded, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from align.settings import Prepare
 
 app = typer.Typer(
     add_completion=False,
@@ -213,6 +218,109 @@ def play(
     from align import playing
 
     playing.play(playing.find(policy, runs), gif=gif, episodes=episodes, seed=seed)
+
+
+data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Prepare preference data, examine it, see its tokens.",
+)
+app.add_typer(data, name="data")
+DataSource = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A catalogue name, a file, a folder or a Hub id.")
+]
+Keys = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of `prepare`, such as reader=hh."),
+]
+
+
+def _prepare_settings(source: str, keys: list[str] | None) -> Prepare:
+    from align import recipe as recipes
+
+    return recipes.one_stage("prepare", [f"source={source}", *(keys or [])])
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+
+
+@data.command("prepare")
+def data_prepare(
+    source: DataSource,
+    keys: Keys = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the tables go.")] = Path(
+        "prepared"
+    ),
+) -> None:
+    """Check a source, split it by prompt, and write its tables and their data card."""
+    settings = _prepare_settings(source, keys)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; choose another folder with --out, or remove it")
+    from align import doctor
+    from align.stages import prepare
+    from align.tracking import Silent, Track
+
+    figures = prepare.run(settings, {}, out, Track("prepare", out, Silent(), main=True))
+    doctor.show(doctor.Findings(f"{source} → {out}", figures, []), _console())
+
+
+@data.command("doctor")
+def data_doctor(
+    source: DataSource,
+    keys: Keys = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")
+    ] = None,
+) -> None:
+    """Examine a source: counts, lengths, margins, repeats, leakage. Nothing is written but the report that is asked for."""
+    settings = _prepare_settings(source, keys)
+    from align import doctor
+
+    found = doctor.examine(settings)
+    doctor.show(found, _console())
+    if html is not None:
+        doctor.write_html(found, html)
+
+
+@data.command("show")
+def data_show(
+    source: DataSource,
+    keys: Keys = None,
+    stage: Annotated[str, typer.Option(help="sft, dpo, reward, kto or ppo.")] = "dpo",
+    model: Annotated[
+        str, typer.Option(metavar="FOLDER_OR_HUB_ID", help="Whose tokenizer and chat template.")
+    ] = "",
+    n: Annotated[int, typer.Option("-n", min=1, help="Rows.")] = 3,
+) -> None:
+    """Show the tokens that a stage trains on, the trained ones marked."""
+    from align import token_streams
+
+    wrong = []
+    if stage not in token_streams.KINDS:
+        wrong.append(f"--stage {stage}: unknown; known: {', '.join(token_streams.KINDS)}")
+    if not model:
+        wrong.append("--model: missing; name a folder with a tokenizer, or a Hub id")
+    if wrong:
+        raise UserError(*wrong)
+    settings = _prepare_settings(source, keys)
+    quiet_libraries()
+    from rich.text import Text
+
+    console = _console()
+    for stream in token_streams.streams(settings, stage, model, n):
+        console.print(
+            f"\n{stream.title}: {len(stream.ids)} tokens, {sum(stream.trained)} trained; {stream.remark}"
+        )
+        line = Text()
+        for token, trained in zip(stream.tokens, stream.trained, strict=True):
+            shown = token.replace("\n", "⏎\n")
+            line.append(
+                f"⟦{shown}⟧" if trained else shown, style="bold green" if trained else "dim"
+            )
+        console.print(line)
 
 
 def main() -> None:

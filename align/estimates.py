@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align import artifact, model_files, preferences, sources, trainer_keys
+from align import artifact, figures, model_files, preferences, sources, trainer_keys
 from align.meaning import FUNCTION
 from align.planning import Step
 from align.settings import (
@@ -85,11 +85,12 @@ def _prepared(step: Step) -> dict[str, Any]:
         return made.metrics
     assert isinstance(step.settings, Prepare)
     settings = step.settings
-    files = sources.source_files(settings.source, split=settings.data_split)
-    if not files or sum(file.stat().st_size for file in files) > LARGEST_READ:
+    read = [sources.source_files(name, split=split) for name, split, _ in settings.sources()]
+    size = sum(file.stat().st_size for files in read for file in files)
+    if not all(read) or size > LARGEST_READ:
         return {}
     rows = preferences.prepare_rows(**settings.model_dump(exclude={"stage"}))
-    return preferences.describe(rows)
+    return figures.describe(rows)
 
 
 def _training(
@@ -100,15 +101,15 @@ def _training(
     world_size: int,
 ) -> Estimate:
     role = next(role for role in settings.inputs if role != "model")
-    figures = _figures(step, role, prepared)
-    rows, sides = _rows(settings, figures)
+    told = _figures(step, role, prepared)
+    rows, sides = _rows(settings, told)
     batch = _knob(settings, "per_device_train_batch_size") * world_size
     accumulate = _knob(settings, "gradient_accumulation_steps")
     steps = _knob(settings, "max_steps")
     if steps <= 0 and rows is not None:
         each_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulate))
         steps = math.ceil(each_epoch * _knob(settings, "num_train_epochs"))
-    words = figures.get("words", {})
+    words = told.get("words", {})
     tokens = None
     if steps > 0 and all(f"{side}_median" in words for side in sides):
         row = sum(words["prompt_median"] + words[f"{side}_median"] for side in sides)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align import checks, preferences, sources, trainer_keys
+from align import checks, figures, preferences, sources, trainer_keys
 from align.errors import UserError
 from align.planning import Step
 from align.recipe import Recipe
@@ -35,11 +35,14 @@ def examine(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
     for step in steps:
         settings = step.settings
         if isinstance(settings, Prepare):
-            if not sources.source_files(settings.source, split=settings.data_split):
-                yield f"{step.name}: {settings.source} is on the Hub: its rows are checked when the stage runs"
+            hub = [
+                n for n, split, _ in settings.sources() if not sources.source_files(n, split=split)
+            ]
+            if hub:
+                yield f"{step.name}: {', '.join(hub)} is on the Hub: its rows are checked when the stage runs"
                 continue
             prepared = preferences.prepare_rows(**settings.model_dump(exclude={"stage"}))
-            figures = preferences.describe(prepared)
+            told = figures.describe(prepared)
             tables[step.folder] = prepared.tables
             kept = ", ".join(
                 f"{kind} {len(splits['train']):,} + {sum(map(len, splits.values())) - len(splits['train']):,} held out"
@@ -47,7 +50,7 @@ def examine(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
             )
             dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
             yield f"{step.name}: {kept}{f'; dropped: {dropped}' if dropped else ''}"
-            yield from (f"{step.name}: warning: {line}" for line in figures.get("warnings", []))
+            yield from (f"{step.name}: warning: {line}" for line in told.get("warnings", []))
             for reader in steps:
                 if step.folder in reader.inputs.values():
                     problems += checks.unfit(
@@ -131,9 +134,9 @@ def _measured(name: str, settings: Training, rows: Sequence[Any], tokenizer: Tok
     ]
     limit = _limit(settings)
     ordered = sorted(longest)
-    figures = f"median {ordered[len(ordered) // 2]}, 95th {ordered[int(0.95 * (len(ordered) - 1))]}, longest {ordered[-1]}"
+    shown = f"median {ordered[len(ordered) // 2]}, 95th {ordered[int(0.95 * (len(ordered) - 1))]}, longest {ordered[-1]}"
     if limit is None:
-        return f"{name}: tokens a row: {figures}; nothing is cut"
+        return f"{name}: tokens a row: {shown}; nothing is cut"
     cut = sum(length > limit for length in longest)
     lost = sum(prompt >= limit for prompt in counts["prompt"])
     hint = " (warning: they teach nothing; raise `max_length`)" if lost else ""
@@ -142,7 +145,7 @@ def _measured(name: str, settings: Training, rows: Sequence[Any], tokenizer: Tok
         if not cut
         else f"{cut:,} of {len(rows):,} are cut there, {lost:,} lose the whole completion{hint}"
     )
-    return f"{name}: tokens a row: {figures}; `max_length` {limit}: {verdict}"
+    return f"{name}: tokens a row: {shown}; `max_length` {limit}: {verdict}"
 
 
 def _limit(settings: Training) -> int | None:

@@ -18,8 +18,6 @@ from align.settings import PPO, Prepare, Stage, Trained, Training
 from align.sources import source_files
 from align.wording import nearest
 
-_SOURCES = ("source", "demonstrations")  # of a `prepare` stage: what it reads from outside
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -67,13 +65,10 @@ def plan(
             except UserError as error:
                 where = recipe.at(name, *role.split("."))
                 problems += [f"{where}: {line}" for line in error.lines]
-        for key in _SOURCES:
-            if getattr(settings, key, None) is None or not isinstance(settings, Prepare):
-                continue
-            try:
-                digests[key] = _source(settings, key)
-            except UserError as error:
-                problems += [f"{recipe.at(name, key)}: {line}" for line in error.lines]
+        if isinstance(settings, Prepare):
+            sources, wrong = _sources(settings)
+            digests |= sources
+            problems += [f"{recipe.at(name, key)}: {line}" for key, line in wrong]
         digests |= _named_files(settings)
         digest = _digest(settings, digests)
         folder = runs / f"{name}-{digest[:12]}"
@@ -118,13 +113,32 @@ def _input(
     return folder, artifact.digest_folder(folder)
 
 
-def _source(settings: Prepare, key: str) -> str:
-    """The digest of the files that a ``prepare`` stage reads; a Hub id stands for itself, with its revision."""
-    source = getattr(settings, key)
-    files = source_files(source, split=settings.data_split)
-    if files:
-        return artifact.digest_files(files)
-    return f"hub:{source}@{settings.revision or 'main'}"
+def _sources(settings: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The digests of what a ``prepare`` stage reads, by key, and what is wrong with it.
+
+    A Hub id stands for itself, with its revision.
+    """
+    named: dict[str, tuple[str | None, str, str | None]] = {
+        "source": (settings.source, settings.data_split, settings.revision)
+    }
+    named["demonstrations"] = (settings.demonstrations, settings.data_split, settings.revision)
+    for i, entry in enumerate(settings.mixture):
+        named[f"mixture.{i}"] = (entry.source, entry.data_split, entry.revision)
+    for i, name in enumerate(settings.decontaminate):
+        named[f"decontaminate.{i}"] = (name, "test", None)
+    digests: dict[str, str] = {}
+    wrong: list[tuple[str, str]] = []
+    for key, (source, split, revision) in named.items():
+        if source is None:
+            continue
+        try:
+            files = source_files(source, split=split)
+        except UserError as error:
+            wrong += [(key.partition(".")[0], line) for line in error.lines]
+            continue
+        hub = f"hub:{source}@{revision or 'main'}"
+        digests[key] = artifact.digest_files(files) if files else hub
+    return digests, wrong
 
 
 def _named_files(settings: Stage) -> dict[str, str]:
@@ -161,8 +175,10 @@ def _digest(settings: Stage, inputs: Mapping[str, str]) -> str:
                 items = enumerate(own[key])
                 own[key] = [None if f"{key}.{i}" in named else item for i, item in items]
     if isinstance(settings, Prepare):
-        for key in inputs:
-            own[key] = None
+        for key in ("source", "demonstrations", "decontaminate"):
+            own[key] = None  # by content, in `inputs`
+        for entry in own["mixture"]:
+            entry["source"] = None
     return artifact.digest(
         {
             "stage": kind(settings),

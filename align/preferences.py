@@ -7,51 +7,66 @@ Whatever the source, rows come out conversational, with the id of their prompt:
 - ``unpaired``: prompt, completion, label, prompt_id
 - ``prompts``: prompt, prompt_id, one row for each prompt of the others
 
-A row that does not fit is dropped under a named reason, and every reason is counted. Nothing here
-writes. :mod:`align.sources` opens files and the Hub, :mod:`align.readers` reads one raw row. Left
-out: near-duplicates.
+A row that does not fit is dropped under a named reason, and every reason is counted. Sources are read once, row by row;
+:mod:`align.intake` holds what must be known of all rows at once. Nothing here writes but temporary files.
+:mod:`align.sources` opens files and the Hub, :mod:`align.readers` reads one raw row.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from align import contamination, intake, minhash, splitting
+from align.comparisons import COMPARISONS, DroppedError, Options, trees
 from align.errors import UserError
+from align.intake import KEPT, NEAR_DUPLICATE, Table
 from align.readers import (
     COLUMNS,
     READERS,
-    DroppedError,
     Row,
     check_columns,
     columns_of,
     demonstration,
-    kind_of,
+    kind_read,
     labelled,
-    opening_id,
+    normalise,
     pair,
     renamed,
 )
 from align.sources import Part, Raw, read_source, source_files
+from align.splitting import SPLITS, Stream
 from align.wording import nearest
-
-SPLITS = ("train", "test", "validation")
-LONGER_WARNING = 0.6
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """Rows of one kind: how many were read, those kept, and the others counted by reason."""
+class Origin:
+    """A source, and how it is read."""
 
-    read: int
-    rows: list[Row]
-    dropped: Counter[str]
+    source: str
+    reader: str = "columns"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    config: str | None = None
+    data_dir: str | None = None
+    data_split: str = "train"
+    revision: str | None = None
+    max_rows: int | None = None
+    weight: float | None = None
+    options: Options = field(default_factory=Options)
+
+
+class Placed(NamedTuple):
+    """A row of a table, in its split."""
+
+    kind: str
+    split: str
+    row: Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +82,75 @@ class Prepared:
     files: list[Path]
 
 
-def prepare_rows(
-    source: str,
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Sources that were read and judged; ``rows()`` gives the rows of all tables, from disk, as often as asked.
+
+    ``streams[kind]`` are the tables that its rows come from, each with the rows to take and their splits.
+    """
+
+    streams: dict[str, list[Stream]]
+    splits: list[str]
+    read: dict[str, int]
+    dropped: dict[str, int]
+    files: list[Path]
+    sources: dict[str, dict[str, Any]]
+    findings: dict[str, Any]
+    margins: Any
+
+    def rows(self) -> Iterator[Placed]:
+        """Every row of every table; a prompt comes with the first row that has it.
+
+        Where a source has scores, pairs have a ``margin``; it is 0 for those of sources that have none.
+        """
+        scored = len(self.margins) > 0
+        for kind, streams in self.streams.items():
+            for stream in streams:
+                table = stream.table
+                found = zip(
+                    table.spool, table.margins, stream.take, stream.split, stream.first, strict=True
+                )
+                for (row, kept), margin, take, split, first in found:
+                    if not take:
+                        continue
+                    name = SPLITS[split]
+                    if kind == "pairs" and scored:
+                        row = row | {"margin": 0.0 if math.isnan(margin) else margin}
+                    if kind == "demonstrations" and "label" not in row and "chosen" not in row:
+                        yield Placed(kind, name, row)
+                    elif kind == "demonstrations":
+                        said = row.get("chosen") or row["completion"]
+                        yield Placed(
+                            kind,
+                            name,
+                            {
+                                "prompt": row["prompt"],
+                                "completion": said,
+                                "prompt_id": row["prompt_id"],
+                            },
+                        )
+                    else:
+                        yield Placed(kind, name, row)
+                    if first:
+                        prompt = {"prompt": row["prompt"], "prompt_id": row["prompt_id"]}
+                        yield Placed("prompts", name, prompt | kept)
+
+
+def prepare_rows(source: str | None = None, **knobs: Any) -> Prepared:
+    """Read, check and split a source in memory, and write nothing. ``knobs`` are those of :func:`prepare`."""
+    ready = prepare(source, **knobs)
+    tables: dict[str, dict[str, list[Row]]] = {
+        kind: {split: [] for split in ready.splits} for kind in [*ready.streams, "prompts"]
+    }
+    for kind, split, row in ready.rows():
+        tables[kind][split].append(row)
+    return Prepared(tables, ready.read, ready.dropped, ready.files)
+
+
+def prepare(
+    source: str | None = None,
     *,
+    mixture: Sequence[Mapping[str, Any]] = (),
     demonstrations: str | None = None,
     reader: str = "columns",
     config: str | None = None,
@@ -77,239 +158,274 @@ def prepare_rows(
     data_split: str = "train",
     revision: str | None = None,
     columns: Mapping[str, str] | None = None,
+    pairing: str | None = None,
+    margin: float | None = None,
+    ratio: float | None = None,
+    languages: Sequence[str] = (),
     test_fraction: float = 0.1,
     validation_fraction: float = 0.0,
     split_seed: int = 0,
     max_rows: int | None = None,
-) -> Prepared:
-    """Read, check and split a source, and write nothing.
+    near_duplicates: str | None = None,
+    near_duplicate_threshold: float = 0.8,
+    decontaminate: Sequence[str] = (),
+    ngram: int = 13,
+    keep: Sequence[str] = (),
+) -> Ready:
+    """Read, check and split sources. Memory grows with the number of rows, not with their text.
 
     Demonstrations are those of the source ``demonstrations``, which is read without ``config``,
-    ``data_dir`` and ``revision``; else those of ``source`` itself; else its chosen and its desirable completions.
-    ``max_rows`` counts the rows read of each kind, before the checks.
-    """
-    columns = dict(columns or {})
-    fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
-    _check_settings(reader, columns, fractions)
-    files = source_files(source, split=data_split)
-    parts = read_source(
-        source,
-        config=config,
-        data_dir=data_dir,
-        split=data_split,
-        revision=revision,
-        max_rows=max_rows,
-    )
-    others: list[Part] = []
-    if demonstrations is not None:
-        files = list(dict.fromkeys([*files, *source_files(demonstrations, split=data_split)]))
-        others = read_source(demonstrations, split=data_split, max_rows=max_rows)
-    check_columns([*parts, *others], reader, columns)
+    ``data_dir`` and ``revision``; else those of the sources themselves; else their chosen and their desirable
+    completions. ``max_rows`` counts the rows read of each kind, before the checks. ``split_seed`` also draws what is
+    drawn: random pairs, and the rows that weights leave out.
 
-    found = _collect(source, parts, reader, columns, max_rows)
+    Raises:
+        UserError: One line for each thing that is wrong with the settings or the sources.
+    """
+    own = {
+        "source": source, "reader": reader, "columns": columns, "config": config,
+        "data_dir": data_dir, "data_split": data_split, "revision": revision,
+        "max_rows": max_rows, "pairing": pairing, "margin": margin, "ratio": ratio,
+        "languages": languages,
+    }  # fmt: skip
+    origins = [_origin(told, split_seed) for told in (mixture or [own])]
+    fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    for origin in origins:
+        _check_settings(origin.reader, origin.columns, fractions)
+    named = [_named(name, ngram) for name in decontaminate]
+    prompts = minhash.Prompts() if near_duplicates else None
+    intaking = _Intake(named, prompts, list(keep))
+
+    main, other = intaking.read(origins, 0), None
+    files = [f for origin in origins for f in source_files(origin.source, split=origin.data_split)]
+    where = ", ".join(origin.source for origin in origins)
     if demonstrations is not None:
-        found.pop("demonstrations", None)
-        if not found:
+        files += source_files(demonstrations, split=data_split)
+        first = origins[0]
+        said = Origin(
+            demonstrations, first.reader, first.columns, data_split=data_split, max_rows=max_rows
+        )
+        other = intaking.read([said], len(origins))
+        main.pop("demonstrations", None)
+        if not main:
             raise UserError(
-                f"{source}: carries demonstrations alone, and `demonstrations` names others;"
+                f"{where}: carries demonstrations alone, and `demonstrations` names others;"
                 " give one of the two as `source`, and no `demonstrations`"
             )
-        other = _collect(demonstrations, others, reader, columns, max_rows)
-        found["demonstrations"] = other.get("demonstrations") or _desirable(other)
-    elif "demonstrations" not in found:
-        found["demonstrations"] = replace(_desirable(found), read=0, dropped=Counter())
-    if not found["demonstrations"].rows:
+    all_tables = [*main.values(), *(other or {}).values()]
+    for table in all_tables:
+        table.judge()
+    decides: dict[int, int] = {}
+    findings: dict[str, Any] = {}
+    if prompts is not None:
+        decides, late = prompts.near(near_duplicate_threshold)
+        findings["near_duplicate_prompts"] = len(late)
+        if near_duplicates == "drop":
+            marked = np.fromiter(late, dtype=np.uint64, count=len(late))
+            for table in all_tables:
+                table.drop(np.isin(intake.numbers_of(table.prompts), marked), NEAR_DUPLICATE)
+    weights = {i: o.weight for i, o in enumerate(origins) if o.weight is not None}
+    for table in main.values():
+        intake.weighed(table, weights, split_seed)
+    _check_usable(main, where)
+    _check_usable(other or {}, str(demonstrations))
+
+    streams, shown = splitting.streams(main, other)
+    if not any(stream.take.any() for stream in streams["demonstrations"]):
         raise UserError(
-            f"{demonstrations or source}: no completion is labelled true, so there is nothing to"
+            f"{demonstrations or where}: no completion is labelled true, so there is nothing to"
             " demonstrate; name another source as `demonstrations`"
         )
-
-    tables = {kind: found[kind].rows for kind in sorted(found)}
-    prompts: dict[str, Row] = {}
-    for row in (row for rows in tables.values() for row in rows):
-        key = row["prompt_id"]
-        prompts.setdefault(key, {"prompt": row["prompt"], "prompt_id": key})
-    tables["prompts"] = list(prompts.values())
-    dropped = {
-        f"{kind}: {reason}": count
-        for kind in sorted(found)
-        for reason, count in sorted(found[kind].dropped.items())
-    }
-    return Prepared(
-        tables=split_tables(tables, seed=split_seed, **fractions),
-        read={kind: found[kind].read for kind in sorted(found) if found[kind].read},
-        dropped=dropped,
-        files=files,
+    wanted = [split for split in SPLITS if fractions.get(f"{split}_fraction", 1.0) > 0]
+    splitting.place(streams, decides, wanted, split_seed, fractions)
+    findings["leakage"] = splitting.leakage(streams, test_fraction, split_seed)
+    return Ready(
+        streams=streams,
+        splits=wanted,
+        read={kind: read for kind, (read, _) in shown.items() if read},
+        dropped={
+            f"{kind}: {reason}": count
+            for kind, (_, dropped) in shown.items()
+            for reason, count in sorted(dropped.items())
+        },
+        files=list(dict.fromkeys(files)),
+        sources=_by_source(origins, main),
+        findings=findings,
+        margins=_margins(main),
     )
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
-    """Figures of a prepared set, as plain JSON: counts, lengths in words, warnings."""
-    figures: dict[str, Any] = {"rows": prepared.read, "dropped": prepared.dropped}
-    for kind, splits in prepared.tables.items():
-        figures[kind] = {split: len(rows) for split, rows in splits.items()}
-    pairs = [row for rows in prepared.tables.get("pairs", {}).values() for row in rows]
-    rows = pairs or [row for rows in prepared.tables["demonstrations"].values() for row in rows]
-    lengths = {
-        column: [sum(len(turn["content"].split()) for turn in row[column]) for row in rows]
-        for column in (("prompt", "chosen", "rejected") if pairs else ("prompt", "completion"))
-    }
-    if pairs:
-        written = prepared.tables["demonstrations"].values()
-        lengths["completion"] = [
-            sum(len(turn["content"].split()) for turn in row["completion"])
-            for rows in written
-            for row in rows
-        ]
-    figures["words"] = {
-        f"{column}_{name}": value
-        for column, counts in lengths.items()
-        for name, value in (("median", statistics.median(counts)), ("p95", _percentile(counts, 95)))
-    }
-    figures["warnings"] = []
-    if pairs:
-        both = list(zip(lengths["chosen"], lengths["rejected"], strict=True))
-        longer = sum(chosen > rejected for chosen, rejected in both) / len(both)
-        equal = sum(chosen == rejected for chosen, rejected in both) / len(both)
-        accuracy = longer + equal / 2  # a coin decides where both are as long
-        figures |= {
-            "chosen_longer_share": longer,
-            "equal_length_share": equal,
-            "prefer_longer_accuracy": accuracy,
-        }
-        if accuracy > LONGER_WARNING:
-            figures["warnings"].append(
-                f"always preferring the longer completion is right for {accuracy:.1%} of the pairs:"
-                " a model can learn length in place of quality"
+def _origin(told: Mapping[str, Any], seed: int) -> Origin:
+    options = Options(
+        pairing=told.get("pairing") or "best_worst",
+        margin=told.get("margin") or 0.0,
+        ratio=told.get("ratio") or 1.0,
+        languages=tuple(told.get("languages") or ()),
+        seed=seed,
+    )
+    names = (
+        "source",
+        "reader",
+        "config",
+        "data_dir",
+        "data_split",
+        "revision",
+        "max_rows",
+        "weight",
+    )
+    known = {name: told[name] for name in names if told.get(name) is not None}
+    return Origin(**known, columns=dict(told.get("columns") or {}), options=options)
+
+
+def _named(source: str, n: int) -> contamination.Named:
+    """Read a set of evaluation prompts: every split of a folder or file, a Hub set's ``test``."""
+    found, unread = [], 0
+    for part in read_source(source, split="test"):
+        for raw in part.rows:
+            texts = contamination.prompts_of(raw)
+            found += texts or []
+            unread += texts is None
+    if unread or not found:
+        raise UserError(
+            f"decontaminate: {source}: {unread} rows have no text under `prompt`, `messages`, `question` or"
+            " `instruction`; rename the column that holds the prompt"
+        )
+    return contamination.Named(source, found, n)
+
+
+@dataclass
+class _Intake:
+    """Reads sources into tables: what a row must pass before it is spooled."""
+
+    named: list[contamination.Named]
+    prompts: minhash.Prompts | None
+    keep: list[str]
+
+    def read(self, origins: Sequence[Origin], first: int) -> dict[str, Table]:
+        """Tables by kind. Sources are numbered from ``first``."""
+        tables: dict[str, Table] = {}
+        for number, origin in enumerate(origins, start=first):
+            parts = read_source(
+                origin.source,
+                config=origin.config,
+                data_dir=origin.data_dir,
+                split=origin.data_split,
+                revision=origin.revision,
+                max_rows=origin.max_rows,
             )
-    return figures
+            check_columns(parts, origin.reader, origin.columns)
+            lacks = [
+                name
+                for name in self.keep
+                if parts and not any(name in row for part in parts for row in part.head)
+            ]
+            if lacks and any(part.head for part in parts):
+                found = list(dict.fromkeys(n for part in parts for n in columns_of(part)))
+                raise UserError(
+                    *(
+                        f"keep: {origin.source} has no column `{n}`{nearest(n, found)}"
+                        for n in lacks
+                    )
+                )
+            raws: Counter[str] = Counter()
+            for part in parts:
+                if part.head:
+                    self._part(part, origin, number, tables, raws)
+            if not any(part.head for part in parts):
+                many = "s" * (len(parts) > 1)
+                raise UserError(f"{origin.source}: no rows; found {len(parts)} empty file{many}")
+        return dict(sorted(tables.items()))
+
+    def _part(
+        self,
+        part: Part,
+        origin: Origin,
+        number: int,
+        tables: dict[str, Table],
+        raws: Counter[str],
+    ) -> None:
+        kind = kind_read(columns_of(part, origin.columns), origin.reader)
+        table = tables.setdefault(kind, Table(kind))
+        for raw in trees(part.rows) if origin.reader == "oasst" else part.rows:
+            if origin.max_rows is not None and raws[kind] >= origin.max_rows:
+                break
+            raws[kind] += 1
+            for found in _made(renamed(raw, origin.columns), origin):
+                table.read[number] += 1
+                try:
+                    if isinstance(found, DroppedError):
+                        raise found
+                    row = _row(found, kind, origin.reader)
+                    self._check_clean(row)
+                except DroppedError as reason:
+                    table.dropped[number, str(reason)] += 1
+                    continue
+                table.add(row, number, {k: raw.get(k) for k in self.keep}, found.get("margin"))
+                if self.prompts is not None:
+                    text = "\n".join(normalise(turn["content"]) for turn in row["prompt"])
+                    self.prompts.add(table.prompts[-1], table.openings[-1], text)
+
+    def _check_clean(self, row: Row) -> None:
+        if self.named:
+            texts = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
+            for named in self.named:
+                reason = named.finds(texts)
+                if reason:
+                    raise DroppedError(reason)
 
 
-def split_of(
-    prompt_id: str, *, seed: int, test_fraction: float, validation_fraction: float = 0.0
-) -> str:
-    """Say in which split a prompt is: a hash of seed and prompt decides, and no other row.
-
-    So adding rows moves nobody, every rank agrees, and a larger validation fraction leaves the test
-    split as it is.
-    """
-    digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=8).digest()
-    uniform = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: a float below 1, exactly
-    if uniform < test_fraction:
-        return "test"
-    return "validation" if uniform < test_fraction + validation_fraction else "train"
+def _made(raw: Raw, origin: Origin) -> Iterator[Raw | DroppedError]:
+    """The rows that a reader makes of a raw one."""
+    if origin.reader in COMPARISONS:
+        return COMPARISONS[origin.reader].read(raw, origin.options)
+    return iter(
+        [{k: v for k, v in raw.items() if k != "margin"}]
+    )  # such a column is not ours to read
 
 
-def split_tables(
-    tables: Mapping[str, list[Row]], *, seed: int, test_fraction: float, validation_fraction: float
-) -> dict[str, dict[str, list[Row]]]:
-    """Split every table by prompt; a split with a fraction above zero must not be empty.
-
-    The first user's turn decides: in transcripts one row's prompt is often the beginning of another's, and a conversation
-    must not be trained on from one and held out from another.
-    """
-    fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
-    wanted = [split for split in SPLITS if fractions.get(f"{split}_fraction", 1.0) > 0]
-    result: dict[str, dict[str, list[Row]]] = {}
-    wrong: list[str] = []
-    for kind, rows in tables.items():
-        splits = result[kind] = {split: [] for split in wanted}
-        for row in rows:
-            splits[split_of(opening_id(row["prompt"]), seed=seed, **fractions)].append(row)
-    for split in wanted:
-        empty = [kind for kind in tables if not result[kind][split]]
-        if empty:
-            count = len({row["prompt_id"] for kind in empty for row in tables[kind]})
-            ours = "test_fraction" if split == "train" else f"{split}_fraction"
-            repair = "lower it" if split == "train" else "raise it, set it to 0"
-            kinds = "" if "prompts" in empty else f" with {' or '.join(empty)}"
-            wrong.append(
-                f"{ours}: {fractions[ours]}: none of {count} prompts{kinds} fell into `{split}`;"
-                f" {repair}, add prompts or try another `split_seed`"
-            )
-    if wrong:
-        raise UserError(*wrong)
-    return result
+def _row(raw: Raw, kind: str, reader: str) -> Row:
+    if kind == "pairs":
+        return pair(raw, reader="hh" if reader == "hh" else "columns")
+    return labelled(raw) if kind == "unpaired" else demonstration(raw)
 
 
-def drop_repeats(rows: Iterable[Row]) -> Checked:
-    """Keep the first of equal rows; drop every row of a contradiction.
-
-    A contradiction is a pair that is there in both directions, or a completion with both labels.
-    Nothing in the rows says which is right, so none of them stays. Prompts are compared by their
-    ids, so letter case and white space do not matter; completions letter by letter.
-    """
-
-    def key(row: Row) -> tuple[Any, ...]:
-        if "chosen" in row:
-            return row["prompt_id"], row["chosen"][0]["content"], row["rejected"][0]["content"]
-        return row["prompt_id"], row["completion"][0]["content"], row.get("label")
-
-    def opposite(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        name, first, second = key
-        return (name, second, first) if isinstance(second, str) else (name, first, not second)
-
-    keyed = [(key(row), row) for row in rows]
-    present = {found for found, _ in keyed}
-    kept: dict[tuple[Any, ...], Row] = {}
-    dropped: Counter[str] = Counter()
-    for found, row in keyed:
-        if found[2] is not None and opposite(found) in present:
-            dropped["contradiction"] += 1
-        elif found in kept:
-            dropped["exact duplicate"] += 1
-        else:
-            kept[found] = row
-    return Checked(len(keyed), list(kept.values()), dropped)
-
-
-def _desirable(found: Mapping[str, Checked]) -> Checked:
-    """Take the chosen and the desirable completions as demonstrations, each once."""
-    rows = [
-        {"prompt": row["prompt"], "completion": row[column], "prompt_id": row["prompt_id"]}
-        for kind, column in (("pairs", "chosen"), ("unpaired", "completion"))
-        for row in (found[kind].rows if kind in found else ())
-        if row.get("label", True)
-    ]
-    unique = drop_repeats(rows)
-    dropped = sum((checked.dropped for checked in found.values()), unique.dropped)
-    return Checked(sum(checked.read for checked in found.values()), unique.rows, dropped)
-
-
-def _collect(
-    source: str, parts: list[Part], reader: str, columns: Mapping[str, str], max_rows: int | None
-) -> dict[str, Checked]:
-    """Turn parts into checked rows of each kind; a source or a kind without rows is an error."""
-    raws: dict[str, list[Row]] = {}
-    dropped: dict[str, Counter[str]] = {}
-    read: Counter[str] = Counter()
-    readers: dict[str, Callable[[Raw], Row]] = {
-        "pairs": lambda raw: pair(raw, reader=reader),
-        "demonstrations": demonstration,
-        "unpaired": labelled,
-    }
-    for part in (part for part in parts if part.rows):
-        kind = kind_of(columns_of(part, columns))
-        rows, reasons = raws.setdefault(kind, []), dropped.setdefault(kind, Counter())
-        for raw in part.rows[: None if max_rows is None else max_rows - read[kind]]:
-            read[kind] += 1
-            try:
-                rows.append(readers[kind](renamed(raw, columns)))
-            except DroppedError as reason:
-                reasons[str(reason)] += 1
-    found: dict[str, Checked] = {}
-    for kind, rows in raws.items():
-        unique = drop_repeats(rows)
-        found[kind] = Checked(read[kind], unique.rows, dropped[kind] + unique.dropped)
-        if not unique.rows:
-            reasons = found[kind].dropped
+def _check_usable(tables: Mapping[str, Table], source: str) -> None:
+    for kind, table in tables.items():
+        if not (table.verdict == KEPT).any():
+            reasons = table.all_dropped()
             counts = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
             transcripts = "not an HH transcript" in reasons
             repair = "try `reader: columns`" if transcripts else "mend its rows, or map `columns:`"
-            raise UserError(f"{source}: none of {read[kind]} {kind} is usable: {counts}; {repair}")
-    if not found:
-        raise UserError(f"{source}: no rows; found {len(parts)} empty file{'s' * (len(parts) > 1)}")
+            raise UserError(
+                f"{source}: none of {table.read.total()} {kind} is usable: {counts}; {repair}"
+            )
+
+
+def _by_source(origins: Sequence[Origin], main: Mapping[str, Table]) -> dict[str, dict[str, Any]]:
+    """What was read and kept of each source; one that stands twice gets a number."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, origin in enumerate(origins):
+        name = origin.source if origin.source not in found else f"{origin.source} ({number + 1})"
+        found[name] = {}
+        for kind, table in main.items():
+            if table.read[number]:
+                dropped = table.all_dropped(number)
+                kept = table.read[number] - dropped.total()
+                found[name][kind] = {
+                    "read": table.read[number],
+                    "kept": kept,
+                    "dropped": dict(sorted(dropped.items())),
+                }
     return found
+
+
+def _margins(main: Mapping[str, Table]) -> Any:
+    """Differences of scores of the pairs kept, where the source has scores."""
+    table = main.get("pairs")
+    if table is None or not len(table):
+        return np.zeros(0)
+    margins = np.frombuffer(table.margins, dtype=np.float64)[table.verdict == KEPT]
+    return margins[~np.isnan(margins)]
 
 
 def _check_settings(
@@ -332,7 +448,3 @@ def _check_settings(
             wrong.append(f"columns: `{theirs}` is mapped twice; keep one of them")
     if wrong:
         raise UserError(*wrong)
-
-
-def _percentile(values: list[int], percent: int) -> int:
-    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]

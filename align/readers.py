@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from align.comparisons import COMPARISONS, DroppedError
 from align.errors import UserError
 from align.sources import Part, Raw
 from align.wording import nearest
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label")
 FORMATS = (("prompt", "chosen", "rejected"), ("prompt", "completion"), ("messages",))
-READERS = ("columns", "hh")
+READERS = ("columns", "hh", *COMPARISONS)
 ROLES = ("system", "user", "assistant")
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -40,8 +41,9 @@ _SYNONYMS = {
 }
 
 
-class DroppedError(ValueError):
-    """The reason why a raw row is not usable."""
+def kind_read(names: Iterable[str], reader: str) -> str:
+    """Say which kind of rows a reader makes of a part with these columns."""
+    return "pairs" if reader in COMPARISONS else kind_of(names)
 
 
 def pair(raw: Raw, *, reader: str = "columns") -> Row:
@@ -107,8 +109,8 @@ def opening_id(prompt: Messages) -> str:
 
 
 def columns_of(part: Part, columns: Mapping[str, str] | None = None) -> list[str]:
-    """List the columns of all rows of a part, under the names that ``columns`` gives them."""
-    names = dict.fromkeys(name for row in part.rows for name in row)
+    """List the columns at the head of a part, under the names that ``columns`` gives them."""
+    names = dict.fromkeys(name for row in part.head for name in row)
     return list(renamed(names, columns or {}))
 
 
@@ -133,7 +135,7 @@ def kind_of(names: Iterable[str]) -> str:
 
 def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) -> None:
     """Raise what the columns of the parts lack, for all parts at once."""
-    parts = [part for part in parts if part.rows]
+    parts = [part for part in parts if part.head]
     names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
     wrong: list[str] = []
     for ours, theirs in columns.items():
@@ -144,14 +146,21 @@ def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) ->
         raise UserError(*wrong)
     for part in parts:
         found = columns_of(part, columns)
-        row = renamed(part.rows[0], columns)
-        if reader == "columns" and "chosen" in found and _is_transcript(row):
+        row = renamed(part.head[0], columns)
+        if reader in COMPARISONS:
+            lacks = [name for name in COMPARISONS[reader].needs if name not in found]
+            if lacks:
+                wrong.append(
+                    f"{part.name}: no column {_ticked(lacks)}, which `reader: {reader}` needs;"
+                    f" found {_ticked(found)}; map it with `columns: {{{lacks[0]}: ...}}`"
+                )
+        elif reader == "columns" and "chosen" in found and _is_transcript(row):
             wrong.append(f"{part.name}: these are whole transcripts; read them with `reader: hh`")
         elif not kind_of(found) or (
             kind_of(found) == "pairs"
             and reader == "columns"
             and "prompt" not in found
-            and not any(isinstance(renamed(raw, columns).get("chosen"), list) for raw in part.rows)
+            and not any(isinstance(renamed(raw, columns).get("chosen"), list) for raw in part.head)
         ):
             wrong.append(_missing(part.name, found, reader))
     if wrong:

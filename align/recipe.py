@@ -118,6 +118,25 @@ def read(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
     return Recipe(root, stages, _lines(reading))
 
 
+def one_stage(name: str, overrides: Iterable[str]) -> Any:
+    """Settings of one stage from ``key=value`` alone, as a command has them; mistakes as in :func:`read`.
+
+    Raises:
+        UserError: One line for every mistake.
+    """
+    reading = _Reading()
+    reading.stages[name] = (Document(Path(COMMAND_LINE)), {})
+    reading.overridden.add((name,))
+    for override in overrides:
+        _override(f"{name}.{override}", reading)
+    stage = _validate(name, reading.stages[name][1], reading)
+    if stage is not None:
+        meaning.check_meaning(name, stage, {name: stage}, reading.report)
+    if reading.problems:
+        raise UserError(*dict.fromkeys(reading.problems))
+    return stage
+
+
 def _by_line(problem: str) -> tuple[bool, str, int]:
     """Problems in the order of their places; the command line's last."""
     place = re.match(r"(.*?):(\d+): ", problem)

@@ -109,17 +109,11 @@ ModelOrNew = Annotated[
 ]
 
 
-class Prepare(Stage):
-    """Preference data in, checked and split by prompt, Parquet out."""
+class Source(Settings):
+    """Where preference data comes from, and how it is read. A name of the catalogue stands for all of it."""
 
-    main_process_only: ClassVar[bool] = True
-
-    source: str = Field(min_length=1)
-    """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), or a Hub id."""
-    demonstrations: str | None = None
-    """Another source for SFT; without it, SFT trains on the chosen completions."""
-    reader: Literal["columns", "hh"] = "columns"
-    """``hh`` reads whole transcripts as in Anthropic's HH-RLHF."""
+    reader: Literal["columns", "hh", "ultrafeedback", "shp", "tldr", "oasst"] = "columns"
+    """``hh`` reads whole transcripts as in Anthropic's HH-RLHF; the others the shapes of the sets they are named after."""
     config: str | None = None
     """The configuration (subset) of a Hub data set."""
     data_dir: str | None = None
@@ -130,14 +124,93 @@ class Prepare(Stage):
     """The commit, branch or tag of a Hub data set."""
     columns: dict[str, str] = {}
     """Our column names to the source's: ``{rejected: reject}``."""
+    pairing: Literal["best_worst", "best_random", "all"] | None = None
+    """Of several scored completions: best against worst (the default), best against a random other, or all pairs."""
+    margin: float | None = Field(None, ge=0.0)
+    """The least difference of scores (of ranks in ``oasst``) of a pair."""
+    ratio: float | None = Field(None, ge=1.0)
+    """The least ratio of votes in ``shp``."""
+    languages: list[str] = []
+    """Of ``oasst``: the languages that are kept; without it, all."""
+    max_rows: int | None = Field(None, ge=1)
+    """Read no more than the first so many rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_catalogue(cls, told: Any) -> Any:
+        from align import catalogue
+
+        return catalogue.filled(told) if isinstance(told, dict) else told
+
+    @model_validator(mode="after")
+    def _options_mean_something(self) -> Source:
+        for key, readers in {
+            "pairing": ("ultrafeedback", "oasst"),
+            "margin": ("ultrafeedback", "oasst"),
+            "ratio": ("shp",),
+            "languages": ("oasst",),
+        }.items():
+            if getattr(self, key) not in (None, []) and self.reader not in readers:
+                raise ValueError(
+                    f"`{key}` means nothing to `reader: {self.reader}`; remove it, or read with "
+                    f"{' or '.join(f'`reader: {reader}`' for reader in readers)}"
+                )
+        return self
+
+
+class Mixed(Source):
+    """One source of a mixture."""
+
+    source: str = Field(min_length=1)
+    weight: float | None = Field(None, gt=0.0)
+    """Its share of the mixture, in proportion to the others'; no row is repeated, the others are thinned by seed."""
+
+
+class Prepare(Source, Stage):
+    """Preference data in, checked and split by prompt, Parquet out."""
+
+    code_version: ClassVar[int] = 2
+    main_process_only: ClassVar[bool] = True
+
+    source: str | None = Field(None, min_length=1)
+    """``embedded``, a name of the catalogue, a file or folder (JSONL, JSONL.gz, CSV, Parquet), or a Hub id."""
+    mixture: list[Mixed] = []
+    """Several sources in place of one, each with its own reader, ``max_rows`` and ``weight``."""
+    demonstrations: str | None = None
+    """Another source for SFT; without it, SFT trains on the chosen completions."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """The share of prompts held out for ``evaluate``."""
     validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
     """The share of prompts held out for evaluation while training."""
     split_seed: int = 0
-    """Another split of the same data."""
-    max_rows: int | None = Field(None, ge=1)
-    """Read no more than the first so many rows."""
+    """Another split of the same data; another draw of random pairs, and of what weights leave out."""
+    near_duplicates: Literal["keep", "drop"] | None = None
+    """Look for nearly equal prompts: ``keep`` puts them into one split, ``drop`` keeps the first. Without it, nobody looks."""
+    near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
+    """The Jaccard similarity of 5-character pieces from which two prompts are nearly equal."""
+    decontaminate: list[str] = []
+    """Files, folders or Hub ids with evaluation prompts: rows with one of them are dropped."""
+    ngram: int = Field(13, ge=3)
+    """So many words in a row, shared with an evaluation prompt, are contamination; shorter prompts are matched whole."""
+    keep: list[str] = []
+    """Columns of the source that come along into ``prompts-*.parquet``, of a prompt's first row."""
+
+    @model_validator(mode="after")
+    def _one_source_or_many(self) -> Prepare:
+        if bool(self.source) == bool(self.mixture):
+            raise ValueError("give one of `source` and `mixture`")
+        if self.mixture:
+            own = [key for key in Source.model_fields if key in self.model_fields_set]
+            if own:
+                raise ValueError(f"`{own[0]}` goes into each entry of `mixture`")
+            if len({entry.weight is None for entry in self.mixture}) > 1:
+                raise ValueError("give every entry of `mixture` a `weight`, or none")
+        taken = {"prompt", "prompt_id"} & set(self.keep)
+        if taken:
+            raise ValueError(
+                f"`keep`: `{min(taken)}` is a column of ours; give the source's another name"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fractions(self) -> Prepare:
@@ -146,6 +219,15 @@ class Prepare(Stage):
                 "`test_fraction` and `validation_fraction` together leave nothing to train on"
             )
         return self
+
+    def sources(self) -> list[tuple[str, str, str | None]]:
+        """What is read from outside: source, split and revision of each."""
+        first = [(e.source, e.data_split, e.revision) for e in self.mixture]
+        if self.source:
+            first = [(self.source, self.data_split, self.revision)]
+        if self.demonstrations:
+            first.append((self.demonstrations, self.data_split, None))
+        return first
 
 
 class Trained(Stage):
@@ -222,6 +304,8 @@ class Reward(Training):
     """An earlier stage, a folder or a Hub id: the layers below the score. The SFT model, as a rule."""
     pairs: str = "prepare"
     """Pairs to learn from; those held out measure it, and the demonstrations beside them are given a mean score of 0."""
+    margin_coef: float = Field(0.0, ge=0.0)
+    """Scores by which a pair is asked to differ, for each unit of its ``margin`` (Touvron et al. 2023, arXiv:2307.09288)."""
 
 
 class PPO(Trained):

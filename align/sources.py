@@ -19,7 +19,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,8 @@ from align.wording import nearest
 EMBEDDED = Path(__file__).parents[1] / "data" / "embedded"
 EMBEDDED_FILES = ("demonstrations.jsonl.gz", "pairs.jsonl.gz")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+BATCH = 1000  # rows of Parquet and of the Hub in memory at once
+HEAD = 100  # rows from which the columns of a part are known
 SHOWN = 10  # malformed lines shown; the rest are counted
 
 Raw = dict[str, Any]
@@ -37,10 +39,17 @@ Stream = IO[bytes] | gzip.GzipFile
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The raw rows of one file, or of one Hub data set."""
+    """The raw rows of one file, or of one Hub data set: ``rows`` is read once, ``head`` is how it begins."""
 
     name: str
-    rows: list[Raw]
+    head: list[Raw]
+    rows: Iterator[Raw]
+
+
+def begin(name: str, rows: Iterator[Raw]) -> Part:
+    """Read the head of a part, from which its columns are known; the rest is read when it is asked for."""
+    head = list(islice(rows, HEAD))
+    return Part(name, head, chain(head, rows))
 
 
 def read_source(
@@ -64,7 +73,7 @@ def read_source(
         revision=revision,
         max_rows=max_rows,
     )
-    return [Part(source, rows)]
+    return [begin(source, rows)]
 
 
 def source_files(source: str, *, split: str = "train") -> list[Path]:
@@ -97,27 +106,31 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
 
 
 def read_file(path: Path, *, max_rows: int | None = None) -> Part:
-    """Read JSONL, JSON, CSV (each also gzipped) or Parquet, by its suffix."""
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    """Read JSONL, JSON, CSV (each also gzipped) or Parquet, by its suffix. All but a JSON list is read row by row."""
     if not path.name.lower().endswith(SUFFIXES):
         raise UserError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+    return begin(str(path), _rows(path, max_rows))
+
+
+def _rows(path: Path, max_rows: int | None) -> Iterator[Raw]:
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     try:
         if kind == "parquet":
-            return Part(str(path), _read_parquet(path, max_rows))
+            yield from _read_parquet(path, max_rows)
+            return
         with _open(path) as stream:
             if kind == "jsonl":
-                rows = _read_jsonl(path, stream, max_rows)
+                yield from _read_jsonl(path, stream, max_rows)
             elif kind == "json":
-                rows = _read_json(path, stream)[:max_rows]
+                yield from _read_json(path, stream)[:max_rows]
             else:
-                rows = _read_csv(path, stream, max_rows)
+                yield from _read_csv(path, stream, max_rows)
     except UserError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return Part(str(path), rows)
 
 
 def _open(path: Path) -> Stream:
@@ -134,11 +147,11 @@ def _open(path: Path) -> Stream:
     return gzip.open(path, "rb")
 
 
-def _read_jsonl(path: Path, stream: Stream, max_rows: int | None) -> list[Raw]:
-    rows: list[Raw] = []
+def _read_jsonl(path: Path, stream: Stream, max_rows: int | None) -> Iterator[Raw]:
+    count = 0
     wrong: list[str] = []
     for number, line in enumerate(stream, start=1):
-        if max_rows is not None and len(rows) >= max_rows:
+        if max_rows is not None and count >= max_rows:
             break
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -153,11 +166,11 @@ def _read_jsonl(path: Path, stream: Stream, max_rows: int | None) -> list[Raw]:
             wrong.append(f"{path}:{number}: not JSON that can be read: nested too deep")
         else:
             if isinstance(row, dict):
-                rows.append(row)
+                count += 1
+                yield row
             else:
                 wrong.append(f"{path}:{number}: expected an object, got {_kind(row)}")
     _raise_wrong(path, wrong)
-    return rows
 
 
 def _read_json(path: Path, stream: Stream) -> list[Raw]:
@@ -181,11 +194,10 @@ def _read_json(path: Path, stream: Stream) -> list[Raw]:
     return rows
 
 
-def _read_csv(path: Path, stream: Stream, max_rows: int | None) -> list[Raw]:
+def _read_csv(path: Path, stream: Stream, max_rows: int | None) -> Iterator[Raw]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long transcript
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
-        rows: list[Raw] = []
         wrong: list[str] = []
         try:
             header = next(reader, [])
@@ -194,7 +206,7 @@ def _read_csv(path: Path, stream: Stream, max_rows: int | None) -> list[Raw]:
                 raise UserError(f"{path}:1: column `{twice[0]}` is there twice; rename one")
             for cells in islice(reader, max_rows):
                 if len(cells) == len(header):
-                    rows.append(dict(zip(header, cells, strict=True)))
+                    yield dict(zip(header, cells, strict=True))
                 elif cells:
                     wrong.append(
                         f"{path}:{reader.line_num}: expected {len(header)} cells, got {len(cells)};"
@@ -205,19 +217,16 @@ def _read_csv(path: Path, stream: Stream, max_rows: int | None) -> list[Raw]:
         except UnicodeDecodeError:
             wrong.append(f"{path}:{reader.line_num + 1}: not UTF-8; save it as UTF-8")
     _raise_wrong(path, wrong)
-    return rows
 
 
-def _read_parquet(path: Path, max_rows: int | None) -> list[Raw]:
+def _read_parquet(path: Path, max_rows: int | None) -> Iterator[Raw]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            if max_rows is None:
-                return list(file.read().to_pylist())
-            batches = file.iter_batches(batch_size=min(max_rows, 65536))
-            return list(islice((row for batch in batches for row in batch.to_pylist()), max_rows))
+            batches = file.iter_batches(batch_size=min(max_rows or BATCH, BATCH))
+            yield from islice((row for batch in batches for row in batch.to_pylist()), max_rows)
     except pa.ArrowException as error:
         raise UserError(f"{path}: not Parquet: {_first_line(error)}") from None
 
@@ -230,7 +239,7 @@ def _read_hub(
     split: str,
     revision: str | None,
     max_rows: int | None,
-) -> list[Raw]:
+) -> Iterator[Raw]:
     meant = nearest(source, ["embedded"], only_near=True)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(f"{source!r}: no file, no folder, and no Hub id (owner/name){meant}")
@@ -247,13 +256,17 @@ def _read_hub(
         )
         if max_rows is not None:
             found = found.select(range(min(max_rows, len(found))))
-        return list(found.to_list())
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if _offline():
             why = "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or name a local file"
         else:
             why = f"cannot be loaded from the Hub: {_first_line(error)}"
         raise UserError(f"{source}: no such file or folder, and {why}{meant}") from None
+    return (
+        row
+        for start in range(0, len(found), BATCH)  # memory-mapped: a batch is read when it is due
+        for row in found.select(range(start, min(start + BATCH, len(found)))).to_list()
+    )
 
 
 def model_in_reach(model: str) -> bool:

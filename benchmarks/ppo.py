@@ -42,7 +42,7 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from align import generation, models
-    from align.stages.prepare import write_table
+    from align.stages.prepare import TableWriter
 
     tokenizer = models.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
     words = [AddedToken(f"<t{i}>", normalized=False) for i in range(300, args.vocabulary)]
@@ -70,10 +70,14 @@ def make(folder: Path, args: argparse.Namespace) -> None:
         prompt = [{"role": "user", "content": some(args.prompt)}]
         completion = [{"role": "assistant", "content": some(args.response)}]
         rows.append({"prompt": prompt, "completion": completion, "prompt_id": str(k)})
-    write_table(rows, folder / "demonstrations-train.parquet")
-    write_table(
-        [{k: r[k] for k in ("prompt", "prompt_id")} for r in rows], folder / "prompts-train.parquet"
-    )
+    for name, keys in (
+        ("demonstrations", ("prompt", "completion", "prompt_id")),
+        ("prompts", ("prompt", "prompt_id")),
+    ):
+        writer = TableWriter(folder / f"{name}-train.parquet")
+        for row in rows:
+            writer.add({key: row[key] for key in keys})
+        writer.close()
     ids = generation.prompt_ids(tokenizer, [row["prompt"] for row in rows])
     each = [row for row in ids for _ in range(args.per_prompt)]
     (folder / "prompts.json").write_text(json.dumps(each))

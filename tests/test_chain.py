@@ -18,7 +18,7 @@ from rich.console import Console
 
 from align import artifact, chain, interrupts, meaning, planning, processes, recipe
 from align.errors import UserError
-from align.settings import STAGES, NewModel
+from align.settings import STAGES, Mixed, NewModel
 from align.stages import prepare
 from align.tracking import Display
 
@@ -93,6 +93,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "source": "other.jsonl", "demonstrations": "other.jsonl", "reader": "hh", "config": "x",
         "data_dir": "d", "data_split": "test", "revision": "abc", "columns": {"prompt": "p"},
         "test_fraction": 0.3, "validation_fraction": 0.1, "split_seed": 1, "max_rows": 7,
+        "mixture": [Mixed(source="b", weight=1.0)], "pairing": "all", "margin": 1.0, "ratio": 2.0,
+        "languages": ["en"], "near_duplicates": "keep", "near_duplicate_threshold": 0.7,
+        "decontaminate": ["b"], "ngram": 8, "keep": ["x"],
     },
     "sft": {
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
@@ -118,7 +121,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "labels": "bradley_terry", "slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
     },
     "reward": {
-        "model": "sft_2", "pairs": "prepare_2", "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
+        "model": "sft_2", "pairs": "prepare_2", "margin_coef": 0.5, "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "ppo": {
@@ -180,7 +183,11 @@ def digest_with(stage: str, **changes: Any) -> str:
     # What an input's name stands for is given here; that a name alone decides nothing is another test.
     inputs = {role: f"digest of {target}" for role, target in meaning.references(settings).items()}
     if stage == "prepare":
-        inputs = {k: f"content of {values[k]}" for k in ("source", "demonstrations") if values[k]}
+        inputs = {
+            k: f"content of {values[k]}"
+            for k in ("source", "demonstrations", "decontaminate")
+            if values[k]
+        }
     return planning._digest(settings, inputs)
 
 

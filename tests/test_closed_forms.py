@@ -167,7 +167,10 @@ def tabulated(draw: random.Random, spread: float) -> dict[str, dict[str, float]]
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    prepare.write_table(rows, path)
+    writer = prepare.TableWriter(path)
+    for row in rows:
+        writer.add(row)
+    writer.close()
 
 
 # PPO -----------------------------------------------------------------------------------------------------------------

@@ -15,15 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.errors import UserError
-from align.preferences import (
-    Prepared,
-    describe,
-    drop_repeats,
-    prepare_rows,
-    split_of,
-    split_tables,
-)
+from align.figures import describe
+from align.preferences import Prepared, prepare_rows
 from align.readers import DroppedError, demonstration, hh_turns, normalise, pair, prompt_id
+from align.splitting import split_of
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.jsonl.gz"
 GOOD = {"prompt": "Say a word.", "chosen": "Hello.", "rejected": "No."}
@@ -232,14 +227,14 @@ def test_another_source_of_demonstrations_takes_their_place(tmp_path: Path):
 # Repeats
 
 
-def test_repeats_are_dropped_once_and_contradictions_on_both_sides():
-    ab, ba = pair({**GOOD}), pair({**GOOD, "chosen": "No.", "rejected": "Hello."})
-    other = pair({**GOOD, "rejected": "Never."})
-    again = pair({**other, "prompt": "say  A WORD.", "prompt_id": ""})
-    checked = drop_repeats([ab, other, ba, again, ab])
-    assert checked.rows == [other]
-    assert checked.dropped == {"contradiction": 3, "exact duplicate": 1}
-    assert checked.read == len(checked.rows) + checked.dropped.total()
+def test_repeats_are_dropped_once_and_contradictions_on_both_sides(tmp_path: Path):
+    ab, ba = {**GOOD}, {**GOOD, "chosen": "No.", "rejected": "Hello."}
+    other = {**GOOD, "rejected": "Never."}
+    again = {**other, "prompt": "say  A WORD."}
+    prepared = whole(jsonl(tmp_path / "a.jsonl", [ab, other, ba, again, ab]))
+    assert kept(prepared) == [pair(other)]
+    assert prepared.dropped == {"pairs: contradiction": 3, "pairs: exact duplicate": 1}
+    assert prepared.read == {"pairs": 5}
 
 
 # What is wrong, in words
@@ -307,8 +302,8 @@ WRONG: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("a column mapped twice", "a.jsonl", lines(PAIR),
      {"columns": {"chosen": "rejected", "rejected": "rejected"}},
      "columns: `rejected` is mapped twice; keep one of them"),
-    ("unknown reader", "a.jsonl", lines(PAIR), {"reader": "shp"},
-     "reader: 'shp': unknown; known: columns, hh"),
+    ("unknown reader", "a.jsonl", lines(PAIR), {"reader": "sph"},
+     "reader: 'sph': unknown; known: columns, hh, ultrafeedback, shp, tldr, oasst"),
     ("nothing to train on", "a.jsonl", lines(PAIR),
      {"test_fraction": 0.5, "validation_fraction": 0.5},
      "test_fraction + validation_fraction: 1.0: leaves none to train on"),
@@ -534,26 +529,16 @@ def test_of_2312_real_pairs_13_are_dropped_for_three_reasons():
     assert openings["train"].isdisjoint(openings["test"])
 
 
-def test_rows_that_begin_the_same_conversation_fall_into_one_split():
-    turns = [
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "Hi."},
-        {"role": "user", "content": "And?"},
-    ]
-    rows = [
-        {
-            "prompt": [{**turns[0], "content": f"Hello {i}."}, *turns[1:length]],
-            "prompt_id": f"{i}{length}",
-        }
-        for i in range(50)
-        for length in (1, 3)
-    ]
-    split = split_tables({"prompts": rows}, seed=0, test_fraction=0.5, validation_fraction=0.0)
-    openings = [{row["prompt"][0]["content"] for row in part} for part in split["prompts"].values()]
+def test_rows_that_begin_the_same_conversation_fall_into_one_split(tmp_path: Path):
+    rows = []
+    for i in range(50):
+        turns = [user(f"Hello {i}."), assistant("Hi."), user("And?")]
+        rows += [{**GOOD, "prompt": turns[:length]} for length in (1, 3)]
+    prepared = prepare_rows(str(jsonl(tmp_path / "a.jsonl", rows)), test_fraction=0.5)
+    parts = prepared.tables["prompts"].values()
+    openings = [{row["prompt"][0]["content"] for row in part} for part in parts]
     assert openings[0].isdisjoint(openings[1])
-    assert all(
-        len(part) == 2 * len(o) for part, o in zip(split["prompts"].values(), openings, strict=True)
-    )
+    assert all(len(part) == 2 * len(o) for part, o in zip(parts, openings, strict=True))
 
 
 def test_importing_is_light():

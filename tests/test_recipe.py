@@ -713,7 +713,7 @@ def test_no_value_anywhere_ends_in_anything_but_a_line_for_the_user(
 def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     (tmp_path / "sft.yaml").write_text(
         (Path(__file__).parents[1] / "recipes" / "sft.yaml").read_text()
     )
@@ -724,4 +724,4 @@ def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
         stages.append(list(read(path).stages))
     whole = ["prepare", "sft", "dpo", "evaluate"]
     own = ["prepare", "sft", "sample", "label", "dpo"]
-    assert sorted(stages, key=len) == [whole, whole, own]
+    assert sorted(stages, key=len) == [["prepare"], whole, whole, own]

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align import artifact
-from align.preferences import LONGER_WARNING, describe, prepare_rows
+from align import artifact, catalogue
+from align.errors import UserError
+from align.figures import LONGER_WARNING, Tally, WordFloor, of_ready
+from align.preferences import prepare
 from align.readers import Row
 from align.sources import EMBEDDED
 
@@ -20,45 +22,91 @@ if TYPE_CHECKING:
     from align.settings import Prepare
     from align.tracking import Track
 
-LICENCES = {
-    "embedded": ("apache-2.0", "Apache-2.0, made by this project"),
-    "hh-rlhf": ("mit", "MIT, Anthropic's HH-RLHF (Bai et al. 2022, arXiv:2204.05862)"),
-}
-ROW_GROUP = 20_000  # bounded, so that no column of a batch passes Arrow's 2 GiB for text
+ROW_GROUP = 2_000  # rows of a table in memory at once
 
 
 def run(settings: Prepare, inputs: Mapping[str, Any], folder: Path, track: Track) -> dict[str, Any]:
     """Write the tables and the data card of ``settings.source`` into ``folder``."""
     told = settings.model_dump(exclude={"stage"})
-    prepared = prepare_rows(**told)
+    ready = prepare(**told)
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, splits in prepared.tables.items():
-        for split, rows in splits.items():
-            write_table(rows, folder / f"{kind}-{split}.parquet")
-    digests = {_shown(file): artifact.digest_file(file) for file in prepared.files}
-    figures = describe(prepared) | {"files": digests}
+    tally, floor = Tally([*ready.streams, "prompts"], ready.splits), WordFloor()
+    writers: dict[str, TableWriter] = {}
+    for placed in ready.rows():
+        name = f"{placed.kind}-{placed.split}"
+        if name not in writers:
+            writers[name] = TableWriter(folder / f"{name}.parquet")
+        writers[name].add(placed.row)
+        tally.add(placed)
+        if placed.kind == "pairs":
+            floor.add(placed.row)
+    for writer in writers.values():
+        writer.close()
+    digests = {_shown(file): artifact.digest_file(file) for file in ready.files}
+    figures = of_ready(ready, tally, floor) | {"files": digests}
     (folder / "README.md").write_text(data_card(told, figures), encoding="utf-8")
     return figures
 
 
-def write_table(rows: list[Row], path: Path) -> None:
-    """Write conversational rows as Parquet; turns are lists of ``{role, content}``."""
+class TableWriter:
+    """Writes conversational rows as Parquet, a group at a time; turns are lists of ``{role, content}``.
+
+    Columns that were kept get the type of the first group; a later value that does not fit is the user's to mend.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rows = path, list[Row]()
+        self._writer: Any = None
+
+    def add(self, row: Row) -> None:
+        """Put a row at the end."""
+        self._rows.append(row)
+        if len(self._rows) == ROW_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the end of the file."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self._rows:
+            return
+        try:
+            if self._writer is None:
+                schema = _schema(self._rows)
+                self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self._writer.schema))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise UserError(
+                f"keep: a kept column does not hold one type in all rows ({error}); make it one, such as text"
+            ) from None
+        self._rows = []
+
+
+def _schema(rows: list[Row]) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     plain = {"prompt_id": pa.string(), "label": pa.bool_()}
-    schema = pa.schema([(name, plain.get(name, turns)) for name in rows[0]])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for start in range(0, len(rows), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist(rows[start : start + ROW_GROUP], schema))
+    known = plain | dict.fromkeys(("prompt", "chosen", "rejected", "completion"), turns)
+
+    def kept(name: str) -> Any:
+        found = pa.infer_type([row[name] for row in rows])
+        return pa.string() if found == pa.null() else found
+
+    return pa.schema([(name, known[name] if name in known else kept(name)) for name in rows[0]])
 
 
 def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Word the figures; the header lets ``datasets.load_dataset(folder, "pairs")`` read them."""
     kinds = [k for k in ("demonstrations", "pairs", "unpaired", "prompts") if k in figures]
-    sources = [name for name in (settings["source"], settings["demonstrations"]) if name]
-    licences = {source: _licence(source) for source in sources}
+    many = [settings["source"], *(entry["source"] for entry in settings["mixture"])]
+    sources = [name for name in (*many, settings["demonstrations"]) if name]
+    licences = {source: catalogue.licence(source) for source in sources}
     known = {licence[0] for licence in licences.values()}
     lines = ["---"]
     if len(known) == 1 and known != {""}:
@@ -91,6 +139,15 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     else:
         lines.append("Nothing.")
 
+    if settings["mixture"]:
+        lines += ["", "## Sources", "", *_table(["source", "kind", "read", "kept", "dropped"])]
+        for source, found in figures["sources"].items():
+            for kind, counts in found.items():
+                why = "; ".join(
+                    f"{count} × {reason}" for reason, count in counts["dropped"].items()
+                )
+                lines.append(_line([source, kind, counts["read"], counts["kept"], why]))
+
     words = figures["words"]
     lines += ["", "## Length in words", "", *_table(["", "median", "95th percentile"])]
     for column in [name.removesuffix("_median") for name in words if name.endswith("_median")]:
@@ -103,6 +160,7 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
             f" right for {figures['prefer_longer_accuracy']:.1%} (warning above"
             f" {LONGER_WARNING:.0%}).",
         ]
+    lines += ["", *figures_in_words(figures)]
 
     lines += ["", "## Settings", "", *_table(["setting", "value"])]
     lines += [_line([name, f"`{value}`"]) for name, value in settings.items()]
@@ -117,11 +175,30 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _licence(source: str) -> tuple[str, str]:
-    for name, licence in LICENCES.items():
-        if name == source or (name != "embedded" and name in source.lower()):
-            return licence
-    return "", "not known here; see the source"
+def figures_in_words(figures: Mapping[str, Any]) -> list[str]:
+    """What else was found, a sentence each."""
+    lines = []
+    if "margins" in figures:
+        margins = figures["margins"]
+        lines.append(
+            f"Margins of scores: median {margins['median']:g}, 5th percentile {margins['p5']:g}, 95th {margins['p95']:g}."
+        )
+    if "bag_of_words" in figures:
+        floor = figures["bag_of_words"]
+        lines.append(
+            f"A classifier that only counts words is right for {floor['accuracy']:.1%} ± {floor['half_width']:.1%} of"
+            f" {floor['pairs']:,} pairs it did not see: a reward model must beat that."
+        )
+    if "near_duplicate_prompts" in figures:
+        lines.append(
+            f"{figures['near_duplicate_prompts']:,} prompts nearly repeat an earlier one; they share its split."
+        )
+    leak = figures["leakage"]
+    lines.append(
+        f"A split by row would have trained on {leak['leaked_by_row']:,} of its {leak['test_prompts_by_row']:,} test"
+        f" prompts; this one on {leak['leaked']:,} of {leak['test_prompts']:,}."
+    )
+    return lines
 
 
 def _shown(file: Path) -> str:

@@ -57,7 +57,9 @@ def build(
     tokenizer = models.load_tokenizer(source, revision=settings.revision)
     models.pad_for_scores(tokenizer)
     rows, held_out = (
-        _tokenized(training.dataset(data, "pairs", split, folder), tokenizer, arguments, track)
+        _tokenized(
+            training.dataset(data, "pairs", split, folder), tokenizer, arguments, settings, track
+        )
         for split in ("train", "validation")
     )
     lora = settings.lora.model_dump() if settings.lora else None
@@ -75,19 +77,23 @@ def build(
     return trainer
 
 
-def _tokenized(rows: Any, tokenizer: Any, arguments: Any, track: Track) -> Any:
-    """``chosen_ids`` and ``rejected_ids``, which TRL's trainer takes as they are; a ``margin`` stays."""
+def _tokenized(rows: Any, tokenizer: Any, arguments: Any, settings: Reward, track: Track) -> Any:
+    """``chosen_ids`` and ``rejected_ids``, which TRL's trainer takes as they are, and a ``margin`` where it is asked for."""
     if rows is None:
         return None
+    if settings.margin_coef and "margin" not in rows.column_names:
+        raise UserError("margin_coef: these pairs have no `margin`; remove it")
 
-    def tokens(batch: Mapping[str, Any]) -> dict[str, list[list[int]]]:
-        return {
+    def tokens(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {
             f"{side}_ids": generation.judged_ids(tokenizer, batch["prompt"], batch[side])
             for side in ("chosen", "rejected")
         }
+        if settings.margin_coef:
+            found["margin"] = [settings.margin_coef * margin for margin in batch["margin"]]
+        return found
 
-    kept = {"margin"} & set(rows.column_names)
-    found = rows.map(tokens, batched=True, remove_columns=list(set(rows.column_names) - kept))
+    found = rows.map(tokens, batched=True, remove_columns=rows.column_names)
     limit = arguments.max_length
     if limit is not None:
         short = found.filter(

@@ -1,0 +1,187 @@
+"""Comparisons as public sets word them: a raw row in, rows with ``prompt``, ``chosen``, ``rejected`` out.
+
+UltraFeedback (several scored completions), SHP (votes), TL;DR (a choice of two summaries), OpenAssistant (trees whose
+siblings are ranked). A row may give several pairs, or a reason to drop it. What the texts must be is checked by
+:mod:`align.readers`. Left out: UltraFeedback's single aspects, TL;DR's axis evaluations.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+Raw = dict[str, Any]
+
+
+class DroppedError(ValueError):
+    """The reason why a raw row is not usable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How pairs are made. ``margin`` is the least difference of scores, ``ratio`` the least ratio of votes."""
+
+    pairing: str = "best_worst"
+    margin: float = 0.0
+    ratio: float = 1.0
+    languages: tuple[str, ...] = ()
+    seed: int = 0
+
+
+Found = Iterator[Raw | DroppedError]
+
+
+def ultrafeedback(raw: Raw, options: Options) -> Found:
+    """Pair the completions of ``instruction`` by ``overall_score``, or by the first score that all of them have."""
+    completions = raw.get("completions")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        yield DroppedError("completions are not a list of objects")
+        return
+    scored = []
+    for completion in completions:
+        names = ("overall_score", "fine-grained_score", "score", "rating")
+        given = (_number(completion.get(name)) for name in names)
+        score = next((value for value in given if value is not None), None)
+        text = completion.get("response", completion.get("text"))
+        if score is not None and text is not None:
+            scored.append((score, text))
+    yield from _pairs(raw.get("instruction"), scored, options)
+
+
+def shp(raw: Raw, options: Options) -> Found:
+    """Pair two answers to ``history`` by their votes: ``labels`` is 1 where A is preferred."""
+    label, votes = raw.get("labels"), [_number(raw.get(name)) for name in ("score_A", "score_B")]
+    if label not in (0, 1):
+        yield DroppedError("label is not 0 or 1")
+        return
+    if votes[0] is None or votes[1] is None:
+        yield DroppedError("a score is missing")
+        return
+    answers = raw.get("human_ref_A"), raw.get("human_ref_B")
+    best, worst = (0, 1) if label == 1 else (1, 0)
+    high, low = votes[best] or 0.0, votes[worst] or 0.0
+    if high < low:
+        yield DroppedError("the label contradicts the scores")
+    elif high < options.ratio * max(low, 1.0):
+        yield DroppedError("ratio of scores below the threshold")
+    else:
+        yield _made(raw.get("history"), answers[best], answers[worst], high - low)
+
+
+def tldr(raw: Raw, options: Options) -> Found:
+    """Pair two summaries of a post of Reddit by ``choice``."""
+    info, summaries, choice = raw.get("info"), raw.get("summaries"), raw.get("choice")
+    if not isinstance(info, dict) or not isinstance(info.get("post"), str):
+        yield DroppedError("no post")
+    elif not isinstance(summaries, list) or len(summaries) != 2:
+        yield DroppedError("not two summaries")
+    elif choice not in (0, 1) or not all(isinstance(s, dict) for s in summaries):
+        yield DroppedError("choice is not 0 or 1")
+    else:
+        head = [f"SUBREDDIT: r/{info['subreddit']}"] if info.get("subreddit") else []
+        head += [f"TITLE: {info['title']}"] if info.get("title") else []
+        prompt = "\n\n".join([*head, f"POST: {info['post']}", "TL;DR:"])
+        yield _made(prompt, summaries[choice].get("text"), summaries[1 - choice].get("text"), None)
+
+
+def oasst(raw: Raw, options: Options) -> Found:
+    """Pair the ranked replies below every user's message of a tree (``prompt`` holds its root); rank 0 is best."""
+    root = raw.get("prompt")
+    if not isinstance(root, dict):
+        yield DroppedError("no tree of messages")
+        return
+    waiting: list[tuple[Raw, list[dict[str, Any]]]] = [(root, [])]
+    while waiting:
+        message, before = waiting.pop()
+        role = {"prompter": "user"}.get(str(message.get("role")), message.get("role"))
+        turns = [*before, {"role": role, "content": message.get("text")}]
+        replies = [r for r in message.get("replies") or [] if isinstance(r, dict)]
+        replies = [r for r in replies if not r.get("deleted")]
+        waiting += [(reply, turns) for reply in reversed(replies)]
+        if role != "user":
+            continue
+        if options.languages and message.get("lang") not in options.languages:
+            yield DroppedError("another language")
+            continue
+        ranks = [(_number(reply.get("rank")), reply.get("text")) for reply in replies]
+        yield from _pairs(turns, [(-r, text) for r, text in ranks if r is not None], options)
+
+
+def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
+    """Turn flat messages into one row a tree, in the order of the roots; rows that are trees already pass.
+
+    All flat messages are held in memory: a child may stand anywhere. A message whose parent is missing becomes a row
+    without a tree, so that it is counted.
+    """
+    nodes: dict[Any, Raw] = {}
+    for message in messages:
+        if "message_id" not in message or isinstance(message.get("prompt"), dict):
+            yield message
+        else:
+            nodes[message["message_id"]] = {**message, "replies": []}
+    for node in nodes.values():
+        if node.get("parent_id") in nodes:
+            nodes[node["parent_id"]]["replies"].append(node)
+    for node in nodes.values():
+        if node.get("parent_id") is None:
+            yield {**node, "prompt": node}
+        elif node["parent_id"] not in nodes:
+            yield {"orphan": node["message_id"]}
+
+
+def _pairs(prompt: object, scored: Sequence[tuple[float, Any]], options: Options) -> Found:
+    """Pair scored completions: best against worst, best against a random other, or all against all."""
+    if len(scored) < 2:
+        yield DroppedError("fewer than two scored completions")
+        return
+    ordered = sorted(scored, key=lambda item: -item[0])  # stable: ties stay as the source has them
+    best, others = ordered[0], [item for item in ordered if item[0] < ordered[0][0]]
+    if not others:
+        yield DroppedError("all scores are equal")
+        return
+    wanted: list[tuple[tuple[float, Any], tuple[float, Any]]]
+    if options.pairing == "all":
+        wanted = [(a, b) for a, b in combinations(ordered, 2) if a[0] > b[0]]
+    elif options.pairing == "best_random":
+        # by the prompt, not by the place: adding rows changes nobody's pair
+        wanted = [(best, random.Random(f"{options.seed}:{prompt}").choice(others))]
+    else:
+        wanted = [(best, others[-1])]
+    for high, low in wanted:
+        if high[0] - low[0] < options.margin:
+            yield DroppedError("margin below the threshold")
+        else:
+            yield _made(prompt, high[1], low[1], high[0] - low[0])
+
+
+def _made(prompt: object, chosen: object, rejected: object, margin: float | None) -> Raw:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+
+
+def _number(value: object) -> float | None:
+    try:
+        number = float(value)  # type: ignore[arg-type]  # also "7.5", as UltraFeedback has it
+    except (TypeError, ValueError):
+        return None
+    return number if abs(number) < float("inf") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A reader: the columns that it needs, and what it makes of a raw row."""
+
+    read: Callable[[Raw, Options], Found]
+    needs: tuple[str, ...]
+
+
+COMPARISONS: Mapping[str, Comparison] = {
+    "ultrafeedback": Comparison(ultrafeedback, ("instruction", "completions")),
+    "shp": Comparison(
+        shp, ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B")
+    ),
+    "tldr": Comparison(tldr, ("info", "summaries", "choice")),
+    "oasst": Comparison(oasst, ()),
+}

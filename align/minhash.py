@@ -1,0 +1,75 @@
+"""Near-duplicate prompts by MinHash (Broder 1997): which prompts are nearly the same, and what must share a split.
+
+A prompt is the set of its character 5-grams, hashed all at once by numpy. 128 hashes a prompt estimate the Jaccard
+similarity within about 0.04; 32 bands of four find candidates. Costs 512 bytes a distinct prompt, whatever its length.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+GRAM, HASHES, BAND = 5, 128, 4
+NEIGHBOURS = 8  # of a bucket, compared with each: a bucket of n costs 8 n, not n squared
+
+
+class Prompts:
+    """Signatures of distinct prompts, in the order in which they came."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self._a = random.integers(1, 2**63, HASHES, dtype=np.uint64) | np.uint64(1)
+        self._b = random.integers(0, 2**63, HASHES, dtype=np.uint64)
+        self._powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, GRAM + 1, dtype=np.uint64)
+        self._seen: set[int] = set()
+        self._ids, self._openings, self._signatures = array("Q"), array("Q"), array("I")
+
+    def add(self, prompt: int, opening: int, text: str) -> None:
+        """Sign a prompt that was not seen before. ``text`` is normalised."""
+        if prompt in self._seen:
+            return
+        self._seen.add(prompt)
+        points = np.frombuffer(text.ljust(GRAM).encode("utf-32-le"), dtype=np.uint32)
+        grams = np.lib.stride_tricks.sliding_window_view(points.astype(np.uint64), GRAM)
+        hashed = np.unique(((grams + np.uint64(1)) * self._powers).sum(axis=1))
+        hashed ^= hashed >> np.uint64(29)
+        least = ((hashed[:, None] * self._a + self._b) >> np.uint64(32)).min(axis=0)
+        self._ids.append(prompt)
+        self._openings.append(opening)
+        self._signatures.frombytes(least.astype(np.uint32).tobytes())
+
+    def near(self, threshold: float) -> tuple[dict[int, int], set[int]]:
+        """Openings to the opening that decides their split, and prompts that nearly repeat an earlier one."""
+        count = len(self._ids)
+        signatures = np.frombuffer(self._signatures, dtype=np.uint32).reshape(count, HASHES)
+        parent = list(range(count))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = parent[parent[i]]
+                i = parent[i]
+            return i
+
+        def join(i: int, j: int) -> None:
+            one, other = root(i), root(j)
+            parent[max(one, other)] = min(one, other)  # the first that came stands for all
+
+        late: set[int] = set()
+        for first in range(0, HASHES, BAND):
+            band = np.ascontiguousarray(signatures[:, first : first + BAND])
+            keys = band.view("V16").ravel() if count else band
+            _, bucket = np.unique(keys, return_inverse=True)
+            order = np.argsort(bucket, kind="stable")
+            for shift in range(1, min(NEIGHBOURS, count - 1) + 1):
+                one, other = order[:-shift], order[shift:]
+                same = bucket[one] == bucket[other]
+                for i, j in zip(one[same].tolist(), other[same].tolist(), strict=True):
+                    if (signatures[i] == signatures[j]).mean() >= threshold:
+                        join(i, j)
+                        late.add(self._ids[max(i, j)])
+        begun: dict[int, int] = {}
+        for i, opening in enumerate(self._openings):
+            join(i, begun.setdefault(opening, i))
+        decides = {opening: self._openings[root(i)] for i, opening in enumerate(self._openings)}
+        return decides, late

@@ -1,0 +1,162 @@
+"""Token streams: what a stage trains on, token by token, with the trained ones marked.
+
+SFT, DPO and KTO are tokenised by TRL itself: its trainer is built around a model of a few weights that never runs, and its
+collator makes the batch. PPO and the reward model see the prompt under the chat template, and a completion up to and
+including the first end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.errors import UserError
+from align.preferences import prepare
+from align.settings import Prepare
+
+KINDS = {
+    "sft": "demonstrations",
+    "dpo": "pairs",
+    "kto": "unpaired",
+    "reward": "pairs",
+    "ppo": "prompts",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One sequence of a batch: its tokens as text, which of them are trained on, and what it ends in."""
+
+    title: str
+    ids: list[int]
+    tokens: list[str]
+    trained: list[bool]
+    remark: str
+
+
+def streams(settings: Prepare, stage: str, model: str, n: int) -> list[Stream]:
+    """The first ``n`` training rows of a source as ``stage`` would see them, under the tokenizer of ``model``.
+
+    Raises:
+        UserError: The source has no such rows, or the tokenizer no chat template.
+    """
+    from align import models, training
+
+    tokenizer = models.load_tokenizer(model)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{model}: its tokenizer has no chat template; name a model that was tuned to follow instructions"
+        )
+    rows = _rows(settings, KINDS[stage], n)
+    if stage in ("reward", "ppo"):
+        return _plain(rows, stage, tokenizer)
+    with training.refusals():
+        batch = _batch(rows, stage, tokenizer)
+    found = []
+    masks = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"] == 1
+    inside = batch["attention_mask"] == 1
+    for i, (ids, mask, real) in enumerate(zip(batch["input_ids"], masks, inside, strict=True)):
+        side = {"sft": "demonstration", "kto": "completion"}.get(
+            stage, "chosen" if i < len(rows) else "rejected"
+        )
+        row = rows[i % len(rows)]
+        if stage == "kto":
+            side = f"completion, {'desirable' if row['label'] else 'undesirable'}"
+        found.append(
+            _stream(
+                f"row {i % len(rows) + 1}, {side}",
+                ids[real].tolist(),
+                mask[real].tolist(),
+                tokenizer,
+            )
+        )
+    return found
+
+
+def _rows(settings: Prepare, kind: str, n: int) -> list[dict[str, Any]]:
+    ready = prepare(**settings.model_dump(exclude={"stage"}))
+    wanted = "pairs" if kind == "unpaired" and kind not in ready.streams else kind
+    if wanted not in [*ready.streams, "prompts"]:
+        raise UserError(f"the source gives no {kind}; found {', '.join(ready.streams)}")
+    found: list[dict[str, Any]] = []
+    for placed in ready.rows():
+        if placed.kind == wanted and placed.split == "train":
+            row = dict(placed.row)
+            if wanted == kind:
+                found.append(row)
+            else:  # both sides of a pair, each with its label
+                found += [
+                    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                    for side in ("chosen", "rejected")
+                ]
+        if len(found) >= n:
+            break
+    return found[:n]
+
+
+def _batch(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> Any:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from align import training
+
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    trainer_class = getattr(trl, f"{stage.upper()}Trainer")
+    keep = ("prompt", "completion", "chosen", "rejected", "label")
+    data = Dataset.from_list([{k: row[k] for k in keep if k in row} for row in rows])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training.arguments(
+            getattr(trl, f"{stage.upper()}Config"),
+            folder,  # type: ignore[arg-type]
+            seed=0,
+            trainer={"bf16": False, "gradient_checkpointing": False},
+        )
+        # without a reference, TRL would look for one under the model's name, and this one has none
+        reference = {} if stage == "sft" else {"ref_model": AutoModelForCausalLM.from_config(shape)}
+        trainer = trainer_class(
+            model=AutoModelForCausalLM.from_config(shape),
+            **reference,
+            args=arguments,
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
+        return trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+
+
+def _plain(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> list[Stream]:
+    from align import generation
+
+    found = []
+    for i, row in enumerate(rows):
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        if stage == "ppo":
+            stream = _stream(f"row {i + 1}, prompt", prompt, [False] * len(prompt), tokenizer)
+            words = "the policy writes on from here; what it samples, eos included, is trained on"
+            found.append(Stream(stream.title, stream.ids, stream.tokens, stream.trained, words))
+            continue
+        for side in ("chosen", "rejected"):
+            ids = generation.judged_ids(tokenizer, [row["prompt"]], [row[side]])[0]
+            mask = [False] * (len(ids) - 1) + [True]  # the score is read there
+            found.append(_stream(f"row {i + 1}, {side}", ids, mask, tokenizer))
+    return found
+
+
+def _stream(title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any) -> Stream:
+    trained = [bool(flag) for flag in mask]
+    marked = [token for token, flag in zip(ids, trained, strict=True) if flag]
+    eos = tokenizer.eos_token
+    if not marked:
+        remark = "no token is trained: the prompt alone fills `max_length`"
+    elif tokenizer.eos_token_id in marked:
+        remark = f"eos {eos!r} is included and trained"
+    else:
+        remark = f"eos {eos!r} is missing: a model trained on this does not learn to stop"
+    return Stream(title, ids, [tokenizer.decode([token]) for token in ids], trained, remark)
