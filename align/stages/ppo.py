@@ -72,7 +72,7 @@ def run(
         return learner.finish()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "out of memory: lower `micro_batch_size` or `sample_batch_size`, which change no result, or set "
+            "out of memory: lower `micro_batch_size`, which changes no result, or `sample_batch_size`, or set "
             f"`gradient_checkpointing: true`, `lora`, or `quantization: nf4` ({str(error).splitlines()[0]})"
         ) from error
 
@@ -122,6 +122,11 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
     }
     rows = _rows(data, "train")
     held_out = _rows(data, settings.eval_split) if settings.eval_steps else []
+    held_out = held_out[: settings.n_eval_prompts]
+    if 0 < len(held_out) < world:
+        raise UserError(
+            f"eval_steps: {len(held_out)} held-out prompts for {world} processes; remove it"
+        )
     own_config = cast.policy.model.generation_config
     stops = generation.set_sampling(
         cast.policy.model,
@@ -142,8 +147,9 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
         cast=cast,
         functions=functions,
         rows=rows,
-        prompts=_prompts(cast, rows, settings, track),
-        held_out=held_out[: settings.n_eval_prompts],
+        prompts=_prompts(cast, rows, settings),
+        held_out=held_out,
+        held_out_prompts=_prompts(cast, held_out, settings),
         stops=stops,
         own_config=own_config,
         optimizer=torch.optim.AdamW(groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0),
@@ -171,7 +177,7 @@ def _rows(data: Path, split: str) -> list[Row]:
     return found
 
 
-def _prompts(cast: roles.Roles, rows: list[Row], settings: PPO, track: Track) -> list[list[int]]:
+def _prompts(cast: roles.Roles, rows: list[Row], settings: PPO) -> list[list[int]]:
     """Tokens of the prompts. Those that leave no room for a completion are refused."""
     found = generation.prompt_ids(cast.tokenizer, [row["prompt"] for row in rows])
     limit = getattr(cast.policy.model.config, "max_position_embeddings", None)
@@ -198,6 +204,7 @@ class Learner:
     rows: list[Row]
     prompts: list[list[int]]
     held_out: list[Row]
+    held_out_prompts: list[list[int]]
     stops: set[int]
     own_config: Any
     optimizer: torch.optim.Optimizer
@@ -475,10 +482,8 @@ class Learner:
         """Sample on held-out prompts, always with the same seed, and tell."""
         if not self.held_out:
             return
-        rows = self.held_out[processes.rank() :: processes.world_size()]
-        if len(self.held_out) < processes.world_size():
-            raise UserError(f"n_eval_prompts: {len(self.held_out)} prompts for more processes")
-        ids = generation.prompt_ids(self.cast.tokenizer, [row["prompt"] for row in rows])
+        mine = slice(processes.rank(), None, processes.world_size())
+        rows, ids = self.held_out[mine], self.held_out_prompts[mine]
         said = self.sample(ids, "evaluate", 0)
         told = self.judge(said, rows)
         inputs = said.tensors(self.cast.tokenizer.pad_token_id, self.device)
