@@ -146,8 +146,29 @@ def prepared(recipe: Recipe, data: Path, due: Sequence[Step]) -> None:
         if data in step.inputs.values():
             problems += unfit(recipe, step.name, step.settings, tables, prompts)
             problems += _unmixed(recipe, step.name, step.settings, data)
+            problems += _without_columns(recipe, step.name, step.settings, data)
     if problems:
         raise UserError(*problems)
+
+
+def _without_columns(recipe: Recipe, name: str, settings: Stage, data: Path) -> list[str]:
+    """Columns of the prepared rows that reward functions, or margins, cannot do without."""
+    import pyarrow.parquet as pq
+
+    if isinstance(settings, PPO):
+        columns = pq.read_schema(data / "prompts-train.parquet").names
+        return [
+            f"{recipe.at(name, 'rewards')}: {each} needs `{column}`, and the prompts have {', '.join(columns)}; add it to "
+            "`keep` of the `prepare` stage"
+            for each in settings.rewards
+            if FUNCTION.match(each)
+            for column in reward_functions.lacking(each, columns)
+        ]
+    file = data / "pairs-train.parquet"
+    if isinstance(settings, Reward) and settings.margin_coef and file.is_file():
+        if "margin" not in pq.read_schema(file).names:
+            return [f"{recipe.at(name, 'margin_coef')}: these pairs have no `margin`; remove it"]
+    return []
 
 
 def _unmixed(recipe: Recipe, name: str, settings: Stage, data: Path) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,13 @@ def header(figures: Mapping[str, float]) -> str:
     return "".join([f"{'step':>6}", *cells, f"{'s/step':>8}"])
 
 
-def line(step: int, figures: Mapping[str, float]) -> str:
-    """A row of the table."""
-    cells = [f"{figures[key]:{form}}" for key, _, form in COLUMNS if key in figures]
+def line(step: int, figures: Mapping[str, float], columns: Collection[str]) -> str:
+    """A row of the table, in the columns that its header has."""
+    cells = [
+        f"{figures[key]:{form}}" if key in figures else f"{'–':>{_width(form)}}"
+        for key, _, form in COLUMNS
+        if key in columns
+    ]
     return "".join([f"{step:>6}", *cells, f"{figures['seconds']:8.2f}"])
 
 

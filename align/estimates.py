@@ -129,7 +129,7 @@ def _ppo(settings: PPO, parameters: int | None) -> Estimate:
         models = sum(not FUNCTION.match(name) for name in settings.rewards)
         learning, frozen = 1 + critic, 1 + models
         memory = each * (4 * learning + frozen)
-        if settings.lora is not None:
+        if settings.lora is not None:  # reward models that stand elsewhere come on top
             memory = round(parameters * NF4) if settings.quantization else each
     return Estimate(rows=settings.steps * settings.batch_size, steps=steps, memory_bytes=memory)
 

@@ -18,6 +18,7 @@ from align.settings import (
     STAGES,
     Evaluate,
     Input,
+    Label,
     Prepare,
     Reward,
     Sample,
@@ -156,6 +157,14 @@ def _check_held_out(
     if isinstance(prepare, Prepare) and getattr(prepare, fraction) == 0:
         repair = f"set `{data}.{fraction}` above 0"
         report(name, keys, f"`{data}` holds no {split} split out; {repair}")
+    if isinstance(prepare, Label):
+        sample = stages.get(prepare.completions)
+        if isinstance(sample, Sample) and sample.split != split:
+            report(
+                name,
+                keys,
+                f"`{data}` labels completions of the {sample.split} split only; remove it",
+            )
 
 
 def _wrong_reference(

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ def function(name: str) -> Score:
     with _working_directory_on_path():
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # the module is the user's, and runs as it is imported
             raise UserError(
-                f"{name}: no such function: {error}; a module lies in the working directory or is installed"
-            ) from None
+                f"{name}: cannot be had: {type(error).__name__}: {error}; a module lies in the working directory or is "
+                "installed"
+            ) from error
+    if not callable(found):
+        raise UserError(f"{name}: no function, but {type(found).__name__}")
     takes = inspect.signature(found).parameters
     if not {"prompts", "completions"} <= takes.keys():
         raise UserError(
@@ -47,12 +50,22 @@ def function(name: str) -> Score:
     return found
 
 
+def lacking(name: str, columns: Collection[str]) -> list[str]:
+    """Columns that a function cannot do without and that are not there."""
+    takes = inspect.signature(function(name)).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in takes if p.default is inspect.Parameter.empty and p.kind in named]
+    return [each for each in needed if each not in {"prompts", "completions", *columns}]
+
+
 def function_file(name: str) -> Path | None:
     """The file of ``module:function``, found without running it; None where there is none."""
     with _working_directory_on_path():
         try:
             spec = importlib.util.find_spec(name.partition(":")[0])
-        except (ImportError, ValueError):
+        except (
+            Exception
+        ):  # a package's own code runs: what it raises is told when the function is called
             return None
     return Path(spec.origin) if spec is not None and spec.origin else None
 
@@ -72,7 +85,11 @@ def call(
     takes = inspect.signature(score).parameters
     every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
     given = {key: value for key, value in columns.items() if every or key in takes}
-    found = [float(value) for value in score(prompts=prompts, completions=completions, **given)]
+    answer = score(prompts=prompts, completions=completions, **given)
+    try:
+        found = [float(value) for value in answer]
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: returned {answer!r:.80}; return a list of numbers") from None
     if len(found) != len(completions):
         raise UserError(f"{name}: {len(found)} scores for {len(completions)} completions")
     wrong = next((i for i, value in enumerate(found) if not math.isfinite(value)), None)

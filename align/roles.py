@@ -257,7 +257,10 @@ def _on_one_backbone(
     for k, each in enumerate(scorers):
         if _same_folder(models.adapter_base(each), base or source):
             head = models.add_scorer(wrapped, each, name=f"reward{k}")
-            judges.append(Role(inner, f"reward{k}", head, rewards.score_mean(each)))
+            own = models.load_tokenizer(each)
+            same = _same_tokens(own, tokenizer)
+            mean = rewards.score_mean(each)
+            judges.append(Role(inner, f"reward{k}", head, mean, None if same else own))
         else:
             judges.append(_scorer(each, tokenizer, dtype=dtype))
     value = _adapter_critic(wrapped, judges, scorers, lora, reference) if critic else None
@@ -292,6 +295,9 @@ def _adapter_critic(
         before = judges[0].adapter
         model.add_adapter(model.peft_config[before] if before else models.lora_config(lora), VALUE)
         _copy_adapter(model, before, VALUE)
+        for name, p in model.named_parameters():
+            if f".{VALUE}." in name:
+                p.data = p.data.float()  # peft keeps adapters so that learn; transformers does not
         return Role(model, VALUE, _value_head(models.score_head(model), judges[0].mean))
     before = judges[0].adapter if judges else reference
     wrapped.add_adapter(VALUE, wrapped.peft_config[before] if before else models.lora_config(lora))

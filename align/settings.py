@@ -336,6 +336,7 @@ class PPO(Trained):
     temperature: float = Field(1.0, gt=0.0)
     """Of the policy and of the reference, wherever they speak."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Below 1 the policy is sampled from without its tail, and its log-probabilities are those with it."""
     max_new_tokens: int = Field(256, ge=1)
     missing_eos_penalty: float | None = Field(None, ge=0.0)
     """Taken off the score of a completion that does not end by itself."""
@@ -346,7 +347,7 @@ class PPO(Trained):
     """Of the weights policy / sampler, where another engine samples."""
 
     advantages: Literal["gae", "rloo", "reinforce"] = "gae"
-    """``gae`` has a critic; ``rloo`` compares completions of one prompt, ``reinforce`` those of a batch."""
+    """``gae`` has a critic; ``rloo`` compares completions of one prompt, ``reinforce`` (whitened) those of a batch."""
     gamma: float = Field(1.0, ge=0.0, le=1.0)
     lam: float = Field(0.95, ge=0.0, le=1.0)
     """Of generalised advantage estimation."""
@@ -398,8 +399,42 @@ class PPO(Trained):
     save_steps: int | None = Field(None, ge=1)
     """A checkpoint every so many updates; without it, ten in all."""
 
+    def _says_nothing_in_vain(self) -> None:
+        """Refuse keys that the others make meaningless."""
+        critic = ("lam", "value_clip", "value_coef", "critic_learning_rate")
+        vain: list[tuple[tuple[str, ...], str]] = []
+        if self.advantages != "gae":
+            vain.append((critic, f"to `advantages: {self.advantages}`"))
+        if self.advantages == "rloo":
+            vain.append((("gamma",), "to `advantages: rloo`"))
+        if self.sampler != "vllm":
+            vain.append((("vllm_url",), "without `sampler: vllm`"))
+        if self.kl_target is None:
+            vain.append((("kl_horizon",), "without `kl_target`"))
+        if self.eval_steps is None:
+            vain.append((("eval_split", "n_eval_prompts"), "without `eval_steps`"))
+        for keys, why in vain:
+            for key in keys:
+                if key in self.model_fields_set:
+                    raise ValueError(f"`{key}` means nothing {why}: remove it")
+
     @model_validator(mode="after")
     def _fits_together(self) -> PPO:
+        self._says_nothing_in_vain()
+        if max(self.critic_warmup_steps, self.warmup_steps) >= self.steps:
+            raise ValueError(
+                f"a warm-up of {max(self.critic_warmup_steps, self.warmup_steps)} steps, and `steps` are {self.steps}: "
+                "nothing is left; shorten it"
+            )
+        if len(set(self.rewards)) < len(self.rewards):
+            raise ValueError("a reward stands twice in `rewards`; name each once, with a weight")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("`kl_target` multiplies `kl_coef`, and 0 stays 0: set it above 0")
+        if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"`kl_horizon` {self.kl_horizon} is below a fifth of `batch_size` {self.batch_size}, so one step could turn "
+                "the coefficient's sign: raise it"
+            )
         if self.weights is not None and len(self.weights) != len(self.rewards):
             raise ValueError(
                 f"`weights` has {len(self.weights)} entries and `rewards` {len(self.rewards)}; give one for each"

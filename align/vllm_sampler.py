@@ -11,14 +11,17 @@ each token was to it. Those are not quite the policy's own figures, so the updat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
 
 from align import processes
-from align.episodes import Episodes
+from align.episodes import Episodes, mixed
 from align.errors import UserError
 from align.roles import POLICY, Role
+
+REQUESTS = 64  # at once
 
 
 class Server:
@@ -33,8 +36,10 @@ class Server:
                 self.client.init_communicator(device)
         except ImportError as error:
             raise UserError(f"sampler: vllm: {error}") from None
-        except (ConnectionError, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"vllm_url: {url}: {' '.join(str(error).split())}") from None
+        except (
+            Exception
+        ) as error:  # the client raises bare ones, and requests' are no ConnectionError
+            raise UserError(f"vllm_url: {url}: {' '.join(str(error).split())}") from error
 
     def sample(
         self,
@@ -49,27 +54,37 @@ class Server:
     ) -> Episodes:
         """Send the weights, and sample one completion of each prompt."""
         if processes.is_main():
-            found = dict(whole_weights(policy.model))
-            told = [
-                (k, str(v.dtype).removeprefix("torch."), list(v.shape)) for k, v in found.items()
+            told = [  # a pass of its own: all merged weights at once would be the backbone once more
+                (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
+                for name, weight in whole_weights(policy.model)
             ]
-            self.client.update_named_params(told, iter(found.items()))
+            self.client.update_named_params(told, whole_weights(policy.model))
             self.client.reset_prefix_cache()
         processes.wait()
-        answer = self.client.generate(
-            [list(prompt) for prompt in prompts],
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_new_tokens,
-            logprobs=0,
-            generation_kwargs={"stop_token_ids": sorted(stops), "seed": seed % 2**31},
-        )
-        completions = [list(row) for row in answer["completion_ids"]]
+
+        def one(place: int) -> tuple[list[int], list[float]]:
+            # A request a completion: a request's seed is that of all its prompts, and equal prompts would be answered alike.
+            answer = self.client.generate(
+                [list(prompts[place])],
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_new_tokens,
+                logprobs=0,
+                generation_kwargs={
+                    "stop_token_ids": sorted(stops),
+                    "seed": mixed(seed, place) % 2**31,
+                },
+            )
+            return list(answer["completion_ids"][0]), [t[0] for t in answer["logprobs"][0]]
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            answers = list(pool.map(one, range(len(prompts))))
+        completions = [row for row, _ in answers]
         return Episodes(
             [list(prompt) for prompt in prompts],
             completions,
             [row[-1] in stops for row in completions],
-            [[token[0] for token in row] for row in answer["logprobs"]],
+            [logps for _, logps in answers],
         )
 
 

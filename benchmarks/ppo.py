@@ -4,7 +4,8 @@
     python benchmarks/ppo.py --peer trl-ppo/bin/python --prompt 40 --vocabulary 1000 --quick
     python benchmarks/ppo.py                                      # our side and the memory alone
 
-Both sides get the same folders (a Llama of random weights as policy, another as reward model), the same prompts as token
+Both sides get the same folders (a Llama of random weights as policy, another as reward model; with LoRA, ours has its reward
+model as an adapter on the policy's base, which is what one backbone is, and TRL has it whole, as it only can), the same prompts as token
 ids, each as often as it is completed (``--per-prompt``), and the same settings: episodes an update, micro-batches, epochs, one optimizer step an epoch, clips, learning rate,
 temperature and length limit; a random policy hardly ever ends by itself, so both write as many tokens. Each run is a process
 of its own: one update to warm up, then the timed ones. Who goes first changes with each of ``--rounds``. Seconds are those
@@ -59,6 +60,9 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     ):
         kind(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(str(folder / name))
+    adapter = models.new_scorer(folder / "policy", lora=LORA | {"dropout": 0.0}, dtype="float32")
+    adapter.save_pretrained(folder / "adapter")
+    tokenizer.save_pretrained(str(folder / "adapter"))
     draw = random.Random(0)
 
     def some(mean: int) -> str:
@@ -115,7 +119,8 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
         lora=lora and {"r": lora["r"], "alpha": lora["alpha"]}, seed=told["seed"], save_steps=10**6,
     )  # fmt: skip
     data = Path(told["prompts"]).parent
-    inputs = {"model": told["policy"], "prompts": data, "rewards.0": told["reward"]}
+    reward = str(data / "adapter") if lora else told["reward"]
+    inputs = {"model": told["policy"], "prompts": data, "rewards.0": reward}
     with tempfile.TemporaryDirectory() as folder:
         display = Silent()
         track = Track("ppo", Path(folder), display, main=True)
@@ -162,7 +167,12 @@ def sft(told: dict[str, Any]) -> dict[str, Any]:
         "per_device_train_batch_size": told["micro_batch_size"], "max_steps": 4, "bf16": False,
         "gradient_checkpointing": False, "max_length": 4096, "save_strategy": "no",
     }  # fmt: skip
-    chosen = SFT(model="policy", lora={"r": LORA["r"], "alpha": LORA["alpha"]}, trainer=knobs)
+    chosen = SFT(
+        model="policy",
+        prefix_sharing=False,
+        lora={"r": LORA["r"], "alpha": LORA["alpha"]},
+        trainer=knobs,
+    )
     with tempfile.TemporaryDirectory() as folder:
         display = Silent()
         display.start("sft", Path(folder), "")

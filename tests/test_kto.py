@@ -277,7 +277,7 @@ def test_weights_that_the_paper_advises_against_are_told(world: tiny.World, tmp_
 def test_held_out_labels_are_mixed_as_well(build: Build, world: tiny.World, tmp_path: Path):
     data = unpaired_rows(world, tmp_path / "unpaired", 12, 12)
     shutil.copy(data / "unpaired-train.parquet", data / "unpaired-validation.parquet")
-    trainer = build(data=data, per_device_eval_batch_size=6)
+    trainer = build(data=data, per_device_eval_batch_size=6, eval_on_start=True)
     for batch in trainer.get_eval_dataloader():
         assert batch["label"].tolist().count(True) == 3
     assert trainer.evaluate()["eval_loss"] == 0.5

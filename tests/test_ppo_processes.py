@@ -61,7 +61,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def settings(kind: str, **own: Any) -> PPO:
-    return PPO.model_validate(SETTINGS | KINDS[kind] | own)
+    chosen = SETTINGS | KINDS[kind] | own
+    if chosen.get("advantages", "gae") != "gae":
+        del chosen["value_coef"]  # it means nothing without a critic, and is refused
+    return PPO.model_validate(chosen)
 
 
 def built(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,24 @@ def sampled(world: tiny.World, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def finished(source: Path, folder: Path, *, but: int = 0) -> Path:
+    """A copy in which all completions ended by themselves but the first few: the tiny model hardly ever does."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("completions-*.parquet"):
+        rows = pq.read_table(file).to_pylist()
+        changed = [row | {"finished": k >= but} for k, row in enumerate(rows)]
+        pq.write_table(pa.Table.from_pylist(changed), file)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def completions(world: tiny.World) -> Path:
+def raw(world: tiny.World) -> Path:
     return sampled(world, world.folder / "sample")
+
+
+@pytest.fixture(scope="module")
+def completions(world: tiny.World, raw: Path) -> Path:
+    return finished(raw, world.folder / "finished")
 
 
 def labelled(completions: Path, folder: Path, **changes: Any) -> Path:
@@ -54,7 +70,8 @@ def pairs(world: tiny.World, completions: Path) -> Path:
 # Sample
 
 
-def test_completions_keep_the_prompts_ids_and_their_split(world: tiny.World, completions: Path):
+def test_completions_keep_the_prompts_ids_and_their_split(world: tiny.World, raw: Path):
+    completions = raw
     rows = tiny.rows(completions, "completions-train")
     prompts = tiny.rows(world.data, "prompts-train")[:10]
     assert [(row["prompt"], row["prompt_id"]) for row in rows[::3]] == [
@@ -105,8 +122,15 @@ def test_scores_are_the_gold_ones_and_pairs_are_as_prepared_ones(
     ours, theirs = (
         pq.read_schema(folder / "pairs-train.parquet") for folder in (pairs, world.data)
     )
-    assert set(ours.names) == set(theirs.names)
-    assert all(ours.field(name).type.equals(theirs.field(name).type) for name in ours.names)
+    assert set(ours.names) == {*theirs.names, "margin"}
+    assert all(ours.field(name).type.equals(theirs.field(name).type) for name in theirs.names)
+    score = {
+        (row["prompt_id"], row["completion"][0]["content"]): row["score"]
+        for row in tiny.rows(pairs, "scores-train")
+    }
+    for row in tiny.rows(pairs, "pairs-train"):
+        sides = (score[row["prompt_id"], row[s][0]["content"]] for s in ("chosen", "rejected"))
+        assert row["margin"] == next(sides) - next(sides)
     made = artifact.read(pairs)
     assert made is not None
     assert made.metrics["pairs"] == {"train": len(tiny.rows(pairs, "pairs-train"))}
@@ -164,7 +188,7 @@ def test_the_slope_and_the_seed_decide_noisy_labels(given: Path, tmp_path: Path)
 
 
 def test_nothing_to_pair_is_a_users_mistake(world: tiny.World, tmp_path: Path):
-    one = sampled(world, tmp_path / "sample", n_completions=1)
+    one = finished(sampled(world, tmp_path / "sample", n_completions=1), tmp_path / "finished")
     with pytest.raises(
         UserError, match="no pair is left of 10 completions: 10 × prompt with one completion"
     ):
@@ -174,6 +198,19 @@ def test_nothing_to_pair_is_a_users_mistake(world: tiny.World, tmp_path: Path):
 def test_a_folder_without_completions_is_a_users_mistake(world: tiny.World, tmp_path: Path):
     with pytest.raises(UserError, match="name a finished `sample` stage"):
         labelled(world.data, tmp_path / "label")
+
+
+def test_completions_that_were_cut_off_are_counted_and_left_out(raw: Path, tmp_path: Path):
+    some = finished(raw, tmp_path / "some", but=6)  # all three of two prompts
+    folder = labelled(some, tmp_path / "label")
+    left = {row["prompt_id"] for row in tiny.rows(some, "completions-train")[6:]}
+    assert {row["prompt_id"] for row in tiny.rows(folder, "pairs-train")} <= left
+    made = artifact.read(folder)
+    assert made is not None
+    assert made.metrics["dropped"]["train: completion cut off"] == 6
+    none = finished(raw, tmp_path / "none", but=30)
+    with pytest.raises(UserError, match="none of 30 completions ends by itself"):
+        labelled(none, tmp_path / "label_none")
 
 
 # A reward model as the judge
@@ -281,7 +318,7 @@ def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
     world: tiny.World, tmp_path: Path
 ):
     # Somebody samples the test split and calls its pairs those to train on.
-    held_out = sampled(world, tmp_path / "sample", split="test")
+    held_out = finished(sampled(world, tmp_path / "sample", split="test"), tmp_path / "finished")
     folder = labelled(held_out, tmp_path / "label")
     (folder / "pairs-test.parquet").rename(folder / "pairs-train.parquet")
     settings = DPO(model="sft", pairs="label", trainer=tiny.TRAINER | {"max_steps": 1})
@@ -335,6 +372,13 @@ stages:
     assert set(made["gold"].inputs) == {"completions"}
     assert set(made["rlaif"].inputs) == {"completions", "judge"}
     assert made["rlaif"].inputs["judge"]["folder"] == str(rewards["reward"])
-    assert made["rlaif"].metrics["pairs"]["train"] == 8
+    (sample_folder,) = (tmp_path / "runs").glob("sample-*")
+    ended: dict[str, set[str]] = {}
+    for row in tiny.rows(sample_folder, "completions-train"):
+        if row["finished"]:
+            ended.setdefault(row["prompt_id"], set()).add(row["completion"][0]["content"])
+    assert made["rlaif"].metrics["pairs"]["train"] == sum(
+        len(texts) > 1 for texts in ended.values()
+    )
     again = launch("recipe.yaml")
     assert (again.code, again.out.count(": reused")) == (0, 3)

@@ -21,7 +21,8 @@ class Client:
     def __init__(self, completions: list[list[int]], logps: list[list[float]]) -> None:
         self.completions, self.logps = completions, logps
         self.weights: dict[str, torch.Tensor] = {}
-        self.asked: dict[str, Any] = {}
+        self.asked: dict[int, Any] = {}
+        self.prompts = [[4, 5], [6]]
 
     def update_named_params(self, told: Any, named: Any) -> None:
         self.weights = dict(named)
@@ -31,10 +32,12 @@ class Client:
         pass
 
     def generate(self, prompts: Any, **asked: Any) -> dict[str, Any]:
-        self.asked = asked
+        assert len(prompts) == 1
+        place = self.prompts.index(prompts[0])
+        self.asked[place] = asked
         return {
-            "completion_ids": self.completions,
-            "logprobs": [[[value] for value in row] for row in self.logps],
+            "completion_ids": [self.completions[place]],
+            "logprobs": [[[value] for value in self.logps[place]]],
         }
 
 
@@ -77,8 +80,11 @@ def test_the_server_gets_the_adapter_merged_and_says_tokens_with_their_log_proba
     assert said.finished == [True, False]
     assert said.sampler_logps == [[-0.5, -1.0, -0.25], [-2.0, -2.0, -2.0]]
     told = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 3, "logprobs": 0}
-    assert told.items() <= client.asked.items()
-    assert client.asked["generation_kwargs"]["stop_token_ids"] == [2]
+    for asked in client.asked.values():
+        assert told.items() <= asked.items()
+        assert asked["generation_kwargs"]["stop_token_ids"] == [2]
+    # One seed for both would answer equal prompts alike.
+    assert len({asked["generation_kwargs"]["seed"] for asked in client.asked.values()}) == 2
 
 
 def test_its_log_probabilities_become_weights_that_are_capped(world):

@@ -51,12 +51,18 @@ def build(
     size = trainer.args.per_device_train_batch_size
     # Sharded over processes, each stretch of `size` rows goes to one of them as a batch.
     trainer.train_dataset = Mixed(trainer.train_dataset, batch_size=size, seed=settings.seed)
-    if trainer.eval_dataset is not None:
+    if trainer.eval_dataset is not None and _evaluates(trainer.args):
         size = trainer.args.per_device_eval_batch_size
         trainer.eval_dataset = Mixed(trainer.eval_dataset, batch_size=size, seed=settings.seed)
     if trainer.calculate_KL:
         trainer.data_collator = functools.partial(_with_partners, trainer.data_collator)
     return trainer
+
+
+def _evaluates(arguments: Any) -> bool:
+    return str(arguments.eval_strategy).rpartition(".")[2].lower() != "no" or bool(
+        arguments.eval_on_start
+    )
 
 
 def as_trl_feeds_it(

@@ -41,7 +41,15 @@ def run(
         slope = own if settings.slope is None else settings.slope
     metrics: dict[str, Any] = {"rows": 0, "pairs": {}, "dropped": {}, "agreement": {}}
     for split, file in files.items():
-        rows = pq.read_table(file).to_pylist()
+        sampled = pq.read_table(file).to_pylist()
+        # A text that the length limit cut off is no answer: chosen, it would teach to end in the middle of a sentence.
+        rows = [row for row in sampled if row.get("finished", True)]
+        if len(rows) < len(sampled):
+            metrics["dropped"][f"{split}: completion cut off"] = len(sampled) - len(rows)
+        if not rows:
+            raise UserError(
+                f"{file}: none of {len(sampled)} completions ends by itself; sample anew with more `max_new_tokens`"
+            )
         scores = _scores(judge, rows, settings.batch_size, track)
         found = pairing.pairs(
             rows,
@@ -126,7 +134,11 @@ def _write(
 ) -> None:
     tables = {
         "scores": [row | {"score": score} for row, score in zip(rows, scores, strict=True)],
-        "pairs": [{k: v for k, v in pair.items() if not k.endswith("_score")} for pair in pairs],
+        "pairs": [
+            {k: v for k, v in pair.items() if not k.endswith("_score")}
+            | {"margin": pair["chosen_score"] - pair["rejected_score"]}
+            for pair in pairs
+        ],
     }
     for kind, table in tables.items():
         file = folder / f"{kind}-{split}.parquet"

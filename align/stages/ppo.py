@@ -51,9 +51,9 @@ def run(
     settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: Track
 ) -> dict[str, Any]:
     """Train ``settings.model`` to earn ``settings.rewards`` without going far from where it starts."""
-    learner = build(settings, inputs, folder, track)
-    begin = learner.resume()
     try:
+        learner = build(settings, inputs, folder, track)
+        begin = learner.resume()
         with interrupts.deferred() as stop, training.small_tiles():
             for step in range(begin, settings.steps):
                 if step == 0:
@@ -96,6 +96,17 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
             f"batch_size: {settings.batch_size}: {per_step} prompts are not shared by {world} processes evenly; "
             f"make it a multiple of {world * settings.n_completions}"
         )
+    data = Path(inputs["prompts"])
+    functions = {
+        name: reward_functions.function(name) for name in settings.rewards if FUNCTION.match(name)
+    }
+    rows = _rows(data, "train")
+    held_out = _rows(data, settings.eval_split) if settings.eval_steps else []
+    held_out = held_out[: settings.n_eval_prompts]
+    if 0 < len(held_out) < world:
+        raise UserError(
+            f"eval_steps: {len(held_out)} held-out prompts for {world} processes; remove it"
+        )
     device = accelerator.device
     scorers = [
         inputs[f"rewards.{k}"]
@@ -116,17 +127,6 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
         device=device,
         say=track.say,
     )
-    data = Path(inputs["prompts"])
-    functions = {
-        name: reward_functions.function(name) for name in settings.rewards if FUNCTION.match(name)
-    }
-    rows = _rows(data, "train")
-    held_out = _rows(data, settings.eval_split) if settings.eval_steps else []
-    held_out = held_out[: settings.n_eval_prompts]
-    if 0 < len(held_out) < world:
-        raise UserError(
-            f"eval_steps: {len(held_out)} held-out prompts for {world} processes; remove it"
-        )
     own_config = cast.policy.model.generation_config
     stops = generation.set_sampling(
         cast.policy.model,
@@ -139,7 +139,7 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
     if cast.critic is not None:
         rate = settings.critic_learning_rate or settings.learning_rate
         groups.append({"params": cast.parameters(cast.critic), "base": rate})
-    return Learner(
+    learner = Learner(
         settings=settings,
         folder=folder,
         track=track,
@@ -157,6 +157,8 @@ def build(settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: 
         kl_coef=settings.kl_coef,
         server=_server(settings, device),
     )
+    learner.objective(settings.batch_size // world)  # what does not divide is told now
+    return learner
 
 
 def _server(settings: PPO, device: Any) -> Any:
@@ -213,6 +215,8 @@ class Learner:
     server: Any = None
     """What samples, where it is not the policy itself."""
     latest: dict[str, float] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    """Of the table that grows."""
     evaluated: dict[str, float] = field(default_factory=dict)
 
     # One step ------------------------------------------------------------------------------------
@@ -389,6 +393,11 @@ class Learner:
                 p.grad.copy_(sum_over_ranks(p.grad) / processes.world_size())
         groups = self.optimizer.param_groups
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], norm) for group in groups]
+        if not all(bool(n.isfinite()) for n in norms):  # equal on all ranks by now: all stop here
+            raise UserError(
+                "a gradient is not finite, so nothing was learned from it: lower `learning_rate` or "
+                "`critic_learning_rate`, or scale the rewards down by `weights`"
+            )
         return norms[0]
 
     def set_rates(self, step: int) -> None:
@@ -457,7 +466,9 @@ class Learner:
                 "grad_norm": diagnostics.grad_norm,
                 "optimizer_steps": float(diagnostics.steps),
             }
-        return {key: value for key, value in found.items() if not math.isnan(value)}
+        return {
+            key: value for key, value in found.items() if not math.isnan(value)
+        }  # no critic: none
 
     def _where(self) -> Any:
         return "cpu" if self.device.type == "mps" else self.device
@@ -472,9 +483,10 @@ class Learner:
         self.track.step(done, steps, {k: figures[k] for k in ("score", "kl", "entropy")})
         every = max(1, steps // dashboard.LINES)
         if step == 0 or done % every == 0 or done == steps:
-            if step == 0:
+            if not self.columns:
+                self.columns = list(figures)
                 self.track.say(dashboard.header(figures))
-            self.track.say(dashboard.line(done, figures))
+            self.track.say(dashboard.line(done, figures, self.columns))
             if processes.is_main():
                 dashboard.samples(self.folder, done, told, n=4)
 

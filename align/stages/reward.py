@@ -40,6 +40,7 @@ def run(
     model = rewards.RewardModel(
         folder, dtype=settings.dtype, device=device, share=settings.prefix_sharing
     )
+    model.mean = 0.0  # a killed attempt may have left its own in the folder
     data = Path(inputs["pairs"])
     metrics["centre"] = _centre(model, data, folder, track)
     metrics["held_out"] = _measure(model, data, folder, track)
@@ -116,9 +117,10 @@ def _centre(
     Labelled completions come without any: there it is the mean of the chosen ones.
     """
     shown = (data / "demonstrations-train.parquet").is_file()
-    rows = _rows(data, "demonstrations-train" if shown else "pairs-train")
-    rows = rows[:: max(1, len(rows) // N_CENTRE)][:N_CENTRE]
-    scores = _scores(model, rows, "completion" if shown else "chosen", track)
+    rows = _rows(data, "demonstrations-train" if shown else "pairs-train", most=N_CENTRE)
+    side = "completion" if shown else "chosen"
+    rows = _fitting(model, rows, [side], track)
+    scores = _scores(model, rows, side, track)
     mean = scores.mean().item()
     if processes.is_main():
         artifact.write_json(folder / rewards.FILE, {rewards.MEAN: mean})
@@ -138,7 +140,7 @@ def _measure(
     if not split:
         track.say("no held-out pairs: accuracy and calibration are not known")
         return None
-    rows = _rows(data, f"pairs-{split}")
+    rows = _fitting(model, _rows(data, f"pairs-{split}"), ["chosen", "rejected"], track)
     chosen, rejected = (
         _scores(model, rows, side, track).double() for side in ("chosen", "rejected")
     )
@@ -207,19 +209,46 @@ def _ceiling(
     except ValueError:
         return {}  # not the embedded task
     truth = torch.tensor(gaps, dtype=torch.float64)
+    found = {"ceiling": sum(sum(v) / len(v) for v in best.values()) / len(best)}
     apart = truth != 0
-    agree = ((margins > 0) == (truth > 0))[apart]
-    return {
-        "ceiling": sum(sum(v) / len(v) for v in best.values()) / len(best),
-        "agreement_with_gold": agree.double().mean().item(),
-    }
+    if apart.any():
+        agree = ((margins > 0) == (truth > 0))[apart]
+        found["agreement_with_gold"] = agree.double().mean().item()
+    return found
 
 
-def _rows(data: Path, table: str) -> list[dict[str, Any]]:
+def _rows(data: Path, table: str, *, most: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a prepared table; ``most`` of them, evenly spaced."""
     import pyarrow.parquet as pq
 
-    found: list[dict[str, Any]] = pq.read_table(data / f"{table}.parquet").to_pylist()
-    return found
+    found = pq.read_table(data / f"{table}.parquet")
+    if most is not None and len(found) > most:
+        found = found.take([k * len(found) // most for k in range(most)])
+    rows: list[dict[str, Any]] = found.to_pylist()
+    return rows
+
+
+def _fitting(
+    model: rewards.RewardModel, rows: list[dict[str, Any]], sides: Sequence[str], track: Track
+) -> list[dict[str, Any]]:
+    """The rows that fit into the model's positions; how many do not is said."""
+    limit = getattr(model.model.config, "max_position_embeddings", None)
+    if limit is None:
+        return rows
+
+    def longest(row: Mapping[str, Any]) -> int:
+        prompts, said = [row["prompt"]] * len(sides), [row[side] for side in sides]
+        return max(map(len, generation.judged_ids(model.tokenizer, prompts, said)))
+
+    kept = [row for row in rows if longest(row) <= limit]
+    if len(kept) < len(rows):
+        cut = len(rows) - len(kept)
+        track.say(f"{cut:,} of {len(rows):,} rows are longer than the model: not scored")
+    if not kept:
+        raise UserError(
+            f"every row is longer than the model's {limit} positions; nothing to measure"
+        )
+    return kept
 
 
 def _scores(
