@@ -25,9 +25,13 @@ def entries() -> dict[str, dict[str, Any]]:
 
 
 def filled(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a source with those of the catalogue, where ``source`` names an entry."""
-    entry = entries().get(told["source"]) if isinstance(told.get("source"), str) else None
-    if entry is None:
+    """Keys of a source with those of the catalogue, where ``source`` names an entry.
+
+    A file or folder of that name wins, as any path does; ``embedded`` is always the embedded set.
+    """
+    name = told.get("source")
+    entry = entries().get(name) if isinstance(name, str) else None
+    if entry is None or (name != "embedded" and Path(str(name)).exists()):
         return dict(told)
     known = {k: v for k, v in entry.items() if k not in ABOUT and v is not None}
     reader = told.get("reader", known.get("reader"))

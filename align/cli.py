@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,7 +230,11 @@ data = typer.Typer(
 )
 app.add_typer(data, name="data")
 DataSource = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A catalogue name, a file, a folder or a Hub id.")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A catalogue name, a file, a folder or a Hub id; or mixture=[...] in its place.",
+    ),
 ]
 Keys = Annotated[
     list[str] | None,
@@ -238,7 +245,12 @@ Keys = Annotated[
 def _prepare_settings(source: str, keys: list[str] | None) -> Prepare:
     from align import recipe as recipes
 
-    return recipes.one_stage("prepare", [f"source={source}", *(keys or [])])
+    told = [source, *(keys or [])]
+    mixed = any(key.startswith("mixture=") for key in told)
+    if not (mixed and re.match(r"\w+(\.\w+)*=", source)):
+        # quoted, or `x #1.csv` would be YAML with a comment
+        told[0] = f"source={json.dumps(source, ensure_ascii=False)}"
+    return recipes.one_stage("prepare", told)
 
 
 def _console() -> Console:
@@ -263,8 +275,23 @@ def data_prepare(
     from align.stages import prepare
     from align.tracking import Silent, Track
 
-    figures = prepare.run(settings, {}, out, Track("prepare", out, Silent(), main=True))
-    doctor.show(doctor.Findings(f"{source} → {out}", figures, []), _console())
+    target = out.resolve()
+    partial = target.with_name(f"{target.name}.partial")
+    if partial.exists():
+        raise UserError(f"{partial}: is there from a run that was cut off; remove it")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{partial}: cannot be made: {error.strerror}; choose another --out"
+        ) from None
+    try:
+        figures = prepare.run(settings, {}, partial, Track("prepare", partial, Silent(), main=True))
+        partial.replace(target)
+    except BaseException:  # Ctrl-C as well: half a table is none
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    doctor.show(doctor.Findings(f"{doctor.title(settings)} → {out}", figures, []), _console())
 
 
 @data.command("doctor")

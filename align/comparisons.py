@@ -32,23 +32,25 @@ class Options:
 
 
 Found = Iterator[Raw | DroppedError]
+SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 
 
 def ultrafeedback(raw: Raw, options: Options) -> Found:
-    """Pair the completions of ``instruction`` by ``overall_score``, or by the first score that all of them have."""
+    """Pair the completions of ``instruction`` by the first of ``SCORES`` that all of them have: one scale a row."""
     completions = raw.get("completions")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         yield DroppedError("completions are not a list of objects")
         return
-    scored = []
-    for completion in completions:
-        names = ("overall_score", "fine-grained_score", "score", "rating")
-        given = (_number(completion.get(name)) for name in names)
-        score = next((value for value in given if value is not None), None)
-        text = completion.get("response", completion.get("text"))
-        if score is not None and text is not None:
-            scored.append((score, text))
-    yield from _pairs(raw.get("instruction"), scored, options)
+    texts = [completion.get("response", completion.get("text")) for completion in completions]
+    yield from (DroppedError("completion without text") for text in texts if text is None)
+    told = [(c, text) for c, text in zip(completions, texts, strict=True) if text is not None]
+    for name in SCORES:
+        scores = [(_number(completion.get(name)), text) for completion, text in told]
+        scored = [(score, text) for score, text in scores if score is not None]
+        if len(scored) == len(told):
+            yield from _pairs(raw.get("instruction"), scored, options)
+            return
+    yield DroppedError("completions have no score in common")
 
 
 def shp(raw: Raw, options: Options) -> Found:
@@ -84,52 +86,77 @@ def tldr(raw: Raw, options: Options) -> Found:
         head = [f"SUBREDDIT: r/{info['subreddit']}"] if info.get("subreddit") else []
         head += [f"TITLE: {info['title']}"] if info.get("title") else []
         prompt = "\n\n".join([*head, f"POST: {info['post']}", "TL;DR:"])
-        yield _made(prompt, summaries[choice].get("text"), summaries[1 - choice].get("text"), None)
+        best = int(choice)  # CSV and pandas have 1.0
+        yield _made(prompt, summaries[best].get("text"), summaries[1 - best].get("text"), None)
 
 
 def oasst(raw: Raw, options: Options) -> Found:
     """Pair the ranked replies below every user's message of a tree (``prompt`` holds its root); rank 0 is best."""
     root = raw.get("prompt")
     if not isinstance(root, dict):
-        yield DroppedError("no tree of messages")
+        yield root if isinstance(root, DroppedError) else DroppedError("no tree of messages")
         return
+    asked = False
     waiting: list[tuple[Raw, list[dict[str, Any]]]] = [(root, [])]
     while waiting:
         message, before = waiting.pop()
         role = {"prompter": "user"}.get(str(message.get("role")), message.get("role"))
         turns = [*before, {"role": role, "content": message.get("text")}]
-        replies = [r for r in message.get("replies") or [] if isinstance(r, dict)]
-        replies = [r for r in replies if not r.get("deleted")]
+        below = message.get("replies") or []
+        if not isinstance(below, list):
+            asked = True
+            yield DroppedError("replies are not a list")
+            continue
+        replies = [r for r in below if isinstance(r, dict) and not r.get("deleted")]
         waiting += [(reply, turns) for reply in reversed(replies)]
         if role != "user":
             continue
+        asked = True
         if options.languages and message.get("lang") not in options.languages:
             yield DroppedError("another language")
             continue
         ranks = [(_number(reply.get("rank")), reply.get("text")) for reply in replies]
         yield from _pairs(turns, [(-r, text) for r, text in ranks if r is not None], options)
+    if not asked:
+        yield DroppedError("no user's message in the tree")
 
 
 def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
     """Turn flat messages into one row a tree, in the order of the roots; rows that are trees already pass.
 
-    All flat messages are held in memory: a child may stand anywhere. A message whose parent is missing becomes a row
-    without a tree, so that it is counted.
+    All flat messages are held in memory: a child may stand anywhere. Behind the trees, each message that is in none of
+    them becomes a row with the reason in place of a tree, so that it is counted; of a missing parent's descendants only
+    its children do.
     """
     nodes: dict[Any, Raw] = {}
+    faults: list[DroppedError] = []
     for message in messages:
         if "message_id" not in message or isinstance(message.get("prompt"), dict):
             yield message
+        elif not isinstance(message["message_id"], (str, int)):
+            faults.append(DroppedError("message_id is not a text or a number"))
+        elif not isinstance(message.get("parent_id"), (str, int, type(None))):
+            faults.append(DroppedError("parent_id is not a text or a number"))
+        elif message["message_id"] in nodes:
+            faults.append(DroppedError("repeated message_id"))
         else:
             nodes[message["message_id"]] = {**message, "replies": []}
+    tops = []
     for node in nodes.values():
-        if node.get("parent_id") in nodes:
-            nodes[node["parent_id"]]["replies"].append(node)
-    for node in nodes.values():
-        if node.get("parent_id") is None:
-            yield {**node, "prompt": node}
-        elif node["parent_id"] not in nodes:
-            yield {"orphan": node["message_id"]}
+        parent = node.get("parent_id")
+        if parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            tops.append(node)
+            if parent is not None:
+                faults.append(DroppedError("no tree of messages"))
+    yield from ({**node, "prompt": node} for node in tops if node.get("parent_id") is None)
+    reached, waiting = 0, tops
+    while waiting:
+        reached += len(waiting)
+        waiting = [reply for node in waiting for reply in node["replies"]]
+    faults += [DroppedError("parents go round in a circle")] * (len(nodes) - reached)
+    yield from ({"prompt": fault} for fault in faults)
 
 
 def _pairs(prompt: object, scored: Sequence[tuple[float, Any]], options: Options) -> Found:
@@ -164,7 +191,7 @@ def _made(prompt: object, chosen: object, rejected: object, margin: float | None
 def _number(value: object) -> float | None:
     try:
         number = float(value)  # type: ignore[arg-type]  # also "7.5", as UltraFeedback has it
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None
 

@@ -48,7 +48,8 @@ def prompts_of(raw: dict[str, Any]) -> list[str] | None:
         return [found]
     if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
         return None
-    return [str(turn.get("content")) for turn in found if turn.get("role") == "user"]
+    said = [turn.get("content") for turn in found if turn.get("role") == "user"]
+    return said if all(isinstance(text, str) for text in said) else None
 
 
 def _words(text: str) -> list[str]:

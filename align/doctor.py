@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +48,18 @@ def examine(settings: Prepare) -> Findings:
         tally.add(placed)
         if placed.kind == "pairs":
             floor.add(placed.row)
-    title = settings.source or " + ".join(entry.source for entry in settings.mixture)
     histograms = [
         _histogram(f"words of {column}", list(counts), list(counts.values()))
         for column, counts in tally.lengths().items()
     ]
     if len(ready.margins):
         histograms.append(_histogram("margins of scores", ready.margins, None))
-    return Findings(title, of_ready(ready, tally, floor), histograms)
+    return Findings(title(settings), of_ready(ready, tally, floor), histograms)
+
+
+def title(settings: Prepare) -> str:
+    """The source, or the sources of a mixture."""
+    return settings.source or " + ".join(entry.source for entry in settings.mixture)
 
 
 def show(found: Findings, console: Console) -> None:
@@ -128,11 +133,17 @@ def _sources(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _histogram(title: str, values: Sequence[float], weights: Sequence[int] | None) -> Histogram:
     low, high = float(np.min(values)), float(np.max(values))
-    bars = int(min(BARS, max(1, high - low + 1))) if weights is not None else BARS
-    counts, edges = np.histogram(
-        values, bins=bars, range=(low, high if high > low else low + 1), weights=weights
-    )
-    return Histogram(title, edges.tolist(), counts.astype(int).tolist())
+    if weights is None:
+        counts, edges = np.histogram(
+            values, bins=BARS, range=(low, high if high > low else low + 1)
+        )
+        return Histogram(title, edges.tolist(), counts.tolist())
+    # whole numbers: every bar holds as many of them, or bars would be high and low by turns (the last may hold fewer)
+    width = math.ceil((high - low + 1) / BARS)
+    bins = ((np.asarray(values) - low) // width).astype(int)
+    counts = np.bincount(bins, weights)
+    edges = low + width * np.arange(len(counts))
+    return Histogram(title, [*edges.tolist(), high], counts.astype(int).tolist())
 
 
 def _spark(histogram: Histogram) -> str:

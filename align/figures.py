@@ -16,6 +16,7 @@ from align.preferences import Placed, Prepared, Ready
 from align.readers import Row, opening_id
 
 LONGER_WARNING = 0.6
+LONG_ROW = 1_000  # words
 BUCKETS, SAMPLE, FOLDS, ROUNDS = 2**15, 10_000, 5, 60
 
 
@@ -27,16 +28,20 @@ class Tally:
         self.rows = {kind: dict.fromkeys(splits, 0) for kind in kinds}
         self.words: dict[str, Counter[int]] = {}
         self.sides: Counter[str] = Counter()
+        self.longest: dict[str, dict[str, Any]] = {}
 
     def add(self, placed: Placed) -> None:
         """Count one row."""
         self.rows[placed.kind][placed.split] += 1
+        if placed.kind == "prompts":
+            return
+        counts: dict[str, int] = {
+            name: sum(len(turn["content"].split()) for turn in placed.row[name])
+            for name in ("prompt", "completion", "chosen", "rejected")
+            if name in placed.row
+        }
+        self._measure(placed, counts)
         if placed.kind in ("demonstrations", "pairs"):
-            counts = {
-                name: sum(len(turn["content"].split()) for turn in placed.row[name])
-                for name in ("prompt", "completion", "chosen", "rejected")
-                if name in placed.row
-            }
             for name, count in counts.items():
                 self.words.setdefault(f"{placed.kind}.{name}", Counter())[count] += 1
             if placed.kind == "pairs":
@@ -44,6 +49,15 @@ class Tally:
                 self.sides[
                     "longer" if chosen > rejected else "equal" if chosen == rejected else "shorter"
                 ] += 1
+
+    def _measure(self, placed: Placed, counts: Mapping[str, int]) -> None:
+        """Of a pair the longer side counts, as it is the one that is cut first."""
+        told = {"words": 0, "prompt_id": "", "long": 0}
+        found = self.longest.setdefault(placed.kind, told)
+        words = counts["prompt"] + max(n for name, n in counts.items() if name != "prompt")
+        if words > found["words"]:
+            found |= {"words": words, "prompt_id": placed.row["prompt_id"]}
+        found["long"] += words > LONG_ROW
 
     def lengths(self) -> dict[str, Counter[int]]:
         """Histograms of lengths by column: of the pairs, and of what is demonstrated."""
@@ -60,6 +74,7 @@ class Tally:
             for column, counts in self.lengths().items()
             for name, value in (("median", _median(counts)), ("p95", percentile(counts, 95)))
         }
+        found["longest_rows"] = self.longest
         found["warnings"] = []
         total = self.sides.total()
         if total:
@@ -163,8 +178,14 @@ class WordFloor:
             right += float((held_out > 0).sum() + (held_out == 0).sum() / 2)
         count = len(self._pairs)
         share = right / count
-        width = 1.96 * math.sqrt(share * (1 - share) / count)
-        return {"accuracy": share, "half_width": width, "pairs": count}
+        return {"accuracy": share, "half_width": half_width(share, count), "pairs": count}
+
+
+def half_width(share: float, count: int) -> float:
+    """Half of Wilson's 95 % interval of a share, which is no zero where all or none of ``count`` are right."""
+    z = 1.96
+    inside = share * (1 - share) / count + z**2 / (4 * count**2)
+    return z * math.sqrt(inside) / (1 + z**2 / count)
 
 
 def _fitted(rows: Any, buckets: Any, values: Any, train: Any) -> Any:

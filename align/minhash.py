@@ -1,12 +1,14 @@
 """Near-duplicate prompts by MinHash (Broder 1997): which prompts are nearly the same, and what must share a split.
 
 A prompt is the set of its character 5-grams, hashed all at once by numpy. 128 hashes a prompt estimate the Jaccard
-similarity within about 0.04; 32 bands of four find candidates. Costs 512 bytes a distinct prompt, whatever its length.
+similarity with a standard deviation of up to 0.044 (at 0.8, 0.035: one in twenty is more than 0.07 off); 32 bands of four
+find candidates. Costs 950 bytes a distinct prompt at its peak, whatever its length.
 """
 
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +41,15 @@ class Prompts:
         self._openings.append(opening)
         self._signatures.frombytes(least.astype(np.uint32).tobytes())
 
-    def near(self, threshold: float) -> tuple[dict[int, int], set[int]]:
-        """Openings to the opening that decides their split, and prompts that nearly repeat an earlier one."""
-        count = len(self._ids)
-        signatures = np.frombuffer(self._signatures, dtype=np.uint32).reshape(count, HASHES)
+    def near(self, threshold: float, kept: Any) -> tuple[dict[int, int], set[int]]:
+        """Openings to the opening that decides their split, and prompts that nearly repeat an earlier one.
+
+        Both among the prompts ``kept`` alone: nobody is measured against a row that is not there.
+        """
+        ids, openings = _numbers(self._ids), _numbers(self._openings)
+        here = np.flatnonzero(np.isin(ids, kept))
+        ids, openings, count = ids[here], openings[here].tolist(), len(here)
+        signatures = np.frombuffer(self._signatures, dtype=np.uint32).reshape(-1, HASHES)
         parent = list(range(count))
 
         def root(i: int) -> int:
@@ -57,7 +64,7 @@ class Prompts:
 
         late: set[int] = set()
         for first in range(0, HASHES, BAND):
-            band = np.ascontiguousarray(signatures[:, first : first + BAND])
+            band = np.ascontiguousarray(signatures[here, first : first + BAND])
             keys = band.view("V16").ravel() if count else band
             _, bucket = np.unique(keys, return_inverse=True)
             order = np.argsort(bucket, kind="stable")
@@ -65,11 +72,15 @@ class Prompts:
                 one, other = order[:-shift], order[shift:]
                 same = bucket[one] == bucket[other]
                 for i, j in zip(one[same].tolist(), other[same].tolist(), strict=True):
-                    if (signatures[i] == signatures[j]).mean() >= threshold:
+                    if (signatures[here[i]] == signatures[here[j]]).mean() >= threshold:
                         join(i, j)
-                        late.add(self._ids[max(i, j)])
+                        late.add(int(ids[max(i, j)]))
         begun: dict[int, int] = {}
-        for i, opening in enumerate(self._openings):
+        for i, opening in enumerate(openings):
             join(i, begun.setdefault(opening, i))
-        decides = {opening: self._openings[root(i)] for i, opening in enumerate(self._openings)}
+        decides = {opening: openings[root(i)] for i, opening in enumerate(openings)}
         return decides, late
+
+
+def _numbers(values: array[int]) -> Any:
+    return np.frombuffer(values, dtype=np.uint64) if values else np.zeros(0, np.uint64)

@@ -14,6 +14,7 @@ A row that does not fit is dropped under a named reason, and every reason is cou
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +29,11 @@ from align.comparisons import COMPARISONS, DroppedError, Options, trees
 from align.errors import UserError
 from align.intake import KEPT, NEAR_DUPLICATE, Table
 from align.readers import (
-    COLUMNS,
     READERS,
     Row,
     check_columns,
     columns_of,
+    columns_read,
     demonstration,
     kind_read,
     labelled,
@@ -40,7 +41,7 @@ from align.readers import (
     pair,
     renamed,
 )
-from align.sources import Part, Raw, read_source, source_files
+from align.sources import Part, Raw, read_file, read_source, source_files
 from align.splitting import SPLITS, Stream
 from align.wording import nearest
 
@@ -218,8 +219,9 @@ def prepare(
     decides: dict[int, int] = {}
     findings: dict[str, Any] = {}
     if prompts is not None:
-        decides, late = prompts.near(near_duplicate_threshold)
-        findings["near_duplicate_prompts"] = len(late)
+        kept = [intake.numbers_of(t.prompts)[t.verdict == KEPT] for t in all_tables]
+        decides, late = prompts.near(near_duplicate_threshold, np.unique(np.concatenate(kept)))
+        findings |= {"near_duplicate_prompts": len(late), "near_duplicates": near_duplicates}
         if near_duplicates == "drop":
             marked = np.fromiter(late, dtype=np.uint64, count=len(late))
             for table in all_tables:
@@ -278,9 +280,10 @@ def _origin(told: Mapping[str, Any], seed: int) -> Origin:
 
 
 def _named(source: str, n: int) -> contamination.Named:
-    """Read a set of evaluation prompts: every split of a folder or file, a Hub set's ``test``."""
+    """Read a set of evaluation prompts: every file of a folder, a Hub set's ``test``."""
     found, unread = [], 0
-    for part in read_source(source, split="test"):
+    files = source_files(source, split="")
+    for part in [*map(read_file, files)] or read_source(source, split="test"):
         for raw in part.rows:
             texts = contamination.prompts_of(raw)
             found += texts or []
@@ -311,7 +314,8 @@ class _Intake:
                 data_dir=origin.data_dir,
                 split=origin.data_split,
                 revision=origin.revision,
-                max_rows=origin.max_rows,
+                # of messages as many make a tree as will: the trees are counted below
+                max_rows=None if origin.reader == "oasst" else origin.max_rows,
             )
             check_columns(parts, origin.reader, origin.columns)
             lacks = [
@@ -360,7 +364,9 @@ class _Intake:
                 except DroppedError as reason:
                     table.dropped[number, str(reason)] += 1
                     continue
-                table.add(row, number, {k: raw.get(k) for k in self.keep}, found.get("margin"))
+                table.add(
+                    row, number, {k: _flat(raw.get(k)) for k in self.keep}, found.get("margin")
+                )
                 if self.prompts is not None:
                     text = "\n".join(normalise(turn["content"]) for turn in row["prompt"])
                     self.prompts.add(table.prompts[-1], table.openings[-1], text)
@@ -372,6 +378,13 @@ class _Intake:
                 reason = named.finds(texts)
                 if reason:
                     raise DroppedError(reason)
+
+
+def _flat(value: Any) -> Any:
+    """JSON text of a list or an object: Parquet would give all rows the fields of the first, and lose the others."""
+    if not isinstance(value, (list, dict)):
+        return value
+    return json.dumps(value, default=str)
 
 
 def _made(raw: Raw, origin: Origin) -> Iterator[Raw | DroppedError]:
@@ -440,9 +453,10 @@ def _check_settings(
         wrong.append(f"{' + '.join(fractions)}: {sum(fractions.values())}: leaves none to train on")
     if reader not in READERS:
         wrong.append(f"reader: {reader!r}: unknown; known: {', '.join(READERS)}")
+    known = columns_read(reader)
     for ours in columns:
-        if ours not in COLUMNS:
-            wrong.append(f"columns: {ours}: unknown key{nearest(ours, COLUMNS)}")
+        if ours not in known:
+            wrong.append(f"columns: {ours}: unknown key{nearest(ours, known)}")
     for theirs, count in Counter(columns.values()).items():
         if count > 1:
             wrong.append(f"columns: `{theirs}` is mapped twice; keep one of them")

@@ -24,7 +24,8 @@ from align.wording import nearest
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label")
+OURS = ("prompt", "completion", "chosen", "rejected", "messages", "label")
+COLUMNS = (*OURS, *dict.fromkeys(n for c in COMPARISONS.values() for n in c.needs))  # of any reader
 FORMATS = (("prompt", "chosen", "rejected"), ("prompt", "completion"), ("messages",))
 READERS = ("columns", "hh", *COMPARISONS)
 ROLES = ("system", "user", "assistant")
@@ -39,6 +40,11 @@ _SYNONYMS = {
     "rejected": ("dispreferred", "loser", "worse", "worst", "bad", "response_rejected"),
     "messages": ("conversations", "conversation", "dialogue", "turns"),
 }
+
+
+def columns_read(reader: str) -> tuple[str, ...]:
+    """List the names that ``columns`` may map for a reader."""
+    return COMPARISONS[reader].needs or ("prompt",) if reader in COMPARISONS else OURS
 
 
 def kind_read(names: Iterable[str], reader: str) -> str:

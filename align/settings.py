@@ -123,7 +123,8 @@ class Source(Settings):
     revision: str | None = None
     """The commit, branch or tag of a Hub data set."""
     columns: dict[str, str] = {}
-    """Our column names to the source's: ``{rejected: reject}``."""
+    """Our column names to the source's: ``{rejected: reject}``; of ``ultrafeedback``, ``shp`` and ``tldr`` those that they
+    need: ``{history: post}``."""
     pairing: Literal["best_worst", "best_random", "all"] | None = None
     """Of several scored completions: best against worst (the default), best against a random other, or all pairs."""
     margin: float | None = Field(None, ge=0.0)
@@ -133,7 +134,7 @@ class Source(Settings):
     languages: list[str] = []
     """Of ``oasst``: the languages that are kept; without it, all."""
     max_rows: int | None = Field(None, ge=1)
-    """Read no more than the first so many rows."""
+    """Read no more than the first so many rows; of ``oasst``, trees."""
 
     @model_validator(mode="before")
     @classmethod
@@ -169,15 +170,15 @@ class Mixed(Source):
 class Prepare(Source, Stage):
     """Preference data in, checked and split by prompt, Parquet out."""
 
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
     main_process_only: ClassVar[bool] = True
 
     source: str | None = Field(None, min_length=1)
-    """``embedded``, a name of the catalogue, a file or folder (JSONL, JSONL.gz, CSV, Parquet), or a Hub id."""
+    """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name of the catalogue, or a Hub id."""
     mixture: list[Mixed] = []
     """Several sources in place of one, each with its own reader, ``max_rows`` and ``weight``."""
     demonstrations: str | None = None
-    """Another source for SFT; without it, SFT trains on the chosen completions."""
+    """Another source for SFT, no name of the catalogue; without it, SFT trains on the chosen completions."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """The share of prompts held out for ``evaluate``."""
     validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
@@ -187,13 +188,16 @@ class Prepare(Source, Stage):
     near_duplicates: Literal["keep", "drop"] | None = None
     """Look for nearly equal prompts: ``keep`` puts them into one split, ``drop`` keeps the first. Without it, nobody looks."""
     near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
-    """The Jaccard similarity of 5-character pieces from which two prompts are nearly equal."""
+    """The Jaccard similarity of 5-character pieces from which two prompts are nearly equal. It is estimated from 128
+    hashes, so it may be 0.07 off (two standard deviations at 0.8)."""
     decontaminate: list[str] = []
-    """Files, folders or Hub ids with evaluation prompts: rows with one of them are dropped."""
+    """Files, folders (all of their files) or Hub ids (their ``test``) with evaluation prompts, no names of the catalogue:
+    rows with one of these prompts are dropped."""
     ngram: int = Field(13, ge=3)
     """So many words in a row, shared with an evaluation prompt, are contamination; shorter prompts are matched whole."""
     keep: list[str] = []
-    """Columns of the source that come along into ``prompts-*.parquet``, of a prompt's first row."""
+    """Columns of the source that come along into ``prompts-*.parquet``, of a prompt's first row; lists and objects as JSON
+    text."""
 
     @model_validator(mode="after")
     def _one_source_or_many(self) -> Prepare:

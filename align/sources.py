@@ -80,7 +80,7 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     """List the local files that a source names, in reading order; none if it is a Hub id.
 
     In a folder the files with the word ``split`` in their names are taken if there are any
-    (``train-00000-of-00002.parquet``), else all of them.
+    (``train-00000-of-00002.parquet``), else all of them; all where ``split`` is empty.
     """
     if source == "embedded":
         files = [EMBEDDED / name for name in EMBEDDED_FILES]
@@ -162,8 +162,8 @@ def _read_jsonl(path: Path, stream: Stream, max_rows: int | None) -> Iterator[Ra
             wrong.append(f"{path}:{number}: not UTF-8 at byte {error.start}; save it as UTF-8")
         except json.JSONDecodeError as error:
             wrong.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
-        except RecursionError:
-            wrong.append(f"{path}:{number}: not JSON that can be read: nested too deep")
+        except (RecursionError, ValueError) as error:
+            wrong.append(f"{path}:{number}: not JSON that can be read: {_unreadable(error)}")
         else:
             if isinstance(row, dict):
                 count += 1
@@ -181,6 +181,8 @@ def _read_json(path: Path, stream: Stream) -> list[Raw]:
     except json.JSONDecodeError as error:
         repair = "; one object a line is JSONL: name it .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}{repair}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not JSON that can be read: {_unreadable(error)}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, got {_kind(rows)}")
     _raise_wrong(
@@ -307,6 +309,8 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     if not files:
         found = ", ".join(f"`{file.name}`" for file in islice(seen(), 5)) or "nothing"
         raise UserError(f"{folder}: no data files ({', '.join(SUFFIXES)}); found {found}")
+    if not split:
+        return files
     named = [file for file in files if split.lower() in re.split(r"[^a-z0-9]", file.name.lower())]
     return named or files
 
@@ -329,6 +333,11 @@ def _raise_wrong(path: Path, wrong: list[str]) -> None:
 def _kind(value: object) -> str:
     names = {list: "a list", dict: "an object", str: "a text", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _unreadable(error: Exception) -> str:
+    # what is left once it is JSON: Python reads no integer of more than 4,300 digits
+    return "nested too deep" if isinstance(error, RecursionError) else "an integer is too long"
 
 
 def _first_line(error: Exception) -> str:

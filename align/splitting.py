@@ -57,13 +57,12 @@ def streams(
         # the chosen and the desirable completions, each once; not counted as read where the pairs are
         streams["demonstrations"] = _desirable(list(said.values()))
         if other is not None:
-            good = sum(
-                int((s.table.verdict == KEPT).sum() - s.take.sum())
-                for s in streams["demonstrations"]
-                if s.table.kind == "pairs"
-            )
             dropped = sum((t.all_dropped() for t in said.values()), Counter[str]())
-            dropped += Counter({"exact duplicate": good})
+            for s in streams["demonstrations"]:
+                wanted = _said(s.table)
+                bad = int((s.table.verdict == KEPT).sum() - wanted.sum())
+                repeated = int(wanted.sum() - s.take.sum())
+                dropped += Counter({"not desirable": bad, "exact duplicate": repeated})
             shown["demonstrations"] = (sum(t.read.total() for t in said.values()), dropped)
     order = sorted(streams)
     return {kind: streams[kind] for kind in order}, {k: shown[k] for k in order if k in shown}
@@ -72,10 +71,7 @@ def streams(
 def _desirable(tables: Sequence[Table]) -> list[Stream]:
     streams = []
     for table in tables:
-        take = table.verdict == KEPT
-        if table.kind == "unpaired":
-            take = take & ((intake.pairs_of(table.keys)[:, 1] & np.uint64(1)) == 1)
-        streams.append(Stream(table, take))
+        streams.append(Stream(table, _said(table)))
     said = np.concatenate([intake.pairs_of(s.table.said)[s.take] for s in streams])
     first, start = intake.firsts(said), 0
     for stream in streams:
@@ -84,6 +80,14 @@ def _desirable(tables: Sequence[Table]) -> list[Stream]:
         stream.take[places[~first[start : start + len(places)]]] = False
         start += len(places)
     return streams
+
+
+def _said(table: Table) -> Any:
+    """Mark the rows kept whose completion may be demonstrated: all but the undesirable ones."""
+    kept = table.verdict == KEPT
+    if table.kind == "unpaired":
+        kept = kept & ((intake.pairs_of(table.keys)[:, 1] & np.uint64(1)) == 1)
+    return kept
 
 
 def place(
@@ -95,8 +99,9 @@ def place(
 ) -> None:
     """Give every row its split, and refuse a split that is empty though it has a fraction.
 
-    The first user's turn decides: in transcripts one row's prompt is often the beginning of another's, and a conversation
-    must not be trained on from one and held out from another. Of near-duplicates the first that came decides.
+    A prompt's beginning decides, up to its first user's turn, a system turn included: in transcripts one row's prompt is
+    often the beginning of another's, and a conversation must not be trained on from one and held out from another. Where
+    near-duplicates are looked for, the first of them that came decides.
     """
     known: dict[int, int] = {}
     for stream in (stream for many in streams.values() for stream in many):

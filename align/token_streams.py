@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from align.errors import UserError
@@ -53,23 +53,30 @@ def streams(settings: Prepare, stage: str, model: str, n: int) -> list[Stream]:
     if stage in ("reward", "ppo"):
         return _plain(rows, stage, tokenizer)
     with training.refusals():
-        batch = _batch(rows, stage, tokenizer)
-    found = []
+        batch, places, limit = _batch(rows, stage, tokenizer)
+    found = [
+        _left_out(f"row {i + 1}", f"left out by TRL: its prompt alone fills `max_length` {limit}")
+        for i in range(len(rows))
+        if i not in places
+    ]
+    if not places:
+        return found
     masks = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"] == 1
     inside = batch["attention_mask"] == 1
     for i, (ids, mask, real) in enumerate(zip(batch["input_ids"], masks, inside, strict=True)):
         side = {"sft": "demonstration", "kto": "completion"}.get(
-            stage, "chosen" if i < len(rows) else "rejected"
+            stage, "chosen" if i < len(places) else "rejected"
         )
-        row = rows[i % len(rows)]
+        place = places[i % len(places)]
         if stage == "kto":
-            side = f"completion, {'desirable' if row['label'] else 'undesirable'}"
+            side = f"completion, {'desirable' if rows[place]['label'] else 'undesirable'}"
         found.append(
             _stream(
-                f"row {i % len(rows) + 1}, {side}",
+                f"row {place + 1}, {side}",
                 ids[real].tolist(),
                 mask[real].tolist(),
                 tokenizer,
+                limit,
             )
         )
     return found
@@ -96,7 +103,10 @@ def _rows(settings: Prepare, kind: str, n: int) -> list[dict[str, Any]]:
     return found[:n]
 
 
-def _batch(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> Any:
+def _batch(
+    rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any
+) -> tuple[Any, list[int], int | None]:
+    """The batch that TRL makes, the places of the rows that are in it, and the length at which it cuts."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -109,7 +119,9 @@ def _batch(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> Any:
     )  # fmt: skip
     trainer_class = getattr(trl, f"{stage.upper()}Trainer")
     keep = ("prompt", "completion", "chosen", "rejected", "label")
-    data = Dataset.from_list([{k: row[k] for k in keep if k in row} for row in rows])
+    data = Dataset.from_list(
+        [{k: row[k] for k in keep if k in row} | {"place": i} for i, row in enumerate(rows)]
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = training.arguments(
             getattr(trl, f"{stage.upper()}Config"),
@@ -126,12 +138,18 @@ def _batch(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> Any:
             train_dataset=data,
             processing_class=tokenizer,
         )
-        return trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+        left = list(trainer.train_dataset)
+        batch = trainer.data_collator(left) if left else None
+        return batch, [row["place"] for row in left], arguments.max_length
 
 
 def _plain(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> list[Stream]:
+    from trl import RewardConfig
+
     from align import generation
 
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(RewardConfig)}
+    limit = defaults["max_length"]
     found = []
     for i, row in enumerate(rows):
         prompt = tokenizer.apply_chat_template(
@@ -142,14 +160,27 @@ def _plain(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> list[S
             words = "the policy writes on from here; what it samples, eos included, is trained on"
             found.append(Stream(stream.title, stream.ids, stream.tokens, stream.trained, words))
             continue
-        for side in ("chosen", "rejected"):
-            ids = generation.judged_ids(tokenizer, [row["prompt"]], [row[side]])[0]
+        both = generation.judged_ids(
+            tokenizer, [row["prompt"]] * 2, [row["chosen"], row["rejected"]]
+        )
+        longest = max(map(len, both))
+        if limit is not None and longest > limit:
+            words = f"left out by the reward stage: its longer side has {longest} tokens, `max_length` is {limit}"
+            found.append(_left_out(f"row {i + 1}", words))
+            continue
+        for side, ids in zip(("chosen", "rejected"), both, strict=True):
             mask = [False] * (len(ids) - 1) + [True]  # the score is read there
             found.append(_stream(f"row {i + 1}, {side}", ids, mask, tokenizer))
     return found
 
 
-def _stream(title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any) -> Stream:
+def _left_out(title: str, why: str) -> Stream:
+    return Stream(title, [], [], [], why)
+
+
+def _stream(
+    title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any, limit: int | None = None
+) -> Stream:
     trained = [bool(flag) for flag in mask]
     marked = [token for token, flag in zip(ids, trained, strict=True) if flag]
     eos = tokenizer.eos_token
@@ -157,6 +188,8 @@ def _stream(title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any) -> 
         remark = "no token is trained: the prompt alone fills `max_length`"
     elif tokenizer.eos_token_id in marked:
         remark = f"eos {eos!r} is included and trained"
+    elif len(ids) == limit:
+        remark = f"cut at `max_length` {limit}: eos {eos!r} is lost"
     else:
         remark = f"eos {eos!r} is missing: a model trained on this does not learn to stop"
     return Stream(title, ids, [tokenizer.decode([token]) for token in ids], trained, remark)

@@ -237,6 +237,7 @@ def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(
     assert world.share(world.reference) == 0
     assert world.share(world.optimum) == 1
     assert world.distance(world.reference) > 1
+    print(world.told(policy))  # `pytest -rP` shows it
     assert world.share(policy) >= share, world.told(policy)
     if share == 0.99:
         assert world.distance(policy) <= 0.02, world.told(policy)
@@ -319,6 +320,7 @@ def test_dpo_on_bradley_terry_labels_reaches_the_optimal_policy(tmp_path, seed):
     stage(dpo, found, {"model": world.model, "pairs": world.data}, tmp_path / "dpo")
     policy = distribution(tmp_path / "dpo")
     assert world.distance(world.reference) > 0.2
+    print(world.told(policy))
     assert world.distance(policy) <= 0.05, world.told(policy)
 
 
@@ -354,6 +356,7 @@ def test_the_reward_model_recovers_the_reward_up_to_a_constant_for_each_prompt(t
     for i, prompt in enumerate(PROMPTS):
         both = torch.stack([scores(prompt, list(TEXTS)), world.rewards[i]])
         correlation = torch.corrcoef(both)[0, 1].item()
+        print(f"correlation {correlation:.4f}")
         assert correlation >= 0.99, (prompt, correlation)
         # A difference of scores is a log-odds, so the scale is r's too.
         slope = (both.cov()[0, 1] / both[1].var()).item()

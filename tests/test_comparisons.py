@@ -11,8 +11,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from align import catalogue
-from align.comparisons import DroppedError, Options, oasst, shp, trees, ultrafeedback
+from align import catalogue, recipe
+from align.comparisons import DroppedError, Options, oasst, shp, tldr, trees, ultrafeedback
+from align.errors import UserError
 from align.preferences import prepare_rows
 from align.settings import Prepare
 
@@ -160,3 +161,106 @@ def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
 def test_options_that_mean_nothing_are_refused(told: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         Prepare.model_validate(told)
+
+
+def scored(*completions: dict[str, Any]) -> dict[str, Any]:
+    return {"instruction": "Go.", "completions": list(completions)}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (  # two scales are none: 7.5 of 10 is no worse than 8 of another
+            scored(
+                {"response": "a", "overall_score": 7.5}, {"response": "b", "fine-grained_score": 8}
+            ),
+            ["completions have no score in common"],
+        ),
+        (
+            scored(
+                {"response": "a", "overall_score": 9, "rating": 1},
+                {"response": "b", "rating": "2"},
+            ),
+            ["ba"],
+        ),
+        (
+            scored(
+                {"response": "a", "score": 1},
+                {"response": None, "score": 9},
+                {"response": "c", "score": 3},
+            ),
+            ["completion without text", "ca"],
+        ),
+        (scored({"response": "a", "score": 10**400}, {"response": "b", "score": 1}),
+         ["completions have no score in common"]),
+    ],
+)  # fmt: skip
+def test_completions_of_a_row_are_compared_by_one_score(row: dict[str, Any], found: list[str]):
+    assert sides(ultrafeedback(row, Options())) == found
+
+
+def test_a_choice_that_is_a_float_is_one():
+    row = {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1.0}
+    assert sides(tldr(row, Options())) == ["ba"]
+
+
+def message(name: object, parent: object, role: str = "prompter", **more: Any) -> dict[str, Any]:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": str(name)} | more
+
+
+def test_messages_that_are_in_no_tree_are_counted():
+    tree = [
+        message("q", None),
+        message("a", "q", "assistant", rank=0),
+        message("b", "q", "assistant", rank=1),
+    ]
+    odd = [
+        message("a", "q", "assistant", rank=0),
+        message([1], None),
+        message("e", {}),
+        message("f", "nowhere"),
+        message("g", "f", "assistant"),
+        *[message("x", "y"), message("y", "x", "assistant"), message("z", "y")],
+        message("s", None, "assistant"),
+    ]
+    rows = list(trees(iter([*odd, *tree])))
+    found = [reason for row in rows for reason in sides(oasst(row, Options()))]
+    assert sorted(found) == sorted([
+        "ab", "repeated message_id", "message_id is not a text or a number", "parent_id is not a text or a number",
+        "no tree of messages", *["parents go round in a circle"] * 3, "no user's message in the tree",
+    ])  # fmt: skip
+    assert sides(oasst({"prompt": message("q", None, replies=5)}, Options())) == [
+        "replies are not a list"
+    ]
+
+
+def test_a_cap_counts_trees_and_not_their_messages(tmp_path: Path):
+    rows = [message(f"q{k}", None) for k in range(20)]
+    for k in range(20):
+        rows += [message(f"{side}{k}", f"q{k}", "assistant", rank=i) for i, side in enumerate("ab")]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prepared = prepare_rows(str(file), reader="oasst", max_rows=12, test_fraction=0.0)
+    assert (prepared.read["pairs"], prepared.dropped) == (12, {})
+
+
+def test_the_columns_of_a_reader_can_be_mapped(tmp_path: Path):
+    row = {"human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 8, "score_B": 2}
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"post": "h", **row}) + "\n", encoding="utf-8")
+    told = recipe.one_stage(
+        "prepare", [f"source={file}", "reader=shp", "columns={history: post}", "test_fraction=0.0"]
+    )
+    prepared = prepare_rows(**told.model_dump(exclude={"stage"}))
+    assert prepared.tables["pairs"]["train"][0]["prompt"][0]["content"] == "h"
+    with pytest.raises(UserError, match="columns: history: unknown key"):
+        prepare_rows(str(file), columns={"history": "post"})
+
+
+def test_a_file_or_folder_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert Prepare(source="shp").source == "stanfordnlp/SHP"
+    for name in ("shp", "embedded"):
+        (tmp_path / name).mkdir()
+    assert (Prepare(source="shp").source, Prepare(source="shp").reader) == ("shp", "columns")
+    assert Prepare(source="embedded").source == "embedded"

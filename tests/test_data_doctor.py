@@ -232,7 +232,9 @@ def test_kept_columns_come_along_with_the_first_row_of_a_prompt(tmp_path: Path):
         for s in ("train", "test")
         for r in pq.read_table(out / f"prompts-{s}.parquet").to_pylist()
     ]
-    assert sorted((r["tests"], r["meta"]["level"]) for r in found) == [([k], k) for k in range(40)]
+    assert sorted((json.loads(r["tests"]), json.loads(r["meta"])["level"]) for r in found) == [
+        ([k], k) for k in range(40)
+    ]
     assert pq.read_schema(out / "pairs-train.parquet").names[-1] == "prompt_id"
     with pytest.raises(UserError, match=r"keep: .* has no column `test`; did you mean `tests`"):
         prepare(source, keep=["test"])
@@ -308,3 +310,104 @@ def test_counts_of_the_real_file_agree_with_a_script_of_its_own():
     assert sum(found.figures["pairs"].values()) == kept == 2299
     assert found.figures["chosen_longer_share"] == longer / kept
     assert sum(found.figures["prompts"].values()) == len(prompts)
+
+
+LONG = "please write a long and detailed story about the little brown fox who lived in the forest"
+
+
+@pytest.mark.parametrize("what", ["drop", "keep"])
+def test_nobody_is_a_near_duplicate_of_a_row_that_was_dropped(tmp_path: Path, what: str):
+    pair = {"prompt": LONG, "chosen": "a", "rejected": "b"}
+    turned = {"prompt": LONG, "chosen": "b", "rejected": "a"}
+    twin = {"prompt": LONG + ".", "chosen": "c", "rejected": "d"}
+    source = jsonl(tmp_path / "a.jsonl", [*clean(60), pair, turned, twin])
+    ready = prepare(source, near_duplicates=what)
+    assert ready.dropped == {"pairs: contradiction": 2}
+    assert ready.findings["near_duplicate_prompts"] == 0
+    assert ids(ready)[twin["prompt"]] == ids(prepare(source))[twin["prompt"]]
+
+
+def test_nobody_is_a_near_duplicate_of_demonstrations_that_others_replace(tmp_path: Path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", [{"prompt": LONG + ".", "completion": "x"}])
+    jsonl(folder / "b.jsonl", [*clean(60), {"prompt": LONG, "chosen": "c", "rejected": "d"}])
+    others = [{"prompt": row["prompt"], "completion": "y"} for row in clean(60, seed=3)]
+    said = jsonl(tmp_path / "said.jsonl", others)
+    ready = prepare(str(folder), demonstrations=said, near_duplicates="drop")
+    assert ready.dropped == {}
+
+
+def test_prompts_that_are_dropped_do_not_share_a_split(tmp_path: Path):
+    rows = clean(60)
+    source = jsonl(tmp_path / "a.jsonl", [*rows, {**rows[0], "prompt": rows[0]["prompt"] + "!"}])
+    for what, words in (("drop", "they are dropped"), ("keep", "they share its split")):
+        figures = doctor.examine(Prepare(source=source, near_duplicates=what)).figures
+        assert f"1 prompts nearly repeat an earlier one; {words}." in list(
+            doctor.sentences(figures)
+        )
+
+
+def test_all_files_of_a_folder_are_evaluation_prompts_and_none_is_no_text(tmp_path: Path):
+    rows = clean(60)
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    for k, name in enumerate(("test", "dev")):
+        jsonl(folder / f"{name}.jsonl", [{"prompt": rows[k]["prompt"]}])
+    source = jsonl(tmp_path / "a.jsonl", [*rows, {**rows[2], "prompt": "None"}])
+    ready = prepare(source, decontaminate=[str(folder)])
+    assert ready.dropped == {f"pairs: prompt is in {folder}": 2}
+    empty = [{"messages": [{"role": "user", "content": None}]}]
+    with pytest.raises(UserError, match="1 rows have no text under `prompt`"):
+        prepare(source, decontaminate=[jsonl(tmp_path / "x.jsonl", empty)])
+
+
+def test_kept_objects_with_other_fields_in_later_rows_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stage, "ROW_GROUP", 10)
+    metas = [{"level": k} if k < 30 else {"depth": [k]} for k in range(60)]
+    rows = [{**row, "meta": meta} for row, meta in zip(clean(60), metas, strict=True)]
+    out = tmp_path / "out"
+    told = Prepare(source=jsonl(tmp_path / "a.jsonl", rows), keep=["meta"], test_fraction=0.0)
+    stage.run(told, {}, out, Track("prepare", out, Silent(), main=True))
+    found = pq.read_table(out / "prompts-train.parquet")["meta"].to_pylist()
+    assert [json.loads(text) for text in found] == metas
+
+
+def test_bars_of_whole_numbers_hold_as_many_of_them_each():
+    histogram = doctor._histogram("words", list(range(1, 41)), [10] * 40)
+    assert histogram.counts == [20] * 20
+    assert (histogram.edges[0], histogram.edges[1], histogram.edges[-1]) == (1, 3, 40)
+    one = doctor._histogram("words", [7], [3])
+    assert (one.counts, one.edges) == ([3], [7, 7])
+
+
+def test_the_longest_row_is_named_and_the_long_ones_are_counted(tmp_path: Path):
+    rows = clean(60)
+    rows[7]["rejected"] = "word " * 5000
+    rows[8]["chosen"] = "word " * 1500
+    out = tmp_path / "out"
+    told = Prepare(source=jsonl(tmp_path / "a.jsonl", rows))
+    figures = stage.run(told, {}, out, Track("prepare", out, Silent(), main=True))
+    long = pair(rows[7])
+    words = 5000 + len(rows[7]["prompt"].split())
+    assert figures["longest_rows"]["pairs"] == {
+        "words": words, "prompt_id": long["prompt_id"], "long": 2,
+    }  # fmt: skip
+    sentence = (
+        f"The longest of the pairs has {words:,} words (prompt_id `{long['prompt_id']}`);"
+        " above 1,000 words: 2."
+    )
+    assert sentence in list(doctor.sentences(figures))
+    assert sentence in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_accuracy_of_all_has_a_width():
+    told = WordFloor()
+    for k in range(100):
+        told.add(pair({"prompt": f"p {k}", "chosen": "please", "rejected": "never"}))
+    found = told.accuracy()
+    assert found is not None and found["accuracy"] == 1.0
+    # Wilson's interval of 100 of 100 is from n / (n + z²) = 0.963 to 1
+    assert found["half_width"] == pytest.approx((1 - 100 / (100 + 1.96**2)) / 2)

@@ -554,3 +554,31 @@ def test_importing_is_light():
         check=True,
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_demonstrations_from_labelled_completions_are_all_accounted_for(tmp_path: Path):
+    said = [{"prompt": f"Q {k}", "completion": f"c {k}", "label": k % 3 == 0} for k in range(60)]
+    said += [{"prompt": "Q 0", "completion": "c 0", "label": True}]
+    labelled_rows = jsonl(tmp_path / "said.jsonl", said)
+    pairs = jsonl(tmp_path / "pairs.jsonl", [{**GOOD, "prompt": f"P {k}"} for k in range(5)])
+    found = whole(pairs, demonstrations=str(labelled_rows))
+    assert found.read["demonstrations"] == 61
+    assert found.dropped == {
+        "demonstrations: exact duplicate": 1,
+        "demonstrations: not desirable": 40,
+    }
+    assert len(kept(found, "demonstrations")) == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "nested too deep"), ("[" + "1" * 5000 + "]", "an integer is too long")],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_that_python_cannot_read_is_one_line(
+    tmp_path: Path, name: str, text: str, message: str
+):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name}.*: not JSON that can be read: {message}") as found:
+        whole(tmp_path / name)
+    assert len(found.value.lines) == 1

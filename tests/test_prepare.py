@@ -128,3 +128,14 @@ def test_what_is_wrong_is_raised_before_anything_is_written(tmp_path: Path):
     with pytest.raises(UserError, match="fell into `test`"):
         run(recipe(pairs_file(tmp_path / "a.jsonl"), test_fraction=1e-9), {}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_says_what_decides_the_split(tmp_path: Path):
+    source = pairs_file(tmp_path / "a.jsonl")
+    cards = {}
+    for name, knobs in {"plain": {}, "near": {"near_duplicates": "keep"}}.items():
+        run(recipe(source, **knobs), {}, tmp_path / name)
+        cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert all("up to its first user's turn, a system turn included" in c for c in cards.values())
+    words = "Of nearly equal prompts the first that came decides"
+    assert [words in card for card in cards.values()] == [False, True]

@@ -79,3 +79,94 @@ def test_the_marked_tokens_are_those_that_trl_trains_on(tmp_path_factory: pytest
     start = sft.trained.index(True)
     assert "".join(sft.tokens[:start]).endswith("<|im_start|>assistant\n")
     assert all(sft.trained[start:])
+
+
+def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_are_left_out_or_cut_are_said_to_be(tmp_path_factory: pytest.TempPathFactory):
+    world = tiny.world(tmp_path_factory.getbasetemp())
+    folder = tmp_path_factory.mktemp("long")
+    long = "word " * 3000
+    sides = {"chosen": "Yes.", "rejected": "No."}
+    rows = [
+        {"prompt": long, **sides},
+        {"prompt": "Say it.", **sides},
+        {"prompt": "Say more.", **sides, "chosen": long},
+    ]
+    told = Prepare(source=rows_file(folder / "a.jsonl", rows), test_fraction=0.0)
+
+    def shown(stage: str, n: int = 3) -> dict[str, tuple[int, str]]:
+        found = token_streams.streams(told, stage, str(world.sft), n)
+        return {stream.title: (sum(stream.trained), stream.remark) for stream in found}
+
+    for stage in ("dpo", "sft"):
+        found = shown(stage)
+        assert found.pop("row 1") == (
+            0, "left out by TRL: its prompt alone fills `max_length` 1024",
+        )  # fmt: skip
+        titles = [title for title in found if not title.endswith("rejected")]
+        assert [title.partition(",")[0] for title in titles] == ["row 2", "row 3"]
+        assert "is included and trained" in found[titles[0]][1]
+        assert found[titles[1]][1] == "cut at `max_length` 1024: eos '<|im_end|>' is lost"
+        assert list(shown(stage, 1)) == ["row 1"]
+    reward = shown("reward")
+    assert list(reward) == ["row 1", "row 2, chosen", "row 2, rejected", "row 3"]
+    for title in ("row 1", "row 3"):
+        trained, remark = reward[title]
+        assert trained == 0 and remark.startswith("left out by the reward stage: its longer side")
+
+
+def test_a_mixture_stands_in_place_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        rows = [
+            {"prompt": f"Say {name} {k}.", "chosen": f"It is {k}.", "rejected": "No."}
+            for k in range(40)
+        ]
+        rows_file(tmp_path / f"{name}.jsonl", rows)
+    told = ["mixture=[{source: a.jsonl}, {source: b.jsonl}]", "test_fraction=0.2"]
+    for order in (told, told[::-1]):
+        assert command(["data", "doctor", *order], monkeypatch) == 0
+        out = capsys.readouterr().out
+        assert "of b.jsonl: 40 pairs read, 40 kept" in out
+    assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 0
+    assert "a.jsonl + b.jsonl → out" in capsys.readouterr().out
+    assert command(["data", "doctor", "a.jsonl", told[0]], monkeypatch) == 2
+    assert "give one of `source` and `mixture`" in capsys.readouterr().err
+
+
+def test_a_source_s_name_is_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x #1.jsonl", "a: b.jsonl", "1e3", "é \U0001f600.jsonl"):
+        assert cli._prepare_settings(name, None).source == name
+
+
+def test_prepare_leaves_a_whole_folder_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    rows = [
+        {"prompt": f"Say {k}.", "chosen": f"It is {k}.", "rejected": "No.", "note": k if k else "x"}
+        for k in range(60)
+    ]
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path / "a.jsonl", rows)
+    told = ["data", "prepare", "a.jsonl", "--out", "out"]
+    assert command([*told, "keep=[note]"], monkeypatch) == 2
+    assert "a kept column does not hold one type" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+    assert command([*told[:-1], "a.jsonl/out"], monkeypatch) == 2
+    assert "a.jsonl/out.partial: cannot be made: Not a directory" in capsys.readouterr().err
+    (tmp_path / "out.partial").mkdir()
+    assert command(told, monkeypatch) == 2
+    assert "out.partial: is there from a run that was cut off" in capsys.readouterr().err
+    (tmp_path / "out.partial").rmdir()
+    (tmp_path / "out").mkdir()  # an empty one is no obstacle
+    assert command(told, monkeypatch) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    assert (tmp_path / "out" / "README.md").is_file()

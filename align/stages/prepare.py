@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from align import artifact, catalogue
 from align.errors import UserError
-from align.figures import LONGER_WARNING, Tally, WordFloor, of_ready
+from align.figures import LONG_ROW, LONGER_WARNING, Tally, WordFloor, of_ready
 from align.preferences import prepare
 from align.readers import Row
 from align.sources import EMBEDDED
@@ -130,7 +130,13 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         lines += ["", "The demonstrations are the chosen (or desirable) completions, each once."]
     lines += [
         "",
-        "No prompt is in two splits: a hash of the normalised prompt and the seed decides.",
+        "No prompt is in two splits: a hash of the seed and of the prompt's beginning decides, normalised, up to its first"
+        " user's turn, a system turn included."
+        + (
+            " Of nearly equal prompts the first that came decides for all."
+            if settings["near_duplicates"]
+            else ""
+        ),
     ]
 
     lines += ["", "## Dropped", ""]
@@ -189,9 +195,15 @@ def figures_in_words(figures: Mapping[str, Any]) -> list[str]:
             f"A classifier that only counts words is right for {floor['accuracy']:.1%} ± {floor['half_width']:.1%} of"
             f" {floor['pairs']:,} pairs it did not see: a reward model must beat that."
         )
-    if "near_duplicate_prompts" in figures:
+    for kind, found in figures["longest_rows"].items():
         lines.append(
-            f"{figures['near_duplicate_prompts']:,} prompts nearly repeat an earlier one; they share its split."
+            f"The longest of the {kind} has {found['words']:,} words (prompt_id `{found['prompt_id']}`);"
+            f" above {LONG_ROW:,} words: {found['long']:,}."
+        )
+    if "near_duplicate_prompts" in figures:
+        what = "are dropped" if figures["near_duplicates"] == "drop" else "share its split"
+        lines.append(
+            f"{figures['near_duplicate_prompts']:,} prompts nearly repeat an earlier one; they {what}."
         )
     leak = figures["leakage"]
     lines.append(
