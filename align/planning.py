@@ -125,7 +125,7 @@ def _sources(settings: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
     for i, entry in enumerate(settings.mixture):
         named[f"mixture.{i}"] = (entry.source, entry.data_split, entry.revision)
     for i, name in enumerate(settings.decontaminate):
-        named[f"decontaminate.{i}"] = (name, "test", None)
+        named[f"decontaminate.{i}"] = (name, "", None)  # every file of a folder
     digests: dict[str, str] = {}
     wrong: list[tuple[str, str]] = []
     for key, (source, split, revision) in named.items():
