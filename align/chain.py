@@ -44,6 +44,7 @@ def run(
     checks.hub_models(recipe, due)
     checks.environments(recipe, due)
     checks.functions(recipe, due)
+    checks.samplers(recipe, due)
     started = time.monotonic()
     if due or processes.world_size() > 1:
         processes.join()

@@ -17,6 +17,7 @@ from align.settings import (
     SFT,
     Control,
     Evaluate,
+    Label,
     Reward,
     Sample,
     Stage,
@@ -106,6 +107,32 @@ def functions(recipe: Recipe, due: Sequence[Step]) -> None:
         raise UserError(*problems)
 
 
+def samplers(recipe: Recipe, due: Sequence[Step]) -> None:
+    """Ask each vLLM server whether it is there: the stage that needs it may come hours later.
+
+    Raises:
+        UserError: One line for each that is not.
+    """
+    from urllib.request import urlopen
+
+    problems = []
+    for step in due:
+        settings = step.settings
+        if not isinstance(settings, PPO) or settings.sampler != "vllm":
+            continue
+        try:
+            with urlopen(f"{settings.vllm_url.rstrip('/')}/health", timeout=5):
+                pass
+        except (OSError, ValueError) as error:
+            where = recipe.at(step.name, "vllm_url")
+            problems.append(
+                f"{where}: {settings.vllm_url}: no server answers ({error}); start it with `vllm serve`, or set "
+                "`sampler: transformers`"
+            )
+    if problems:
+        raise UserError(*problems)
+
+
 def environments(recipe: Recipe, due: Sequence[Step]) -> None:
     """Make each environment once: that it is there, installed, and of a kind that a policy fits.
 
@@ -147,6 +174,11 @@ def prepared(recipe: Recipe, data: Path, due: Sequence[Step]) -> None:
             problems += unfit(recipe, step.name, step.settings, tables, prompts)
             problems += _unmixed(recipe, step.name, step.settings, data)
             problems += _without_columns(recipe, step.name, step.settings, data)
+        if isinstance(step.settings, Label) and step.settings.judge == "gold":
+            sampled = next((s for s in due if s.folder == step.inputs["completions"]), None)
+            if sampled is not None and data in sampled.inputs.values():
+                split = getattr(sampled.settings, "split", "train")
+                problems += _not_gold(recipe, step.name, prompts(split), "name a reward model")
     if problems:
         raise UserError(*problems)
 
@@ -224,19 +256,24 @@ def unfit(
         if table not in tables
     ]
     if isinstance(settings, Evaluate | PPO) and settings.judge == "gold" and not problems:
-        from align.judges import gold
-
         split = settings.split if isinstance(settings, Evaluate) else "train"
-        try:
-            for text in prompts(split):
-                gold.parse_prompt(text)
-        except ValueError as error:
-            repair = (
-                f"without a judge measure `implicit_rewards`: {name}.judge=null {name}.implicit_rewards=true"
-                if isinstance(settings, Evaluate)
-                else f"set {name}.judge=null"
-            )
-            problems.append(
-                f"{recipe.at(name, 'judge')}: `gold` scores the embedded task's prompts only: {error}; {repair}"
-            )
+        repair = (
+            f"without a judge measure `implicit_rewards`: {name}.judge=null {name}.implicit_rewards=true"
+            if isinstance(settings, Evaluate)
+            else f"set {name}.judge=null"
+        )
+        problems += _not_gold(recipe, name, prompts(split), repair)
     return problems
+
+
+def _not_gold(recipe: Recipe, name: str, texts: Sequence[str], repair: str) -> list[str]:
+    """Whether there is a prompt that the gold score does not know."""
+    from align.judges import gold
+
+    try:
+        for text in texts:
+            gold.parse_prompt(text)
+    except ValueError as error:
+        where = recipe.at(name, "judge")
+        return [f"{where}: `gold` scores the embedded task's prompts only: {error}; {repair}"]
+    return []

@@ -292,6 +292,27 @@ def test_pairs_of_a_reward_model_follow_its_scores(
         assert found[row["prompt_id"], row["rejected"][0]["content"]] == min(scores)
 
 
+def test_gold_on_other_prompts_is_told_before_anything_trains(tmp_path: Path, launch: Any):
+    rows = "".join(
+        f'{{"prompt": "Question {k}?", "chosen": "Yes, {k}.", "rejected": "No."}}\n'
+        for k in range(40)
+    )
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    (tmp_path / "recipe.yaml").write_text(
+        """\
+stages:
+  prepare: {source: pairs.jsonl, test_fraction: 0.2}
+  sft: {model: {vocab_size: 300, hidden_size: 32}}
+  sample: {model: sft}
+  label: {judge: gold}
+"""
+    )
+    done = launch("recipe.yaml")
+    assert done.code == 2
+    assert "label.judge: `gold` scores the embedded task's prompts only" in done.err
+    assert "sft: running" not in done.out
+
+
 # Onwards
 
 

@@ -102,6 +102,27 @@ def test_its_log_probabilities_become_weights_that_are_capped(world):
     assert_close(weights, torch.tensor([[1.0, 0.6065307, 2.0], [1.0, 1.0, 1.0]]))
 
 
+def test_a_server_that_is_not_there_is_told_before_anything_trains(tmp_path: Path, launch: Any):
+    (tmp_path / "recipe.yaml").write_text(
+        """\
+stages:
+  prepare: {source: embedded, max_rows: 40}
+  sft: {model: {vocab_size: 300, hidden_size: 32}}
+  ppo:
+    model: sft
+    rewards: ["align.judges.gold:rewards"]
+    steps: 1
+    batch_size: 2
+    sampler: vllm
+    vllm_url: http://127.0.0.1:9
+"""
+    )
+    done = launch("recipe.yaml")
+    assert done.code == 2
+    assert "ppo.vllm_url: http://127.0.0.1:9: no server answers" in done.err
+    assert "running" not in done.out
+
+
 def test_without_vllm_a_run_ends_in_a_line_that_names_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(processes, "is_main", lambda: True)
     with pytest.raises(UserError, match="vLLM is not installed"):
