@@ -157,8 +157,8 @@ stages:
   prepare: {source: embedded, max_rows: 200}
   sft:
     model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
-    trainer: {max_steps: 8, bf16: false, gradient_checkpointing: false}
-  sample: {model: sft, n_prompts: 30, n_completions: 3, max_new_tokens: 16, batch_size: 12}
+    trainer: {max_steps: 80, learning_rate: 1.0e-2, bf16: false, gradient_checkpointing: false} # ends its sentences
+  sample: {model: sft, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}
   label: {judge: gold, pairing: all, labels: bradley_terry}
   kto:
     model: sft
@@ -187,7 +187,7 @@ def test_two_processes_sample_and_label_what_one_does_and_train_kto_on_it(tmp_pa
     # The policies differ, for two processes trained on other batches: so the same policy is sampled by both.
     (policy,) = (tmp_path / "one").glob("sft-*")
     (data,) = (tmp_path / "one").glob("prepare-*")
-    text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 16, batch_size: 12}}\n  label: {{judge: gold, pairing: all, labels: bradley_terry}}\n"
+    text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, labels: bradley_terry}}\n"
     (tmp_path / "again.yaml").write_text(text)
     done = call(*LAUNCH, *TWO, SCRIPT, "again.yaml", "--runs", "again", folder=tmp_path)
     assert done.returncode == 0, done.stderr
