@@ -1,4 +1,12 @@
-"""The one error that a user can mend."""
+"""The one error that a user can mend.
+
+How a wrong value is told: what was expected, what was found, the repair."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +15,48 @@ class UserError(ValueError):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+
+def mismatch(expected: str, found: object, text: str | None) -> str:
+    """``expected a number, got the text '5e-7' (…the repair…)``."""
+    message = f"expected {expected}, got {shown(found)}"
+    if isinstance(found, bool) and text is not None and text.lower() not in ("true", "false"):
+        read = "true" if found else "false"
+        return (
+            f"expected {expected}, got {text}, which YAML reads as {read}: write '{text}' in quotes"
+        )
+    if "number" in expected and isinstance(found, str) and NUMBER.match(found.strip()):
+        if "e" in found.lower():
+            mantissa, exponent = found.strip().lower().split("e")
+            mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+            exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
+            return f"{message} (YAML reads {found} as text: write {mantissa}e{exponent})"
+        return f"{message} (write it without quotes)"
+    return message
+
+
+def shown(value: object) -> str:
+    """A value as a message names it; long text is cut."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) < 80 else f"the text {value[:77]!r}…"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return str(value)
+
+
+def nearest(word: str, known: Iterable[str], *, only_near: bool = False) -> str:
+    """``; did you mean `beta`?``, or else all that is known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return "" if only_near else f"; known: {', '.join(known)}"

@@ -26,10 +26,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from align import recipe
-from align.control import worlds
-from align.control.algorithms import Learner
+from align.config import recipe
+from align.control import spaces
 from align.control.environments import Environments
+from align.control.trainer import PolicyGradientTrainer
 from align.stages import control
 
 CARTPOLE, SOLVED, EPISODES, EVERY = "CartPole-v1", 475.0, 100, 2048
@@ -61,9 +61,9 @@ def mean_return(act: Act, seed: int) -> float:
 
 def ours(seed: int) -> Found:
     """Train with the recipe's settings."""
-    settings = recipe.read(RECIPE, []).stages["control"]
-    world = worlds.look(CARTPOLE, {}, None)
-    learner = Learner(control.plan(settings), world, seed)
+    settings = recipe.load_recipe(RECIPE, []).stages["control"]
+    world = spaces.inspect_env(CARTPOLE, {}, None)
+    learner = PolicyGradientTrainer(control.plan(settings), world, seed)
 
     @torch.no_grad()
     def act(seen: np.ndarray) -> np.ndarray:

@@ -23,7 +23,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.run import quiet_libraries
+from align.config import recipe
+from align.config.evaluate import Evaluate
+from align.config.training import KTO
+from align.functional import winrate
+from align.pipeline import runner
+from align.runtime import distributed
+from align.runtime.environment import quiet_libraries
+from align.runtime.progress import Display, Logger
+from align.training import trl_trainer
 
 quiet_libraries()  # before what reads the environment is imported
 
@@ -31,20 +39,15 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from align import chain, processes, recipe, training
-from align.functional import winrate
-from align.settings import KTO, Evaluate
-from align.tracking import Display, Track
-
 RECIPE = Path(__file__).parents[1] / "recipes" / "kto.yaml"
 SIDES = ("trl", "shuffled", "align")
 
 
-def trained(side: str, settings: KTO, inputs: dict[str, Any], folder: Path, track: Track) -> float:
+def trained(side: str, settings: KTO, inputs: dict[str, Any], folder: Path, track: Logger) -> float:
     """Train one side into ``folder``, and return the seconds that took."""
     from align.stages import kto
 
-    processes.clean_state(settings.seed)
+    distributed.reset_process_state(settings.seed)
     trainer = (kto.build if side == "align" else kto.as_trl_feeds_it)(settings, inputs, folder)
     if side == "shuffled":
         # The KL completions are TRL's, made anew in the new order by TRL's own code.
@@ -53,7 +56,7 @@ def trained(side: str, settings: KTO, inputs: dict[str, Any], folder: Path, trac
         tokenizer = trainer.processing_class
         trainer.train_dataset = trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
     started = time.monotonic()
-    training.fit(trainer, folder, track)
+    trl_trainer.train(trainer, folder, track)
     return time.monotonic() - started
 
 
@@ -81,13 +84,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where SFT is reused, or trained")  # fmt: skip
     parser.add_argument("overrides", nargs="*", default=[], help="as in a recipe: kto.beta=0.2")
     args = parser.parse_intermixed_args()
-    processes.join()
+    distributed.init_process_group()
     display = Display(Console(quiet=True))
     wins: dict[str, dict[int, torch.Tensor]] = {side: {} for side in args.sides}
     seconds: dict[str, list[float]] = {side: [] for side in args.sides}
     for seed in args.seeds:
-        read = recipe.read(RECIPE, [f"all.seed={seed}", *args.overrides])
-        done = chain.run(read, args.runs, display, until="sft")["stages"]
+        read = recipe.load_recipe(RECIPE, [f"all.seed={seed}", *args.overrides])
+        done = runner.run_recipe(read, args.runs, display, until="sft")["stages"]
         data, sft = (Path(stage["folder"]) for stage in done)
         settings, asked = read.stages["kto"], read.stages["evaluate"]
         assert isinstance(settings, KTO)
@@ -99,13 +102,13 @@ def main() -> None:
             folder.mkdir(parents=True)
             display.start(side, folder, "running")
             inputs = {"model": sft, "preferences": data}
-            track = Track(side, folder, display, main=True)
+            track = Logger(side, folder, display, main=True)
             seconds[side].append(trained(side, settings, inputs, folder, track))
         from align.stages import evaluate
 
         asked = asked.model_copy(update={"policies": list(args.sides), "implicit_rewards": False})
         targets = {f"policies.{i}": place / side for i, side in enumerate(args.sides)}
-        track = Track("evaluate", place, display, main=True)
+        track = Logger("evaluate", place, display, main=True)
         display.start("evaluate", place, "running")
         metrics = evaluate.run(asked, {**targets, "baseline": sft, "prompts": data}, place, track)
         (place / "metrics.json").write_text(json.dumps(metrics, indent=1))

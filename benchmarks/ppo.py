@@ -42,10 +42,11 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     from tokenizers import AddedToken
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from align import generation, models
-    from align.stages.prepare import TableWriter
+    from align.data.tables import TableWriter
+    from align.models import tokenization
+    from align.rewards import reward_model
 
-    tokenizer = models.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
+    tokenizer = tokenization.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
     words = [AddedToken(f"<t{i}>", normalized=False) for i in range(300, args.vocabulary)]
     tokenizer.add_tokens(words)
     torch.manual_seed(0)
@@ -60,7 +61,9 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     ):
         kind(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(str(folder / name))
-    adapter = models.new_scorer(folder / "policy", lora=LORA | {"dropout": 0.0}, dtype="float32")
+    adapter = reward_model.new_reward_model(
+        folder / "policy", lora=LORA | {"dropout": 0.0}, dtype="float32"
+    )
     adapter.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(str(folder / "adapter"))
     draw = random.Random(0)
@@ -82,7 +85,7 @@ def make(folder: Path, args: argparse.Namespace) -> None:
         for row in rows:
             writer.add({key: row[key] for key in keys})
         writer.close()
-    ids = generation.prompt_ids(tokenizer, [row["prompt"] for row in rows])
+    ids = tokenization.tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
     each = [row for row in ids for _ in range(args.per_prompt)]
     (folder / "prompts.json").write_text(json.dumps(each))
 
@@ -100,15 +103,16 @@ def settings(folder: Path, args: argparse.Namespace, *, lora: bool) -> dict[str,
 
 def ours(told: dict[str, Any]) -> dict[str, Any]:
     """Our side, in this process."""
-    from align import processes, run
-    from align.settings import PPO
-    from align.stages import ppo
-    from align.tracking import Silent, Track
+    from align.config.ppo import PPO
+    from align.models import logps
+    from align.online_rl import trainer
+    from align.runtime import distributed, environment
+    from align.runtime.progress import Logger, NullDisplay
 
-    run.quiet_libraries()
+    environment.quiet_libraries()
     start = _resident("VmRSS")
-    processes.join()
-    processes.clean_state(told["seed"])
+    distributed.init_process_group()
+    distributed.reset_process_state(told["seed"])
     lora = told["lora"]
     chosen = PPO(
         model="policy", rewards=["reward"], steps=told["updates"] + 1, batch_size=told["batch_size"],
@@ -122,14 +126,13 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     reward = str(data / "adapter") if lora else told["reward"]
     inputs = {"model": told["policy"], "prompts": data, "rewards.0": reward}
     with tempfile.TemporaryDirectory() as folder:
-        display = Silent()
-        track = Track("ppo", Path(folder), display, main=True)
+        display = NullDisplay()
+        track = Logger("ppo", Path(folder), display, main=True)
         display.start("ppo", Path(folder), "")
-        learner = ppo.build(chosen, inputs, Path(folder), track)
+        learner = trainer.build_trainer(chosen, inputs, Path(folder), track)
         _reset_peak()
-        from align import training
 
-        with training.small_tiles():
+        with logps.small_vocabulary_tiles():
             learner.step(0)
             began, cpu = time.perf_counter(), time.process_time()
             parts = []
@@ -154,15 +157,15 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
 
 def sft(told: dict[str, Any]) -> dict[str, Any]:
     """SFT with LoRA by TRL's trainer on rows of the same length and as many of them at once, without our sharing."""
-    from align import processes, run
-    from align.settings import SFT
-    from align.stages import sft as stage
-    from align.tracking import Silent, Track
+    from align.config.training import SFT
+    from align.runtime import distributed, environment
+    from align.runtime.progress import Logger, NullDisplay
+    from align.stages.sft import run
 
-    run.quiet_libraries()
+    environment.quiet_libraries()
     start = _resident("VmRSS")
-    processes.join()
-    processes.clean_state(0)
+    distributed.init_process_group()
+    distributed.reset_process_state(0)
     knobs = {
         "per_device_train_batch_size": told["micro_batch_size"], "max_steps": 4, "bf16": False,
         "gradient_checkpointing": False, "max_length": 4096, "save_strategy": "no",
@@ -174,14 +177,14 @@ def sft(told: dict[str, Any]) -> dict[str, Any]:
         trainer=knobs,
     )
     with tempfile.TemporaryDirectory() as folder:
-        display = Silent()
+        display = NullDisplay()
         display.start("sft", Path(folder), "")
         _reset_peak()
-        stage.run(
+        run(
             chosen,
             {"model": told["policy"], "demonstrations": Path(told["prompts"]).parent},
             Path(folder),
-            Track("sft", Path(folder), display, main=True),
+            Logger("sft", Path(folder), display, main=True),
         )
     return {"peak_bytes": _resident("VmHWM"), "start_bytes": start}
 

@@ -47,7 +47,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from align import models, preferences, prefix_sharing, processes, training
+from align.data import prepare
+from align.models import logps, tokenization
+from align.models.prefix_sharing import wrapper
+from align.runtime import distributed
 
 # Mean lengths of prompt and completion, and the spread of their logarithms.
 SHAPES = {"TL;DR": (300, 30, 0.16), "HH": (120, 90, 0.57), "UltraFeedback": (150, 280, 0.67)}
@@ -87,19 +90,19 @@ def tokenizer(vocabulary: int) -> Any:
     """One token for each ``<t123>``."""
     from tokenizers import AddedToken
 
-    made = models.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
+    made = tokenization.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
     made.add_tokens([AddedToken(f"<t{i}>", normalized=False) for i in range(300, vocabulary)])
     return made
 
 
 def hh(file: Path, vocabulary: int) -> tuple[list[dict[str, Any]], Any]:
     """The pairs of a file of HH-RLHF as conversations, in a random order, and a tokenizer trained on them."""
-    prepared = preferences.prepare_rows(str(file), reader="hh", test_fraction=0.0)
+    prepared = prepare.prepare_rows(str(file), reader="hh", test_fraction=0.0)
     pairs = prepared.tables["pairs"]["train"]
     found = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
     texts = (m["content"] for row in found for part in row.values() for m in part)
     random.Random(0).shuffle(found)
-    return found, models.new_tokenizer(texts, vocab_size=vocabulary, max_length=100_000)
+    return found, tokenization.new_tokenizer(texts, vocab_size=vocabulary, max_length=100_000)
 
 
 class Clock(TrainerCallback):
@@ -164,7 +167,7 @@ def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args
     )
     trainer.remove_callback(PrinterCallback)
     if share:
-        prefix_sharing.share(trainer.model, getattr(trainer, "ref_model", None))
+        wrapper.enable_prefix_sharing(trainer.model, getattr(trainer, "ref_model", None))
     return trainer
 
 
@@ -187,7 +190,7 @@ def measure(kind: str, data: list[dict[str, Any]], tokens: Any, args: Any) -> di
     for round_ in range(args.rounds):
         for name in list(sides)[:: 1 if round_ % 2 == 0 else -1]:
             side, clock = sides[name], Clock()
-            processes.clean_state(args.seed)
+            distributed.reset_process_state(args.seed)
             trainer = build(kind, name == "shared", data, tokens, args)
             trainer.add_callback(clock)
             inner = trainer.model.get_base_model() if "lora" in kind else trainer.model
@@ -196,7 +199,7 @@ def measure(kind: str, data: list[dict[str, Any]], tokens: Any, args: Any) -> di
                 lambda _, given, seen=seen: seen.append(given[0].shape[:2].numel())
             )
             peak(True, args.device)
-            with training.small_tiles() if name == "shared" else contextlib.nullcontext():
+            with logps.small_vocabulary_tiles() if name == "shared" else contextlib.nullcontext():
                 trainer.train()
             side.memory = max(side.memory, peak(True, args.device))
             side.seconds += clock.seconds[1:]

@@ -20,9 +20,9 @@ WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", 
 RUN = """
 import resource, sys, time
 from pathlib import Path
-from align.settings import Prepare
+from align.config.stages import Prepare
 from align.stages import prepare
-from align.tracking import Silent, Track
+from align.runtime.progress import Silent, Track
 source, out = sys.argv[1], Path(sys.argv[2])
 started = time.perf_counter()
 figures = prepare.run(Prepare(source=source), {}, out, Track("prepare", out, Silent(), main=True))

@@ -15,15 +15,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from align import rewards
-from align.judges import gold
+from align.rewards import gold, reward_model
 
 
 def main() -> None:
     """Score, regress, print."""
     folder, data = map(Path, sys.argv[1:3])
     rows = pq.read_table(data / "pairs-test.parquet").to_pylist()
-    model = rewards.RewardModel(folder, dtype="float32", device="cpu", share=True)
+    model = reward_model.RewardModel(folder, dtype="float32", device="cpu", share=True)
     prompts = [row["prompt"] for row in rows]
     scores = [
         model.score(prompts, [row[side] for row in rows], batch_size=64)

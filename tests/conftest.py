@@ -41,7 +41,8 @@ def launch(
 
     The environment, the signal handlers and the working directory are given back.
     """
-    from align import run
+    from align.cli import run
+    from align.runtime import exit_codes
 
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
@@ -52,10 +53,10 @@ def launch(
         app = typer.Typer(
             add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
         )
-        app.command()(run.run)
+        app.command()(run.run_recipe)
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            run.guarded(app)
+            exit_codes.guarded(app)
         return Finished(int(left.value.code or 0), *capfd.readouterr())
 
     yield call

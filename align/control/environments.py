@@ -18,7 +18,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from gymnasium.wrappers.vector import NormalizeReward
 from numpy.typing import NDArray
 
-from align.control.worlds import tame
+from align.control.spaces import silence_mujoco
 
 Array = NDArray[Any]
 CLIP = 10.0  # normalised observations and rewards beyond it say nothing more, and upset a network
@@ -68,7 +68,7 @@ class CartPole(CartPoleVectorEnv):
 
 def make(environment: str, options: Mapping[str, Any], envs: int) -> VectorEnv[Any, Any, Any]:
     """``envs`` environments that reset themselves in the same step."""
-    tame(environment)
+    silence_mujoco(environment)
     spec = gymnasium.spec(environment)
     if spec.vector_entry_point == "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv":
         limit = options.get("max_episode_steps", spec.max_episode_steps)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from align.control.worlds import World
+from align.control.spaces import EnvSpec
 from align.functional.policy_gradient import entropy
 
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -26,7 +26,7 @@ _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 class Categorical(nn.Module):
     """One of several actions, by logits."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: EnvSpec) -> None:
         super().__init__()
         self.actions = world.actions
 
@@ -61,7 +61,7 @@ class Gaussian(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: EnvSpec) -> None:
         super().__init__()
         self.actions = world.actions
         self.log_std = nn.Parameter(torch.zeros(world.actions))
@@ -102,7 +102,7 @@ class SquashedGaussian(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: EnvSpec) -> None:
         super().__init__()
         self.actions = world.actions
         self.log_std = nn.Parameter(torch.zeros(world.actions))
@@ -153,7 +153,7 @@ class Policy(nn.Module):
     """A body and a head."""
 
     def __init__(
-        self, world: World, *, hidden: Sequence[int], activation: str, distribution: str | None
+        self, world: EnvSpec, *, hidden: Sequence[int], activation: str, distribution: str | None
     ) -> None:
         super().__init__()
         kind = distribution or ("categorical" if world.low is None else "gaussian")
@@ -162,7 +162,7 @@ class Policy(nn.Module):
         self.body = perceptron(world.features, hidden, world.actions, activation, gain=0.01)
 
 
-def critic(world: World, *, hidden: Sequence[int], activation: str) -> nn.Sequential:
+def critic(world: EnvSpec, *, hidden: Sequence[int], activation: str) -> nn.Sequential:
     """The value of what is seen, ``[..., 1]``."""
     return perceptron(world.features, hidden, 1, activation, gain=1.0)
 

@@ -5,13 +5,15 @@ tokens, micro-batches and ranks. Use float32 or better: near -10 neighbouring bf
 ratio would be 6 % off before any learning.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from align.functional.tensors import masked_var
+from align.functional.masked import masked_var
 
 MAX_LOGRATIO = 20.0
 """Exponents stop here: e^20 is 5e8, and float32 ends at e^88. A single token so far off says only that all is lost."""

@@ -4,8 +4,10 @@ A row is a stretch of time in which several episodes may follow each other. ``te
 ``cut[t]``: what follows step t in the row does not follow it in the world (an episode's end, a time limit, the last
 token before padding). The last column is cut too. ``next_values[t]`` is the value of the state that step t led to,
 read unless terminated; inside an episode it is ``values[t + 1]``. What lies behind a cut does not reach across it, so
-padding changes nothing before it. Left out: normalisation of advantages (:func:`align.functional.tensors.masked_whiten`).
+padding changes nothing before it. Left out: normalisation of advantages (:func:`align.functional.masked.masked_whiten`).
 """
+
+from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float

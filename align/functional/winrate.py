@@ -6,6 +6,8 @@ the completions of one prompt are not, so a prompt is one observation however ma
 has. Left out: bootstraps of anything but a mean.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from align.functional.masked import masked_whiten, max_over_ranks, ranks, sum_over_ranks
 from align.functional.policy_gradient import (
     clipped_surrogate_loss,
     clipped_value_loss,
@@ -35,7 +36,6 @@ from align.functional.policy_gradient import (
     importance_ratio,
     kl_k3,
 )
-from align.functional.tensors import masked_whiten, max_over_ranks, ranks, sum_over_ranks
 from align.rl.rollout import Rollout
 
 

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from align import artifact, interrupts, processes
-from align.control import curves, policies, worlds
-from align.control.algorithms import Learner, Plan, evaluate
+from align.config.control import Control
+from align.control import plots, policy_files, spaces
+from align.control.trainer import Plan, PolicyGradientTrainer, evaluate
 from align.errors import UserError
-from align.functional.tensors import alone
+from align.functional.masked import single_process
 from align.functional.winrate import bootstrap_interval
 from align.rl.update import Objective
-from align.settings import Control
-from align.tracking import Track
+from align.runtime import artifacts, checkpoints, distributed, signals
+from align.runtime.progress import Logger
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 SECONDS_BETWEEN_LINES = 0.2
@@ -34,17 +34,17 @@ SHOWN = ("return", "entropy", "kl")
 
 
 def run(
-    settings: Control, inputs: Mapping[str, Path | str], folder: Path, track: Track
+    settings: Control, inputs: Mapping[str, Path | str], folder: Path, track: Logger
 ) -> dict[str, Any]:
     """Train and evaluate each seed that is not done yet; draw the curves of all."""
     try:
-        world = worlds.look(
+        world = spaces.inspect_env(
             settings.environment, settings.environment_options, settings.distribution
         )
-    except worlds.UnfitError as error:
+    except spaces.UnfitError as error:
         raise UserError(f"{error.key}: {error}") from None
-    if processes.is_main():
-        policies.describe(
+    if distributed.is_main():
+        policy_files.describe(
             folder,
             environment=settings.environment,
             options=settings.environment_options,
@@ -54,17 +54,17 @@ def run(
             distribution=settings.distribution,
             seeds=settings.seeds,
         )
-    mine = settings.seeds[processes.rank() :: processes.world_size()]
-    with _one_thread(), alone():
+    mine = settings.seeds[distributed.rank() :: distributed.world_size()]
+    with _one_thread(), single_process():
         for seed in mine:
             if not _curve_file(folder, seed).exists():
                 _train(settings, world, seed, folder, track)
-    processes.wait()
-    if not processes.is_main():
+    distributed.barrier()
+    if not distributed.is_main():
         return {}
     done = {seed: _read(_curve_file(folder, seed)) for seed in settings.seeds}
     title = f"{settings.algorithm} on {settings.environment}"
-    curves.draw({s: d["curve"] for s, d in done.items()}, folder / "curves.png", title=title)
+    plots.draw({s: d["curve"] for s, d in done.items()}, folder / "curves.png", title=title)
     return _metrics(settings, done)
 
 
@@ -104,9 +104,11 @@ def plan(settings: Control) -> Plan:
     )
 
 
-def _train(settings: Control, world: worlds.World, seed: int, folder: Path, track: Track) -> None:
+def _train(
+    settings: Control, world: spaces.EnvSpec, seed: int, folder: Path, track: Logger
+) -> None:
     """Train one seed, from its last checkpoint on, and evaluate it."""
-    learner = Learner(plan(settings), world, seed)
+    learner = PolicyGradientTrainer(plan(settings), world, seed)
     before = settings.seeds.index(seed) * settings.steps
     for checkpoint in reversed(_checkpoints(settings, seed, folder)):
         learner.restore(torch.load(checkpoint / "state.pt", weights_only=False))
@@ -115,7 +117,7 @@ def _train(settings: Control, world: worlds.World, seed: int, folder: Path, trac
     track.rewind(before + learner.steps)
     total = settings.steps * len(settings.seeds)
     saved = shown = time.monotonic()
-    with interrupts.deferred() as stop:
+    with signals.deferred() as stop:
         while not learner.done:
             point = learner.advance()
             done = before + min(learner.steps, settings.steps)
@@ -129,7 +131,7 @@ def _train(settings: Control, world: worlds.World, seed: int, folder: Path, trac
                 _checkpoint(settings, learner, folder)
                 saved = time.monotonic()
             if stop.requested:
-                raise interrupts.Interrupted
+                raise signals.Interrupted
     learner.environments.close()
     returns = evaluate(
         learner.policy,
@@ -139,7 +141,7 @@ def _train(settings: Control, world: worlds.World, seed: int, folder: Path, trac
         episodes=settings.episodes,
         seed=seed,
     )
-    policies.save(
+    policy_files.save(
         folder / f"policy-{seed}.safetensors", learner.policy, learner.critic, learner.statistics
     )
     found = {
@@ -149,7 +151,7 @@ def _train(settings: Control, world: worlds.World, seed: int, folder: Path, trac
         "returns": returns.tolist(),
         "curve": learner.curve,
     }
-    artifact.write_json(_curve_file(folder, seed), found)
+    artifacts.write_json(_curve_file(folder, seed), found)
     for checkpoint in _checkpoints(settings, seed, folder):
         if not settings.keep_checkpoints:
             shutil.rmtree(checkpoint)
@@ -172,17 +174,19 @@ def _read(file: Path) -> dict[str, Any]:
 def _checkpoints(settings: Control, seed: int, folder: Path) -> list[Path]:
     first = settings.seeds.index(seed) * settings.steps
     mine = range(first + 1, first + settings.steps)
-    return [c for c in artifact.checkpoints(folder) if int(c.name.rpartition("-")[2]) in mine]
+    return [
+        c for c in checkpoints.list_checkpoints(folder) if int(c.name.rpartition("-")[2]) in mine
+    ]
 
 
-def _checkpoint(settings: Control, learner: Learner, folder: Path) -> None:
+def _checkpoint(settings: Control, learner: PolicyGradientTrainer, folder: Path) -> None:
     """Write a checkpoint whole, and then remove those before it."""
     older = _checkpoints(settings, learner.seed, folder)
     number = settings.seeds.index(learner.seed) * settings.steps + learner.steps
     target = folder / f"checkpoint-{number}"
     target.mkdir(exist_ok=True)
     torch.save(learner.state(), target / "state.pt")
-    artifact.mark_checkpoint(target, world_size=processes.world_size())
+    checkpoints.mark_complete(target, world_size=distributed.world_size())
     for checkpoint in older:
         if checkpoint != target and not settings.keep_checkpoints:
             shutil.rmtree(checkpoint)

@@ -8,27 +8,30 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
-from align import models, prefix_sharing, references, training
-from align.settings import DPO
-from align.tracking import Track
+from align.config.training import DPO
+from align.data import tables
+from align.models import adapters, logps, tokenization
+from align.models.prefix_sharing import wrapper
+from align.runtime.progress import Logger
+from align.training import reference_logps, trl_trainer
 
 
 def run(
-    settings: DPO, inputs: Mapping[str, Path | str], folder: Path, track: Track
+    settings: DPO, inputs: Mapping[str, Path | str], folder: Path, track: Logger
 ) -> dict[str, Any]:
     """Train ``settings.model`` to prefer the chosen completions of ``settings.pairs``."""
     trainer = build(settings, inputs, folder, say=track.say)
     found: dict[str, Any] = {}
-    if references.stands(trainer):
-        with training.small_tiles():
-            found["reference"] = references.attach(
+    if reference_logps.can_precompute(trainer):
+        with logps.small_vocabulary_tiles():
+            found["reference"] = reference_logps.add_reference_logps(
                 trainer,
                 model=inputs["model"],
                 pairs=Path(inputs["pairs"]),
                 runs=folder.parent,
                 track=track,
             )
-    found |= training.fit(trainer, folder, track)
+    found |= trl_trainer.train(trainer, folder, track)
     return found | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
 
 
@@ -40,20 +43,20 @@ def build(
 ) -> DPOTrainer:
     """The trainer, with the policy and its reference: equal to the last bit before the first step."""
     source, data = inputs["model"], Path(inputs["pairs"])
-    arguments = training.arguments(
+    arguments = trl_trainer.trl_arguments(
         DPOConfig, folder, seed=settings.seed, trainer=settings.trainer, beta=settings.beta
     )
-    rows = training.dataset(data, "pairs", "train", folder)
-    held_out = training.dataset(data, "pairs", "validation", folder)
-    tokenizer = models.load_tokenizer(source, revision=settings.revision)
+    rows = tables.load_dataset(data, "pairs", "train", folder)
+    held_out = tables.load_dataset(data, "pairs", "validation", folder)
+    tokenizer = tokenization.load_tokenizer(source, revision=settings.revision)
     lora = settings.lora.model_dump() if settings.lora else None
-    model, adapter = models.to_train(
+    model, adapter = adapters.load_for_training(
         source, lora=lora, dtype=settings.dtype, revision=settings.revision
     )
-    reference = models.reference(
+    reference = adapters.load_reference(
         source, lora=lora, dtype=settings.dtype, revision=settings.revision
     )
-    with training.refusals():
+    with trl_trainer.trl_errors_as_user_errors():
         trainer = DPOTrainer(
             model=model,
             ref_model=reference,
@@ -64,5 +67,5 @@ def build(
             peft_config=adapter,
         )
     if settings.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
-        prefix_sharing.share(trainer.model, trainer.ref_model, say=say)
+        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)
     return trainer

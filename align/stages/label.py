@@ -7,25 +7,24 @@ Left out: judges that compare two completions, and judges behind an API.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align import pairing, processes, rewards
+from align.config.data import Label
+from align.data import pairing
 from align.errors import UserError
-from align.judges import gold
-from align.settings import Label
-from align.tracking import Track
-
-Messages = Sequence[dict[str, str]]
-Judge = Callable[[Sequence[Messages], Sequence[Messages]], list[float]]
+from align.rewards import gold
+from align.rewards.scoring import build_judge, score_rows
+from align.runtime import distributed
+from align.runtime.progress import Logger
 
 
 def run(
-    settings: Label, inputs: Mapping[str, Path | str], folder: Path, track: Track
+    settings: Label, inputs: Mapping[str, Path | str], folder: Path, track: Logger
 ) -> dict[str, Any]:
     """Score, pair and write every split that ``settings.completions`` has."""
     data = Path(inputs["completions"])
@@ -34,7 +33,7 @@ def run(
     }
     if not files:
         raise UserError(f"{data}: no completions-*.parquet; name a finished `sample` stage")
-    judge = _judge(settings, inputs)
+    judge = build_judge(settings, inputs)
     slope = None
     if settings.labels == "bradley_terry":
         own = gold.LABEL_SLOPE if settings.judge == "gold" else 1.0
@@ -50,8 +49,8 @@ def run(
             raise UserError(
                 f"{file}: none of {len(sampled)} completions ends by itself; sample anew with more `max_new_tokens`"
             )
-        scores = _scores(judge, rows, settings.batch_size, track)
-        found = pairing.pairs(
+        scores = score_rows(judge, rows, settings.batch_size, track)
+        found = pairing.pairs_from_scores(
             rows,
             scores,
             pairing=settings.pairing,
@@ -66,7 +65,7 @@ def run(
                 f"{file}: no pair is left of {len(rows)} completions: {why}; sample more a prompt, at a higher "
                 "temperature, or lower `margin`"
             )
-        if processes.is_main():
+        if distributed.is_main():
             _write(folder, split, rows, scores, found.rows)
         metrics["rows"] += len(found.rows)
         metrics["pairs"][split] = len(found.rows)
@@ -77,52 +76,6 @@ def run(
     # What reads pairs expects those to train on among them.
     metrics["pairs"] = {"train": 0} | metrics["pairs"]
     return metrics
-
-
-def _judge(settings: Label, inputs: Mapping[str, Path | str]) -> Judge:
-    if settings.judge == "gold":
-        return _gold_scores
-    return reward_model(inputs["judge"], dtype=settings.dtype, batch_size=settings.batch_size)
-
-
-def reward_model(source: Path | str, *, dtype: str, batch_size: int) -> Judge:
-    """A reward model as a judge."""
-    from accelerate import PartialState
-
-    model = rewards.RewardModel(source, dtype=dtype, device=PartialState().device, share=True)
-    return lambda prompts, completions: model.score(
-        prompts, completions, batch_size=batch_size
-    ).tolist()
-
-
-def _gold_scores(prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
-    try:
-        return [
-            gold.gold_score(prompt[-1]["content"], completion[-1]["content"])
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-    except ValueError as error:
-        raise UserError(
-            f"`judge: gold` scores the embedded task's prompts only: {error}; name a reward model"
-        ) from None
-
-
-def _scores(
-    judge: Judge, rows: Sequence[dict[str, Any]], batch_size: int, track: Track
-) -> list[float]:
-    """The judge's score of every row; processes share the work, some batches at a time."""
-    from accelerate.utils import gather_object
-
-    size = 16 * batch_size  # the judge sorts them by length
-    parts = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
-    mine = parts[processes.rank() :: processes.world_size()]
-    found: list[tuple[int, float]] = []
-    for done, part in enumerate(mine):
-        scores = judge([rows[i]["prompt"] for i in part], [rows[i]["completion"] for i in part])
-        found += zip(part, scores, strict=True)
-        track.step(done + 1, len(mine), what="scored part")
-    merged = dict(gather_object(found))
-    return [merged[i] for i in range(len(rows))]
 
 
 def _write(

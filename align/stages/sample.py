@@ -13,14 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align import generation, models, processes
+from align.config.data import Sample
 from align.errors import UserError
-from align.settings import Sample
-from align.tracking import Track
+from align.models import generation, loading, tokenization
+from align.runtime import distributed
+from align.runtime.progress import Logger
 
 
 def run(
-    settings: Sample, inputs: Mapping[str, Path | str], folder: Path, track: Track
+    settings: Sample, inputs: Mapping[str, Path | str], folder: Path, track: Logger
 ) -> dict[str, Any]:
     """Draw ``settings.n_completions`` for each prompt of ``settings.split``."""
     from accelerate import PartialState
@@ -32,10 +33,10 @@ def run(
             f"{data}: no {file.name}; set `{settings.split}_fraction` of its `prepare` stage above 0"
         )
     rows = pq.read_table(file).to_pylist()[: settings.n_prompts]
-    model = models.load_to_infer(source, dtype=settings.dtype, revision=settings.revision)
-    samples = generation.sample_together(
+    model = loading.load_for_inference(source, dtype=settings.dtype, revision=settings.revision)
+    samples = generation.sample_on_all_ranks(
         model.to(PartialState().device),
-        models.load_tokenizer(source, revision=settings.revision),
+        tokenization.load_tokenizer(source, revision=settings.revision),
         [row["prompt"] for row in rows],
         n_completions=settings.n_completions,
         temperature=settings.temperature,
@@ -56,7 +57,7 @@ def run(
         for row, some in zip(rows, samples, strict=True)
         for each in some
     ]
-    if processes.is_main():
+    if distributed.is_main():
         table = pa.Table.from_pylist(found)
         pq.write_table(table, folder / f"completions-{settings.split}.parquet", compression="zstd")
     distinct = {(row["prompt_id"], row["completion"][0]["content"]) for row in found}

@@ -8,32 +8,39 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer
 
-from align import artifact, models, prefix_sharing, processes, training
-from align.settings import SFT, NewModel
-from align.tracking import Track
+from align.config.base import NewModel
+from align.config.training import SFT
+from align.data import tables
+from align.models import adapters, loading, tokenization
+from align.models.prefix_sharing import wrapper
+from align.runtime import checkpoints, distributed
+from align.runtime.progress import Logger
+from align.training import trl_trainer
 
 
 def run(
-    settings: SFT, inputs: Mapping[str, Path | str], folder: Path, track: Track
+    settings: SFT, inputs: Mapping[str, Path | str], folder: Path, track: Logger
 ) -> dict[str, Any]:
     """Train ``settings.model`` on the completions of ``settings.demonstrations``."""
     data = Path(inputs["demonstrations"])
-    arguments = training.arguments(SFTConfig, folder, seed=settings.seed, trainer=settings.trainer)
-    rows = training.dataset(data, "demonstrations", "train", folder)
-    held_out = training.dataset(data, "demonstrations", "validation", folder)
+    arguments = trl_trainer.trl_arguments(
+        SFTConfig, folder, seed=settings.seed, trainer=settings.trainer
+    )
+    rows = tables.load_dataset(data, "demonstrations", "train", folder)
+    held_out = tables.load_dataset(data, "demonstrations", "validation", folder)
     adapter = None
     if isinstance(settings.model, NewModel):
         tokenizer = _new_tokenizer(settings.model, rows, folder)
         shape = settings.model.model_dump(exclude={"vocab_size"})
-        model = models.new_model(tokenizer, dtype=settings.dtype, **shape)
+        model = loading.new_model(tokenizer, dtype=settings.dtype, **shape)
     else:
         source = inputs["model"]
-        tokenizer = models.load_tokenizer(source, revision=settings.revision)
+        tokenizer = tokenization.load_tokenizer(source, revision=settings.revision)
         lora = settings.lora.model_dump() if settings.lora else None
-        model, adapter = models.to_train(
+        model, adapter = adapters.load_for_training(
             source, lora=lora, dtype=settings.dtype, revision=settings.revision
         )
-    with training.refusals():
+    with trl_trainer.trl_errors_as_user_errors():
         trainer = SFTTrainer(
             model=model,
             args=arguments,
@@ -43,23 +50,23 @@ def run(
             peft_config=adapter,
         )
     if settings.prefix_sharing:
-        prefix_sharing.share(trainer.model, say=track.say)
-    metrics = training.fit(trainer, folder, track)
+        wrapper.enable_prefix_sharing(trainer.model, say=track.say)
+    metrics = trl_trainer.train(trainer, folder, track)
     return metrics | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
 
 
 def _new_tokenizer(new: NewModel, rows: Any, folder: Path) -> Any:
     """Train the tokenizer once: other processes, and a resumed run, read what the first one wrote."""
-    checkpoint = artifact.last_checkpoint(folder, world_size=processes.world_size())
+    checkpoint = checkpoints.last_checkpoint(folder, world_size=distributed.world_size())
     if checkpoint is not None:
-        return models.load_tokenizer(checkpoint)
-    if processes.is_main():
+        return tokenization.load_tokenizer(checkpoint)
+    if distributed.is_main():
         messages = (m for row in rows for m in row["prompt"] + row["completion"])
-        tokenizer = models.new_tokenizer(
+        tokenizer = tokenization.new_tokenizer(
             (m["content"] for m in messages),
             vocab_size=new.vocab_size,
             max_length=new.max_position_embeddings,
         )
         tokenizer.save_pretrained(str(folder))
-    processes.wait()
-    return models.load_tokenizer(folder)
+    distributed.barrier()
+    return tokenization.load_tokenizer(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from align.judges import gold
+from align.rewards import gold
 
 SEED: Final = 20260101
 DEMONSTRATIONS_PER_PROMPT: Final = 3

@@ -1,0 +1,43 @@
+"""Talk to a policy on a terminal, through the same template that it was trained with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def talk(source: Path | str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
+    """Read lines, print answers as they are sampled, until the input ends."""
+    import torch
+    from transformers import TextStreamer
+
+    from align.models import generation, loading, tokenization
+
+    tokenizer = tokenization.load_tokenizer(source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    model = loading.load_for_inference(source, dtype=dtype).to(device).eval()
+    torch.manual_seed(seed)
+    print(f"{source}: an empty line forgets the conversation, Ctrl-D ends", file=sys.stderr)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generation.set_sampling(
+        model, tokenizer, temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens
+    )
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = tokenization.tokenize_prompts(tokenizer, [messages])
+        inputs, mask = tokenization.pad_rows(
+            ids, pad=tokenizer.pad_token_id, side="left", device=device
+        )
+        with torch.inference_mode():
+            output = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer)
+        answer = tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,96 @@
+"""evaluation.implicit_rewards"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.config.evaluate import Evaluate
+from align.errors import UserError
+from align.evaluation.intervals import interval
+from align.functional import winrate
+from align.models import loading, tokenization
+from align.models.logps import completion_logps
+from align.models.prefix_sharing import wrapper
+from align.runtime.progress import Logger
+
+if TYPE_CHECKING:
+    from align.evaluation.held_out import Row
+
+
+# Implicit rewards ----------------------------------------------------------------------------------------------------
+
+
+def implicit_rewards(
+    settings: Evaluate, rows: Sequence[Row], targets: Mapping[str, Path | str], track: Logger
+) -> dict[str, Any]:
+    """How often ``log pi(y|x) - log pi_ref(y|x)`` is higher for the chosen completion; the baseline is the reference.
+
+    A tie counts one half. The interval resamples prompts; each prompt counts once, however many pairs it has. Pairs whose
+    prompt alone fills the model's length are ``invalid``: they are counted, and left out.
+    """
+    sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
+    logps = {}
+    for done, (name, target) in enumerate(targets.items()):
+        logps[name] = _logps(settings, target, sides, track, (done, len(targets)))
+    found = []
+    for name in settings.policies:
+        if name == settings.baseline:
+            continue
+        chosen, rejected = (logps[name] - logps[settings.baseline]).chunk(2)
+        right = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0].tolist()
+        by_prompt: dict[str, list[float]] = {}
+        for row, value in zip(rows, right, strict=True):
+            if not math.isnan(value):
+                by_prompt.setdefault(row["prompt_id"], []).append(value)
+        if not by_prompt:
+            raise UserError(
+                "every held-out prompt is longer than the model's length; nothing to measure"
+            )
+        values = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
+        found.append(
+            {
+                "policy": name,
+                "reference": settings.baseline,
+                "accuracy": values.mean().item(),
+                "ci": interval(winrate.proportion_interval, values, settings),
+                "mean_margin": (chosen - rejected).nanmean().item(),
+                "n_pairs": sum(map(len, by_prompt.values())),
+                "n_prompts": len(values),
+                "invalid": sum(map(math.isnan, right)),
+            }
+        )
+    return {"implicit_rewards": found}
+
+
+def _logps(
+    settings: Evaluate,
+    target: Path | str,
+    sides: Sequence[tuple[Any, Any]],
+    track: Logger,
+    part: tuple[int, int],
+) -> torch.Tensor:
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    done, parts = part
+    tokenizer = tokenization.load_tokenizer(target)
+    model = loading.load_for_inference(target, dtype=settings.dtype).to(state.device)
+    if settings.prefix_sharing:
+        wrapper.enable_prefix_sharing(model, say=track.say)
+    mine = range(state.process_index, len(sides), state.num_processes)
+    logps = completion_logps(
+        model,
+        tokenizer,
+        [sides[i] for i in mine],
+        batch_size=settings.batch_size,
+        max_length=getattr(model.config, "max_position_embeddings", None),
+        progress=lambda at, of: track.step(done * of + at, parts * of, what="scored completion"),
+    )
+    merged = dict(gather_object(list(zip(mine, logps.tolist(), strict=True))))
+    return torch.tensor([merged[i] for i in range(len(sides))], dtype=torch.float64)

@@ -1,0 +1,16 @@
+"""evaluation.intervals"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from align.config.evaluate import Evaluate
+from align.functional import winrate
+
+
+def interval(
+    of: Callable[..., winrate.Interval], values: torch.Tensor, settings: Evaluate
+) -> list[float]:
+    return list(of(values, level=settings.level, resamples=settings.resamples, seed=settings.seed))

@@ -1,0 +1,179 @@
+"""evaluation.win_rates"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from align.config.evaluate import Evaluate
+from align.errors import UserError
+from align.evaluation.intervals import interval
+from align.functional import winrate
+from align.models import generation, loading, tokenization
+from align.models.generation import Completion
+from align.rewards import gold
+from align.runtime import distributed
+from align.runtime.progress import Logger
+
+if TYPE_CHECKING:
+    from align.evaluation.held_out import Row
+
+Samples = list[list[Completion]]  # by prompt, then by completion
+
+
+# Win rates -----------------------------------------------------------------------------------------------------------
+
+
+def win_rates(
+    settings: Evaluate,
+    rows: Sequence[Row],
+    targets: Mapping[str, Path | str],
+    folder: Path,
+    track: Logger,
+) -> dict[str, Any]:
+    prompts = [row["prompt"] for row in rows]
+    texts = [prompt[-1]["content"] for prompt in prompts]
+    try:
+        for text in texts:
+            gold.parse_prompt(text)
+    except ValueError as error:
+        raise UserError(f"`judge: gold` scores the embedded task's prompts only: {error}") from None
+    again = f"{settings.baseline} again"  # the control: the same policy, other seeds
+    seeds = dict.fromkeys(targets, settings.seed) | {again: settings.seed + 1}
+    samples: dict[str, Samples] = {}
+    scores: dict[str, torch.Tensor] = {}
+    for done, (name, seed) in enumerate(seeds.items()):
+        target = targets[settings.baseline if name == again else name]
+        samples[name] = _sample(settings, target, prompts, seed, track, (done, len(seeds)))
+        scores[name] = torch.tensor(
+            [
+                [gold.gold_score(text, c.text) for c in some]
+                for text, some in zip(texts, samples[name], strict=True)
+            ],
+            dtype=torch.float64,
+        )
+    compared = [name for name in settings.policies if name != settings.baseline]
+    comparisons = [
+        _compare(settings, name, settings.baseline, samples, scores) for name in [*compared, again]
+    ]
+    if distributed.is_main():
+        _write_comparisons(folder, texts, [*compared, again], settings.baseline, samples, scores)
+    return {"comparisons": comparisons, "temperature": settings.temperature}
+
+
+def _sample(
+    settings: Evaluate,
+    target: Path | str,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    seed: int,
+    track: Logger,
+    part: tuple[int, int],
+) -> Samples:
+    from accelerate import PartialState
+
+    done, parts = part
+    model = loading.load_for_inference(target, dtype=settings.dtype).to(PartialState().device)
+    return generation.sample_on_all_ranks(
+        model,
+        tokenization.load_tokenizer(target),
+        prompts,
+        n_completions=settings.n_completions,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        seed=seed,
+        progress=lambda at, of: track.step(done * of + at, parts * of, what="sampled batch"),
+    )
+
+
+def _compare(
+    settings: Evaluate,
+    policy: str,
+    baseline: str,
+    samples: Mapping[str, Samples],
+    scores: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:
+    """One row of ``comparisons``, as the interface lists it."""
+    outcomes = winrate.outcomes(scores[policy], scores[baseline])
+    lengths = {name: _lengths(samples[name]) for name in (policy, baseline)}
+    try:
+        controlled = winrate.length_controlled_win_rate(
+            outcomes, lengths[policy] - lengths[baseline]
+        ).item()
+    except ValueError:
+        controlled = None  # all lengths differ alike: nothing tells length from quality
+    gain = (scores[policy] - scores[baseline]).mean(dim=1)
+    return {
+        "policy": policy,
+        "baseline": baseline,
+        "judge": settings.judge,
+        "win_rate": winrate.win_rate(outcomes).item(),
+        "ci": interval(winrate.proportion_interval, outcomes, settings),
+        "ties": (outcomes == 0.5).double().mean().item(),
+        "n_prompts": outcomes.shape[0],
+        "n_completions": outcomes.shape[1],
+        "length_controlled_win_rate": controlled,
+        "p_value": winrate.paired_permutation_p_value(
+            (outcomes - 0.5).mean(dim=1), seed=settings.seed
+        ).item(),
+        "mean_tokens": {
+            "policy": lengths[policy].mean().item(),
+            "baseline": lengths[baseline].mean().item(),
+        },
+        "mean_score": {
+            "policy": scores[policy].mean().item(),
+            "baseline": scores[baseline].mean().item(),
+        },
+        "score_difference": gain.mean().item(),
+        "score_difference_ci": interval(winrate.bootstrap_interval, gain, settings),
+        "finished": {
+            "policy": _finished(samples[policy]),
+            "baseline": _finished(samples[baseline]),
+        },
+        "consistency": None,  # of a judge that reads both completions; this one reads one at a time
+        "invalid": 0,
+    }
+
+
+def _lengths(samples: Samples) -> torch.Tensor:
+    return torch.tensor([[c.n_tokens for c in some] for some in samples], dtype=torch.float64)
+
+
+def _finished(samples: Samples) -> float:
+    flat = [c.finished for some in samples for c in some]
+    return sum(flat) / len(flat)
+
+
+def _write_comparisons(
+    folder: Path,
+    texts: Sequence[str],
+    policies: Sequence[str],
+    baseline: str,
+    samples: Mapping[str, Samples],
+    scores: Mapping[str, torch.Tensor],
+) -> None:
+    rows = [
+        {
+            "prompt": text,
+            "policy": policy,
+            "baseline": baseline,
+            "policy_completion": ours.text,
+            "baseline_completion": theirs.text,
+            "policy_score": scores[policy][i, k].item(),
+            "baseline_score": scores[baseline][i, k].item(),
+            "policy_tokens": ours.n_tokens,
+            "baseline_tokens": theirs.n_tokens,
+        }
+        for policy in policies
+        for i, text in enumerate(texts)
+        for k, (ours, theirs) in enumerate(
+            zip(samples[policy][i], samples[baseline][i], strict=True)
+        )
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "comparisons.parquet")

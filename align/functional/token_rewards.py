@@ -1,0 +1,91 @@
+"""From the score of a completion to rewards and advantages of its tokens.
+
+Rows are completions, columns the tokens of prompt and completion together; ``mask`` is True on the completion's real
+tokens, eos included, which stand side by side. Everything elsewhere is padding and comes out as 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from align.functional.returns import discounted_returns, gae
+
+
+def last_tokens(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
+    """Mark the last real token of each row: its eos, or where it was cut off. An empty row has none.
+
+    >>> last_tokens(torch.tensor([[False, True, True, False], [True, True, True, True]])).int()
+    tensor([[0, 0, 1, 0],
+            [0, 0, 0, 1]], dtype=torch.int32)
+    """
+    after = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    return mask & ~after
+
+
+def token_rewards(
+    scores: Float[Tensor, " batch"],
+    kl: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    kl_coef: float,
+) -> Float[Tensor, "batch time"]:
+    """Charge every token its KL, and pay the score on the last real one; a row sums to ``score - kl_coef * KL``.
+
+    >>> kl, mask = torch.tensor([[9.0, 1.0, 2.0, 9.0]]), torch.tensor([[False, True, True, False]])
+    >>> token_rewards(torch.tensor([5.0]), kl, mask, kl_coef=0.5)
+    tensor([[ 0.0000, -0.5000,  4.0000,  0.0000]])
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, per token as in its published code; that the score belongs on
+    the last real token and not on the pad behind it: Huang et al. 2024, arXiv:2403.17031, section 4.
+    """
+    charged = -kl_coef * kl.masked_fill(~mask, 0)
+    return charged + scores[:, None] * last_tokens(mask)
+
+
+def completion_gae(
+    rewards: Float[Tensor, "batch time"],
+    values: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    gamma: float,
+    lam: float,
+) -> Float[Tensor, "batch time"]:
+    """Advantages of tokens by :func:`align.functional.returns.gae`; nothing follows the last real token.
+
+    A completion that was cut off by its length limit ends there too: it has been scored, and is not gone on with.
+    """
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    ends = last_tokens(mask)
+    cut = ~mask  # what is before the completion or behind it belongs to no episode
+    advantages = gae(rewards, values, next_values, ends, cut, gamma=gamma, lam=lam)
+    return advantages.masked_fill(~mask, 0)
+
+
+def leave_one_out(returns: Float[Tensor, " batch"], *, n: int) -> Float[Tensor, " batch"]:
+    """Advantage of each completion over the mean of the others of its prompt; ``n`` neighbours share a prompt.
+
+    >>> leave_one_out(torch.tensor([1.0, 3.0, 5.0]), n=3)  # 1 - 4, 3 - 3, 5 - 2
+    tensor([-3.,  0.,  3.])
+
+    Source: Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free; for language models Ahmadian et al. 2024
+    (RLOO), arXiv:2402.14740, eq. 8.
+    """
+    groups = returns.view(-1, n)
+    others = (groups.sum(1, keepdim=True) - groups) / (n - 1)
+    return (groups - others).flatten()
+
+
+def rewards_to_go(
+    rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], *, gamma: float
+) -> Float[Tensor, "batch time"]:
+    """Discounted sum of the rewards from each token on, within its completion. REINFORCE's return.
+
+    Source: Williams 1992, Machine Learning 8; rewards that come before an action do not count for it.
+    """
+    zeros = torch.zeros_like(rewards)
+    returns = discounted_returns(
+        rewards.masked_fill(~mask, 0), zeros, last_tokens(mask), ~mask, gamma=gamma
+    )
+    return returns.masked_fill(~mask, 0)

@@ -1,0 +1,1 @@
+"""models/prefix_sharing."""

@@ -1,0 +1,228 @@
+"""Attention over a trie of prefixes, in the place of transformers' own where a layout is given.
+
+On CPU one call of torch's a row. On CUDA one variable-length call for all rows where the type is 16 bits wide and torch or
+flash-attn has it, and FlexAttention otherwise; neither was run on a GPU here: the tests put a stand-in for the first, and
+run the second's forward uncompiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from align.models.prefix_sharing.trie import Layout, Row
+
+# What a backbone, and an attention function, may be told without a change to what they compute.
+IGNORED_ARGUMENTS = {
+    "num_items_in_batch", "position_ids", "position_embeddings", "use_cache", "cache_position", "past_key_values",
+    "past_key_value", "layer_past", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+}  # fmt: skip
+
+
+class CannotShare(Exception):  # noqa: N818 (no error: the padded forward runs)
+    """Why a batch is not shared."""
+
+
+def intercept(implementation: str) -> None:
+    """Let transformers' attention function of this name attend by a layout where it is given one.
+
+    The name in the configuration stays, and with it masks, generation, and what is saved. The layout comes as an argument
+    of the layers, so gradient checkpointing brings it back when it runs a layer again.
+    """
+    original = AttentionInterface._global_mapping[implementation]
+    if hasattr(original, "shares_prefixes"):
+        return
+
+    @functools.wraps(original)
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        prefix_layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if prefix_layout is None:
+            return original(module, query, key, value, attention_mask, *args, **kwargs)
+        if args or attention_mask.shape != (1, 1, 1, 1):
+            raise CannotShare("a model that changes its attention mask")
+        return _attend(module, query, key, value, prefix_layout, **kwargs), None
+
+    attend.shares_prefixes = True  # type: ignore[attr-defined]
+    AttentionInterface.register(implementation, attend)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = 0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of ``[1, heads, N, size]`` over the paths of a layout: ``[1, N, heads, size]``."""
+    layout.readers += 1
+    if sliding_window == 0:  # not told
+        if getattr(getattr(module, "config", None), "sliding_window", None):
+            raise CannotShare("a sliding window in the mask alone")
+        sliding_window = None
+    unknown = [k for k, v in kwargs.items() if k not in IGNORED_ARGUMENTS and v is not None]
+    if unknown:
+        raise CannotShare(f"attention with `{unknown[0]}`")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise CannotShare("attention that is not causal")
+    if query.shape[2] != key.shape[2]:
+        raise CannotShare("keys from elsewhere")
+    if query.device.type != "cuda" or dropout:
+        return _by_row(query, key, value, layout, scaling, dropout, sliding_window)
+    if query.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
+        return _by_varlen(query, key, value, layout, scaling, sliding_window)
+    return _by_flex(query, key, value, layout, scaling, sliding_window)
+
+
+def _by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """One call a row. Splitting at segments keeps the backward a concatenation: slices would each add a zero tensor of size N."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    keys, values = key.split(layout.segments, 2), value.split(layout.segments, 2)
+    outputs = []
+    for row, new in zip(layout.rows, query.split([row.new for row in layout.rows], 2), strict=True):
+        plain = row.shared == 0 and (window is None or window >= row.new)
+        output = scaled_dot_product_attention(
+            new,
+            _joined([keys[i] for i in row.segments]),
+            _joined([values[i] for i in row.segments]),
+            attn_mask=None if plain else _mask(layout, row, window, query),
+            dropout_p=dropout,
+            is_causal=plain,
+            scale=scaling,
+        )
+        outputs.append(output.transpose(1, 2))
+    return _joined(outputs, 1)
+
+
+def _joined(pieces: list[Tensor], dim: int = 2) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor | None:
+    """Causal with both ends aligned, ``[new, shared + new]``, as a summand; None where everything is seen."""
+    if row.new == 1 and (window is None or window > row.shared):
+        return None
+
+    def make() -> Tensor:
+        distance = torch.arange(row.shared, row.shared + row.new)[:, None] - torch.arange(
+            row.shared + row.new
+        )
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill(hidden, -torch.inf)
+
+    key = (row.shared, row.new, window, like.dtype)
+    return layout.once(key, lambda: make().to(like.device))
+
+
+@functools.cache
+def _varlen() -> Callable[..., Any] | None:
+    """Variable-length attention ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``, causal from the bottom right.
+
+    torch's own from 2.11 on, or else the flash-attn package from 2.1 on (before, it aligned at the top left).
+    """
+    import importlib.util
+    import inspect
+
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        from torch.nn.attention.varlen import varlen_attn
+
+        if "window_size" in inspect.signature(varlen_attn).parameters:
+            return lambda q, k, v, cu_q, cu_k, max_q, max_k, scale, window: varlen_attn(
+                q, k, v, cu_q, cu_k, max_q, max_k, scale=scale,
+                window_size=(-1 if window is None else window - 1, 0),
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda q, k, v, cu_q, cu_k, max_q, max_k, scale, window: flash_attn_varlen_func(
+            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True,
+            window_size=(-1 if window is None else window - 1, 0),
+        )  # fmt: skip
+    return None
+
+
+def _by_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """All rows in one call: queries are the new tokens of each, keys are gathered along its path."""
+    call = _varlen()
+    assert call is not None
+    new = [row.new for row in layout.rows]
+    seen = [row.shared + row.new for row in layout.rows]
+    ends = layout.once(
+        "ends",
+        lambda: [
+            pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(query.device, torch.int32)
+            for sizes in (new, seen)
+        ],
+    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    k, v = k.index_select(0, layout.path), v.index_select(0, layout.path)
+    return call(q.contiguous(), k, v, *ends, max(new), max(seen), scaling, window)[None]
+
+
+def _by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """FlexAttention over the packed sequence itself: who sees whom is two comparisons."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    last, positions = layout.last, layout.positions
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        ancestor = (j <= i) & (i <= last[j])
+        return ancestor if window is None else ancestor & (positions[i] - positions[j] < window)
+
+    n = query.shape[2]
+    blocks = layout.once(
+        ("flex", window), lambda: create_block_mask(sees, None, None, n, n, device=query.device)
+    )
+    flex: Any = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    output = flex(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,63 @@
+"""rewards.scoring"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.config.data import Label
+from align.errors import UserError
+from align.rewards import gold
+from align.rewards.reward_model import RewardModel
+from align.runtime import distributed
+from align.runtime.progress import Logger
+
+Messages = Sequence[dict[str, str]]
+Judge = Callable[[Sequence[Messages], Sequence[Messages]], list[float]]
+
+
+def build_judge(settings: Label, inputs: Mapping[str, Path | str]) -> Judge:
+    if settings.judge == "gold":
+        return gold_scores
+    return reward_model_judge(inputs["judge"], dtype=settings.dtype, batch_size=settings.batch_size)
+
+
+def reward_model_judge(source: Path | str, *, dtype: str, batch_size: int) -> Judge:
+    """A reward model as a judge."""
+    from accelerate import PartialState
+
+    model = RewardModel(source, dtype=dtype, device=PartialState().device, share=True)
+    return lambda prompts, completions: model.score(
+        prompts, completions, batch_size=batch_size
+    ).tolist()
+
+
+def gold_scores(prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
+    try:
+        return [
+            gold.gold_score(prompt[-1]["content"], completion[-1]["content"])
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"`judge: gold` scores the embedded task's prompts only: {error}; name a reward model"
+        ) from None
+
+
+def score_rows(
+    judge: Judge, rows: Sequence[dict[str, Any]], batch_size: int, track: Logger
+) -> list[float]:
+    """The judge's score of every row; processes share the work, some batches at a time."""
+    from accelerate.utils import gather_object
+
+    size = 16 * batch_size  # the judge sorts them by length
+    parts = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    mine = parts[distributed.rank() :: distributed.world_size()]
+    found: list[tuple[int, float]] = []
+    for done, part in enumerate(mine):
+        scores = judge([rows[i]["prompt"] for i in part], [rows[i]["completion"] for i in part])
+        found += zip(part, scores, strict=True)
+        track.step(done + 1, len(mine), what="scored part")
+    merged = dict(gather_object(found))
+    return [merged[i] for i in range(len(rows))]

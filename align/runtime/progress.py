@@ -1,0 +1,194 @@
+"""How a run is followed: ``metrics.jsonl``, and what a person sees while it runs.
+
+On a terminal one live display for the whole chain; anywhere else (CI, a log file) plain lines. Trackers such as
+TensorBoard or W&B come with Hugging Face's own ``trainer: {report_to: …}``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def numbers(metrics: Mapping[str, Any]) -> str:
+    """Key metrics on one line: ``loss 0.5312  accuracy 0.84``."""
+    return "  ".join(
+        f"{key.rpartition('/')[2]} {value:.4g}"
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    )
+
+
+class Display:
+    """Plain lines, none more often than every few seconds. The base of the live one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last = 0.0
+        self._started: dict[str, float] = {}
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """Print one line for good."""
+        self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, name: str, folder: Path, how: str) -> None:
+        """A stage begins."""
+        self._started[name] = time.monotonic()
+        self.say(f"{name}: {how} → {folder}")
+
+    def step(
+        self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
+    ) -> None:
+        """A stage is at ``done`` of ``total``, of steps or of ``what`` else."""
+        now = time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LINES or done == total:
+            self._last = now
+            seconds = now - self._started[name]
+            line = f"{name}: {what} {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
+            self.say(line.rstrip())
+
+    def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
+        """A stage is complete, or was before."""
+        self.say(f"{name}: {status}  {seconds:.1f} s  {numbers(metrics)}".rstrip())
+
+
+class LiveDisplay(Display):
+    """One bar for the stage that runs, on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        super().__init__(console)
+        self._progress: Progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}", style="dim"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, name: str, folder: Path, how: str) -> None:
+        """A stage begins."""
+        self._task = self._progress.add_task(name, total=None, numbers=how)
+
+    def step(
+        self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
+    ) -> None:
+        """A stage is at ``done`` of ``total``, of steps or of ``what`` else."""
+        if self._task is not None:
+            told = numbers(metrics) if what == "step" else what
+            self._progress.update(self._task, completed=done, total=total, numbers=told)
+
+    def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
+        """A stage is complete, or was before."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        mark = "[dim]=[/]" if status == "reused" else "[green]✓[/]"
+        took = "" if status == "reused" else f"{seconds:7.1f} s"
+        self.console.print(
+            f"{mark} [bold]{name:<12}[/] {status:<7}{took:>10}  [dim]{numbers(metrics)}[/]",
+            highlight=False,
+        )
+
+
+class NullDisplay(Display):
+    """For every process but the main one."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        super().__init__(Console(quiet=True))
+
+
+def display() -> Display:
+    """The display that fits where the output goes."""
+    from rich.console import Console
+
+    from align.runtime import distributed
+
+    if not distributed.is_main():
+        return NullDisplay()
+    console = Console()
+    return LiveDisplay(console) if console.is_terminal else Display(console)
+
+
+class Logger:
+    """One stage's way to tell how far it is. Writes ``metrics.jsonl`` where it has metrics (main process only)."""
+
+    def __init__(self, name: str, folder: Path, display: Display, *, main: bool) -> None:
+        self._name, self._display = name, display
+        self._file = folder / "metrics.jsonl" if main else None
+
+    def step(
+        self,
+        done: int,
+        total: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        what: str = "step",
+    ) -> None:
+        """Tell that ``done`` of ``total`` steps, or of ``what`` else, are done."""
+        if self._file is not None:
+            self._display.step(self._name, done, total, metrics or {}, what)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one line of metrics."""
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after ``step``: a resumed run writes them again."""
+        if self._file is None or not self._file.exists():
+            return
+        kept = []
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                break  # cut off in the middle of a line
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._file)
+
+    def say(self, line: str) -> None:
+        """Print one line for good."""
+        self._display.say(line)

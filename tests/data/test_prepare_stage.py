@@ -1,0 +1,143 @@
+"""The stage `prepare`: files, data card and figures, the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from align.config.data import Prepare
+from align.errors import UserError
+from align.runtime.progress import Logger, NullDisplay
+from align.stages import prepare
+
+
+def recipe(source: object = "embedded", **knobs: Any) -> Prepare:
+    return Prepare.model_validate({"source": str(source), **knobs})
+
+
+def run(settings: Prepare, inputs: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return prepare.run(
+        settings, inputs, folder, Logger("prepare", folder, NullDisplay(), main=True)
+    )
+
+
+def pairs_file(path: Path, n: int = 60) -> Path:
+    rows = [{"prompt": f"Say {k}.", "chosen": f"It is {k}.", "rejected": "No."} for k in range(n)]
+    rows += [{**rows[0]}, {**rows[1], "rejected": ""}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_embedded_set_is_written_as_conversational_parquet(tmp_path: Path):
+    figures = run(recipe(), {}, tmp_path)
+    names = [f"{k}-{s}.parquet" for k in ("demonstrations", "pairs", "prompts")
+             for s in ("test", "train")]  # fmt: skip
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["README.md", *names])
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    table = pq.read_table(tmp_path / "pairs-train.parquet")
+    assert table.schema.names == ["prompt", "chosen", "rejected", "prompt_id"]
+    assert [table.schema.field(name).type for name in ("prompt", "chosen")] == [turns, turns]
+    assert table.num_rows == figures["pairs"]["train"]
+    row = table.to_pylist()[0]
+    assert [turn["role"] for turn in row["prompt"] + row["chosen"]] == ["user", "assistant"]
+    assert figures["rows"]["pairs"] == sum(figures["pairs"].values()) + sum(
+        n for reason, n in figures["dropped"].items() if reason.startswith("pairs")
+    )
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_the_prompts_are_those_of_the_other_tables_each_once(tmp_path: Path):
+    run(recipe(), {}, tmp_path)
+
+    def ids(kind: str, split: str) -> list[str]:
+        return pq.read_table(tmp_path / f"{kind}-{split}.parquet")["prompt_id"].to_pylist()
+
+    for split in ("train", "test"):
+        prompts = ids("prompts", split)
+        assert len(prompts) == len(set(prompts))
+        assert set(prompts) == {*ids("pairs", split), *ids("demonstrations", split)}
+    assert not set(ids("prompts", "train")) & set(ids("prompts", "test"))
+
+
+def test_the_same_source_and_settings_give_the_same_bytes(tmp_path: Path):
+    def digests(folder: Path, **knobs: Any) -> dict[str, str]:
+        run(recipe(pairs_file(tmp_path / "a.jsonl"), **knobs), {}, folder)
+        files = sorted(folder.iterdir())
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    first = digests(tmp_path / "first")
+    assert len(first) == 7
+    assert digests(tmp_path / "second") == first
+    assert digests(tmp_path / "third", split_seed=1) != first
+
+
+def test_the_data_card_tells_counts_drops_settings_and_digests(tmp_path: Path):
+    source = pairs_file(tmp_path / "a.jsonl")
+    figures = run(recipe(source, validation_fraction=0.2), {}, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    counts = [figures["pairs"][split] for split in ("train", "test", "validation")]
+    assert sum(counts) == 60
+    assert f"| pairs | 62 | 60 | {counts[0]} | {counts[1]} | {counts[2]} |" in card
+    assert "| pairs: blank completion | 1 |" in card
+    assert "| pairs: exact duplicate | 1 |" in card
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in card
+    assert "| validation_fraction | `0.2` |" in card
+    assert "Licence: not known here; see the source." in card
+    # "It is 7." has three words, "No." one: the longer is always the chosen one
+    assert "**Warning:** always preferring the longer completion is right for 100.0%" in card
+    assert "The demonstrations are the chosen" in card
+
+
+def test_the_data_card_knows_the_licence_of_the_embedded_set_and_no_path_of_the_machine(
+    tmp_path: Path,
+):
+    run(recipe(), {}, tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card
+    assert "| data/embedded/pairs.jsonl.gz | " in card
+    assert str(Path(__file__).parents[2]) not in card
+
+
+@pytest.mark.filterwarnings("ignore")  # importing `datasets` is not ours to answer for
+def test_datasets_reads_the_folder_by_the_head_of_the_card(tmp_path: Path):
+    import datasets
+
+    run(recipe(pairs_file(tmp_path / "a.jsonl")), {}, tmp_path / "out")
+    found = datasets.load_dataset(
+        str(tmp_path / "out"), "pairs", split="test", cache_dir=str(tmp_path / "cache")
+    )
+    expected = pq.read_table(tmp_path / "out" / "pairs-test.parquet").to_pylist()
+    assert found.to_list() == expected
+
+
+def test_a_source_of_demonstrations_alone_writes_no_pairs(tmp_path: Path):
+    source = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"Say {k}.", "completion": "No."} for k in range(60)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    figures = run(recipe(source), {}, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("pairs*"))
+    assert "chosen_longer_share" not in figures
+    assert (figures["words"]["prompt_median"], figures["words"]["completion_p95"]) == (2, 1)
+
+
+def test_what_is_wrong_is_raised_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(UserError, match="fell into `test`"):
+        run(recipe(pairs_file(tmp_path / "a.jsonl"), test_fraction=1e-9), {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_says_what_decides_the_split(tmp_path: Path):
+    source = pairs_file(tmp_path / "a.jsonl")
+    cards = {}
+    for name, knobs in {"plain": {}, "near": {"near_duplicates": "keep"}}.items():
+        run(recipe(source, **knobs), {}, tmp_path / name)
+        cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert all("up to its first user's turn, a system turn included" in c for c in cards.values())
+    words = "Of nearly equal prompts the first that came decides"
+    assert [words in card for card in cards.values()] == [False, True]

@@ -1,0 +1,276 @@
+"""The catalogue and its readers: each sample into rows written by hand; options that pair, thin and refuse."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from align.config import catalog, recipe
+from align.config.data import Prepare
+from align.data.pairing import PairingOptions
+from align.data.prepare import prepare_rows
+from align.data.public_datasets import oasst, shp, tldr, trees, ultrafeedback
+from align.data.rows import DroppedError
+from align.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "data" / "catalog"
+POST = "SUBREDDIT: r/pets\n\nTITLE: Cat trouble\n\nPOST: My cat sleeps on the keyboard all day.\n\nTL;DR:"
+EXPECTED: dict[str, tuple[list[tuple[str, str, str]], dict[str, int]]] = {
+    "hh-rlhf": (
+        [
+            ("How do I keep basil alive?", "Water it when the soil is dry.", "No idea."),
+            ("Hi.|Hello!|Name a bird.", "A wren.", "A trout."),
+        ],
+        {},
+    ),
+    "ultrafeedback": ([("Name a prime.", "Seven.", "Nine.")], {"all scores are equal": 1}),
+    "shp": (
+        [("How long do I boil an egg?", "Eight minutes.", "An hour.")],
+        {"ratio of scores below the threshold": 1},
+    ),
+    "tldr-comparisons": (
+        [(POST, "Cat blocks my keyboard.", "Cats exist.")],
+        {"not two summaries": 1},
+    ),
+    "oasst1": (
+        [
+            ("What is tea?", "A drink of leaves.", "A fish."),
+            (
+                "What is tea?|A drink of leaves.|Which leaves?",
+                "Those of Camellia sinensis.",
+                "Rocks.",
+            ),
+        ],
+        {"no tree of messages": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_sample_is_read_into_rows_written_by_hand(name: str):
+    told = Prepare(source=name, test_fraction=0.0).model_dump(exclude={"stage"})
+    told |= {"source": str(FOLDER / f"{name}.sample.jsonl"), "config": None}
+    prepared = prepare_rows(**told)
+    found = [
+        ("|".join(turn["content"] for turn in row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
+        for row in prepared.tables["pairs"]["train"]
+    ]  # fmt: skip
+    rows, dropped = EXPECTED[name]
+    assert found == rows
+    assert prepared.dropped == {f"pairs: {reason}": count for reason, count in dropped.items()}
+    assert prepared.read["pairs"] == len(found) + sum(prepared.dropped.values())
+
+
+def test_every_entry_says_what_it_is_and_no_key_is_unknown():
+    files = sorted(FOLDER.glob("*.yaml"))
+    assert {file.stem for file in files} == {*EXPECTED, "embedded"}
+    for file in files:
+        entry = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert entry["citation"] and entry["licence"]["text"]
+        assert Prepare(source=file.stem).source == entry["source"]
+
+
+def test_a_recipe_s_own_keys_win_over_the_catalogue():
+    assert Prepare(source="shp").ratio == 2.0
+    told = Prepare(source="shp", ratio=3.0, revision="abc")
+    assert (told.source, told.reader, told.ratio, told.revision) == (
+        "stanfordnlp/SHP", "shp", 3.0, "abc",
+    )  # fmt: skip
+    assert Prepare(source="shp", reader="columns").ratio is None
+    assert catalog.license_of("Anthropic/hh-rlhf")[0] == "mit"
+
+
+SCORED = {
+    "instruction": "Go.",
+    "completions": [{"response": t, "overall_score": s} for t, s in zip("abcd", (1, 9, 5, 5), strict=True)],
+}  # fmt: skip
+
+
+def sides(found: Any) -> list[Any]:
+    return [str(f) if isinstance(f, DroppedError) else f["chosen"] + f["rejected"] for f in found]
+
+
+def test_the_ways_of_pairing_by_hand():
+    assert sides(ultrafeedback(SCORED, PairingOptions())) == ["ba"]
+    # scores b 9, c 5, d 5, a 1: c and d are equal, so they are no pair
+    assert sides(ultrafeedback(SCORED, PairingOptions(pairing="all"))) == [
+        "bc",
+        "bd",
+        "ba",
+        "ca",
+        "da",
+    ]
+    close = sides(ultrafeedback(SCORED, PairingOptions(pairing="all", margin=5.0)))
+    assert close == [*["margin below the threshold"] * 2, "ba", *["margin below the threshold"] * 2]
+    drawn = [
+        sides(ultrafeedback(SCORED, PairingOptions("best_random", seed=s)))[0] for s in range(40)
+    ]
+    assert set(drawn) == {"ba", "bc", "bd"}
+    again = sides(ultrafeedback(SCORED, PairingOptions("best_random", seed=3)))[0]
+    assert again == drawn[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, ["ab"]),
+        ({"labels": 0, "score_B": 16}, ["ba"]),
+        ({"score_A": 1}, ["the label contradicts the scores"]),
+        ({"labels": 2}, ["label is not 0 or 1"]),
+        ({"score_B": None}, ["a score is missing"]),
+        ({"score_A": 3}, ["ratio of scores below the threshold"]),
+        ({"score_A": 4}, ["ab"]),
+    ],
+)
+def test_votes_by_hand(change: dict[str, Any], found: list[str]):
+    row = {
+        "history": "h",
+        "human_ref_A": "a",
+        "human_ref_B": "b",
+        "labels": 1,
+        "score_A": 8,
+        "score_B": 2,
+    }
+    assert sides(shp(row | change, PairingOptions(ratio=2.0))) == found
+
+
+def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
+    text = (FOLDER / "oasst1.sample.jsonl").read_text(encoding="utf-8")
+    messages = [json.loads(line) for line in text.splitlines()][:-1]
+    flat = [sides(oasst(row, PairingOptions())) for row in trees(iter(messages))]
+    nested = [{"prompt": next(trees(iter(messages)))["prompt"]}]
+    assert [sides(oasst(row, PairingOptions())) for row in trees(iter(nested))] == flat
+    random.Random(1).shuffle(messages)
+    assert [sorted(sides(oasst(row, PairingOptions()))) for row in trees(iter(messages))] == [
+        sorted(found) for found in flat
+    ]
+    other = PairingOptions(languages=("de",))
+    assert sides(oasst(nested[0], other)) == ["another language"] * 2
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"source": "a", "ratio": 2.0}, "`ratio` means nothing to `reader: columns`"),
+        ({"source": "a", "reader": "shp", "pairing": "all"}, "`pairing` means nothing to"),
+        ({"source": "a", "reader": "tldr", "margin": 1.0}, "`margin` means nothing to"),
+        ({"source": "a", "reader": "hh", "languages": ["en"]}, "`languages` means nothing to"),
+        ({"source": "a", "mixture": [{"source": "b"}]}, "give one of `source` and `mixture`"),
+        ({}, "give one of `source` and `mixture`"),
+        ({"mixture": [{"source": "b"}], "reader": "hh"}, "`reader` goes into each entry"),
+        ({"mixture": [{"source": "b", "weight": 1.0}, {"source": "c"}]}, "a `weight`, or none"),
+        ({"source": "a", "keep": ["prompt"]}, "`prompt` is a column of ours"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused(told: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        Prepare.model_validate(told)
+
+
+def scored(*completions: dict[str, Any]) -> dict[str, Any]:
+    return {"instruction": "Go.", "completions": list(completions)}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (  # two scales are none: 7.5 of 10 is no worse than 8 of another
+            scored(
+                {"response": "a", "overall_score": 7.5}, {"response": "b", "fine-grained_score": 8}
+            ),
+            ["completions have no score in common"],
+        ),
+        (
+            scored(
+                {"response": "a", "overall_score": 9, "rating": 1},
+                {"response": "b", "rating": "2"},
+            ),
+            ["ba"],
+        ),
+        (
+            scored(
+                {"response": "a", "score": 1},
+                {"response": None, "score": 9},
+                {"response": "c", "score": 3},
+            ),
+            ["completion without text", "ca"],
+        ),
+        (scored({"response": "a", "score": 10**400}, {"response": "b", "score": 1}),
+         ["completions have no score in common"]),
+    ],
+)  # fmt: skip
+def test_completions_of_a_row_are_compared_by_one_score(row: dict[str, Any], found: list[str]):
+    assert sides(ultrafeedback(row, PairingOptions())) == found
+
+
+def test_a_choice_that_is_a_float_is_one():
+    row = {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1.0}
+    assert sides(tldr(row, PairingOptions())) == ["ba"]
+
+
+def message(name: object, parent: object, role: str = "prompter", **more: Any) -> dict[str, Any]:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": str(name)} | more
+
+
+def test_messages_that_are_in_no_tree_are_counted():
+    tree = [
+        message("q", None),
+        message("a", "q", "assistant", rank=0),
+        message("b", "q", "assistant", rank=1),
+    ]
+    odd = [
+        message("a", "q", "assistant", rank=0),
+        message([1], None),
+        message("e", {}),
+        message("f", "nowhere"),
+        message("g", "f", "assistant"),
+        *[message("x", "y"), message("y", "x", "assistant"), message("z", "y")],
+        message("s", None, "assistant"),
+    ]
+    rows = list(trees(iter([*odd, *tree])))
+    found = [reason for row in rows for reason in sides(oasst(row, PairingOptions()))]
+    assert sorted(found) == sorted([
+        "ab", "repeated message_id", "message_id is not a text or a number", "parent_id is not a text or a number",
+        "no tree of messages", *["parents go round in a circle"] * 3, "no user's message in the tree",
+    ])  # fmt: skip
+    assert sides(oasst({"prompt": message("q", None, replies=5)}, PairingOptions())) == [
+        "replies are not a list"
+    ]
+
+
+def test_a_cap_counts_trees_and_not_their_messages(tmp_path: Path):
+    rows = [message(f"q{k}", None) for k in range(20)]
+    for k in range(20):
+        rows += [message(f"{side}{k}", f"q{k}", "assistant", rank=i) for i, side in enumerate("ab")]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prepared = prepare_rows(str(file), reader="oasst", max_rows=12, test_fraction=0.0)
+    assert (prepared.read["pairs"], prepared.dropped) == (12, {})
+
+
+def test_the_columns_of_a_reader_can_be_mapped(tmp_path: Path):
+    row = {"human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 8, "score_B": 2}
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"post": "h", **row}) + "\n", encoding="utf-8")
+    told = recipe.load_stage(
+        "prepare", [f"source={file}", "reader=shp", "columns={history: post}", "test_fraction=0.0"]
+    )
+    prepared = prepare_rows(**told.model_dump(exclude={"stage"}))
+    assert prepared.tables["pairs"]["train"][0]["prompt"][0]["content"] == "h"
+    with pytest.raises(UserError, match="columns: history: unknown key"):
+        prepare_rows(str(file), columns={"history": "post"})
+
+
+def test_a_file_or_folder_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert Prepare(source="shp").source == "stanfordnlp/SHP"
+    for name in ("shp", "embedded"):
+        (tmp_path / name).mkdir()
+    assert (Prepare(source="shp").source, Prepare(source="shp").reader) == ("shp", "columns")
+    assert Prepare(source="embedded").source == "embedded"

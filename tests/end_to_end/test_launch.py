@@ -1,0 +1,196 @@
+"""Launched as a user launches it: two processes, exit codes, signals, and who prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "prepare.max_rows=200",
+    "sft.model.hidden_size=32",
+    "sft.model.vocab_size=400",
+    "sft.trainer.max_steps=8",
+    "dpo.trainer.max_steps=12",
+    "evaluate.max_new_tokens=24",
+]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+SCRIPT = str(ROOT / "align" / "run.py")
+RECIPE = str(ROOT / "recipes" / "dpo.yaml")
+
+
+def call(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(command), cwd=folder, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def comparisons(runs: Path) -> list[dict[str, object]]:
+    summary = json.loads((runs / "dpo" / "summary.json").read_text())
+    return summary["stages"][-1]["metrics"]["comparisons"]
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
+    done = call(*LAUNCH, *TWO, SCRIPT, RECIPE, *SMALL, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sft: ran") == 1
+    assert done.stdout.count("held-out win rates") == 1
+    made = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/artifact.json")]
+    assert sorted(m["stage"] for m in made) == ["dpo", "evaluate", "prepare", "reference", "sft"]
+    assert [m["world_size"] for m in made] == [2] * 5
+    two = comparisons(tmp_path / "runs")
+    (kept,) = (tmp_path / "runs").glob("reference-*")
+    reference = pq.read_table(kept / "logps.parquet")
+
+    # The same policies evaluated by one process: the same completions, so the same figures.
+    for folder in (tmp_path / "runs").glob("evaluate-*"):
+        shutil.rmtree(folder)
+    again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("reused") >= 3
+    assert comparisons(tmp_path / "runs") == two
+
+    # The reference's log-probabilities computed by one process: the same, in a folder of the same name.
+    shutil.rmtree(kept)
+    again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, "--force", "dpo", "--until", "dpo", folder=tmp_path)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    alone = pq.read_table(kept / "logps.parquet")
+    for column in reference.column_names:
+        expected = reference[column].to_pylist()
+        assert alone[column].to_pylist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[], ["--config", TWO[1]]], ids=["one process", "two processes"])
+def test_align_run_ends_in_the_code_of_the_run(tmp_path, launch):
+    align = [sys.executable, "-m", "align.cli.main"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    wrong = subprocess.run(
+        # One weight for two losses is refused by the trainer's configuration, once the processes run.
+        [*align, "run", RECIPE, *launch, *SMALL, "dpo.trainer.loss_weights=[1.0]"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert wrong.returncode == 2, wrong.stderr
+    assert wrong.stderr.count("dpo.trainer: DPOConfig refuses") == 1
+    assert "Traceback" not in wrong.stderr
+
+    overrides = [*SMALL, "sft.trainer.max_steps=2000"]
+    with subprocess.Popen(
+        [*align, "run", RECIPE, *launch, *overrides],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        while not list(tmp_path.glob("runs/sft-*/metrics.jsonl")):
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 130, said
+    assert "the same command goes on" in said
+    assert list(tmp_path.glob("runs/sft-*/checkpoint-*/complete.json"))
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_main_process_meets_ends_all_of_them(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "reject": "c"}))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "align.cli.main", "run", RECIPE),
+            *("--config", TWO[1], "prepare.source=rows.jsonl"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("no column `rejected`") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_plan_answer_without_a_recipe_that_ran(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def align(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "align.cli.main", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+
+    assert all(word in align("--help").stdout for word in ("run", "plan", "check", "chat"))
+    plan = align("plan", RECIPE).stdout
+    assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "424"))
+    assert "nothing wrong found" in align("check", RECIPE).stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkout_runs_without_being_installed_and_from_any_folder(tmp_path):
+    # Python puts align/ first on the path of a script in it; run.py takes it off again.
+    done = call(sys.executable, SCRIPT, RECIPE, "--until", "prepare", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/prepare-*/artifact.json"))
+
+
+OWN_LABELS = """\
+stages:
+  prepare: {source: embedded, max_rows: 200}
+  sft:
+    model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
+    trainer: {max_steps: 80, learning_rate: 1.0e-2, bf16: false, gradient_checkpointing: false} # ends its sentences
+  sample: {model: sft, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}
+  label: {judge: gold, pairing: all, labels: bradley_terry}
+  kto:
+    model: sft
+    preferences: label
+    trainer: {num_train_epochs: 2, per_device_train_batch_size: 4, logging_steps: 1, bf16: false, gradient_checkpointing: false}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_label_what_one_does_and_train_kto_on_it(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(OWN_LABELS)
+    for name, more in (("two", TWO), ("one", [])):
+        done = call(*LAUNCH, *more, SCRIPT, "recipe.yaml", "--runs", name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        made = {
+            m["stage"]: m
+            for m in (json.loads(f.read_text()) for f in (tmp_path / name).glob("*/artifact.json"))
+        }
+        assert made["kto"]["world_size"] == (2 if name == "two" else 1)
+        # both sides of the pairs in batches of 4, which the processes share
+        pairs = made["label"]["metrics"]["pairs"]["train"]
+        batches = -(-2 * pairs // 4)
+        each = -(-batches // 2) if name == "two" else batches
+        assert made["kto"]["metrics"]["steps"] == 2 * each
+        assert made["sample"]["metrics"]["rows"] == 90
+    # The policies differ, for two processes trained on other batches: so the same policy is sampled by both.
+    (policy,) = (tmp_path / "one").glob("sft-*")
+    (data,) = (tmp_path / "one").glob("prepare-*")
+    text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, labels: bradley_terry}}\n"
+    (tmp_path / "again.yaml").write_text(text)
+    done = call(*LAUNCH, *TWO, SCRIPT, "again.yaml", "--runs", "again", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for pattern in ("sample-*/completions-train.parquet", "label-*/pairs-train.parquet"):
+        (theirs,), (ours,) = ((tmp_path / runs).glob(pattern) for runs in ("one", "again"))
+        assert pq.read_table(theirs).equals(pq.read_table(ours))

@@ -1,0 +1,83 @@
+"""A stage starts as if it were the first in its process, and processes that do not see each other are refused."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from align.errors import UserError
+from align.runtime import distributed
+
+
+class Holder:
+    """Holds memory in a cycle, as trainers and their callbacks do."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.weights = torch.ones(megabytes * 2**18)
+        self.myself = self
+
+
+def test_the_memory_of_the_last_stage_is_returned():
+    gc.disable()
+    try:
+        held = weakref.ref(Holder(1))
+        assert held() is not None
+        distributed.reset_process_state(0)
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the peak in /proc")
+def test_the_peak_of_memory_is_that_of_the_stage_alone():
+    large = Holder(400)
+    before = distributed.peak_memory_bytes()
+    del large
+    distributed.reset_process_state(0)
+    after = distributed.peak_memory_bytes()
+    assert before is not None
+    assert after is not None
+    assert after < before - 300 * 2**20
+
+
+def test_every_stage_starts_from_its_seed_whatever_ran_before():
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    distributed.reset_process_state(7)
+    first = draws()
+    torch.rand(100)
+    distributed.reset_process_state(7)
+    assert draws() == first
+    distributed.reset_process_state(8)
+    assert draws() != first
+
+
+def test_the_state_of_accelerate_does_not_leak_into_the_next_stage():
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState, GradientState
+
+    Accelerator(gradient_accumulation_steps=4, cpu=True)
+    assert GradientState().num_steps == 4
+    distributed.reset_process_state(0)
+    assert AcceleratorState._shared_state == {}
+    assert GradientState._shared_state == {}
+    assert PartialState._shared_state != {}  # the process group stays
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="started 2 processes and they do not see each other"):
+        distributed.init_process_group()
+
+
+def test_a_launch_that_asks_for_fsdp_and_gets_none_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="asks for FSDP and accelerate runs"):
+        distributed.init_process_group()

@@ -1,0 +1,234 @@
+"""One process of a launch: trains tiny models with TRL's trainers, each without prefix sharing and with it.
+
+    accelerate launch --config_file … tests/distributed_training.py folder
+
+It leaves what every process saw in ``folder/<rank>.json``, and all weights at the end in ``folder/weights.pt``;
+:mod:`test_prefix_sharing_distributed` launches it and judges.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+)
+
+STEPS, ROWS = 6, 4  # rows a step in each process
+WORDS = [str(n) for n in range(38)]
+SHAPE = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+# Adam divides a gradient by its size: with its usual epsilon, 1e-8, rounding errors of a gradient that should be zero
+# move a weight as far as any gradient does.
+ARGUMENTS = {
+    "max_steps": STEPS, "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "adam_epsilon": 1e-4,
+    "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0,
+    "bf16": False, "disable_tqdm": True, "log_level": "error", "dataloader_pin_memory": False,
+    "train_sampling_strategy": "sequential",
+}  # fmt: skip
+KINDS = ("sft", "dpo", "lora", "dpo checkpointing", "lora checkpointing")
+
+
+def text(seed: int, low: int, high: int) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+
+def pairs() -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": text(k, 6, 14),
+            "chosen": " " + text(1000 + k, 1, 9),
+            "rejected": " " + text(2000 + k, 1, 9),
+        }
+        for k in range(2 * ROWS * STEPS)
+    ]
+
+
+def demonstrations() -> list[dict[str, str]]:
+    """Batches of process 0 share a prompt; those of process 1 have no pads and no prefix in common."""
+    shared = [
+        {"prompt": text(3000 + k // ROWS, 8, 8), "completion": " " + text(k, 1, 9)}
+        for k in range(ROWS * STEPS)
+    ]
+    single = [
+        {"prompt": f"{k % ROWS} {text(4000 + k, 5, 5)}", "completion": " " + text(5000 + k, 4, 4)}
+        for k in range(ROWS * STEPS)
+    ]
+    return [
+        row
+        for k in range(0, ROWS * STEPS, ROWS)
+        for row in (*shared[k : k + ROWS], *single[k : k + ROWS])
+    ]
+
+
+def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What this process saw of a run, and in the main process the weights at its end."""
+    import trl
+    from datasets import Dataset
+
+    from align.models.prefix_sharing import wrapper
+
+    sft, lora = kind == "sft", "lora" in kind
+    name = "SFT" if sft else "DPO"
+    # Before a model is loaded: these say to ZeRO-3 that it loads in parts.
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(folder / "trainer"),
+        use_cpu=not asked("FSDP"),
+        activation_checkpointing="checkpointing" in kind,
+        **ARGUMENTS,
+    )
+    load = AutoModelForCausalLM.from_pretrained
+    policy = load(folder / "policy", dtype="float32")
+    reference = None if sft or lora else load(folder / "reference", dtype="float32")
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=policy,
+        args=args,
+        train_dataset=Dataset.from_list(demonstrations() if sft else pairs()),
+        processing_class=word_tokenizer(),
+        peft_config=adapter if lora else None,
+        **({} if sft else {"ref_model": reference}),
+    )
+    reference = getattr(trainer, "ref_model", None)
+    said: list[str] = []
+    if share:
+        wrapper.enable_prefix_sharing(trainer.model, reference, say=said.append)
+    batches = sizes_of_batches(trainer)
+    computed = [tokens_computed(each) for each in (trainer.model, reference) if each is not None]
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+    accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "processes": accelerator.num_processes,
+        "type": str(accelerator.distributed_type),
+        "wrapper": type(wrapped).__name__,
+        "stage": getattr(wrapped, "zero_optimization_stage", lambda: None)(),
+        "layer": type(first_layer(trainer.model)).__name__,
+        "kept": kept(trainer.model),
+        "kept of the reference": None if reference is None else kept(reference),
+        "losses": [entry["loss"] for entry in log],
+        "margins": [] if sft else [entry["rewards/margins"] for entry in log],
+        "computed": computed,
+        "padded": [padded for padded, _ in batches],
+        "distinct": [distinct for _, distinct in batches],
+        "said": said,
+    }, accelerator.get_state_dict(wrapped)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: n for n, word in enumerate(("<pad>", "<eos>", *WORDS))}
+    splitter = Tokenizer(models.WordLevel(words))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>")
+
+
+def first_layer(model: Any) -> Any:
+    return next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+
+
+def tokens_computed(model: Any) -> list[int]:
+    """How many positions each pass of the first layer saw; a module within it, for checkpointing runs those again."""
+    seen: list[int] = []
+    first_layer(model).self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[:2].numel())
+    )
+    return seen
+
+
+def sizes_of_batches(trainer: Any) -> list[tuple[int, int]]:
+    """Of each batch as it is collated: how many positions it has, and how many distinct prefixes."""
+    sizes: list[tuple[int, int]] = []
+    collate = trainer.data_collator
+
+    def counted(rows: Any) -> Any:
+        batch = collate(rows)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        real = [row[some].tolist() for row, some in zip(ids, mask, strict=True)]
+        distinct = {tuple(row[:k]) for row in real for k in range(1, len(row) + 1)}
+        sizes.append((ids.numel(), len(distinct)))
+        return batch
+
+    trainer.data_collator = counted
+    return sizes
+
+
+def kept(model: Any) -> float:
+    """Which share of the weights lies in this process."""
+    held = whole = 0
+    for weight in model.parameters():
+        if hasattr(weight, "to_local"):  # FSDP2
+            held, whole = held + weight.to_local().numel(), whole + weight.numel()
+        elif hasattr(weight, "ds_numel"):  # ZeRO-3; empty where the rest is elsewhere
+            held += weight.numel() or weight.ds_tensor.numel()
+            whole += weight.ds_numel
+        else:
+            held, whole = held + weight.numel(), whole + weight.numel()
+    return held / whole
+
+
+def asked(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def fsdp_without_gpus() -> None:
+    """Make accelerate take gloo for a GPU's backend: without one it silently turns FSDP into DDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+
+def main(folder: Path) -> None:
+    import trl  # noqa: F401 (so that it is frozen below)
+
+    from align.runtime import distributed
+
+    rank = int(os.environ["RANK"])
+    own = folder / str(rank)
+    for seed, name in enumerate(("policy", "reference")):  # in a process group only rank 0 saves
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(own / name)
+    if asked("FSDP"):
+        fsdp_without_gpus()
+    elif asked("DEEPSPEED"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    gc.collect()
+    gc.freeze()  # accelerate collects garbage whenever a training starts, over imported modules too
+    found: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for kind in KINDS:
+        for share in (False, True):
+            distributed.reset_process_state(0)
+            run = f"{kind}, {'shared' if share else 'padded'}"
+            found[run], weights[run] = train(kind, own, share=share)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    if rank == 0:
+        torch.save(weights, folder / "weights.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

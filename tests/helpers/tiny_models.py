@@ -1,0 +1,134 @@
+"""A tiny world for the tests of models: prepared data, an SFT model, an adapter on it; made once.
+
+The SFT model is trained with a learning rate that moves it far, and so is the adapter: at zero all
+of them would be equal, and tests of which one is which would pass whatever the code does.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from align.config.base import Lora, NewModel, Stage
+from align.config.data import Prepare
+from align.config.training import SFT
+from align.runtime import artifacts, distributed, environment
+from align.runtime.progress import Logger, NullDisplay
+
+POSITIONS = 192
+LORA = Lora(r=4, alpha=8)
+TRAINER = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1.0e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+# transformers 5.23 renamed gradient to activation checkpointing; its own code, peft and TRL still
+# use the old name.
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Folders of finished stages. ``sft`` has all its weights, ``lora`` is an adapter on it."""
+
+    folder: Path
+    data: Path
+    sft: Path
+    lora: Path
+
+
+@functools.cache
+def world(folder: Path) -> World:
+    """Make the world below ``folder``, about five seconds; a second call finds it."""
+    environment.quiet_libraries()
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    distributed.init_process_group()
+    from align.stages import prepare
+    from align.stages import sft as stages_sft
+
+    gc.collect()
+    # accelerate collects garbage whenever a training starts: half a second over imported modules
+    gc.freeze()
+    data, full, lora = (folder / "world" / name for name in ("data", "sft", "lora"))
+    stage(prepare, Prepare(source="embedded", max_rows=60, test_fraction=0.25), {}, data)
+    new = NewModel(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=POSITIONS,
+    )
+    settings = SFT(model=new, trainer=TRAINER | {"max_steps": 30})
+    stage(stages_sft, settings, {"demonstrations": data}, full)
+    settings = SFT(
+        model="sft", lora=LORA, trainer=TRAINER | {"max_steps": 8, "learning_rate": 5.0e-2}
+    )
+    stage(stages_sft, settings, {"model": full, "demonstrations": data}, lora)
+    return World(folder / "world", data, full, lora)
+
+
+def stage(
+    module: ModuleType, settings: Stage, inputs: Mapping[str, Path | str], folder: Path
+) -> dict[str, Any]:
+    """Run a stage as the chain does, and leave its ``artifact.json``. Returns its metrics."""
+    name = module.__name__.rpartition(".")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = getattr(settings, "seed", 0)
+    distributed.reset_process_state(seed)
+    metrics = module.run(settings, inputs, folder, track(name, folder))
+    made = artifacts.Artifact(
+        stage=name,
+        name=folder.name,
+        digest=artifacts.digest(str(folder)),
+        recipe=settings.model_dump(),
+        inputs={
+            role: {"folder": str(target), "digest": artifacts.digest_folder(Path(target))}
+            for role, target in inputs.items()
+        },
+        metrics=metrics,
+        versions={},
+        commit=None,
+        seed=seed,
+        world_size=1,
+        seconds=0.0,
+        peak_memory_bytes=None,
+    )
+    artifacts.write_artifact(folder, made)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return metrics
+
+
+def track(name: str, folder: Path) -> Logger:
+    """A track that shows nothing."""
+    display = NullDisplay()
+    display.start(name, folder, "running")
+    return Logger(name, folder, display, main=True)
+
+
+def rows(data: Path, table: str) -> list[dict[str, Any]]:
+    """The rows of a prepared table, such as ``pairs-train``."""
+    return pq.read_table(data / f"{table}.parquet").to_pylist()
+
+
+def slow_logps(model: Any, ids: list[int], start: int) -> float:
+    """Log-probability of ``ids[start:]`` given what is before: a forward pass for every token."""
+    total = 0.0
+    with torch.no_grad():
+        for place in range(start, len(ids)):
+            logits = model(input_ids=torch.tensor([ids[:place]])).logits[0, -1]
+            total += torch.log_softmax(logits.double(), dim=-1)[ids[place]].item()
+    return total

@@ -1,0 +1,577 @@
+"""Digests, reuse, lineage, locks and atomic writes. The stages here are stand-ins that only write a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from pydantic import BaseModel
+from rich.console import Console
+
+from align.config import validation
+from align.config.base import NewModel
+from align.config.data import MixtureSource
+from align.config.recipe import Recipe, load_recipe
+from align.config.stages import STAGES
+from align.errors import UserError
+from align.pipeline import plan as pipeline_plan
+from align.pipeline import preflight, runner
+from align.pipeline.plan import PlannedStage, stage_digest
+from align.runtime import artifacts, checkpoints, distributed, signals
+from align.runtime.progress import Display
+from align.stages import prepare
+
+ROWS = "".join(
+    json.dumps({"prompt": f"Say {i}.", "chosen": f"{i}!", "rejected": "No."}) + "\n"
+    for i in range(40)
+)
+RECIPE = """\
+stages:
+  prepare: {source: SOURCE, test_fraction: 0.2}
+  sft:
+    model: {vocab_size: 300, hidden_size: 32}
+    trainer: {max_steps: 2}
+  dpo:
+    model: sft
+    beta: 0.1
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe and its data, in which training is replaced by writing a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("SOURCE", "rows.jsonl"))
+    monkeypatch.setattr(distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "reset_process_state", lambda seed: None)
+    monkeypatch.setattr(preflight, "check_trainer_arguments", lambda recipe, due: None)
+
+    def train(settings: Any, inputs: Any, folder: Path, track: Any) -> dict[str, Any]:
+        (folder / "model.safetensors").write_text(repr(settings))
+        return {"loss": 1.0}
+
+    class Stub:
+        run = staticmethod(train)
+
+    monkeypatch.setattr(runner, "stage_module", lambda name: prepare if name == "prepare" else Stub)
+    return tmp_path
+
+
+def read(*overrides: str) -> Recipe:
+    return load_recipe("recipe.yaml", overrides)
+
+
+def plan(*overrides: str) -> dict[str, PlannedStage]:
+    return {step.name: step for step in pipeline_plan.plan(read(*overrides), Path("runs"))}
+
+
+def run(*overrides: str, **options: Any) -> dict[str, str]:
+    display = Display(Console(quiet=True))
+    summary = runner.run_recipe(read(*overrides), Path("runs"), display, **options)
+    return {stage["name"]: stage["status"] for stage in summary["stages"]}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_ino)
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+# Digests
+
+
+def settings_of(stage: str) -> list[str]:
+    return [name for name in STAGES[stage].model_fields if name != "stage"]
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "prepare": {
+        "source": "other.jsonl", "demonstrations": "other.jsonl", "reader": "hh", "config": "x",
+        "data_dir": "d", "data_split": "test", "revision": "abc", "columns": {"prompt": "p"},
+        "test_fraction": 0.3, "validation_fraction": 0.1, "split_seed": 1, "max_rows": 7,
+        "mixture": [MixtureSource(source="b", weight=1.0)], "pairing": "all", "margin": 1.0, "ratio": 2.0,
+        "languages": ["en"], "near_duplicates": "keep", "near_duplicate_threshold": 0.7,
+        "decontaminate": ["b"], "ngram": 8, "keep": ["x"],
+    },
+    "sft": {
+        "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
+        "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
+        "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "dpo": {
+        "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
+        "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "kto": {
+        "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
+        "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,
+        "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "sample": {
+        "model": "sft_2", "prompts": "prepare_2", "split": "test", "n_prompts": 3, "n_completions": 2,
+        "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
+        "revision": "abc", "seed": 1,
+    },
+    "label": {
+        "completions": "sample_2", "judge": "reward", "pairing": "all", "margin": 0.1,
+        "labels": "bradley_terry", "slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
+    },
+    "reward": {
+        "model": "sft_2", "pairs": "prepare_2", "margin_coef": 0.5, "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
+        "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
+    },
+    "ppo": {
+        "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
+        "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 3,
+        "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
+        "advantages": "rloo", "gamma": 0.5, "lam": 0.5, "whiten_advantages": False, "whiten_rewards": True,
+        "kl_coef": 0.5, "kl_estimator": "k3", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
+        "critic_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 3, "critic_warmup_steps": 3,
+        "epochs": 3, "minibatches": 3, "micro_batch_size": 3, "sample_batch_size": 3, "clip": 0.5,
+        "clip_high": 0.5, "dual_clip": 2.0, "value_clip": 0.5, "value_coef": 0.5, "entropy_coef": 0.5,
+        "max_grad_norm": 0.5, "target_kl": 0.5, "gradient_checkpointing": True, "quantization": "nf4",
+        "eval_steps": 3, "eval_split": "test", "n_eval_prompts": 3, "save_steps": 3, "dtype": "bfloat16",
+        "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False,
+    },
+    "evaluate": {
+        "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
+        "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
+        "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
+        "level": 0.9, "resamples": 500, "seed": 1, "prefix_sharing": False,
+    },
+    "control": {
+        "environment": "Acrobot-v1", "environment_options": {"x": 1}, "algorithm": "a2c",
+        "baseline": "none", "seeds": [1], "steps": 7, "envs": 3, "stretch": 3, "gamma": 0.5, "lam": 0.5,
+        "learning_rate": 0.5, "value_learning_rate": 0.5, "schedule": "constant", "epochs": 3,
+        "minibatches": 3, "clip": 0.5, "clip_high": 0.5, "value_clip": 0.5, "target_kl": 0.5,
+        "entropy_coef": 0.5, "max_grad_norm": 0.5, "whiten": False, "hidden": [3], "activation": "relu",
+        "distribution": "gaussian", "normalize_observations": True, "normalize_rewards": True,
+        "episodes": 3, "level": 0.9, "resamples": 500, "keep_checkpoints": True,
+    },
+}  # fmt: skip
+BASE: dict[str, dict[str, Any]] = {
+    "prepare": {"source": "rows.jsonl"},
+    "sft": {"model": {"vocab_size": 300, "hidden_size": 32}},
+    "dpo": {"model": "sft"},
+    "evaluate": {
+        "policies": ["dpo"],
+        "baseline": "sft",
+        "judge": "gold",
+        "implicit_rewards": False,
+    },
+    "kto": {"model": "sft"},
+    "sample": {"model": "sft"},
+    "label": {"judge": "gold"},
+    "reward": {"model": "sft"},
+    "ppo": {
+        "model": "sft", "rewards": ["reward"], "steps": 9, "batch_size": 8, "n_completions": 2, "lora": {"r": 3},
+    },
+    "control": {"environment": "CartPole-v1", "steps": 100},
+}  # fmt: skip
+
+
+def digest_with(stage: str, **changes: Any) -> str:
+    """The digest of a stage whose inputs are digested as the name that they go by."""
+    cls = STAGES[stage]
+    base = cls.model_validate(BASE[stage])
+    values = {name: getattr(base, name) for name in cls.model_fields} | changes
+    settings = cls.model_construct(**values)
+    # What an input's name stands for is given here; that a name alone decides nothing is another test.
+    inputs = {
+        role: f"digest of {target}" for role, target in validation.stage_inputs(settings).items()
+    }
+    if stage == "prepare":
+        inputs = {
+            k: f"content of {values[k]}"
+            for k in ("source", "demonstrations", "decontaminate")
+            if values[k]
+        }
+    return stage_digest(settings, inputs)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"), [(stage, key) for stage in STAGES for key in settings_of(stage)]
+)
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # values are set unvalidated
+def test_a_change_of_any_setting_changes_the_digest(stage, key):
+    assert digest_with(stage, **{key: OTHER[stage][key]}) != digest_with(stage)
+
+
+def test_the_code_version_of_a_stage_is_in_its_digest_and_in_those_that_follow(here, monkeypatch):
+    before = plan()
+    monkeypatch.setattr(STAGES["sft"], "code_version", 99)
+    after = plan()
+    assert before["prepare"].digest == after["prepare"].digest
+    assert before["sft"].digest != after["sft"].digest
+    assert before["dpo"].digest != after["dpo"].digest
+
+
+def test_comments_layout_output_folder_and_names_of_stages_do_not_change_a_digest(here):
+    before = plan()
+    text = "# a comment\n" + RECIPE.replace("SOURCE", "rows.jsonl").replace(
+        "    beta: 0.1", "    beta: 1.0e-1   # as ever\n    lora: null"
+    ).replace("dpo:", "tuned:\n    stage: dpo")
+    (here / "recipe.yaml").write_text(text)
+    elsewhere = {s.name: s for s in pipeline_plan.plan(read(), Path("somewhere/else"))}
+    assert [before[n].digest for n in ("prepare", "sft", "dpo")] == [
+        elsewhere[n].digest for n in ("prepare", "sft", "tuned")
+    ]
+
+
+def test_files_of_one_name_in_two_folders_both_count(here):
+    for folder in ("a", "b"):
+        (here / "source" / folder).mkdir(parents=True)
+        (here / "source" / folder / "train.jsonl").write_text(ROWS)
+    before = plan("prepare.source=source")["prepare"].digest
+    (here / "source" / "a" / "train.jsonl").write_text(ROWS.replace("39!", "thirty-nine!"))
+    assert plan("prepare.source=source")["prepare"].digest != before
+
+
+def test_the_content_of_a_file_that_a_trainer_is_told_of_counts(here):
+    template = here / "template.jinja"
+    template.write_text("{{ messages }}")
+    override = "sft.trainer.chat_template_path=template.jinja"
+    before = plan(override)["sft"].digest
+    template.write_text("{{ messages[0] }}")
+    assert plan(override)["sft"].digest != before
+
+
+def test_the_digest_of_an_adapter_from_elsewhere_is_that_of_its_base_too(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "model.safetensors").write_text("weights")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = artifacts.digest_folder(adapter)
+    (base / "model.safetensors").write_text("other weights")
+    assert artifacts.digest_folder(adapter) != before
+
+
+def test_the_names_in_an_evaluation_label_its_results_and_count(here):
+    text = RECIPE.replace("SOURCE", "rows.jsonl")
+    text += "  evaluate: {policies: [dpo], baseline: sft, implicit_rewards: true}\n"
+    (here / "recipe.yaml").write_text(text)
+    before = plan()["evaluate"].digest
+    (here / "recipe.yaml").write_text(
+        text.replace("  sft:\n", "  base:\n    stage: sft\n")
+        .replace("model: sft", "model: base")
+        .replace("baseline: sft", "baseline: base")
+    )
+    assert plan()["evaluate"].digest != before
+
+
+def test_the_content_of_a_source_counts_and_its_place_does_not(here):
+    before = plan()
+    (here / "moved").mkdir()
+    (here / "rows.jsonl").rename(here / "moved" / "rows.jsonl")
+    assert plan("prepare.source=moved/rows.jsonl")["dpo"].digest == before["dpo"].digest
+    (here / "moved" / "rows.jsonl").write_text(ROWS.replace("39!", "thirty-nine!"))
+    assert plan("prepare.source=moved/rows.jsonl")["prepare"].digest != before["prepare"].digest
+
+
+# Reuse
+
+
+def test_the_same_command_again_reuses_everything_and_writes_only_the_summary(here):
+    assert set(run().values()) == {"ran"}
+    before = snapshot(here / "runs")
+    assert set(run().values()) == {"reused"}
+    after = snapshot(here / "runs")
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {os.path.join("recipe", "summary.json")}
+
+
+def test_another_beta_reuses_sft_and_runs_dpo(here):
+    run()
+    assert run("dpo.beta=0.3") == {"prepare": "reused", "sft": "reused", "dpo": "ran"}
+    assert len(list((here / "runs").glob("dpo-*"))) == 2
+
+
+def test_force_runs_one_stage_anew_and_keeps_the_others(here):
+    run()
+    folder = plan()["sft"].folder
+    (folder / "left over").write_text("from before")
+    assert run(force="sft") == {"prepare": "reused", "sft": "ran", "dpo": "reused"}
+    assert not (folder / "left over").exists()
+    assert set(run(force="all").values()) == {"ran"}
+
+
+def test_until_stops_after_a_stage(here):
+    assert run(until="sft") == {"prepare": "ran", "sft": "ran"}
+
+
+def test_force_and_until_name_stages_that_exist(here):
+    with pytest.raises(UserError, match="--force sfd: no such stage; did you mean `sft`"):
+        run(force="sfd")
+    with pytest.raises(UserError, match="--until"):
+        run(until="ppo")
+
+
+def test_a_stage_that_crashes_leaves_no_artifact_and_runs_again(here, monkeypatch):
+    def crash(folder: Path, made: artifacts.Artifact) -> None:
+        if made.stage == "sft":
+            raise RuntimeError("the power went")
+        original(folder, made)
+
+    original = artifacts.write_artifact
+    with monkeypatch.context() as m:
+        m.setattr(artifacts, "write_artifact", crash)
+        with pytest.raises(RuntimeError, match="power"):
+            run()
+    assert plan()["prepare"].status == "reused"
+    assert plan()["sft"].status == "run"
+    assert run() == {"prepare": "reused", "sft": "ran", "dpo": "ran"}
+
+
+def test_a_broken_artifact_is_told_with_a_repair_that_works(here):
+    run()
+    (plan()["sft"].folder / artifacts.FILE).write_text("{}")
+    with pytest.raises(UserError, match=r"not an artifact of this version.*--force"):
+        run()
+    assert run(force="sft") == {"prepare": "reused", "sft": "ran", "dpo": "reused"}
+
+
+def test_a_signal_in_the_last_step_ends_the_chain_after_the_stage(here, monkeypatch):
+    monkeypatch.setattr(signals._stop, "requested", True)
+    with pytest.raises(signals.Interrupted):
+        run()
+    assert plan()["prepare"].status == "reused"
+    assert plan()["sft"].status == "run"
+
+
+def test_a_run_killed_before_it_tidied_is_tidied_by_the_next(here):
+    run()
+    folder = plan()["sft"].folder
+    checkpoint(folder, 3)
+    (folder / artifacts.WORKING).write_text("{}")
+    assert set(run().values()) == {"reused"}
+    assert not (folder / artifacts.WORKING).exists()
+    assert list(folder.glob("checkpoint-*")) == []
+
+
+def test_what_was_trained_by_another_number_of_processes_is_said(here):
+    run()
+    folder = plan()["sft"].folder
+    made = json.loads((folder / artifacts.FILE).read_text())
+    (folder / artifacts.FILE).write_text(json.dumps(made | {"world_size": 8}))
+    said: list[str] = []
+    display = Display(Console(quiet=True))
+    display.say = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
+    runner.run_recipe(read(), Path("runs"), display)
+    assert "sft: trained by 8 processes; this run has 1" in said
+
+
+def test_data_that_a_later_stage_cannot_use_are_told_before_anything_trains(here):
+    (here / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"Say {i}.", "completion": f"{i}!"}) + "\n" for i in range(40)
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"recipe.yaml:6: dpo.pairs: .* no pairs-train; found demonstr"
+    ):
+        run()
+    assert list((here / "runs").glob("sft-*")) == []
+
+
+def test_the_gold_judge_is_refused_for_other_prompts_before_anything_trains(here):
+    text = RECIPE.replace("SOURCE", "rows.jsonl")
+    text += "  evaluate: {policies: [dpo], baseline: sft, judge: gold}\n"
+    (here / "recipe.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"recipe.yaml:9: evaluate.judge: `gold` scores the embedded"
+    ):
+        run()
+    assert list((here / "runs").glob("sft-*")) == []
+
+
+def test_the_artifact_is_written_after_everything_else(here):
+    run()
+    for step in plan().values():
+        made = (step.folder / artifacts.FILE).stat().st_mtime_ns
+        assert all(p.stat().st_mtime_ns <= made for p in step.folder.iterdir())
+
+
+def test_lineage_names_inputs_by_folder_and_digest(here):
+    run()
+    steps = plan()
+    made = artifacts.read_artifact(steps["dpo"].folder)
+    assert made is not None
+    assert made.inputs == {
+        "model": {"folder": str(steps["sft"].folder), "digest": steps["sft"].digest},
+        "pairs": {"folder": str(steps["prepare"].folder), "digest": steps["prepare"].digest},
+    }
+    assert made.digest == steps["dpo"].digest
+    assert made.recipe["beta"] == 0.1
+    assert {"torch", "trl", "transformers", "align"} <= made.versions.keys()
+
+
+def test_the_summary_has_what_the_interface_lists(here):
+    run()
+    summary = json.loads((here / "runs" / "recipe" / "summary.json").read_text())
+    assert summary.keys() == {"recipe", "seconds", "stages"}
+    keys = {"name", "stage", "digest", "folder", "status", "seconds", "metrics"}
+    assert all(stage.keys() == keys for stage in summary["stages"])
+
+
+def test_a_finished_stage_can_be_named_by_its_folder_in_another_recipe(here):
+    run()
+    steps = plan()
+    Path("second.yaml").write_text(
+        f"stages:\n  dpo: {{model: {steps['sft'].folder}, pairs: {steps['prepare'].folder}}}\n"
+    )
+    again = pipeline_plan.plan(load_recipe("second.yaml"), Path("runs"))
+    assert again[0].digest == steps["dpo"].digest
+    assert again[0].status == "reused"
+
+
+def test_an_unfinished_folder_is_no_input(here):
+    run()
+    folder = plan()["sft"].folder
+    (folder / artifacts.FILE).unlink()
+    (folder / artifacts.WORKING).write_text("{}")
+    Path("second.yaml").write_text(
+        f"stages:\n  dpo: {{model: {folder}, pairs: {plan()['prepare'].folder}}}\n"
+    )
+    with pytest.raises(UserError, match=r"second.yaml:2: dpo.model: .*no artifact.json"):
+        pipeline_plan.plan(load_recipe("second.yaml"), Path("runs"))
+
+
+# Locks
+
+
+def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys):
+    run(until="prepare")
+    folder = plan()["sft"].folder
+    folder.mkdir()
+    lock = FileLock(folder / artifacts.WORKING)
+    lock.acquire()
+    (folder / artifacts.WORKING).write_text(
+        json.dumps({"pid": 4711, "host": "elsewhere", "since": "noon"})
+    )
+    said: list[str] = []
+    display = Display(Console(quiet=True))
+    display.say = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
+    result: dict[str, Any] = {}
+    thread = threading.Thread(
+        target=lambda: result.update(runner.run_recipe(read(), Path("runs"), display, until="sft"))
+    )
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not any("held by" in line for line in said) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert any("process 4711 on elsewhere since noon" in line for line in said)
+    assert thread.is_alive()
+    donor = artifacts.read_artifact(plan()["prepare"].folder)
+    assert donor is not None
+    artifacts.write_artifact(folder, donor)  # the holder finishes
+    lock.release()
+    thread.join(20)
+    assert [stage["status"] for stage in result["stages"]] == ["reused", "reused"]
+
+
+def test_the_lock_of_a_killed_run_is_free(here):
+    run(until="prepare")
+    folder = plan()["sft"].folder
+    folder.mkdir()
+    code = (
+        "import sys, time; from filelock import FileLock\n"
+        "FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(folder / artifacts.WORKING)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        holder.kill()
+    assert run(until="sft")["sft"] == "ran"
+
+
+# Files
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    artifacts.write_json(path, {"a": 1})
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        artifacts.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def checkpoint(folder: Path, step: int, *, complete: bool = True, world_size: int = 1) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "model.safetensors").write_text("weights")
+    if complete:
+        checkpoints.mark_complete(path, world_size=world_size)
+    return path
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_the_last_is_by_number(tmp_path):
+    checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 100)
+    checkpoint(tmp_path, 110, complete=False)
+    assert checkpoints.last_checkpoint(tmp_path, world_size=1) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut off"])
+def test_a_checkpoint_that_was_half_removed_is_passed_over_though_its_mark_stands(tmp_path, damage):
+    checkpoint(tmp_path, 3)
+    last = checkpoint(tmp_path, 6)
+    (last / "optimizer.pt").write_text("moments")
+    checkpoints.mark_complete(last, world_size=1)
+    assert checkpoints.list_checkpoints(tmp_path)[-1] == last
+    if damage == "removed":
+        (last / "optimizer.pt").unlink()
+    else:
+        (last / "optimizer.pt").write_text("mom")
+    assert checkpoints.last_checkpoint(tmp_path, world_size=1) == tmp_path / "checkpoint-3"
+
+
+def test_a_force_that_is_killed_leaves_no_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    checkpoint(tmp_path, 3)
+    monkeypatch.setattr(
+        runner.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("killed"))
+    )
+    with pytest.raises(OSError, match="killed"):
+        runner._empty(tmp_path)
+    assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    checkpoint(tmp_path, 5, world_size=2)
+    with pytest.raises(UserError, match="written by 2 processes, and this run has 1; launch 2"):
+        checkpoints.last_checkpoint(tmp_path, world_size=1)
+
+
+def test_an_artifact_that_is_none_of_ours_is_told_with_its_repair(tmp_path):
+    (tmp_path / artifacts.FILE).write_text("{}")
+    with pytest.raises(UserError, match="not an artifact of this version"):
+        artifacts.read_artifact(tmp_path)
+
+
+def test_the_name_of_a_recipe_is_its_path_below_recipes(tmp_path):
+    def name(path: str) -> str:
+        return Recipe(tmp_path / path, {}).name
+
+    assert name("recipes/dpo.yaml") == "dpo"
+    assert name("recipes/hh/dpo.yaml") == "hh-dpo"
+    assert name("elsewhere/mine.yaml") == "mine"
+
+
+def test_every_setting_has_another_value_in_this_file():
+    assert {stage: set(settings_of(stage)) for stage in STAGES} == {
+        stage: set(values) for stage, values in OTHER.items()
+    }
+    assert all(issubclass(cls, BaseModel) for cls in STAGES.values())
