@@ -43,7 +43,9 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "kto.yaml"
 SIDES = ("trl", "shuffled", "align")
 
 
-def trained(side: str, settings: KTO, inputs: dict[str, Any], folder: Path, track: Logger) -> float:
+def trained(
+    side: str, settings: KTO, inputs: dict[str, Any], folder: Path, logger: Logger
+) -> float:
     """Train one side into ``folder``, and return the seconds that took."""
     from align.stages import kto
 
@@ -56,7 +58,7 @@ def trained(side: str, settings: KTO, inputs: dict[str, Any], folder: Path, trac
         tokenizer = trainer.processing_class
         trainer.train_dataset = trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
     started = time.monotonic()
-    trl_trainer.train(trainer, folder, track)
+    trl_trainer.train(trainer, folder, logger)
     return time.monotonic() - started
 
 
@@ -102,15 +104,17 @@ def main() -> None:
             folder.mkdir(parents=True)
             display.start(side, folder, "running")
             inputs = {"model": sft, "preferences": data}
-            track = Logger(side, folder, display, main=True)
-            seconds[side].append(trained(side, settings, inputs, folder, track))
+            logger = Logger(side, folder, display, main=True)
+            seconds[side].append(trained(side, settings, inputs, folder, logger))
         from align.stages import evaluate
 
         asked = asked.model_copy(update={"policies": list(args.sides), "implicit_rewards": False})
         targets = {f"policies.{i}": place / side for i, side in enumerate(args.sides)}
-        track = Logger("evaluate", place, display, main=True)
+        logger = Logger("evaluate", place, display, main=True)
         display.start("evaluate", place, "running")
-        metrics = evaluate.run(asked, {**targets, "baseline": sft, "prompts": data}, place, track)
+        metrics = evaluate.run(
+            asked, {**targets, "baseline": sft, "prompts": data}, place, logger
+        ).metrics
         (place / "metrics.json").write_text(json.dumps(metrics, indent=1))
         for side in args.sides:
             wins[side][seed] = outcomes(place, side)

@@ -127,9 +127,9 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     inputs = {"model": told["policy"], "prompts": data, "rewards.0": reward}
     with tempfile.TemporaryDirectory() as folder:
         display = NullDisplay()
-        track = Logger("ppo", Path(folder), display, main=True)
+        logger = Logger("ppo", Path(folder), display, main=True)
         display.start("ppo", Path(folder), "")
-        learner = trainer.build_trainer(chosen, inputs, Path(folder), track)
+        learner = trainer.build_trainer(chosen, inputs, Path(folder), logger)
         _reset_peak()
 
         with logps.small_vocabulary_tiles():

@@ -64,7 +64,7 @@ def data_prepare(
     ),
 ) -> None:
     """Check a source, split it by prompt, and write its tables and their data card."""
-    settings = prepare_config(source, keys)
+    config = prepare_config(source, keys)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; choose another folder with --out, or remove it")
     from align.data import doctor
@@ -83,13 +83,13 @@ def data_prepare(
         ) from None
     try:
         figures = prepare.run(
-            settings, {}, partial, Logger("prepare", partial, NullDisplay(), main=True)
-        )
+            config, {}, partial, Logger("prepare", partial, NullDisplay(), main=True)
+        ).metrics
         partial.replace(target)
     except BaseException:  # Ctrl-C as well: half a table is none
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    doctor.show(doctor.Findings(f"{doctor.title(settings)} → {out}", figures, []), _console())
+    doctor.show(doctor.Findings(f"{doctor.title(config)} → {out}", figures, []), _console())
 
 
 @data.command("doctor")
@@ -101,10 +101,10 @@ def data_doctor(
     ] = None,
 ) -> None:
     """Examine a source: counts, lengths, margins, repeats, leakage. Nothing is written but the report that is asked for."""
-    settings = prepare_config(source, keys)
+    config = prepare_config(source, keys)
     from align.data import doctor
 
-    found = doctor.examine(settings)
+    found = doctor.examine(config)
     doctor.show(found, _console())
     if html is not None:
         doctor.write_html(found, html)
@@ -130,12 +130,12 @@ def data_show(
         wrong.append("--model: missing; name a folder with a tokenizer, or a Hub id")
     if wrong:
         raise UserError(*wrong)
-    settings = prepare_config(source, keys)
+    config = prepare_config(source, keys)
     quiet_libraries()
     from rich.text import Text
 
     console = _console()
-    for stream in token_view.tokenized_rows(settings, stage, model, n):
+    for stream in token_view.tokenized_rows(config, stage, model, n):
         console.print(
             f"\n{stream.title}: {len(stream.ids)} tokens, {sum(stream.trained)} trained; {stream.remark}"
         )

@@ -217,7 +217,7 @@ def _collect_stages(document: Document, data: dict[str, Any], reading: _Reading)
             f"{where}: stages: expected a mapping of stages, got {shown(stages)}"
         )
         return
-    for name, settings in stages.items():
+    for name, config in stages.items():
         where = f"{document.path}:{document.line(('stages', name))}: {name}"
         if not _NAME.match(name):
             reading.problems.append(f"{where}: a stage's name is lower-case letters, digits and _")
@@ -227,12 +227,12 @@ def _collect_stages(document: Document, data: dict[str, Any], reading: _Reading)
                 f"{where}: {other} has a stage of this name already; call this one `{name}_2: "
                 f"{{stage: {name}, …}}`, or remove it"
             )
-        elif settings is not None and not isinstance(settings, dict):
+        elif config is not None and not isinstance(config, dict):
             reading.problems.append(
-                f"{where}: expected a mapping (key: value), got {shown(settings)}"
+                f"{where}: expected a mapping (key: value), got {shown(config)}"
             )
         else:
-            reading.stages[name] = (document, dict(settings or {}))
+            reading.stages[name] = (document, dict(config or {}))
 
 
 # One stage -----------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from align.data.sources import EMBEDDED
 from align.data.statistics import LONG_ROW, LONGER_WARNING
 
 
-def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def data_card(config: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Word the figures; the header lets ``datasets.load_dataset(folder, "pairs")`` read them."""
     kinds = [k for k in ("demonstrations", "pairs", "unpaired", "prompts") if k in figures]
-    many = [settings["source"], *(entry["source"] for entry in settings["mixture"])]
-    sources = [name for name in (*many, settings["demonstrations"]) if name]
+    many = [config["source"], *(entry["source"] for entry in config["mixture"])]
+    sources = [name for name in (*many, config["demonstrations"]) if name]
     licences = {source: catalog.license_of(source) for source in sources}
     known = {licence[0] for licence in licences.values()}
     lines = ["---"]
@@ -44,7 +44,7 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         " user's turn, a system turn included."
         + (
             " Of nearly equal prompts the first that came decides for all."
-            if settings["near_duplicates"]
+            if config["near_duplicates"]
             else ""
         ),
     ]
@@ -55,7 +55,7 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     else:
         lines.append("Nothing.")
 
-    if settings["mixture"]:
+    if config["mixture"]:
         lines += ["", "## Sources", "", *_table(["source", "kind", "read", "kept", "dropped"])]
         for source, found in figures["sources"].items():
             for kind, counts in found.items():
@@ -79,14 +79,12 @@ def data_card(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     lines += ["", *summary_sentences(figures)]
 
     lines += ["", "## Settings", "", *_table(["setting", "value"])]
-    lines += [_line([name, f"`{value}`"]) for name, value in settings.items()]
+    lines += [_line([name, f"`{value}`"]) for name, value in config.items()]
     lines += ["", "## Source files", ""]
     if figures["files"]:
         lines += [*_table(["file", "SHA-256"]), *map(_line, figures["files"].items())]
     else:
-        pinned = (
-            f"revision `{settings['revision']}`" if settings["revision"] else "no pinned revision"
-        )
+        pinned = f"revision `{config['revision']}`" if config["revision"] else "no pinned revision"
         lines.append(f"None: from the Hub, {pinned}.")
     return "\n".join(lines) + "\n"
 

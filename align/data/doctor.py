@@ -41,9 +41,9 @@ class Findings:
     histograms: list[Histogram]
 
 
-def examine(settings: Prepare) -> Findings:
+def examine(config: Prepare) -> Findings:
     """Read, check and split a source as ``prepare`` would, and count; only temporary files are written."""
-    ready = prepare(**settings.model_dump(exclude={"stage"}))
+    ready = prepare(**config.model_dump(exclude={"stage"}))
     tally, floor = (
         DatasetStatistics([*ready.streams, "prompts"], ready.splits),
         BagOfWordsBaseline(),
@@ -58,12 +58,12 @@ def examine(settings: Prepare) -> Findings:
     ]
     if len(ready.margins):
         histograms.append(_histogram("margins of scores", ready.margins, None))
-    return Findings(title(settings), statistics_of(ready, tally, floor), histograms)
+    return Findings(title(config), statistics_of(ready, tally, floor), histograms)
 
 
-def title(settings: Prepare) -> str:
+def title(config: Prepare) -> str:
     """The source, or the sources of a mixture."""
-    return settings.source or " + ".join(entry.source for entry in settings.mixture)
+    return config.source or " + ".join(entry.source for entry in config.mixture)
 
 
 def show(found: Findings, console: Console) -> None:

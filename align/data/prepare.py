@@ -154,7 +154,7 @@ def prepare(
     drawn: random pairs, and the rows that weights leave out.
 
     Raises:
-        UserError: One line for each thing that is wrong with the settings or the sources.
+        UserError: One line for each thing that is wrong with the config or the sources.
     """
     own = {
         "source": source, "reader": reader, "columns": columns, "config": config,

@@ -21,16 +21,16 @@ Row = dict[str, Any]
 # Held out ------------------------------------------------------------------------------------------------------------
 
 
-def read_held_out(data: Path, kind: str, settings: Evaluate) -> list[Row]:
-    file = data / f"{kind}-{settings.split}.parquet"
+def read_held_out(data: Path, kind: str, config: Evaluate) -> list[Row]:
+    file = data / f"{kind}-{config.split}.parquet"
     if not file.is_file():
         raise UserError(
             f"{data}: no {file.name}: this `prepare` stage held no {kind} out; "
-            f"set its `{settings.split}_fraction` above 0"
+            f"set its `{config.split}_fraction` above 0"
         )
     rows: list[Row] = pq.read_table(file).to_pylist()
     ids = dict.fromkeys(row["prompt_id"] for row in rows)
-    kept = set(list(ids)[: settings.n_prompts])
+    kept = set(list(ids)[: config.n_prompts])
     return [row for row in rows if row["prompt_id"] in kept]
 
 

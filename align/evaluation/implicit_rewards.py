@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def implicit_rewards(
-    settings: Evaluate, rows: Sequence[Row], targets: Mapping[str, Path | str], track: Logger
+    config: Evaluate, rows: Sequence[Row], targets: Mapping[str, Path | str], logger: Logger
 ) -> dict[str, Any]:
     """How often ``log pi(y|x) - log pi_ref(y|x)`` is higher for the chosen completion; the baseline is the reference.
 
@@ -36,12 +36,12 @@ def implicit_rewards(
     sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
     logps = {}
     for done, (name, target) in enumerate(targets.items()):
-        logps[name] = _logps(settings, target, sides, track, (done, len(targets)))
+        logps[name] = _logps(config, target, sides, logger, (done, len(targets)))
     found = []
-    for name in settings.policies:
-        if name == settings.baseline:
+    for name in config.policies:
+        if name == config.baseline:
             continue
-        chosen, rejected = (logps[name] - logps[settings.baseline]).chunk(2)
+        chosen, rejected = (logps[name] - logps[config.baseline]).chunk(2)
         right = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0].tolist()
         by_prompt: dict[str, list[float]] = {}
         for row, value in zip(rows, right, strict=True):
@@ -55,9 +55,9 @@ def implicit_rewards(
         found.append(
             {
                 "policy": name,
-                "reference": settings.baseline,
+                "reference": config.baseline,
                 "accuracy": values.mean().item(),
-                "ci": interval(winrate.proportion_interval, values, settings),
+                "ci": interval(winrate.proportion_interval, values, config),
                 "mean_margin": (chosen - rejected).nanmean().item(),
                 "n_pairs": sum(map(len, by_prompt.values())),
                 "n_prompts": len(values),
@@ -68,10 +68,10 @@ def implicit_rewards(
 
 
 def _logps(
-    settings: Evaluate,
+    config: Evaluate,
     target: Path | str,
     sides: Sequence[tuple[Any, Any]],
-    track: Logger,
+    logger: Logger,
     part: tuple[int, int],
 ) -> torch.Tensor:
     from accelerate import PartialState
@@ -80,17 +80,17 @@ def _logps(
     state = PartialState()
     done, parts = part
     tokenizer = tokenization.load_tokenizer(target)
-    model = loading.load_for_inference(target, dtype=settings.dtype).to(state.device)
-    if settings.prefix_sharing:
-        wrapper.enable_prefix_sharing(model, say=track.say)
+    model = loading.load_for_inference(target, dtype=config.dtype).to(state.device)
+    if config.prefix_sharing:
+        wrapper.enable_prefix_sharing(model, say=logger.info)
     mine = range(state.process_index, len(sides), state.num_processes)
     logps = completion_logps(
         model,
         tokenizer,
         [sides[i] for i in mine],
-        batch_size=settings.batch_size,
+        batch_size=config.batch_size,
         max_length=getattr(model.config, "max_position_embeddings", None),
-        progress=lambda at, of: track.step(done * of + at, parts * of, what="scored completion"),
+        progress=lambda at, of: logger.step(done * of + at, parts * of, what="scored completion"),
     )
     merged = dict(gather_object(list(zip(mine, logps.tolist(), strict=True))))
     return torch.tensor([merged[i] for i in range(len(sides))], dtype=torch.float64)

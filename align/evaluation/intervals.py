@@ -11,6 +11,6 @@ from align.functional import winrate
 
 
 def interval(
-    of: Callable[..., winrate.Interval], values: torch.Tensor, settings: Evaluate
+    of: Callable[..., winrate.Interval], values: torch.Tensor, config: Evaluate
 ) -> list[float]:
-    return list(of(values, level=settings.level, resamples=settings.resamples, seed=settings.seed))
+    return list(of(values, level=config.level, resamples=config.resamples, seed=config.seed))

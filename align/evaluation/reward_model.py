@@ -23,7 +23,7 @@ BATCH = 64
 
 
 def center(
-    model: reward_model.RewardModel, data: Path, folder: Path, track: Logger
+    model: reward_model.RewardModel, data: Path, folder: Path, logger: Logger
 ) -> dict[str, float | int]:
     """Store the mean score of SFT's demonstrations, and take it off from now on.
 
@@ -32,8 +32,8 @@ def center(
     shown = (data / "demonstrations-train.parquet").is_file()
     rows = read_rows(data, "demonstrations-train" if shown else "pairs-train", most=N_CENTER)
     side = "completion" if shown else "chosen"
-    rows = _fitting(model, rows, [side], track)
-    scores = _scores(model, rows, side, track)
+    rows = _fitting(model, rows, [side], logger)
+    scores = _scores(model, rows, side, logger)
     mean = scores.mean().item()
     if distributed.is_main():
         artifacts.write_json(folder / reward_model.FILE, {reward_model.MEAN: mean})
@@ -42,7 +42,7 @@ def center(
 
 
 def measure(
-    model: reward_model.RewardModel, data: Path, folder: Path, track: Logger
+    model: reward_model.RewardModel, data: Path, folder: Path, logger: Logger
 ) -> dict[str, Any] | None:
     """Accuracy, calibration and ceiling on held-out pairs; None where no prompt was held out.
 
@@ -51,11 +51,11 @@ def measure(
     """
     split = next((s for s in ("test", "validation") if (data / f"pairs-{s}.parquet").is_file()), "")
     if not split:
-        track.say("no held-out pairs: accuracy and calibration are not known")
+        logger.info("no held-out pairs: accuracy and calibration are not known")
         return None
-    rows = _fitting(model, read_rows(data, f"pairs-{split}"), ["chosen", "rejected"], track)
+    rows = _fitting(model, read_rows(data, f"pairs-{split}"), ["chosen", "rejected"], logger)
     chosen, rejected = (
-        _scores(model, rows, side, track).double() for side in ("chosen", "rejected")
+        _scores(model, rows, side, logger).double() for side in ("chosen", "rejected")
     )
     right = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
     by_prompt: dict[str, list[float]] = {}
@@ -131,7 +131,10 @@ def _ceiling(
 
 
 def _fitting(
-    model: reward_model.RewardModel, rows: list[dict[str, Any]], sides: Sequence[str], track: Logger
+    model: reward_model.RewardModel,
+    rows: list[dict[str, Any]],
+    sides: Sequence[str],
+    logger: Logger,
 ) -> list[dict[str, Any]]:
     """The rows that fit into the model's positions; how many do not is said."""
     limit = getattr(model.model.config, "max_position_embeddings", None)
@@ -145,7 +148,7 @@ def _fitting(
     kept = [row for row in rows if longest(row) <= limit]
     if len(kept) < len(rows):
         cut = len(rows) - len(kept)
-        track.say(f"{cut:,} of {len(rows):,} rows are longer than the model: not scored")
+        logger.info(f"{cut:,} of {len(rows):,} rows are longer than the model: not scored")
     if not kept:
         raise UserError(
             f"every row is longer than the model's {limit} positions; nothing to measure"
@@ -154,7 +157,7 @@ def _fitting(
 
 
 def _scores(
-    model: reward_model.RewardModel, rows: Sequence[Mapping[str, Any]], side: str, track: Logger
+    model: reward_model.RewardModel, rows: Sequence[Mapping[str, Any]], side: str, logger: Logger
 ) -> torch.Tensor:
     """Scores of a column, each process scoring its share."""
     from accelerate.utils import gather_object
@@ -163,6 +166,6 @@ def _scores(
     scores = model.score(
         [rows[i]["prompt"] for i in mine], [rows[i][side] for i in mine], batch_size=BATCH
     )
-    track.step(len(rows), len(rows), what=f"scored {side}")
+    logger.step(len(rows), len(rows), what=f"scored {side}")
     merged = dict(gather_object(list(zip(mine, scores.tolist(), strict=True))))
     return torch.tensor([merged[i] for i in range(len(rows))])

@@ -30,11 +30,11 @@ Samples = list[list[Completion]]  # by prompt, then by completion
 
 
 def win_rates(
-    settings: Evaluate,
+    config: Evaluate,
     rows: Sequence[Row],
     targets: Mapping[str, Path | str],
     folder: Path,
-    track: Logger,
+    logger: Logger,
 ) -> dict[str, Any]:
     prompts = [row["prompt"] for row in rows]
     texts = [prompt[-1]["content"] for prompt in prompts]
@@ -43,13 +43,13 @@ def win_rates(
             gold.parse_prompt(text)
     except ValueError as error:
         raise UserError(f"`judge: gold` scores the embedded task's prompts only: {error}") from None
-    again = f"{settings.baseline} again"  # the control: the same policy, other seeds
-    seeds = dict.fromkeys(targets, settings.seed) | {again: settings.seed + 1}
+    again = f"{config.baseline} again"  # the control: the same policy, other seeds
+    seeds = dict.fromkeys(targets, config.seed) | {again: config.seed + 1}
     samples: dict[str, Samples] = {}
     scores: dict[str, torch.Tensor] = {}
     for done, (name, seed) in enumerate(seeds.items()):
-        target = targets[settings.baseline if name == again else name]
-        samples[name] = _sample(settings, target, prompts, seed, track, (done, len(seeds)))
+        target = targets[config.baseline if name == again else name]
+        samples[name] = _sample(config, target, prompts, seed, logger, (done, len(seeds)))
         scores[name] = torch.tensor(
             [
                 [gold.gold_score(text, c.text) for c in some]
@@ -57,43 +57,43 @@ def win_rates(
             ],
             dtype=torch.float64,
         )
-    compared = [name for name in settings.policies if name != settings.baseline]
+    compared = [name for name in config.policies if name != config.baseline]
     comparisons = [
-        _compare(settings, name, settings.baseline, samples, scores) for name in [*compared, again]
+        _compare(config, name, config.baseline, samples, scores) for name in [*compared, again]
     ]
     if distributed.is_main():
-        _write_comparisons(folder, texts, [*compared, again], settings.baseline, samples, scores)
-    return {"comparisons": comparisons, "temperature": settings.temperature}
+        _write_comparisons(folder, texts, [*compared, again], config.baseline, samples, scores)
+    return {"comparisons": comparisons, "temperature": config.temperature}
 
 
 def _sample(
-    settings: Evaluate,
+    config: Evaluate,
     target: Path | str,
     prompts: Sequence[Sequence[dict[str, str]]],
     seed: int,
-    track: Logger,
+    logger: Logger,
     part: tuple[int, int],
 ) -> Samples:
     from accelerate import PartialState
 
     done, parts = part
-    model = loading.load_for_inference(target, dtype=settings.dtype).to(PartialState().device)
+    model = loading.load_for_inference(target, dtype=config.dtype).to(PartialState().device)
     return generation.sample_on_all_ranks(
         model,
         tokenization.load_tokenizer(target),
         prompts,
-        n_completions=settings.n_completions,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
+        n_completions=config.n_completions,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
         seed=seed,
-        progress=lambda at, of: track.step(done * of + at, parts * of, what="sampled batch"),
+        progress=lambda at, of: logger.step(done * of + at, parts * of, what="sampled batch"),
     )
 
 
 def _compare(
-    settings: Evaluate,
+    config: Evaluate,
     policy: str,
     baseline: str,
     samples: Mapping[str, Samples],
@@ -112,15 +112,15 @@ def _compare(
     return {
         "policy": policy,
         "baseline": baseline,
-        "judge": settings.judge,
+        "judge": config.judge,
         "win_rate": winrate.win_rate(outcomes).item(),
-        "ci": interval(winrate.proportion_interval, outcomes, settings),
+        "ci": interval(winrate.proportion_interval, outcomes, config),
         "ties": (outcomes == 0.5).double().mean().item(),
         "n_prompts": outcomes.shape[0],
         "n_completions": outcomes.shape[1],
         "length_controlled_win_rate": controlled,
         "p_value": winrate.paired_permutation_p_value(
-            (outcomes - 0.5).mean(dim=1), seed=settings.seed
+            (outcomes - 0.5).mean(dim=1), seed=config.seed
         ).item(),
         "mean_tokens": {
             "policy": lengths[policy].mean().item(),
@@ -131,7 +131,7 @@ def _compare(
             "baseline": scores[baseline].mean().item(),
         },
         "score_difference": gain.mean().item(),
-        "score_difference_ci": interval(winrate.bootstrap_interval, gain, settings),
+        "score_difference_ci": interval(winrate.bootstrap_interval, gain, config),
         "finished": {
             "policy": _finished(samples[policy]),
             "baseline": _finished(samples[baseline]),

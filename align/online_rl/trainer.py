@@ -37,7 +37,7 @@ ADAM_EPS = 1e-5
 
 
 def build_trainer(
-    settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: Logger
+    config: PPO, inputs: Mapping[str, Path | str], folder: Path, logger: Logger
 ) -> PPOTrainer:
     """Everything that a step needs, before the first.
 
@@ -51,92 +51,90 @@ def build_trainer(
             "accelerate_configs/multi_gpu.yaml, and save memory with `lora` and `quantization: nf4`"
         )
     world = distributed.world_size()
-    per_step = settings.batch_size // settings.n_completions
+    per_step = config.batch_size // config.n_completions
     if per_step % world:
         raise UserError(
-            f"batch_size: {settings.batch_size}: {per_step} prompts are not shared by {world} processes evenly; "
-            f"make it a multiple of {world * settings.n_completions}"
+            f"batch_size: {config.batch_size}: {per_step} prompts are not shared by {world} processes evenly; "
+            f"make it a multiple of {world * config.n_completions}"
         )
     data = Path(inputs["prompts"])
-    functions = {name: load_function(name) for name in settings.rewards if FUNCTION.match(name)}
+    functions = {name: load_function(name) for name in config.rewards if FUNCTION.match(name)}
     rows = read_prompts(data, "train")
-    held_out = read_prompts(data, settings.eval_split) if settings.eval_steps else []
-    held_out = held_out[: settings.n_eval_prompts]
+    held_out = read_prompts(data, config.eval_split) if config.eval_steps else []
+    held_out = held_out[: config.n_eval_prompts]
     if 0 < len(held_out) < world:
         raise UserError(
             f"eval_steps: {len(held_out)} held-out prompts for {world} processes; remove it"
         )
     device = accelerator.device
     scorers = [
-        inputs[f"rewards.{k}"]
-        for k, name in enumerate(settings.rewards)
-        if not FUNCTION.match(name)
+        inputs[f"rewards.{k}"] for k, name in enumerate(config.rewards) if not FUNCTION.match(name)
     ]
     cast = build_models(
         inputs["model"],
         scorers=scorers,
-        lora=settings.lora.model_dump() if settings.lora else None,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        revision=settings.revision,
-        critic=settings.advantages == "gae",
-        temperature=settings.temperature,
-        share=settings.prefix_sharing,
-        checkpointing=settings.gradient_checkpointing,
+        lora=config.lora.model_dump() if config.lora else None,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        revision=config.revision,
+        critic=config.advantages == "gae",
+        temperature=config.temperature,
+        share=config.prefix_sharing,
+        checkpointing=config.gradient_checkpointing,
         device=device,
-        say=track.say,
+        say=logger.info,
     )
     own_config = cast.policy.model.generation_config
     stops = generation.set_sampling(
         cast.policy.model,
         cast.tokenizer,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
     )
-    groups = [{"params": cast.parameters(cast.policy), "base": settings.learning_rate}]
+    groups = [{"params": cast.parameters(cast.policy), "base": config.learning_rate}]
     if cast.critic is not None:
-        rate = settings.critic_learning_rate or settings.learning_rate
+        rate = config.critic_learning_rate or config.learning_rate
         groups.append({"params": cast.parameters(cast.critic), "base": rate})
     learner = PPOTrainer(
-        settings=settings,
+        config=config,
         folder=folder,
-        track=track,
+        logger=logger,
         device=device,
         cast=cast,
         functions=functions,
         rows=rows,
-        prompts=prompt_tokens(cast, rows, settings),
+        prompts=prompt_tokens(cast, rows, config),
         held_out=held_out,
-        held_out_prompts=prompt_tokens(cast, held_out, settings),
+        held_out_prompts=prompt_tokens(cast, held_out, config),
         stops=stops,
         own_config=own_config,
         optimizer=torch.optim.AdamW(groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0),
-        save_steps=settings.save_steps or max(1, settings.steps // 10),
-        kl_coef=settings.kl_coef,
-        server=vllm_server(settings, device),
+        save_steps=config.save_steps or max(1, config.steps // 10),
+        kl_coef=config.kl_coef,
+        server=vllm_server(config, device),
     )
-    learner.objective(settings.batch_size // world)  # what does not divide is told now
+    learner.objective(config.batch_size // world)  # what does not divide is told now
     return learner
 
 
-def vllm_server(settings: PPO, device: Any) -> Any:
-    if settings.sampler == "transformers":
+def vllm_server(config: PPO, device: Any) -> Any:
+    if config.sampler == "transformers":
         return None
     from align.online_rl import vllm
 
-    return vllm.VLLMServer(settings.vllm_url, device)
+    return vllm.VLLMServer(config.vllm_url, device)
 
 
-def prompt_tokens(cast: PPOModels, rows: list[Row], settings: PPO) -> list[list[int]]:
+def prompt_tokens(cast: PPOModels, rows: list[Row], config: PPO) -> list[list[int]]:
     """Tokens of the prompts. Those that leave no room for a completion are refused."""
     found = tokenization.tokenize_prompts(cast.tokenizer, [row["prompt"] for row in rows])
     limit = getattr(cast.policy.model.config, "max_position_embeddings", None)
     if limit is not None:
-        long = sum(len(ids) + settings.max_new_tokens > limit for ids in found)
+        long = sum(len(ids) + config.max_new_tokens > limit for ids in found)
         if long:
             raise UserError(
-                f"{long:,} of {len(found):,} prompts and `max_new_tokens: {settings.max_new_tokens}` are more than the "
+                f"{long:,} of {len(found):,} prompts and `max_new_tokens: {config.max_new_tokens}` are more than the "
                 f"model's {limit} positions; lower it, or leave out such prompts in `prepare`"
             )
     return found
@@ -146,9 +144,9 @@ def prompt_tokens(cast: PPOModels, rows: list[Row], settings: PPO) -> list[list[
 class PPOTrainer:
     """A run of PPO between two steps."""
 
-    settings: PPO
+    config: PPO
     folder: Path
-    track: Logger
+    logger: Logger
     device: Any
     cast: PPOModels
     functions: dict[str, Score]
@@ -173,7 +171,7 @@ class PPOTrainer:
     def step(self, step: int) -> None:
         """Sample, score, learn, and tell."""
         started = time.monotonic()
-        settings = self.settings
+        config = self.config
         chosen = self.drawn(step)
         said = self.sample([self.prompts[i] for i in chosen], "sample", step)
         sampled = time.monotonic()
@@ -182,23 +180,23 @@ class PPOTrainer:
         inputs = said.tensors(self.cast.tokenizer.pad_token_id, self.device)
         self.mode(train=False)
         spoken = experience.compute_experience(
-            self.cast, inputs, batch_size=settings.micro_batch_size
+            self.cast, inputs, batch_size=config.micro_batch_size
         )
         rollout = experience.make_rollout(
             spoken,
             told["score"].to(self.device),
-            advantages=settings.advantages,
-            n_completions=settings.n_completions,
+            advantages=config.advantages,
+            n_completions=config.n_completions,
             kl_coef=self.kl_coef,
-            kl_estimator=settings.kl_estimator,
-            gamma=settings.gamma,
-            lam=settings.lam,
-            whiten_rewards=settings.whiten_rewards,
+            kl_estimator=config.kl_estimator,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten_rewards=config.whiten_rewards,
             sampler_logps=align_sampler_logps(said, spoken),
-            importance_cap=settings.importance_cap,
+            importance_cap=config.importance_cap,
         )
         scored = time.monotonic()
-        warm_up = step < settings.critic_warmup_steps
+        warm_up = step < config.critic_warmup_steps
         self.set_rates(step)
         self.mode(train=True)
         diagnostics = update(
@@ -207,7 +205,7 @@ class PPOTrainer:
             self.objective(len(rollout)),
             self.optimizer,
             generator=torch.Generator().manual_seed(
-                experience.derive_seed(settings.seed, "shuffle", step, distributed.rank())
+                experience.derive_seed(config.seed, "shuffle", step, distributed.rank())
             ),
             clip_gradients=self.clip,
         )
@@ -219,20 +217,20 @@ class PPOTrainer:
             "seconds_sampling": sampled - started,
             "seconds_scoring": scored - sampled,
         }
-        if settings.kl_target is not None:
+        if config.kl_target is not None:
             self.kl_coef = adaptive_kl_coef(
                 self.kl_coef,
                 figures["kl"],
-                target=settings.kl_target,
-                horizon=settings.kl_horizon,
-                n=settings.batch_size,
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                n=config.batch_size,
             )
         self.tell(step, figures, said, told)
 
     def drawn(self, step: int) -> list[int]:
         """Which prompts a step takes, on this rank: a fresh order every epoch, each prompt as often as it completes."""
-        n, settings = len(self.prompts), self.settings
-        per_step = settings.batch_size // settings.n_completions
+        n, config = len(self.prompts), self.config
+        per_step = config.batch_size // config.n_completions
         mine = range(
             step * per_step + distributed.rank(), (step + 1) * per_step, distributed.world_size()
         )
@@ -242,47 +240,47 @@ class PPOTrainer:
             epoch, at = divmod(place, n)
             if epoch not in orders:
                 generator = torch.Generator().manual_seed(
-                    experience.derive_seed(settings.seed, "prompts", epoch)
+                    experience.derive_seed(config.seed, "prompts", epoch)
                 )
                 orders[epoch] = torch.randperm(n, generator=generator).tolist()
-            found += [orders[epoch][at]] * settings.n_completions
+            found += [orders[epoch][at]] * config.n_completions
         return found
 
     def sample(self, prompts: list[list[int]], what: str, step: int) -> experience.Completions:
         """Completions of prompts, other ones on every rank, the same ones in every run."""
         self.mode(train=False)
-        seed = experience.derive_seed(self.settings.seed, what, step, distributed.rank())
+        seed = experience.derive_seed(self.config.seed, what, step, distributed.rank())
         if self.server is not None:
             return self.server.sample(
                 self.cast.policy,
                 prompts,
                 self.stops,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-                max_new_tokens=self.settings.max_new_tokens,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                max_new_tokens=self.config.max_new_tokens,
                 seed=seed,
             )
         return experience.sample_completions(
             self.cast.policy,
             prompts,
             self.stops,
-            batch_size=self.settings.sample_batch_size,
+            batch_size=self.config.sample_batch_size,
             seed=seed,
         )
 
     def judge(self, said: experience.Completions, rows: list[Row]) -> dict[str, Any]:
         """Scores of each reward and their weighted sum, less the penalty of those that did not end; gold where asked."""
-        settings, tokenizer = self.settings, self.cast.tokenizer
+        config, tokenizer = self.config, self.cast.tokenizer
         texts = [
             tokenizer.decode(c[:-1] if f else c, skip_special_tokens=True).strip()
             for c, f in zip(said.completions, said.finished, strict=True)
         ]
         messages = [row["prompt"] for row in rows]
         models = iter(self.cast.rewards)
-        weights = settings.weights or [1.0] * len(settings.rewards)
+        weights = config.weights or [1.0] * len(config.rewards)
         total = torch.zeros(len(texts))
         found: dict[str, Any] = {"texts": texts, "messages": messages}
-        for name, weight in zip(settings.rewards, weights, strict=True):
+        for name, weight in zip(config.rewards, weights, strict=True):
             if name in self.functions:
                 columns = {
                     key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt",)
@@ -293,10 +291,10 @@ class PPOTrainer:
             found[f"rewards/{name}"] = scores
             total += weight * scores
         found["reward"] = total.clone()
-        if settings.missing_eos_penalty:
-            total -= settings.missing_eos_penalty * (~torch.tensor(said.finished)).float()
+        if config.missing_eos_penalty:
+            total -= config.missing_eos_penalty * (~torch.tensor(said.finished)).float()
         found["score"] = total
-        if settings.judge == "gold":
+        if config.judge == "gold":
             found["gold"] = torch.tensor(
                 [gold.gold_score(m[-1]["content"], t) for m, t in zip(messages, texts, strict=True)]
             )
@@ -310,29 +308,29 @@ class PPOTrainer:
         if role.tokenizer is not None:
             turns = [[{"role": "assistant", "content": text}] for text in texts]
             rows = tokenization.tokenize_for_reward(role.tokenizer, messages, turns)
-        return role.scores(rows, batch_size=self.settings.sample_batch_size)
+        return role.scores(rows, batch_size=self.config.sample_batch_size)
 
     def objective(self, rows: int) -> Objective:
         """The settings of the update for so many rows on this rank."""
-        settings = self.settings
-        if rows < settings.minibatches:
+        config = self.config
+        if rows < config.minibatches:
             raise UserError(
-                f"minibatches: {settings.minibatches} of {rows} completions a process; lower it, or raise `batch_size`"
+                f"minibatches: {config.minibatches} of {rows} completions a process; lower it, or raise `batch_size`"
             )
-        pieces = math.ceil(math.ceil(rows / settings.minibatches) / settings.micro_batch_size)
+        pieces = math.ceil(math.ceil(rows / config.minibatches) / config.micro_batch_size)
         return Objective(
-            epochs=settings.epochs,
-            minibatches=settings.minibatches,
-            micro_batches=min(pieces, rows // settings.minibatches),
-            clip_low=settings.clip,
-            clip_high=settings.clip_high or settings.clip,
-            dual_clip=settings.dual_clip,
-            value_coef=settings.value_coef,
-            value_clip=settings.value_clip,
-            entropy_coef=settings.entropy_coef,
-            target_kl=settings.target_kl,
-            max_grad_norm=settings.max_grad_norm,
-            whiten=settings.whiten_advantages,
+            epochs=config.epochs,
+            minibatches=config.minibatches,
+            micro_batches=min(pieces, rows // config.minibatches),
+            clip_low=config.clip,
+            clip_high=config.clip_high or config.clip,
+            dual_clip=config.dual_clip,
+            value_coef=config.value_coef,
+            value_clip=config.value_clip,
+            entropy_coef=config.entropy_coef,
+            target_kl=config.target_kl,
+            max_grad_norm=config.max_grad_norm,
+            whiten=config.whiten_advantages,
         )
 
     def clip(self, parameters: list[torch.Tensor], norm: float) -> torch.Tensor:
@@ -351,15 +349,13 @@ class PPOTrainer:
 
     def set_rates(self, step: int) -> None:
         """Learning rates of a step, from its number alone."""
-        factor = schedule(
-            step, self.settings.steps, self.settings.warmup_steps, self.settings.schedule
-        )
+        factor = schedule(step, self.config.steps, self.config.warmup_steps, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * factor
 
     def mode(self, *, train: bool) -> None:
         """Activations are computed again in training only; generation keeps its cache. Dropout is off in both."""
-        if self.settings.gradient_checkpointing:
+        if self.config.gradient_checkpointing:
             for model in self.cast.models():
                 model.train(train)
 
@@ -377,7 +373,7 @@ class PPOTrainer:
         logratio = (spoken.logps - spoken.ref_logps).masked_fill(~mask, 0)
         lengths = torch.tensor([float(len(c)) for c in said.completions])
         finished = torch.tensor([float(f) for f in said.finished])
-        width = self.settings.sample_batch_size
+        width = self.config.sample_batch_size
         sampled = sum(
             max(part) * len(part) for part in chunks(lengths_in_sampling_order(said), width)
         )
@@ -432,16 +428,16 @@ class PPOTrainer:
         told: Mapping[str, Any],
     ) -> None:
         """Metrics, the live table, and now and then what was said."""
-        done, steps = step + 1, self.settings.steps
+        done, steps = step + 1, self.config.steps
         self.latest = figures
-        self.track.log(done, figures)
-        self.track.step(done, steps, {k: figures[k] for k in ("score", "kl", "entropy")})
+        self.logger.log(done, figures)
+        self.logger.step(done, steps, {k: figures[k] for k in ("score", "kl", "entropy")})
         every = max(1, steps // plots.LINES)
         if step == 0 or done % every == 0 or done == steps:
             if not self.columns:
                 self.columns = list(figures)
-                self.track.say(plots.header(figures))
-            self.track.say(plots.line(done, figures, self.columns))
+                self.logger.info(plots.header(figures))
+            self.logger.info(plots.line(done, figures, self.columns))
             if distributed.is_main():
                 plots.samples(self.folder, done, told, n=4)
 
@@ -455,12 +451,12 @@ class PPOTrainer:
         told = self.judge(said, rows)
         inputs = said.tensors(self.cast.tokenizer.pad_token_id, self.device)
         spoken = experience.compute_experience(
-            self.cast, inputs, batch_size=self.settings.micro_batch_size
+            self.cast, inputs, batch_size=self.config.micro_batch_size
         )
         found = self.figures(said, spoken, told, None)
         shown = ("score", "reward", "gold", "kl", "tokens", "missing_eos")
         self.evaluated = {f"eval_{key}": found[key] for key in shown if key in found}
-        self.track.log(done, self.evaluated)
+        self.logger.log(done, self.evaluated)
 
     # Keeping -------------------------------------------------------------------------------------
 
@@ -483,7 +479,7 @@ class PPOTrainer:
         """Go on from the last complete checkpoint; the number of the next step."""
         checkpoint = checkpoints.last_checkpoint(self.folder, world_size=distributed.world_size())
         if checkpoint is None:
-            self.track.rewind(-1)
+            self.logger.rewind(-1)
             if distributed.is_main():
                 plots.rewind(self.folder, -1)
             return 0
@@ -496,17 +492,17 @@ class PPOTrainer:
             torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
         )
         self.kl_coef = state["kl_coef"]
-        self.track.rewind(state["step"])
+        self.logger.rewind(state["step"])
         if distributed.is_main():
             plots.rewind(self.folder, state["step"])
-        self.track.say(f"going on from step {state['step']}: {checkpoint}")
+        self.logger.info(f"going on from step {state['step']}: {checkpoint}")
         return int(state["step"])
 
     def finish(self) -> dict[str, Any]:
         """Write the policy, its tokenizer and the picture; the figures of the last step."""
         self.cast.policy.model.generation_config = self.own_config
         if distributed.is_main():
-            only = {} if self.settings.lora is None else {"selected_adapters": [POLICY]}
+            only = {} if self.config.lora is None else {"selected_adapters": [POLICY]}
             self.cast.saved.save_pretrained(str(self.folder), **only)
             self.cast.tokenizer.save_pretrained(str(self.folder))
             (self.folder / "README.md").unlink(missing_ok=True)  # peft's template
@@ -516,7 +512,7 @@ class PPOTrainer:
         learns = sum(p.numel() for p in self.cast.weights().values())
         return {
             "ppo": self.latest | self.evaluated,
-            "steps": self.settings.steps,
+            "steps": self.config.steps,
             "score": self.latest["score"],
             "kl": self.latest["kl"],
             "trained_parameters": learns,

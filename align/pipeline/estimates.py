@@ -48,27 +48,27 @@ def estimate(steps: Sequence[PlannedStage], *, world_size: int) -> dict[str, Est
     parameters: dict[Path, int | None] = {}
     found = {}
     for step in steps:
-        settings = step.settings
-        if isinstance(settings, Prepare):
+        config = step.config
+        if isinstance(config, Prepare):
             prepared[step.folder] = _prepared(step)
             found[step.name] = Estimate(
                 rows=sum(prepared[step.folder].get("rows", {}).values()) or None
             )
-        elif isinstance(settings, PPO):
+        elif isinstance(config, PPO):
             parameters[step.folder] = _parameters(step, parameters)
-            found[step.name] = _ppo(settings, parameters[step.folder])
-        elif isinstance(settings, SFT | DPO | KTO | Reward):
+            found[step.name] = _ppo(config, parameters[step.folder])
+        elif isinstance(config, SFT | DPO | KTO | Reward):
             parameters[step.folder] = _parameters(step, parameters)
             found[step.name] = _training(
-                step, settings, prepared, parameters[step.folder], world_size
+                step, config, prepared, parameters[step.folder], world_size
             )
-        elif isinstance(settings, Sample):
-            prompts = _figures(step, "prompts", prepared).get("prompts", {}).get(settings.split)
+        elif isinstance(config, Sample):
+            prompts = _figures(step, "prompts", prepared).get("prompts", {}).get(config.split)
             if prompts is not None:
-                prompts = min(prompts, settings.n_prompts or prompts) * settings.n_completions
+                prompts = min(prompts, config.n_prompts or prompts) * config.n_completions
             found[step.name] = Estimate(rows=prompts)
-        elif isinstance(settings, Control):
-            found[step.name] = Estimate(steps=settings.steps * len(settings.seeds))
+        elif isinstance(config, Control):
+            found[step.name] = Estimate(steps=config.steps * len(config.seeds))
         else:
             found[step.name] = Estimate()
     return found
@@ -79,55 +79,55 @@ def _prepared(step: PlannedStage) -> dict[str, Any]:
     made = artifacts.read_artifact(step.folder)
     if made is not None:
         return made.metrics
-    assert isinstance(step.settings, Prepare)
-    settings = step.settings
-    read = [sources.source_files(name, split=split) for name, split, _ in settings.sources()]
+    assert isinstance(step.config, Prepare)
+    config = step.config
+    read = [sources.source_files(name, split=split) for name, split, _ in config.sources()]
     size = sum(file.stat().st_size for files in read for file in files)
     if not all(read) or size > LARGEST_READ:
         return {}
-    rows = prepare.prepare_rows(**settings.model_dump(exclude={"stage"}))
+    rows = prepare.prepare_rows(**config.model_dump(exclude={"stage"}))
     return statistics.describe(rows)
 
 
 def _training(
     step: PlannedStage,
-    settings: SFT | DPO | KTO | Reward,
+    config: SFT | DPO | KTO | Reward,
     prepared: dict[Path, dict[str, Any]],
     parameters: int | None,
     world_size: int,
 ) -> Estimate:
-    role = next(role for role in settings.inputs if role != "model")
+    role = next(role for role in config.inputs if role != "model")
     told = _figures(step, role, prepared)
-    rows, sides = _rows(settings, told)
-    batch = _knob(settings, "per_device_train_batch_size") * world_size
-    accumulate = _knob(settings, "gradient_accumulation_steps")
-    steps = _knob(settings, "max_steps")
+    rows, sides = _rows(config, told)
+    batch = _knob(config, "per_device_train_batch_size") * world_size
+    accumulate = _knob(config, "gradient_accumulation_steps")
+    steps = _knob(config, "max_steps")
     if steps <= 0 and rows is not None:
         each_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulate))
-        steps = math.ceil(each_epoch * _knob(settings, "num_train_epochs"))
+        steps = math.ceil(each_epoch * _knob(config, "num_train_epochs"))
     words = told.get("words", {})
     tokens = None
     if steps > 0 and all(f"{side}_median" in words for side in sides):
         row = sum(words["prompt_median"] + words[f"{side}_median"] for side in sides)
-        row *= TOKENS_A_WORD / (len(sides) if isinstance(settings, KTO) else 1)
+        row *= TOKENS_A_WORD / (len(sides) if isinstance(config, KTO) else 1)
         tokens = round(row * steps * batch * accumulate)
-    memory = _memory(settings, parameters) if parameters is not None else None
+    memory = _memory(config, parameters) if parameters is not None else None
     return Estimate(rows, int(steps) if steps > 0 else None, tokens, memory)
 
 
-def _ppo(settings: PPO, parameters: int | None) -> Estimate:
+def _ppo(config: PPO, parameters: int | None) -> Estimate:
     """Rows are completions. Memory is that of all four roles: on one backbone its weights, else each role's own."""
-    steps = settings.steps * settings.epochs * settings.minibatches
+    steps = config.steps * config.epochs * config.minibatches
     memory = None
     if parameters is not None:
-        each = parameters * _BYTES[settings.dtype]
-        critic = settings.advantages == "gae"
-        models = sum(not FUNCTION.match(name) for name in settings.rewards)
+        each = parameters * _BYTES[config.dtype]
+        critic = config.advantages == "gae"
+        models = sum(not FUNCTION.match(name) for name in config.rewards)
         learning, frozen = 1 + critic, 1 + models
         memory = each * (4 * learning + frozen)
-        if settings.lora is not None:  # reward models that stand elsewhere come on top
-            memory = round(parameters * NF4) if settings.quantization else each
-    return Estimate(rows=settings.steps * settings.batch_size, steps=steps, memory_bytes=memory)
+        if config.lora is not None:  # reward models that stand elsewhere come on top
+            memory = round(parameters * NF4) if config.quantization else each
+    return Estimate(rows=config.steps * config.batch_size, steps=steps, memory_bytes=memory)
 
 
 def _figures(step: PlannedStage, role: str, prepared: dict[Path, dict[str, Any]]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _figures(step: PlannedStage, role: str, prepared: dict[Path, dict[str, Any]]
 
 
 def _rows(
-    settings: SFT | DPO | KTO | Reward, figures: dict[str, Any]
+    config: SFT | DPO | KTO | Reward, figures: dict[str, Any]
 ) -> tuple[int | None, tuple[str, ...]]:
     """How many rows a stage trains on, and which lengths they have."""
     counts = {
@@ -148,37 +148,37 @@ def _rows(
         for kind, splits in figures.items()
         if kind in ("demonstrations", "pairs", "unpaired")
     }
-    if isinstance(settings, SFT):
+    if isinstance(config, SFT):
         return counts.get("demonstrations"), ("completion",)
-    if isinstance(settings, DPO | Reward):
+    if isinstance(config, DPO | Reward):
         return counts.get("pairs"), ("chosen", "rejected")
     both = [n * k for kind, k in (("unpaired", 1), ("pairs", 2)) if (n := counts.get(kind))]
     return sum(both) or None, ("chosen", "rejected") if "pairs" in counts else ("completion",)
 
 
-def _knob(settings: TRLStage, word: str) -> Any:
+def _knob(config: TRLStage, word: str) -> Any:
     """A trainer's setting: the recipe's, else the default of TRL's class."""
-    if word in settings.trainer:
-        return settings.trainer[word]
-    default = trl_fields.trl_fields(str(settings.trainer_config))[word].default
+    if word in config.trainer:
+        return config.trainer[word]
+    default = trl_fields.trl_fields(str(config.trainer_config))[word].default
     return json.loads(str(default))
 
 
-def _memory(settings: SFT | DPO | KTO | Reward, parameters: int) -> int:
-    weights = parameters * _BYTES[settings.dtype]
-    if settings.lora is not None:
+def _memory(config: SFT | DPO | KTO | Reward, parameters: int) -> int:
+    weights = parameters * _BYTES[config.dtype]
+    if config.lora is not None:
         # Adapters are a few per cent of the weights; their gradients and moments are not counted.
         return weights
     copies = 4  # weights, gradients, two moments
     sharded = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
-    asked = isinstance(settings, DPO) and (sharded or settings.trainer.get("sync_ref_model"))
-    if asked or isinstance(settings, KTO):
+    asked = isinstance(config, DPO) and (sharded or config.trainer.get("sync_ref_model"))
+    if asked or isinstance(config, KTO):
         copies += 1
     return weights * copies
 
 
 def _parameters(step: PlannedStage, known: dict[Path, int | None]) -> int | None:
-    model = getattr(step.settings, "model", None)
+    model = getattr(step.config, "model", None)
     if isinstance(model, NewModel):
         return _new_parameters(model)
     source = step.inputs["model"]

@@ -1,6 +1,6 @@
 """What the stages of a recipe are: their digests, their folders, and whether they are there already.
 
-A digest covers a stage's settings, the digests of its inputs and the stage's code version. How many processes share the
+A digest covers a stage's config, the digests of its inputs and the stage's code version. How many processes share the
 work is not in it: it is in the artifact, and told where one is reused that another number made.
 """
 
@@ -31,7 +31,7 @@ class PlannedStage:
     """
 
     name: str
-    settings: Stage
+    config: Stage
     digest: str
     folder: Path
     inputs: dict[str, Path | str]
@@ -41,7 +41,7 @@ class PlannedStage:
     @property
     def stage(self) -> str:
         """The kind of stage."""
-        return kind(self.settings)
+        return kind(self.config)
 
 
 def plan(
@@ -60,24 +60,24 @@ def plan(
             raise UserError(f"{option} {name}: no such stage{hint}")
     steps: dict[str, PlannedStage] = {}
     problems: list[str] = []
-    for name, settings in recipe.stages.items():
+    for name, config in recipe.stages.items():
         inputs: dict[str, Path | str] = {}
         digests: dict[str, str] = {}
-        for role, target in stage_inputs(settings).items():
+        for role, target in stage_inputs(config).items():
             try:
-                inputs[role], digests[role] = _input(role, target, settings, steps)
+                inputs[role], digests[role] = _input(role, target, config, steps)
             except UserError as error:
                 where = recipe.at(name, *role.split("."))
                 problems += [f"{where}: {line}" for line in error.lines]
-        if isinstance(settings, Prepare):
-            sources, wrong = _sources(settings)
+        if isinstance(config, Prepare):
+            sources, wrong = _sources(config)
             digests |= sources
             problems += [f"{recipe.at(name, key)}: {line}" for key, line in wrong]
-        digests |= _named_files(settings)
-        digest = stage_digest(settings, digests)
+        digests |= _named_files(config)
+        digest = stage_digest(config, digests)
         folder = runs / f"{name}-{digest[:12]}"
         status = "run" if force in ("all", name) else _status(folder)
-        steps[name] = PlannedStage(name, settings, digest, folder, inputs, digests, status)
+        steps[name] = PlannedStage(name, config, digest, folder, inputs, digests, status)
         if name == until:
             break
     if problems:
@@ -92,17 +92,17 @@ def _status(folder: Path) -> str:
 
 
 def _input(
-    role: str, target: str, settings: Stage, steps: Mapping[str, PlannedStage]
+    role: str, target: str, config: Stage, steps: Mapping[str, PlannedStage]
 ) -> tuple[Path | str, str]:
     """Where an input is, and its digest."""
     if target in steps:
         return steps[target].folder, steps[target].digest
     folder = Path(target).expanduser()
     if not folder.is_dir():
-        revision = getattr(settings, "revision", None) if role == "model" else None
+        revision = getattr(config, "revision", None) if role == "model" else None
         return target, f"hub:{target}@{revision or 'main'}"
     made = artifacts.read_artifact(folder)
-    wanted = settings.inputs[role.split(".")[0]]
+    wanted = config.inputs[role.split(".")[0]]
     if made is not None:
         if made.stage not in wanted.stages:
             raise UserError(
@@ -117,18 +117,18 @@ def _input(
     return folder, artifacts.digest_folder(folder)
 
 
-def _sources(settings: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
+def _sources(config: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """The digests of what a ``prepare`` stage reads, by key, and what is wrong with it.
 
     A Hub id stands for itself, with its revision.
     """
     named: dict[str, tuple[str | None, str, str | None]] = {
-        "source": (settings.source, settings.data_split, settings.revision)
+        "source": (config.source, config.data_split, config.revision)
     }
-    named["demonstrations"] = (settings.demonstrations, settings.data_split, settings.revision)
-    for i, entry in enumerate(settings.mixture):
+    named["demonstrations"] = (config.demonstrations, config.data_split, config.revision)
+    for i, entry in enumerate(config.mixture):
         named[f"mixture.{i}"] = (entry.source, entry.data_split, entry.revision)
-    for i, name in enumerate(settings.decontaminate):
+    for i, name in enumerate(config.decontaminate):
         named[f"decontaminate.{i}"] = (name, "", None)  # every file of a folder
     digests: dict[str, str] = {}
     wrong: list[tuple[str, str]] = []
@@ -145,32 +145,32 @@ def _sources(settings: Prepare) -> tuple[dict[str, str], list[tuple[str, str]]]:
     return digests, wrong
 
 
-def _named_files(settings: Stage) -> dict[str, str]:
+def _named_files(config: Stage) -> dict[str, str]:
     """Digests of what settings name on this disk, a chat template or a reward function's file: the content counts."""
     found = {}
-    for word, value in settings.trainer.items() if isinstance(settings, TRLStage) else ():
+    for word, value in config.trainer.items() if isinstance(config, TRLStage) else ():
         path = Path(value) if isinstance(value, str) and value else None
         if path is not None and path.is_file():
             found[f"trainer.{word}"] = artifacts.digest_files([path])
         elif path is not None and path.is_dir():
             found[f"trainer.{word}"] = artifacts.digest_folder(path)
-    for name in settings.rewards if isinstance(settings, PPO) else ():
+    for name in config.rewards if isinstance(config, PPO) else ():
         file = functions.function_file(name) if FUNCTION.match(name) else None
         if file is not None and file.is_file():
             found[name] = artifacts.digest_files([file])
     return found
 
 
-def stage_digest(settings: Stage, inputs: Mapping[str, str]) -> str:
+def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
     """The digest of a stage.
 
     What training and preparing read counts by content, whatever it is called. The names in an evaluation label its
     results, so there they count too.
     """
-    own = settings.model_dump(exclude={"stage"})
-    if isinstance(settings, TrainingStage):
-        named = stage_inputs(settings)
-        for key in settings.inputs:
+    own = config.model_dump(exclude={"stage"})
+    if isinstance(config, TrainingStage):
+        named = stage_inputs(config)
+        for key in config.inputs:
             if isinstance(own[key], str):
                 del own[key]
             elif isinstance(
@@ -178,15 +178,15 @@ def stage_digest(settings: Stage, inputs: Mapping[str, str]) -> str:
             ):  # what is an input counts by its digest, what is not by its name
                 items = enumerate(own[key])
                 own[key] = [None if f"{key}.{i}" in named else item for i, item in items]
-    if isinstance(settings, Prepare):
+    if isinstance(config, Prepare):
         for key in ("source", "demonstrations", "decontaminate"):
             own[key] = None  # by content, in `inputs`
         for entry in own["mixture"]:
             entry["source"] = None
     return artifacts.digest(
         {
-            "stage": kind(settings),
-            "code_version": settings.code_version,
+            "stage": kind(config),
+            "code_version": config.code_version,
             "settings": own,
             "inputs": dict(inputs),
         }

@@ -38,7 +38,7 @@ def check_writable(runs: Path) -> None:
 
 def check_trainer_arguments(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
     """Build the trainer configurations of all stages that are due: what one refuses is known before the first trains."""
-    if not any(isinstance(step.settings, TRLStage) for step in due):
+    if not any(isinstance(step.config, TRLStage) for step in due):
         return  # importing TRL takes seconds
     import trl
 
@@ -46,14 +46,14 @@ def check_trainer_arguments(recipe: Recipe, due: Sequence[PlannedStage]) -> None
 
     problems = []
     for step in due:
-        settings = step.settings
-        if not isinstance(settings, TRLStage):
+        config = step.config
+        if not isinstance(config, TRLStage):
             continue
-        config = getattr(trl, str(settings.trainer_config))
-        own = {"beta": settings.beta} if isinstance(settings, DPO | KTO) else {}
+        trl_class = getattr(trl, str(config.trainer_config))
+        own = {"beta": config.beta} if isinstance(config, DPO | KTO) else {}
         try:
             trl_trainer.trl_arguments(
-                config, step.folder, seed=settings.seed, trainer=settings.trainer, **own
+                trl_class, step.folder, seed=config.seed, trainer=config.trainer, **own
             )
         except UserError as error:
             where = recipe.at(step.name, "trainer")
@@ -89,7 +89,7 @@ def check_reward_functions(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
     """
     problems = []
     for step in due:
-        for k, name in enumerate(step.settings.rewards if isinstance(step.settings, PPO) else ()):
+        for k, name in enumerate(step.config.rewards if isinstance(step.config, PPO) else ()):
             try:
                 if FUNCTION.match(name):
                     load_function(name)
@@ -111,16 +111,16 @@ def check_vllm_servers(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
 
     problems = []
     for step in due:
-        settings = step.settings
-        if not isinstance(settings, PPO) or settings.sampler != "vllm":
+        config = step.config
+        if not isinstance(config, PPO) or config.sampler != "vllm":
             continue
         try:
-            with urlopen(f"{settings.vllm_url.rstrip('/')}/health", timeout=5):
+            with urlopen(f"{config.vllm_url.rstrip('/')}/health", timeout=5):
                 pass
         except (OSError, ValueError) as error:
             where = recipe.at(step.name, "vllm_url")
             problems.append(
-                f"{where}: {settings.vllm_url}: no server answers ({error}); start it with `vllm serve`, or set "
+                f"{where}: {config.vllm_url}: no server answers ({error}); start it with `vllm serve`, or set "
                 "`sampler: transformers`"
             )
     if problems:
@@ -135,15 +135,13 @@ def check_environments(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
     """
     problems = []
     for step in due:
-        settings = step.settings
-        if not isinstance(settings, Control):
+        config = step.config
+        if not isinstance(config, Control):
             continue
         from align.control import spaces
 
         try:
-            spaces.inspect_env(
-                settings.environment, settings.environment_options, settings.distribution
-            )
+            spaces.inspect_env(config.environment, config.environment_options, config.distribution)
         except spaces.UnfitError as error:
             problems.append(f"{recipe.at(step.name, error.key)}: {error}")
     if problems:
@@ -167,42 +165,42 @@ def check_tables(recipe: Recipe, data: Path, due: Sequence[PlannedStage]) -> Non
     problems = []
     for step in due:
         if data in step.inputs.values():
-            problems += table_problems(recipe, step.name, step.settings, tables, prompts)
-            problems += _label_problems(recipe, step.name, step.settings, data)
-            problems += _column_problems(recipe, step.name, step.settings, data)
-        if isinstance(step.settings, Label) and step.settings.judge == "gold":
+            problems += table_problems(recipe, step.name, step.config, tables, prompts)
+            problems += _label_problems(recipe, step.name, step.config, data)
+            problems += _column_problems(recipe, step.name, step.config, data)
+        if isinstance(step.config, Label) and step.config.judge == "gold":
             sampled = next((s for s in due if s.folder == step.inputs["completions"]), None)
             if sampled is not None and data in sampled.inputs.values():
-                split = getattr(sampled.settings, "split", "train")
+                split = getattr(sampled.config, "split", "train")
                 problems += _gold_problems(recipe, step.name, prompts(split), "name a reward model")
     if problems:
         raise UserError(*problems)
 
 
-def _column_problems(recipe: Recipe, name: str, settings: Stage, data: Path) -> list[str]:
+def _column_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> list[str]:
     """Columns of the prepared rows that reward functions, or margins, cannot do without."""
     import pyarrow.parquet as pq
 
-    if isinstance(settings, PPO):
+    if isinstance(config, PPO):
         columns = pq.read_schema(data / "prompts-train.parquet").names
         return [
             f"{recipe.at(name, 'rewards')}: {each} needs `{column}`, and the prompts have {', '.join(columns)}; add it to "
             "`keep` of the `prepare` stage"
-            for each in settings.rewards
+            for each in config.rewards
             if FUNCTION.match(each)
             for column in missing_columns(each, columns)
         ]
     file = data / "pairs-train.parquet"
-    if isinstance(settings, Reward) and settings.margin_coef and file.is_file():
+    if isinstance(config, Reward) and config.margin_coef and file.is_file():
         if "margin" not in pq.read_schema(file).names:
             return [f"{recipe.at(name, 'margin_coef')}: these pairs have no `margin`; remove it"]
     return []
 
 
-def _label_problems(recipe: Recipe, name: str, settings: Stage, data: Path) -> list[str]:
+def _label_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> list[str]:
     """Whether a ``kto`` stage finds completions of both labels for every batch."""
     file = data / "unpaired-train.parquet"
-    if not isinstance(settings, KTO) or not file.is_file():
+    if not isinstance(config, KTO) or not file.is_file():
         return []
     import pyarrow.parquet as pq
 
@@ -213,8 +211,8 @@ def _label_problems(recipe: Recipe, name: str, settings: Stage, data: Path) -> l
     pairs = data / "pairs-train.parquet"
     both = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
     key = "per_device_train_batch_size"
-    usual = trl_fields.trl_fields(str(settings.trainer_config))[key].default
-    size = settings.trainer.get(key, int(str(usual)))
+    usual = trl_fields.trl_fields(str(config.trainer_config))[key].default
+    size = config.trainer.get(key, int(str(usual)))
     try:
         kto_batches.check(sum(labels) + both, labels.count(False) + both, batch_size=size)
     except UserError as error:
@@ -225,38 +223,36 @@ def _label_problems(recipe: Recipe, name: str, settings: Stage, data: Path) -> l
 def table_problems(
     recipe: Recipe,
     name: str,
-    settings: Stage,
+    config: Stage,
     tables: Collection[str],
     prompts: Callable[[str], list[str]],
 ) -> list[str]:
     """What a stage needs and prepared data lack. ``tables`` are such as ``pairs-train``; ``prompts`` are of a split."""
     needs = []
-    if isinstance(settings, SFT):
+    if isinstance(config, SFT):
         needs = [("demonstrations", "demonstrations-train")]
-    elif isinstance(settings, DPO | Reward):
+    elif isinstance(config, DPO | Reward):
         needs = [("pairs", "pairs-train")]
-    elif isinstance(settings, PPO):
+    elif isinstance(config, PPO):
         needs = [("prompts", "prompts-train")]
-        needs += [("eval_split", f"prompts-{settings.eval_split}")] if settings.eval_steps else []
-    elif isinstance(settings, KTO):
+        needs += [("eval_split", f"prompts-{config.eval_split}")] if config.eval_steps else []
+    elif isinstance(config, KTO):
         needs = [] if "unpaired-train" in tables else [("preferences", "pairs-train")]
-    elif isinstance(settings, Sample):
-        needs = [("split", f"prompts-{settings.split}")]
-    elif isinstance(settings, Evaluate):
-        needs = [("judge", f"prompts-{settings.split}")] if settings.judge else []
-        needs += (
-            [("implicit_rewards", f"pairs-{settings.split}")] if settings.implicit_rewards else []
-        )
+    elif isinstance(config, Sample):
+        needs = [("split", f"prompts-{config.split}")]
+    elif isinstance(config, Evaluate):
+        needs = [("judge", f"prompts-{config.split}")] if config.judge else []
+        needs += [("implicit_rewards", f"pairs-{config.split}")] if config.implicit_rewards else []
     problems = [
         f"{recipe.at(name, key)}: the source of `prepare` gives no {table}; found {', '.join(sorted(tables))}"
         for key, table in needs
         if table not in tables
     ]
-    if isinstance(settings, Evaluate | PPO) and settings.judge == "gold" and not problems:
-        split = settings.split if isinstance(settings, Evaluate) else "train"
+    if isinstance(config, Evaluate | PPO) and config.judge == "gold" and not problems:
+        split = config.split if isinstance(config, Evaluate) else "train"
         repair = (
             f"without a judge measure `implicit_rewards`: {name}.judge=null {name}.implicit_rewards=true"
-            if isinstance(settings, Evaluate)
+            if isinstance(config, Evaluate)
             else f"set {name}.judge=null"
         )
         problems += _gold_problems(recipe, name, prompts(split), repair)

@@ -10,6 +10,7 @@ import importlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from align.pipeline.plan import PlannedStage, plan
 from align.runtime import artifacts, checkpoints, distributed, signals
 from align.runtime.locks import folder_lock
 from align.runtime.progress import Display, Logger
+from align.runtime.results import StageResult
 
 
 def run_recipe(
@@ -51,7 +53,7 @@ def run_recipe(
     done = []
     for step in steps:
         done.append(_run_or_reuse(step, recipe, display, forced=force in ("all", step.name)))
-        if isinstance(step.settings, Prepare):
+        if isinstance(step.config, Prepare):
             preflight.check_tables(recipe, step.folder, due)
     summary = {
         "recipe": str(recipe.path),
@@ -82,13 +84,13 @@ def _run_or_reuse(
                 made = _execute(step, recipe, display)
             if distributed.is_main():
                 _remove_working_files(step)
-    display.end(step.name, status, made.seconds, _headline(made.metrics))
-    for line in _remarks(made.metrics):
-        display.say(f"{step.name}: {line}")
-    if isinstance(step.settings, TrainingStage) and made.world_size != distributed.world_size():
+    display.end(step.name, status, made.seconds, made.headline or _headline(made.metrics))
+    for line in [*made.remarks, *_remarks(made.metrics)]:
+        display.info(f"{step.name}: {line}")
+    if isinstance(step.config, TrainingStage) and made.world_size != distributed.world_size():
         now = distributed.world_size()
         many = "process" if made.world_size == 1 else "processes"
-        display.say(f"{step.name}: trained by {made.world_size} {many}; this run has {now}")
+        display.info(f"{step.name}: trained by {made.world_size} {many}; this run has {now}")
     if signals.requested():
         raise signals.Interrupted  # it came when the stage was about to be complete
     return {
@@ -111,24 +113,24 @@ def _read_finished(folder: Path) -> artifacts.Artifact | None:
 def _execute(step: PlannedStage, recipe: Recipe, display: Display) -> artifacts.Artifact:
     main = distributed.is_main()
     started = time.monotonic()
-    seed = getattr(step.settings, "seed", None)
+    seed = getattr(step.config, "seed", None)
     distributed.reset_process_state(seed or 0)
     display.start(
         step.name,
         step.folder,
         "going on" if checkpoints.list_checkpoints(step.folder) else "running",
     )
-    track = Logger(step.name, step.folder, display, main=main)
-    metrics: dict[str, Any] = {}
+    logger = Logger(step.name, step.folder, display, main=main)
+    result = StageResult({})
     wrong: list[str] = []
-    if main or not step.settings.main_process_only:
+    if main or not step.config.main_process_only:
         try:
-            metrics = stage_module(step.stage).run(step.settings, step.inputs, step.folder, track)
+            result = stage_module(step.stage).run(step.config, step.inputs, step.folder, logger)
         except UserError as error:
             wrong = [f"{recipe.at(step.name)}: {line}" for line in error.lines]
-            if not step.settings.main_process_only:
+            if not step.config.main_process_only:
                 raise UserError(*wrong) from error
-    if step.settings.main_process_only:
+    if step.config.main_process_only:
         wrong = distributed.broadcast_from_main(wrong)  # else the others would wait for it for ever
         if wrong:
             raise UserError(*wrong)
@@ -136,18 +138,21 @@ def _execute(step: PlannedStage, recipe: Recipe, display: Display) -> artifacts.
         stage=step.stage,
         name=step.name,
         digest=step.digest,
-        recipe=step.settings.model_dump(exclude={"stage"}),
+        recipe=step.config.model_dump(exclude={"stage"}),
         inputs={
             role: {"folder": str(target), "digest": step.digests[role]}
             for role, target in step.inputs.items()
         },
-        metrics=metrics,
+        metrics=result.metrics,
         versions=artifacts.versions(),
         commit=artifacts.commit(),
         seed=seed,
         world_size=distributed.world_size(),
         seconds=round(time.monotonic() - started, 3),
         peak_memory_bytes=distributed.peak_memory_bytes(),
+        headline=result.headline,
+        remarks=list(result.remarks),
+        tables=[asdict(table) for table in result.tables],
     )
     distributed.barrier()
     if main:
@@ -163,7 +168,7 @@ def stage_module(name: str) -> Any:
 def _remove_working_files(step: PlannedStage) -> None:
     """What a complete stage needs no more. After the artifact: a crash in between loses nothing."""
     shutil.rmtree(step.folder / ".cache", ignore_errors=True)
-    if not getattr(step.settings, "keep_checkpoints", True):
+    if not getattr(step.config, "keep_checkpoints", True):
         for checkpoint in step.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 

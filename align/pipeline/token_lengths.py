@@ -38,15 +38,15 @@ def examine(recipe: Recipe, steps: Sequence[PlannedStage]) -> Iterator[str]:
     tokenizers: dict[Path, Tokenizer | None] = {}
     problems: list[str] = []
     for step in steps:
-        settings = step.settings
-        if isinstance(settings, Prepare):
+        config = step.config
+        if isinstance(config, Prepare):
             hub = [
-                n for n, split, _ in settings.sources() if not sources.source_files(n, split=split)
+                n for n, split, _ in config.sources() if not sources.source_files(n, split=split)
             ]
             if hub:
                 yield f"{step.name}: {', '.join(hub)} is on the Hub: its rows are checked when the stage runs"
                 continue
-            prepared = prepare.prepare_rows(**settings.model_dump(exclude={"stage"}))
+            prepared = prepare.prepare_rows(**config.model_dump(exclude={"stage"}))
             told = statistics.describe(prepared)
             tables[step.folder] = prepared.tables
             kept = ", ".join(
@@ -59,11 +59,11 @@ def examine(recipe: Recipe, steps: Sequence[PlannedStage]) -> Iterator[str]:
             for reader in steps:
                 if step.folder in reader.inputs.values():
                     problems += preflight.table_problems(
-                        recipe, reader.name, reader.settings, *_contents(prepared.tables)
+                        recipe, reader.name, reader.config, *_contents(prepared.tables)
                     )
-        elif isinstance(settings, SFT | DPO | KTO | Reward):
-            role = next(role for role in settings.inputs if role != "model")
-            kinds = ("unpaired", "pairs") if isinstance(settings, KTO) else (role,)
+        elif isinstance(config, SFT | DPO | KTO | Reward):
+            role = next(role for role in config.inputs if role != "model")
+            kinds = ("unpaired", "pairs") if isinstance(config, KTO) else (role,)
             found = tables.get(Path(step.inputs[role]), {})
             splits = next((found[kind] for kind in kinds if kind in found), None)
             try:
@@ -72,7 +72,7 @@ def examine(recipe: Recipe, steps: Sequence[PlannedStage]) -> Iterator[str]:
                 problems += [f"{recipe.at(step.name, 'model')}: {line}" for line in error.lines]
                 continue
             if splits is not None and tokenizer is not None:
-                yield _measured(step.name, settings, splits["train"], tokenizer)
+                yield _measured(step.name, config, splits["train"], tokenizer)
     if problems:
         raise UserError(*problems)
 
@@ -90,7 +90,7 @@ def _tokenizer(
 ) -> Tokenizer | None:
     from tokenizers import Tokenizer
 
-    model = getattr(step.settings, "model", None)
+    model = getattr(step.config, "model", None)
     if isinstance(model, NewModel):
         if splits is None:
             return None
@@ -106,7 +106,7 @@ def _tokenizer(
     if not file.is_file():
         return None  # not a fast tokenizer, or not trained yet
     if not _has_template(source) and "chat_template_path" not in getattr(
-        step.settings, "trainer", {}
+        step.config, "trainer", {}
     ):
         raise UserError(
             f"{source}: its tokenizer has no chat template; name one in its `sft` stage: "
@@ -126,7 +126,7 @@ def _texts(rows: Sequence[Any]) -> Iterator[str]:
     return (m["content"] for row in rows for m in [*row["prompt"], *row["completion"]])
 
 
-def _measured(name: str, settings: TRLStage, rows: Sequence[Any], tokenizer: Tokenizer) -> str:
+def _measured(name: str, config: TRLStage, rows: Sequence[Any], tokenizer: Tokenizer) -> str:
     sides = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
     counts = {side: [] for side in ("prompt", *sides)}  # type: dict[str, list[int]]
     for side in counts:
@@ -139,7 +139,7 @@ def _measured(name: str, settings: TRLStage, rows: Sequence[Any], tokenizer: Tok
     longest = [
         prompt + max(counts[side][i] for side in sides) for i, prompt in enumerate(counts["prompt"])
     ]
-    limit = _limit(settings)
+    limit = _limit(config)
     ordered = sorted(longest)
     shown = f"median {ordered[len(ordered) // 2]}, 95th {ordered[int(0.95 * (len(ordered) - 1))]}, longest {ordered[-1]}"
     if limit is None:
@@ -155,8 +155,8 @@ def _measured(name: str, settings: TRLStage, rows: Sequence[Any], tokenizer: Tok
     return f"{name}: tokens a row: {shown}; `max_length` {limit}: {verdict}"
 
 
-def _limit(settings: TRLStage) -> int | None:
-    if "max_length" in settings.trainer:
-        return settings.trainer["max_length"]
-    default = trl_fields.trl_fields(str(settings.trainer_config))["max_length"].default
+def _limit(config: TRLStage) -> int | None:
+    if "max_length" in config.trainer:
+        return config.trainer["max_length"]
+    default = trl_fields.trl_fields(str(config.trainer_config))["max_length"].default
     return None if default in (None, "None") else int(default)

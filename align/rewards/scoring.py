@@ -17,10 +17,10 @@ Messages = Sequence[dict[str, str]]
 Judge = Callable[[Sequence[Messages], Sequence[Messages]], list[float]]
 
 
-def build_judge(settings: Label, inputs: Mapping[str, Path | str]) -> Judge:
-    if settings.judge == "gold":
+def build_judge(config: Label, inputs: Mapping[str, Path | str]) -> Judge:
+    if config.judge == "gold":
         return gold_scores
-    return reward_model_judge(inputs["judge"], dtype=settings.dtype, batch_size=settings.batch_size)
+    return reward_model_judge(inputs["judge"], dtype=config.dtype, batch_size=config.batch_size)
 
 
 def reward_model_judge(source: Path | str, *, dtype: str, batch_size: int) -> Judge:
@@ -46,7 +46,7 @@ def gold_scores(prompts: Sequence[Messages], completions: Sequence[Messages]) ->
 
 
 def score_rows(
-    judge: Judge, rows: Sequence[dict[str, Any]], batch_size: int, track: Logger
+    judge: Judge, rows: Sequence[dict[str, Any]], batch_size: int, logger: Logger
 ) -> list[float]:
     """The judge's score of every row; processes share the work, some batches at a time."""
     from accelerate.utils import gather_object
@@ -58,6 +58,6 @@ def score_rows(
     for done, part in enumerate(mine):
         scores = judge([rows[i]["prompt"] for i in part], [rows[i]["completion"] for i in part])
         found += zip(part, scores, strict=True)
-        track.step(done + 1, len(mine), what="scored part")
+        logger.step(done + 1, len(mine), what="scored part")
     merged = dict(gather_object(found))
     return [merged[i] for i in range(len(rows))]

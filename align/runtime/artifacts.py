@@ -1,6 +1,6 @@
 """What a stage leaves behind: a folder, and in it ``artifact.json``, written last. Without it the stage did not finish.
 
-Also what makes a stage's digest: its settings, the digests of its inputs, and its code version.
+Also what makes a stage's digest: its config, the digests of its inputs, and its code version.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Artifact:
     world_size: int
     seconds: float
     peak_memory_bytes: int | None
+    headline: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:

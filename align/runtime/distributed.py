@@ -86,7 +86,7 @@ def broadcast_from_main(value: T) -> T:
 def reset_process_state(seed: int) -> None:
     """Give back what the last stage held, and start the next as if it were the first in its process.
 
-    Random states, accelerate's plugins and gradient state, DeepSpeed's and bitsandbytes' process-wide settings, and memory.
+    Random states, accelerate's plugins and gradient state, DeepSpeed's and bitsandbytes' process-wide config, and memory.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState

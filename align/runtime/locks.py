@@ -39,7 +39,7 @@ def folder_lock(folder: Path, display: Display) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        display.say(f"{folder}: held by {_holder(holder)}; waiting for it to finish")
+        display.info(f"{folder}: held by {_holder(holder)}; waiting for it to finish")
         lock.acquire()
     try:
         since = datetime.now().isoformat(timespec="seconds")
@@ -63,7 +63,7 @@ def _holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def cache_lock(folder: Path, track: Logger) -> Iterator[None]:
+def cache_lock(folder: Path, logger: Logger) -> Iterator[None]:
     """One run at a time looks, scores and writes; another waits for it, and then reads what it wrote."""
     if not distributed.is_main():
         yield
@@ -73,7 +73,7 @@ def cache_lock(folder: Path, track: Logger) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        track.say(f"{folder}: another run is at it; waiting for it to finish")
+        logger.info(f"{folder}: another run is at it; waiting for it to finish")
         lock.acquire()
     try:
         yield

@@ -43,14 +43,14 @@ class Display:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def say(self, line: str, style: str | None = None) -> None:
+    def info(self, line: str, style: str | None = None) -> None:
         """Print one line for good."""
         self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, name: str, folder: Path, how: str) -> None:
         """A stage begins."""
         self._started[name] = time.monotonic()
-        self.say(f"{name}: {how} → {folder}")
+        self.info(f"{name}: {how} → {folder}")
 
     def step(
         self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
@@ -61,11 +61,11 @@ class Display:
             self._last = now
             seconds = now - self._started[name]
             line = f"{name}: {what} {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
-            self.say(line.rstrip())
+            self.info(line.rstrip())
 
     def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
         """A stage is complete, or was before."""
-        self.say(f"{name}: {status}  {seconds:.1f} s  {numbers(metrics)}".rstrip())
+        self.info(f"{name}: {status}  {seconds:.1f} s  {numbers(metrics)}".rstrip())
 
 
 class LiveDisplay(Display):
@@ -189,6 +189,6 @@ class Logger:
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._file)
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """Print one line for good."""
-        self._display.say(line)
+        self._display.info(line)

@@ -1,1 +1,1 @@
-"""One module a stage, each with ``run(settings, inputs, folder, track)``. Stages never import each other."""
+"""One module a stage, each with ``run(config, inputs, folder, logger)``. Stages never import each other."""

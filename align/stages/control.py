@@ -27,6 +27,7 @@ from align.functional.winrate import bootstrap_interval
 from align.rl.update import Objective
 from align.runtime import artifacts, checkpoints, distributed, signals
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 SECONDS_BETWEEN_LINES = 0.2
@@ -34,111 +35,109 @@ SHOWN = ("return", "entropy", "kl")
 
 
 def run(
-    settings: Control, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
+    config: Control, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
     """Train and evaluate each seed that is not done yet; draw the curves of all."""
     try:
         world = spaces.inspect_env(
-            settings.environment, settings.environment_options, settings.distribution
+            config.environment, config.environment_options, config.distribution
         )
     except spaces.UnfitError as error:
         raise UserError(f"{error.key}: {error}") from None
     if distributed.is_main():
         policy_files.describe(
-            folder,
-            environment=settings.environment,
-            options=settings.environment_options,
+            output_dir,
+            environment=config.environment,
+            options=config.environment_options,
             world=world,
-            hidden=settings.hidden,
-            activation=settings.activation,
-            distribution=settings.distribution,
-            seeds=settings.seeds,
+            hidden=config.hidden,
+            activation=config.activation,
+            distribution=config.distribution,
+            seeds=config.seeds,
         )
-    mine = settings.seeds[distributed.rank() :: distributed.world_size()]
+    mine = config.seeds[distributed.rank() :: distributed.world_size()]
     with _one_thread(), single_process():
         for seed in mine:
-            if not _curve_file(folder, seed).exists():
-                _train(settings, world, seed, folder, track)
+            if not _curve_file(output_dir, seed).exists():
+                _train(config, world, seed, output_dir, logger)
     distributed.barrier()
     if not distributed.is_main():
-        return {}
-    done = {seed: _read(_curve_file(folder, seed)) for seed in settings.seeds}
-    title = f"{settings.algorithm} on {settings.environment}"
-    plots.draw({s: d["curve"] for s, d in done.items()}, folder / "curves.png", title=title)
-    return _metrics(settings, done)
+        return StageResult({})
+    done = {seed: _read(_curve_file(output_dir, seed)) for seed in config.seeds}
+    title = f"{config.algorithm} on {config.environment}"
+    plots.draw({s: d["curve"] for s, d in done.items()}, output_dir / "curves.png", title=title)
+    return StageResult(_metrics(config, done))
 
 
-def plan(settings: Control) -> Plan:
+def plan(config: Control) -> Plan:
     """The recipe's settings with the algorithm's own for what it leaves out."""
-    ppo, reinforce = settings.algorithm == "ppo", settings.algorithm == "reinforce"
-    clip = (settings.clip or 0.2) if ppo else math.inf
+    ppo, reinforce = config.algorithm == "ppo", config.algorithm == "reinforce"
+    clip = (config.clip or 0.2) if ppo else math.inf
     objective = Objective(
-        epochs=(settings.epochs or 4) if ppo else 1,
-        minibatches=(settings.minibatches or 4) if ppo else 1,
+        epochs=(config.epochs or 4) if ppo else 1,
+        minibatches=(config.minibatches or 4) if ppo else 1,
         clip_low=clip,
-        clip_high=settings.clip_high or clip,
-        value_clip=settings.value_clip,
-        entropy_coef=settings.entropy_coef,
-        max_grad_norm=settings.max_grad_norm or math.inf,
-        target_kl=settings.target_kl,
-        whiten=settings.whiten,
+        clip_high=config.clip_high or clip,
+        value_clip=config.value_clip,
+        entropy_coef=config.entropy_coef,
+        max_grad_norm=config.max_grad_norm or math.inf,
+        target_kl=config.target_kl,
+        whiten=config.whiten,
     )
     return Plan(
-        environment=settings.environment,
-        options=settings.environment_options,
-        envs=settings.envs,
-        steps=settings.steps,
-        stretch=None if reinforce else settings.stretch or (128 if ppo else 16),
-        baseline=settings.baseline,
-        gamma=settings.gamma,
-        lam=settings.lam if settings.lam is not None else 1.0 if reinforce else 0.95,
+        environment=config.environment,
+        options=config.environment_options,
+        envs=config.envs,
+        steps=config.steps,
+        stretch=None if reinforce else config.stretch or (128 if ppo else 16),
+        baseline=config.baseline,
+        gamma=config.gamma,
+        lam=config.lam if config.lam is not None else 1.0 if reinforce else 0.95,
         objective=objective,
-        learning_rate=settings.learning_rate,
-        value_learning_rate=settings.value_learning_rate or settings.learning_rate,
-        schedule=settings.schedule,
-        hidden=tuple(settings.hidden),
-        activation=settings.activation,
-        distribution=settings.distribution,
-        normalize_observations=settings.normalize_observations,
-        normalize_rewards=settings.normalize_rewards,
+        learning_rate=config.learning_rate,
+        value_learning_rate=config.value_learning_rate or config.learning_rate,
+        schedule=config.schedule,
+        hidden=tuple(config.hidden),
+        activation=config.activation,
+        distribution=config.distribution,
+        normalize_observations=config.normalize_observations,
+        normalize_rewards=config.normalize_rewards,
     )
 
 
-def _train(
-    settings: Control, world: spaces.EnvSpec, seed: int, folder: Path, track: Logger
-) -> None:
+def _train(config: Control, world: spaces.EnvSpec, seed: int, folder: Path, logger: Logger) -> None:
     """Train one seed, from its last checkpoint on, and evaluate it."""
-    learner = PolicyGradientTrainer(plan(settings), world, seed)
-    before = settings.seeds.index(seed) * settings.steps
-    for checkpoint in reversed(_checkpoints(settings, seed, folder)):
+    learner = PolicyGradientTrainer(plan(config), world, seed)
+    before = config.seeds.index(seed) * config.steps
+    for checkpoint in reversed(_checkpoints(config, seed, folder)):
         learner.restore(torch.load(checkpoint / "state.pt", weights_only=False))
-        track.say(f"seed {seed}: going on from step {learner.steps:,}: {checkpoint}")
+        logger.info(f"seed {seed}: going on from step {learner.steps:,}: {checkpoint}")
         break
-    track.rewind(before + learner.steps)
-    total = settings.steps * len(settings.seeds)
+    logger.rewind(before + learner.steps)
+    total = config.steps * len(config.seeds)
     saved = shown = time.monotonic()
     with signals.deferred() as stop:
         while not learner.done:
             point = learner.advance()
-            done = before + min(learner.steps, settings.steps)
-            track.log(done, {"seed": seed, **point})
+            done = before + min(learner.steps, config.steps)
+            logger.log(done, {"seed": seed, **point})
             now = time.monotonic()
             if now - shown > SECONDS_BETWEEN_LINES or learner.done:
                 shown = now
                 line = {"seed": seed} | {k: point[k] for k in SHOWN if point[k] is not None}
-                track.step(done, total, line)
+                logger.step(done, total, line)
             if not learner.done and (stop.requested or now - saved > SECONDS_BETWEEN_CHECKPOINTS):
-                _checkpoint(settings, learner, folder)
+                _checkpoint(config, learner, folder)
                 saved = time.monotonic()
             if stop.requested:
                 raise signals.Interrupted
     learner.environments.close()
     returns = evaluate(
         learner.policy,
-        settings.environment,
-        settings.environment_options,
+        config.environment,
+        config.environment_options,
         statistics=learner.statistics,
-        episodes=settings.episodes,
+        episodes=config.episodes,
         seed=seed,
     )
     policy_files.save(
@@ -152,8 +151,8 @@ def _train(
         "curve": learner.curve,
     }
     artifacts.write_json(_curve_file(folder, seed), found)
-    for checkpoint in _checkpoints(settings, seed, folder):
-        if not settings.keep_checkpoints:
+    for checkpoint in _checkpoints(config, seed, folder):
+        if not config.keep_checkpoints:
             shutil.rmtree(checkpoint)
 
 
@@ -171,24 +170,24 @@ def _read(file: Path) -> dict[str, Any]:
 # A seed's last update may take more steps than it has left: the lines of metrics.jsonl do not count those.
 
 
-def _checkpoints(settings: Control, seed: int, folder: Path) -> list[Path]:
-    first = settings.seeds.index(seed) * settings.steps
-    mine = range(first + 1, first + settings.steps)
+def _checkpoints(config: Control, seed: int, folder: Path) -> list[Path]:
+    first = config.seeds.index(seed) * config.steps
+    mine = range(first + 1, first + config.steps)
     return [
         c for c in checkpoints.list_checkpoints(folder) if int(c.name.rpartition("-")[2]) in mine
     ]
 
 
-def _checkpoint(settings: Control, learner: PolicyGradientTrainer, folder: Path) -> None:
+def _checkpoint(config: Control, learner: PolicyGradientTrainer, folder: Path) -> None:
     """Write a checkpoint whole, and then remove those before it."""
-    older = _checkpoints(settings, learner.seed, folder)
-    number = settings.seeds.index(learner.seed) * settings.steps + learner.steps
+    older = _checkpoints(config, learner.seed, folder)
+    number = config.seeds.index(learner.seed) * config.steps + learner.steps
     target = folder / f"checkpoint-{number}"
     target.mkdir(exist_ok=True)
     torch.save(learner.state(), target / "state.pt")
     checkpoints.mark_complete(target, world_size=distributed.world_size())
     for checkpoint in older:
-        if checkpoint != target and not settings.keep_checkpoints:
+        if checkpoint != target and not config.keep_checkpoints:
             shutil.rmtree(checkpoint)
 
 
@@ -206,12 +205,12 @@ def _one_thread() -> Iterator[None]:
 # Figures ---------------------------------------------------------------------------------------------------------------
 
 
-def _metrics(settings: Control, done: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _metrics(config: Control, done: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     for seed, result in done.items():
         returns = torch.tensor(result["returns"], dtype=torch.float64)
         interval = bootstrap_interval(
-            returns, level=settings.level, resamples=settings.resamples, seed=seed
+            returns, level=config.level, resamples=config.resamples, seed=seed
         )
         rows.append(
             {
@@ -226,9 +225,9 @@ def _metrics(settings: Control, done: Mapping[int, Mapping[str, Any]]) -> dict[s
         )
     means = [row["mean_return"] for row in rows]
     return {
-        "environment": settings.environment,
-        "algorithm": settings.algorithm,
-        "episodes": settings.episodes,
+        "environment": config.environment,
+        "algorithm": config.algorithm,
+        "episodes": config.episodes,
         "control": rows,
         "mean_return": statistics.fmean(means),
         "lowest_mean_return": min(means),

@@ -13,14 +13,15 @@ from align.data import tables
 from align.models import adapters, logps, tokenization
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 from align.training import reference_logps, trl_trainer
 
 
 def run(
-    settings: DPO, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Train ``settings.model`` to prefer the chosen completions of ``settings.pairs``."""
-    trainer = build(settings, inputs, folder, say=track.say)
+    config: DPO, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Train ``config.model`` to prefer the chosen completions of ``config.pairs``."""
+    trainer = build(config, inputs, output_dir, say=logger.info)
     found: dict[str, Any] = {}
     if reference_logps.can_precompute(trainer):
         with logps.small_vocabulary_tiles():
@@ -28,15 +29,15 @@ def run(
                 trainer,
                 model=inputs["model"],
                 pairs=Path(inputs["pairs"]),
-                runs=folder.parent,
-                track=track,
+                runs=output_dir.parent,
+                logger=logger,
             )
-    found |= trl_trainer.train(trainer, folder, track)
-    return found | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+    found |= trl_trainer.train(trainer, output_dir, logger)
+    return StageResult(found | {"parameters": sum(p.numel() for p in trainer.model.parameters())})
 
 
 def build(
-    settings: DPO,
+    config: DPO,
     inputs: Mapping[str, Path | str],
     folder: Path,
     say: Callable[[str], None] | None = None,
@@ -44,17 +45,17 @@ def build(
     """The trainer, with the policy and its reference: equal to the last bit before the first step."""
     source, data = inputs["model"], Path(inputs["pairs"])
     arguments = trl_trainer.trl_arguments(
-        DPOConfig, folder, seed=settings.seed, trainer=settings.trainer, beta=settings.beta
+        DPOConfig, folder, seed=config.seed, trainer=config.trainer, beta=config.beta
     )
     rows = tables.load_dataset(data, "pairs", "train", folder)
     held_out = tables.load_dataset(data, "pairs", "validation", folder)
-    tokenizer = tokenization.load_tokenizer(source, revision=settings.revision)
-    lora = settings.lora.model_dump() if settings.lora else None
+    tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
+    lora = config.lora.model_dump() if config.lora else None
     model, adapter = adapters.load_for_training(
-        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+        source, lora=lora, dtype=config.dtype, revision=config.revision
     )
     reference = adapters.load_reference(
-        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+        source, lora=lora, dtype=config.dtype, revision=config.revision
     )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = DPOTrainer(
@@ -66,6 +67,6 @@ def build(
             processing_class=tokenizer,
             peft_config=adapter,
         )
-    if settings.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
+    if config.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)
     return trainer

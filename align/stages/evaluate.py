@@ -14,22 +14,23 @@ from align.evaluation.held_out import read_held_out, refuse_trained_prompts
 from align.evaluation.implicit_rewards import implicit_rewards
 from align.evaluation.win_rates import win_rates
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 
 
 def run(
-    settings: Evaluate, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
+    config: Evaluate, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
     """Sample, judge and compare. ``comparisons`` and ``implicit_rewards`` hold one entry a policy."""
     data = Path(inputs["prompts"])
-    targets = {name: inputs[f"policies.{i}"] for i, name in enumerate(settings.policies)}
-    targets = {settings.baseline: inputs["baseline"]} | targets
+    targets = {name: inputs[f"policies.{i}"] for i, name in enumerate(config.policies)}
+    targets = {config.baseline: inputs["baseline"]} | targets
     metrics: dict[str, Any] = {}
-    if settings.judge is not None:
-        rows = read_held_out(data, "prompts", settings)
+    if config.judge is not None:
+        rows = read_held_out(data, "prompts", config)
         refuse_trained_prompts(rows, targets, data)
-        metrics |= win_rates(settings, rows, targets, folder, track)
-    if settings.implicit_rewards:
-        rows = read_held_out(data, "pairs", settings)
+        metrics |= win_rates(config, rows, targets, output_dir, logger)
+    if config.implicit_rewards:
+        rows = read_held_out(data, "pairs", config)
         refuse_trained_prompts(rows, targets, data)
-        metrics |= implicit_rewards(settings, rows, targets, track)
-    return metrics
+        metrics |= implicit_rewards(config, rows, targets, logger)
+    return StageResult(metrics)

@@ -21,42 +21,44 @@ from align.data import tables
 from align.models import adapters, tokenization
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 from align.training import trl_trainer
 from align.training.kto_batches import MixedLabels, label_weights, weights_warning, with_kl_partners
 
 
 def run(
-    settings: KTO, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Train ``settings.model`` towards desirable completions and away from undesirable ones."""
-    trainer = build(settings, inputs, folder, say=track.say)
-    weights = label_weights(settings, trainer.train_dataset.labels)
-    found = trl_trainer.train(trainer, folder, track)
-    return found | {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "desirable_weight": weights.desirable,
-        "undesirable_weight": weights.undesirable,
-        "weight_ratio": weights.ratio,
-        "warnings": [] if weights.advised else [weights_warning(weights)],
-    }
+    config: KTO, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Train ``config.model`` towards desirable completions and away from undesirable ones."""
+    trainer = build(config, inputs, output_dir, say=logger.info)
+    weights = label_weights(config, trainer.train_dataset.labels)
+    found = trl_trainer.train(trainer, output_dir, logger)
+    return StageResult(
+        found
+        | {
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "desirable_weight": weights.desirable,
+            "undesirable_weight": weights.undesirable,
+            "weight_ratio": weights.ratio,
+            "warnings": [] if weights.advised else [weights_warning(weights)],
+        }
+    )
 
 
 def build(
-    settings: KTO,
+    config: KTO,
     inputs: Mapping[str, Path | str],
     folder: Path,
     say: Callable[[str], None] | None = None,
 ) -> KTOTrainer:
     """The trainer, with batches of ours, and the policy and its reference: equal to the last bit before the first step."""
-    trainer = as_trl_feeds_it(settings, inputs, folder, say=say)
+    trainer = as_trl_feeds_it(config, inputs, folder, say=say)
     size = trainer.args.per_device_train_batch_size
     # Sharded over processes, each stretch of `size` rows goes to one of them as a batch.
-    trainer.train_dataset = MixedLabels(trainer.train_dataset, batch_size=size, seed=settings.seed)
+    trainer.train_dataset = MixedLabels(trainer.train_dataset, batch_size=size, seed=config.seed)
     if trainer.eval_dataset is not None and _evaluates(trainer.args):
         size = trainer.args.per_device_eval_batch_size
-        trainer.eval_dataset = MixedLabels(
-            trainer.eval_dataset, batch_size=size, seed=settings.seed
-        )
+        trainer.eval_dataset = MixedLabels(trainer.eval_dataset, batch_size=size, seed=config.seed)
     if trainer.calculate_KL:
         trainer.data_collator = functools.partial(with_kl_partners, trainer.data_collator)
     return trainer
@@ -69,7 +71,7 @@ def _evaluates(arguments: Any) -> bool:
 
 
 def as_trl_feeds_it(
-    settings: KTO,
+    config: KTO,
     inputs: Mapping[str, Path | str],
     folder: Path,
     say: Callable[[str], None] | None = None,
@@ -78,22 +80,22 @@ def as_trl_feeds_it(
     source, data = inputs["model"], Path(inputs["preferences"])
     rows = _labelled(data, "train", folder)
     assert rows is not None
-    weights = label_weights(settings, rows["label"])
+    weights = label_weights(config, rows["label"])
     arguments = trl_trainer.trl_arguments(
         KTOConfig,
         folder,
-        seed=settings.seed,
-        trainer=settings.trainer,
-        beta=settings.beta,
+        seed=config.seed,
+        trainer=config.trainer,
+        beta=config.beta,
         desirable_weight=weights.desirable,
         undesirable_weight=weights.undesirable,
     )
-    lora = settings.lora.model_dump() if settings.lora else None
+    lora = config.lora.model_dump() if config.lora else None
     model, adapter = adapters.load_for_training(
-        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+        source, lora=lora, dtype=config.dtype, revision=config.revision
     )
     reference = adapters.load_reference(
-        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+        source, lora=lora, dtype=config.dtype, revision=config.revision
     )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = KTOTrainer(
@@ -102,10 +104,10 @@ def as_trl_feeds_it(
             args=arguments,
             train_dataset=rows,
             eval_dataset=_labelled(data, "validation", folder),
-            processing_class=tokenization.load_tokenizer(source, revision=settings.revision),
+            processing_class=tokenization.load_tokenizer(source, revision=config.revision),
             peft_config=adapter,
         )
-    if settings.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
+    if config.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)
     return trainer
 

@@ -21,23 +21,24 @@ from align.rewards import gold
 from align.rewards.scoring import build_judge, score_rows
 from align.runtime import distributed
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 
 
 def run(
-    settings: Label, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Score, pair and write every split that ``settings.completions`` has."""
+    config: Label, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Score, pair and write every split that ``config.completions`` has."""
     data = Path(inputs["completions"])
     files = {
         file.stem.partition("-")[2]: file for file in sorted(data.glob("completions-*.parquet"))
     }
     if not files:
         raise UserError(f"{data}: no completions-*.parquet; name a finished `sample` stage")
-    judge = build_judge(settings, inputs)
+    judge = build_judge(config, inputs)
     slope = None
-    if settings.labels == "bradley_terry":
-        own = gold.LABEL_SLOPE if settings.judge == "gold" else 1.0
-        slope = own if settings.slope is None else settings.slope
+    if config.labels == "bradley_terry":
+        own = gold.LABEL_SLOPE if config.judge == "gold" else 1.0
+        slope = own if config.slope is None else config.slope
     metrics: dict[str, Any] = {"rows": 0, "pairs": {}, "dropped": {}, "agreement": {}}
     for split, file in files.items():
         sampled = pq.read_table(file).to_pylist()
@@ -49,15 +50,15 @@ def run(
             raise UserError(
                 f"{file}: none of {len(sampled)} completions ends by itself; sample anew with more `max_new_tokens`"
             )
-        scores = score_rows(judge, rows, settings.batch_size, track)
+        scores = score_rows(judge, rows, config.batch_size, logger)
         found = pairing.pairs_from_scores(
             rows,
             scores,
-            pairing=settings.pairing,
-            margin=settings.margin,
+            pairing=config.pairing,
+            margin=config.margin,
             slope=slope,
-            max_pairs=settings.max_pairs,
-            seed=settings.seed,
+            max_pairs=config.max_pairs,
+            seed=config.seed,
         )
         if not found.rows:
             why = ", ".join(f"{number} × {reason}" for reason, number in found.dropped.items())
@@ -66,7 +67,7 @@ def run(
                 "temperature, or lower `margin`"
             )
         if distributed.is_main():
-            _write(folder, split, rows, scores, found.rows)
+            _write(output_dir, split, rows, scores, found.rows)
         metrics["rows"] += len(found.rows)
         metrics["pairs"][split] = len(found.rows)
         metrics["agreement"][split] = found.agreement
@@ -75,7 +76,7 @@ def run(
         metrics |= {"mean_score": statistics.fmean(scores), "words": _words(found.rows)}
     # What reads pairs expects those to train on among them.
     metrics["pairs"] = {"train": 0} | metrics["pairs"]
-    return metrics
+    return StageResult(metrics)
 
 
 def _write(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,31 +21,30 @@ from align.models import logps
 from align.online_rl.trainer import build_trainer
 from align.runtime import distributed, signals
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 
 
 def run(
-    settings: PPO, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Train ``settings.model`` to earn ``settings.rewards`` without going far from where it starts."""
+    config: PPO, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Train ``config.model`` to earn ``config.rewards`` without going far from where it starts."""
     try:
-        learner = build_trainer(settings, inputs, folder, track)
+        learner = build_trainer(config, inputs, output_dir, logger)
         begin = learner.resume()
         with signals.deferred() as stop, logps.small_vocabulary_tiles():
-            for step in range(begin, settings.steps):
+            for step in range(begin, config.steps):
                 if step == 0:
                     learner.evaluate(0)
                 learner.step(step)
                 done = step + 1
-                if settings.eval_steps and (
-                    done % settings.eval_steps == 0 or done == settings.steps
-                ):
+                if config.eval_steps and (done % config.eval_steps == 0 or done == config.steps):
                     learner.evaluate(done)
-                stopping = distributed.any_rank(stop.requested) and done < settings.steps
-                if stopping or (done % learner.save_steps == 0 and done < settings.steps):
+                stopping = distributed.any_rank(stop.requested) and done < config.steps
+                if stopping or (done % learner.save_steps == 0 and done < config.steps):
                     learner.save(done)
                 if stopping:
                     raise signals.Interrupted
-        return learner.finish()
+        return StageResult(learner.finish())
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory: lower `micro_batch_size`, which changes no result, or `sample_batch_size`, or set "

@@ -1,7 +1,7 @@
 """Prepare: a source of preferences in; checked Parquet, split by prompt, and a data card out.
 
 ``demonstrations-train.parquet``, ``pairs-test.parquet`` and so on, for the kinds that the source
-has and the splits that have a fraction; ``prompts-*.parquet`` always. Same source and settings,
+has and the splits that have a fraction; ``prompts-*.parquet`` always. Same source and config,
 same bytes.
 """
 
@@ -20,15 +20,16 @@ from align.runtime import artifacts
 if TYPE_CHECKING:
     from align.config.data import Prepare
     from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 
 
 def run(
-    settings: Prepare, inputs: Mapping[str, Any], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Write the tables and the data card of ``settings.source`` into ``folder``."""
-    told = settings.model_dump(exclude={"stage"})
+    config: Prepare, inputs: Mapping[str, Any], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Write the tables and the data card of ``config.source`` into ``output_dir``."""
+    told = config.model_dump(exclude={"stage"})
     ready = prepare(**told)
-    folder.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     tally, floor = (
         DatasetStatistics([*ready.streams, "prompts"], ready.splits),
         BagOfWordsBaseline(),
@@ -37,7 +38,7 @@ def run(
     for placed in ready.rows():
         name = f"{placed.kind}-{placed.split}"
         if name not in writers:
-            writers[name] = TableWriter(folder / f"{name}.parquet")
+            writers[name] = TableWriter(output_dir / f"{name}.parquet")
         writers[name].add(placed.row)
         tally.add(placed)
         if placed.kind == "pairs":
@@ -46,5 +47,5 @@ def run(
         writer.close()
     digests = {shown_path(file): artifacts.digest_file(file) for file in ready.files}
     figures = statistics_of(ready, tally, floor) | {"files": digests}
-    (folder / "README.md").write_text(data_card(told, figures), encoding="utf-8")
-    return figures
+    (output_dir / "README.md").write_text(data_card(told, figures), encoding="utf-8")
+    return StageResult(figures)

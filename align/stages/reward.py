@@ -22,48 +22,49 @@ from align.models.prefix_sharing import wrapper
 from align.rewards import reward_model
 from align.runtime import distributed
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 from align.training import trl_trainer
 
 
 def run(
-    settings: Reward, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Train a score on the pairs of ``settings.pairs``, centre it, and measure it on those that are held out."""
-    trainer = build(settings, inputs, folder, track=track)
-    metrics = trl_trainer.train(trainer, folder, track)
+    config: Reward, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Train a score on the pairs of ``config.pairs``, centre it, and measure it on those that are held out."""
+    trainer = build(config, inputs, output_dir, logger=logger)
+    metrics = trl_trainer.train(trainer, output_dir, logger)
     metrics["parameters"] = sum(p.numel() for p in trainer.model.parameters())
     device = trainer.accelerator.device
     del trainer
     distributed.barrier()
     model = reward_model.RewardModel(
-        folder, dtype=settings.dtype, device=device, share=settings.prefix_sharing
+        output_dir, dtype=config.dtype, device=device, share=config.prefix_sharing
     )
-    model.mean = 0.0  # a killed attempt may have left its own in the folder
+    model.mean = 0.0  # a killed attempt may have left its own in the output_dir
     data = Path(inputs["pairs"])
-    metrics["centre"] = center(model, data, folder, track)
-    metrics["held_out"] = measure(model, data, folder, track)
-    return metrics
+    metrics["centre"] = center(model, data, output_dir, logger)
+    metrics["held_out"] = measure(model, data, output_dir, logger)
+    return StageResult(metrics)
 
 
 def build(
-    settings: Reward, inputs: Mapping[str, Path | str], folder: Path, *, track: Logger
+    config: Reward, inputs: Mapping[str, Path | str], folder: Path, *, logger: Logger
 ) -> RewardTrainer:
     """The trainer, on rows that end where a policy's completions do."""
     source, data = inputs["model"], Path(inputs["pairs"])
     arguments = trl_trainer.trl_arguments(
-        RewardConfig, folder, seed=settings.seed, trainer=settings.trainer
+        RewardConfig, folder, seed=config.seed, trainer=config.trainer
     )
-    tokenizer = tokenization.load_tokenizer(source, revision=settings.revision)
+    tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
     tokenization.set_pad_token_for_scores(tokenizer)
     rows, held_out = (
         _tokenized(
-            tables.load_dataset(data, "pairs", split, folder), tokenizer, arguments, settings, track
+            tables.load_dataset(data, "pairs", split, folder), tokenizer, arguments, config, logger
         )
         for split in ("train", "validation")
     )
-    lora = settings.lora.model_dump() if settings.lora else None
+    lora = config.lora.model_dump() if config.lora else None
     model = reward_model.new_reward_model(
-        source, lora=lora, dtype=settings.dtype, revision=settings.revision
+        source, lora=lora, dtype=config.dtype, revision=config.revision
     )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = RewardTrainer(
@@ -73,16 +74,16 @@ def build(
             eval_dataset=held_out,
             processing_class=tokenizer,
         )
-    if settings.prefix_sharing:
-        wrapper.enable_prefix_sharing(trainer.model, say=track.say)
+    if config.prefix_sharing:
+        wrapper.enable_prefix_sharing(trainer.model, say=logger.info)
     return trainer
 
 
-def _tokenized(rows: Any, tokenizer: Any, arguments: Any, settings: Reward, track: Logger) -> Any:
+def _tokenized(rows: Any, tokenizer: Any, arguments: Any, config: Reward, logger: Logger) -> Any:
     """``chosen_ids`` and ``rejected_ids``, which TRL's trainer takes as they are, and a ``margin`` where it is asked for."""
     if rows is None:
         return None
-    if settings.margin_coef and "margin" not in rows.column_names:
+    if config.margin_coef and "margin" not in rows.column_names:
         raise UserError("margin_coef: these pairs have no `margin`; remove it")
 
     def tokens(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -90,8 +91,8 @@ def _tokenized(rows: Any, tokenizer: Any, arguments: Any, settings: Reward, trac
             f"{side}_ids": tokenization.tokenize_for_reward(tokenizer, batch["prompt"], batch[side])
             for side in ("chosen", "rejected")
         }
-        if settings.margin_coef:
-            found["margin"] = [settings.margin_coef * margin for margin in batch["margin"]]
+        if config.margin_coef:
+            found["margin"] = [config.margin_coef * margin for margin in batch["margin"]]
         return found
 
     found = rows.map(tokens, batched=True, remove_columns=rows.column_names)
@@ -104,6 +105,6 @@ def _tokenized(rows: Any, tokenizer: Any, arguments: Any, settings: Reward, trac
             raise UserError(f"trainer.max_length: no pair is of {limit} tokens or fewer; raise it")
         if len(short) < len(found):
             cut = len(found) - len(short)
-            track.say(f"{cut:,} of {len(found):,} pairs are longer than {limit} tokens: left out")
+            logger.info(f"{cut:,} of {len(found):,} pairs are longer than {limit} tokens: left out")
         found = short
     return found

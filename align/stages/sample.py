@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,33 +17,34 @@ from align.errors import UserError
 from align.models import generation, loading, tokenization
 from align.runtime import distributed
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 
 
 def run(
-    settings: Sample, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Draw ``settings.n_completions`` for each prompt of ``settings.split``."""
+    config: Sample, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Draw ``config.n_completions`` for each prompt of ``config.split``."""
     from accelerate import PartialState
 
     data, source = Path(inputs["prompts"]), inputs["model"]
-    file = data / f"prompts-{settings.split}.parquet"
+    file = data / f"prompts-{config.split}.parquet"
     if not file.is_file():
         raise UserError(
-            f"{data}: no {file.name}; set `{settings.split}_fraction` of its `prepare` stage above 0"
+            f"{data}: no {file.name}; set `{config.split}_fraction` of its `prepare` stage above 0"
         )
-    rows = pq.read_table(file).to_pylist()[: settings.n_prompts]
-    model = loading.load_for_inference(source, dtype=settings.dtype, revision=settings.revision)
+    rows = pq.read_table(file).to_pylist()[: config.n_prompts]
+    model = loading.load_for_inference(source, dtype=config.dtype, revision=config.revision)
     samples = generation.sample_on_all_ranks(
         model.to(PartialState().device),
-        tokenization.load_tokenizer(source, revision=settings.revision),
+        tokenization.load_tokenizer(source, revision=config.revision),
         [row["prompt"] for row in rows],
-        n_completions=settings.n_completions,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        progress=lambda at, of: track.step(at, of, what="sampled batch"),
+        n_completions=config.n_completions,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        progress=lambda at, of: logger.step(at, of, what="sampled batch"),
     )
     found = [
         {
@@ -59,13 +59,17 @@ def run(
     ]
     if distributed.is_main():
         table = pa.Table.from_pylist(found)
-        pq.write_table(table, folder / f"completions-{settings.split}.parquet", compression="zstd")
+        pq.write_table(
+            table, output_dir / f"completions-{config.split}.parquet", compression="zstd"
+        )
     distinct = {(row["prompt_id"], row["completion"][0]["content"]) for row in found}
-    return {
-        "rows": len(found),
-        "completions": {settings.split: len(found)},
-        "prompts": {settings.split: len(rows)},
-        "mean_tokens": sum(row["n_tokens"] for row in found) / len(found),
-        "finished": sum(row["finished"] for row in found) / len(found),
-        "distinct": len(distinct) / len(found),
-    }
+    return StageResult(
+        {
+            "rows": len(found),
+            "completions": {config.split: len(found)},
+            "prompts": {config.split: len(rows)},
+            "mean_tokens": sum(row["n_tokens"] for row in found) / len(found),
+            "finished": sum(row["finished"] for row in found) / len(found),
+            "distinct": len(distinct) / len(found),
+        }
+    )

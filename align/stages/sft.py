@@ -15,30 +15,31 @@ from align.models import adapters, loading, tokenization
 from align.models.prefix_sharing import wrapper
 from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
+from align.runtime.results import StageResult
 from align.training import trl_trainer
 
 
 def run(
-    settings: SFT, inputs: Mapping[str, Path | str], folder: Path, track: Logger
-) -> dict[str, Any]:
-    """Train ``settings.model`` on the completions of ``settings.demonstrations``."""
+    config: SFT, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Train ``config.model`` on the completions of ``config.demonstrations``."""
     data = Path(inputs["demonstrations"])
     arguments = trl_trainer.trl_arguments(
-        SFTConfig, folder, seed=settings.seed, trainer=settings.trainer
+        SFTConfig, output_dir, seed=config.seed, trainer=config.trainer
     )
-    rows = tables.load_dataset(data, "demonstrations", "train", folder)
-    held_out = tables.load_dataset(data, "demonstrations", "validation", folder)
+    rows = tables.load_dataset(data, "demonstrations", "train", output_dir)
+    held_out = tables.load_dataset(data, "demonstrations", "validation", output_dir)
     adapter = None
-    if isinstance(settings.model, NewModel):
-        tokenizer = _new_tokenizer(settings.model, rows, folder)
-        shape = settings.model.model_dump(exclude={"vocab_size"})
-        model = loading.new_model(tokenizer, dtype=settings.dtype, **shape)
+    if isinstance(config.model, NewModel):
+        tokenizer = _new_tokenizer(config.model, rows, output_dir)
+        shape = config.model.model_dump(exclude={"vocab_size"})
+        model = loading.new_model(tokenizer, dtype=config.dtype, **shape)
     else:
         source = inputs["model"]
-        tokenizer = tokenization.load_tokenizer(source, revision=settings.revision)
-        lora = settings.lora.model_dump() if settings.lora else None
+        tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
+        lora = config.lora.model_dump() if config.lora else None
         model, adapter = adapters.load_for_training(
-            source, lora=lora, dtype=settings.dtype, revision=settings.revision
+            source, lora=lora, dtype=config.dtype, revision=config.revision
         )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = SFTTrainer(
@@ -49,10 +50,10 @@ def run(
             processing_class=tokenizer,
             peft_config=adapter,
         )
-    if settings.prefix_sharing:
-        wrapper.enable_prefix_sharing(trainer.model, say=track.say)
-    metrics = trl_trainer.train(trainer, folder, track)
-    return metrics | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+    if config.prefix_sharing:
+        wrapper.enable_prefix_sharing(trainer.model, say=logger.info)
+    metrics = trl_trainer.train(trainer, output_dir, logger)
+    return StageResult(metrics | {"parameters": sum(p.numel() for p in trainer.model.parameters())})
 
 
 def _new_tokenizer(new: NewModel, rows: Any, folder: Path) -> Any:

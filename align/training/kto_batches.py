@@ -231,14 +231,14 @@ def weights(
 COLUMNS = ("prompt_ids", "completion_ids", "label")  # that a batch is made of
 
 
-def label_weights(settings: KTO, labels: Any) -> Weights:
+def label_weights(config: KTO, labels: Any) -> Weights:
     desirable = sum(labels)
     check(desirable, len(labels) - desirable, batch_size=len(labels))  # both are there
     return weights(
         desirable,
         len(labels) - desirable,
-        desirable=settings.desirable_weight,
-        undesirable=settings.undesirable_weight,
+        desirable=config.desirable_weight,
+        undesirable=config.undesirable_weight,
     )
 
 

@@ -49,7 +49,7 @@ def can_precompute(trainer: Any) -> bool:
 
 
 def add_reference_logps(
-    trainer: Any, *, model: Path | str, pairs: Path, runs: Path, track: Logger
+    trainer: Any, *, model: Path | str, pairs: Path, runs: Path, logger: Logger
 ) -> dict[str, Any]:
     """Give a built DPO trainer, before its first step, the reference's log-probabilities as columns of its rows.
 
@@ -58,28 +58,26 @@ def add_reference_logps(
     """
     started = time.monotonic()
     report: dict[str, Any] = {"pairs": 0, "computed": 0, "folders": []}
-    settings = distributed.broadcast_from_main(_settings(trainer))
+    config = distributed.broadcast_from_main(_settings(trainer))
     evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start
     for name in ("train_dataset", "eval_dataset") if evaluates else ("train_dataset",):
         rows = getattr(trainer, name)
         if rows is None:
             continue
         digest = distributed.broadcast_from_main(
-            artifacts.digest({"tokens": _digest(rows), **settings})
+            artifacts.digest({"tokens": _digest(rows), **config})
         )
         folder = runs / f"reference-{digest[:12]}"
-        with cache_lock(folder, track):
+        with cache_lock(folder, logger):
             if distributed.broadcast_from_main(is_cached(folder, len(rows))):
-                track.say(f"reference log-probabilities of {len(rows):,} pairs: reused, {folder}")
+                logger.info(f"reference log-probabilities of {len(rows):,} pairs: reused, {folder}")
             else:
-                track.say(
+                logger.info(
                     f"reference log-probabilities of {len(rows):,} pairs: computed now, kept for other runs"
                 )
-                found = _score(trainer, rows, track)
+                found = _score(trainer, rows, logger)
                 if distributed.is_main():
-                    _write(
-                        folder, found, digest, settings, {"model": model, "pairs": pairs}, started
-                    )
+                    _write(folder, found, digest, config, {"model": model, "pairs": pairs}, started)
                 distributed.barrier()
                 report["computed"] += len(rows)
         setattr(trainer, name, _with_columns(rows, pq.read_table(folder / FILE)))
@@ -122,7 +120,7 @@ def _settings(trainer: Any) -> dict[str, Any]:
 def _digest_weights(model: torch.nn.Module) -> str:
     """SHA-256 of names, types and numbers of what the reference computes with, in hex.
 
-    A stage's own digest names its settings, and these may give other weights on another number of processes. The policy's
+    A stage's own digest names its config, and these may give other weights on another number of processes. The policy's
     adapter is not the reference's, and peft's way to name what stands under one tells nothing.
     """
     found = hashlib.sha256()
@@ -158,7 +156,7 @@ def _order(rows: Dataset) -> list[int]:
     return sorted(range(len(whole)), key=lambda i: (-longest[prompts[i]], prompts[i], -whole[i]))
 
 
-def _score(trainer: Any, rows: Dataset, track: Logger) -> torch.Tensor:
+def _score(trainer: Any, rows: Dataset, logger: Logger) -> torch.Tensor:
     """``[rows, 2]``, float32: of the chosen and of the rejected completion, summed over tokens as TRL sums them."""
     from accelerate.utils import gather_object, send_to_device
 
@@ -177,7 +175,7 @@ def _score(trainer: Any, rows: Dataset, track: Logger) -> torch.Tensor:
             model, send_to_device(inputs, trainer.accelerator.device)
         )
         found.append((batch, torch.stack(logps, 1).float().cpu()))
-        track.step(done + 1, len(mine), what="reference")
+        logger.step(done + 1, len(mine), what="reference")
     gathered = gather_object(found)
     result = torch.empty(len(rows), len(LOGPS))
     result[torch.tensor([i for batch, _ in gathered for i in batch])] = torch.cat([logps for _, logps in gathered])  # fmt: skip
@@ -189,7 +187,7 @@ def _write(
     folder: Path,
     found: torch.Tensor,
     digest: str,
-    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
     inputs: Mapping[str, Path | str],
     started: float,
 ) -> None:
@@ -205,7 +203,7 @@ def _write(
         stage="reference",
         name="reference",
         digest=digest,
-        recipe=dict(settings),
+        recipe=dict(config),
         inputs={
             role: {
                 "folder": str(target),

@@ -36,7 +36,7 @@ class TokenizedRow:
     remark: str
 
 
-def tokenized_rows(settings: Prepare, stage: str, model: str, n: int) -> list[TokenizedRow]:
+def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[TokenizedRow]:
     """The first ``n`` training rows of a source as ``stage`` would see them, under the tokenizer of ``model``.
 
     Raises:
@@ -50,7 +50,7 @@ def tokenized_rows(settings: Prepare, stage: str, model: str, n: int) -> list[To
         raise UserError(
             f"{model}: its tokenizer has no chat template; name a model that was tuned to follow instructions"
         )
-    rows = _rows(settings, KINDS[stage], n)
+    rows = _rows(config, KINDS[stage], n)
     if stage in ("reward", "ppo"):
         return _plain(rows, stage, tokenizer)
     with trl_trainer.trl_errors_as_user_errors():
@@ -83,8 +83,8 @@ def tokenized_rows(settings: Prepare, stage: str, model: str, n: int) -> list[To
     return found
 
 
-def _rows(settings: Prepare, kind: str, n: int) -> list[dict[str, Any]]:
-    ready = prepare(**settings.model_dump(exclude={"stage"}))
+def _rows(config: Prepare, kind: str, n: int) -> list[dict[str, Any]]:
+    ready = prepare(**config.model_dump(exclude={"stage"}))
     wanted = "pairs" if kind == "unpaired" and kind not in ready.streams else kind
     if wanted not in [*ready.streams, "prompts"]:
         raise UserError(f"the source gives no {kind}; found {', '.join(ready.streams)}")

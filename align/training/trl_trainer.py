@@ -71,7 +71,7 @@ def trl_errors_as_user_errors() -> Iterator[None]:
         raise UserError(f"trainer: TRL refuses: {' '.join(str(error).split())}") from error
 
 
-def train(trainer: Trainer, folder: Path, track: Logger) -> dict[str, Any]:
+def train(trainer: Trainer, folder: Path, logger: Logger) -> dict[str, Any]:
     """Train from the last complete checkpoint on, and save the model. Returns the metrics that were logged last.
 
     Raises:
@@ -80,13 +80,13 @@ def train(trainer: Trainer, folder: Path, track: Logger) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     # TRL's template knows neither the data nor where the model came from: artifact.json does.
     trainer.create_model_card = lambda *_, **__: None
-    follow = _Follow(track)
+    follow = _Follow(logger)
     trainer.add_callback(follow)
     checkpoint = checkpoints.last_checkpoint(folder, world_size=distributed.world_size())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    track.rewind(step)
+    logger.rewind(step)
     if checkpoint:
-        track.say(f"going on from step {step}: {checkpoint}")
+        logger.info(f"going on from step {step}: {checkpoint}")
     with signals.deferred() as follow.stop, small_vocabulary_tiles():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if follow.stopped:
@@ -113,14 +113,14 @@ def train(trainer: Trainer, folder: Path, track: Logger) -> dict[str, Any]:
 class _Follow(TrainerCallback):
     """Tells how far training is, declares checkpoints complete, and stops at the end of a step when asked to."""
 
-    def __init__(self, track: Logger) -> None:
-        self._track = track
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
         self._latest: dict[str, Any] = {}
         self.stop: Any = None
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self._track.step(state.global_step, state.max_steps, self._latest)
+        self._logger.step(state.global_step, state.max_steps, self._latest)
         if any_rank(self.stop.requested):
             self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
@@ -130,7 +130,7 @@ class _Follow(TrainerCallback):
     ) -> None:
         logs = logs or {}
         self._latest |= {key: logs[key] for key in KEY_METRICS if key in logs}
-        self._track.log(state.global_step, logs)
+        self._logger.log(state.global_step, logs)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         distributed.barrier()  # every rank has written its part

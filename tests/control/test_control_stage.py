@@ -368,7 +368,7 @@ def test_processes_share_the_seeds(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     found = control.run(settings(seeds=[7, 8, 9, 10, 11]), {}, tmp_path, Quiet())  # type: ignore[arg-type]
-    assert (trained, found) == ([8, 10], {})
+    assert (trained, found.metrics) == ([8, 10], {})
     assert list(tmp_path.iterdir()) == []  # what is written once, the main process writes
 
 

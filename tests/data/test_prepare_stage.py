@@ -24,7 +24,7 @@ def recipe(source: object = "embedded", **knobs: Any) -> Prepare:
 def run(settings: Prepare, inputs: dict[str, Any], folder: Path) -> dict[str, Any]:
     return prepare.run(
         settings, inputs, folder, Logger("prepare", folder, NullDisplay(), main=True)
-    )
+    ).metrics
 
 
 def pairs_file(path: Path, n: int = 60) -> Path:

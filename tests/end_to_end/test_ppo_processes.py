@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from helpers.tiny_models import stage, track, world
+from helpers.tiny_models import logger, stage, world
 from test_launch import LAUNCH, SCRIPT, TWO
 from torch.testing import assert_close
 
@@ -76,7 +76,7 @@ def built(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> Any:
 
     folder.mkdir(parents=True, exist_ok=True)
     distributed.reset_process_state(0)
-    learner = build_trainer(settings(kind, **own), inputs, folder, track("ppo", folder))
+    learner = build_trainer(settings(kind, **own), inputs, folder, logger("ppo", folder))
     groups = [
         {key: group[key] for key in ("params", "base")} for group in learner.optimizer.param_groups
     ]
@@ -299,7 +299,7 @@ def test_prompts_that_two_processes_cannot_share_are_refused(monkeypatch, inputs
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     own = {"batch_size": 10, "n_completions": 2, "advantages": "rloo"}
     with pytest.raises(UserError, match=r"5 prompts are not shared by 2 .* multiple of 4"):
-        build_trainer(settings("gae", **own), inputs, tmp_path, track("ppo", tmp_path))
+        build_trainer(settings("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
@@ -318,7 +318,7 @@ def test_a_sharded_launch_is_refused_in_one_line_before_anything_is_loaded(
     monkeypatch.setattr(ppo, "Accelerator", Sharded)
     monkeypatch.setattr(models, "build_models", None)
     with pytest.raises(UserError) as refused:
-        build_trainer(settings("gae"), inputs, tmp_path, track("ppo", tmp_path))
+        build_trainer(settings("gae"), inputs, tmp_path, logger("ppo", tmp_path))
     (line,) = refused.value.lines
     assert "accelerate_configs/multi_gpu.yaml" in line
     assert "\n" not in line

@@ -123,7 +123,7 @@ def learner(
     inputs = {"model": source, "prompts": made.world.data, "rewards.0": scorer}
     folder.mkdir(parents=True, exist_ok=True)
     distributed.reset_process_state(asked.get("seed", 0))  # as before every stage
-    return trainer.build_trainer(PPO(**asked), inputs, folder, tiny_models.track("ppo", folder))
+    return trainer.build_trainer(PPO(**asked), inputs, folder, tiny_models.logger("ppo", folder))
 
 
 def build(

@@ -89,7 +89,7 @@ def stage(
     folder.mkdir(parents=True, exist_ok=True)
     seed = getattr(settings, "seed", 0)
     distributed.reset_process_state(seed)
-    metrics = module.run(settings, inputs, folder, track(name, folder))
+    metrics = module.run(settings, inputs, folder, logger(name, folder)).metrics
     made = artifacts.Artifact(
         stage=name,
         name=folder.name,
@@ -112,8 +112,8 @@ def stage(
     return metrics
 
 
-def track(name: str, folder: Path) -> Logger:
-    """A track that shows nothing."""
+def logger(name: str, folder: Path) -> Logger:
+    """A logger that shows nothing."""
     display = NullDisplay()
     display.start(name, folder, "running")
     return Logger(name, folder, display, main=True)

@@ -280,7 +280,7 @@ def test_row_05_where_pad_is_eos_the_eos_label_stays_in_the_sft_loss(
         SFT(model="sft", trainer=ppo_fixtures.TRAINER),
         inputs,
         tmp_path,
-        tiny_models.track("sft", tmp_path),
+        tiny_models.logger("sft", tmp_path),
     )
     (trainer,) = trainers
     batch = next(iter(trainer.get_train_dataloader()))
@@ -493,7 +493,7 @@ def test_row_09_training_evaluation_and_ppo_read_the_same_tail(
     # Training: rows of the batches that TRL collates.
     settings = Reward(model="sft", trainer=ppo_fixtures.TRAINER)
     inputs = {"model": source, "pairs": made.world.data}
-    trainer = reward.build(settings, inputs, tmp_path / "rm", track=silent(tmp_path))
+    trainer = reward.build(settings, inputs, tmp_path / "rm", logger=silent(tmp_path))
     collated, unpadded = [], []
     for batch in trainer.get_train_dataloader():
         lengths = batch["attention_mask"].sum(1).tolist()
@@ -514,7 +514,7 @@ def test_row_09_training_evaluation_and_ppo_read_the_same_tail(
 
 
 def silent(folder: Path) -> Logger:
-    return tiny_models.track("reward", folder)
+    return tiny_models.logger("reward", folder)
 
 
 # Row 10 ---------------------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_a_run_with_an_absurd_learning_rate_writes_no_policy(
     )  # fmt: skip
     inputs = {"model": made.world.sft, "prompts": made.world.data, "rewards.0": made.adapter}
     with pytest.raises((UserError, RuntimeError)):
-        ppo.run(settings, inputs, tmp_path, tiny_models.track("ppo", tmp_path))
+        ppo.run(settings, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
     assert not list(tmp_path.glob("adapter_model*"))
 
 
@@ -204,7 +204,7 @@ def test_a_stage_that_is_killed_after_centring_and_run_again_stores_the_same_mea
     means = []
     for _ in range(2):
         distributed.reset_process_state(0)  # as the chain does before a stage
-        reward.run(settings, inputs, tmp_path, track=tiny_models.track("reward", tmp_path))
+        reward.run(settings, inputs, tmp_path, logger=tiny_models.logger("reward", tmp_path))
         means.append(json.loads((tmp_path / reward_model.FILE).read_text())[reward_model.MEAN])
     assert means[0] == means[1]
     assert abs(means[0]) > 1e-3
@@ -215,10 +215,10 @@ def test_rows_longer_than_the_model_are_counted_and_not_scored(
 ):
     model = reward_model.RewardModel(made.adapter, dtype="float32", device="cpu", share=False)
     told: list[str] = []
-    track = tiny_models.track("reward", tmp_path)
-    monkeypatch.setattr(track, "say", told.append)
+    logger = tiny_models.logger("reward", tmp_path)
+    monkeypatch.setattr(logger, "info", told.append)
     rows = tiny_models.rows(made.world.data, "pairs-test")
     long = rows[0] | {"chosen": [{"role": "assistant", "content": "word " * 400}]}
-    kept = _fitting(model, [*rows, long], ["chosen", "rejected"], track)
+    kept = _fitting(model, [*rows, long], ["chosen", "rejected"], logger)
     assert kept == rows
     assert told == [f"1 of {len(rows) + 1} rows are longer than the model: not scored"]

@@ -27,6 +27,7 @@ from align.pipeline import preflight, runner
 from align.pipeline.plan import PlannedStage, stage_digest
 from align.runtime import artifacts, checkpoints, distributed, signals
 from align.runtime.progress import Display
+from align.runtime.results import StageResult
 from align.stages import prepare
 
 ROWS = "".join(
@@ -55,9 +56,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(distributed, "reset_process_state", lambda seed: None)
     monkeypatch.setattr(preflight, "check_trainer_arguments", lambda recipe, due: None)
 
-    def train(settings: Any, inputs: Any, folder: Path, track: Any) -> dict[str, Any]:
+    def train(settings: Any, inputs: Any, folder: Path, logger: Any) -> StageResult:
         (folder / "model.safetensors").write_text(repr(settings))
-        return {"loss": 1.0}
+        return StageResult({"loss": 1.0})
 
     class Stub:
         run = staticmethod(train)
@@ -367,7 +368,7 @@ def test_what_was_trained_by_another_number_of_processes_is_said(here):
     (folder / artifacts.FILE).write_text(json.dumps(made | {"world_size": 8}))
     said: list[str] = []
     display = Display(Console(quiet=True))
-    display.say = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
+    display.info = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
     runner.run_recipe(read(), Path("runs"), display)
     assert "sft: trained by 8 processes; this run has 1" in said
 
@@ -462,7 +463,7 @@ def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys
     )
     said: list[str] = []
     display = Display(Console(quiet=True))
-    display.say = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
+    display.info = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
     result: dict[str, Any] = {}
     thread = threading.Thread(
         target=lambda: result.update(runner.run_recipe(read(), Path("runs"), display, until="sft"))

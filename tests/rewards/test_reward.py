@@ -34,7 +34,7 @@ def built(
         model="sft", margin_coef=coef, trainer=tiny_models.TRAINER | {"max_steps": 1} | trainer
     )
     inputs = {"model": world.sft, "pairs": data}
-    return reward.build(settings, inputs, folder, track=tiny_models.track("reward", folder))
+    return reward.build(settings, inputs, folder, logger=tiny_models.logger("reward", folder))
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_pairs_that_are_too_long_are_counted_and_left_out(
     world: tiny_models.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     told: list[str] = []
-    track = tiny_models.track("reward", tmp_path)
-    monkeypatch.setattr(track, "say", told.append)
+    logger = tiny_models.logger("reward", tmp_path)
+    monkeypatch.setattr(logger, "info", told.append)
     tokenizer = tokenization.load_tokenizer(world.sft)
     rows = tiny_models.rows(world.data, "pairs-train")
     lengths = [
@@ -103,7 +103,7 @@ def test_pairs_that_are_too_long_are_counted_and_left_out(
         model="sft", trainer=tiny_models.TRAINER | {"max_steps": 1, "max_length": limit}
     )
     trainer = reward.build(
-        settings, {"model": world.sft, "pairs": world.data}, tmp_path, track=track
+        settings, {"model": world.sft, "pairs": world.data}, tmp_path, logger=logger
     )
     kept = sum(length <= limit for length in lengths)
     assert len(trainer.train_dataset) == kept < len(rows)

@@ -48,7 +48,7 @@ class Runs:
             model=getattr(self.world, source),
             pairs=self.world.data,
             runs=self.folder,
-            track=tiny_models.track("dpo", self.folder / "dpo"),
+            logger=tiny_models.logger("dpo", self.folder / "dpo"),
         )
 
     def stage(self, name: str = "dpo", **given: Any) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def test_all_weights_and_a_new_adapter_have_the_same_reference(runs: Runs):
 def test_a_model_from_the_hub_has_one_too(runs: Runs):
     trainer = runs.build()
     found = reference_logps.add_reference_logps(
-        trainer, model="some/model", pairs=runs.world.data, runs=runs.folder, track=tiny_models.track("dpo", runs.folder)
+        trainer, model="some/model", pairs=runs.world.data, runs=runs.folder, logger=tiny_models.logger("dpo", runs.folder)
     )  # fmt: skip
     assert found["computed"] == 40
     made = artifacts.read_artifact(runs.kept[0])
