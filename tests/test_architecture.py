@@ -1,9 +1,11 @@
-"""House rules: who may import whom, and names that shadow nothing."""
+"""The architecture as tests: who may import whom, sizes, and words that the style guide rules out."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import graphlib
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,167 +16,168 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "align"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Of ours, what each room may import. A stage may use anything but another stage.
-LIGHT = {"errors", "wording", "reading", "trainer_keys", "settings"}
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "wording": set(),
-    "interrupts": set(),
-    "reading": {"errors"},
-    "trainer_keys": set(),
-    "settings": {"catalogue"},
-    "catalogue": set(),
-    "artifact": {"errors", "__init__"},
-    "processes": {"errors"},
-    "tracking": {"processes"},
-    "sources": {"errors", "wording", "__init__"},
-    "comparisons": set(),
-    "readers": {"errors", "wording", "sources", "comparisons"},
-    "intake": {"readers"},
-    "minhash": set(),
-    "splitting": {"errors", "intake"},
-    "contamination": {"readers"},
-    "preferences": {
-        "errors", "wording", "sources", "comparisons", "readers", "intake", "minhash", "contamination",
-        "splitting",
-    },
-    "figures": {"preferences", "readers"},
-    "doctor": {"errors", "settings", "preferences", "figures", "stages"},
-    "token_streams": {"errors", "settings", "preferences", "models", "training", "generation"},
-    "unpaired": {"errors"},
-    "pairing": set(),
-    "functional": {"functional"},
-    "control": {"control", "rl", "functional", "wording"},
-    "rl": {"rl", "functional"},
-    "judges": {"judges", "functional", "generation", "models"},
-    "meaning": {"settings", "wording", "readers"},
-    "recipe": LIGHT | {"meaning"},
-    "schema": {"recipe", "settings", "trainer_keys"},
-    "prefix_trie": set(),
-    "prefix_attention": {"prefix_trie"},
-    "prefix_sharing": {"prefix_trie", "prefix_attention"},
-    "models": {"errors"},
-    "generation": {"errors", "functional"},
-    "training": {"errors", "artifact", "interrupts", "processes", "tracking"},
-    "references": {"errors", "artifact", "processes", "tracking"},
-    "reward_functions": {"errors"},
-    "rewards": {"generation", "models", "prefix_sharing"},
-    "roles": {"errors", "models", "prefix_sharing", "rewards"},
-    "episodes": {"functional", "generation", "rl", "roles"},
-    "vllm_sampler": {"episodes", "errors", "processes", "roles"},
-    "dashboard": set(),
-    "checks": {
-        "errors", "settings", "meaning", "recipe", "planning", "sources", "training", "judges", "control",
-        "reward_functions", "trainer_keys", "unpaired",
-    },
-    "stages": {
-        "errors", "settings", "artifact", "processes", "tracking", "sources", "readers",
-        "preferences", "catalogue", "figures",
-        "models", "generation", "training", "references", "functional", "judges", "prefix_sharing",
-        "interrupts", "rl", "control", "meaning", "roles", "rewards", "reward_functions", "episodes",
-        "dashboard", "vllm_sampler", "unpaired", "pairing",
-    },
-    "model_files": {"errors"},
-    "planning": {
-        "errors", "wording", "settings", "recipe", "meaning", "artifact", "sources", "model_files",
-        "reward_functions",
-    },
-    "chain": {
-        "errors", "settings", "recipe", "planning", "artifact", "interrupts", "processes",
-        "tracking", "checks",
-    },
-    "estimates": {
-        "artifact", "meaning", "model_files", "planning", "preferences", "figures", "settings",
-        "sources", "trainer_keys",
-    },
-    "lengths": {
-        "errors", "checks", "planning", "recipe", "settings", "preferences", "figures", "sources",
-        "models", "trainer_keys",
-    },
-    "conversation": {"errors", "model_files", "artifact", "settings", "wording", "generation", "models"},
-    "playing": {"errors", "conversation", "control"},
-    "results": set(),
-}  # fmt: skip
-ONLY_UNDER = {
-    "trl": {"stages", "checks", "training", "roles", "vllm_sampler", "token_streams"},
-    "gymnasium": {"control"},
+# What each folder or top-level module may import from Align. `align/__init__.py` may import anything, in functions.
+MAY_IMPORT = {
+    "errors": "",
+    "functional": "",
+    "models.prefix_sharing": "",
+    "rl": "functional",
+    "config": "errors",
+    "models": "errors models.prefix_sharing",
+    "runtime": "errors __version__",
+    "report": "errors",
+    "data": "errors config runtime",
+    "control": "errors functional rl report config",
+    "rewards": "errors config models models.prefix_sharing runtime",
+    "judges": "errors config models models.prefix_sharing runtime rewards",
+    "training": "errors config data models models.prefix_sharing runtime",
+    "online_rl": "errors config data functional models models.prefix_sharing rewards rl runtime report",
+    "evaluation": "errors config data functional models models.prefix_sharing rewards judges runtime",
+    "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
+    "online_rl evaluation judges report",
+    "pipeline": "errors config control data models rewards runtime training",  # stages by name only
+    "cli": "errors config control data evaluation functional judges models models.prefix_sharing online_rl pipeline "
+    "report rewards rl runtime stages training __version__",
+    "run": "cli",
 }
-PARSERS = {"run", "cli"}  # argument parsing stays there
+LIBRARY_ONLY_UNDER = {
+    "trl": ("stages/", "training/", "online_rl/", "models/logps.py", "pipeline/preflight.py"),
+    "gymnasium": ("control/",),
+    "typer": ("cli/",),
+    "click": ("cli/",),
+    "argparse": ("cli/",),
+}
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "datasets",
+    "peft",
+    "accelerate",
+    "pandas",
+    "matplotlib",
+    "gymnasium",
+)
+PURE = {"math", "collections", "contextlib", "contextvars", "typing", "dataclasses", "torch"}
+PURE |= {"jaxtyping", "__future__", "align"}
 
 
-def room(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def unit(dotted: str) -> str:
+    """The row of the table to which `align.<dotted>` belongs."""
+    parts = dotted.split(".")
+    return "models.prefix_sharing" if parts[:2] == ["models", "prefix_sharing"] else parts[0]
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def unit_of(path: Path) -> str:
+    return unit(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names of everything imported anywhere in the tree, functions included."""
+    names = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports of ours are written whole"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def ours(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("align.")}
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_room_imports_only_what_the_house_allows(path):
-    here = room(path)
-    if here in PARSERS or path.name == "__init__.py":
-        return
-    version = {"__version__"} if "__init__" in MAY_IMPORT[here] else set()
-    assert ours(path) - MAY_IMPORT[here] - version == set()
-    for library, rooms in ONLY_UNDER.items():
-        if here not in rooms:
-            assert not any(name.split(".")[0] == library for name in imports(path))
-    assert not any(name.split(".")[0] in ("typer", "argparse", "click") for name in imports(path))
-
-
-def test_every_room_is_in_the_plan():
-    rooms = {room(path) for path in MODULES if path.name != "__init__.py" or path.parent != PACKAGE}
-    assert rooms == MAY_IMPORT.keys() | PARSERS
-
-
-def test_stages_never_import_each_other():
-    for path in (PACKAGE / "stages").glob("*.py"):
-        assert not any(name.startswith("align.stages.") for name in imports(path))
-
-
-def test_pure_functions_import_torch_only():
-    allowed = {
-        "math",
-        "collections",
-        "contextlib",
-        "contextvars",
-        "typing",
-        "torch",
-        "jaxtyping",
-        "align",
-        "__future__",
+def imported_units(path: Path) -> set[str]:
+    """Rows of the table that a module imports, without its own."""
+    names = {
+        name.partition(".")[2] for name in imports(parse(path)) if name.split(".")[0] == "align"
     }
-    for path in (PACKAGE / "functional").glob("*.py"):
-        assert {name.split(".")[0] for name in imports(path)} <= allowed
+    return {unit(name) for name in names} - {unit_of(path)}
 
 
-def test_no_module_of_ours_has_the_name_of_an_installed_package():
-    # `accelerate launch align/run.py` puts `align/` first on the path until run.py takes it off.
-    names = [
-        p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
-    ]
-    clash = [n for n in names if n != "__init__" and importlib.util.find_spec(n) is not None]
-    assert clash == []
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_layer_allows(path):
+    relative = path.relative_to(PACKAGE).as_posix()
+    libraries = {name.split(".")[0] for name in imports(parse(path))}
+    for library, places in LIBRARY_ONLY_UNDER.items():
+        assert library not in libraries or relative.startswith(places), library
+    if relative == "__init__.py":
+        at_import = [
+            node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert all(
+            node.module == "__future__" for node in at_import if isinstance(node, ast.ImportFrom)
+        )
+        assert not any(name.startswith("align") for node in at_import for name in imports(node))
+    else:
+        assert imported_units(path) <= set(MAY_IMPORT[unit_of(path)].split())
+    if relative.startswith("functional/"):
+        assert libraries <= PURE
+    if relative.startswith("stages/"):
+        assert not any(name.startswith("align.stages.") for name in imports(parse(path)))
 
 
-@pytest.mark.parametrize("module", ["recipe", "chain", "cli", "estimates", "lengths", "checks"])
-def test_planning_loads_no_heavy_library(module):
-    heavy = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "pandas")
-    code = f"import sys, align.{module}\nprint([name for name in {heavy!r} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+def test_folders_form_no_cycle():
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        if path != PACKAGE / "__init__.py":
+            graph.setdefault(unit_of(path), set()).update(imported_units(path) - {"__version__"})
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+    assert graph.keys() <= MAY_IMPORT.keys()
+
+
+def test_config_pipeline_and_cli_load_no_heavy_library():
+    light = [path for path in MODULES if unit_of(path) in ("config", "pipeline", "cli")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in light]
+    code = f"import sys, {', '.join(names)}; print([n for n in {HEAVY!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_top_level_modules_shadow_nothing_and_are_few():
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 20
+    taken = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys()
+    assert {path.stem for path in entries} & taken == set()
+
+
+@pytest.mark.xfail(strict=False, reason="the split of long modules has not landed")
+def test_files_have_at_most_400_lines_and_functions_60():
+    too_long = []
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > 60 and (path.parent.name, node.name) != ("rl", "update"):
+                    too_long.append(f"{path.relative_to(ROOT)}: {node.name}: {lines} lines")
+    assert too_long == []
+
+
+# Written with a hole in each word, so that this file does not contain them.
+RULED_OUT = [
+    word.replace("_", "")
+    for word in (
+        "to_ld", "sa_id", "spe_ak", "spe_aks", "spe_aking", "me_nd", "me_nds", "va_in", "an_ew", "fore_tell",
+        "fore_tells", "fore_told", "goes o_n", "sta_nds", "of ou_rs", "of you_rs", "of its ow_n",
     )
-    assert done.stdout.strip() == "[]"
+]  # fmt: skip
+
+
+@pytest.mark.xfail(strict=False, reason="the rewrite of the texts has not landed")
+def test_texts_contain_no_word_that_the_style_guide_rules_out():
+    folders = ("align", "tests", "docs", "recipes", "benchmarks", "examples", "accelerate_configs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".yml", ".cff")]
+    pattern = re.compile(rf"\b({'|'.join(RULED_OUT)})\b", re.IGNORECASE)
+    matches = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted(files)
+        if path.suffix in (".py", ".md", ".yaml", ".yml", ".toml", ".cff")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert matches == []

@@ -6,9 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-
-import typer
+from collections.abc import Callable, Sequence
 
 from align.errors import UserError
 from align.runtime import distributed, signals
@@ -16,11 +14,11 @@ from align.runtime import distributed, signals
 SECONDS_FOR_RANK_0 = 30
 
 
-def guarded(app: typer.Typer) -> None:
-    """Run an app. Exit codes: 0 done, 2 the user's mistake, 1 ours (with a traceback), 130 interrupted."""
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command. Exit codes: 0 success, 1 internal error (traceback), 2 invalid input, 130 interrupted."""
     signals.install()
     try:
-        app(standalone_mode=True)
+        command()
     except UserError as error:
         _leave(2, error.lines)
     except signals.Interrupted:
