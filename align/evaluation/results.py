@@ -1,0 +1,160 @@
+"""Typed results of ``evaluate`` and ``reward``: frozen views of the metrics that ``artifact.json`` stores.
+
+Loads no heavy library, so that finished runs can be read in a moment. ``from_metrics`` accepts the dictionaries as
+they are stored and ignores keys that it does not know, so results of a later version stay readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+class PerSide(NamedTuple):
+    """One number for the policy and one for its baseline."""
+
+    policy: float
+    baseline: float
+
+
+class CalibrationBin(NamedTuple):
+    """Pairs whose likelier completion has about the same predicted probability."""
+
+    confidence: float
+    """Mean predicted probability of the likelier completion."""
+    accuracy: float
+    """Share of the pairs in which it is the chosen one; a tie counts one half."""
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Held-out win rate of a policy against a baseline, by one judge."""
+
+    policy: str
+    """Name of the policy; the control, which is the baseline with other seeds, ends in `` again``."""
+    baseline: str
+    judge: str
+    win_rate: float
+    """Wins plus half the ties, as a fraction of all comparisons."""
+    ci: Interval
+    """Confidence interval of ``win_rate``, by bootstrap over prompts."""
+    ties: float
+    """Share of ties."""
+    n_prompts: int
+    n_completions: int
+    """Completions per prompt and policy."""
+    length_controlled_win_rate: float | None
+    """Win rate at equal lengths; None where length and quality cannot be separated."""
+    p_value: float
+    """Two-sided p-value of a win rate of one half, by sign flips of prompts."""
+    mean_tokens: PerSide
+    mean_score: PerSide
+    score_difference: float
+    """Mean score of the policy minus that of the baseline."""
+    score_difference_ci: Interval
+    finished: PerSide
+    """Share of the completions that end in an end-of-sequence token."""
+    consistency: float | None
+    """Share of equal verdicts in both orders; None for judges that score one completion at a time."""
+    invalid: int
+    """Comparisons without a usable verdict, left out of all rates."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> Comparison:
+        """Read one entry of ``comparisons``."""
+        typed = {"ci": Interval(*metrics["ci"])}
+        typed["score_difference_ci"] = Interval(*metrics["score_difference_ci"])
+        sides = {key: PerSide(**metrics[key]) for key in ("mean_tokens", "mean_score", "finished")}
+        return cls(**_known(cls, metrics) | typed | sides)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImplicitRewards:
+    """How often a policy's implicit reward prefers the chosen completion of a held-out pair."""
+
+    policy: str
+    reference: str
+    """Name of the baseline, whose log-probabilities the policy's are compared with."""
+    accuracy: float
+    """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
+    ci: Interval
+    """Confidence interval of ``accuracy``, by bootstrap over prompts."""
+    mean_margin: float
+    """Mean difference of the log-ratios of chosen and rejected completion, in nats."""
+    n_pairs: int
+    n_prompts: int
+    invalid: int
+    """Pairs whose prompt alone fills the model's positions, left out of all rates."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> ImplicitRewards:
+        """Read one entry of ``implicit_rewards``."""
+        return cls(**_known(cls, metrics) | {"ci": Interval(*metrics["ci"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationMetrics:
+    """Metrics of an ``evaluate`` stage. A part that was not measured is empty."""
+
+    comparisons: tuple[Comparison, ...] = ()
+    """One entry per policy, and the control last."""
+    implicit_rewards: tuple[ImplicitRewards, ...] = ()
+    """One entry per policy."""
+    temperature: float | None = None
+    """Sampling temperature of the compared completions."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> EvaluationMetrics:
+        """Read the metrics of a finished stage."""
+        return cls(
+            comparisons=tuple(map(Comparison.from_metrics, metrics.get("comparisons", ()))),
+            implicit_rewards=tuple(
+                map(ImplicitRewards.from_metrics, metrics.get("implicit_rewards", ()))
+            ),
+            temperature=metrics.get("temperature"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModelReport:
+    """Accuracy and calibration of a reward model on held-out pairs."""
+
+    split: str
+    pairs: int
+    accuracy: float
+    """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
+    ci: Interval
+    """95 % confidence interval of ``accuracy``, by bootstrap over prompts."""
+    mean_margin: float
+    """Mean score of the chosen completion minus that of the rejected one."""
+    calibration: tuple[CalibrationBin, ...]
+    expected_calibration_error: float
+    accuracy_upper_bound: float | None = None
+    """Accuracy of the best classifier on these noisy labels; known for the embedded task only."""
+    agreement_with_gold: float | None = None
+    """Share of pairs ordered as by the exact score; known for the embedded task only."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> RewardModelReport | None:
+        """Read the metrics of a finished ``reward`` stage; None where no pair was held out."""
+        held_out = metrics.get("held_out")
+        if held_out is None:
+            return None
+        bins = tuple(CalibrationBin(**each) for each in held_out["calibration"])
+        typed = {"ci": Interval(*held_out["ci"]), "calibration": bins}
+        return cls(**_known(cls, held_out) | typed)
+
+
+def _known(cls: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are fields of ``cls``."""
+    names = {field.name for field in fields(cls)}
+    return {key: value for key, value in metrics.items() if key in names}

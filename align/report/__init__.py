@@ -1,0 +1,1 @@
+"""Pictures and pages that show the results of a run."""
