@@ -65,7 +65,9 @@ def run(
         return StageResult({})
     done = {seed: _read(_curve_file(output_dir, seed)) for seed in config.seeds}
     title = f"{config.algorithm} on {config.environment}"
-    plots.draw({s: d["curve"] for s, d in done.items()}, output_dir / "curves.png", title=title)
+    plots.draw_curves(
+        {s: d["curve"] for s, d in done.items()}, output_dir / "curves.png", title=title
+    )
     return StageResult(_metrics(config, done))
 
 
