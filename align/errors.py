@@ -1,6 +1,7 @@
 """The one error that a user can mend.
 
-How a wrong value is told: what was expected, what was found, the repair."""
+How a wrong value is told: what was expected, what was found, the repair.
+"""
 
 from __future__ import annotations
 

@@ -36,13 +36,13 @@ def outcomes(
     return won.masked_fill(policy_scores.isnan() | baseline_scores.isnan(), math.nan)
 
 
-def win_rate(outcomes: Float[Tensor, "prompts *rest"]) -> Float[Tensor, ""]:
+def win_rate(outcomes: Float[Tensor, prompts * rest]) -> Float[Tensor, ""]:
     """Average the outcomes: wins plus half the ties, as a fraction of all comparisons."""
     return outcomes.double().mean()
 
 
 def bootstrap_interval(
-    values: Float[Tensor, "prompts *rest"],
+    values: Float[Tensor, prompts * rest],
     *,
     level: float = 0.95,
     resamples: int = 2000,
@@ -77,7 +77,7 @@ def bootstrap_interval(
 
 
 def proportion_interval(
-    values: Float[Tensor, "prompts *rest"],
+    values: Float[Tensor, prompts * rest],
     *,
     level: float = 0.95,
     resamples: int = 2000,
@@ -148,7 +148,7 @@ def length_controlled_win_rate(
 
 
 def paired_permutation_p_value(
-    differences: Float[Tensor, "prompts *rest"],
+    differences: Float[Tensor, prompts * rest],
     *,
     resamples: int = 2**14,
     seed: int = 0,
@@ -192,7 +192,7 @@ def best_possible_accuracy(margins: Float[Tensor, " pairs"]) -> Float[Tensor, ""
     return torch.sigmoid(margins.double().abs()).mean()
 
 
-def _prompt_means(values: Float[Tensor, "prompts *rest"]) -> Float[Tensor, " prompts"]:
+def _prompt_means(values: Float[Tensor, prompts * rest]) -> Float[Tensor, " prompts"]:
     """Average the values of each prompt."""
     return _finite(values).reshape(len(values), -1).mean(dim=1)
 

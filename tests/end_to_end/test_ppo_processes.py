@@ -88,11 +88,11 @@ def said(learner: Any, step: int) -> list[tuple[list[int], list[int], bool]]:
     """Prompts and completions of a whole batch that depend on nothing but the step: lengths 1 to 8, a third cut off."""
     draw = torch.Generator().manual_seed(step)
     (stop,) = learner.stops
-    per_step = learner.settings.batch_size // learner.settings.n_completions
+    per_step = learner.config.batch_size // learner.config.n_completions
     found = []
     for place in range(per_step):
         prompt = learner.prompts[(step * per_step + place) % len(learner.prompts)]
-        for _ in range(learner.settings.n_completions):
+        for _ in range(learner.config.n_completions):
             n = int(torch.randint(1, 9, (), generator=draw))
             ids = torch.randint(10, 250, (n,), generator=draw).tolist()
             finished = n < 8 and bool(torch.rand((), generator=draw) < 0.7)
@@ -104,7 +104,7 @@ def feed(learner: Any) -> None:
     """Let a learner take this rank's share of :func:`said` for what its policy sampled."""
 
     def sample(prompts: Any, what: str, step: int) -> experience.Completions:
-        n = learner.settings.n_completions
+        n = learner.config.n_completions
         all_said = said(learner, step)
         groups = [all_said[i : i + n] for i in range(0, len(all_said), n)]
         mine = groups[distributed.rank() :: distributed.world_size()]
@@ -126,7 +126,7 @@ def trained(kind: str, inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
     told: list[dict[str, float]] = []
     learner.tell = lambda step, figures, *_: told.append(figures)
     before = torch.cat([p.detach().flatten().clone() for p in learner.cast.weights().values()])
-    for step in range(learner.settings.steps):
+    for step in range(learner.config.steps):
         learner.step(step)
     after = torch.cat([p.detach().flatten() for p in learner.cast.weights().values()])
     return {"before": before, "after": after, "told": told, "kl_coef": learner.kl_coef}
@@ -308,15 +308,14 @@ def test_a_sharded_launch_is_refused_in_one_line_before_anything_is_loaded(
 ):
     from accelerate.utils import DistributedType
 
-    from align.online_rl import models
+    from align.online_rl import trainer
     from align.online_rl.trainer import build_trainer
-    from align.stages import ppo
 
     class Sharded:
         distributed_type = DistributedType[kind]
 
-    monkeypatch.setattr(ppo, "Accelerator", Sharded)
-    monkeypatch.setattr(models, "build_models", None)
+    monkeypatch.setattr(trainer, "Accelerator", Sharded)
+    monkeypatch.setattr(trainer, "build_models", None)
     with pytest.raises(UserError) as refused:
         build_trainer(settings("gae"), inputs, tmp_path, logger("ppo", tmp_path))
     (line,) = refused.value.lines

@@ -207,8 +207,8 @@ class Watch:
         for owner, name, into in (
             (trainer.PPOTrainer, "sample", self.said),
             (trainer.PPOTrainer, "judge", self.told),
-            (experience, "speak", self.spoken),
-            (experience, "rollout", self.rollouts),
+            (experience, "compute_experience", self.spoken),
+            (experience, "make_rollout", self.rollouts),
         ):
             monkeypatch.setattr(owner, name, _kept(getattr(owner, name), into))
         update = rl_update.update
@@ -217,7 +217,7 @@ class Watch:
             asks = [self._asking(ask) for ask in evaluate]
             return update(asks, rollout, *args, **kwargs)
 
-        monkeypatch.setattr(rl_update, "update", _kept(watched, self.diagnostics))
+        monkeypatch.setattr(trainer, "update", _kept(watched, self.diagnostics))
 
     def _asking(self, ask: Any) -> Any:
         def asking(inputs: dict[str, Tensor]) -> Evaluated:

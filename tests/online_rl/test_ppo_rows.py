@@ -22,6 +22,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.functional.token_rewards import completion_gae
+from align.models import tokenization
 from align.models.logps import small_vocabulary_tiles
 from align.online_rl import experience, models, plots, trainer
 from align.rewards import gold
@@ -699,7 +700,7 @@ def test_row_28_logits_of_all_tokens_are_never_made_and_none_are_stored(made: Ca
     shape |= {"intermediate_size": 8, "num_attention_heads": 1, "head_dim": 8}
     shape |= {"num_key_value_heads": 1, "max_position_embeddings": 64}
     AutoModelForCausalLM.from_config(LlamaConfig(**config | shape)).save_pretrained(source)
-    ppo_fixtures.models.load_tokenizer(made.world.sft).save_pretrained(source)
+    tokenization.load_tokenizer(made.world.sft).save_pretrained(source)
     cast = ppo_fixtures.build(source, [], lora=False, share=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator).tolist()
