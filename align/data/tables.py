@@ -1,4 +1,8 @@
-"""data.tables"""
+"""Parquet tables of a stage folder, such as ``pairs-train.parquet``: write them, and read them back.
+
+A table is named by its kind (``demonstrations``, ``pairs``, ``unpaired``, ``prompts``) and its split. This module has
+the one error for a table that a folder lacks. What the rows contain is decided by the stages that write them.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,113 @@ from align.data.rows import Row
 from align.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pyarrow as pa
     from datasets import Dataset
 
 
-def read_prompts(data: Path, split: str) -> list[Row]:
+def table_file(folder: Path, kind: str, split: str) -> Path:
+    """Path of a table, whether it exists or not."""
+    return folder / f"{kind}-{split}.parquet"
+
+
+def has_table(folder: Path, kind: str, split: str) -> bool:
+    """Whether the folder contains the table."""
+    return table_file(folder, kind, split).is_file()
+
+
+def table_names(folder: Path) -> list[str]:
+    """Names of the tables in a folder, such as ``pairs-train``, sorted."""
+    return sorted(file.stem for file in folder.glob("*.parquet"))
+
+
+def read(
+    folder: Path,
+    kind: str,
+    split: str,
+    *,
+    columns: Sequence[str] | None = None,
+    most: int | None = None,
+    required_by: str = "",
+) -> list[Row]:
+    """Rows of a table, in file order.
+
+    ``columns`` selects columns; ``most`` limits the number of rows, taken evenly spaced. ``required_by`` names the
+    setting that needs the table, for the error message.
+
+    Raises:
+        UserError: The folder has no such table.
+    """
     import pyarrow.parquet as pq
 
-    file = data / f"prompts-{split}.parquet"
-    if not file.is_file():
-        raise UserError(f"{data}: no {file.name}; set `{split}_fraction` of its `prepare` stage")
-    found: list[Row] = pq.read_table(file).to_pylist()
-    return found
+    file = _existing_file(folder, kind, split, required_by)
+    table = pq.read_table(file, columns=None if columns is None else list(columns))
+    if most is not None and len(table) > most:
+        table = table.take([k * len(table) // most for k in range(most)])
+    rows: list[Row] = table.to_pylist()
+    return rows
 
 
-ROW_GROUP = 2_000  # rows of a table in memory at once
+def column_names(folder: Path, kind: str, split: str, *, required_by: str = "") -> list[str]:
+    """Names of the columns of a table, in order.
+
+    Raises:
+        UserError: The folder has no such table.
+    """
+    import pyarrow.parquet as pq
+
+    names: list[str] = pq.read_schema(_existing_file(folder, kind, split, required_by)).names
+    return names
+
+
+def count_rows(folder: Path, kind: str, split: str) -> int:
+    """Number of rows of a table; 0 if the folder does not contain it."""
+    import pyarrow.parquet as pq
+
+    file = table_file(folder, kind, split)
+    return int(pq.read_metadata(file).num_rows) if file.is_file() else 0
+
+
+def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Dataset | None:
+    """A table as a data set for TRL; None for a held-out split that the folder does not contain.
+
+    The cache of ``datasets`` lies below ``output_dir``: all ranks share it, and it is deleted with the stage's other
+    temporary files.
+
+    Raises:
+        UserError: The folder has no table of the training split.
+    """
+    from datasets import Dataset
+
+    if split != "train" and not has_table(folder, kind, split):
+        return None
+    file = _existing_file(folder, kind, split, "")
+    return Dataset.from_parquet(str(file), cache_dir=str(output_dir / ".cache"))
+
+
+def _existing_file(folder: Path, kind: str, split: str, required_by: str) -> Path:
+    file = table_file(folder, kind, split)
+    if file.is_file():
+        return file
+    names = table_names(folder)
+    required = f", which `{required_by}` requires" if required_by else ""
+    if split == "train" or not any(name.startswith(f"{kind}-") for name in names):
+        repair = f"the source of this stage contains no {kind}: use another source"
+    else:
+        repair = f"set `{split}_fraction` of its `prepare` stage above 0"
+    raise UserError(
+        f"{folder}: no {file.name}{required}; found {', '.join(names) or 'no tables'}; {repair}"
+    )
+
+
+ROW_GROUP = 2_000  # rows of a table held in memory at once
 
 
 class TableWriter:
-    """Writes conversational rows as Parquet, a group at a time; turns are lists of ``{role, content}``.
+    """Write conversational rows as Parquet, one row group at a time; turns are lists of ``{role, content}``.
 
-    Columns that were kept get the type of the first group; a later value that does not fit is the user's to mend.
+    Kept columns have the type of the first row group. A later value of another type raises :class:`UserError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,13 +127,13 @@ class TableWriter:
         self._writer: Any = None
 
     def add(self, row: Row) -> None:
-        """Put a row at the end."""
+        """Append a row."""
         self._rows.append(row)
         if len(self._rows) == ROW_GROUP:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left, and the end of the file."""
+        """Write the remaining rows and close the file."""
         self._flush()
         self._writer.close()
 
@@ -59,48 +150,22 @@ class TableWriter:
             self._writer.write_table(pa.Table.from_pylist(self._rows, self._writer.schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise UserError(
-                f"keep: a kept column does not hold one type in all rows ({error}); make it one, such as text"
+                f"keep: the values of a kept column differ in type ({error}); convert them to one type, such as text"
             ) from None
         self._rows = []
 
 
-def _schema(rows: list[Row]) -> Any:
+def _schema(rows: list[Row]) -> pa.Schema:
     import pyarrow as pa
 
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    plain = {"prompt_id": pa.string(), "label": pa.bool_()}
-    known = plain | dict.fromkeys(("prompt", "chosen", "rejected", "completion"), turns)
+    types = {"prompt_id": pa.string(), "label": pa.bool_()}
+    types |= dict.fromkeys(("prompt", "chosen", "rejected", "completion"), turns)
 
-    def kept(name: str) -> Any:
-        found = pa.infer_type([row[name] for row in rows])
-        return pa.string() if found == pa.null() else found
+    def infer_type(name: str) -> pa.DataType:
+        inferred = pa.infer_type([row[name] for row in rows])
+        return pa.string() if inferred == pa.null() else inferred
 
-    return pa.schema([(name, known[name] if name in known else kept(name)) for name in rows[0]])
-
-
-def read_rows(data: Path, table: str, *, most: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a prepared table; ``most`` of them, evenly spaced."""
-    import pyarrow.parquet as pq
-
-    found = pq.read_table(data / f"{table}.parquet")
-    if most is not None and len(found) > most:
-        found = found.take([k * len(found) // most for k in range(most)])
-    rows: list[dict[str, Any]] = found.to_pylist()
-    return rows
-
-
-def load_dataset(data: Path, kind: str, split: str, folder: Path) -> Dataset | None:
-    """One prepared file, such as ``pairs-train.parquet``; None where the split was not asked for.
-
-    Its cache lies below the stage's folder: every process finds the same, and it goes when the stage is complete.
-    """
-    from datasets import Dataset
-
-    file = data / f"{kind}-{split}.parquet"
-    if not file.is_file():
-        if split == "train":
-            raise UserError(
-                f"{data}: no {file.name}; the source of this `prepare` stage had no {kind}"
-            )
-        return None
-    return Dataset.from_parquet(str(file), cache_dir=str(folder / ".cache"))
+    return pa.schema(
+        [(name, types[name] if name in types else infer_type(name)) for name in rows[0]]
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from align.config.evaluate import Evaluate
+from align.data import tables
 from align.errors import UserError
 from align.runtime import artifacts
 
@@ -22,13 +23,7 @@ Row = dict[str, Any]
 
 
 def read_held_out(data: Path, kind: str, config: Evaluate) -> list[Row]:
-    file = data / f"{kind}-{config.split}.parquet"
-    if not file.is_file():
-        raise UserError(
-            f"{data}: no {file.name}: this `prepare` stage held no {kind} out; "
-            f"set its `{config.split}_fraction` above 0"
-        )
-    rows: list[Row] = pq.read_table(file).to_pylist()
+    rows = tables.read(data, kind, config.split)
     ids = dict.fromkeys(row["prompt_id"] for row in rows)
     kept = set(list(ids)[: config.n_prompts])
     return [row for row in rows if row["prompt_id"] in kept]

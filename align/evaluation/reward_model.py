@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from align.data.tables import read_rows
+from align.data import tables
 from align.errors import UserError
 from align.functional import winrate
 from align.models import tokenization
@@ -29,8 +29,8 @@ def center(
 
     Labelled completions come without any: there it is the mean of the chosen ones.
     """
-    shown = (data / "demonstrations-train.parquet").is_file()
-    rows = read_rows(data, "demonstrations-train" if shown else "pairs-train", most=N_CENTER)
+    shown = tables.has_table(data, "demonstrations", "train")
+    rows = tables.read(data, "demonstrations" if shown else "pairs", "train", most=N_CENTER)
     side = "completion" if shown else "chosen"
     rows = _fitting(model, rows, [side], logger)
     scores = _scores(model, rows, side, logger)
@@ -49,11 +49,11 @@ def measure(
     A pair's reward difference d says that the chosen one wins with probability sigmoid(d). ``calibration`` has, in bins of
     the likelier side's probability, how likely it was said to be and how often it was right.
     """
-    split = next((s for s in ("test", "validation") if (data / f"pairs-{s}.parquet").is_file()), "")
+    split = next((s for s in ("test", "validation") if tables.has_table(data, "pairs", s)), "")
     if not split:
         logger.info("no held-out pairs: accuracy and calibration are not known")
         return None
-    rows = _fitting(model, read_rows(data, f"pairs-{split}"), ["chosen", "rejected"], logger)
+    rows = _fitting(model, tables.read(data, "pairs", split), ["chosen", "rejected"], logger)
     chosen, rejected = (
         _scores(model, rows, side, logger).double() for side in ("chosen", "rejected")
     )

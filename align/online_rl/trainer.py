@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from align.config.ppo import PPO
 from align.config.validation import FUNCTION
+from align.data import tables
 from align.data.rows import Row
-from align.data.tables import read_prompts
 from align.errors import UserError
 from align.functional.masked import sum_over_ranks
 from align.functional.policy_gradient import adaptive_kl_coef
@@ -59,8 +59,8 @@ def build_trainer(
         )
     data = Path(inputs["prompts"])
     functions = {name: load_function(name) for name in config.rewards if FUNCTION.match(name)}
-    rows = read_prompts(data, "train")
-    held_out = read_prompts(data, config.eval_split) if config.eval_steps else []
+    rows = tables.read(data, "prompts", "train")
+    held_out = tables.read(data, "prompts", config.eval_split) if config.eval_steps else []
     held_out = held_out[: config.n_eval_prompts]
     if 0 < len(held_out) < world:
         raise UserError(

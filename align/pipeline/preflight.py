@@ -14,6 +14,7 @@ from align.config.evaluate import Evaluate
 from align.config.ppo import PPO
 from align.config.training import DPO, KTO, SFT, Reward, TRLStage
 from align.config.validation import FUNCTION
+from align.data import tables
 from align.errors import UserError
 from align.rewards.functions import load_function, missing_columns
 from align.runtime import hub
@@ -154,18 +155,16 @@ def check_tables(recipe: Recipe, data: Path, due: Sequence[PlannedStage]) -> Non
     Raises:
         UserError: One line for each that would fail, some of them after hours of training.
     """
-    tables = {file.stem for file in data.glob("*.parquet")}
+    names = set(tables.table_names(data))
 
     def prompts(split: str) -> list[str]:
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(data / f"prompts-{split}.parquet", columns=["prompt"]).to_pylist()
+        rows = tables.read(data, "prompts", split, columns=["prompt"])
         return [row["prompt"][-1]["content"] for row in rows]
 
     problems = []
     for step in due:
         if data in step.inputs.values():
-            problems += table_problems(recipe, step.name, step.config, tables, prompts)
+            problems += table_problems(recipe, step.name, step.config, names, prompts)
             problems += _label_problems(recipe, step.name, step.config, data)
             problems += _column_problems(recipe, step.name, step.config, data)
         if isinstance(step.config, Label) and step.config.judge == "gold":
@@ -179,10 +178,8 @@ def check_tables(recipe: Recipe, data: Path, due: Sequence[PlannedStage]) -> Non
 
 def _column_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> list[str]:
     """Columns of the prepared rows that reward functions, or margins, cannot do without."""
-    import pyarrow.parquet as pq
-
     if isinstance(config, PPO):
-        columns = pq.read_schema(data / "prompts-train.parquet").names
+        columns = tables.column_names(data, "prompts", "train")
         return [
             f"{recipe.at(name, 'rewards')}: {each} needs `{column}`, and the prompts have {', '.join(columns)}; add it to "
             "`keep` of the `prepare` stage"
@@ -190,26 +187,22 @@ def _column_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> li
             if FUNCTION.match(each)
             for column in missing_columns(each, columns)
         ]
-    file = data / "pairs-train.parquet"
-    if isinstance(config, Reward) and config.margin_coef and file.is_file():
-        if "margin" not in pq.read_schema(file).names:
+    scored = isinstance(config, Reward) and config.margin_coef
+    if scored and tables.has_table(data, "pairs", "train"):
+        if "margin" not in tables.column_names(data, "pairs", "train"):
             return [f"{recipe.at(name, 'margin_coef')}: these pairs have no `margin`; remove it"]
     return []
 
 
 def _label_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> list[str]:
     """Whether a ``kto`` stage finds completions of both labels for every batch."""
-    file = data / "unpaired-train.parquet"
-    if not isinstance(config, KTO) or not file.is_file():
+    if not isinstance(config, KTO) or not tables.has_table(data, "unpaired", "train"):
         return []
-    import pyarrow.parquet as pq
-
     from align.config import trl_fields
     from align.training import kto_batches
 
-    labels = pq.read_table(file, columns=["label"])["label"].to_pylist()
-    pairs = data / "pairs-train.parquet"
-    both = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
+    labels = [row["label"] for row in tables.read(data, "unpaired", "train", columns=["label"])]
+    both = tables.count_rows(data, "pairs", "train")
     key = "per_device_train_batch_size"
     usual = trl_fields.trl_fields(str(config.trainer_config))[key].default
     size = config.trainer.get(key, int(str(usual)))
@@ -224,10 +217,10 @@ def table_problems(
     recipe: Recipe,
     name: str,
     config: Stage,
-    tables: Collection[str],
+    names: Collection[str],
     prompts: Callable[[str], list[str]],
 ) -> list[str]:
-    """What a stage needs and prepared data lack. ``tables`` are such as ``pairs-train``; ``prompts`` are of a split."""
+    """What a stage needs and prepared data lack. ``names`` are such as ``pairs-train``; ``prompts`` are of a split."""
     needs = []
     if isinstance(config, SFT):
         needs = [("demonstrations", "demonstrations-train")]
@@ -237,16 +230,16 @@ def table_problems(
         needs = [("prompts", "prompts-train")]
         needs += [("eval_split", f"prompts-{config.eval_split}")] if config.eval_steps else []
     elif isinstance(config, KTO):
-        needs = [] if "unpaired-train" in tables else [("preferences", "pairs-train")]
+        needs = [] if "unpaired-train" in names else [("preferences", "pairs-train")]
     elif isinstance(config, Sample):
         needs = [("split", f"prompts-{config.split}")]
     elif isinstance(config, Evaluate):
         needs = [("judge", f"prompts-{config.split}")] if config.judge else []
         needs += [("implicit_rewards", f"pairs-{config.split}")] if config.implicit_rewards else []
     problems = [
-        f"{recipe.at(name, key)}: the source of `prepare` gives no {table}; found {', '.join(sorted(tables))}"
+        f"{recipe.at(name, key)}: the source of `prepare` gives no {table}; found {', '.join(sorted(names))}"
         for key, table in needs
-        if table not in tables
+        if table not in names
     ]
     if isinstance(config, Evaluate | PPO) and config.judge == "gold" and not problems:
         split = config.split if isinstance(config, Evaluate) else "train"

@@ -115,9 +115,9 @@ def as_trl_feeds_it(
 def _labelled(data: Path, split: str, folder: Path) -> Any:
     """The rows of a split that have labels of their own, and both sides of those that come in pairs."""
     parts: list[Any] = []
-    if (data / f"unpaired-{split}.parquet").is_file():
+    if tables.has_table(data, "unpaired", split):
         parts.append(tables.load_dataset(data, "unpaired", split, folder))
-    if (data / f"pairs-{split}.parquet").is_file() or (split == "train" and not parts):
+    if tables.has_table(data, "pairs", split) or (split == "train" and not parts):
         parts.append(unpair_preference_dataset(tables.load_dataset(data, "pairs", split, folder)))
     wanted = ["prompt", "completion", "label"]
     return concatenate_datasets([part.select_columns(wanted) for part in parts]) if parts else None

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.config.data import Sample
-from align.errors import UserError
+from align.data import tables
 from align.models import generation, loading, tokenization
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -27,12 +27,7 @@ def run(
     from accelerate import PartialState
 
     data, source = Path(inputs["prompts"]), inputs["model"]
-    file = data / f"prompts-{config.split}.parquet"
-    if not file.is_file():
-        raise UserError(
-            f"{data}: no {file.name}; set `{config.split}_fraction` of its `prepare` stage above 0"
-        )
-    rows = pq.read_table(file).to_pylist()[: config.n_prompts]
+    rows = tables.read(data, "prompts", config.split)[: config.n_prompts]
     model = loading.load_for_inference(source, dtype=config.dtype, revision=config.revision)
     samples = generation.sample_on_all_ranks(
         model.to(PartialState().device),

@@ -396,7 +396,7 @@ def test_the_longest_row_is_named_and_the_long_ones_are_counted(tmp_path: Path):
     rows[8]["chosen"] = "word " * 1500
     out = tmp_path / "out"
     told = Prepare(source=jsonl(tmp_path / "a.jsonl", rows))
-    figures = run(told, {}, out, Logger("prepare", out, NullDisplay(), main=True))
+    figures = run(told, {}, out, Logger("prepare", out, NullDisplay(), main=True)).metrics
     long = pair(rows[7])
     words = 5000 + len(rows[7]["prompt"].split())
     assert figures["longest_rows"]["pairs"] == {

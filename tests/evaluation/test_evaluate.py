@@ -367,7 +367,9 @@ def test_a_prepare_stage_that_held_nothing_out_is_a_users_mistake(
     tiny_models.stage(
         prepare, Prepare(source="embedded", max_rows=20, test_fraction=0.0), {}, tmp_path / "data"
     )
-    with pytest.raises(UserError, match=rf"no {file}.parquet.*set its `test_fraction` above 0"):
+    with pytest.raises(
+        UserError, match=rf"no {file}.parquet.*set `test_fraction` of its `prepare` stage above 0"
+    ):
         run(tmp_path / "out", tmp_path / "data", {"sft": world.sft}, **what)
 
 

@@ -107,7 +107,7 @@ def test_the_seed_and_the_temperature_decide_what_is_sampled(
 
 def test_a_split_that_was_not_held_out_is_a_users_mistake(world: tiny_models.World, tmp_path: Path):
     with pytest.raises(
-        UserError, match=r"no prompts-validation.parquet; set `validation_fraction`"
+        UserError, match=r"no prompts-validation.parquet; found .*; set `validation_fraction` of"
     ):
         sampled(world, tmp_path / "sample", split="validation")
 
