@@ -1,6 +1,6 @@
-"""The one error that a user can mend.
+"""Errors caused by invalid user input, and the wording of their messages.
 
-How a wrong value is told: what was expected, what was found, the repair.
+A message names the place, what was found, what is allowed and the repair.
 """
 
 from __future__ import annotations
@@ -11,18 +11,33 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """One line for each thing to mend: where, what is wrong, what was found, the repair."""
+    """Invalid input, reported without a traceback: one line per problem. The command exits with code 2."""
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
 
 
+class RecipeError(UserError):
+    """Invalid recipe, override or command-line option."""
+
+
+class DataError(UserError):
+    """Invalid, missing or unsuitable data: a source, a table, a row."""
+
+
+class ArtifactError(UserError):
+    """A file or folder of a finished or interrupted stage is damaged, in the way, or does not fit this run."""
+
+
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
 def mismatch(expected: str, found: object, text: str | None) -> str:
-    """``expected a number, got the text '5e-7' (…the repair…)``."""
+    """Message for a value of the wrong type: ``expected a number, got the text '5e-7' (…the repair…)``.
+
+    ``text`` is the value as written in the YAML file, if known.
+    """
     message = f"expected {expected}, got {shown(found)}"
     if isinstance(found, bool) and text is not None and text.lower() not in ("true", "false"):
         read = "true" if found else "false"
@@ -40,7 +55,7 @@ def mismatch(expected: str, found: object, text: str | None) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message names it; long text is cut."""
+    """Format a value for a message; long text is shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -55,7 +70,10 @@ def shown(value: object) -> str:
 
 
 def nearest(word: str, known: Iterable[str], *, only_near: bool = False) -> str:
-    """``; did you mean `beta`?``, or else all that is known."""
+    """``; did you mean `beta`?`` for the closest known word; without one, a list of all known words.
+
+    With ``only_near``, the list is left out.
+    """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

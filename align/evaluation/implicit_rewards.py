@@ -16,6 +16,7 @@ from align.functional import winrate
 from align.models import loading, tokenization
 from align.models.logps import completion_logps
 from align.models.prefix_sharing import wrapper
+from align.runtime import distributed
 from align.runtime.progress import Logger
 
 if TYPE_CHECKING:
@@ -75,22 +76,24 @@ def _logps(
     part: tuple[int, int],
 ) -> torch.Tensor:
     from accelerate import PartialState
-    from accelerate.utils import gather_object
 
-    state = PartialState()
     done, parts = part
     tokenizer = tokenization.load_tokenizer(target)
-    model = loading.load_for_inference(target, dtype=config.dtype).to(state.device)
+    model = loading.load_for_inference(target, dtype=config.dtype).to(PartialState().device)
     if config.prefix_sharing:
         wrapper.enable_prefix_sharing(model, say=logger.info)
-    mine = range(state.process_index, len(sides), state.num_processes)
-    logps = completion_logps(
-        model,
-        tokenizer,
-        [sides[i] for i in mine],
-        batch_size=config.batch_size,
-        max_length=getattr(model.config, "max_position_embeddings", None),
-        progress=lambda at, of: logger.step(done * of + at, parts * of, what="scored completion"),
+    logps = distributed.map_rows(
+        sides,
+        lambda part: completion_logps(
+            model,
+            tokenizer,
+            part,
+            batch_size=config.batch_size,
+            max_length=getattr(model.config, "max_position_embeddings", None),
+            progress=lambda at, of: logger.step(
+                done * of + at, parts * of, what="scored completion"
+            ),
+        ).tolist(),
+        size=None,
     )
-    merged = dict(gather_object(list(zip(mine, logps.tolist(), strict=True))))
-    return torch.tensor([merged[i] for i in range(len(sides))], dtype=torch.float64)
+    return torch.tensor(logps, dtype=torch.float64)

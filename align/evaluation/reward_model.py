@@ -160,12 +160,12 @@ def _scores(
     model: reward_model.RewardModel, rows: Sequence[Mapping[str, Any]], side: str, logger: Logger
 ) -> torch.Tensor:
     """Scores of a column, each process scoring its share."""
-    from accelerate.utils import gather_object
-
-    mine = range(distributed.rank(), len(rows), distributed.world_size())
-    scores = model.score(
-        [rows[i]["prompt"] for i in mine], [rows[i][side] for i in mine], batch_size=BATCH
+    scores = distributed.map_rows(
+        rows,
+        lambda part: model.score(
+            [row["prompt"] for row in part], [row[side] for row in part], batch_size=BATCH
+        ).tolist(),
+        size=None,
     )
     logger.step(len(rows), len(rows), what=f"scored {side}")
-    merged = dict(gather_object(list(zip(mine, scores.tolist(), strict=True))))
-    return torch.tensor([merged[i] for i in range(len(rows))])
+    return torch.tensor(scores)

@@ -72,23 +72,6 @@ def samples(folder: Path, step: int, told: Mapping[str, Any], *, n: int) -> None
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def rewind(folder: Path, step: int) -> None:
-    """Forget the samples after a step: a resumed run writes them again."""
-    file = folder / SAMPLES
-    if file.is_file():
-        kept = [row for row in file.read_text(encoding="utf-8").splitlines() if _step(row) <= step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(file)  # cut off in between, no sample is lost
-
-
-def _step(row: str) -> float:
-    try:
-        return float(json.loads(row)["step"])
-    except ValueError:
-        return math.inf  # cut off in the middle of a line
-
-
 def read(folder: Path) -> list[dict[str, float]]:
     """The steps of ``metrics.jsonl``."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

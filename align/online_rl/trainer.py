@@ -31,7 +31,7 @@ from align.rewards import gold
 from align.rewards.functions import Score, call, load_function
 from align.rl.update import Diagnostics, Objective, update
 from align.runtime import artifacts, checkpoints, distributed
-from align.runtime.progress import Logger
+from align.runtime.progress import Logger, truncate_jsonl
 
 ADAM_EPS = 1e-5
 
@@ -481,7 +481,7 @@ class PPOTrainer:
         if checkpoint is None:
             self.logger.rewind(-1)
             if distributed.is_main():
-                plots.rewind(self.folder, -1)
+                truncate_jsonl(self.folder / plots.SAMPLES, -1)
             return 0
         state = artifacts.read_json(checkpoint / STATE)
         kept = load_file(checkpoint / TRAINABLE)
@@ -494,7 +494,7 @@ class PPOTrainer:
         self.kl_coef = state["kl_coef"]
         self.logger.rewind(state["step"])
         if distributed.is_main():
-            plots.rewind(self.folder, state["step"])
+            truncate_jsonl(self.folder / plots.SAMPLES, state["step"])
         self.logger.info(f"going on from step {state['step']}: {checkpoint}")
         return int(state["step"])
 

@@ -73,7 +73,7 @@ def _run_or_reuse(
     status = "reused"
     # Killed between its artifact and the tidying, a stage is complete and has its lock file still.
     if made is None or distributed.broadcast_from_main((step.folder / artifacts.WORKING).exists()):
-        with folder_lock(step.folder, display):
+        with folder_lock(step.folder, display.info):
             if forced and distributed.is_main():
                 _empty(step.folder)
             made = _read_finished(

@@ -49,15 +49,9 @@ def score_rows(
     judge: Judge, rows: Sequence[dict[str, Any]], batch_size: int, logger: Logger
 ) -> list[float]:
     """The judge's score of every row; processes share the work, some batches at a time."""
-    from accelerate.utils import gather_object
-
-    size = 16 * batch_size  # the judge sorts them by length
-    parts = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
-    mine = parts[distributed.rank() :: distributed.world_size()]
-    found: list[tuple[int, float]] = []
-    for done, part in enumerate(mine):
-        scores = judge([rows[i]["prompt"] for i in part], [rows[i]["completion"] for i in part])
-        found += zip(part, scores, strict=True)
-        logger.step(done + 1, len(mine), what="scored part")
-    merged = dict(gather_object(found))
-    return [merged[i] for i in range(len(rows))]
+    return distributed.map_rows(
+        rows,
+        lambda part: judge([row["prompt"] for row in part], [row["completion"] for row in part]),
+        size=16 * batch_size,  # the judge sorts them by length
+        progress=lambda done, total: logger.step(done, total, what="scored part"),
+    )

@@ -9,12 +9,14 @@ import contextlib
 import gc
 import os
 import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from align.errors import UserError
 
+R = TypeVar("R")
 T = TypeVar("T")
 _ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
 
@@ -81,6 +83,36 @@ def broadcast_from_main(value: T) -> T:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def map_rows(
+    rows: Sequence[R],
+    fn: Callable[[list[R]], Sequence[T]],
+    *,
+    size: int | None = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[T]:
+    """``fn(rows)``, with the rows shared over the ranks. Every rank returns the results of all rows, in row order.
+
+    ``fn`` maps a list of rows to as many results. It is called with ``size`` consecutive rows at a time; chunk k is computed
+    by rank k modulo the number of ranks. With ``size=None`` each rank makes one call with every ``world_size``-th row.
+    ``progress`` is called after each chunk with the number of finished chunks and of all chunks of this rank.
+    """
+    if size is None:
+        chunks = [range(first, len(rows), world_size()) for first in range(world_size())]
+    else:
+        chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    own_chunks = [chunk for chunk in chunks[rank() :: world_size()] if chunk]
+    results: list[tuple[int, T]] = []
+    for done, chunk in enumerate(own_chunks, 1):
+        results += zip(chunk, fn([rows[i] for i in chunk]), strict=True)
+        progress(done, len(own_chunks))
+    if world_size() > 1:
+        from accelerate.utils import gather_object
+
+        results = gather_object(results)
+    by_row = dict(results)
+    return [by_row[i] for i in range(len(rows))]
 
 
 def reset_process_state(seed: int) -> None:

@@ -7,6 +7,7 @@ TensorBoard or W&B come with Hugging Face's own ``trainer: {report_to: …}``.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 
 
 SECONDS_BETWEEN_LINES = 5.0
+LOGGER = logging.getLogger("align")
+
+
+def truncate_jsonl(path: Path, after_step: int) -> None:
+    """Keep the lines of a JSONL file whose ``step`` is at most ``after_step``; drop later and incomplete ones.
+
+    A resumed run writes the dropped lines again. The file is replaced atomically; a missing file stays missing.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= after_step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue  # the process was killed while it wrote this line
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def numbers(metrics: Mapping[str, Any]) -> str:
@@ -29,19 +50,38 @@ def numbers(metrics: Mapping[str, Any]) -> str:
     )
 
 
+class _DisplayHandler(logging.Handler):
+    """Prints the records of the ``align`` logger through a display."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if record.levelno >= logging.WARNING:
+            line = f"{record.levelname.lower()}: {line}"
+        self._display.info(line)
+
+
 class Display:
-    """Plain lines, none more often than every few seconds. The base of the live one."""
+    """Plain lines: progress at most every few seconds. Base class of :class:`LiveDisplay`.
+
+    Between ``__enter__`` and ``__exit__`` it also shows the records of ``logging.getLogger("align")``.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._handler = _DisplayHandler(self)
         self._last = 0.0
         self._started: dict[str, float] = {}
 
     def __enter__(self) -> Display:
+        LOGGER.addHandler(self._handler)
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        LOGGER.removeHandler(self._handler)
 
     def info(self, line: str, style: str | None = None) -> None:
         """Print one line for good."""
@@ -98,9 +138,10 @@ class LiveDisplay(Display):
 
     def __enter__(self) -> Display:
         self._progress.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
         self._progress.stop()
 
     def start(self, name: str, folder: Path, how: str) -> None:
@@ -176,18 +217,8 @@ class Logger:
 
     def rewind(self, step: int) -> None:
         """Forget the metrics after ``step``: a resumed run writes them again."""
-        if self._file is None or not self._file.exists():
-            return
-        kept = []
-        for line in self._file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break  # cut off in the middle of a line
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._file)
+        if self._file is not None:
+            truncate_jsonl(self._file, step)
 
     def info(self, line: str) -> None:
         """Print one line for good."""

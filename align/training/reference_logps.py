@@ -24,7 +24,7 @@ import torch
 
 from align.errors import UserError
 from align.runtime import artifacts, distributed
-from align.runtime.locks import cache_lock
+from align.runtime.locks import folder_lock
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +68,7 @@ def add_reference_logps(
             artifacts.digest({"tokens": _digest(rows), **config})
         )
         folder = runs / f"reference-{digest[:12]}"
-        with cache_lock(folder, logger):
+        with folder_lock(folder, logger.info):
             if distributed.broadcast_from_main(is_cached(folder, len(rows))):
                 logger.info(f"reference log-probabilities of {len(rows):,} pairs: reused, {folder}")
             else:
@@ -158,28 +158,30 @@ def _order(rows: Dataset) -> list[int]:
 
 def _score(trainer: Any, rows: Dataset, logger: Logger) -> torch.Tensor:
     """``[rows, 2]``, float32: of the chosen and of the rejected completion, summed over tokens as TRL sums them."""
-    from accelerate.utils import gather_object, send_to_device
+    from accelerate.utils import send_to_device
 
     arguments = trainer.args
     size = arguments.precompute_ref_batch_size or arguments.per_device_train_batch_size
     order = _order(rows)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    mine = batches[distributed.rank() :: distributed.world_size()]
     tokens = rows.select_columns(list(TOKENS))
     model = trainer.ref_model or trainer.model
     model.eval()
-    found: list[tuple[list[int], torch.Tensor]] = []
-    for done, batch in enumerate(mine):
+
+    def score(batch: list[int]) -> torch.Tensor:
         inputs = trainer.data_collator([tokens[i] for i in batch])
         logps = trainer.compute_ref_log_probs(
             model, send_to_device(inputs, trainer.accelerator.device)
         )
-        found.append((batch, torch.stack(logps, 1).float().cpu()))
-        logger.step(done + 1, len(mine), what="reference")
-    gathered = gather_object(found)
+        return torch.stack(logps, 1).float().cpu()
+
+    logps = distributed.map_rows(
+        batches,
+        lambda part: [score(batch) for batch in part],
+        progress=lambda done, total: logger.step(done, total, what="reference"),
+    )
     result = torch.empty(len(rows), len(LOGPS))
-    result[torch.tensor([i for batch, _ in gathered for i in batch])] = torch.cat([logps for _, logps in gathered])  # fmt: skip
-    assert sum(len(batch) for batch, _ in gathered) == len(rows)
+    result[torch.tensor(order)] = torch.cat(logps)
     return result
 
 

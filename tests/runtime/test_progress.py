@@ -1,0 +1,87 @@
+"""Tests of metrics.jsonl and of the display."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+from rich.console import Console
+
+from align.runtime.progress import Display, LiveDisplay, Logger, NullDisplay, truncate_jsonl
+
+
+def plain_display() -> tuple[Display, io.StringIO]:
+    out = io.StringIO()
+    return Display(Console(file=out, width=80)), out
+
+
+def test_truncate_jsonl_drops_later_and_incomplete_lines(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(
+        '{"step": 1, "a": 1}\n{"step": 3, "a": 2}\n{"step": 2, "a": 3}\n{"step": 2, "a"'
+    )
+    truncate_jsonl(file, 2)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [{"step": 1, "a": 1}, {"step": 2, "a": 3}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    truncate_jsonl(file, -1)
+    assert file.read_text() == ""
+
+
+def test_truncate_jsonl_creates_no_file(tmp_path):
+    truncate_jsonl(tmp_path / "samples.jsonl", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rewound_logger_appends_after_the_step(tmp_path):
+    logger = Logger("dpo", tmp_path, plain_display()[0], main=True)
+    for step in (1, 2, 3):
+        logger.log(step, {"loss": 1 / step})
+    logger.rewind(1)
+    logger.log(2, {"loss": 0.25})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
+
+
+def test_only_the_main_process_writes_metrics(tmp_path):
+    display, out = plain_display()
+    logger = Logger("dpo", tmp_path, display, main=False)
+    logger.log(1, {"loss": 0.5})
+    logger.step(1, 2, {"loss": 0.5})
+    logger.rewind(0)
+    assert (list(tmp_path.iterdir()), out.getvalue()) == ([], "")
+
+
+def test_plain_lines_come_every_few_seconds_and_at_the_end(tmp_path):
+    display, out = plain_display()
+    display.start("dpo", tmp_path, "running")
+    logger = Logger("dpo", tmp_path, display, main=True)
+    for step in range(1, 101):
+        logger.step(step, 100, {"loss": 0.5})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == f"dpo: running → {tmp_path}"
+    assert [line.split("  ")[0] for line in lines[1:]] == ["dpo: step 1/100", "dpo: step 100/100"]
+    assert lines[-1].endswith("loss 0.5")
+
+
+@pytest.mark.parametrize("kind", [Display, LiveDisplay])
+def test_a_display_shows_warnings_of_the_align_logger(kind, tmp_path):
+    out = io.StringIO()
+    logger = logging.getLogger("align.models.prefix_sharing")
+    with kind(Console(file=out, width=80)):
+        logger.warning("%d rows dropped", 3)
+        logger.info("not shown at the default level")
+    assert "warning: 3 rows dropped" in out.getvalue().splitlines()
+    assert "not shown" not in out.getvalue()
+    before = out.getvalue()
+    logger.warning("after the display has closed")
+    assert out.getvalue() == before
+
+
+def test_other_ranks_show_nothing(capfd):
+    with NullDisplay() as display:
+        logging.getLogger("align").warning("every rank logs this")
+        display.info("and this")
+    assert capfd.readouterr() == ("", "")
