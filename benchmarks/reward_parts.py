@@ -22,7 +22,7 @@ def main() -> None:
     """Score, regress, print."""
     folder, data = map(Path, sys.argv[1:3])
     rows = pq.read_table(data / "pairs-test.parquet").to_pylist()
-    model = reward_model.RewardModel(folder, dtype="float32", device="cpu", share=True)
+    model = reward_model.RewardModel.load(folder, dtype="float32", device="cpu")
     prompts = [row["prompt"] for row in rows]
     scores = [
         model.score(prompts, [row[side] for row in rows], batch_size=64)

@@ -24,6 +24,11 @@ class TrainingStage(Stage):
     keep_checkpoints: bool = False
     """Leave the checkpoints in the folder when the stage is complete."""
 
+    @property
+    def lora_dict(self) -> dict[str, Any] | None:
+        """The settings of the adapters as plain data; None for full fine-tuning."""
+        return self.lora.model_dump() if self.lora else None
+
 
 class TRLStage(TrainingStage):
     """What every stage has that trains a model with a trainer of TRL."""

@@ -37,7 +37,6 @@ def center(
     mean = scores.mean().item()
     if distributed.is_main():
         artifacts.write_json(folder / reward_model.FILE, {reward_model.MEAN: mean})
-    model.mean = mean
     return {"score_mean": mean, "score_std": scores.std().item(), "demonstrations": len(rows)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,11 @@ import pyarrow.parquet as pq
 import torch
 
 from align.config.evaluate import Evaluate
-from align.errors import UserError
 from align.evaluation.intervals import interval
 from align.functional import winrate
+from align.judges.scores import build_judge
 from align.models import generation, loading, tokenization
 from align.models.generation import Completion
-from align.rewards import gold
 from align.runtime import distributed
 from align.runtime.progress import Logger
 
@@ -38,11 +38,8 @@ def win_rates(
 ) -> dict[str, Any]:
     prompts = [row["prompt"] for row in rows]
     texts = [prompt[-1]["content"] for prompt in prompts]
-    try:
-        for text in texts:
-            gold.parse_prompt(text)
-    except ValueError as error:
-        raise UserError(f"`judge: gold` scores the embedded task's prompts only: {error}") from None
+    judge = build_judge(str(config.judge), None, dtype=config.dtype, batch_size=config.batch_size)
+    judge.check_prompts(prompts, repair="set `implicit_rewards: true` and no `judge`")
     again = f"{config.baseline} again"  # the control: the same policy, other seeds
     seeds = dict.fromkeys(targets, config.seed) | {again: config.seed + 1}
     samples: dict[str, Samples] = {}
@@ -50,13 +47,11 @@ def win_rates(
     for done, (name, seed) in enumerate(seeds.items()):
         target = targets[config.baseline if name == again else name]
         samples[name] = _sample(config, target, prompts, seed, logger, (done, len(seeds)))
-        scores[name] = torch.tensor(
-            [
-                [gold.gold_score(text, c.text) for c in some]
-                for text, some in zip(texts, samples[name], strict=True)
-            ],
-            dtype=torch.float64,
+        flat_scores = judge.score(
+            [prompt for prompt in prompts for _ in range(config.n_completions)],
+            [tokenization.assistant_turn(c.text) for row in samples[name] for c in row],
         )
+        scores[name] = torch.tensor(flat_scores, dtype=torch.float64).view(len(prompts), -1)
     compared = [name for name in config.policies if name != config.baseline]
     comparisons = [
         _compare(config, name, config.baseline, samples, scores) for name in [*compared, again]
@@ -78,7 +73,7 @@ def _sample(
 
     done, parts = part
     model = loading.load_for_inference(target, dtype=config.dtype).to(PartialState().device)
-    return generation.sample_on_all_ranks(
+    return generation.sample(
         model,
         tokenization.load_tokenizer(target),
         prompts,
@@ -88,7 +83,10 @@ def _sample(
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         seed=seed,
-        progress=lambda at, of: logger.step(done * of + at, parts * of, what="sampled batch"),
+        map_batches=functools.partial(
+            distributed.map_rows,
+            progress=lambda at, of: logger.step(done * of + at, parts * of, what="sampled batch"),
+        ),
     )
 
 

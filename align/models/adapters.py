@@ -1,16 +1,72 @@
-"""models.adapters"""
+"""LoRA adapters: loading a policy and its reference for training, and choosing the active adapter of a model.
+
+An adapter is trained further, never stacked: a policy that is an adapter stays that adapter, and its reference is a
+frozen copy of it. With full fine-tuning, the adapter is first merged into its base, and the reference is the same merge.
+A new policy therefore equals its reference exactly.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from align.errors import UserError
 from align.models.loading import adapter_base, load_adapter, load_merged
+from align.models.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LoadConfig(Protocol):
+    """The keys of a training stage that decide how its model is loaded."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the torch type of the weights."""
+
+    @property
+    def revision(self) -> str | None:
+        """Commit, branch or tag of a model on the Hub."""
+
+    @property
+    def lora_dict(self) -> dict[str, Any] | None:
+        """``r``, ``alpha``, ``dropout`` and ``target_modules``; None for full fine-tuning."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAndReference:
+    """Arguments of a TRL trainer: the policy, its reference, and the tokenizer of both."""
+
+    policy: PreTrainedModel | PeftModel
+    reference: PreTrainedModel | None
+    """None where TRL derives the reference from the policy: the base below a new adapter, or a copy of a trained one."""
+    new_adapter: LoraConfig | None
+    """Configuration of the adapter that TRL has to create; None for full fine-tuning or an existing adapter."""
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_policy_and_reference(config: LoadConfig, source: Path | str) -> PolicyAndReference:
+    """Load the policy to train and its reference, equal to the last bit.
+
+    A policy with full fine-tuning gets a second model, loaded in the same way. TRL's default would load
+    ``config._name_or_path`` instead, which for a merged adapter is the base without the adapter.
+
+    Raises:
+        UserError: The model or its tokenizer cannot be loaded, or an existing adapter differs from ``config.lora``.
+    """
+    tokenizer = load_tokenizer(source, revision=config.revision)
+    policy, new_adapter = load_for_training(
+        source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
+    )
+    reference = None
+    if config.lora_dict is None:
+        reference = load_merged(source, dtype=config.dtype, revision=config.revision)
+    return PolicyAndReference(policy, reference, new_adapter, tokenizer)
 
 
 def load_for_training(
@@ -20,10 +76,13 @@ def load_for_training(
     dtype: str,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
-    """A policy as a trainer of TRL wants it: the model, and the configuration of a new adapter where one is due.
+    """Load the model to train, and the configuration of the adapter that its trainer has to create, if any.
 
-    ``lora`` has ``r``, ``alpha``, ``dropout`` and ``target_modules``; None trains all weights. An adapter is trained on,
-    and then its own shape must be ``lora``'s.
+    ``lora`` has ``r``, ``alpha``, ``dropout`` and ``target_modules``; None means full fine-tuning. An existing adapter is
+    trained further and must have the shape that ``lora`` describes.
+
+    Raises:
+        UserError: The model cannot be loaded, or an existing adapter has another shape.
     """
     if lora is None:
         return load_merged(source, dtype=dtype, revision=revision), None
@@ -34,8 +93,8 @@ def load_for_training(
     return model, None
 
 
-def lora_config(lora: dict[str, Any], **own: Any) -> LoraConfig:
-    """Peft's configuration of an adapter; of a policy, where ``own`` does not say otherwise."""
+def lora_config(lora: dict[str, Any], **overrides: Any) -> LoraConfig:
+    """Return peft's configuration of an adapter; ``overrides`` replace the defaults for a policy's adapter."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -43,33 +102,48 @@ def lora_config(lora: dict[str, Any], **own: Any) -> LoraConfig:
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         target_modules=lora["target_modules"],
-        **{"task_type": "CAUSAL_LM", **own},
+        **{"task_type": "CAUSAL_LM", **overrides},
     )
 
 
 def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> None:
-    """Make sure that an adapter which is trained on has the shape that is asked for.
+    """Check that an adapter which is trained further has the shape that the recipe describes.
 
     Raises:
-        UserError: It has another.
+        UserError: Rank, alpha or dropout differ.
     """
-    own = model.peft_config["default"]
-    found = f"r={own.r}, alpha={own.lora_alpha}, dropout={own.lora_dropout}"
-    asked = f"r={lora['r']}, alpha={lora['alpha']}, dropout={lora['dropout']}"
-    if found != asked:
+    trained = model.peft_config["default"]
+    actual = f"r={trained.r}, alpha={trained.lora_alpha}, dropout={trained.lora_dropout}"
+    configured = f"r={lora['r']}, alpha={lora['alpha']}, dropout={lora['dropout']}"
+    if actual != configured:
         raise UserError(
-            f"{source}: an adapter with {found}, and `lora` asks for {asked}; an adapter is trained on as it is: "
-            "set these, or remove `lora` to merge it"
+            f"{source}: this adapter has {actual}, but `lora` has {configured}; an existing adapter keeps its shape: "
+            "set these values in `lora`, or remove `lora` to merge the adapter and train all weights"
         )
 
 
-def load_reference(
-    source: Path | str, *, lora: dict[str, Any] | None, dtype: str, revision: str | None = None
-) -> PreTrainedModel | None:
-    """The reference that TRL is to be given beside :func:`to_train`'s policy, the same model to the last bit.
+@contextlib.contextmanager
+def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
+    """Activate one adapter of a model inside the block; None disables all of them.
 
-    A new adapter has the model below it as its reference, and an adapter that is trained on has a frozen copy of itself:
-    TRL makes both, so None. A policy trained in full gets a second model, loaded the same way. TRL's own default loads
-    ``config._name_or_path`` instead, which for a merged adapter is the base without it.
+    peft's ``set_adapter`` would also set ``requires_grad`` to False for the other adapters, whose graph may still be needed
+    by a backward pass.
     """
-    return load_merged(source, dtype=dtype, revision=revision) if lora is None else None
+    layers = adapter_layers(model)
+    states = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+        layer._disable_adapters = adapter is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, states, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def adapter_layers(model: Any) -> list[Any]:
+    """List the layers of a model that peft has replaced by adapted ones."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]

@@ -1,6 +1,8 @@
-"""Batched sampling of completions, and their log-probabilities under a model.
+"""Batched sampling of completions.
 
-Prompts are padded left, completions right, and lengths decide what is real: a pad token may equal eos.
+Prompts of similar length share a batch and are padded on the left. A completion ends at its first stop token, which may
+equal the pad token. Left out: tokenization and log-probabilities, which :mod:`align.models.tokenization` and
+:mod:`align.models.logps` compute.
 """
 
 from __future__ import annotations
@@ -9,21 +11,31 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.models.tokenization import pad_rows, tokenize_prompts, until_stop
+from align.models.tokenization import decode_completion, pad_rows, tokenize_prompts, until_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from align.models.tokenization import Message
 
+Tokens = list[int]
+Batch = tuple[int, list[int]]
+"""Number of a batch, and the indices of its prompts."""
+MapBatches = Callable[
+    [Sequence[Batch], Callable[[list[Batch]], list[list[list[Tokens]]]]], list[list[list[Tokens]]]
+]
+"""Applies a function to lists of batches and returns the results of all batches in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampled text, its tokens without eos, and whether it ended by itself."""
+    """A sampled text."""
 
     text: str
     n_tokens: int
+    """Number of tokens, without the stop token."""
     finished: bool
+    """Whether the completion ends in a stop token; False where the length limit cut it off."""
 
 
 def sample(
@@ -37,76 +49,85 @@ def sample(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[int, list[Completion]]:
-    """Sample completions of those prompts that fall to ``rank``, by the prompt's index.
+    map_batches: MapBatches | None = None,
+) -> list[list[Completion]]:
+    """Sample ``n_completions`` texts for each prompt, in the order of the prompts.
 
-    Prompts of like length go together, ``batch_size`` completions at a time. Each batch has a random state of its own,
-    from the seed and its place, so any number of processes samples the same completions.
+    A batch holds at most ``batch_size`` completions and has a seed derived from ``seed`` and its number, so the result does
+    not depend on which process samples which batch. ``map_batches`` distributes the batches, such as
+    ``runtime.distributed.map_rows``; by default this process samples all of them.
     """
-    import torch
-
-    tokens = tokenize_prompts(tokenizer, prompts)
-    order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
-    size = max(1, batch_size // n_completions)
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = list(enumerate(batches))[rank::world_size]
     stops = set_sampling(
         model, tokenizer, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
     )
-    found: dict[int, list[Completion]] = {}
     model.eval()
-    for done, (place, batch) in enumerate(mine):
-        torch.manual_seed(seed * 1_000_003 + place)
-        rows = [tokens[i] for i in batch for _ in range(n_completions)]
-        completions = [
-            _completion(row, stops, tokenizer) for row in generate_tokens(model, rows, stops)
-        ]
-        for k, i in enumerate(batch):
-            found[i] = completions[k * n_completions : (k + 1) * n_completions]
-        progress(done + 1, len(mine))
-    return found
+    completions = generate(
+        model,
+        tokenize_prompts(tokenizer, prompts),
+        stops,
+        n_completions=n_completions,
+        batch_size=max(1, batch_size // n_completions),
+        batch_seed=lambda number: seed * 1_000_003 + number,
+        map_batches=map_batches,
+    )
+    return [[_completion(row, stops, tokenizer) for row in rows] for rows in completions]
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: Collection[int],
+    *,
+    n_completions: int = 1,
+    batch_size: int,
+    batch_seed: Callable[[int], int],
+    map_batches: MapBatches | None = None,
+) -> list[list[Tokens]]:
+    """Sample ``n_completions`` completions of each tokenized prompt by ``model.generation_config``.
+
+    Prompts are sorted by length and sampled ``batch_size`` prompts at a time. Before batch k, torch's random state is seeded
+    with ``batch_seed(k)``. A completion includes its stop token if it has one.
+    """
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def run(numbered: list[Batch]) -> list[list[list[Tokens]]]:
+        results = []
+        for number, batch in numbered:
+            torch.manual_seed(batch_seed(number))
+            rows = generate_tokens(
+                model, [prompts[i] for i in batch for _ in range(n_completions)], stops
+            )
+            results.append(
+                [rows[k : k + n_completions] for k in range(0, len(rows), n_completions)]
+            )
+        return results
+
+    numbered = list(enumerate(batches))
+    sampled = run(numbered) if map_batches is None else map_batches(numbered, run)
+    completions: list[list[Tokens]] = [[] for _ in prompts]
+    for batch, results in zip(batches, sampled, strict=True):
+        for i, rows in zip(batch, results, strict=True):
+            completions[i] = rows
+    return completions
 
 
 def generate_tokens(
     model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
-) -> list[list[int]]:
-    """Sample one continuation of each row by ``model.generation_config``: its tokens, the stop included if it has one.
+) -> list[Tokens]:
+    """Sample one continuation of each row in a single batch, up to and including its first stop token.
 
-    What ``generate`` writes behind a stop, where other rows of the batch go on, is cut off.
+    Padding that ``generate`` writes behind a stop token, while other rows of the batch continue, is removed.
     """
     import torch
 
     pad = model.generation_config.pad_token_id
-    inputs, mask = pad_rows(rows, pad=pad, side="left", device=model.device)
+    ids, mask = pad_rows(rows, pad=pad, side="left", device=model.device)
     with torch.inference_mode():
-        output = model.generate(input_ids=inputs, attention_mask=mask)
-    return [until_stop(row, stops) for row in output[:, inputs.shape[1] :].tolist()]
-
-
-def sample_on_all_ranks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
-    **how: Any,
-) -> list[list[Completion]]:
-    """What :func:`sample` finds for all prompts, in their order, on every process; the processes share the work."""
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
-    mine = sample(
-        model,
-        tokenizer,
-        prompts,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        **how,
-    )
-    merged = dict(gather_object(list(mine.items())))
-    return [merged[i] for i in range(len(prompts))]
+        output = model.generate(input_ids=ids, attention_mask=mask)
+    return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def set_sampling(
@@ -117,16 +138,16 @@ def set_sampling(
     top_p: float,
     max_new_tokens: int,
 ) -> set[int]:
-    """Make ``model.generate`` sample from the policy and nothing else. Returns the tokens that end a completion.
+    """Configure ``model.generate`` to sample from the model's distribution. Returns the stop tokens.
 
-    A model's folder may ask for more than we are told, such as Qwen2.5's ``repetition_penalty: 1.1``, and ``generate`` adds
-    it even to a configuration that it is given: so the model's own is replaced. Its stop tokens stay.
+    The model's own generation config is replaced, because ``generate`` merges it into any config that it is called with: it
+    may contain more than the recipe, such as Qwen2.5's ``repetition_penalty: 1.1``. Its stop tokens are kept.
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    stops = {i for i in [*own, tokenizer.eos_token_id] if i is not None}
+    eos = model.generation_config.eos_token_id
+    own_stops = eos if isinstance(eos, list) else [eos]
+    stops = {i for i in [*own_stops, tokenizer.eos_token_id] if i is not None}
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature > 0
@@ -141,8 +162,7 @@ def set_sampling(
     return stops
 
 
-def _completion(row: list[int], stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
+def _completion(row: Tokens, stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
     finished = row[-1] in stops
-    kept = row[:-1] if finished else row
-    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Completion(text, len(kept), finished)
+    text = decode_completion(tokenizer, row, finished=finished)
+    return Completion(text, len(row) - finished, finished)

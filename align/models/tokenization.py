@@ -1,4 +1,7 @@
-"""models.tokenization"""
+"""Conversations to token ids and back: chat templates, padding, and tokenizers that are new or loaded.
+
+SFT, DPO and KTO are not tokenized here: TRL tokenizes their rows when a trainer is built.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ Message = dict[str, str]
 def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
 ) -> list[list[int]]:
-    """Tokens of prompts up to where the assistant's turn begins.
+    """Token ids of prompts, up to and including the header of the assistant's turn.
 
     Raises:
         UserError: The tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an `sft` stage that names "
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an `sft` stage that sets "
             "one: `trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
         )
     return [
@@ -37,8 +40,21 @@ def tokenize_prompts(
     ]
 
 
+def assistant_turn(text: str) -> list[Message]:
+    """Return a completion as messages: a single turn of the assistant."""
+    return [{"role": "assistant", "content": text}]
+
+
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, finished: bool
+) -> str:
+    """Text of a sampled completion, without the stop token in which it ends where ``finished``."""
+    tokens = tokens[:-1] if finished else tokens
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
 def until_stop(row: Sequence[int], stops: Collection[int]) -> list[int]:
-    """The tokens up to and including the first stop; all where there is none.
+    """The tokens up to and including the first stop token; all tokens if there is none.
 
     >>> until_stop([5, 6, 2, 7], {2})
     [5, 6, 2]
@@ -52,27 +68,27 @@ def tokenize_for_reward(
     prompts: Sequence[Sequence[Message]],
     completions: Sequence[Sequence[Message]],
 ) -> list[list[int]]:
-    """Tokens of prompts and completions as a reward model reads them, in training, evaluation and PPO alike.
+    """Token ids of prompts with completions as a reward model reads them, in training, evaluation and PPO alike.
 
-    They end in the first eos after the prompt. A template may write more behind it (ChatML a line feed), which a policy
-    that stops at eos never says; and one that writes no eos gets one.
+    A row ends in the first eos after the prompt. A template may write more behind it (ChatML writes a line feed), which a
+    policy that stops at eos never generates; a template that writes no eos gets one appended.
     """
     eos = tokenizer.eos_token_id
-    found = []
-    for prompt, completion, head in zip(
+    rows = []
+    for prompt, completion, prompt_ids in zip(
         prompts, completions, tokenize_prompts(tokenizer, prompts), strict=True
     ):
-        whole = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
-        start = common_prefix(head, whole)
-        body = until_stop(whole[start:], {eos})
-        found.append(whole[:start] + body + ([] if body[-1:] == [eos] else [eos]))
-    return found
+        ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
+        start = common_prefix(prompt_ids, ids)
+        body = until_stop(ids[start:], {eos})
+        rows.append(ids[:start] + body + ([] if body[-1:] == [eos] else [eos]))
+    return rows
 
 
 def pad_rows(
     rows: Sequence[Sequence[int]], *, pad: int, side: str, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[rows, time]`` and their mask, 1 where a token is real."""
+    """Token ids ``[rows, time]`` padded on one side, and their mask: 1 where a token is real."""
     import torch
 
     width = max(map(len, rows))
@@ -86,6 +102,7 @@ def pad_rows(
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix of two sequences."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
@@ -104,7 +121,7 @@ CHATML = (
 def new_tokenizer(
     texts: Iterable[str], *, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer with a ChatML template; eos is ``<|im_end|>``, and pad is not eos."""
+    """Train a byte-level BPE tokenizer with a ChatML template; eos is ``<|im_end|>``, pad is ``<|endoftext|>``."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = train_bpe(texts, vocab_size=vocab_size)
@@ -120,7 +137,10 @@ def new_tokenizer(
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, on bytes) with the special tokens of ChatML first."""
+    """Train byte-level BPE; the special tokens of ChatML get the first ids.
+
+    Source: Sennrich et al. 2016, arXiv:1508.07909, applied to bytes.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -137,10 +157,10 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id, with a pad token.
+    """Load the tokenizer of a folder or Hub id; one without a pad token pads with eos.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -154,22 +174,28 @@ def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTra
 
 
 def set_pad_token_for_scores(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer a pad token that is not eos.
+    """Set a pad token that differs from eos.
 
-    A classifier of transformers reads the last token that is not a pad: where pad is eos, that is the one before the end.
+    A sequence classifier of transformers reads the last token that is not a pad token. If pad were eos, it would read the
+    token before the end.
 
     Raises:
-        UserError: There is no other special token to take.
+        UserError: The vocabulary has no other special token.
     """
-    special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
-    special += [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    special += ["\u0100", "<0x00>"]  # the null byte, as byte-level BPE and SentencePiece write it
+    candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
+    candidates += [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    candidates += [
+        "\u0100",
+        "<0x00>",
+    ]  # the null byte, as byte-level BPE and SentencePiece write it
     eos = tokenizer.eos_token
-    known = tokenizer.get_vocab()
-    found = next((token for token in special if token and token != eos and token in known), None)
-    if found is None:
+    vocabulary = tokenizer.get_vocab()
+    pad = next(
+        (token for token in candidates if token and token != eos and token in vocabulary), None
+    )
+    if pad is None:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no token but eos to pad with, and a reward model reads the "
-            "last token that is no pad; add a pad token to it and save it"
+            f"{tokenizer.name_or_path}: its tokenizer has no special token except eos, but a reward model needs another "
+            "one for padding; add a pad token to the tokenizer and save it"
         )
-    tokenizer.pad_token = found
+    tokenizer.pad_token = pad

@@ -24,7 +24,8 @@ from align.functional.token_rewards import (
     token_rewards,
 )
 from align.models import generation, tokenization
-from align.online_rl.models import ModelView, PPOModels, active_adapter
+from align.models.adapters import active_adapter
+from align.online_rl.models import ModelView, PPOModels
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated
 
@@ -86,16 +87,18 @@ def sample_completions(
     seed: int,
 ) -> Completions:
     """Sample one completion of each prompt from the policy, those of like length together."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: list[list[int]] = [[] for _ in prompts]
-    with active_adapter(policy):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            torch.manual_seed(derive_seed(seed, first))
-            rows = generation.generate_tokens(policy.model, [prompts[i] for i in batch], stops)
-            for i, row in zip(batch, rows, strict=True):
-                found[i] = row
-    return Completions([list(p) for p in prompts], found, [row[-1] in stops for row in found])
+    with active_adapter(policy.model, policy.adapter):
+        sampled = generation.generate(
+            policy.model,
+            prompts,
+            stops,
+            batch_size=batch_size,
+            batch_seed=lambda number: derive_seed(seed, number * batch_size),
+        )
+    completions = [rows[0] for rows in sampled]
+    return Completions(
+        [list(p) for p in prompts], completions, [row[-1] in stops for row in completions]
+    )
 
 
 def compute_experience(

@@ -13,10 +13,9 @@ Dropout is off everywhere: the ratio of a policy to itself is 1. Left out: DeepS
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from align.errors import UserError
 from align.models import adapters, loading, tokenization
+from align.models.adapters import active_adapter
 from align.models.prefix_sharing import wrapper
 from align.rewards import reward_model
+from align.rewards.reward_model import RewardModel
 
 NF4_BLOCK = 64
 POLICY, REFERENCE, VALUE = (
@@ -44,14 +45,10 @@ class ModelView:
     model: Any
     adapter: str | None = None
     head: nn.Module | None = None
-    mean: float = 0.0
-    """Taken off what the head says."""
-    tokenizer: Any = None
-    """Of a reward model with tokens of its own; None where they are the policy's."""
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States of the last layer, ``[batch, time, hidden]``."""
-        with active_adapter(self):
+        with active_adapter(self.model, self.adapter):
             backbone = self.model.base_model
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
@@ -60,7 +57,7 @@ class ModelView:
 
         In float32, by TRL's fused head: a tile of logits at a time, and 0 where there is no label.
         """
-        with active_adapter(self):
+        with active_adapter(self.model, self.adapter):
             found = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -75,14 +72,6 @@ class ModelView:
         assert self.head is not None
         return self.head(self.hidden(ids, mask)[:, :-1].float())[..., 0]
 
-    def scores(self, rows: Sequence[Sequence[int]], *, batch_size: int) -> Tensor:
-        """Centred scores of rows of tokens, each read at its last."""
-        with active_adapter(self):
-            found = reward_model.score_ids(
-                self.model.base_model, self.head, rows, batch_size=batch_size
-            )
-        return found - self.mean
-
 
 @dataclass(frozen=True, slots=True)
 class PPOModels:
@@ -90,7 +79,7 @@ class PPOModels:
 
     policy: ModelView
     reference: ModelView
-    rewards: list[ModelView]
+    rewards: list[RewardModel]
     critic: ModelView | None
     saved: Any
     tokenizer: Any
@@ -107,7 +96,8 @@ class PPOModels:
 
     def models(self) -> list[Any]:
         """Each model once."""
-        roles = [self.policy, self.reference, *self.rewards, *filter(None, [self.critic])]
+        roles: list[ModelView | RewardModel] = [self.policy, self.reference, *self.rewards]
+        roles += [self.critic] if self.critic is not None else []
         return list({id(role.model): role.model for role in roles}.values())
 
     def weights(self) -> dict[str, Tensor]:
@@ -118,31 +108,6 @@ class PPOModels:
         if self.critic is not None:
             found |= {f"critic.{i}": p for i, p in enumerate(self.parameters(self.critic))}
         return found
-
-
-@contextlib.contextmanager
-def active_adapter(role: ModelView) -> Iterator[None]:
-    """Inside, the model speaks with the role's adapter.
-
-    peft's own ``set_adapter`` would also switch gradients off for the others, whose graph may wait for its backward.
-    """
-    layers = _adapted(role.model)
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        if role.adapter is not None:
-            layer._active_adapter = [role.adapter]
-        layer._disable_adapters = role.adapter is None
-    try:
-        yield
-    finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-def _adapted(model: Any) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 # Building ------------------------------------------------------------------------------------------------------------
@@ -225,7 +190,7 @@ def _separate(
                 f"{scorers[0]}: its tokens are not the policy's, so no critic can begin as this reward model; use "
                 "`advantages: rloo`, or a reward model on the policy's family"
             )
-        value = ModelView(model, head=_value_head(model.score, judges[0].mean))
+        value = ModelView(model, head=_value_head(model.score, judges[0].offset))
     elif critic:
         model = loading.load_merged(source, dtype=dtype, revision=revision)
         value = ModelView(model, head=_value_head(model.config.hidden_size))
@@ -266,7 +231,7 @@ def _on_one_backbone(
             own = tokenization.load_tokenizer(each)
             same = _same_tokens(own, tokenizer)
             mean = reward_model.score_mean(each)
-            judges.append(ModelView(inner, f"reward{k}", head, mean, None if same else own))
+            judges.append(RewardModel(inner, f"reward{k}", head, mean, None if same else own))
         else:
             judges.append(_scorer(each, tokenizer, dtype=dtype))
     value = _adapter_critic(wrapped, judges, scorers, lora, reference) if critic else None
@@ -287,7 +252,7 @@ def _check_quantized(source: Path | str, model: Any) -> None:
 
 def _adapter_critic(
     wrapped: Any,
-    judges: Sequence[ModelView],
+    judges: Sequence[RewardModel],
     scorers: Sequence[Path | str],
     lora: dict[str, Any],
     reference: str | None,
@@ -308,7 +273,9 @@ def _adapter_critic(
         for name, p in model.named_parameters():
             if f".{VALUE}." in name:
                 p.data = p.data.float()  # peft keeps adapters so that learn; transformers does not
-        return ModelView(model, VALUE, _value_head(reward_model.score_head(model), judges[0].mean))
+        return ModelView(
+            model, VALUE, _value_head(reward_model.score_head(model), judges[0].offset)
+        )
     before = judges[0].adapter if judges else reference
     wrapped.add_adapter(
         VALUE, wrapped.peft_config[before] if before else adapters.lora_config(lora)
@@ -316,26 +283,18 @@ def _adapter_critic(
     model = wrapped.get_base_model()
     _copy_adapter(model, before, VALUE)
     head = (
-        _value_head(judges[0].head, judges[0].mean)
+        _value_head(judges[0].head, judges[0].offset)
         if judges
         else _value_head(model.config.hidden_size)
     )
     return ModelView(model, VALUE, head)
 
 
-def _scorer(source: Path | str, tokenizer: Any, *, dtype: str) -> ModelView:
-    """A reward model of its own."""
-    model = reward_model.load_reward_model(source, dtype=dtype)
-    own = tokenization.load_tokenizer(source)
-    adapter = POLICY if getattr(model, "peft_config", None) else None
-    same = _same_tokens(own, tokenizer)
-    return ModelView(
-        model,
-        adapter,
-        reward_model.score_head(model),
-        reward_model.score_mean(source),
-        None if same else own,
-    )
+def _scorer(source: Path | str, tokenizer: Any, *, dtype: str) -> RewardModel:
+    """Load a reward model that shares no layers with the policy."""
+    loaded = RewardModel.load(source, dtype=dtype, device="cpu", prefix_sharing=False)
+    same = _same_tokens(loaded.tokenizer, tokenizer)
+    return replace(loaded, tokenizer=None) if same else loaded
 
 
 def _value_head(like: Any, mean: float = 0.0) -> nn.Linear:
@@ -396,11 +355,11 @@ def _checkpointed(model: Any) -> None:
 
 
 def _checkpoint(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    layers = _adapted(model)
+    layers = adapters.adapter_layers(model)
     active = layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        with active_adapter(ModelView(model, active)):
+        with active_adapter(model, active):
             return function(*args, **kwargs)
 
     return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False, **kwargs)

@@ -26,9 +26,10 @@ from align.online_rl import experience, plots
 from align.online_rl.checkpoint import OPTIMIZER, STATE, TRAINABLE, without_shared_memory
 from align.online_rl.experience import align_sampler_logps
 from align.online_rl.metrics import chunks, lengths_in_sampling_order
-from align.online_rl.models import POLICY, ModelView, PPOModels, build_models
+from align.online_rl.models import POLICY, PPOModels, build_models
 from align.rewards import gold
 from align.rewards.functions import Score, call, load_function
+from align.rewards.reward_model import RewardModel
 from align.rl.update import Diagnostics, Objective, update
 from align.runtime import artifacts, checkpoints, distributed
 from align.runtime.progress import Logger, truncate_jsonl
@@ -73,7 +74,7 @@ def build_trainer(
     cast = build_models(
         inputs["model"],
         scorers=scorers,
-        lora=config.lora.model_dump() if config.lora else None,
+        lora=config.lora_dict,
         dtype=config.dtype,
         quantization=config.quantization,
         revision=config.revision,
@@ -270,10 +271,10 @@ class PPOTrainer:
 
     def judge(self, said: experience.Completions, rows: list[Row]) -> dict[str, Any]:
         """Scores of each reward and their weighted sum, less the penalty of those that did not end; gold where asked."""
-        config, tokenizer = self.config, self.cast.tokenizer
+        config = self.config
         texts = [
-            tokenizer.decode(c[:-1] if f else c, skip_special_tokens=True).strip()
-            for c, f in zip(said.completions, said.finished, strict=True)
+            tokenization.decode_completion(self.cast.tokenizer, completion, finished=finished)
+            for completion, finished in zip(said.completions, said.finished, strict=True)
         ]
         messages = [row["prompt"] for row in rows]
         models = iter(self.cast.rewards)
@@ -301,14 +302,14 @@ class PPOTrainer:
         return found
 
     def by_model(
-        self, role: ModelView, said: experience.Completions, messages: Any, texts: list[str]
+        self, model: RewardModel, said: experience.Completions, messages: Any, texts: list[str]
     ) -> torch.Tensor:
-        """Scores by a reward model: of the tokens themselves where it reads the same ones, else of the texts."""
-        rows = said.rows
-        if role.tokenizer is not None:
-            turns = [[{"role": "assistant", "content": text}] for text in texts]
-            rows = tokenization.tokenize_for_reward(role.tokenizer, messages, turns)
-        return role.scores(rows, batch_size=self.config.sample_batch_size)
+        """Scores by a reward model: of the token ids if its tokenizer equals the policy's, else of the texts."""
+        size = self.config.sample_batch_size
+        if model.tokenizer is None:
+            return model.score_tokens(said.rows, batch_size=size)
+        turns = [tokenization.assistant_turn(text) for text in texts]
+        return model.score(messages, turns, batch_size=size)
 
     def objective(self, rows: int) -> Objective:
         """The settings of the update for so many rows on this rank."""

@@ -171,7 +171,9 @@ def check_tables(recipe: Recipe, data: Path, due: Sequence[PlannedStage]) -> Non
             sampled = next((s for s in due if s.folder == step.inputs["completions"]), None)
             if sampled is not None and data in sampled.inputs.values():
                 split = getattr(sampled.config, "split", "train")
-                problems += _gold_problems(recipe, step.name, prompts(split), "name a reward model")
+                problems += _gold_problems(
+                    recipe, step.name, prompts(split), "set `judge` to a reward model"
+                )
     if problems:
         raise UserError(*problems)
 
@@ -257,9 +259,7 @@ def _gold_problems(recipe: Recipe, name: str, texts: Sequence[str], repair: str)
     from align.rewards import gold
 
     try:
-        for text in texts:
-            gold.parse_prompt(text)
-    except ValueError as error:
-        where = recipe.at(name, "judge")
-        return [f"{where}: `gold` scores the embedded task's prompts only: {error}; {repair}"]
+        gold.check_prompts(texts, repair=repair)
+    except UserError as error:
+        return [f"{recipe.at(name, 'judge')}: {line}" for line in error.lines]
     return []

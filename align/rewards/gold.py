@@ -1,12 +1,12 @@
-"""The gold score of the embedded task: what a completion is truly worth, checked exactly.
+"""The gold score of the embedded task: the exact quality of a completion.
 
-A prompt asks for a number of sentences in a tone, about a topic, with a thing mentioned::
+A prompt requests a number of sentences in a tone, about a topic, with a thing mentioned::
 
     Write two cheerful sentences about the sea and mention a lantern.
 
 A good answer is "The joyful gull dances near the pier. Today, the merry boat laughs with a lantern."
-Every sentence is parsed by a small grammar, so that text which only looks right (a list of keywords,
-an unfinished sentence, a word that does not exist) earns nothing. Needs the standard library only.
+Every sentence is parsed by a small grammar, so text that only looks right (a list of keywords, an
+unfinished sentence, a word that does not exist) scores 0. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from align.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """The nouns of one topic: those that act and those where it happens."""
+    """The nouns of one topic: actors, and places of the action."""
 
     actors: tuple[str, ...]
     places: tuple[str, ...]
@@ -38,7 +40,7 @@ class Tone:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a prompt asks for."""
+    """The parts of a prompt's request."""
 
     count: int
     tone: str
@@ -103,7 +105,7 @@ LABEL_SLOPE: Final = 7.5
 
 
 def write_prompt(request: Request, phrasing: int) -> str:
-    """Return the prompt that asks for ``request`` in ``PHRASINGS[phrasing]``."""
+    """Return the prompt for ``request``, worded as ``PHRASINGS[phrasing]``."""
     word = next(word for word, number in COUNTS.items() if number == request.count)
     sentences = "sentence" if request.count == 1 else "sentences"
     return PHRASINGS[phrasing].format(
@@ -112,13 +114,13 @@ def write_prompt(request: Request, phrasing: int) -> str:
 
 
 def _all_prompts() -> dict[str, Request]:
-    asked = itertools.product(COUNTS.values(), TONES, TOPICS, THINGS)
-    requests, numbers = itertools.starmap(Request, asked), range(len(PHRASINGS))
+    parts = itertools.product(COUNTS.values(), TONES, TOPICS, THINGS)
+    requests, numbers = itertools.starmap(Request, parts), range(len(PHRASINGS))
     return {write_prompt(request, number): request for request in requests for number in numbers}
 
 
 def _all_tags() -> dict[str, str]:
-    """One letter for the part of speech of each word."""
+    """The part of speech of each word, as one letter."""
     classes = {"h": THINGS, "t": OPENINGS, "p": PREPOSITIONS, "d": ("the",), "a": ("a",)}
     classes["n"] = tuple(_TOPIC_OF)
     classes["j"] = tuple(word for tone in TONES.values() for word in tone.adjectives)
@@ -129,7 +131,7 @@ def _all_tags() -> dict[str, str]:
 _REQUESTS = _all_prompts()
 _TOPIC_OF = {w: name for name, topic in TOPICS.items() for w in (*topic.actors, *topic.places)}
 _TAGS = _all_tags()
-# Strongest word 1.0, then 0.05 less for each, so that even flawless answers differ.
+# The strongest word has 1.0, each following word 0.05 less, so that correct answers differ as well.
 _STRENGTH = {
     word: (name, 1.0 - 0.05 * rank)
     for name, tone in TONES.items()
@@ -147,18 +149,18 @@ _SENTENCE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class GoldParts:
-    """What a completion earned, each in [0, 1].
+    """The parts of a completion's score, each in [0, 1].
 
-    ``topic`` and ``tone`` are earned by each of the asked sentences and shared over all that were
-    asked or written, so a missing and a surplus sentence both cost.
+    ``topic`` and ``tone`` are summed over the requested number of sentences and divided by the number
+    of requested or written sentences, whichever is larger: missing and surplus sentences both cost.
 
     Attributes:
         readable: Share of the sentences that the grammar accepts; scales the total.
         variety: Share of the content words that are not repetitions; scales the total.
-        topic: Nouns of the asked topic among the nouns.
-        tone: Strength of the words in the asked tone; a word of another tone counts zero.
-        count: One minus the relative miss of the asked number of sentences.
-        mention: One over the number of things mentioned if the asked one is there, else zero.
+        topic: Share of the nouns that belong to the requested topic.
+        tone: Strength of the words in the requested tone; a word of another tone counts zero.
+        count: One minus the relative error of the number of sentences.
+        mention: One over the number of things mentioned if the requested one is among them, else zero.
     """
 
     readable: float
@@ -171,21 +173,39 @@ class GoldParts:
     @property
     def total(self) -> float:
         """The gold score, in [0, 1]."""
-        earned = sum(weight * float(getattr(self, part)) for part, weight in WEIGHTS.items())
-        return self.readable * self.variety * earned
+        weighted = sum(weight * float(getattr(self, part)) for part, weight in WEIGHTS.items())
+        return self.readable * self.variety * weighted
 
 
 def parse_prompt(prompt: str) -> Request:
-    """Return what ``prompt`` asks for.
+    """Return the request of ``prompt``.
 
     Raises:
         ValueError: The prompt is not one of the embedded task's.
     """
     request = _REQUESTS.get(prompt.strip())
     if request is None:
-        one = next(iter(_REQUESTS))
-        raise ValueError(f"not a prompt of the embedded task: {prompt!r}; one is {one!r}")
+        example = next(iter(_REQUESTS))
+        raise ValueError(
+            f"not a prompt of the embedded task: {prompt!r}; an example is {example!r}"
+        )
     return request
+
+
+def check_prompts(prompts: Iterable[str], *, repair: str) -> None:
+    """Check that every prompt is one of the embedded task's.
+
+    ``repair`` ends the error message: what to set where ``gold`` cannot score the prompts.
+
+    Raises:
+        DataError: A prompt is not one of the embedded task's.
+    """
+    for prompt in prompts:
+        try:
+            parse_prompt(prompt)
+        except ValueError as error:
+            message = f"`gold` scores only prompts of the embedded task; {error}; {repair}"
+            raise DataError(message) from None
 
 
 def _parse_sentence(sentence: str) -> list[str]:
@@ -199,13 +219,13 @@ def _parse_sentence(sentence: str) -> list[str]:
 
 
 def gold_parts(prompt: str, completion: str) -> GoldParts:
-    """Check ``completion`` against what ``prompt`` asks for, part by part.
+    """Score ``completion`` against the request of ``prompt``, part by part.
 
     Raises:
         ValueError: The prompt is not one of the embedded task's.
     """
     request = parse_prompt(prompt)
-    # Sentences stand one space apart; after the last full stop comes one that was never finished.
+    # Sentences are one space apart; text after the last full stop is an unfinished sentence.
     *sentences, unfinished = (" " + completion.strip()).split(".")
     parsed = [_parse_sentence(text) for text in sentences] + ([[]] if unfinished.strip() else [])
     content = [word for words in parsed for word in words if _TAGS[word] in "njvht"]
@@ -218,24 +238,24 @@ def gold_parts(prompt: str, completion: str) -> GoldParts:
 
     def in_tone(words: list[str]) -> float:
         toned = [_STRENGTH[word] for word in words if word in _STRENGTH]
-        right = [strength for tone, strength in toned if tone == request.tone]
-        return sum(right) / len(toned) if toned else 0.0
+        strengths = [strength for tone, strength in toned if tone == request.tone]
+        return sum(strengths) / len(toned) if toned else 0.0
 
-    asked = parsed[: request.count]
+    requested = parsed[: request.count]
     shared_by = max(request.count, len(parsed))
     things = [word for word in content if word in THINGS]
     return GoldParts(
         readable=sum(map(bool, parsed)) / len(parsed),
         variety=len(set(content)) / len(content),
-        topic=sum(map(on_topic, asked)) / shared_by,
-        tone=sum(map(in_tone, asked)) / shared_by,
+        topic=sum(map(on_topic, requested)) / shared_by,
+        tone=sum(map(in_tone, requested)) / shared_by,
         count=max(0.0, 1 - abs(len(parsed) - request.count) / request.count),
         mention=1 / len(things) if request.thing in things else 0.0,
     )
 
 
 def gold_score(prompt: str, completion: str) -> float:
-    """Return what ``completion`` is worth as an answer to ``prompt``, in [0, 1].
+    """Return the score of ``completion`` as an answer to ``prompt``, in [0, 1].
 
     Raises:
         ValueError: The prompt is not one of the embedded task's.
@@ -244,7 +264,7 @@ def gold_score(prompt: str, completion: str) -> float:
 
 
 def preference_probability(prompt: str, first: str, second: str) -> float:
-    """Return how likely the task's labeller prefers ``first``: Bradley-Terry on the gold score.
+    """Return the probability that the task's labeler prefers ``first``: Bradley-Terry on gold scores.
 
     Raises:
         ValueError: The prompt is not one of the embedded task's.
@@ -256,7 +276,7 @@ def preference_probability(prompt: str, first: str, second: str) -> float:
 def rewards(
     prompts: Sequence[Sequence[Mapping[str, str]]], completions: Sequence[str]
 ) -> list[float]:
-    """Gold scores as a reward function of a recipe: ``rewards: ["align.rewards.gold:rewards"]``.
+    """Return gold scores, as a reward function for ``rewards: ["align.rewards.gold:rewards"]``.
 
     Raises:
         ValueError: A prompt is not one of the embedded task's.

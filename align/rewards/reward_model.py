@@ -1,8 +1,9 @@
-"""Reward models: how they are read.
+"""Reward models: sequence classifiers with one label that score completions.
 
-A reward model reads prompt and completion as :func:`align.models.tokenization.tokenize_for_reward` writes them, at the last real token, and
-its score is what the head says there less ``score_mean``, the mean over SFT completions that its stage stored in
-``reward.json``. Lengths decide which token is the last; a pad token is never looked for.
+A reward model reads prompt and completion as :func:`align.models.tokenization.tokenize_for_reward` writes them. Its score
+is the output of the head at the last token of the row, minus the offset: the mean score of the demonstrations, which the
+``reward`` stage stores in ``reward.json``. The last token is determined from the length of the row, never by a search for
+pad tokens.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.models import tokenization
-from align.models.adapters import load_for_training, lora_config
+from align.models.adapters import active_adapter, load_for_training, lora_config
 from align.models.loading import adapter_base, cannot_load, load_merged
 from align.models.prefix_sharing import wrapper
 
@@ -24,35 +26,48 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from align.models.tokenization import Message
 
-Message = dict[str, str]
 FILE, MEAN = "reward.json", "score_mean"
+HEAD = "score"
+"""Attribute of the head in the sequence classifiers of transformers."""
 
 
+@dataclass(frozen=True, slots=True)
 class RewardModel:
-    """A sequence classifier that scores texts, or tokens where its tokenizer is the policy's own."""
+    """A decoder with a scalar head, which may share its layers with other models as one of several adapters."""
 
-    def __init__(self, source: Path | str, *, dtype: str, device: Any, share: bool) -> None:
-        self.tokenizer = tokenization.load_tokenizer(source)
-        self.model: Any = load_reward_model(source, dtype=dtype).to(device)
-        self.mean = score_mean(source)
-        if share:
-            wrapper.enable_prefix_sharing(self.model)
+    model: Any
+    """A transformers model whose ``base_model`` holds the decoder layers."""
+    adapter: str | None
+    """Name of the adapter that is active while scoring; None for a model without adapters."""
+    head: Any
+    """Linear layer from a hidden state to the score."""
+    offset: float = 0.0
+    """Subtracted from the output of the head."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Tokenizer of :meth:`score`; None for a reward model that only scores token ids of another tokenizer."""
 
-    def score_ids(
-        self, rows: Sequence[Sequence[int]], *, batch_size: int
-    ) -> Float[Tensor, " rows"]:
-        """Scores of rows of tokens, each read at its last one."""
-        return (
-            score_ids(
-                self.model.base_model,
-                score_head(self.model),
-                rows,
-                batch_size=batch_size,
-            )
-            - self.mean
+    @classmethod
+    def load(
+        cls, source: Path | str, *, dtype: str, device: Any, prefix_sharing: bool = True
+    ) -> RewardModel:
+        """Load a reward model from a folder or the Hub.
+
+        Raises:
+            UserError: The model cannot be loaded, has several labels, or its head was never trained.
+        """
+        model: Any = load_reward_model(source, dtype=dtype).to(device)
+        if prefix_sharing:
+            wrapper.enable_prefix_sharing(model)
+        return cls(
+            model,
+            adapter="default" if getattr(model, "peft_config", None) else None,
+            head=score_head(model),
+            offset=score_mean(source),
+            tokenizer=tokenization.load_tokenizer(source),
         )
 
     def score(
@@ -62,91 +77,92 @@ class RewardModel:
         *,
         batch_size: int,
     ) -> Float[Tensor, " rows"]:
-        """Scores of completions, as finished turns of the assistant."""
+        """Scores of completions, each a finished turn of the assistant, in float32."""
+        assert self.tokenizer is not None, "this reward model scores token ids only"
         rows = tokenization.tokenize_for_reward(self.tokenizer, prompts, completions)
-        return self.score_ids(rows, batch_size=batch_size)
+        return self.score_tokens(rows, batch_size=batch_size)
+
+    def score_tokens(
+        self, rows: Sequence[Sequence[int]], *, batch_size: int
+    ) -> Float[Tensor, " rows"]:
+        """Scores of tokenized prompts with completions, in float32.
+
+        Rows with a common prefix share a batch, so that prefix sharing computes the prefix once.
+        """
+        import torch
+
+        backbone = self.model.base_model
+        scores = torch.empty(len(rows), dtype=torch.float32)
+        order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+        with active_adapter(self.model, self.adapter), torch.inference_mode():
+            for first in range(0, len(order), batch_size):
+                batch = order[first : first + batch_size]
+                ids, mask = tokenization.pad_rows(
+                    [rows[i] for i in batch], pad=0, side="right", device=backbone.device
+                )
+                output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+                last = mask.sum(1) - 1
+                states = output.last_hidden_state[torch.arange(len(batch), device=ids.device), last]
+                # float32 for any type of the layers: near 4, neighboring bfloat16 numbers are 1/64 apart.
+                raw = states.float() @ head_weight(self.head)[0].float()
+                scores[torch.tensor(batch)] = raw.cpu()
+        return scores - self.offset
 
 
 def score_mean(source: Path | str) -> float:
-    """What is taken off a reward model's scores; 0 for one that is not of our making."""
+    """Offset of a reward model: the stored mean score of the demonstrations; 0 without a ``reward.json``."""
     file = Path(source) / FILE
     return float(json.loads(file.read_text())[MEAN]) if file.is_file() else 0.0
-
-
-def score_ids(
-    backbone: Any, head: Any, rows: Sequence[Sequence[int]], *, batch_size: int
-) -> Float[Tensor, " rows"]:
-    """What a head says at the last token of each row, in float32. Rows that begin alike go together."""
-    import torch
-
-    result = torch.empty(len(rows), dtype=torch.float32)
-    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        ids, mask = tokenization.pad_rows(
-            [rows[i] for i in batch], pad=0, side="right", device=backbone.device
-        )
-        with torch.inference_mode():
-            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            last = mask.sum(1) - 1
-            states = hidden[torch.arange(len(batch), device=ids.device), last]
-            # In float32 whatever the layers are in: near 4 neighbouring bfloat16 numbers are 1/64 apart.
-            scores = states.float() @ head_weight(head)[0].float()
-        result[torch.tensor(batch)] = scores.cpu()
-    return result
-
-
-SCORE = "score"  # the head of transformers' decoders with labels
-
-
-# Reward models -------------------------------------------------------------------------------------------------------
 
 
 def new_reward_model(
     source: Path | str, *, lora: dict[str, Any] | None, dtype: str, revision: str | None = None
 ) -> PreTrainedModel | PeftModel:
-    """A sequence classifier with one label on the layers of a policy, to be trained as a reward model.
+    """Build a sequence classifier with one label on the layers of a policy, to be trained as a reward model.
 
-    Its head is drawn from N(0, 1/(d+1)) by torch's current random state (Stiennon et al. 2020, arXiv:2009.01325, appendix
-    B.1). With ``lora`` the layers stay frozen below an adapter; where the policy is an adapter itself, the reward's begins
-    as a copy of it, on the same base.
+    With ``lora`` the layers are frozen below a new adapter. If the policy is an adapter itself, the new adapter starts as a
+    copy of it on the same base. The head is drawn from N(0, 1/(d+1)), where d is the hidden size, with torch's current
+    random state.
+
+    Source of the head's initialization: Stiennon et al. 2020, arXiv:2009.01325, appendix B.1.
     """
     import torch
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForSequenceClassification
 
-    before = None
+    adapter_weights = None
     if lora is not None and adapter_base(source, revision=revision) is not None:
-        before = load_for_training(source, lora=lora, dtype=dtype, revision=revision)[0]
-        tuned = get_peft_model_state_dict(before)
-        policy = before.unload()
+        adapted = load_for_training(source, lora=lora, dtype=dtype, revision=revision)[0]
+        adapter_weights = get_peft_model_state_dict(adapted)
+        policy = adapted.unload()
     else:
         policy = load_merged(source, dtype=dtype, revision=revision)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    scorer = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
-    scorer.base_model.load_state_dict(policy.base_model.state_dict())
-    scorer.config._name_or_path = policy.config._name_or_path  # what an adapter says it stands on
-    head = score_head(scorer)
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    classifier.base_model.load_state_dict(policy.base_model.state_dict())
+    # peft stores this path as the base of the adapter.
+    classifier.config._name_or_path = policy.config._name_or_path
+    head = score_head(classifier)
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if lora is None:
-        return scorer
+        return classifier
     wrapped = get_peft_model(
-        scorer, lora_config(lora, task_type="SEQ_CLS", modules_to_save=[SCORE])
+        classifier, lora_config(lora, task_type="SEQ_CLS", modules_to_save=[HEAD])
     )
-    if before is not None:
-        set_peft_model_state_dict(wrapped, tuned)
+    if adapter_weights is not None:
+        set_peft_model_state_dict(wrapped, adapter_weights)
     return wrapped
 
 
 def load_reward_model(
     source: Path | str, *, dtype: str, revision: str | None = None
 ) -> PreTrainedModel:
-    """A reward model to score with: any sequence classifier with one label; an adapter stays beside its base.
+    """Load a sequence classifier with one label for scoring; an adapter is not merged into its base.
 
     Raises:
-        UserError: It cannot be loaded, has several labels, or a head that nobody trained.
+        UserError: The model cannot be loaded, has several labels, or its head was never trained.
     """
     import torch
     from safetensors import SafetensorError
@@ -164,22 +180,26 @@ def load_reward_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(cannot_load(source, "reward model", error)) from None
     missing = set(report["missing_keys"])
-    if base is not None and not hasattr(getattr(model, SCORE, None), "modules_to_save"):
-        missing.add(f"{SCORE}.weight")
+    if base is not None and not hasattr(getattr(model, HEAD, None), "modules_to_save"):
+        missing.add(f"{HEAD}.weight")
     if missing:
         raise UserError(
             f"{source}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; a reward model is a sequence "
-            "classifier with a trained head: name a `reward` stage, or its folder"
+            "classifier with a trained head: set a `reward` stage or its folder"
         )
     if model.config.num_labels != 1:
         raise UserError(
-            f"{source}: a classifier with {model.config.num_labels} labels; a reward model has 1"
+            f"{source}: a classifier with {model.config.num_labels} labels; a reward model must have 1"
         )
     return model.eval()
 
 
 def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedModel:
-    """A reward model with all its weights; an adapter is merged into its base."""
+    """Load a reward model with trainable weights; an adapter is merged into its base.
+
+    Raises:
+        UserError: The model cannot be loaded, has several labels, or its head was never trained.
+    """
     base = adapter_base(source)
     model = load_reward_model(source, dtype=dtype)
     if base is None:
@@ -187,27 +207,28 @@ def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedMod
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    below = AutoModelForSequenceClassification.from_pretrained(
+    base_model = AutoModelForSequenceClassification.from_pretrained(
         base, dtype=model.dtype, num_labels=1
     )
-    return PeftModel.from_pretrained(below, str(source)).merge_and_unload().requires_grad_(True)
+    merged = PeftModel.from_pretrained(base_model, str(source)).merge_and_unload()
+    return merged.requires_grad_(True)
 
 
 def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> Any:
-    """Put a reward model's adapter beside a policy's, on the base that both stand on. Returns its head.
+    """Add a reward model's adapter to a policy with the same base, under ``name``. Returns the head, frozen.
 
     Raises:
-        UserError: It is no adapter of a reward model.
+        UserError: The adapter has no head, or does not fit the base.
     """
     import torch
     from peft import PeftConfig
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     weights = load_peft_weights(str(source), device="cpu")
-    head = next((key for key in weights if key.endswith(f"{SCORE}.weight")), None)
+    head = next((key for key in weights if key.endswith(f"{HEAD}.weight")), None)
     if head is None:
         raise UserError(
-            f"{source}: no head in its adapter; a reward model comes from a `reward` stage"
+            f"{source}: the adapter has no `{HEAD}` head, so it is not a reward model; set a `reward` stage or its folder"
         )
     weight = weights.pop(head)
     config = PeftConfig.from_pretrained(str(source))
@@ -215,23 +236,30 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
     model.add_adapter(name, config)
     unknown = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
     if unknown:
-        raise UserError(f"{source}: its adapter does not fit this base: {unknown[0]}")
+        raise UserError(
+            f"{source}: the adapter does not fit the base of the policy, which has no {unknown[0]}; "
+            "train the reward model on the same base"
+        )
     layer = torch.nn.Linear(weight.shape[1], 1, bias=False)
     layer.weight.data.copy_(weight)
     return layer.requires_grad_(False)
 
 
 def head_weight(head: Any) -> torch.Tensor:
-    """The weight of a score's head, ``[1, hidden]``, also where peft has wrapped it."""
-    inner = getattr(head, "modules_to_save", None)
-    return (inner["default"] if inner is not None else head).weight
+    """Weight of a score head, ``[1, hidden]``, whether or not peft has wrapped the head."""
+    copies = getattr(head, "modules_to_save", None)
+    return (copies["default"] if copies is not None else head).weight
 
 
 def score_head(model: Any) -> Any:
-    """The linear layer that turns a hidden state into a score."""
-    head = getattr(model, SCORE, None)
+    """Return the linear layer from a hidden state to the score.
+
+    Raises:
+        UserError: The model has no such layer.
+    """
+    head = getattr(model, HEAD, None)
     if head is None:
         raise UserError(
-            f"{type(model).__name__}: no `{SCORE}` layer; a reward model is a decoder with a scalar head"
+            f"{type(model).__name__}: the model has no `{HEAD}` layer; a reward model must be a decoder with a scalar head"
         )
     return head

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer
 
 from align.config.training import DPO
 from align.data import tables
-from align.models import adapters, logps, tokenization
+from align.models import adapters, logps
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -49,23 +49,16 @@ def build(
     )
     rows = tables.load_dataset(data, "pairs", "train", folder)
     held_out = tables.load_dataset(data, "pairs", "validation", folder)
-    tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
-    lora = config.lora.model_dump() if config.lora else None
-    model, adapter = adapters.load_for_training(
-        source, lora=lora, dtype=config.dtype, revision=config.revision
-    )
-    reference = adapters.load_reference(
-        source, lora=lora, dtype=config.dtype, revision=config.revision
-    )
+    models = adapters.load_policy_and_reference(config, source)
     with trl_trainer.trl_errors_as_user_errors():
         trainer = DPOTrainer(
-            model=model,
-            ref_model=reference,
+            model=models.policy,
+            ref_model=models.reference,
             args=arguments,
             train_dataset=rows,
             eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=adapter,
+            processing_class=models.tokenizer,
+            peft_config=models.new_adapter,
         )
     if config.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)

@@ -18,7 +18,7 @@ from trl.data_utils import unpair_preference_dataset
 
 from align.config.training import KTO
 from align.data import tables
-from align.models import adapters, tokenization
+from align.models import adapters
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -90,22 +90,16 @@ def as_trl_feeds_it(
         desirable_weight=weights.desirable,
         undesirable_weight=weights.undesirable,
     )
-    lora = config.lora.model_dump() if config.lora else None
-    model, adapter = adapters.load_for_training(
-        source, lora=lora, dtype=config.dtype, revision=config.revision
-    )
-    reference = adapters.load_reference(
-        source, lora=lora, dtype=config.dtype, revision=config.revision
-    )
+    models = adapters.load_policy_and_reference(config, source)
     with trl_trainer.trl_errors_as_user_errors():
         trainer = KTOTrainer(
-            model=model,
-            ref_model=reference,
+            model=models.policy,
+            ref_model=models.reference,
             args=arguments,
             train_dataset=rows,
             eval_dataset=_labelled(data, "validation", folder),
-            processing_class=tokenization.load_tokenizer(source, revision=config.revision),
-            peft_config=adapter,
+            processing_class=models.tokenizer,
+            peft_config=models.new_adapter,
         )
     if config.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)

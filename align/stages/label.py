@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from align.config.data import Label
 from align.data import pairing
 from align.errors import UserError
+from align.judges.scores import build_judge, score_rows
 from align.rewards import gold
-from align.rewards.scoring import build_judge, score_rows
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -34,7 +34,9 @@ def run(
     }
     if not files:
         raise UserError(f"{data}: no completions-*.parquet; name a finished `sample` stage")
-    judge = build_judge(config, inputs)
+    judge = build_judge(
+        config.judge, inputs.get("judge"), dtype=config.dtype, batch_size=config.batch_size
+    )
     slope = None
     if config.labels == "bradley_terry":
         own = gold.LABEL_SLOPE if config.judge == "gold" else 1.0
@@ -50,7 +52,8 @@ def run(
             raise UserError(
                 f"{file}: none of {len(sampled)} completions ends by itself; sample anew with more `max_new_tokens`"
             )
-        scores = score_rows(judge, rows, config.batch_size, logger)
+        judge.check_prompts([row["prompt"] for row in rows], repair="set `judge` to a reward model")
+        scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
         found = pairing.pairs_from_scores(
             rows,
             scores,

@@ -8,6 +8,7 @@ good as a demonstration. What ``from_pretrained`` alone gives differs by that co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from align.evaluation.reward_model import center, measure
 from align.models import tokenization
 from align.models.prefix_sharing import wrapper
 from align.rewards import reward_model
+from align.rewards.reward_model import RewardModel
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -36,12 +38,13 @@ def run(
     device = trainer.accelerator.device
     del trainer
     distributed.barrier()
-    model = reward_model.RewardModel(
-        output_dir, dtype=config.dtype, device=device, share=config.prefix_sharing
+    model = RewardModel.load(
+        output_dir, dtype=config.dtype, device=device, prefix_sharing=config.prefix_sharing
     )
-    model.mean = 0.0  # a killed attempt may have left its own in the output_dir
     data = Path(inputs["pairs"])
+    model = replace(model, offset=0.0)  # an interrupted attempt may have written a `reward.json`
     metrics["centre"] = center(model, data, output_dir, logger)
+    model = replace(model, offset=metrics["centre"]["score_mean"])
     metrics["held_out"] = measure(model, data, output_dir, logger)
     return StageResult(metrics)
 
@@ -62,9 +65,8 @@ def build(
         )
         for split in ("train", "validation")
     )
-    lora = config.lora.model_dump() if config.lora else None
     model = reward_model.new_reward_model(
-        source, lora=lora, dtype=config.dtype, revision=config.revision
+        source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
     )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = RewardTrainer(

@@ -6,6 +6,7 @@ split, and ``evaluate`` finds what was trained on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def run(
     data, source = Path(inputs["prompts"]), inputs["model"]
     rows = tables.read(data, "prompts", config.split)[: config.n_prompts]
     model = loading.load_for_inference(source, dtype=config.dtype, revision=config.revision)
-    samples = generation.sample_on_all_ranks(
+    samples = generation.sample(
         model.to(PartialState().device),
         tokenization.load_tokenizer(source, revision=config.revision),
         [row["prompt"] for row in rows],
@@ -39,12 +40,15 @@ def run(
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
-        progress=lambda at, of: logger.step(at, of, what="sampled batch"),
+        map_batches=functools.partial(
+            distributed.map_rows,
+            progress=lambda done, total: logger.step(done, total, what="sampled batch"),
+        ),
     )
     found = [
         {
             "prompt": row["prompt"],
-            "completion": [{"role": "assistant", "content": each.text}],
+            "completion": tokenization.assistant_turn(each.text),
             "prompt_id": row["prompt_id"],
             "n_tokens": each.n_tokens,
             "finished": each.finished,

@@ -37,9 +37,8 @@ def run(
     else:
         source = inputs["model"]
         tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
-        lora = config.lora.model_dump() if config.lora else None
         model, adapter = adapters.load_for_training(
-            source, lora=lora, dtype=config.dtype, revision=config.revision
+            source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
         )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = SFTTrainer(

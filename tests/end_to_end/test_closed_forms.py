@@ -349,8 +349,8 @@ def test_the_reward_model_recovers_the_reward_up_to_a_constant_for_each_prompt(t
         | {"num_train_epochs": 6, "learning_rate": 1.5e-3, "per_device_train_batch_size": 128},
     )
     metrics = stage(reward, found, {"model": world.model, "pairs": world.data}, tmp_path / "reward")
-    model = reward_model.RewardModel(
-        tmp_path / "reward", dtype="float32", device="cpu", share=False
+    model = reward_model.RewardModel.load(
+        tmp_path / "reward", dtype="float32", device="cpu", prefix_sharing=False
     )
 
     def scores(prompt: str, texts: list[str]) -> Tensor:

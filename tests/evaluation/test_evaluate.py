@@ -243,10 +243,10 @@ def test_the_judge_is_the_embedded_tasks_gold_score(
     ]
     calls = iter(said)
 
-    def speak(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> dict[int, list[Completion]]:
-        return {i: [Completion(text, 1, True)] for i, text in enumerate(next(calls))}
+    def sample(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[list[Completion]]:
+        return [[Completion(text, 1, True)] for text in next(calls)]
 
-    monkeypatch.setattr(generation, "sample", speak)
+    monkeypatch.setattr(generation, "sample", sample)
     metrics = run(tmp_path, world.data, {"sft": world.sft, "dpo": policy}, judge="gold")
     scores = [
         [gold.gold_score(*given) for given in zip(asked, texts, strict=True)] for texts in said
@@ -399,7 +399,7 @@ def foreign(world: tiny_models.World) -> Path:
 def test_gold_scores_the_embedded_tasks_prompts_only(
     world: tiny_models.World, foreign: Path, tmp_path: Path
 ):
-    with pytest.raises(UserError, match="scores the embedded task's prompts only"):
+    with pytest.raises(UserError, match="`gold` scores only prompts of the embedded task"):
         run(tmp_path, foreign, {"sft": world.sft}, judge="gold")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 from unittest.mock import Mock, call
 
@@ -21,6 +22,7 @@ from transformers import (
 from align.errors import UserError
 from align.models import generation, loading, logps, tokenization
 from align.models.generation import Completion
+from align.runtime import distributed
 
 SAMPLING = {
     "n_completions": 1,
@@ -80,7 +82,7 @@ def pairs(world: tiny_models.World) -> list[tuple[Any, Any]]:
     return [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
 
 
-def sample(model: Any, tokenizer: Any, prompts: Any, **more: Any) -> dict[int, list[Completion]]:
+def sample(model: Any, tokenizer: Any, prompts: Any, **more: Any) -> list[list[Completion]]:
     return generation.sample(model, tokenizer, prompts, **SAMPLING | more)
 
 
@@ -103,13 +105,13 @@ def test_greedy_completions_are_the_likeliest_tokens_up_to_a_stop(
     # the model's own stop beside the tokenizer's: what the first completion has at its sixth place
     stop = tokens[0][5]
     wide.generation_config.eos_token_id = [stop]
-    found = sample(wide, tokenizer, prompts, temperature=0.0, max_new_tokens=16)
+    completions = sample(wide, tokenizer, prompts, temperature=0.0, max_new_tokens=16)
     for i, row in enumerate(tokens):
         ends = [place for place, token in enumerate(row) if token in (stop, tokenizer.eos_token_id)]
         kept = row[: ends[0]] if ends else row
         text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-        assert found[i] == [Completion(text, len(kept), bool(ends))]
-    assert {some[0].finished for some in found.values()} == {True, False}
+        assert completions[i] == [Completion(text, len(kept), bool(ends))]
+    assert {rows[0].finished for rows in completions} == {True, False}
 
 
 def test_a_prompt_alone_is_completed_as_in_a_padded_batch_of_mixed_lengths(
@@ -118,7 +120,7 @@ def test_a_prompt_alone_is_completed_as_in_a_padded_batch_of_mixed_lengths(
     lengths = {len(ids) for ids in tokenization.tokenize_prompts(tokenizer, prompts)}
     assert max(lengths) > 3 * min(lengths)
     together = sample(wide, tokenizer, prompts, temperature=0.0)
-    assert len({some[0].text for some in together.values()}) == len(prompts)
+    assert len({rows[0].text for rows in together}) == len(prompts)
     for i, prompt in enumerate(prompts):
         assert sample(wide, tokenizer, [prompt], temperature=0.0)[0] == together[i]
 
@@ -127,42 +129,44 @@ def test_a_prompt_alone_is_completed_as_in_a_padded_batch_of_mixed_lengths(
 def test_any_number_of_processes_samples_the_same_completions(
     model: Any, tokenizer: Any, prompts: Any, world_size: int
 ):
+    calls = []
+
+    def map_batches(batches: Any, run: Any) -> Any:
+        """Sample each rank's batches one after another, as ``distributed.map_rows`` shares them."""
+        results = [None] * len(batches)
+        for rank in range(world_size):
+            torch.rand(rank)  # the random state of a rank has no effect
+            for k in range(rank, len(batches), world_size):
+                (results[k],) = run([batches[k]])
+                calls.append(k)
+        return results
+
     alone = sample(model, tokenizer, prompts, n_completions=2, batch_size=4)
-    together: dict[int, list[Completion]] = {}
-    for rank in range(world_size):
-        torch.rand(rank)  # nobody's random state matters
-        mine = sample(
-            model,
-            tokenizer,
-            prompts,
-            n_completions=2,
-            batch_size=4,
-            rank=rank,
-            world_size=world_size,
-        )
-        assert not mine.keys() & together.keys()
-        together |= mine
-    assert together == alone
-    assert sorted(together) == list(range(len(prompts)))
+    shared = sample(
+        model, tokenizer, prompts, n_completions=2, batch_size=4, map_batches=map_batches
+    )
+    assert shared == alone
+    assert sorted(calls) == list(range(4)), "8 prompts, two per batch"
+    assert len(shared) == len(prompts)
 
 
 def test_the_seed_decides_and_another_seed_differs(model: Any, tokenizer: Any, prompts: Any):
     first = sample(model, tokenizer, prompts)
     assert sample(model, tokenizer, prompts) == first
     other = sample(model, tokenizer, prompts, seed=1)
-    assert all(other[i] != first[i] for i in first)
+    assert all(a != b for a, b in zip(first, other, strict=True))
 
 
 def test_completions_of_one_prompt_and_of_equal_prompts_differ(
     model: Any, tokenizer: Any, prompts: Any
 ):
-    found = sample(model, tokenizer, [prompts[0]] * 4, n_completions=4, batch_size=8)
-    texts = [completion.text for some in found.values() for completion in some]
-    assert [len(some) for some in found.values()] == [4] * 4
+    completions = sample(model, tokenizer, [prompts[0]] * 4, n_completions=4, batch_size=8)
+    texts = [completion.text for rows in completions for completion in rows]
+    assert [len(rows) for rows in completions] == [4] * 4
     assert len(set(texts)) == 16
 
 
-def test_a_batch_never_holds_more_completions_than_asked_for(
+def test_a_batch_never_holds_more_than_batch_size_completions(
     model: Any, tokenizer: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ):
     sizes = []
@@ -170,7 +174,7 @@ def test_a_batch_never_holds_more_completions_than_asked_for(
     monkeypatch.setattr(
         model,
         "generate",
-        lambda **given: sizes.append(len(given["input_ids"])) or generate(**given),
+        lambda **inputs: sizes.append(len(inputs["input_ids"])) or generate(**inputs),
     )
     seen = []
     sample(
@@ -180,7 +184,9 @@ def test_a_batch_never_holds_more_completions_than_asked_for(
         n_completions=3,
         batch_size=7,
         max_new_tokens=1,
-        progress=lambda done, total: seen.append((done, total)),
+        map_batches=functools.partial(
+            distributed.map_rows, progress=lambda done, total: seen.append((done, total))
+        ),
     )
     assert sizes == [6, 6, 6, 6]  # 8 prompts, two at a time
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -192,7 +198,7 @@ def test_a_completion_ends_at_eos_also_where_pad_is_eos(model: Any, tokenizer: A
     same.pad_token = same.eos_token
     together = sample(model, same, prompts, n_completions=4, max_new_tokens=40)
     assert together == apart
-    flat = [completion for some in apart.values() for completion in some]
+    flat = [completion for rows in apart for completion in rows]
     assert {completion.finished for completion in flat} == {True, False}
     assert all(c.n_tokens == 40 for c in flat if not c.finished)
     assert all(c.n_tokens < 40 for c in flat if c.finished)
@@ -209,10 +215,17 @@ def test_a_completion_ends_at_eos_also_where_pad_is_eos(model: Any, tokenizer: A
         pytest.param([65, 7, 66], Completion("", 1, True), id="the model's own second stop"),
     ],
 )
-def test_tokens_become_a_completion(tokenizer: Any, row: list[int], expected: Completion):
-    found = generation._completion(tokenization.until_stop(row, {2, 7}), {2, 7}, tokenizer)
-    assert (found.n_tokens, found.finished) == (expected.n_tokens, expected.finished)
-    assert found.text == tokenizer.decode(row[: expected.n_tokens])
+def test_tokens_become_a_completion(
+    model: Any, tokenizer: Any, prompts: Any, row: list[int], expected: Completion,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    model.generation_config.eos_token_id = [7]
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.tensor([input_ids[0].tolist() + row])
+    )
+    ((completion,),) = sample(model, tokenizer, prompts[:1])
+    assert (completion.n_tokens, completion.finished) == (expected.n_tokens, expected.finished)
+    assert completion.text == tokenizer.decode(row[: expected.n_tokens])
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])

@@ -82,8 +82,10 @@ def test_row_01_dropout_is_off_in_all_roles_in_train_mode_too(
     for model in cast.models():
         model.train()
     mask = torch.ones_like(ids)
-    for role in (cast.policy, cast.reference, cast.rewards[0], cast.critic):
+    for role in (cast.policy, cast.reference, cast.critic):
         assert torch.equal(role.hidden(ids, mask), role.hidden(ids, mask))
+    scores = [cast.rewards[0].score_tokens(ids.tolist(), batch_size=1) for _ in range(2)]
+    assert torch.equal(*scores)
 
 
 @pytest.mark.parametrize("name", ["GPT2", "OPT", "Bloom"])
@@ -314,7 +316,7 @@ def test_row_05_a_tokenizer_with_no_token_but_eos_to_pad_with_is_refused():
 
     words = Tokenizer(WordLevel({"</s>": 0, "word": 1}))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
-    with pytest.raises(UserError, match="no token but eos to pad with"):
+    with pytest.raises(UserError, match="no special token except eos"):
         tokenization.set_pad_token_for_scores(tokenizer)
 
 
@@ -469,13 +471,13 @@ def test_row_09_training_evaluation_and_ppo_read_the_same_tail(
     tokenizer = tokenization.load_tokenizer(source)
     expected, rows = judged(made, tokenizer)
     read = []
-    score_ids = reward_model.score_ids
+    score_tokens = reward_model.RewardModel.score_tokens
 
-    def spy(backbone: Any, head: Any, ids: Any, **kwargs: Any) -> torch.Tensor:
+    def spy(model: Any, ids: Any, **kwargs: Any) -> torch.Tensor:
         read.append([list(row) for row in ids])
-        return score_ids(backbone, head, ids, **kwargs)
+        return score_tokens(model, ids, **kwargs)
 
-    monkeypatch.setattr(reward_model, "score_ids", spy)
+    monkeypatch.setattr(reward_model.RewardModel, "score_tokens", spy)
 
     # PPO: what a policy would sample had it said the chosen completion.
     learner = ppo_fixtures.learner(made, tmp_path / "ppo", source=source, scorer=scorer)
@@ -485,7 +487,7 @@ def test_row_09_training_evaluation_and_ppo_read_the_same_tail(
     in_ppo = learner.judge(said, [{"prompt": row["prompt"]} for row in rows])["reward"]
 
     # Evaluation: of texts.
-    model = reward_model.RewardModel(scorer, dtype="float32", device="cpu", share=True)
+    model = reward_model.RewardModel.load(scorer, dtype="float32", device="cpu")
     chosen = [row["chosen"] for row in rows]
     evaluated = model.score([row["prompt"] for row in rows], chosen, batch_size=4)
     assert read == [expected, expected]
@@ -538,7 +540,7 @@ def test_row_10_a_reward_model_has_mean_0_on_sft_completions_and_keeps_it_when_s
     assert (raw - reward_model.score_mean(copied)).mean().abs() < 1e-4
 
     cast = ppo_fixtures.build(made.world.sft, [copied], lora=name == "adapter")
-    scores = cast.rewards[0].scores(ids, batch_size=16)
+    scores = cast.rewards[0].score_tokens(ids, batch_size=16)
     assert scores.mean().abs() < 0.05
     assert scores.std() > 0.05
     assert_close(scores, raw - raw.mean(), rtol=1e-4, atol=1e-4)
@@ -639,7 +641,7 @@ def test_row_12_in_its_warm_up_the_critic_learns_and_the_policy_does_not(
     cast = learner.cast
     spoken = [(cast.policy, ppo_fixtures.weights(cast.policy, cast))]
     rows = judged(made, cast.tokenizer)[0]
-    judging = cast.rewards[0].scores(rows, batch_size=8)
+    judging = cast.rewards[0].score_tokens(rows, batch_size=8)
     for step in range(3):
         critic = ppo_fixtures.weights(cast.critic, cast)
         learner.step(step)
@@ -649,7 +651,7 @@ def test_row_12_in_its_warm_up_the_critic_learns_and_the_policy_does_not(
         moved = ppo_fixtures.weights(cast.critic, cast)
         assert not any(torch.equal(a, b) for a, b in zip(critic, moved, strict=True))
     # The critic began as a copy: the reward model itself does not move with it.
-    assert torch.equal(cast.rewards[0].scores(rows, batch_size=8), judging)
+    assert torch.equal(cast.rewards[0].score_tokens(rows, batch_size=8), judging)
 
 
 # One backbone ---------------------------------------------------------------------------------------------------------
@@ -679,7 +681,7 @@ def test_each_role_on_the_one_backbone_is_a_model_loaded_by_itself(
 
     plain = ppo_fixtures.plain_scorer(made.adapter)
     expected = torch.tensor([ppo_fixtures.plain_score(plain, row) for row in said.rows])
-    scores = cast.rewards[0].scores(said.rows, batch_size=4)
+    scores = cast.rewards[0].score_tokens(said.rows, batch_size=4)
     assert_close(scores, expected - reward_model.score_mean(made.adapter), rtol=1e-4, atol=1e-4)
 
     # The critic that has learnt, as weights of a classifier of its own.

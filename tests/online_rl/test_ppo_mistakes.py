@@ -213,7 +213,9 @@ def test_a_stage_that_is_killed_after_centring_and_run_again_stores_the_same_mea
 def test_rows_longer_than_the_model_are_counted_and_not_scored(
     made: ppo_fixtures.Cast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    model = reward_model.RewardModel(made.adapter, dtype="float32", device="cpu", share=False)
+    model = reward_model.RewardModel.load(
+        made.adapter, dtype="float32", device="cpu", prefix_sharing=False
+    )
     told: list[str] = []
     logger = tiny_models.logger("reward", tmp_path)
     monkeypatch.setattr(logger, "info", told.append)

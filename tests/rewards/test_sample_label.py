@@ -19,8 +19,9 @@ from align.config.evaluate import Evaluate
 from align.config.training import DPO, KTO
 from align.errors import UserError
 from align.evaluation.held_out import trained_on
+from align.judges import scores
 from align.models import tokenization
-from align.rewards import gold, reward_model, scoring
+from align.rewards import gold, reward_model
 from align.runtime import artifacts
 from align.stages import dpo, evaluate, kto, label, sample
 
@@ -244,8 +245,8 @@ def test_a_reward_is_the_logit_at_eos_one_row_at_a_time(
     completions: Path, rewards: dict[str, Path], kind: str
 ):
     rows = tiny_models.rows(completions, "completions-train")[:7]
-    judge = scoring.reward_model_judge(rewards[kind], dtype="float32", batch_size=3)
-    found = judge([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    judge = scores.RewardModelJudge(rewards[kind], dtype="float32", batch_size=3)
+    found = judge.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
     tokenizer = tokenization.load_tokenizer(rewards["reward"])
     model = reward_model.load_merged_reward_model(rewards[kind], dtype="float32").eval()
     expected = []
@@ -266,7 +267,7 @@ def test_an_adapter_of_a_reward_model_counts(completions: Path, rewards: dict[st
     rows = tiny_models.rows(completions, "completions-train")[:4]
     given = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     one, other = (
-        scoring.reward_model_judge(folder, dtype="float32", batch_size=4)(*given)
+        scores.RewardModelJudge(folder, dtype="float32", batch_size=4).score(*given)
         for folder in rewards.values()
     )
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.01
@@ -276,7 +277,7 @@ def test_a_policy_is_no_reward_model(world: tiny_models.World):
     with pytest.raises(
         UserError, match=r"weights are missing, such as score.weight; a reward model is"
     ):
-        scoring.reward_model_judge(world.sft, dtype="float32", batch_size=2)
+        scores.RewardModelJudge(world.sft, dtype="float32", batch_size=2)
 
 
 def test_pairs_of_a_reward_model_follow_its_scores(
@@ -315,7 +316,7 @@ stages:
     )
     done = launch("recipe.yaml")
     assert done.code == 2
-    assert "label.judge: `gold` scores the embedded task's prompts only" in done.err
+    assert "label.judge: `gold` scores only prompts of the embedded task" in done.err
     assert "sft: running" not in done.out
 
 
