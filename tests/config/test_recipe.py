@@ -520,7 +520,6 @@ def test_the_choices_are_those_that_the_class_of_trl_declares(config: str):
 def test_the_losses_of_dpo_are_those_that_its_trainer_knows():
     # Independent of the help text: the trainer compares `loss_type` with each in an if chain.
     import inspect
-    import re
 
     import trl
 
@@ -714,20 +713,3 @@ def test_no_value_anywhere_ends_in_anything_but_a_line_for_the_user(
     except UserError as error:
         told = error.lines
     assert all(line.startswith(f"{path}:") for line in told)
-
-
-def test_the_recipes_in_the_readme_are_read(tmp_path: Path):
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    (tmp_path / "sft.yaml").write_text(
-        (Path(__file__).parents[2] / "recipes" / "sft.yaml").read_text()
-    )
-    stages = []
-    for number, block in enumerate(blocks):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(block, encoding="utf-8")
-        stages.append(list(load_recipe(path).stages))
-    whole = ["prepare", "sft", "dpo", "evaluate"]
-    own = ["prepare", "sft", "sample", "label", "dpo"]
-    assert sorted(stages, key=len) == [["prepare"], whole, whole, own]
