@@ -108,13 +108,17 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from align.config.recipe import load_recipe
+    from align.config.recipe import ErrorCollector, load_recipe
     from align.pipeline import estimates, preflight
     from align.pipeline import plan as pipeline_plan
 
     read = load_recipe(recipe, overrides or [])
     steps = pipeline_plan.plan(read, runs, until=until)
-    preflight.check_environments(read, [step for step in steps if step.status != "reused"])
+    pending = [step for step in steps if step.status != "reused"]
+    errors = ErrorCollector(read)
+    preflight.check_environments(errors, pending)
+    preflight.check_batch_sizes(errors, pending, processes)
+    errors.raise_any()
     estimated = estimates.estimate(steps, world_size=processes)
     table = Table(title=f"{recipe}: {len(steps)} stages", title_justify="left")
     for title in ("stage", "status", "folder"):
@@ -127,9 +131,9 @@ def plan(
             step.name,
             {"reused": "reuse", "resume": "go on", "run": "run"}[step.status],
             str(step.folder),
-            "" if figures.rows is None else f"{figures.rows:,}",
-            "" if figures.steps is None else f"{figures.steps:,}",
-            "" if figures.tokens is None else f"≈ {_short(figures.tokens)}",
+            "" if figures.work.rows is None else f"{figures.work.rows:,}",
+            "" if figures.work.steps is None else f"{figures.work.steps:,}",
+            "" if figures.work.tokens is None else f"≈ {_short(figures.work.tokens)}",
             "" if figures.memory_bytes is None else f"≥ {_short(figures.memory_bytes)}B",
         )
     console = Console()
@@ -160,7 +164,7 @@ def check(
     """Find everything that can be known wrong without training: recipe, data, lengths, template."""
     from rich.console import Console
 
-    from align.config.recipe import load_recipe
+    from align.config.recipe import ErrorCollector, load_recipe
     from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline import plan as pipeline_plan
 
@@ -168,7 +172,9 @@ def check(
     read = load_recipe(recipe, overrides or [])
     console.print(f"{recipe}: {len(read.stages)} stages: {', '.join(read.stages)}")
     steps = pipeline_plan.plan(read, runs)
-    preflight.check_environments(read, steps)
+    errors = ErrorCollector(read)
+    preflight.check_environments(errors, steps)
+    errors.raise_any()
     warnings = 0
     for line in token_lengths.examine(read, steps):
         console.print(line)

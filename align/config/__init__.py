@@ -1,1 +1,1 @@
-"""config."""
+"""Recipe files and the configuration of each stage. It imports pydantic and PyYAML only."""

@@ -1,23 +1,32 @@
-"""config.base"""
+"""Base classes of the stage configurations, and the declarations that the pipeline reads from them.
+
+A stage declares in its class which inputs and tables it reads, what it needs before it can run, which settings its
+digest covers, and how much work it is. The pipeline reads these declarations and never tests for the class of a stage,
+so a new stage is one module in ``config`` and one in ``stages``. Nothing here imports a training library.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 POLICY_STAGES = ("sft", "dpo", "kto", "ppo")
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # module:function
+Keys = tuple[str | int, ...]  # the address of a key below a stage: ("rewards", 0)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A field that names what a stage reads: an earlier stage of these kinds, or a folder.
+    """A key whose value names what a stage reads: an earlier stage of one of ``stages``, or its folder.
 
-    Where ``models`` holds, the name may also be that of a model: any folder in Hugging Face layout, or a Hub id. Where
-    ``functions`` holds, it may be a Python function as well: ``module:function``. A value in ``words`` names nothing, and
-    means what it says.
+    With ``models``, the value may also name a model: a folder in Hugging Face layout or a Hub id. With ``functions``, it
+    may be a Python function, written ``module:function``. The values in ``words`` have a fixed meaning and name no input.
     """
 
     stages: tuple[str, ...]
@@ -25,9 +34,98 @@ class Input:
     functions: bool = False
     words: tuple[str, ...] = ()
 
+    def names_no_input(self, value: str) -> bool:
+        """Whether ``value`` is one of the fixed words or a function, rather than a stage, a folder or a model."""
+        return value in self.words or (self.functions and FUNCTION.match(value) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table, ``<kind>-<split>.parquet``, that a stage reads from the folder of one of its inputs."""
+
+    kind: str
+    """``demonstrations``, ``pairs``, ``unpaired``, ``prompts`` or ``completions``."""
+    input: str
+    """The key of the stage that names the input."""
+    split: str = "train"
+    requested_by: str = ""
+    """The key that makes the table necessary, for error messages; empty: the key that names the input."""
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without its suffix."""
+        return f"{self.kind}-{self.split}"
+
+    @property
+    def key(self) -> str:
+        """The key that an error about this table is reported at."""
+        return self.requested_by or self.input
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A split other than ``train`` that a stage needs from one of its inputs."""
+
+    keys: Keys
+    """The key that makes the split necessary."""
+    input: str
+    """The key of the stage that names the input."""
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An error between keys that are each valid: the key it is reported at, and the message."""
+
+    keys: Keys
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalSource:
+    """Data from outside the recipe: a file, a folder or a Hub id, and the key that names it."""
+
+    key: str
+    name: str
+    split: str
+    """The split that is read; empty: every file of a folder."""
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GymEnvironment:
+    """A Gymnasium environment that a stage will make, with the action distribution it asks for."""
+
+    name: str
+    options: Mapping[str, Any]
+    distribution: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GoldPrompts:
+    """Prompts that the gold score must be able to parse, because the stage scores their completions with it."""
+
+    input: str
+    """The key that names where the prompts come from: prepared data, or a stage that samples them."""
+    split: str
+    """The split of prepared data; of sampled completions, the sampling stage decides."""
+    repair: str
+    """The last part of the error message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The amount of work of a stage; None is unknown."""
+
+    rows: int | None = None
+    """Rows that it writes, trains on or samples."""
+    steps: int | None = None
+    """Optimizer steps; of ``control``, environment steps of all seeds."""
+    tokens: int | None = None
+
 
 class Config(BaseModel):
-    """Strict and frozen: a typo is an error, and a text is no number."""
+    """Strict and frozen: an unknown key is an error, and text is not converted to a number."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -39,67 +137,200 @@ class Config(BaseModel):
 
 
 class Stage(Config):
-    """What all stages have.
-
-    ``code_version`` rises when a stage's results change for the same settings; ``trainer_config`` is the class of TRL
-    that ``trainer`` is checked against; ``inputs`` are the fields that name what the stage reads.
-    """
+    """The keys and declarations of all stages. The defaults describe a stage that reads and needs nothing."""
 
     code_version: ClassVar[int] = 1
-    trainer_config: ClassVar[str | None] = None
-    main_process_only: ClassVar[bool] = False
+    """Part of the digest. It is raised when the same settings give other results than before."""
     inputs: ClassVar[dict[str, Input]] = {}
+    """The keys that name what the stage reads."""
+    reads: ClassVar[tuple[Table, ...]] = ()
+    """The training tables that the stage reads. Of several with the same input, one must exist."""
+    trains_model: ClassVar[bool] = False
+    """Whether the stage trains a language model: its result depends on the number of processes."""
+    prepares_data: ClassVar[bool] = False
+    """Whether the stage writes the tables that other stages read, from external sources."""
+    main_process_only: ClassVar[bool] = False
+    """Whether only the main process runs the stage, while the others wait."""
+    trainer_config: ClassVar[str | None] = None
+    """The TRL configuration class that ``trainer`` is checked against."""
+    metrics_class: ClassVar[str | None] = None
+    """The class of the stage's metrics in the Python API, as ``module:Class``."""
 
     stage: str = ""
-    """The kind of stage, where the key in the recipe is a name of your own."""
+    """The kind of stage. Required if the key in the recipe is not itself the name of a kind."""
+
+    def input_names(self) -> dict[str, str]:
+        """The named inputs by key, such as ``{"model": "sft", "policies.0": "dpo"}``."""
+        return input_names(type(self), {key: getattr(self, key) for key in self.inputs})
+
+    def digest_settings(self) -> dict[str, Any]:
+        """The settings that the digest of the stage covers."""
+        return self.model_dump(exclude={"stage"})
+
+    def external_sources(self) -> tuple[ExternalSource, ...]:
+        """Data from outside the recipe; its content is part of the digest."""
+        return ()
+
+    def named_paths(self) -> dict[str, str]:
+        """Values that may be paths, by key; the content of those that exist is part of the digest."""
+        return {}
+
+    def required_tables(self) -> tuple[Table, ...]:
+        """The tables that must exist before the stage can run. Of several with the same key, one must exist."""
+        return self.reads
+
+    def held_out(self) -> Iterator[HeldOut]:
+        """The splits other than ``train`` that the stage needs from its inputs."""
+        yield from ()
+
+    def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
+        """The error message if this stage, called ``name``, does not write ``split``; None if it does or may."""
+        return None
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Errors between the keys of this stage, and between them and the other ``stages`` of the recipe."""
+        yield from ()
+
+    @property
+    def reward_functions(self) -> dict[Keys, str]:
+        """Python functions, written ``module:function``, by the key that names them."""
+        return {}
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """Addresses of the vLLM servers that must answer, by key."""
+        return {}
+
+    @property
+    def gym_environments(self) -> tuple[GymEnvironment, ...]:
+        """The Gymnasium environments that the stage makes."""
+        return ()
+
+    @property
+    def gold_prompts(self) -> GoldPrompts | None:
+        """The prompts that the gold score must be able to parse; None if the stage does not use it."""
+        return None
+
+    @property
+    def required_columns(self) -> dict[str, tuple[Table, str]]:
+        """Columns that a table must have, by the key that makes them necessary."""
+        return {}
+
+    @property
+    def labels_per_batch(self) -> int | None:
+        """The batch size of a stage whose every batch must hold both labels; None for other stages."""
+        return None
+
+    def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
+        """Errors of batch sizes that do not divide over ``world_size`` processes."""
+        yield from ()
+
+    def trl_arguments(self) -> dict[str, Any]:
+        """The fields of ``trainer_config`` that the stage sets: those of ``trainer``, and its own."""
+        return {}
+
+    def trl_value(self, field: str) -> Any:
+        """The value of a field of ``trainer_config``: that of the recipe, else the default of the class."""
+        raise NotImplementedError(f"{type(self).__name__} has no `trainer`")
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """Estimate the work of the stage.
+
+        ``statistics`` are the metrics of the data that the stage reads, empty if unknown; ``world_size`` processes share
+        the batches.
+        """
+        return Workload()
+
+    def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
+        """Estimate the memory that does not depend on the batch: weights, gradients, optimizer states.
+
+        ``parameters`` counts those of the trained model; with ``sharded``, FSDP or DeepSpeed is in use.
+        """
+        return None
+
+
+def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]:
+    """The named inputs of a stage by key, from raw ``values``; items of a list go by ``key.number``."""
+    candidates: dict[str, Any] = {}
+    for key in stage.inputs:
+        value = values.get(key, stage.model_fields[key].default)
+        items = enumerate(value) if isinstance(value, list) else ()
+        candidates |= {key: value} | {f"{key}.{i}": item for i, item in items}
+    return {
+        key: value
+        for key, value in candidates.items()
+        if isinstance(value, str) and not stage.inputs[key.split(".")[0]].names_no_input(value)
+    }
 
 
 class NewModel(Config):
-    """A Llama-architecture model with random weights, and a byte-level BPE tokenizer trained on the demonstrations."""
+    """A Llama model with random weights, and a byte-level BPE tokenizer trained on the demonstrations."""
 
     vocab_size: int = Field(512, ge=264)
-    """Tokens, the 256 bytes and the special ones included; the tokenizer may end up with fewer."""
+    """Upper bound on the size of the vocabulary, including the 256 bytes and the special tokens."""
     hidden_size: int = Field(128, ge=8)
+    """Width of the hidden states."""
     intermediate_size: int = Field(384, ge=8)
+    """Width of the feed-forward layers."""
     num_hidden_layers: int = Field(4, ge=1)
+    """Number of layers."""
     num_attention_heads: int = Field(4, ge=1)
+    """Number of attention heads; twice this number must divide ``hidden_size``."""
     num_key_value_heads: int | None = Field(None, ge=1)
+    """Number of key and value heads (grouped-query attention). Default: ``num_attention_heads``."""
     max_position_embeddings: int = Field(512, ge=16)
+    """Longest sequence in tokens."""
     tie_word_embeddings: bool = True
+    """Use the input embeddings as the output layer."""
     initializer_range: float = Field(0.02, gt=0.0)
-    """Standard deviation of the random weights; narrow models learn to copy sooner with more."""
+    """Standard deviation of the random weights. Narrow models learn to copy words sooner with more."""
 
     @model_validator(mode="after")
-    def _divisible(self) -> NewModel:
+    def _check_heads(self) -> NewModel:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"`hidden_size` {self.hidden_size} must be a multiple of twice `num_attention_heads` "
-                f"{self.num_attention_heads} (rotary embeddings turn pairs)"
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of twice `num_attention_heads` "
+                f"({self.num_attention_heads}), because rotary embeddings rotate pairs of channels"
             )
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"`num_attention_heads` {self.num_attention_heads} must be a multiple of "
-                f"`num_key_value_heads` {self.num_key_value_heads}"
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
+                f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
         return self
 
+    def count_parameters(self) -> int:
+        """Parameters of a Llama of this shape, as transformers builds it (RMS norms, no biases)."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        key_value = width // heads * (self.num_key_value_heads or heads)
+        attention = 2 * width * width + 2 * width * key_value
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + width
+
 
 class Lora(Config):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) through peft."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), trained with peft."""
 
     r: int = Field(16, ge=1)
-    """Rank."""
+    """Rank of the update."""
     alpha: int = Field(32, ge=1)
-    """The update is scaled by ``alpha / r``."""
+    """Scale of the update: it is multiplied by ``alpha / r``."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout probability at the input of the adapters."""
     target_modules: Annotated[
         Annotated[str, Tag(TAGS[0])] | Annotated[list[str], Tag(TAGS[1])],
         Discriminator(lambda v: TAGS[1] if isinstance(v, list) else TAGS[0]),
     ] = "all-linear"
-    """Names of the adapted layers, or ``all-linear``: every linear layer but the output head."""
+    """Names of the adapted layers, or ``all-linear``: every linear layer except the output layer."""
 
 
 ModelOrNew = Annotated[
     Annotated[str, Tag(TAGS[0])] | Annotated[NewModel, Tag(TAGS[1])],
     Discriminator(lambda v: TAGS[1] if isinstance(v, (dict, NewModel)) else TAGS[0]),
 ]
+
+
+def duplicates(values: Sequence[T]) -> list[T]:
+    """The values that occur more than once, each listed once."""
+    return [value for value in dict.fromkeys(values) if values.count(value) > 1]

@@ -1,6 +1,7 @@
-"""The catalogue of public preference sets: one small file a set under ``data/catalogue``, found by its name.
+"""The catalog of public preference data sets: one YAML file for each under ``data/catalog``, found by its name.
 
-A name stands for a Hub id, how to read it, its licence and citation. What a recipe says itself wins.
+An entry gives the Hub id of a data set, how it is read, its license and its citation. Keys in the recipe take
+precedence.
 """
 
 from __future__ import annotations
@@ -11,41 +12,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[2] / "data" / "catalog"
-ABOUT = ("licence", "citation")  # what no reader needs
+from align.config.shipped import data_dir
+
+DOCUMENTATION = ("licence", "citation")  # keys of an entry that no reader needs
 
 
 @functools.cache
 def entries() -> dict[str, dict[str, Any]]:
-    """Every entry by its name."""
+    """All entries by name.
+
+    Raises:
+        UserError: The folder of the catalog is missing from the installation.
+    """
     import yaml
 
-    files = sorted(FOLDER.glob("*.yaml"))
+    files = sorted((data_dir() / "catalog").glob("*.yaml"))
     return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
 
 
-def with_catalog_entry(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a source with those of the catalogue, where ``source`` names an entry.
+def with_catalog_entry(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the keys of a catalog entry to those of a source, if ``source`` names one.
 
-    A file or folder of that name wins, as any path does; ``embedded`` is always the embedded set.
+    An existing file or folder of that name takes precedence, except over ``embedded``.
     """
-    name = told.get("source")
+    name = values.get("source")
     entry = entries().get(name) if isinstance(name, str) else None
     if entry is None or (name != "embedded" and Path(str(name)).exists()):
-        return dict(told)
-    known = {k: v for k, v in entry.items() if k not in ABOUT and v is not None}
-    reader = told.get("reader", known.get("reader"))
-    if reader != known.get("reader"):  # its options mean nothing to another reader
+        return dict(values)
+    known = {k: v for k, v in entry.items() if k not in DOCUMENTATION and v is not None}
+    if values.get("reader", known.get("reader")) != known.get("reader"):
+        # The options of the entry have no effect with another reader.
         known = {k: v for k, v in known.items() if k not in ("pairing", "margin", "ratio")}
-    return known | dict(told) | {"source": known["source"]}
+    return known | dict(values) | {"source": known["source"]}
 
 
 def license_of(source: str) -> tuple[str, str]:
-    """The licence's identifier (empty where there is none) and its words, with the citation."""
+    """The identifier of a source's license (empty if unknown), and its description with the citation."""
     for name, entry in entries().items():
-        word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"  # a local copy, named after the set
-        copy = name != "embedded" and re.search(word, source.lower())
-        if source in (name, entry["source"]) or copy:
+        word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
+        is_copy = name != "embedded" and re.search(word, source.lower())  # a file named after the set
+        if source in (name, entry["source"]) or is_copy:
             identifier, text = entry["licence"]["id"], entry["licence"]["text"]
             return identifier, text if name == "embedded" else f"{text} ({entry['citation']})"
     return "", "not known here; see the source"

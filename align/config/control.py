@@ -1,95 +1,123 @@
-"""config.control"""
+"""Configuration of ``control``: REINFORCE, A2C and PPO on Gymnasium environments."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import Stage
+from align.config.base import GymEnvironment, Stage, Workload, duplicates
+
+PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl")
 
 
 class Control(Stage):
-    """REINFORCE, A2C or PPO on a Gymnasium environment, through the update that language models are trained with."""
+    """REINFORCE, A2C or PPO on a Gymnasium environment, with the update that language models are trained with."""
 
     environment: str = Field(min_length=1)
-    """A Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""
+    """Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""
     environment_options: dict[str, Any] = {}
-    """Passed to ``gymnasium.make``."""
+    """Keyword arguments of ``gymnasium.make``."""
     algorithm: Literal["reinforce", "a2c", "ppo"] = "ppo"
+    """Algorithm."""
     baseline: Literal["value", "none"] = "value"
-    """REINFORCE's: a learned value, or nothing."""
+    """Baseline of ``reinforce``: a learned value function, or none."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
-    """Each is trained and evaluated by itself; several processes share them."""
+    """Seeds; one policy is trained and evaluated for each. Processes share them."""
     steps: int = Field(ge=1)
-    """Steps of the environments, for each seed."""
+    """Environment steps per seed."""
     envs: int = Field(16, ge=1)
-    """Environments in step with each other."""
+    """Number of environments that are stepped in parallel."""
     stretch: int | None = Field(None, ge=1)
-    """Steps of each environment between updates: 128 for PPO, 16 for A2C. REINFORCE takes whole episodes."""
+    """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE collects whole episodes."""
     gamma: float = Field(0.99, ge=0.0, le=1.0)
+    """Discount per step."""
     lam: float | None = Field(None, ge=0.0, le=1.0)
-    """Of generalised advantage estimation: 0.95, and 1 for REINFORCE."""
+    """Lambda of generalized advantage estimation. Default: 0.95; 1 for REINFORCE."""
     learning_rate: float = Field(1e-3, gt=0.0)
+    """Learning rate of the policy."""
     value_learning_rate: float | None = Field(None, gt=0.0)
-    """The critic's; without it, that of the policy."""
+    """Learning rate of the critic. Default: that of the policy."""
     schedule: Literal["linear", "constant"] = "linear"
-    """``linear`` takes the learning rates to 0 over the run."""
+    """Schedule of the learning rates; ``linear`` decays to 0 over the run."""
     epochs: int | None = Field(None, ge=1)
-    """PPO's passes over what was collected: 4."""
+    """PPO: passes over the steps of an update. Default: 4."""
     minibatches: int | None = Field(None, ge=1)
-    """PPO's optimizer steps in a pass: 4."""
+    """PPO: optimizer steps per pass. Default: 4."""
     clip: float | None = Field(None, gt=0.0)
-    """PPO's bound on the ratio: 0.2."""
+    """PPO: clipping range of the probability ratio. Default: 0.2."""
     clip_high: float | None = Field(None, gt=0.0)
-    """PPO's upper bound, where it differs."""
+    """PPO: clipping range above 1. Default: ``clip``."""
     value_clip: float | None = Field(None, gt=0.0)
-    """PPO's bound on the critic's step, in units of returns."""
+    """PPO: clipping range of the values, in units of returns. Default: none."""
     target_kl: float | None = Field(None, gt=0.0)
-    """PPO's KL at which an update stops early."""
+    """PPO: KL divergence from the old policy at which an update stops early. Default: none."""
     entropy_coef: float = Field(0.0, ge=0.0)
+    """Weight of the entropy bonus."""
     max_grad_norm: float | None = Field(None, gt=0.0)
-    """Of policy and critic together; without it, gradients stay as they are."""
+    """Gradients of policy and critic with a larger joint norm are scaled down to it. Default: no clipping."""
     whiten: bool = True
-    """Advantages get mean 0 and variance 1 in each update."""
+    """Normalize advantages to mean 0 and variance 1 in each update."""
     hidden: list[Annotated[int, Field(ge=1)]] = [64, 64]
-    """Widths of the layers of policy and critic, which share none."""
+    """Widths of the hidden layers of the policy, and of the separate critic."""
     activation: Literal["tanh", "relu"] = "tanh"
+    """Activation function of the hidden layers."""
     distribution: Literal["categorical", "gaussian", "squashed"] | None = None
-    """Over actions; without it, what the environment takes: categorical, or gaussian."""
+    """Distribution of the actions. Default: categorical or gaussian, by the action space of the environment."""
     normalize_observations: bool = False
-    """By running mean and deviation, which stay with the policy."""
+    """Normalize observations by their running mean and deviation, which are saved with the policy."""
     normalize_rewards: bool = False
-    """By the running deviation of discounted returns; in training only."""
+    """Scale rewards by the running deviation of the discounted returns, in training only."""
     episodes: int = Field(100, ge=1)
-    """Of the greedy policy, in the evaluation of each seed."""
+    """Episodes of the greedy policy in the evaluation of each seed."""
     level: float = Field(0.95, gt=0.0, lt=1.0)
-    """Of the intervals."""
+    """Confidence level of the bootstrap intervals."""
     resamples: int = Field(2000, ge=100)
+    """Number of bootstrap resamples."""
     keep_checkpoints: bool = False
-    """Leave the checkpoints in the folder when the stage is complete."""
+    """Keep the checkpoints after the stage is complete."""
 
     @model_validator(mode="after")
-    def _fits_the_algorithm(self) -> Control:
-        of_ppo = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl")
-        given = [key for key in of_ppo if getattr(self, key) is not None]
-        if self.algorithm != "ppo" and given:
+    def _check_algorithm(self) -> Control:
+        unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
+        if self.algorithm != "ppo" and unused:
             raise ValueError(
-                f"`{given[0]}` is PPO's: `{self.algorithm}` takes one step for each update; remove it, or set "
-                "`algorithm: ppo`"
+                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`, which takes one step per update; "
+                "remove it, or set `algorithm: ppo`"
             )
         if self.algorithm != "reinforce" and self.baseline == "none":
-            raise ValueError(f"`{self.algorithm}` learns from values: remove `baseline: none`")
+            raise ValueError(f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`")
         if self.algorithm == "reinforce" and self.stretch is not None:
-            raise ValueError("`reinforce` takes whole episodes: remove `stretch`")
+            raise ValueError("`algorithm: reinforce` collects whole episodes; remove `stretch`")
         if self.algorithm == "reinforce" and self.lam not in (None, 1.0):
-            raise ValueError("`reinforce` takes whole returns, which is `lam: 1.0`: remove `lam`")
+            raise ValueError("`algorithm: reinforce` uses whole returns (`lam: 1.0`); remove `lam`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch_sizes(self) -> Control:
         collected = self.envs * (self.stretch or 128)
         if self.algorithm == "ppo" and (self.minibatches or 4) > collected:
             raise ValueError(
-                f"`minibatches: {self.minibatches or 4}` of the {collected} steps that `envs` times `stretch` collect: "
-                "one has a step at least; lower it, or raise `stretch`"
+                f"`minibatches` ({self.minibatches or 4}) must not exceed `envs` times `stretch` ({collected}); "
+                "lower it, or raise `stretch`"
             )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice in `seeds`; name each once")
         return self
+
+    @model_validator(mode="after")
+    def _check_seeds(self) -> Control:
+        repeated = duplicates(self.seeds)
+        if repeated:
+            raise ValueError(f"`seeds` contains {repeated[0]} more than once; list it once")
+        return self
+
+    @property
+    def gym_environments(self) -> tuple[GymEnvironment, ...]:
+        """The one environment of the stage."""
+        return (
+            GymEnvironment(self.environment, self.environment_options, self.distribution),
+        )
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """Environment steps of all seeds."""
+        return Workload(steps=self.steps * len(self.seeds))

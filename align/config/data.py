@@ -1,15 +1,29 @@
-"""config.data"""
+"""Configuration of the stages that write preference data: ``prepare``, ``sample`` and ``label``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import POLICY_STAGES, Config, Input, Stage
+from align.config import catalog
+from align.config.base import (
+    POLICY_STAGES,
+    Config,
+    ExternalSource,
+    GoldPrompts,
+    HeldOut,
+    Input,
+    Problem,
+    Stage,
+    Table,
+    Workload,
+)
+from align.errors import nearest
 
 ALIGN_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label")
-REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {  # by the readers of public data sets
+REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {  # of the readers of public data sets
     "ultrafeedback": ("instruction", "completions"),
     "shp": ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
     "tldr": ("info", "summaries", "choice"),
@@ -21,58 +35,59 @@ COLUMNS = (
 )  # of any reader
 FORMATS = (("prompt", "chosen", "rejected"), ("prompt", "completion"), ("messages",))
 READERS = ("columns", "hh", *REQUIRED_COLUMNS)
+READER_OPTIONS = {
+    "pairing": ("ultrafeedback", "oasst"),
+    "margin": ("ultrafeedback", "oasst"),
+    "ratio": ("shp",),
+    "languages": ("oasst",),
+}
 
 
 def columns_read(reader: str) -> tuple[str, ...]:
-    """List the names that ``columns`` may map for a reader."""
+    """The column names that ``columns`` may map for a reader."""
     return REQUIRED_COLUMNS[reader] or ("prompt",) if reader in REQUIRED_COLUMNS else ALIGN_COLUMNS
 
 
 class Source(Config):
-    """Where preference data comes from, and how it is read. A name of the catalogue stands for all of it."""
+    """How a source of preference data is read. The name of a catalog entry sets all of these keys."""
 
     reader: Literal["columns", "hh", "ultrafeedback", "shp", "tldr", "oasst"] = "columns"
-    """``hh`` reads whole transcripts as in Anthropic's HH-RLHF; the others the shapes of the sets they are named after."""
+    """Format of the source: named columns, transcripts as in Anthropic's HH-RLHF (``hh``), or the format of the public
+    data set of that name."""
     config: str | None = None
-    """The configuration (subset) of a Hub data set."""
+    """Configuration (subset) of a Hub data set."""
     data_dir: str | None = None
-    """The folder of a Hub data set to read, such as ``harmless-base``."""
+    """Folder of a Hub data set that is read, such as ``harmless-base``."""
     data_split: str = "train"
-    """The split of a Hub data set to read."""
+    """Split of a Hub data set that is read."""
     revision: str | None = None
-    """The commit, branch or tag of a Hub data set."""
+    """Commit, branch or tag of a Hub data set."""
     columns: dict[str, str] = {}
-    """Our column names to the source's: ``{rejected: reject}``; of ``ultrafeedback``, ``shp`` and ``tldr`` those that they
-    need: ``{history: post}``."""
+    """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For ``ultrafeedback``, ``shp``
+    and ``tldr``, the columns that they require: ``{history: post}``."""
     pairing: Literal["best_worst", "best_random", "all"] | None = None
-    """Of several scored completions: best against worst (the default), best against a random other, or all pairs."""
+    """Which pairs are made from several scored completions: best against worst (the default), best against a random
+    other, or all pairs."""
     margin: float | None = Field(None, ge=0.0)
-    """The least difference of scores (of ranks in ``oasst``) of a pair."""
+    """Smallest difference of the scores of a pair; for ``oasst``, of the ranks."""
     ratio: float | None = Field(None, ge=1.0)
-    """The least ratio of votes in ``shp``."""
+    """Smallest ratio of the votes of a pair, for ``shp``."""
     languages: list[str] = []
-    """Of ``oasst``: the languages that are kept; without it, all."""
+    """Languages that are kept, for ``oasst``. Default: all."""
     max_rows: int | None = Field(None, ge=1)
-    """Read no more than the first so many rows; of ``oasst``, trees."""
+    """Number of rows that are read from the start of the source; for ``oasst``, conversation trees."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_the_catalogue(cls, told: Any) -> Any:
-        from align.config import catalog
-
-        return catalog.with_catalog_entry(told) if isinstance(told, dict) else told
+    def _apply_catalog(cls, values: Any) -> Any:
+        return catalog.with_catalog_entry(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _options_mean_something(self) -> Source:
-        for key, readers in {
-            "pairing": ("ultrafeedback", "oasst"),
-            "margin": ("ultrafeedback", "oasst"),
-            "ratio": ("shp",),
-            "languages": ("oasst",),
-        }.items():
+    def _check_reader_options(self) -> Source:
+        for key, readers in READER_OPTIONS.items():
             if getattr(self, key) not in (None, []) and self.reader not in readers:
                 raise ValueError(
-                    f"`{key}` means nothing to `reader: {self.reader}`; remove it, or read with "
+                    f"`{key}` has no effect with `reader: {self.reader}`; remove it, or set "
                     f"{' or '.join(f'`reader: {reader}`' for reader in readers)}"
                 )
         return self
@@ -82,141 +97,233 @@ class MixtureSource(Source):
     """One source of a mixture."""
 
     source: str = Field(min_length=1)
+    """A file or folder, a name in the catalog, or a Hub id."""
     weight: float | None = Field(None, gt=0.0)
-    """Its share of the mixture, in proportion to the others'; no row is repeated, the others are thinned by seed."""
+    """Share of the mixture, relative to the other weights. Sources with too many rows are subsampled; no row is
+    repeated."""
 
 
 class Prepare(Source, Stage):
-    """Preference data in, checked and split by prompt, Parquet out."""
+    """Read preference data, check it, split it by prompt, and write it as Parquet."""
 
     code_version: ClassVar[int] = 3
     main_process_only: ClassVar[bool] = True
+    prepares_data: ClassVar[bool] = True
 
     source: str | None = Field(None, min_length=1)
-    """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name of the catalogue, or a Hub id."""
+    """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name in the catalog, or a Hub id."""
     mixture: list[MixtureSource] = []
-    """Several sources in place of one, each with its own reader, ``max_rows`` and ``weight``."""
+    """Several sources instead of one, each with its own reader, ``max_rows`` and ``weight``."""
     demonstrations: str | None = None
-    """Another source for SFT, no name of the catalogue; without it, SFT trains on the chosen completions."""
+    """Separate source of demonstrations for SFT; names in the catalog are not allowed. Default: the chosen
+    completions."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    """The share of prompts held out for ``evaluate``."""
+    """Fraction of the prompts held out for ``evaluate``."""
     validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
-    """The share of prompts held out for evaluation while training."""
+    """Fraction of the prompts held out for evaluation during training."""
     split_seed: int = 0
-    """Another split of the same data; another draw of random pairs, and of what weights leave out."""
+    """Seed of the split, of random pairs, and of subsampling by weight."""
     near_duplicates: Literal["keep", "drop"] | None = None
-    """Look for nearly equal prompts: ``keep`` puts them into one split, ``drop`` keeps the first. Without it, nobody looks."""
+    """Handling of near-duplicate prompts: ``keep`` puts them into the same split, ``drop`` keeps the first. Default:
+    near-duplicates are not searched for."""
     near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
-    """The Jaccard similarity of 5-character pieces from which two prompts are nearly equal. It is estimated from 128
-    hashes, so it may be 0.07 off (two standard deviations at 0.8)."""
+    """Jaccard similarity of the 5-character shingles above which two prompts are near-duplicates. It is estimated from 128
+    hashes, with a standard error of 0.035 at 0.8."""
     decontaminate: list[str] = []
-    """Files, folders (all of their files) or Hub ids (their ``test``) with evaluation prompts, no names of the catalogue:
-    rows with one of these prompts are dropped."""
+    """Sources of evaluation prompts: files, folders (all of their files) or Hub ids (their split ``test``). Rows that
+    contain one of these prompts are dropped."""
     ngram: int = Field(13, ge=3)
-    """So many words in a row, shared with an evaluation prompt, are contamination; shorter prompts are matched whole."""
+    """Number of consecutive words, shared with an evaluation prompt, that count as contamination. Shorter prompts are
+    matched as a whole."""
     keep: list[str] = []
-    """Columns of the source that come along into ``prompts-*.parquet``, of a prompt's first row; lists and objects as JSON
-    text."""
+    """Columns of the source that are copied into ``prompts-*.parquet``, from the first row of each prompt. Lists and
+    objects are stored as JSON text."""
 
     @model_validator(mode="after")
-    def _one_source_or_many(self) -> Prepare:
+    def _check_sources(self) -> Prepare:
         if bool(self.source) == bool(self.mixture):
-            raise ValueError("give one of `source` and `mixture`")
+            raise ValueError("set either `source` or `mixture`")
         if self.mixture:
-            own = [key for key in Source.model_fields if key in self.model_fields_set]
-            if own:
-                raise ValueError(f"`{own[0]}` goes into each entry of `mixture`")
+            misplaced = [key for key in Source.model_fields if key in self.model_fields_set]
+            if misplaced:
+                raise ValueError(f"`{misplaced[0]}` belongs into the entries of `mixture`")
             if len({entry.weight is None for entry in self.mixture}) > 1:
-                raise ValueError("give every entry of `mixture` a `weight`, or none")
-        taken = {"prompt", "prompt_id"} & set(self.keep)
-        if taken:
+                raise ValueError("set `weight` in every entry of `mixture`, or in none")
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Prepare:
+        reserved = {"prompt", "prompt_id"} & set(self.keep)
+        if reserved:
             raise ValueError(
-                f"`keep`: `{min(taken)}` is a column of ours; give the source's another name"
+                f"`keep` must not contain `{min(reserved)}`, which Align writes itself; "
+                "rename the column of the source"
             )
         return self
 
     @model_validator(mode="after")
-    def _fractions(self) -> Prepare:
+    def _check_fractions(self) -> Prepare:
         if self.test_fraction + self.validation_fraction >= 1.0:
             raise ValueError(
-                "`test_fraction` and `validation_fraction` together leave nothing to train on"
+                "`test_fraction` and `validation_fraction` must sum to less than 1, "
+                "or no prompt is left to train on"
             )
         return self
 
-    def sources(self) -> list[tuple[str, str, str | None]]:
-        """What is read from outside: source, split and revision of each."""
-        first = [(e.source, e.data_split, e.revision) for e in self.mixture]
+    def sources(self) -> tuple[ExternalSource, ...]:
+        """The sources whose rows are read."""
+        sources = [
+            ExternalSource(f"mixture.{i}", entry.source, entry.data_split, entry.revision)
+            for i, entry in enumerate(self.mixture)
+        ]
         if self.source:
-            first = [(self.source, self.data_split, self.revision)]
+            sources = [ExternalSource("source", self.source, self.data_split, self.revision)]
         if self.demonstrations:
-            first.append((self.demonstrations, self.data_split, None))
-        return first
+            sources.append(
+                ExternalSource(
+                    "demonstrations", self.demonstrations, self.data_split, self.revision
+                )
+            )
+        return tuple(sources)
+
+    def external_sources(self) -> tuple[ExternalSource, ...]:
+        """The sources, and the evaluation prompts to decontaminate against."""
+        prompts = (
+            ExternalSource(f"decontaminate.{i}", name, split="")
+            for i, name in enumerate(self.decontaminate)
+        )
+        return (*self.sources(), *prompts)
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings except the names of sources, whose content counts instead."""
+        settings = super().digest_settings()
+        settings |= dict.fromkeys(("source", "demonstrations", "decontaminate"))
+        for entry in settings["mixture"]:
+            entry["source"] = None
+        return settings
+
+    def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
+        """A split is missing if its fraction is 0."""
+        fraction = f"{split}_fraction"
+        if getattr(self, fraction, 1.0) == 0:
+            return f"`{name}` has no {split} split; set `{name}.{fraction}` above 0"
+        return None
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Keys of ``columns`` that are not columns of Align."""
+        for key in self.columns:
+            if key not in COLUMNS:
+                yield Problem(("columns", key), f"not a column of Align{nearest(key, COLUMNS)}")
 
 
 class Sample(Stage):
-    """Completions of a policy, several a prompt: what ``label`` makes pairs of."""
+    """Sample completions from a policy, for ``label``."""
 
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
         "prompts": Input(("prepare",)),
     }
+    reads: ClassVar = (Table("prompts", "prompts"),)
 
     model: str
     """The policy: an earlier stage, a folder or a Hub id."""
     prompts: str = "prepare"
+    """The prepared data that the prompts come from: an earlier ``prepare`` stage, or its folder."""
     split: Literal["train", "validation", "test"] = "train"
+    """Split of the prompts."""
     n_prompts: int | None = Field(None, ge=1)
-    """The first so many prompts only."""
+    """Number of prompts, from the start of the split. Default: all."""
     n_completions: int = Field(4, ge=1)
-    """Completions a prompt."""
+    """Completions sampled per prompt."""
     temperature: float = Field(1.0, ge=0.0)
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0 selects the most likely token."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: tokens are drawn from the smallest set with this probability."""
     max_new_tokens: int = Field(256, ge=1)
+    """Longest completion in tokens."""
     batch_size: int = Field(64, ge=1)
+    """Completions sampled at once on each process."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights."""
     revision: str | None = None
-    """The commit, branch or tag of a model from the Hub."""
+    """Commit, branch or tag of a model on the Hub."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the sampling."""
 
     @model_validator(mode="after")
-    def _draws(self) -> Sample:
+    def _check_temperature(self) -> Sample:
         if self.temperature == 0 and self.n_completions > 1:
             raise ValueError(
-                "`temperature: 0.0` gives the same completion every time: raise it, or set `n_completions: 1`"
+                "`temperature: 0.0` samples the same completion every time; raise it, or set `n_completions: 1`"
             )
         return self
 
+    def required_tables(self) -> tuple[Table, ...]:
+        """The prompts of the configured split."""
+        return (Table("prompts", "prompts", self.split, requested_by="split"),)
+
+    def held_out(self) -> Iterator[HeldOut]:
+        """The configured split, unless it is the training split."""
+        if self.split != "train":
+            yield HeldOut(("split",), "prompts", self.split)
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """One row per completion."""
+        prompts = statistics.get("prompts", {}).get(self.split)
+        if prompts is None:
+            return Workload()
+        return Workload(rows=min(prompts, self.n_prompts or prompts) * self.n_completions)
+
 
 class Label(Stage):
-    """Pairs from sampled completions, by the scores of a judge."""
+    """Make preference pairs from sampled completions, by the scores of a judge."""
 
     inputs: ClassVar = {
         "completions": Input(("sample",)),
         "judge": Input(("reward",), models=True, words=("gold",)),
     }
+    reads: ClassVar = (Table("completions", "completions"),)
 
     completions: str = "sample"
+    """The sampled completions: an earlier ``sample`` stage, or its folder."""
     judge: str
-    """``gold``, the embedded task's own score; or a reward model: a stage, a folder or a Hub id."""
+    """``gold``, the exact score of the embedded task, or a reward model: a stage, a folder or a Hub id."""
     pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
-    """Of each prompt's completions: the best against the worst, against any other, or each against each."""
+    """Which pairs are made from the completions of a prompt: best against worst, best against a random other, or all
+    pairs."""
     margin: float = Field(0.0, ge=0.0)
-    """Pairs whose scores lie closer are left out."""
+    """Smallest difference of scores; pairs with a smaller one are dropped."""
     labels: Literal["exact", "bradley_terry"] = "exact"
-    """``bradley_terry`` draws the chosen one with probability sigmoid(slope × gap), noisy like people."""
+    """How the chosen completion is determined: ``exact`` by the higher score; ``bradley_terry`` at random with probability
+    sigmoid(slope x difference of scores), which models the noise of human labels."""
     slope: float | None = Field(None, gt=0.0)
-    """Of ``bradley_terry``: that of the embedded task's labels for ``gold``, 1 for a reward model."""
+    """Slope of ``bradley_terry``. Default: that of the labels of the embedded task for ``gold``, 1 for a reward model."""
     max_pairs: int | None = Field(None, ge=1)
-    """No more than so many pairs, drawn at random."""
+    """Largest number of pairs; more are subsampled at random."""
     batch_size: int = Field(64, ge=1)
+    """Completions scored at once on each process."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights of the reward model."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of random pairs, noisy labels and subsampling."""
 
     @model_validator(mode="after")
-    def _slope_has_a_use(self) -> Label:
+    def _check_label_noise(self) -> Label:
         if self.slope is not None and self.labels == "exact":
-            raise ValueError(
-                "`slope` is for noisy labels: set `labels: bradley_terry`, or remove it"
-            )
+            raise ValueError("`slope` has no effect without `labels: bradley_terry`; remove it")
         return self
+
+    def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
+        """Labeled completions have the one split that was sampled."""
+        sample = stages.get(self.completions)
+        sampled = getattr(sample, "split", split)
+        if sampled != split:
+            return f"`{name}` has no {split} split: its completions were sampled for {sampled}; remove this key"
+        return None
+
+    @property
+    def gold_prompts(self) -> GoldPrompts | None:
+        """The prompts of the sampled completions."""
+        if self.judge != "gold":
+            return None
+        return GoldPrompts("completions", "train", repair="name a reward model")

@@ -1,4 +1,7 @@
-"""A JSON schema of recipes, for completion and checks in editors: ``python -m align.config.json_schema > recipes/schema.json``."""
+"""The JSON schema of recipes, for completion and checks in editors.
+
+After a change of the configuration, write it again: ``python -m align.config.json_schema > recipes/schema.json``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from align.config.stages import STAGES
 
 
 def json_schema() -> dict[str, Any]:
-    """What :func:`align.config.recipe.load_recipe` takes, as far as a schema can say it."""
+    """The schema of what :func:`align.config.recipe.load_recipe` accepts, as far as JSON Schema can express it."""
     _, schema = models_json_schema(
         [(cls, "validation") for cls in STAGES.values()], title="Align recipe"
     )
@@ -21,10 +24,10 @@ def json_schema() -> dict[str, Any]:
     for cls in STAGES.values():
         if cls.trainer_config:
             definitions[cls.__name__]["properties"]["trainer"] = _trainer_schema(cls.trainer_config)
-    named = {key: {"$ref": f"#/$defs/{cls.__name__}"} for key, cls in STAGES.items()}
-    own = [
-        {"allOf": [ref, {"required": ["stage"], "properties": {"stage": {"const": key}}}]}
-        for key, ref in named.items()
+    by_kind = {kind: {"$ref": f"#/$defs/{cls.__name__}"} for kind, cls in STAGES.items()}
+    renamed = [  # a stage under another name than that of its kind
+        {"allOf": [ref, {"required": ["stage"], "properties": {"stage": {"const": kind}}}]}
+        for kind, ref in by_kind.items()
     ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -35,8 +38,8 @@ def json_schema() -> dict[str, Any]:
             "needs": {"type": "array", "items": {"type": "string"}},
             "stages": {
                 "type": "object",
-                "properties": named,
-                "additionalProperties": {"anyOf": own},
+                "properties": by_kind,
+                "additionalProperties": {"anyOf": renamed},
             },
         },
         "$defs": definitions,
@@ -44,33 +47,34 @@ def json_schema() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The schema as it lies in ``recipes/schema.json``."""
+    """The content of ``recipes/schema.json``."""
     return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _trainer_schema(config: str) -> dict[str, Any]:
-    properties = {}
-    for word, key in sorted(trl_fields.trl_fields(config).items()):
-        if word not in trl_fields.OWNED:
-            properties[word] = _key_schema(key)
+    fields = trl_fields.trl_fields(config).items()
     return {
         "type": "object",
-        "description": f"Fields of TRL's {config}, verbatim.",
+        "description": f"Fields of TRL's {config}, passed on unchanged.",
         "additionalProperties": False,
-        "properties": properties,
+        "properties": {
+            name: _field_schema(field)
+            for name, field in sorted(fields)
+            if name not in trl_fields.RESERVED
+        },
     }
 
 
-def _key_schema(key: trl_fields.TRLField) -> dict[str, Any]:
-    """The type that a field declares, its choices, and one item alone where a list of text is declared."""
+def _field_schema(field: trl_fields.TRLField) -> dict[str, Any]:
+    """The declared type with its choices. A list of text may also be written as one item."""
     item: dict[str, Any] = {"type": "string"}
-    if key.choices:
-        item["enum"] = list(key.choices)
-    if key.annotation == "list[str]":
+    if field.choices:
+        item["enum"] = list(field.choices)
+    if field.annotation == "list[str]":
         return {"anyOf": [{"type": "array", "items": item}, item]}
-    if key.annotation == "str":
+    if field.annotation == "str":
         return item
-    return TypeAdapter(trl_fields.python_type(key.annotation)).json_schema()
+    return TypeAdapter(trl_fields.python_type(field.annotation)).json_schema()
 
 
 if __name__ == "__main__":

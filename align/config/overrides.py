@@ -1,68 +1,63 @@
-"""config.overrides"""
+"""Overrides of the command line, ``STAGE.KEY=VALUE``, read by the declared type of the key."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from align.config import trl_fields
+from align.config import renamed_keys, trl_fields
 from align.config.base import Stage
 from align.config.stages import STAGES
 from align.config.yaml_loader import deep_set, scalar
 from align.errors import NUMBER, nearest
 
 if TYPE_CHECKING:
-    from align.config.recipe import _Reading
+    from align.config.recipe import RawRecipe
 
 COMMAND_LINE = "command line"
 
 
-# Overrides -----------------------------------------------------------------------------------------------------------
-
-
-def apply_override(text: str, reading: _Reading) -> None:
+def apply_override(text: str, recipe: RawRecipe) -> None:
+    """Set one key in the raw settings of a stage, or of all stages that have it; errors go into the recipe."""
     address, equals, value = text.partition("=")
     name, *keys = address.split(".")
     if not equals or not keys or not all(keys):
-        reading.problems.append(
-            f"{COMMAND_LINE}: {text}: expected STAGE.KEY=VALUE, such as dpo.beta=0.2"
-        )
+        message = "expected STAGE.KEY=VALUE, such as dpo.beta=0.2"
+        recipe.problems.append(f"{COMMAND_LINE}: {text}: {message}")
         return
+    names = [name] if name in recipe.stages else []
     if name == "all":
-        names = [
-            n
-            for n, (_, d) in reading.stages.items()
-            if declared_type(stage_class(n, d), keys) is not None
-        ]
+        names = [n for n, (_, values) in recipe.stages.items() if _has_key(n, values, keys)]
         if not names:
-            reading.problems.append(
-                f"{COMMAND_LINE}: {text}: no stage has a key `{'.'.join(keys)}`"
-            )
-    elif name in reading.stages:
-        names = [name]
-    else:
-        reading.problems.append(
-            f"{COMMAND_LINE}: {text}: no stage `{name}`{nearest(name, [*reading.stages, 'all'])}"
-        )
-        return
-    for name in names:
-        data = reading.stages[name][1]
-        declared = declared_type(stage_class(name, data), keys)
-        reading.overridden.add((name, *keys))
-        if not deep_set(data, tuple(keys), parse_value(value, declared)):
-            reading.report(name, keys, f"`{'.'.join([name, *keys[:-1]])}` has no keys below it")
+            key = ".".join(keys)
+            message = f"no stage has a key `{key}`{renamed_keys.hint(recipe.classes().values(), key)}"
+            recipe.problems.append(f"{COMMAND_LINE}: {text}: {message}")
+    elif not names:
+        message = f"no stage `{name}`{nearest(name, [*recipe.stages, 'all'])}"
+        recipe.problems.append(f"{COMMAND_LINE}: {text}: {message}")
+    for stage in names:
+        values = recipe.stages[stage][1]
+        recipe.overridden.add((stage, *keys))
+        declared = declared_type(stage_class(stage, values), keys)
+        if not deep_set(values, tuple(keys), parse_value(value, declared)):
+            recipe.report(stage, keys, f"`{'.'.join([stage, *keys[:-1]])}` has no keys below it")
 
 
-def stage_class(name: str, data: dict[str, Any]) -> type[Stage] | None:
-    found = data.get("stage", name)
-    return STAGES.get(found) if isinstance(found, str) else None
+def _has_key(name: str, values: dict[str, Any], keys: list[str]) -> bool:
+    return declared_type(stage_class(name, values), keys) is not None
+
+
+def stage_class(name: str, values: dict[str, Any]) -> type[Stage] | None:
+    """The class of a stage: by its ``stage`` key, else by its name; None if there is no such kind."""
+    kind = values.get("stage", name)
+    return STAGES.get(kind) if isinstance(kind, str) else None
 
 
 def declared_type(cls: type[Stage] | None, keys: list[str]) -> Any:
-    """The type that a key is declared with; None where there is no such key."""
+    """The declared type of a key; None if there is no such key."""
     if cls is None:
         return None
     if len(keys) == 2 and keys[0] == "trainer" and cls.trainer_config:
@@ -71,7 +66,7 @@ def declared_type(cls: type[Stage] | None, keys: list[str]) -> Any:
     declared: Any = cls
     for key in keys:
         fields = next((m.model_fields for m in nested_models(declared)), None)
-        if fields is None:  # a plain mapping, such as `columns`, or nothing with keys
+        if fields is None:  # a plain mapping, such as `columns`, or a value without keys
             return get_args(declared)[1] if get_origin(declared) is dict else None
         if key not in fields:
             return None
@@ -79,33 +74,37 @@ def declared_type(cls: type[Stage] | None, keys: list[str]) -> Any:
     return declared
 
 
-def nested_models(declared: Any) -> Iterable[type[BaseModel]]:
+def nested_models(declared: Any) -> Iterator[type[BaseModel]]:
+    """The configuration classes in a declared type, which may be a union."""
     if isinstance(declared, type) and issubclass(declared, BaseModel):
         yield declared
     elif get_origin(declared) in (Union, types.UnionType, Annotated):
-        for part in get_args(declared):
+        parts: Iterable[Any] = get_args(declared)
+        for part in parts:
             yield from nested_models(part)
 
 
 def parse_value(text: str, declared: Any) -> Any:
-    """The first reading of ``text`` that has the declared type: text only, YAML, a number, text."""
+    """The first interpretation of ``text`` that has the declared type: as YAML, as a number, as text.
+
+    Where the declared type is text, the text itself is the value.
+    """
     if declared is str:
         return text
     candidates: list[Any] = [scalar(text)]
     if NUMBER.match(text):
         candidates.append(float(text))
     candidates.append(text)
-    if declared is not None:
-        config = (
-            None
-            if isinstance(declared, type) and issubclass(declared, BaseModel)
-            else ConfigDict(strict=True)
-        )
-        adapter: TypeAdapter[Any] = TypeAdapter(declared, config=config)
-        for candidate in candidates:
-            try:
-                adapter.validate_python(candidate)
-            except ValidationError:
-                continue
-            return candidate
+    if declared is None:
+        return candidates[0]
+    is_model = isinstance(declared, type) and issubclass(declared, BaseModel)
+    adapter: TypeAdapter[Any] = TypeAdapter(
+        declared, config=None if is_model else ConfigDict(strict=True)
+    )
+    for candidate in candidates:
+        try:
+            adapter.validate_python(candidate)
+        except ValidationError:
+            continue
+        return candidate
     return candidates[0]

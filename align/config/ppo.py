@@ -1,172 +1,300 @@
-"""config.ppo"""
+"""Configuration of ``ppo``: PPO, RLOO and REINFORCE on language models."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import POLICY_STAGES, Input
-from align.config.training import TrainingStage
+from align.config.base import (
+    FUNCTION,
+    POLICY_STAGES,
+    GoldPrompts,
+    HeldOut,
+    Input,
+    Keys,
+    Problem,
+    Table,
+    Workload,
+    duplicates,
+)
+from align.config.training import BYTES_PER_PARAMETER, TRAINING_COPIES, TrainingStage
+
+NF4_BYTES = 0.55  # per parameter, including the scales
+CRITIC_KEYS = ("lam", "value_clip", "value_coef", "critic_learning_rate")
 
 
 class PPO(TrainingStage):
-    """Policy optimisation against a reward, held to a reference by a KL penalty (Ziegler et al. 2019, arXiv:1909.08593)."""
+    """Policy optimization against a reward, with a KL penalty towards the reference.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593.
+    """
 
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
         "prompts": Input(("prepare",)),
         "rewards": Input(("reward",), models=True, functions=True),
     }
+    reads: ClassVar = (Table("prompts", "prompts"),)
 
     model: str
-    """An earlier stage, a folder or a Hub id: the policy at the start, and the reference."""
+    """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
     prompts: str = "prepare"
+    """The prompts to sample completions for: an earlier ``prepare`` stage, or its folder."""
     rewards: list[str] = Field(min_length=1)
-    """Where scores come from: ``reward`` stages, folders, Hub ids, or functions written ``module:function``."""
+    """Sources of the score: ``reward`` stages, folders, Hub ids, or Python functions, written ``module:function``."""
     weights: list[float] | None = None
-    """Of the rewards, in their order; without it, 1 each."""
+    """Weights of the rewards in the sum, in their order. Default: 1 each."""
     judge: Literal["gold"] | None = None
-    """``gold``: the embedded task's own score is logged beside the reward. It teaches nothing."""
+    """Score that is logged beside the reward and not trained on: ``gold`` is the exact score of the embedded task."""
 
     steps: int = Field(ge=1)
-    """Updates; each samples anew."""
+    """Number of updates; each samples new completions."""
     batch_size: int = Field(ge=1)
-    """Completions an update, of all processes together."""
+    """Completions per update, on all processes together."""
     n_completions: int = Field(1, ge=1)
-    """Completions a prompt."""
+    """Completions per prompt."""
     temperature: float = Field(1.0, gt=0.0)
-    """Of the policy and of the reference, wherever they speak."""
+    """Sampling temperature. The log-probabilities of policy and reference are computed at the same temperature."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Below 1 the policy is sampled from without its tail, and its log-probabilities are those with it."""
+    """Nucleus sampling threshold. Log-probabilities are computed over the full vocabulary, so values below 1 make sampling
+    slightly off-policy."""
     max_new_tokens: int = Field(256, ge=1)
+    """Longest completion in tokens."""
     missing_eos_penalty: float | None = Field(None, ge=0.0)
-    """Taken off the score of a completion that does not end by itself."""
+    """Subtracted from the score of a completion without an end-of-sequence token."""
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """What draws completions; ``vllm`` is a server, at ``vllm_url``."""
+    """Engine that samples completions; ``vllm`` is a server at ``vllm_url``."""
     vllm_url: str = "http://localhost:8000"
+    """Address of the vLLM server."""
     importance_cap: float = Field(2.0, gt=0.0)
-    """Of the weights policy / sampler, where another engine samples."""
+    """Upper bound on the importance weights policy / sampler, where another engine samples."""
 
     advantages: Literal["gae", "rloo", "reinforce"] = "gae"
-    """``gae`` has a critic; ``rloo`` compares completions of one prompt, ``reinforce`` (whitened) those of a batch."""
+    """Estimator of the advantages: ``gae`` trains a critic, ``rloo`` compares the completions of a prompt, ``reinforce``
+    normalizes over the batch."""
     gamma: float = Field(1.0, ge=0.0, le=1.0)
+    """Discount per token."""
     lam: float = Field(0.95, ge=0.0, le=1.0)
-    """Of generalised advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     whiten_advantages: bool = True
+    """Normalize advantages to mean 0 and variance 1 in each update."""
     whiten_rewards: bool = False
-    """Scale rewards to variance 1; their mean stays."""
+    """Scale rewards to variance 1 in each update; their mean is unchanged."""
     kl_coef: float = Field(0.05, ge=0.0)
-    """How much the policy is held to the reference."""
+    """Coefficient of the KL penalty towards the reference."""
     kl_estimator: Literal["k1", "k3"] = "k1"
+    """Estimator of the KL divergence per token: the log-ratio (``k1``) or the low-variance ``k3``."""
     kl_target: float | None = Field(None, gt=0.0)
-    """Nats a completion; with it ``kl_coef`` is adapted, without it fixed."""
+    """KL divergence, in nats per completion, that ``kl_coef`` is adapted to. Default: ``kl_coef`` is constant."""
     kl_horizon: int = Field(10_000, ge=1)
-    """Completions in which ``kl_coef`` changes by 20 % at most."""
+    """Completions in which ``kl_coef`` changes by at most 20 %."""
 
     learning_rate: float = Field(1e-5, gt=0.0)
+    """Learning rate of the policy."""
     critic_learning_rate: float | None = Field(None, gt=0.0)
-    """Without it, that of the policy."""
+    """Learning rate of the critic. Default: that of the policy."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Schedule of the learning rates after warm-up; ``linear`` and ``cosine`` decay to 0."""
     warmup_steps: int = Field(0, ge=0)
     """Updates in which the learning rates rise from 0."""
     critic_warmup_steps: int = Field(0, ge=0)
-    """Updates at the start in which the critic learns alone."""
+    """Updates at the start in which only the critic is trained."""
     epochs: int = Field(4, ge=1)
-    """Passes over what was sampled."""
+    """Passes over the completions of an update."""
     minibatches: int = Field(1, ge=1)
-    """Optimizer steps in a pass."""
+    """Optimizer steps per pass."""
     micro_batch_size: int = Field(16, ge=1)
-    """Completions that pass through the models at once, on each process. It saves memory and changes no result."""
+    """Completions per forward pass on each process. Smaller values save memory and do not change the result."""
     sample_batch_size: int = Field(64, ge=1)
-    """Completions that are sampled at once, on each process."""
+    """Completions sampled at once on each process."""
     clip: float = Field(0.2, gt=0.0)
+    """Clipping range of the probability ratio."""
     clip_high: float | None = Field(None, gt=0.0)
-    """The upper bound, where it differs."""
+    """Clipping range above 1. Default: ``clip``."""
     dual_clip: float | None = Field(None, gt=1.0)
+    """Upper bound on the loss ratio for negative advantages. Default: none."""
     value_clip: float | None = Field(0.2, gt=0.0)
+    """Clipping range of the values around those at sampling; null: none."""
     value_coef: float = Field(0.1, ge=0.0)
+    """Weight of the critic's loss."""
     entropy_coef: float = Field(0.0, ge=0.0)
+    """Weight of the entropy bonus."""
     max_grad_norm: float = Field(1.0, gt=0.0)
+    """Gradients with a larger norm are scaled down to it."""
     target_kl: float | None = Field(None, gt=0.0)
-    """KL(old, new) a token at which an update stops early."""
+    """KL divergence from the policy at sampling, per token, at which an update stops early. Default: none."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     quantization: Literal["nf4"] | None = None
-    """Hold the frozen backbone in 4 bits (needs ``lora``)."""
+    """Store the frozen backbone in 4 bits; requires ``lora``."""
 
     eval_steps: int | None = Field(None, ge=1)
-    """Every so many updates, sample on held-out prompts."""
+    """Updates between evaluations on held-out prompts. Default: no evaluation."""
     eval_split: Literal["test", "validation"] = "validation"
+    """Split of the held-out prompts."""
     n_eval_prompts: int = Field(128, ge=1)
+    """Number of held-out prompts."""
     save_steps: int | None = Field(None, ge=1)
-    """A checkpoint every so many updates; without it, ten in all."""
-
-    def _says_nothing_in_vain(self) -> None:
-        """Refuse keys that the others make meaningless."""
-        critic = ("lam", "value_clip", "value_coef", "critic_learning_rate")
-        vain: list[tuple[tuple[str, ...], str]] = []
-        if self.advantages != "gae":
-            vain.append((critic, f"to `advantages: {self.advantages}`"))
-        if self.advantages == "rloo":
-            vain.append((("gamma",), "to `advantages: rloo`"))
-        if self.sampler != "vllm":
-            vain.append((("vllm_url",), "without `sampler: vllm`"))
-        if self.kl_target is None:
-            vain.append((("kl_horizon",), "without `kl_target`"))
-        if self.eval_steps is None:
-            vain.append((("eval_split", "n_eval_prompts"), "without `eval_steps`"))
-        for keys, why in vain:
-            for key in keys:
-                if key in self.model_fields_set:
-                    raise ValueError(f"`{key}` means nothing {why}: remove it")
+    """Updates between checkpoints. Default: ten checkpoints in all."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> PPO:
-        self._says_nothing_in_vain()
-        if max(self.critic_warmup_steps, self.warmup_steps) >= self.steps:
+    def _check_keys_without_effect(self) -> PPO:
+        ignored: dict[str, str] = {}  # key → the setting that disables it
+        if self.advantages != "gae":
+            ignored |= dict.fromkeys(CRITIC_KEYS, f"with `advantages: {self.advantages}`")
+        if self.advantages == "rloo":
+            ignored["gamma"] = "with `advantages: rloo`"
+        if self.sampler != "vllm":
+            ignored["vllm_url"] = "without `sampler: vllm`"
+        if self.kl_target is None:
+            ignored["kl_horizon"] = "without `kl_target`"
+        if self.eval_steps is None:
+            ignored |= dict.fromkeys(("eval_split", "n_eval_prompts"), "without `eval_steps`")
+        for key, condition in ignored.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"`{key}` has no effect {condition}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> PPO:
+        repeated = duplicates(self.rewards)
+        if repeated:
             raise ValueError(
-                f"a warm-up of {max(self.critic_warmup_steps, self.warmup_steps)} steps, and `steps` are {self.steps}: "
-                "nothing is left; shorten it"
-            )
-        if len(set(self.rewards)) < len(self.rewards):
-            raise ValueError("a reward stands twice in `rewards`; name each once, with a weight")
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("`kl_target` multiplies `kl_coef`, and 0 stays 0: set it above 0")
-        if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:
-            raise ValueError(
-                f"`kl_horizon` {self.kl_horizon} is below a fifth of `batch_size` {self.batch_size}, so one step could turn "
-                "the coefficient's sign: raise it"
+                f"`rewards` contains {repeated[0]!r} more than once; list it once and set its weight"
             )
         if self.weights is not None and len(self.weights) != len(self.rewards):
             raise ValueError(
-                f"`weights` has {len(self.weights)} entries and `rewards` {len(self.rewards)}; give one for each"
+                f"`weights` must have one entry for each of `rewards` ({len(self.rewards)}), got {len(self.weights)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> PPO:
+        if self.kl_target is None:
+            return self
+        if self.kl_coef == 0:
+            raise ValueError(
+                "`kl_target` adapts `kl_coef`, which must therefore be greater than 0"
+            )
+        if self.batch_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"`kl_horizon` ({self.kl_horizon}) must be more than a fifth of `batch_size` ({self.batch_size}), "
+                "or one step could change the sign of `kl_coef`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch_sizes(self) -> PPO:
         if self.batch_size % self.n_completions:
             raise ValueError(
-                f"`batch_size` {self.batch_size} is no multiple of `n_completions` {self.n_completions}: a prompt's "
-                "completions are of one update; change one of them"
-            )
-        if self.advantages == "rloo" and self.n_completions < 2:
-            raise ValueError(
-                "`rloo` compares the completions of a prompt: set `n_completions` to 2 or more"
+                f"`batch_size` ({self.batch_size}) must be a multiple of `n_completions` ({self.n_completions}), "
+                "because all completions of a prompt are in the same update"
             )
         if self.minibatches > self.batch_size:
             raise ValueError(
-                f"`minibatches: {self.minibatches}` of a batch of {self.batch_size}: one has a completion at least; lower it"
+                f"`minibatches` ({self.minibatches}) must not exceed `batch_size` ({self.batch_size})"
             )
+        if self.advantages == "rloo" and self.n_completions < 2:
+            raise ValueError(
+                "`advantages: rloo` compares the completions of a prompt; set `n_completions` to at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> PPO:
         if self.advantages != "gae" and self.critic_warmup_steps:
             raise ValueError(
-                f"`{self.advantages}` has no critic: remove `critic_warmup_steps`, or set `advantages: gae`"
+                f"`critic_warmup_steps` has no effect with `advantages: {self.advantages}`, which has no critic; "
+                "remove it"
             )
+        longest = max(self.critic_warmup_steps, self.warmup_steps)
+        if longest >= self.steps:
+            raise ValueError(
+                f"`warmup_steps` and `critic_warmup_steps` must be less than `steps` ({self.steps}), got {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> PPO:
         if self.quantization and self.sampler == "vllm":
             raise ValueError(
-                "`sampler: vllm` needs whole weights, and `quantization` holds none: remove one"
+                "`sampler: vllm` needs unquantized weights; remove `quantization` or `sampler`"
+            )
+        if self.quantization and not self.lora:
+            raise ValueError(
+                "`quantization` freezes the backbone; set `lora`, or remove `quantization`"
             )
         if self.dtype == "bfloat16" and not self.lora:
             raise ValueError(
-                "`dtype: bfloat16` trained in full rounds small updates away (8 bits of precision): keep float32, or set "
-                "`lora`, whose adapters stay in float32"
+                "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of precision); use float32, "
+                "or set `lora`, whose adapters stay in float32"
             )
-        if self.quantization and not self.lora:
-            raise ValueError("`quantization` freezes the backbone: set `lora`, or remove it")
         return self
+
+    def required_tables(self) -> tuple[Table, ...]:
+        """The training prompts, and those to evaluate on."""
+        if self.eval_steps is None:
+            return self.reads
+        return (*self.reads, Table("prompts", "prompts", self.eval_split, requested_by="eval_split"))
+
+    def held_out(self) -> Iterator[HeldOut]:
+        """The split to evaluate on, if the stage evaluates."""
+        if self.eval_steps is not None:
+            yield HeldOut(("eval_steps",), "prompts", self.eval_split)
+
+    @property
+    def reward_functions(self) -> dict[Keys, str]:
+        """The rewards that are Python functions."""
+        return {
+            ("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)
+        }
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """The vLLM server, if it samples."""
+        return {"vllm_url": self.vllm_url} if self.sampler == "vllm" else {}
+
+    @property
+    def gold_prompts(self) -> GoldPrompts | None:
+        """The training prompts, if the gold score is logged."""
+        return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None
+
+    def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
+        """Prompts that do not divide over the processes, and processes with fewer completions than minibatches."""
+        prompts = self.batch_size // self.n_completions
+        if prompts % world_size:
+            yield Problem(
+                ("batch_size",),
+                f"{prompts} prompts (`batch_size` {self.batch_size} / `n_completions` {self.n_completions}) cannot be "
+                f"divided over {world_size} processes; use a multiple of {world_size * self.n_completions}",
+            )
+        elif self.minibatches > self.batch_size // world_size:
+            yield Problem(
+                ("minibatches",),
+                f"`minibatches` ({self.minibatches}) must not exceed the {self.batch_size // world_size} completions of "
+                "a process; lower it, or raise `batch_size`",
+            )
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """Completions that are sampled, and optimizer steps."""
+        return Workload(
+            rows=self.steps * self.batch_size, steps=self.steps * self.epochs * self.minibatches
+        )
+
+    def model_copies(self, *, sharded: bool) -> int:
+        """Policy and critic are trained; the reference and the reward models are frozen.
+
+        With ``lora`` all of them share one backbone; reward models with another backbone are not counted.
+        """
+        if self.lora is not None:
+            return 1
+        trained = 1 + (self.advantages == "gae")
+        frozen = 1 + len(self.rewards) - len(self.reward_functions)
+        return TRAINING_COPIES * trained + frozen
+
+    def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
+        """Weights, gradients and moments of Adam of all models."""
+        per_parameter = NF4_BYTES if self.quantization else BYTES_PER_PARAMETER[self.dtype]
+        return round(parameters * per_parameter) * self.model_copies(sharded=sharded)

@@ -1,13 +1,15 @@
-"""Recipes: YAML files that name stages in order. Reading one finds every mistake at once, before anything runs.
+"""Recipes: YAML files that list stages in the order in which they run.
 
-A recipe object stops at its stage: below it go plain arguments.
+Loading a recipe reports every error of it and of the recipes that it needs at once, each with its place in the file, before
+anything runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from align.config import trl_fields, validation
+from align.config import renamed_keys, trl_fields, validation
 from align.config.base import TAGS, Stage
 from align.config.overrides import (
     COMMAND_LINE,
@@ -24,13 +26,14 @@ from align.config.overrides import (
     nested_models,
     stage_class,
 )
+from align.config.shipped import recipes_dir
 from align.config.stages import STAGES
 from align.config.yaml_loader import Document, read_yaml
-from align.errors import UserError, mismatch, nearest, shown
+from align.errors import RecipeError, UserError, mismatch, nearest, shown
 
-_TOP = ("needs", "stages")
-_NAME = re.compile(r"[a-z][a-z0-9_]*$")
-_WORDS = {
+_TOP_KEYS = ("needs", "stages")
+_STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*$")
+_EXPECTED = {  # by pydantic's type of error
     "float_type": "a number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -44,282 +47,328 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that was read, with all that it needs: stages by name, in the order in which they run."""
+    """A loaded recipe, including the recipes that it needs: its stages by name, in the order in which they run."""
 
     path: Path
     stages: Mapping[str, Stage]
-    _lines: Mapping[tuple[str, ...], str] = field(default_factory=dict, repr=False)
+    _places: Mapping[tuple[str, ...], str] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         """The path below the folder ``recipes``, joined by ``-``: ``hh-dpo`` for ``recipes/hh/dpo.yaml``."""
         parts = self.path.resolve().with_suffix("").parts
-        if "recipes" in parts[:-1]:
-            last = len(parts) - 1 - parts[:-1][::-1].index("recipes") - 1
-            return "-".join(parts[last + 1 :])
+        for folder in ("recipes", "_recipes"):
+            if folder in parts[:-1]:
+                last = len(parts) - 2 - parts[:-1][::-1].index(folder)
+                return "-".join(parts[last + 1 :])
         return parts[-1]
 
-    def at(self, *keys: str) -> str:
-        """``file:line: stage.key``, for messages found after reading."""
-        place = next(
-            (self._lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self._lines),
-            str(self.path),
-        )
-        return f"{place}: {'.'.join(keys)}"
+    def at(self, *keys: str | int) -> str:
+        """The place of a key, ``file:line: stage.key``, for error messages."""
+        address = tuple(map(str, keys))
+        prefixes = (address[:n] for n in range(len(address), 0, -1))
+        place = next((self._places[p] for p in prefixes if p in self._places), str(self.path))
+        return f"{place}: {'.'.join(address)}"
 
 
-def kind(stage: Stage) -> str:
-    """The kind of a stage: ``dpo`` for settings of the class DPO."""
-    return next(name for name, cls in STAGES.items() if type(stage) is cls)
+class ErrorCollector:
+    """Collects user errors, each with its place in the recipe, so that all of them are raised as one."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.lines: list[str] = []
+
+    def add(self, keys: Iterable[str | int], *messages: str) -> None:
+        """Add messages about the key at ``keys``, which begin with the name of its stage."""
+        place = self.recipe.at(*keys)
+        self.lines += [f"{place}: {message}" for message in messages]
+
+    @contextlib.contextmanager
+    def at(self, *keys: str | int) -> Iterator[None]:
+        """Collect a user error that is raised inside, as one about the key at ``keys``."""
+        try:
+            yield
+        except UserError as error:
+            self.add(keys, *error.lines)
+
+    def raise_any(self) -> None:
+        """Raise what was collected.
+
+        Raises:
+            RecipeError: At least one error was collected.
+        """
+        if self.lines:
+            raise RecipeError(*self.lines)
 
 
 @dataclass
-class _Reading:
-    """Recipes while they are read: raw settings of each stage, where they stand, and what is wrong."""
+class RawRecipe:
+    """Recipes while they are read: the raw settings of each stage, their places, and the errors so far."""
 
     documents: dict[Path, Document] = field(default_factory=dict)
     stages: dict[str, tuple[Document, dict[str, Any]]] = field(default_factory=dict)
     overridden: set[tuple[str, ...]] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
+    def classes(self) -> dict[str, type[Stage] | None]:
+        """The class of each stage, in order; None for an unknown kind."""
+        return {name: stage_class(name, values) for name, (_, values) in self.stages.items()}
+
     def place(self, name: str, *keys: str | int) -> str:
+        """``file:line`` of a key, or ``command line`` for one that is overridden."""
         address = (name, *map(str, keys))
         if any(address[: len(o)] == o for o in self.overridden):
             return COMMAND_LINE
         document = self.stages[name][0]
         return f"{document.path}:{document.line(('stages', name, *keys))}"
 
+    def places(self) -> dict[tuple[str, ...], str]:
+        """The places of all keys."""
+        places = {}
+        for name, (document, _) in self.stages.items():
+            for address in document.lines:
+                if address[:2] == ("stages", name):
+                    places[tuple(map(str, address[1:]))] = self.place(name, *address[2:])
+        return places | dict.fromkeys(self.overridden, COMMAND_LINE)
+
+    def text(self, name: str, keys: Iterable[str | int]) -> str | None:
+        """A value as written in the file; None for an override."""
+        if self.place(name, *keys) == COMMAND_LINE:
+            return None
+        return self.stages[name][0].texts.get(("stages", name, *keys))
+
     def report(self, name: str, keys: Iterable[str | int], message: str) -> None:
+        """Add an error about a key of a stage."""
         keys = tuple(keys)
         address = ".".join(map(str, (name, *keys)))
         self.problems.append(f"{self.place(name, *keys)}: {address}: {message}")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, the recipes it needs, and overrides ``stage.key=value``.
+    """Read a recipe, the recipes that it needs, and overrides ``stage.key=value``.
+
+    ``path`` is a file, or the name of a shipped recipe, such as ``dpo`` or ``control/cartpole_ppo``.
 
     Raises:
-        UserError: One line for every mistake in all of them, each with its place and its repair.
+        RecipeError: One line for each error in all of them, with its place and its repair.
     """
-    reading = _Reading()
-    root = Path(os.path.normpath(path))
-    _collect(root, reading, chain=[])
+    raw = RawRecipe()
+    file = find_recipe(path)
+    _collect(file, raw, parents=[])
     for override in overrides:
-        apply_override(override, reading)
-    kinds = {name: stage_class(name, data) for name, (_, data) in reading.stages.items()}
+        apply_override(override, raw)
+    classes = raw.classes()
     stages: dict[str, Stage] = {}
-    for name, (_, data) in reading.stages.items():
-        stage = _validate(name, data, reading)
+    for name, (_, values) in raw.stages.items():
+        stage = _validate(name, values, raw)
         if stage is not None:
             stages[name] = stage
-        cls = kinds[name]
+        cls = classes[name]
         if cls is not None:
-            _check_trainer(name, cls, data, reading)
-            validation.validate_inputs(name, cls, data, kinds, reading.report)
+            _check_trainer(name, cls, values, raw)
+            validation.validate_inputs(name, cls, values, classes, raw.report)
     for name, stage in stages.items():
-        validation.validate_stage(name, stage, stages, reading.report)
-    if reading.problems:
-        raise UserError(*sorted(dict.fromkeys(reading.problems), key=_by_line))
-    return Recipe(root, stages, _lines(reading))
+        validation.validate_stage(name, stage, stages, raw.report)
+    if raw.problems:
+        raise RecipeError(*sorted(dict.fromkeys(raw.problems), key=_by_line))
+    return Recipe(file, stages, raw.places())
 
 
-def load_stage(name: str, overrides: Iterable[str]) -> Any:
-    """Settings of one stage from ``key=value`` alone, as a command has them; mistakes as in :func:`read`.
+def load_stage(kind: str, overrides: Iterable[str]) -> Any:
+    """Configure one stage from ``key=value`` alone, as on a command line.
 
     Raises:
-        UserError: One line for every mistake.
+        RecipeError: One line for each error.
     """
-    reading = _Reading()
-    reading.stages[name] = (Document(Path(COMMAND_LINE)), {})
-    reading.overridden.add((name,))
+    raw = RawRecipe()
+    raw.stages[kind] = (Document(Path(COMMAND_LINE)), {})
+    raw.overridden.add((kind,))
     for override in overrides:
-        apply_override(f"{name}.{override}", reading)
-    stage = _validate(name, reading.stages[name][1], reading)
+        apply_override(f"{kind}.{override}", raw)
+    stage = _validate(kind, raw.stages[kind][1], raw)
     if stage is not None:
-        validation.validate_stage(name, stage, {name: stage}, reading.report)
-    if reading.problems:
-        raise UserError(*dict.fromkeys(reading.problems))
+        validation.validate_stage(kind, stage, {kind: stage}, raw.report)
+    if raw.problems:
+        raise RecipeError(*dict.fromkeys(raw.problems))
     return stage
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with Align by name, such as ``dpo`` and ``control/cartpole_ppo``."""
+    root = recipes_dir()
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """The file of a recipe: ``path`` itself, or the shipped recipe of that name.
+
+    Raises:
+        RecipeError: ``path`` is neither, and has no suffix of a file.
+    """
+    file = Path(os.path.normpath(path))
+    if file.suffix or file.exists():
+        return file
+    shipped = shipped_recipes()
+    name = file.as_posix()
+    if name not in shipped:
+        hint = nearest(name, shipped, only_near=True)
+        raise RecipeError(
+            f"{name}: no such recipe{hint}; name a file, or a shipped recipe: {', '.join(shipped)}"
+        )
+    relative = os.path.relpath(shipped[name])
+    return shipped[name] if relative.startswith("..") else Path(relative)
+
+
 def _by_line(problem: str) -> tuple[bool, str, int]:
-    """Problems in the order of their places; the command line's last."""
+    """Sort key of problems: their places in the files; those of the command line come last."""
     place = re.match(r"(.*?):(\d+): ", problem)
     return (False, place[1], int(place[2])) if place else (True, "", 0)
 
 
-def _lines(reading: _Reading) -> dict[tuple[str, ...], str]:
-    lines = {}
-    for name, (document, _) in reading.stages.items():
-        for keys in document.lines:
-            if keys[:2] == ("stages", name):
-                lines[tuple(map(str, keys[1:]))] = reading.place(name, *keys[2:])
-    return lines | dict.fromkeys(reading.overridden, COMMAND_LINE)
+# Files
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def _collect(path: Path, reading: _Reading, chain: list[Path]) -> None:
+def _collect(path: Path, raw: RawRecipe, parents: list[Path]) -> None:
+    """Read a recipe after those that it needs; ``parents`` are the recipes that need it."""
     try:
         key = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{str(path)!r}: no name of a file: {error}") from None
-    if key in (seen.resolve() for seen in chain):
-        way = " → ".join(map(str, [*chain, path]))
-        raise UserError(f"a cycle: {way}; remove one of these `needs`")
-    if key in reading.documents:
+        raise RecipeError(f"{str(path)!r}: invalid path: {error}") from None
+    if key in (parent.resolve() for parent in parents):
+        cycle = " → ".join(map(str, [*parents, path]))
+        raise RecipeError(f"a cycle: {cycle}; remove one of these `needs`")
+    if key in raw.documents:
         return
-    document = reading.documents[key] = read_yaml(path)
-    reading.problems += document.problems
+    document = raw.documents[key] = read_yaml(path)
+    raw.problems += document.problems
     data = document.data
     if not isinstance(data, dict):
         if not document.problems:
-            reading.problems.append(
-                f"{path}:1: expected a mapping with `stages:`, got {shown(data)}"
-            )
+            raw.problems.append(f"{path}:1: expected a mapping with `stages:`, got {shown(data)}")
         return
-    for top in data.keys() - set(_TOP):
+    for top in data.keys() - set(_TOP_KEYS):
         where = f"{path}:{document.line((top,))}: {top}"
-        known = "; a stage goes under `stages:`" if top in STAGES else nearest(top, _TOP)
-        reading.problems.append(f"{where}: unknown key{known}")
-    _collect_needs(document, data.get("needs"), reading, [*chain, path])
-    _collect_stages(document, data, reading)
+        hint = "; a stage goes under `stages:`" if top in STAGES else nearest(top, _TOP_KEYS)
+        raw.problems.append(f"{where}: unknown key{hint}")
+    _collect_needs(document, data.get("needs"), raw, [*parents, path])
+    _collect_stages(document, data, raw)
 
 
-def _collect_needs(document: Document, needs: Any, reading: _Reading, chain: list[Path]) -> None:
+def _collect_needs(document: Document, needs: Any, raw: RawRecipe, parents: list[Path]) -> None:
     if needs is None:
         return
     if isinstance(needs, str):
         needs = [needs]
     if not isinstance(needs, list) or not all(isinstance(need, str) for need in needs):
         where = f"{document.path}:{document.line(('needs',))}: needs"
-        reading.problems.append(
-            f"{where}: expected a list of recipes, such as [sft.yaml], got {shown(needs)}"
-        )
+        message = f"expected a list of recipes, such as [sft.yaml], got {shown(needs)}"
+        raw.problems.append(f"{where}: {message}")
         return
     for i, need in enumerate(needs):
         target = Path(os.path.normpath(document.path.parent / need))
         try:
-            _collect(target, reading, chain)
+            _collect(target, raw, parents)
         except UserError as error:
             where = f"{document.path}:{document.line(('needs', i))}: needs"
-            reading.problems += [f"{where}: {line}" for line in error.lines]
+            raw.problems += [f"{where}: {line}" for line in error.lines]
 
 
-def _collect_stages(document: Document, data: dict[str, Any], reading: _Reading) -> None:
+def _collect_stages(document: Document, data: dict[str, Any], raw: RawRecipe) -> None:
     stages = data.get("stages")
     if stages is None and data.get("needs"):
         return
-    where = f"{document.path}:{document.line(('stages',))}"
     if not isinstance(stages, dict) or not stages:
-        reading.problems.append(
-            f"{where}: stages: expected a mapping of stages, got {shown(stages)}"
-        )
+        where = f"{document.path}:{document.line(('stages',))}: stages"
+        raw.problems.append(f"{where}: expected a mapping of stages, got {shown(stages)}")
         return
-    for name, config in stages.items():
-        where = f"{document.path}:{document.line(('stages', name))}: {name}"
-        if not _NAME.match(name):
-            reading.problems.append(f"{where}: a stage's name is lower-case letters, digits and _")
-        elif name in reading.stages:
-            other = reading.place(name)
-            reading.problems.append(
-                f"{where}: {other} has a stage of this name already; call this one `{name}_2: "
+    for name, values in stages.items():
+        problem = None
+        if not _STAGE_NAME.match(name):
+            problem = "the name of a stage must consist of lower-case letters, digits and _"
+        elif name in raw.stages:
+            problem = (
+                f"{raw.place(name)} already has a stage of this name; rename this one to `{name}_2: "
                 f"{{stage: {name}, …}}`, or remove it"
             )
-        elif config is not None and not isinstance(config, dict):
-            reading.problems.append(
-                f"{where}: expected a mapping (key: value), got {shown(config)}"
-            )
+        elif values is not None and not isinstance(values, dict):
+            problem = f"expected a mapping (key: value), got {shown(values)}"
+        if problem is None:
+            raw.stages[name] = (document, dict(values or {}))
         else:
-            reading.stages[name] = (document, dict(config or {}))
+            where = f"{document.path}:{document.line(('stages', name))}: {name}"
+            raw.problems.append(f"{where}: {problem}")
 
 
-# One stage -----------------------------------------------------------------------------------------------------------
+# One stage
 
 
-def _validate(name: str, data: dict[str, Any], reading: _Reading) -> Stage | None:
-    cls = stage_class(name, data)
+def _validate(name: str, values: dict[str, Any], raw: RawRecipe) -> Stage | None:
+    """The configuration of a stage; None if it has errors, which are reported."""
+    cls = stage_class(name, values)
     if cls is None:
-        found = data.get("stage", name)
-        hint = nearest(str(found), STAGES)
-        if "stage" in data:
-            message = f"expected a kind of stage, got {shown(found)}{hint}"
-            reading.report(name, ["stage"], message)
+        kind = values.get("stage", name)
+        hint = nearest(str(kind), STAGES)
+        if "stage" in values:
+            raw.report(name, ["stage"], f"expected a kind of stage, got {shown(kind)}{hint}")
         else:
             message = f"no kind of stage is called `{name}`{hint}"
-            reading.report(name, [], f"{message} (a name of your own needs `stage: KIND`)")
+            raw.report(name, [], f"{message} (any other name needs `stage: KIND`)")
         return None
     try:
-        return cls.model_validate(data)
+        return cls.model_validate(values)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            _report(name, cls, detail, reading)
+            _report(name, cls, detail, raw)
         return None
 
 
-def _report(name: str, cls: type[Stage], detail: ErrorDetails, reading: _Reading) -> None:
+def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -> None:
+    """Report an error of pydantic in our words."""
     keys = [key for key in detail["loc"] if key not in TAGS]
-    found = detail["input"]
+    value = detail["input"]
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            message = f"unknown key{_nearest_key(cls, keys)}"
+            message = f"unknown key{_key_hint(cls, keys)}"
         case "missing":
             message = "missing; it has no default"
         case "literal_error":
-            message = f"expected {context['expected']}, got {shown(found)}"
-            if isinstance(found, str):
-                known = re.findall(r"'([^']+)'", context["expected"])
-                message += nearest(found, known, only_near=True)
+            message = f"expected {context['expected']}, got {shown(value)}"
+            if isinstance(value, str):
+                choices = re.findall(r"'([^']+)'", context["expected"])
+                message += nearest(value, choices, only_near=True)
         case "value_error":
             message = str(context["error"])
-        case wrong if wrong in _WORDS:
-            message = mismatch(_WORDS[wrong], found, _text(name, keys, reading))
+        case kind if kind in _EXPECTED:
+            message = mismatch(_EXPECTED[kind], value, raw.text(name, keys))
         case _:
-            message = f"{detail['msg'].replace('Input should', 'must')}, got {shown(found)}"
-    reading.report(name, keys, message)
+            message = f"{detail['msg'].replace('Input should', 'must')}, got {shown(value)}"
+    raw.report(name, keys, message)
 
 
-def _text(name: str, keys: Iterable[str | int], reading: _Reading) -> str | None:
-    document = reading.stages[name][0]
-    if reading.place(name, *keys) == COMMAND_LINE:
-        return None
-    return document.texts.get(("stages", name, *keys))
-
-
-def _nearest_key(cls: type[Stage], keys: list[str | int]) -> str:
+def _key_hint(cls: type[Stage], keys: list[str | int]) -> str:
+    """What an unknown key may have been meant to be."""
+    key = str(keys[-1])
+    if len(keys) == 1:
+        renamed = renamed_keys.hint([cls], key)
+        if renamed:
+            return renamed
+        fields = trl_fields.trl_fields(cls.trainer_config) if cls.trainer_config else {}
+        if key in fields and key not in trl_fields.RESERVED:
+            return f"; it is a field of TRL's {cls.trainer_config}; put it under `trainer:`"
     declared: Any = cls if len(keys) == 1 else declared_type(cls, [str(k) for k in keys[:-1]])
-    known = [name for model in nested_models(declared) for name in model.model_fields]
-    word = str(keys[-1])
-    if len(keys) == 1 and cls.trainer_config:
-        if word in trl_fields.trl_fields(cls.trainer_config) and word not in trl_fields.OWNED:
-            return f"; it is a field of TRL's {cls.trainer_config}: put it under `trainer:`"
-    return nearest(word, known)
+    return nearest(key, [name for model in nested_models(declared) for name in model.model_fields])
 
 
-def _check_trainer(name: str, cls: type[Stage], data: dict[str, Any], reading: _Reading) -> None:
-    given = data.get("trainer")
-    if cls.trainer_config is None or not isinstance(given, dict):
+def _check_trainer(name: str, cls: type[Stage], values: dict[str, Any], raw: RawRecipe) -> None:
+    """Check the fields under ``trainer`` against TRL's class."""
+    trainer = values.get("trainer")
+    if cls.trainer_config is None or not isinstance(trainer, dict):
         return
-    known = trl_fields.trl_fields(cls.trainer_config)
-    for word, value in given.items():
-        keys = ["trainer", word]
-        if word not in known:
-            own = f"; `{word}` is a key of the stage itself" if word in cls.model_fields else ""
-            hint = own or nearest(word, known, only_near=True)
-            reading.report(name, keys, f"no field of TRL's {cls.trainer_config}{hint}")
-        elif word in trl_fields.OWNED:
-            reading.report(name, keys, f"not to be set here: {trl_fields.OWNED[word]}")
-        elif not trl_fields.fits(known[word], value):
-            expected = trl_fields.expected(known[word])
-            reading.report(name, keys, mismatch(expected, value, _text(name, keys, reading)))
-        elif trl_fields.too_small(word, value):
-            least = trl_fields.LEAST[word]
-            reading.report(name, keys, f"must be at least {least}, got {shown(value)}")
-        else:
-            for place, item in trl_fields.not_a_choice(known[word], value):
-                at = [*keys, *([] if place is None else [place])]
-                reading.report(
-                    name, at, f"no such {word}: {item}{nearest(item, known[word].choices)}"
-                )
+    for key, value in trainer.items():
+        keys = ("trainer", key)
+        text = raw.text(name, keys)
+        for below, message in trl_fields.check(cls.trainer_config, key, value, text):
+            if "no field" in message and key in cls.model_fields:
+                message = f"no field of TRL's {cls.trainer_config}; `{key}` is a key of the stage"
+            raw.report(name, (*keys, *below), message)

@@ -1,7 +1,6 @@
-"""What each stage can be told: one strict, frozen class a stage, named like its key in a recipe.
+"""The kinds of stages: the name of each in a recipe, and its configuration class.
 
-Only what means something to the pipeline stands here. Every other knob of a training run is a field of TRL's own
-configuration class and goes under ``trainer:``.
+A new kind is added here; its module in ``align/stages`` has the same name.
 """
 
 from __future__ import annotations
@@ -25,3 +24,8 @@ STAGES: dict[str, type[Stage]] = {
     "evaluate": Evaluate,
     "control": Control,
 }
+
+
+def stage_kind(stage: Stage) -> str:
+    """The kind of a stage, such as ``dpo`` for a configuration of the class DPO."""
+    return next(name for name, cls in STAGES.items() if type(stage) is cls)

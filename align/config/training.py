@@ -1,28 +1,98 @@
-"""config.training"""
+"""Configuration of the stages that train a language model with a TRL trainer: ``sft``, ``dpo``, ``reward`` and ``kto``.
+
+Align defines only the keys that the pipeline itself uses. All other training options are fields of TRL's configuration
+class, under ``trainer``.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import POLICY_STAGES, Input, Lora, ModelOrNew, NewModel, Stage
+from align.config import trl_fields
+from align.config.base import (
+    POLICY_STAGES,
+    HeldOut,
+    Input,
+    Keys,
+    Lora,
+    ModelOrNew,
+    NewModel,
+    Problem,
+    Stage,
+    Table,
+    Workload,
+)
+
+TOKENS_PER_WORD = 1.35  # usual ratio of subword vocabularies in English
+BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
+TRAINING_COPIES = 4  # weights, gradients, and the two moments of Adam
+BATCH_SIZE = "per_device_train_batch_size"
 
 
 class TrainingStage(Stage):
-    """What every stage has that trains a language model."""
+    """The keys of every stage that trains a language model."""
+
+    trains_model: ClassVar[bool] = True
+    continues_adapter: ClassVar[bool] = True
+    """Whether the adapter of ``model`` is trained further, rather than merged before a new one is added."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of the weights as loaded. Mixed precision is TRL's own ``trainer: {bf16: true}``."""
+    """Data type in which the weights are loaded. Mixed precision is a field of TRL: ``trainer: {bf16: true}``."""
     revision: str | None = None
-    """The commit, branch or tag of a model from the Hub."""
+    """Commit, branch or tag of a model on the Hub."""
     lora: Lora | None = None
-    """Train adapters; without it, all weights."""
+    """Train low-rank adapters. Default: full fine-tuning."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of initialization, data order and dropout."""
     prefix_sharing: bool = True
-    """Compute shared prompts once and no padding; the results are the same, up to rounding."""
+    """Compute each shared prompt once and skip padding. Results are equal up to rounding."""
     keep_checkpoints: bool = False
-    """Leave the checkpoints in the folder when the stage is complete."""
+    """Keep the checkpoints after the stage is complete."""
+
+    @property
+    def lora_dict(self) -> dict[str, Any] | None:
+        """The settings of the adapters as plain data; None for full fine-tuning."""
+        return self.lora.model_dump() if self.lora else None
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings except the names of inputs, whose content counts instead."""
+        settings = super().digest_settings()
+        named = self.input_names()
+        for key in self.inputs:
+            if isinstance(settings[key], str):
+                del settings[key]
+            elif isinstance(settings[key], list):  # of a list, what names no input counts by itself
+                items = enumerate(settings[key])
+                settings[key] = [None if f"{key}.{i}" in named else item for i, item in items]
+        return settings
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """An adapter of another shape than the one that training continues from."""
+        name = getattr(self, "model", None)
+        parent = stages.get(name) if isinstance(name, str) else None
+        trained = parent.lora if isinstance(parent, TrainingStage) else None
+        if trained and self.lora and trained != self.lora and self.continues_adapter:
+            yield Problem(
+                ("lora",),
+                f"training continues with the adapter of `{name}`, so `lora` must equal {trained!r}; "
+                "without `lora` the adapter is merged and all weights are trained",
+            )
+
+    def model_copies(self, *, sharded: bool) -> int:
+        """Copies of the weights that are held in memory, where a gradient or a moment of Adam counts as one.
+
+        With adapters, which are a few percent of the weights, only the frozen weights count.
+        """
+        return 1 if self.lora else TRAINING_COPIES
+
+    def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
+        """Weights, gradients, moments of Adam, and the reference where it stays in memory."""
+        copies = self.model_copies(sharded=sharded)
+        return parameters * BYTES_PER_PARAMETER[self.dtype] * copies
 
     @property
     def lora_dict(self) -> dict[str, Any] | None:
@@ -31,10 +101,89 @@ class TrainingStage(Stage):
 
 
 class TRLStage(TrainingStage):
-    """What every stage has that trains a model with a trainer of TRL."""
+    """The keys of every stage that trains a model with a TRL trainer."""
+
+    row_columns: ClassVar[tuple[str, ...]] = ("completion",)
+    """The columns of a row, besides its prompt, that the trainer reads."""
 
     trainer: dict[str, Any] = {}
-    """Fields of TRL's own configuration class, verbatim."""
+    """Fields of TRL's configuration class, passed on unchanged."""
+
+    @property
+    def data_input(self) -> str:
+        """The key that names the training data."""
+        return self.reads[0].input
+
+    def named_paths(self) -> dict[str, str]:
+        """Text values of ``trainer``, such as the path of a chat template."""
+        return {
+            f"trainer.{field}": value
+            for field, value in self.trainer.items()
+            if isinstance(value, str) and value
+        }
+
+    def trl_value(self, field: str) -> Any:
+        """The value of a field of TRL's class: that of the recipe, else the default of the class."""
+        if field in self.trainer:
+            return self.trainer[field]
+        return trl_fields.trl_fields(str(self.trainer_config))[field].default
+
+    def trl_arguments(self) -> dict[str, Any]:
+        """The fields of ``trainer``, and ``beta`` where the stage has it."""
+        beta = getattr(self, "beta", None)
+        return self.trainer | ({} if beta is None else {"beta": beta})
+
+    def held_out(self) -> Iterator[HeldOut]:
+        """The validation split, if the trainer evaluates during training."""
+        strategy = self.trainer.get("eval_strategy", "no")
+        keys: Keys | None = None
+        if isinstance(strategy, str) and strategy != "no":
+            keys = ("trainer", "eval_strategy")
+        elif self.trainer.get("eval_on_start") is True:
+            keys = ("trainer", "eval_on_start")
+        if keys is not None:
+            yield HeldOut(keys, self.data_input, "validation")
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Losses that TRL refuses only when it builds the trainer, after all earlier stages have been trained."""
+        yield from super().problems(stages)
+        losses = self.trainer.get("loss_type")
+        smoothing = self.trainer.get("label_smoothing", 0)
+        if "exo_pair" in (losses if isinstance(losses, list) else [losses]) and smoothing == 0:
+            yield Problem(
+                ("trainer", "loss_type"),
+                "`exo_pair` requires label smoothing; set `label_smoothing` above 0 (1.0e-3 in the paper)",
+            )
+
+    def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
+        """The number of training rows, from the metrics of the data; None if unknown."""
+        rows: int | None = statistics.get(self.reads[0].kind, {}).get("train")
+        return rows
+
+    def words_per_row(self, statistics: Mapping[str, Any]) -> float | None:
+        """The median number of words of a row, as the trainer reads it; None if unknown."""
+        words = statistics.get("words", {})
+        if not all(f"{column}_median" in words for column in self.row_columns):
+            return None
+        total: float = sum(
+            words["prompt_median"] + words[f"{column}_median"] for column in self.row_columns
+        )
+        return total
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """Rows of the training table, optimizer steps and tokens of all epochs."""
+        rows = self.count_rows(statistics)
+        batch = self.trl_value(BATCH_SIZE) * world_size
+        accumulation = self.trl_value("gradient_accumulation_steps")
+        steps = self.trl_value("max_steps")
+        if steps <= 0 and rows is not None:
+            steps_per_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulation))
+            steps = math.ceil(steps_per_epoch * self.trl_value("num_train_epochs"))
+        words = self.words_per_row(statistics)
+        tokens = None
+        if steps > 0 and words is not None:
+            tokens = round(words * TOKENS_PER_WORD * steps * batch * accumulation)
+        return Workload(rows, int(steps) if steps > 0 else None, tokens)
 
 
 class SFT(TRLStage):
@@ -45,34 +194,50 @@ class SFT(TRLStage):
         "model": Input(POLICY_STAGES, models=True),
         "demonstrations": Input(("prepare",)),
     }
+    reads: ClassVar = (Table("demonstrations", "demonstrations"),)
+    continues_adapter: ClassVar[bool] = False
 
     model: ModelOrNew
-    """An earlier stage, a folder, a Hub id; or a mapping that describes a new model to train from scratch."""
+    """An earlier stage, a folder or a Hub id; or a mapping with the shape of a new model to train from scratch."""
     demonstrations: str = "prepare"
+    """The demonstrations to train on: an earlier ``prepare`` stage, or its folder."""
 
     @model_validator(mode="after")
-    def _adapters_need_weights(self) -> SFT:
+    def _check_lora(self) -> SFT:
         if self.lora and isinstance(self.model, NewModel):
             raise ValueError(
-                "`lora` freezes the model, and this one is new: remove `lora`, or name a trained `model`"
+                "`lora` freezes the weights, which are random in a new model; remove `lora`, or name a trained `model`"
             )
         return self
 
 
 class DPO(TRLStage):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and the other losses of TRL's trainer."""
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), and the other losses of TRL's trainer."""
 
     trainer_config: ClassVar[str | None] = "DPOConfig"
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
         "pairs": Input(("prepare", "label")),
     }
+    reads: ClassVar = (Table("pairs", "pairs"),)
+    row_columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     model: str
-    """An earlier stage, a folder or a Hub id: the policy at the start, and the reference."""
+    """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
     pairs: str = "prepare"
+    """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder."""
     beta: float = Field(0.1, gt=0.0)
-    """How much the policy is held to the reference."""
+    """Strength of the implicit KL penalty towards the reference."""
+
+    def model_copies(self, *, sharded: bool) -> int:
+        """One copy more if the reference stays: if it changes during training, or if weights are sharded.
+
+        Otherwise its log-probabilities are computed before training.
+        """
+        copies = super().model_copies(sharded=sharded)
+        if self.lora is None and (sharded or self.trainer.get("sync_ref_model")):
+            copies += 1
+        return copies
 
 
 class Reward(TRLStage):
@@ -83,31 +248,83 @@ class Reward(TRLStage):
         "model": Input(POLICY_STAGES, models=True),
         "pairs": Input(("prepare", "label")),
     }
+    reads: ClassVar = (Table("pairs", "pairs"),)
+    row_columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     model: str
-    """An earlier stage, a folder or a Hub id: the layers below the score. The SFT model, as a rule."""
+    """The backbone below the scalar head, usually the SFT model: an earlier stage, a folder or a Hub id."""
     pairs: str = "prepare"
-    """Pairs to learn from; those held out measure it, and the demonstrations beside them are given a mean score of 0."""
+    """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder. Held-out pairs measure the
+    model; its scores are shifted so that the demonstrations beside them have mean 0."""
     margin_coef: float = Field(0.0, ge=0.0)
-    """Scores by which a pair is asked to differ, for each unit of its ``margin`` (Touvron et al. 2023, arXiv:2307.09288)."""
+    """Difference of scores that a pair must reach, per unit of its ``margin`` (Touvron et al. 2023, arXiv:2307.09288)."""
+
+    @property
+    def required_columns(self) -> dict[str, tuple[Table, str]]:
+        """The margin of the pairs, if it is used."""
+        return {"margin_coef": (self.reads[0], "margin")} if self.margin_coef else {}
 
 
 class KTO(TRLStage):
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of pairs."""
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of pairs."""
 
     trainer_config: ClassVar[str | None] = "KTOConfig"
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
         "preferences": Input(("prepare", "label")),
     }
+    reads: ClassVar = (Table("unpaired", "preferences"), Table("pairs", "preferences"))
 
     model: str
-    """An earlier stage, a folder or a Hub id: the policy at the start, and the reference."""
+    """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
     preferences: str = "prepare"
-    """Completions with labels of their own, and both sides of pairs."""
+    """Labeled completions, and both sides of preference pairs: an earlier ``prepare`` or ``label`` stage, or its
+    folder."""
     beta: float = Field(0.1, gt=0.0)
-    """How much the policy is held to the reference."""
+    """Strength of the implicit KL penalty towards the reference."""
     desirable_weight: float | None = Field(None, gt=0.0)
-    """Of desirable completions; without it, so that both labels' sums stand 1:1 to 4:3, as the paper advises."""
+    """Weight of desirable completions. Default: chosen so that the ratio of the summed weights of desirable and undesirable
+    completions lies between 1:1 and 4:3, as the paper recommends."""
     undesirable_weight: float | None = Field(None, gt=0.0)
-    """Of undesirable completions; without it, likewise."""
+    """Weight of undesirable completions. Default: as for ``desirable_weight``."""
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Fields of TRL that would undo the batches that the stage composes."""
+        yield from super().problems(stages)
+        conflicts = {
+            "train_sampling_strategy": "rows are shuffled with `seed` in every epoch; remove this key",
+            "dataloader_persistent_workers": "its workers would keep the order of the first epoch; remove this key",
+        }
+        for field, message in conflicts.items():
+            if self.trainer.get(field) not in (None, False, "sequential"):
+                yield Problem(("trainer", field), message)
+        size = self.trainer.get(BATCH_SIZE)
+        if isinstance(size, int) and size < 2:
+            yield Problem(
+                ("trainer", BATCH_SIZE),
+                f"must be at least 2, because every batch holds both labels, got {size}",
+            )
+
+    @property
+    def labels_per_batch(self) -> int | None:
+        """Every batch holds both labels."""
+        size: int = self.trl_value(BATCH_SIZE)
+        return size
+
+    def model_copies(self, *, sharded: bool) -> int:
+        """One copy more for the reference."""
+        return super().model_copies(sharded=sharded) + (self.lora is None)
+
+    def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
+        """Labeled completions, and two completions for each pair."""
+        unpaired, pairs = (statistics.get(table.kind, {}).get("train") for table in self.reads)
+        return (unpaired or 0) + 2 * (pairs or 0) or None
+
+    def words_per_row(self, statistics: Mapping[str, Any]) -> float | None:
+        """Words of one completion with its prompt; of pairs, the mean of both sides."""
+        words = statistics.get("words", {})
+        columns = ("chosen", "rejected") if "pairs" in statistics else ("completion",)
+        if not all(f"{column}_median" in words for column in columns):
+            return None
+        total = sum(words["prompt_median"] + words[f"{column}_median"] for column in columns)
+        return float(total / len(columns))

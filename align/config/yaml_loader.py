@@ -1,6 +1,6 @@
-"""YAML with line numbers: plain data, where each key stands, and what is wrong with the text itself.
+"""YAML with line numbers: plain data, the line and the text of each key, and the syntax errors of the file.
 
-Left out on purpose: merge keys (``<<``). A recipe is complete where it stands; ``needs:`` joins recipes.
+Merge keys (``<<``) are not supported: a recipe is complete as written, and ``needs:`` joins recipes.
 """
 
 from __future__ import annotations
@@ -12,52 +12,52 @@ from typing import Any
 
 import yaml
 
-from align.errors import UserError
+from align.errors import RecipeError
 
-Path_ = tuple[str | int, ...]
+Address = tuple[str | int, ...]  # the keys from the top of the document down
 
 
 @dataclass(slots=True)
 class Document:
-    """A YAML file as plain data.
-
-    ``lines`` and ``texts`` give, for a path of keys, the line (from 1) and the scalar as written: ``no`` for ``False``.
-    """
+    """A YAML file as plain data."""
 
     path: Path
     data: Any = None
-    lines: dict[Path_, int] = field(default_factory=dict)
-    texts: dict[Path_, str] = field(default_factory=dict)
+    lines: dict[Address, int] = field(default_factory=dict)
+    """The line of each key, counted from 1."""
+    texts: dict[Address, str] = field(default_factory=dict)
+    """Each scalar as written, such as ``no`` for ``False``."""
     problems: list[str] = field(default_factory=list)
+    """Syntax errors and duplicate keys, each with its line."""
 
-    def line(self, keys: Path_) -> int:
-        """The line of ``keys``, or of the nearest key above it that stands in the file."""
-        while keys and keys not in self.lines:
-            keys = keys[:-1]
-        return self.lines.get(keys, 1)
+    def line(self, address: Address) -> int:
+        """The line of a key, or of the nearest key above it that is in the file."""
+        while address and address not in self.lines:
+            address = address[:-1]
+        return self.lines.get(address, 1)
 
 
 def read_yaml(path: Path) -> Document:
-    """Read one YAML file. Syntax errors and duplicate keys are in ``problems``, each with its line.
+    """Read one YAML file. Errors of its content are in ``problems``.
 
     Raises:
-        UserError: The file cannot be opened, or is not text.
+        RecipeError: The file cannot be opened, or is not text.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe{_near_file(path)}") from None
+        raise RecipeError(f"{path}: no such recipe{_existing_recipes(path)}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a recipe{_near_file(path / 'x')}") from None
+        raise RecipeError(f"{path}: a folder, not a recipe{_existing_recipes(path / 'x')}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
     document = Document(path)
     try:
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
             if node is not None:
-                document.data = _plain(node, (), loader, document, active=[])
+                document.data = _plain(node, (), loader, document, parents=[])
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -68,66 +68,69 @@ def read_yaml(path: Path) -> Document:
     return document
 
 
-def _near_file(path: Path) -> str:
-    """The recipes that lie where a missing one was looked for."""
-    found = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    return f"; there are {', '.join(found)}" if found else ""
+def _existing_recipes(path: Path) -> str:
+    """The recipes in the folder in which a missing one was looked for."""
+    files = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    return f"; there are {', '.join(files)}" if files else ""
 
 
 def _plain(
     node: yaml.Node,
-    keys: Path_,
+    address: Address,
     loader: yaml.SafeLoader,
     document: Document,
     *,
-    active: list[yaml.Node],
+    parents: list[yaml.Node],
 ) -> Any:
+    """Convert a node to plain data, and record its line."""
     line = node.start_mark.line + 1
-    document.lines.setdefault(keys, line)
-    if any(node is parent for parent in active):
+    document.lines.setdefault(address, line)
+    if any(node is parent for parent in parents):
         document.problems.append(f"{document.path}:{line}: an alias that contains itself")
         return None
-    active = [*active, node]
+    parents = [*parents, node]
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, keys, loader, document, active)
+        return _mapping(node, address, loader, document, parents)
     if isinstance(node, yaml.SequenceNode):
         return [
-            _plain(item, (*keys, i), loader, document, active=active)
+            _plain(item, (*address, i), loader, document, parents=parents)
             for i, item in enumerate(node.value)
         ]
-    document.texts[keys] = node.value
+    document.texts[address] = node.value
     return loader.construct_object(node)
 
 
 def _mapping(
     node: yaml.MappingNode,
-    keys: Path_,
+    address: Address,
     loader: yaml.SafeLoader,
     document: Document,
-    active: list[yaml.Node],
+    parents: list[yaml.Node],
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        where = f"{document.path}:{line}: {'.'.join(map(str, keys)) or 'top level'}"
+        where = f"{document.path}:{line}: {'.'.join(map(str, address)) or 'top level'}"
         if not isinstance(key_node, yaml.ScalarNode):
             document.problems.append(f"{where}: a key must be a plain word")
             continue
         key = key_node.value
         if key_node.tag == "tag:yaml.org,2002:merge":
-            document.problems.append(f"{where}: `<<` is not supported: write the keys out")
+            document.problems.append(f"{where}: `<<` is not supported; write the keys out")
             continue
         if key in result:
-            first = document.lines[(*keys, key)]
-            document.problems.append(f"{where}: `{key}` stands twice (first in line {first})")
+            first = document.lines[(*address, key)]
+            document.problems.append(
+                f"{where}: duplicate key `{key}`, first in line {first}; remove one"
+            )
             continue
-        document.lines[(*keys, key)] = line
-        result[key] = _plain(value_node, (*keys, key), loader, document, active=active)
+        document.lines[(*address, key)] = line
+        result[key] = _plain(value_node, (*address, key), loader, document, parents=parents)
     return result
 
 
 def scalar(text: str) -> Any:
-    """One value as YAML reads it; text that is not YAML is the text."""
+    """One value as YAML reads it; text that is not YAML is returned unchanged."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
@@ -135,7 +138,10 @@ def scalar(text: str) -> Any:
 
 
 def deep_set(data: dict[str, Any], keys: tuple[str, ...], value: object) -> bool:
-    """Set ``data[k1][k2]… = value``, making mappings on the way; false where something else is in the way."""
+    """Set ``data[k1][k2]… = value`` and create missing mappings.
+
+    Returns False if one of the upper keys has a value that is not a mapping.
+    """
     for key in keys[:-1]:
         below = data.get(key)
         if below is None:

@@ -1,31 +1,42 @@
-"""What can be known wrong before anything is trained."""
+"""Checks of a recipe before its stages run, so that errors are reported before anything is trained.
+
+The stages declare what they need (:class:`align.config.base.Stage`); the checks here look whether it exists.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from urllib.request import urlopen
 
 from align.config.base import Stage
-from align.config.control import Control
-from align.config.data import Label, Sample
-from align.config.evaluate import Evaluate
-from align.config.ppo import PPO
-from align.config.training import DPO, KTO, SFT, Reward, TRLStage
-from align.config.validation import FUNCTION
-from align.data import tables
+from align.config.recipe import ErrorCollector, Recipe
 from align.errors import UserError
+from align.pipeline.plan import PlannedStage
 from align.rewards.functions import load_function, missing_columns
 from align.runtime import hub
 
-if TYPE_CHECKING:
-    from align.config.recipe import Recipe
-    from align.pipeline.plan import PlannedStage
+SERVER_TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTables:
+    """What is known of prepared data, on disk or in memory."""
+
+    names: Collection[str]
+    """The names of the tables, such as ``pairs-train``."""
+    prompts: Callable[[str], list[str]]
+    """The texts of the last messages of the prompts of a split."""
 
 
 def check_writable(runs: Path) -> None:
-    """Make sure that ``runs`` is a folder, or can be made one, and can be written."""
+    """Check that ``runs`` is a writable folder; create it if necessary.
+
+    Raises:
+        UserError: It cannot be created or written.
+    """
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=runs):
@@ -37,229 +48,225 @@ def check_writable(runs: Path) -> None:
         ) from None
 
 
-def check_trainer_arguments(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
-    """Build the trainer configurations of all stages that are due: what one refuses is known before the first trains."""
-    if not any(isinstance(step.config, TRLStage) for step in due):
+def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_size: int) -> None:
+    """Check the models, functions, servers, environments and batch sizes of the stages that will run.
+
+    Raises:
+        UserError: One line for each error.
+    """
+    errors = ErrorCollector(recipe)
+    check_hub_models(errors, pending)
+    check_environments(errors, pending)
+    check_reward_functions(errors, pending)
+    check_servers(errors, pending)
+    check_batch_sizes(errors, pending, world_size)
+    errors.raise_any()
+
+
+def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that models on the Hub are cached or reachable: loading gives up only after a minute of retries."""
+    models = {
+        (stage.name, *key.split(".")): target
+        for stage in pending
+        for key, target in stage.inputs.items()
+        if isinstance(target, str)
+    }
+    missing = {model for model in set(models.values()) if not hub.model_is_reachable(model)}
+    for keys, model in models.items():
+        if model in missing:
+            message = "no such folder, not in the cache, and the Hub cannot be reached"
+            errors.add(keys, f"{model}: {message}; name a folder, or download the model first")
+
+
+def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Make each Gymnasium environment once: it must exist, be installed, and have spaces that a policy fits."""
+    for stage in pending:
+        for environment in stage.config.gym_environments:
+            from align.control import spaces
+
+            try:
+                spaces.inspect_env(
+                    environment.name, environment.options, environment.distribution
+                )
+            except spaces.UnfitError as error:
+                errors.add((stage.name, error.key), str(error))
+
+
+def check_reward_functions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Import each reward function once: it must exist and be callable."""
+    for stage in pending:
+        for keys, function in stage.config.reward_functions.items():
+            with errors.at(stage.name, *keys):
+                load_function(function)
+
+
+def check_servers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that each vLLM server answers: the stage that needs it may start hours later."""
+    for stage in pending:
+        for key, address in stage.config.servers.items():
+            try:
+                with urlopen(f"{address.rstrip('/')}/health", timeout=SERVER_TIMEOUT_SECONDS):
+                    pass
+            except (OSError, ValueError) as error:
+                repair = "start it with `vllm serve`, or set `sampler: transformers`"
+                errors.add((stage.name, key), f"{address}: no server answers ({error}); {repair}")
+
+
+def check_batch_sizes(
+    errors: ErrorCollector, pending: Sequence[PlannedStage], world_size: int
+) -> None:
+    """Check that batches can be divided over the processes of this run."""
+    for stage in pending:
+        for problem in stage.config.batch_size_problems(world_size):
+            errors.add((stage.name, *problem.keys), problem.message)
+
+
+def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> None:
+    """Build the TRL configurations of all stages that will run, so that TRL's own checks come before training.
+
+    Raises:
+        UserError: One line for each error.
+    """
+    trained = [stage for stage in pending if stage.config.trainer_config]
+    if not trained:
         return  # importing TRL takes seconds
     import trl
 
     from align.training import trl_trainer
 
-    problems = []
-    for step in due:
-        config = step.config
-        if not isinstance(config, TRLStage):
-            continue
-        trl_class = getattr(trl, str(config.trainer_config))
-        own = {"beta": config.beta} if isinstance(config, DPO | KTO) else {}
+    errors = ErrorCollector(recipe)
+    for stage in trained:
+        trl_class = getattr(trl, str(stage.config.trainer_config))
+        arguments = stage.config.trl_arguments()
+        seed = getattr(stage.config, "seed", 0)
         try:
-            trl_trainer.trl_arguments(
-                trl_class, step.folder, seed=config.seed, trainer=config.trainer, **own
-            )
+            trl_trainer.trl_arguments(trl_class, stage.folder, seed=seed, trainer=arguments)
         except UserError as error:
-            where = recipe.at(step.name, "trainer")
-            problems += [f"{where}: {line.removeprefix('trainer: ')}" for line in error.lines]
-    if problems:
-        raise UserError(*problems)
+            lines = [line.removeprefix("trainer: ") for line in error.lines]
+            errors.add((stage.name, "trainer"), *lines)
+    errors.raise_any()
 
 
-def check_hub_models(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
-    """Make sure that models named by Hub ids can be had: the loading itself gives up after a minute of retries."""
-    models = {
-        (step.name, *role.split(".")): target
-        for step in due
-        for role, target in step.inputs.items()
-        if isinstance(target, str)
-    }
-    missing = {model for model in set(models.values()) if not hub.model_is_reachable(model)}
-    problems = [
-        f"{recipe.at(*keys)}: {model}: no such folder, not in the cache, and the Hub cannot be reached; "
-        "name a folder, or fetch the model first"
-        for keys, model in models.items()
-        if model in missing
-    ]
-    if problems:
-        raise UserError(*problems)
+# Prepared data
 
 
-def check_reward_functions(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
-    """Import each reward function once: that it is there and can be called.
+def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) -> None:
+    """Check that a finished ``prepare`` folder has the tables and columns that the stages which will run need.
 
     Raises:
-        UserError: One line for each that is not.
+        UserError: One line for each error.
     """
-    problems = []
-    for step in due:
-        for k, name in enumerate(step.config.rewards if isinstance(step.config, PPO) else ()):
-            try:
-                if FUNCTION.match(name):
-                    load_function(name)
-            except UserError as error:
-                problems += [
-                    f"{recipe.at(step.name, 'rewards', str(k))}: {line}" for line in error.lines
-                ]
-    if problems:
-        raise UserError(*problems)
-
-
-def check_vllm_servers(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
-    """Ask each vLLM server whether it is there: the stage that needs it may come hours later.
-
-    Raises:
-        UserError: One line for each that is not.
-    """
-    from urllib.request import urlopen
-
-    problems = []
-    for step in due:
-        config = step.config
-        if not isinstance(config, PPO) or config.sampler != "vllm":
-            continue
-        try:
-            with urlopen(f"{config.vllm_url.rstrip('/')}/health", timeout=5):
-                pass
-        except (OSError, ValueError) as error:
-            where = recipe.at(step.name, "vllm_url")
-            problems.append(
-                f"{where}: {config.vllm_url}: no server answers ({error}); start it with `vllm serve`, or set "
-                "`sampler: transformers`"
-            )
-    if problems:
-        raise UserError(*problems)
-
-
-def check_environments(recipe: Recipe, due: Sequence[PlannedStage]) -> None:
-    """Make each environment once: that it is there, installed, and of a kind that a policy fits.
-
-    Raises:
-        UserError: One line for each that is not.
-    """
-    problems = []
-    for step in due:
-        config = step.config
-        if not isinstance(config, Control):
-            continue
-        from align.control import spaces
-
-        try:
-            spaces.inspect_env(config.environment, config.environment_options, config.distribution)
-        except spaces.UnfitError as error:
-            problems.append(f"{recipe.at(step.name, error.key)}: {error}")
-    if problems:
-        raise UserError(*problems)
-
-
-def check_tables(recipe: Recipe, data: Path, due: Sequence[PlannedStage]) -> None:
-    """Make sure that the stages which are due find what they need in a finished ``prepare`` folder.
-
-    Raises:
-        UserError: One line for each that would fail, some of them after hours of training.
-    """
-    names = set(tables.table_names(data))
+    errors = ErrorCollector(recipe)
 
     def prompts(split: str) -> list[str]:
-        rows = tables.read(data, "prompts", split, columns=["prompt"])
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(data / f"prompts-{split}.parquet", columns=["prompt"]).to_pylist()
         return [row["prompt"][-1]["content"] for row in rows]
 
-    problems = []
-    for step in due:
-        if data in step.inputs.values():
-            problems += table_problems(recipe, step.name, step.config, names, prompts)
-            problems += _label_problems(recipe, step.name, step.config, data)
-            problems += _column_problems(recipe, step.name, step.config, data)
-        if isinstance(step.config, Label) and step.config.judge == "gold":
-            sampled = next((s for s in due if s.folder == step.inputs["completions"]), None)
-            if sampled is not None and data in sampled.inputs.values():
-                split = getattr(sampled.config, "split", "train")
-                problems += _gold_problems(
-                    recipe, step.name, prompts(split), "set `judge` to a reward model"
-                )
-    if problems:
-        raise UserError(*problems)
+    tables = PreparedTables({file.stem for file in data.glob("*.parquet")}, prompts)
+    check_contents(errors, data, tables, pending)
+    for stage in pending:
+        if data in stage.inputs.values():
+            _check_columns(errors, stage, data)
+            _check_labels(errors, stage, data)
+    errors.raise_any()
 
 
-def _column_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> list[str]:
-    """Columns of the prepared rows that reward functions, or margins, cannot do without."""
-    if isinstance(config, PPO):
-        columns = tables.column_names(data, "prompts", "train")
-        return [
-            f"{recipe.at(name, 'rewards')}: {each} needs `{column}`, and the prompts have {', '.join(columns)}; add it to "
-            "`keep` of the `prepare` stage"
-            for each in config.rewards
-            if FUNCTION.match(each)
-            for column in missing_columns(each, columns)
-        ]
-    scored = isinstance(config, Reward) and config.margin_coef
-    if scored and tables.has_table(data, "pairs", "train"):
-        if "margin" not in tables.column_names(data, "pairs", "train"):
-            return [f"{recipe.at(name, 'margin_coef')}: these pairs have no `margin`; remove it"]
-    return []
+def check_contents(
+    errors: ErrorCollector, data: Path, tables: PreparedTables, pending: Sequence[PlannedStage]
+) -> None:
+    """Check the tables, and the prompts that the gold score must parse, of the prepared data that belong in ``data``."""
+    for stage in pending:
+        if data in stage.inputs.values() and not _tables_exist(errors, stage, data, tables):
+            continue
+        split = _gold_split(stage, data, pending)
+        if split is not None:
+            _check_gold_prompts(errors, stage.name, stage.config, tables.prompts(split))
 
 
-def _label_problems(recipe: Recipe, name: str, config: Stage, data: Path) -> list[str]:
-    """Whether a ``kto`` stage finds completions of both labels for every batch."""
-    if not isinstance(config, KTO) or not tables.has_table(data, "unpaired", "train"):
-        return []
-    from align.config import trl_fields
-    from align.training import kto_batches
-
-    labels = [row["label"] for row in tables.read(data, "unpaired", "train", columns=["label"])]
-    both = tables.count_rows(data, "pairs", "train")
-    key = "per_device_train_batch_size"
-    usual = trl_fields.trl_fields(str(config.trainer_config))[key].default
-    size = config.trainer.get(key, int(str(usual)))
-    try:
-        kto_batches.check(sum(labels) + both, labels.count(False) + both, batch_size=size)
-    except UserError as error:
-        return [f"{recipe.at(name, 'preferences')}: {line}" for line in error.lines]
-    return []
-
-
-def table_problems(
-    recipe: Recipe,
-    name: str,
-    config: Stage,
-    names: Collection[str],
-    prompts: Callable[[str], list[str]],
-) -> list[str]:
-    """What a stage needs and prepared data lack. ``names`` are such as ``pairs-train``; ``prompts`` are of a split."""
-    needs = []
-    if isinstance(config, SFT):
-        needs = [("demonstrations", "demonstrations-train")]
-    elif isinstance(config, DPO | Reward):
-        needs = [("pairs", "pairs-train")]
-    elif isinstance(config, PPO):
-        needs = [("prompts", "prompts-train")]
-        needs += [("eval_split", f"prompts-{config.eval_split}")] if config.eval_steps else []
-    elif isinstance(config, KTO):
-        needs = [] if "unpaired-train" in names else [("preferences", "pairs-train")]
-    elif isinstance(config, Sample):
-        needs = [("split", f"prompts-{config.split}")]
-    elif isinstance(config, Evaluate):
-        needs = [("judge", f"prompts-{config.split}")] if config.judge else []
-        needs += [("implicit_rewards", f"pairs-{config.split}")] if config.implicit_rewards else []
-    problems = [
-        f"{recipe.at(name, key)}: the source of `prepare` gives no {table}; found {', '.join(sorted(names))}"
-        for key, table in needs
-        if table not in names
-    ]
-    if isinstance(config, Evaluate | PPO) and config.judge == "gold" and not problems:
-        split = config.split if isinstance(config, Evaluate) else "train"
-        repair = (
-            f"without a judge measure `implicit_rewards`: {name}.judge=null {name}.implicit_rewards=true"
-            if isinstance(config, Evaluate)
-            else f"set {name}.judge=null"
+def _tables_exist(
+    errors: ErrorCollector, stage: PlannedStage, data: Path, tables: PreparedTables
+) -> bool:
+    """Whether the required tables exist; those that do not are added to ``errors``."""
+    alternatives: dict[str, list[str]] = {}
+    for table in stage.config.required_tables():
+        if stage.inputs.get(table.input) == data:
+            alternatives.setdefault(table.key, []).append(table.name)
+    missing = {
+        key: names for key, names in alternatives.items() if not set(names) & set(tables.names)
+    }
+    for key, names in missing.items():
+        existing = ", ".join(sorted(tables.names))
+        errors.add(
+            (stage.name, key),
+            f"the prepared data have no table {' or '.join(names)}, only {existing}",
         )
-        problems += _gold_problems(recipe, name, prompts(split), repair)
-    return problems
+    return not missing
 
 
-def _gold_problems(recipe: Recipe, name: str, texts: Sequence[str], repair: str) -> list[str]:
-    """Whether there is a prompt that the gold score does not know."""
+def _gold_split(
+    stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]
+) -> str | None:
+    """The split of ``data`` whose prompts the gold score must parse for this stage."""
+    gold = stage.config.gold_prompts
+    if gold is None:
+        return None
+    source = stage.inputs.get(gold.input)
+    if source == data:
+        return gold.split
+    sampled = next((other for other in pending if other.folder == source), None)
+    if sampled is None or data not in sampled.inputs.values():
+        return None
+    split: str = getattr(sampled.config, "split", gold.split)
+    return split
+
+
+def _check_gold_prompts(
+    errors: ErrorCollector, name: str, config: Stage, prompts: Sequence[str]
+) -> None:
     from align.rewards import gold
 
+    assert config.gold_prompts is not None
     try:
-        gold.check_prompts(texts, repair=repair)
-    except UserError as error:
-        return [f"{recipe.at(name, 'judge')}: {line}" for line in error.lines]
-    return []
+        for prompt in prompts:
+            gold.parse_prompt(prompt)
+    except ValueError as error:
+        message = f"`gold` scores prompts of the embedded task only: {error}"
+        errors.add((name, "judge"), f"{message}; {config.gold_prompts.repair}")
+
+
+def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
+    """Check the columns that settings and reward functions require."""
+    import pyarrow.parquet as pq
+
+    for key, (table, column) in stage.config.required_columns.items():
+        file = data / f"{table.name}.parquet"
+        if file.is_file() and column not in pq.read_schema(file).names:
+            errors.add((stage.name, key), f"{table.name} has no column `{column}`; remove this key")
+    for keys, function in stage.config.reward_functions.items():
+        columns = pq.read_schema(data / "prompts-train.parquet").names
+        for column in missing_columns(function, columns):
+            errors.add(
+                (stage.name, *keys),
+                f"{function} requires the column `{column}`, and the prompts have {', '.join(columns)}; add it to "
+                "`keep` of the `prepare` stage",
+            )
+
+
+def _check_labels(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
+    """Check that there are enough completions of both labels for every batch."""
+    size = stage.config.labels_per_batch
+    file = data / "unpaired-train.parquet"
+    if size is None or not file.is_file():
+        return
+    import pyarrow.parquet as pq
+
+    from align.training import kto_batches
+
+    labels = pq.read_table(file, columns=["label"])["label"].to_pylist()
+    pairs = data / "pairs-train.parquet"
+    paired = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
+    desirable, undesirable = sum(labels) + paired, labels.count(False) + paired
+    with errors.at(stage.name, stage.config.reads[0].input):
+        kto_batches.check(desirable, undesirable, batch_size=size)

@@ -14,9 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.config.data import Prepare
 from align.config.recipe import Recipe
-from align.config.training import TrainingStage
 from align.errors import UserError
 from align.pipeline import preflight
 from align.pipeline.plan import PlannedStage, plan
@@ -42,10 +40,7 @@ def run_recipe(
     steps = plan(recipe, runs, until=until, force=force)
     preflight.check_writable(runs)
     due = [step for step in steps if step.status != "reused"]
-    preflight.check_hub_models(recipe, due)
-    preflight.check_environments(recipe, due)
-    preflight.check_reward_functions(recipe, due)
-    preflight.check_vllm_servers(recipe, due)
+    preflight.check_before_start(recipe, due, distributed.world_size())
     started = time.monotonic()
     if due or distributed.world_size() > 1:
         distributed.init_process_group()
@@ -53,7 +48,7 @@ def run_recipe(
     done = []
     for step in steps:
         done.append(_run_or_reuse(step, recipe, display, forced=force in ("all", step.name)))
-        if isinstance(step.config, Prepare):
+        if step.config.prepares_data:
             preflight.check_tables(recipe, step.folder, due)
     summary = {
         "recipe": str(recipe.path),
@@ -87,7 +82,7 @@ def _run_or_reuse(
     display.end(step.name, status, made.seconds, made.headline or _headline(made.metrics))
     for line in [*made.remarks, *_remarks(made.metrics)]:
         display.info(f"{step.name}: {line}")
-    if isinstance(step.config, TrainingStage) and made.world_size != distributed.world_size():
+    if step.config.trains_model and made.world_size != distributed.world_size():
         now = distributed.world_size()
         many = "process" if made.world_size == 1 else "processes"
         display.info(f"{step.name}: trained by {made.world_size} {many}; this run has {now}")

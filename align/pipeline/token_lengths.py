@@ -1,21 +1,18 @@
-"""How long the rows of a recipe are in tokens, and what its stages would cut, before anything is trained.
+"""Lengths of the rows of a recipe in tokens, and what its stages would truncate, before anything is trained.
 
-Light: the tokenizer is read with ``tokenizers`` alone, and templates are counted as a fixed share a message, so figures
-may be off by a token or two a message.
+Only the ``tokenizers`` library is used, without chat templates: a fixed number of tokens is added for each message, so a
+length may be wrong by a token or two for each message. ``align data show`` prints the exact tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config import trl_fields
-from align.config.base import NewModel
-from align.config.data import Prepare
-from align.config.recipe import Recipe
-from align.config.training import DPO, KTO, SFT, Reward, TRLStage
+from align.config.base import NewModel, Stage
+from align.config.recipe import ErrorCollector, Recipe
 from align.data import prepare, sources, statistics
 from align.errors import UserError
 from align.pipeline import preflight
@@ -24,90 +21,92 @@ from align.pipeline.plan import PlannedStage
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKENS_PER_MESSAGE = 5  # ChatML: start, role, newline, end, newline
+Tables = Mapping[str, Mapping[str, Sequence[Any]]]  # kind → split → rows
 
-TOKENS_A_MESSAGE = 5  # ChatML: start, role, newline, end, newline
 
-
-def examine(recipe: Recipe, steps: Sequence[PlannedStage]) -> Iterator[str]:
-    """Read the data of ``prepare`` stages and measure the training stages on it; one line of findings each.
+def examine(recipe: Recipe, stages: Sequence[PlannedStage]) -> Iterator[str]:
+    """Read the data of the ``prepare`` stages, and measure the rows of the training stages; one line per finding.
 
     Raises:
-        UserError: The data, or a tokenizer without a chat template.
+        UserError: The data are invalid, or a tokenizer has no chat template.
     """
-    tables: dict[Path, dict[str, Any]] = {}
+    tables: dict[Path, Tables] = {}
     tokenizers: dict[Path, Tokenizer | None] = {}
-    problems: list[str] = []
-    for step in steps:
-        config = step.config
-        if isinstance(config, Prepare):
-            hub = [
-                n for n, split, _ in config.sources() if not sources.source_files(n, split=split)
-            ]
-            if hub:
-                yield f"{step.name}: {', '.join(hub)} is on the Hub: its rows are checked when the stage runs"
-                continue
-            prepared = prepare.prepare_rows(**config.model_dump(exclude={"stage"}))
-            told = statistics.describe(prepared)
-            tables[step.folder] = prepared.tables
-            kept = ", ".join(
-                f"{kind} {len(splits['train']):,} + {sum(map(len, splits.values())) - len(splits['train']):,} held out"
-                for kind, splits in prepared.tables.items()
-            )
-            dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
-            yield f"{step.name}: {kept}{f'; dropped: {dropped}' if dropped else ''}"
-            yield from (f"{step.name}: warning: {line}" for line in told.get("warnings", []))
-            for reader in steps:
-                if step.folder in reader.inputs.values():
-                    problems += preflight.table_problems(
-                        recipe, reader.name, reader.config, *_contents(prepared.tables)
-                    )
-        elif isinstance(config, SFT | DPO | KTO | Reward):
-            role = next(role for role in config.inputs if role != "model")
-            kinds = ("unpaired", "pairs") if isinstance(config, KTO) else (role,)
-            found = tables.get(Path(step.inputs[role]), {})
-            splits = next((found[kind] for kind in kinds if kind in found), None)
-            try:
-                tokenizer = tokenizers[step.folder] = _tokenizer(step, splits, tokenizers)
-            except UserError as error:
-                problems += [f"{recipe.at(step.name, 'model')}: {line}" for line in error.lines]
-                continue
-            if splits is not None and tokenizer is not None:
-                yield _measured(step.name, config, splits["train"], tokenizer)
-    if problems:
-        raise UserError(*problems)
+    errors = ErrorCollector(recipe)
+    for stage in stages:
+        if stage.config.prepares_data:
+            yield from _prepared_lines(stage, stages, tables, errors)
+        elif stage.config.trainer_config:
+            rows = _training_rows(stage, tables)
+            with errors.at(stage.name, "model"):
+                tokenizer = tokenizers[stage.folder] = _tokenizer(stage, rows, tokenizers)
+                if rows is not None and tokenizer is not None:
+                    yield _length_line(stage.name, stage.config, rows, tokenizer)
+    errors.raise_any()
 
 
-def _contents(
-    tables: Mapping[str, Mapping[str, Any]],
-) -> tuple[set[str], Callable[[str], list[str]]]:
-    """Names of the tables as files have them, and the texts of a split's prompts."""
-    names = {f"{kind}-{split}" for kind, splits in tables.items() for split in splits}
-    return names, lambda split: [row["prompt"][-1]["content"] for row in tables["prompts"][split]]
+def _prepared_lines(
+    stage: PlannedStage,
+    stages: Sequence[PlannedStage],
+    tables: dict[Path, Tables],
+    errors: ErrorCollector,
+) -> Iterator[str]:
+    """Prepare the data of one stage in memory; its counts, dropped rows and warnings."""
+    read = [s for s in stage.config.external_sources() if s.split]
+    remote = [s.name for s in read if not sources.source_files(s.name, split=s.split)]
+    if remote:
+        yield f"{stage.name}: {', '.join(remote)} is on the Hub; its rows are checked when the stage runs"
+        return
+    prepared = prepare.prepare_rows(**stage.config.model_dump(exclude={"stage"}))
+    tables[stage.folder] = prepared.tables
+    counts = []
+    for kind, splits in prepared.tables.items():
+        n_train, total = len(splits["train"]), sum(map(len, splits.values()))
+        counts.append(f"{kind} {n_train:,} + {total - n_train:,} held out")
+    dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
+    yield f"{stage.name}: {', '.join(counts)}{f'; dropped: {dropped}' if dropped else ''}"
+    for warning in statistics.describe(prepared).get("warnings", []):
+        yield f"{stage.name}: warning: {warning}"
+    names = {f"{kind}-{split}" for kind, splits in prepared.tables.items() for split in splits}
+    contents = preflight.PreparedTables(
+        names,
+        lambda split: [row["prompt"][-1]["content"] for row in prepared.tables["prompts"][split]],
+    )
+    preflight.check_contents(errors, stage.folder, contents, stages)
+
+
+def _training_rows(stage: PlannedStage, tables: Mapping[Path, Tables]) -> Sequence[Any] | None:
+    """The training rows of a stage, if its data were prepared in memory."""
+    for table in stage.config.reads:
+        kinds = tables.get(Path(stage.inputs[table.input]), {})
+        if table.kind in kinds:
+            return kinds[table.kind]["train"]
+    return None
 
 
 def _tokenizer(
-    step: PlannedStage, splits: Any, known: dict[Path, Tokenizer | None]
+    stage: PlannedStage, rows: Sequence[Any] | None, known: Mapping[Path, Tokenizer | None]
 ) -> Tokenizer | None:
+    """The tokenizer of a stage: a new one is trained on ``rows``; None if it is not available yet."""
     from tokenizers import Tokenizer
 
-    model = getattr(step.config, "model", None)
+    model = getattr(stage.config, "model", None)
     if isinstance(model, NewModel):
-        if splits is None:
+        if rows is None:
             return None
         from align.models import tokenization
 
-        return tokenization.train_bpe(_texts(splits["train"]), vocab_size=model.vocab_size)
-    source = step.inputs["model"]
+        return tokenization.train_bpe(_texts(rows), vocab_size=model.vocab_size)
+    source = stage.inputs["model"]
     if isinstance(source, str):
         return None  # on the Hub
     if source in known:
         return known[source]
     file = source / "tokenizer.json"
     if not file.is_file():
-        return None  # not a fast tokenizer, or not trained yet
-    if not _has_template(source) and "chat_template_path" not in getattr(
-        step.config, "trainer", {}
-    ):
+        return None  # not a fast tokenizer, or a stage that has not run
+    if not _has_template(source) and "chat_template_path" not in stage.config.trl_arguments():
         raise UserError(
             f"{source}: its tokenizer has no chat template; name one in its `sft` stage: "
             "`trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
@@ -126,37 +125,38 @@ def _texts(rows: Sequence[Any]) -> Iterator[str]:
     return (m["content"] for row in rows for m in [*row["prompt"], *row["completion"]])
 
 
-def _measured(name: str, config: TRLStage, rows: Sequence[Any], tokenizer: Tokenizer) -> str:
-    sides = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
-    counts = {side: [] for side in ("prompt", *sides)}  # type: dict[str, list[int]]
-    for side in counts:
-        texts = ["\n".join(m["content"] for m in row[side]) for row in rows]
-        messages = [len(row[side]) for row in rows]
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        counts[side] = [
-            len(e) + TOKENS_A_MESSAGE * n for e, n in zip(encoded, messages, strict=True)
-        ]
+def _length_line(
+    name: str, config: Stage, rows: Sequence[Any], tokenizer: Tokenizer
+) -> str:
+    """The distribution of the lengths of ``rows``, and how many exceed ``max_length``."""
+    columns = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
+    lengths = {column: _lengths(rows, column, tokenizer) for column in ("prompt", *columns)}
     longest = [
-        prompt + max(counts[side][i] for side in sides) for i, prompt in enumerate(counts["prompt"])
+        prompt + max(lengths[column][i] for column in columns)
+        for i, prompt in enumerate(lengths["prompt"])
     ]
-    limit = _limit(config)
     ordered = sorted(longest)
-    shown = f"median {ordered[len(ordered) // 2]}, 95th {ordered[int(0.95 * (len(ordered) - 1))]}, longest {ordered[-1]}"
-    if limit is None:
-        return f"{name}: tokens a row: {shown}; nothing is cut"
-    cut = sum(length > limit for length in longest)
-    lost = sum(prompt >= limit for prompt in counts["prompt"])
-    hint = " (warning: they teach nothing; raise `max_length`)" if lost else ""
-    verdict = (
-        "none is cut"
-        if not cut
-        else f"{cut:,} of {len(rows):,} are cut there, {lost:,} lose the whole completion{hint}"
+    percentiles = (
+        f"median {ordered[len(ordered) // 2]}, 95th percentile {ordered[int(0.95 * (len(ordered) - 1))]}, "
+        f"maximum {ordered[-1]}"
     )
-    return f"{name}: tokens a row: {shown}; `max_length` {limit}: {verdict}"
+    limit = config.trl_value("max_length")
+    if limit is None:
+        return f"{name}: tokens per row: {percentiles}; no limit"
+    truncated = sum(length > limit for length in longest)
+    if not truncated:
+        return f"{name}: tokens per row: {percentiles}; `max_length` {limit}: none is truncated"
+    empty = sum(prompt >= limit for prompt in lengths["prompt"])
+    warning = " (warning: these rows train nothing; raise `max_length`)" if empty else ""
+    return (
+        f"{name}: tokens per row: {percentiles}; `max_length` {limit}: {truncated:,} of {len(rows):,} are truncated, "
+        f"{empty:,} lose the whole completion{warning}"
+    )
 
 
-def _limit(config: TRLStage) -> int | None:
-    if "max_length" in config.trainer:
-        return config.trainer["max_length"]
-    default = trl_fields.trl_fields(str(config.trainer_config))["max_length"].default
-    return None if default in (None, "None") else int(default)
+def _lengths(rows: Sequence[Any], column: str, tokenizer: Tokenizer) -> list[int]:
+    texts = ["\n".join(m["content"] for m in row[column]) for row in rows]
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [
+        len(e) + TOKENS_PER_MESSAGE * len(row[column]) for e, row in zip(encoded, rows, strict=True)
+    ]

@@ -17,12 +17,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from align.config import json_schema, recipe, trl_fields
+from align.config import json_schema, trl_fields
 from align.config.base import Lora, NewModel
 from align.config.recipe import Recipe, load_recipe
-from align.config.stages import STAGES
+from align.config.stages import STAGES, stage_kind
 from align.config.training import DPO, SFT, TRLStage
-from align.config.validation import stage_inputs
 from align.config.yaml_loader import read_yaml
 from align.errors import UserError, mismatch, nearest
 
@@ -74,7 +73,7 @@ def test_a_recipe_becomes_typed_settings_in_the_order_of_its_stages(write: Any):
         model=NewModel(vocab_size=512), trainer={"learning_rate": 0.001}
     )
     assert found.stages["dpo"] == DPO(model="sft", beta=0.1, pairs="prepare")
-    assert [recipe.kind(stage) for stage in found.stages.values()] == ["prepare", "sft", "dpo"]
+    assert [stage_kind(stage) for stage in found.stages.values()] == ["prepare", "sft", "dpo"]
 
 
 def test_settings_are_frozen(write: Any):
@@ -85,7 +84,7 @@ def test_settings_are_frozen(write: Any):
 
 def test_two_stages_of_one_kind_carry_names_of_their_own(write: Any):
     found = read_text(write, CHAIN + "  low_beta: {stage: dpo, model: dpo, beta: 0.01}\n")
-    assert recipe.kind(found.stages["low_beta"]) == "dpo"
+    assert stage_kind(found.stages["low_beta"]) == "dpo"
     assert found.stages["low_beta"].beta == 0.01  # type: ignore[attr-defined]
 
 
@@ -347,10 +346,10 @@ def test_a_wrong_override_is_told_as_one_of_the_command_line(override: str, told
 def test_references_go_by_role_and_items_of_a_list_by_number(write: Any):
     text = CHAIN + "  evaluate: {policies: [dpo, a/b], baseline: sft, judge: gold}\n"
     stages = read_text(write, text).stages
-    assert stage_inputs(stages["prepare"]) == {}
-    assert stage_inputs(stages["sft"]) == {"demonstrations": "prepare"}
-    assert stage_inputs(stages["dpo"]) == {"model": "sft", "pairs": "prepare"}
-    assert stage_inputs(stages["evaluate"]) == {
+    assert stages["prepare"].input_names() == {}
+    assert stages["sft"].input_names() == {"demonstrations": "prepare"}
+    assert stages["dpo"].input_names() == {"model": "sft", "pairs": "prepare"}
+    assert stages["evaluate"].input_names() == {
         "policies.0": "dpo",
         "policies.1": "a/b",
         "baseline": "sft",
@@ -505,7 +504,7 @@ def test_every_default_of_trl_fits_the_type_and_the_choices_read_off_its_source(
             default = default.value
         if field.init and default is not dataclasses.MISSING:
             assert trl_fields.fits(keys[name], default), (name, default)
-            assert not trl_fields.not_a_choice(keys[name], default), (name, default)
+            assert not trl_fields.invalid_choices(keys[name], default), (name, default)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -533,7 +532,7 @@ def test_the_losses_of_dpo_are_those_that_its_trainer_knows():
 
 def test_what_a_chain_decides_itself_are_fields_of_trl():
     known = {name for config in CONFIGS for name in trl_fields.trl_fields(config)}
-    assert set(trl_fields.OWNED) <= known
+    assert set(trl_fields.RESERVED) <= known
 
 
 @pytest.mark.parametrize(
@@ -569,7 +568,7 @@ def test_a_trainer_value_must_have_the_type_that_trl_declares(key: str, value: o
 )  # fmt: skip
 def test_a_trainer_value_below_its_least_is_told(key: str, value: float, write: Any):
     text = CHAIN + f"    trainer: {json.dumps({key: value}).replace('NaN', '.nan')}\n"
-    least = trl_fields.LEAST[key]
+    least = trl_fields.MINIMUM[key]
     assert problems(write("recipe.yaml", text)) == (
         f"recipe.yaml:9: dpo.trainer.{key}: must be at least {least}, got {value}",
     )
@@ -578,13 +577,13 @@ def test_a_trainer_value_below_its_least_is_told(key: str, value: float, write: 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_lower_bound_is_one_of_a_field_of_trl_and_its_default_is_above_it(config: str):
     known = fields(config)
-    for word in trl_fields.LEAST:
+    for word in trl_fields.MINIMUM:
         assert not trl_fields.too_small(word, known[word].default)
 
 
 def test_trainer_keys_are_read_without_importing_trl():
     code = (
-        "import sys; from align import trainer_keys as t; t.trainer_keys('DPOConfig');"
+        "import sys; from align.config import trl_fields as t; t.trl_fields('DPOConfig');"
         "print([m for m in ('trl', 'transformers', 'torch') if m in sys.modules])"
     )
     done = subprocess.run(

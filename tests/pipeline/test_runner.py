@@ -16,7 +16,6 @@ from filelock import FileLock
 from pydantic import BaseModel
 from rich.console import Console
 
-from align.config import validation
 from align.config.base import NewModel
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
@@ -190,7 +189,7 @@ def digest_with(stage: str, **changes: Any) -> str:
     settings = cls.model_construct(**values)
     # What an input's name stands for is given here; that a name alone decides nothing is another test.
     inputs = {
-        role: f"digest of {target}" for role, target in validation.stage_inputs(settings).items()
+        role: f"digest of {target}" for role, target in settings.input_names().items()
     }
     if stage == "prepare":
         inputs = {

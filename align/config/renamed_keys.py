@@ -1,0 +1,34 @@
+"""Keys of recipes that were renamed in version 0.2: an error about an old name gives the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from align.config.base import Stage
+
+RENAMED: dict[tuple[str, str], str] = {
+    ("Control", "stretch"): "`n_steps`",
+    ("Control", "envs"): "`n_envs`",
+    ("Control", "hidden"): "`hidden_sizes`",
+    ("Control", "whiten"): "`normalize_advantages`",
+    ("Control", "lam"): "`gae_lambda`",
+    ("Control", "level"): "`confidence`",
+    ("PPO", "lam"): "`gae_lambda`",
+    ("PPO", "whiten_advantages"): "`normalize_advantages`",
+    ("PPO", "whiten_rewards"): "`normalize_rewards`",
+    ("Prepare", "keep"): "`keep_columns`",
+    ("Prepare", "ngram"): "`decontamination_ngram`",
+    ("Evaluate", "level"): "`confidence`",
+    ("Label", "labels"): "`label_noise` (`label_noise: bradley_terry`; leave it out for exact labels)",
+    ("Label", "slope"): "`label_noise_slope`",
+}
+"""The class of a stage and the old name of a key → the new name."""
+
+
+def hint(classes: Iterable[type[Stage] | None], key: str) -> str:
+    """``; renamed to `n_steps``` if ``key`` is the old name of a key of one of these stages, else nothing."""
+    for cls in classes:
+        new = RENAMED.get((cls.__name__, key)) if cls else None
+        if new:
+            return f"; renamed to {new}"
+    return ""

@@ -1,0 +1,91 @@
+"""Write ``align/config/trl_fields.json``, the fields of TRL's configuration classes: ``python -m align.training.trl_field_table``.
+
+Importing TRL takes seconds, and ``align plan`` answers in one, so :mod:`align.config.trl_fields` reads this file instead. A
+test compares it with the installed TRL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import re
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from align.config.stages import STAGES
+from align.config.trl_fields import COMMON, FILE
+
+_WORD = r"`'?(\w+)'?`(?: \(\w+\))?"  # a value in a help text: `'hinge'`, or `reverse_kl` (default)
+_CHOICES = re.compile(rf"Possible values are: ({_WORD}(?:, {_WORD})*)")
+
+
+def table() -> dict[str, dict[str, Any]]:
+    """The fields of each class by name, those that are equal in all classes under one key."""
+    import trl
+
+    names = sorted({cls.trainer_config for cls in STAGES.values() if cls.trainer_config})
+    classes = {name: _fields(getattr(trl, name)) for name in names}
+    first = classes[names[0]]
+    common = {f: v for f, v in first.items() if all(c.get(f) == v for c in classes.values())}
+    own = {n: {f: v for f, v in c.items() if f not in common} for n, c in classes.items()}
+    return {COMMON: common, **own}
+
+
+def text() -> str:
+    """The content of the file: one field per line."""
+    parts = []
+    for name, fields in table().items():
+        lines = [f"  {json.dumps(f)}: {json.dumps(v)}" for f, v in sorted(fields.items())]
+        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _fields(cls: Any) -> dict[str, dict[str, Any]]:
+    hints = get_type_hints(cls)
+    return {
+        field.name: _field(field, hints[field.name])
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
+
+
+def _field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    result: dict[str, Any] = {
+        "type": " | ".join(dict.fromkeys(_type_name(part) for part in parts))
+    }
+    default: Any = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is not dataclasses.MISSING:
+        result["default"] = default.value if isinstance(default, enum.Enum) else default
+    choices = _choices(field, parts)
+    return result | ({"choices": choices} if choices else {})
+
+
+def _type_name(part: Any) -> str:
+    if part is type(None):
+        return "None"
+    if get_origin(part) is Literal:
+        return f"Literal[{', '.join(map(repr, get_args(part)))}]"
+    if part in (bool, int, float, str, list, dict):
+        return str(part.__name__)
+    name = str(part).replace("typing.", "")
+    return name if get_origin(part) in (list, dict) and "." not in name else "str"  # or an enum
+
+
+def _choices(field: dataclasses.Field[Any], parts: tuple[Any, ...]) -> list[str]:
+    """The values that the metadata declares, else those in the help text, else those of an enumeration."""
+    declared = field.metadata.get("choices")
+    if isinstance(declared, list):
+        return declared
+    listed = _CHOICES.search(str(field.metadata.get("help", "")))
+    if listed:
+        return re.findall(_WORD, listed[1])
+    enums = (part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum))
+    return next(([str(item.value) for item in part] for part in enums), [])
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
