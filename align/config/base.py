@@ -1,8 +1,9 @@
 """Base classes of the stage configurations, and the declarations that the pipeline reads from them.
 
-A stage declares in its class which inputs and tables it reads, what it needs before it can run, which settings its
-digest covers, and how much work it is. The pipeline reads these declarations and never tests for the class of a stage,
-so a new stage is one module in ``config`` and one in ``stages``. Nothing here imports a training library.
+A stage declares in its class which inputs and tables it reads, what it needs before it can run,
+which settings its digest covers, and how much work it is. The pipeline reads these declarations and
+never tests for the class of a stage, so a new stage is one module in ``config`` and one in
+``stages``. Nothing here imports a training library.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A key whose value names what a stage reads: an earlier stage of one of ``stages``, or its folder.
+    """A key whose value names what a stage reads: an earlier stage of one of ``stages``, or its
+    folder.
 
-    With ``models``, the value may also name a model: a folder in Hugging Face layout or a Hub id. With ``functions``, it
-    may be a Python function, written ``module:function``. The values in ``words`` have a fixed meaning and name no input.
+    With ``models``, the value may also name a model: a folder in Hugging Face layout or a Hub id.
+    With ``functions``, it may be a Python function, written ``module:function``. The values in
+    ``words`` have a fixed meaning and name no input.
     """
 
     stages: tuple[str, ...]
@@ -35,13 +38,14 @@ class Input:
     words: tuple[str, ...] = ()
 
     def names_no_input(self, value: str) -> bool:
-        """Whether ``value`` is one of the fixed words or a function, rather than a stage, a folder or a model."""
+        """Whether ``value`` is one of the fixed words or a function, rather than a stage, a folder
+        or a model."""
         return value in self.words or (self.functions and FUNCTION.match(value) is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table, ``<kind>-<split>.parquet``, that a stage reads from the folder of one of its inputs."""
+    """A table, ``<kind>-<split>.parquet``, that a stage reads from one of its inputs."""
 
     kind: str
     """``demonstrations``, ``pairs``, ``unpaired``, ``prompts`` or ``completions``."""
@@ -49,7 +53,8 @@ class Table:
     """The key of the stage that names the input."""
     split: str = "train"
     requested_by: str = ""
-    """The key that makes the table necessary, for error messages; empty: the key that names the input."""
+    """The key that makes the table necessary, for error messages; empty: the key that names the
+    input."""
 
     @property
     def name(self) -> str:
@@ -103,10 +108,12 @@ class GymEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class GoldPrompts:
-    """Prompts that the gold score must be able to parse, because the stage scores their completions with it."""
+    """Prompts that the gold score must be able to parse, because the stage scores their completions
+    with it."""
 
     input: str
-    """The key that names where the prompts come from: prepared data, or a stage that samples them."""
+    """The key that names where the prompts come from: prepared data, or a stage that samples them.
+    """
     split: str
     """The split of prepared data; of sampled completions, the sampling stage decides."""
     repair: str
@@ -137,7 +144,8 @@ class Config(BaseModel):
 
 
 class Stage(Config):
-    """The keys and declarations of all stages. The defaults describe a stage that reads and needs nothing."""
+    """The keys and declarations of all stages. The defaults describe a stage that reads and needs
+    nothing."""
 
     code_version: ClassVar[int] = 1
     """Part of the digest. It is raised when the same settings give other results than before."""
@@ -172,11 +180,12 @@ class Stage(Config):
         return ()
 
     def named_paths(self) -> dict[str, str]:
-        """Values that may be paths, by key; the content of those that exist is part of the digest."""
+        """Values that may be paths, by key; the content of existing ones is in the digest."""
         return {}
 
     def required_tables(self) -> tuple[Table, ...]:
-        """The tables that must exist before the stage can run. Of several with the same key, one must exist."""
+        """The tables that must exist before the stage can run. Of several with the same key, one
+        must exist."""
         return self.reads
 
     def held_out(self) -> Iterator[HeldOut]:
@@ -184,11 +193,13 @@ class Stage(Config):
         yield from ()
 
     def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
-        """The error message if this stage, called ``name``, does not write ``split``; None if it does or may."""
+        """The error message if this stage, called ``name``, does not write ``split``; None if it
+        does or may."""
         return None
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Errors between the keys of this stage, and between them and the other ``stages`` of the recipe."""
+        """Errors between the keys of this stage, and between them and the other ``stages`` of the
+        recipe."""
         yield from ()
 
     @property
@@ -208,7 +219,7 @@ class Stage(Config):
 
     @property
     def gold_prompts(self) -> GoldPrompts | None:
-        """The prompts that the gold score must be able to parse; None if the stage does not use it."""
+        """The prompts that the gold score must be able to parse; None if it is not used."""
         return None
 
     @property
@@ -218,7 +229,7 @@ class Stage(Config):
 
     @property
     def labels_per_batch(self) -> int | None:
-        """The batch size of a stage whose every batch must hold both labels; None for other stages."""
+        """The batch size of a stage whose batches must hold both labels; None for other stages."""
         return None
 
     def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
@@ -226,31 +237,35 @@ class Stage(Config):
         yield from ()
 
     def trl_arguments(self) -> dict[str, Any]:
-        """The fields of ``trainer_config`` that the stage sets: those of ``trainer``, and its own."""
+        """The fields of ``trainer_config`` that the stage sets."""
         return {}
 
     def trl_value(self, field: str) -> Any:
-        """The value of a field of ``trainer_config``: that of the recipe, else the default of the class."""
+        """The value of a field of ``trainer_config``: that of the recipe, else the default of the
+        class."""
         raise NotImplementedError(f"{type(self).__name__} has no `trainer`")
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
         """Estimate the work of the stage.
 
-        ``statistics`` are the metrics of the data that the stage reads, empty if unknown; ``world_size`` processes share
-        the batches.
+        ``statistics`` are the metrics of the data that the stage reads, empty if unknown;
+        ``world_size`` processes share the batches.
         """
         return Workload()
 
     def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
-        """Estimate the memory that does not depend on the batch: weights, gradients, optimizer states.
+        """Estimate the memory that does not depend on the batch: weights, gradients, optimizer
+        states.
 
-        ``parameters`` counts those of the trained model; with ``sharded``, FSDP or DeepSpeed is in use.
+        ``parameters`` counts those of the trained model; with ``sharded``, FSDP or DeepSpeed is in
+        use.
         """
         return None
 
 
 def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]:
-    """The named inputs of a stage by key, from raw ``values``; items of a list go by ``key.number``."""
+    """The named inputs of a stage by key, from raw ``values``; items of a list go by
+    ``key.number``."""
     candidates: dict[str, Any] = {}
     for key in stage.inputs:
         value = values.get(key, stage.model_fields[key].default)
@@ -264,7 +279,8 @@ def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]
 
 
 class NewModel(Config):
-    """A Llama model with random weights, and a byte-level BPE tokenizer trained on the demonstrations."""
+    """A Llama model with random weights, and a byte-level BPE tokenizer trained on the
+    demonstrations."""
 
     vocab_size: int = Field(512, ge=264)
     """Upper bound on the size of the vocabulary, including the 256 bytes and the special tokens."""
@@ -283,14 +299,16 @@ class NewModel(Config):
     tie_word_embeddings: bool = True
     """Use the input embeddings as the output layer."""
     initializer_range: float = Field(0.02, gt=0.0)
-    """Standard deviation of the random weights. Narrow models learn to copy words sooner with more."""
+    """Standard deviation of the random weights. Narrow models learn to copy words sooner with more.
+    """
 
     @model_validator(mode="after")
     def _check_heads(self) -> NewModel:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of twice `num_attention_heads` "
-                f"({self.num_attention_heads}), because rotary embeddings rotate pairs of channels"
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of twice "
+                f"`num_attention_heads` ({self.num_attention_heads}), because rotary "
+                "embeddings rotate pairs of channels"
             )
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -322,7 +340,8 @@ class Lora(Config):
         Annotated[str, Tag(TAGS[0])] | Annotated[list[str], Tag(TAGS[1])],
         Discriminator(lambda v: TAGS[1] if isinstance(v, list) else TAGS[0]),
     ] = "all-linear"
-    """Names of the adapted layers, or ``all-linear``: every linear layer except the output layer."""
+    """Names of the adapted layers, or ``all-linear``: every linear layer except the output layer.
+    """
 
 
 ModelOrNew = Annotated[

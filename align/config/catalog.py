@@ -1,7 +1,8 @@
-"""The catalog of public preference data sets: one YAML file for each under ``data/catalog``, found by its name.
+"""The catalog of public preference data sets: one YAML file for each under ``data/catalog``, found
+by its name.
 
-An entry gives the Hub id of a data set, how it is read, its license and its citation. Keys in the recipe take
-precedence.
+An entry gives the Hub id of a data set, how it is read, its license and its citation. Keys in the
+recipe take precedence.
 """
 
 from __future__ import annotations
@@ -47,10 +48,13 @@ def with_catalog_entry(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def license_of(source: str) -> tuple[str, str]:
-    """The identifier of a source's license (empty if unknown), and its description with the citation."""
+    """The identifier of a source's license (empty if unknown), and its description with the
+    citation."""
     for name, entry in entries().items():
         word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
-        is_copy = name != "embedded" and re.search(word, source.lower())  # a file named after the set
+        is_copy = name != "embedded" and re.search(
+            word, source.lower()
+        )  # a file named after the set
         if source in (name, entry["source"]) or is_copy:
             identifier, text = entry["licence"]["id"], entry["licence"]["text"]
             return identifier, text if name == "embedded" else f"{text} ({entry['citation']})"

@@ -13,7 +13,8 @@ PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_
 
 
 class Control(Stage):
-    """REINFORCE, A2C or PPO on a Gymnasium environment, with the update that language models are trained with."""
+    """REINFORCE, A2C or PPO on a Gymnasium environment, with the update that language models are
+    trained with."""
 
     environment: str = Field(min_length=1)
     """Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""
@@ -30,7 +31,8 @@ class Control(Stage):
     envs: int = Field(16, ge=1)
     """Number of environments that are stepped in parallel."""
     stretch: int | None = Field(None, ge=1)
-    """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE collects whole episodes."""
+    """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE
+    collects whole episodes."""
     gamma: float = Field(0.99, ge=0.0, le=1.0)
     """Discount per step."""
     lam: float | None = Field(None, ge=0.0, le=1.0)
@@ -56,7 +58,8 @@ class Control(Stage):
     entropy_coef: float = Field(0.0, ge=0.0)
     """Weight of the entropy bonus."""
     max_grad_norm: float | None = Field(None, gt=0.0)
-    """Gradients of policy and critic with a larger joint norm are scaled down to it. Default: no clipping."""
+    """Gradients of policy and critic with a larger joint norm are scaled down to it. Default: no
+    clipping."""
     whiten: bool = True
     """Normalize advantages to mean 0 and variance 1 in each update."""
     hidden: list[Annotated[int, Field(ge=1)]] = [64, 64]
@@ -64,9 +67,11 @@ class Control(Stage):
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation function of the hidden layers."""
     distribution: Literal["categorical", "gaussian", "squashed"] | None = None
-    """Distribution of the actions. Default: categorical or gaussian, by the action space of the environment."""
+    """Distribution of the actions. Default: categorical or gaussian, by the action space of the
+    environment."""
     normalize_observations: bool = False
-    """Normalize observations by their running mean and deviation, which are saved with the policy."""
+    """Normalize observations by their running mean and deviation, which are saved with the policy.
+    """
     normalize_rewards: bool = False
     """Scale rewards by the running deviation of the discounted returns, in training only."""
     episodes: int = Field(100, ge=1)
@@ -83,11 +88,13 @@ class Control(Stage):
         unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
         if self.algorithm != "ppo" and unused:
             raise ValueError(
-                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`, which takes one step per update; "
-                "remove it, or set `algorithm: ppo`"
+                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`, which takes one step "
+                "per update; remove it, or set `algorithm: ppo`"
             )
         if self.algorithm != "reinforce" and self.baseline == "none":
-            raise ValueError(f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`")
+            raise ValueError(
+                f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`"
+            )
         if self.algorithm == "reinforce" and self.stretch is not None:
             raise ValueError("`algorithm: reinforce` collects whole episodes; remove `stretch`")
         if self.algorithm == "reinforce" and self.lam not in (None, 1.0):
@@ -99,8 +106,8 @@ class Control(Stage):
         collected = self.envs * (self.stretch or 128)
         if self.algorithm == "ppo" and (self.minibatches or 4) > collected:
             raise ValueError(
-                f"`minibatches` ({self.minibatches or 4}) must not exceed `envs` times `stretch` ({collected}); "
-                "lower it, or raise `stretch`"
+                f"`minibatches` ({self.minibatches or 4}) must not exceed `envs` times `stretch` "
+                f"({collected}); lower it, or raise `stretch`"
             )
         return self
 
@@ -114,9 +121,7 @@ class Control(Stage):
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The one environment of the stage."""
-        return (
-            GymEnvironment(self.environment, self.environment_options, self.distribution),
-        )
+        return (GymEnvironment(self.environment, self.environment_options, self.distribution),)
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
         """Environment steps of all seeds."""

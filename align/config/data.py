@@ -49,11 +49,11 @@ def columns_read(reader: str) -> tuple[str, ...]:
 
 
 class Source(Config):
-    """How a source of preference data is read. The name of a catalog entry sets all of these keys."""
+    """How a source of preference data is read. A catalog entry sets all of these keys."""
 
     reader: Literal["columns", "hh", "ultrafeedback", "shp", "tldr", "oasst"] = "columns"
-    """Format of the source: named columns, transcripts as in Anthropic's HH-RLHF (``hh``), or the format of the public
-    data set of that name."""
+    """Format of the source: named columns, transcripts as in Anthropic's HH-RLHF (``hh``), or the
+    format of the public data set of that name."""
     config: str | None = None
     """Configuration (subset) of a Hub data set."""
     data_dir: str | None = None
@@ -63,11 +63,11 @@ class Source(Config):
     revision: str | None = None
     """Commit, branch or tag of a Hub data set."""
     columns: dict[str, str] = {}
-    """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For ``ultrafeedback``, ``shp``
-    and ``tldr``, the columns that they require: ``{history: post}``."""
+    """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For
+    ``ultrafeedback``, ``shp`` and ``tldr``, the columns that they require: ``{history: post}``."""
     pairing: Literal["best_worst", "best_random", "all"] | None = None
-    """Which pairs are made from several scored completions: best against worst (the default), best against a random
-    other, or all pairs."""
+    """Which pairs are made from several scored completions: best against worst (the default), best
+    against a random other, or all pairs."""
     margin: float | None = Field(None, ge=0.0)
     """Smallest difference of the scores of a pair; for ``oasst``, of the ranks."""
     ratio: float | None = Field(None, ge=1.0)
@@ -75,7 +75,8 @@ class Source(Config):
     languages: list[str] = []
     """Languages that are kept, for ``oasst``. Default: all."""
     max_rows: int | None = Field(None, ge=1)
-    """Number of rows that are read from the start of the source; for ``oasst``, conversation trees."""
+    """Number of rows that are read from the start of the source; for ``oasst``, conversation trees.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -99,8 +100,8 @@ class MixtureSource(Source):
     source: str = Field(min_length=1)
     """A file or folder, a name in the catalog, or a Hub id."""
     weight: float | None = Field(None, gt=0.0)
-    """Share of the mixture, relative to the other weights. Sources with too many rows are subsampled; no row is
-    repeated."""
+    """Share of the mixture, relative to the other weights. Sources with too many rows are
+    subsampled; no row is repeated."""
 
 
 class Prepare(Source, Stage):
@@ -111,12 +112,13 @@ class Prepare(Source, Stage):
     prepares_data: ClassVar[bool] = True
 
     source: str | None = Field(None, min_length=1)
-    """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name in the catalog, or a Hub id."""
+    """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name in the catalog, or a
+    Hub id."""
     mixture: list[MixtureSource] = []
     """Several sources instead of one, each with its own reader, ``max_rows`` and ``weight``."""
     demonstrations: str | None = None
-    """Separate source of demonstrations for SFT; names in the catalog are not allowed. Default: the chosen
-    completions."""
+    """Separate source of demonstrations for SFT; names in the catalog are not allowed. Default: the
+    chosen completions."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Fraction of the prompts held out for ``evaluate``."""
     validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
@@ -124,20 +126,20 @@ class Prepare(Source, Stage):
     split_seed: int = 0
     """Seed of the split, of random pairs, and of subsampling by weight."""
     near_duplicates: Literal["keep", "drop"] | None = None
-    """Handling of near-duplicate prompts: ``keep`` puts them into the same split, ``drop`` keeps the first. Default:
-    near-duplicates are not searched for."""
+    """Handling of near-duplicate prompts: ``keep`` puts them into the same split, ``drop`` keeps
+    the first. Default: near-duplicates are not searched for."""
     near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
-    """Jaccard similarity of the 5-character shingles above which two prompts are near-duplicates. It is estimated from 128
-    hashes, with a standard error of 0.035 at 0.8."""
+    """Jaccard similarity of the 5-character shingles above which two prompts are near-duplicates.
+    It is estimated from 128 hashes, with a standard error of 0.035 at 0.8."""
     decontaminate: list[str] = []
-    """Sources of evaluation prompts: files, folders (all of their files) or Hub ids (their split ``test``). Rows that
-    contain one of these prompts are dropped."""
+    """Sources of evaluation prompts: files, folders (all of their files) or Hub ids (their split
+    ``test``). Rows that contain one of these prompts are dropped."""
     ngram: int = Field(13, ge=3)
-    """Number of consecutive words, shared with an evaluation prompt, that count as contamination. Shorter prompts are
-    matched as a whole."""
+    """Number of consecutive words, shared with an evaluation prompt, that count as contamination.
+    Shorter prompts are matched as a whole."""
     keep: list[str] = []
-    """Columns of the source that are copied into ``prompts-*.parquet``, from the first row of each prompt. Lists and
-    objects are stored as JSON text."""
+    """Columns of the source that are copied into ``prompts-*.parquet``, from the first row of each
+    prompt. Lists and objects are stored as JSON text."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> Prepare:
@@ -254,7 +256,8 @@ class Sample(Stage):
     def _check_temperature(self) -> Sample:
         if self.temperature == 0 and self.n_completions > 1:
             raise ValueError(
-                "`temperature: 0.0` samples the same completion every time; raise it, or set `n_completions: 1`"
+                "`temperature: 0.0` samples the same completion every time; raise it, "
+                "or set `n_completions: 1`"
             )
         return self
 
@@ -287,17 +290,20 @@ class Label(Stage):
     completions: str = "sample"
     """The sampled completions: an earlier ``sample`` stage, or its folder."""
     judge: str
-    """``gold``, the exact score of the embedded task, or a reward model: a stage, a folder or a Hub id."""
+    """``gold``, the exact score of the embedded task, or a reward model: a stage, a folder or a Hub
+    id."""
     pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
-    """Which pairs are made from the completions of a prompt: best against worst, best against a random other, or all
-    pairs."""
+    """Which pairs are made from the completions of a prompt: best against worst, best against a
+    random other, or all pairs."""
     margin: float = Field(0.0, ge=0.0)
     """Smallest difference of scores; pairs with a smaller one are dropped."""
     labels: Literal["exact", "bradley_terry"] = "exact"
-    """How the chosen completion is determined: ``exact`` by the higher score; ``bradley_terry`` at random with probability
-    sigmoid(slope x difference of scores), which models the noise of human labels."""
+    """How the chosen completion is determined: ``exact`` by the higher score; ``bradley_terry`` at
+    random with probability sigmoid(slope x difference of scores), which models the noise of human
+    labels."""
     slope: float | None = Field(None, gt=0.0)
-    """Slope of ``bradley_terry``. Default: that of the labels of the embedded task for ``gold``, 1 for a reward model."""
+    """Slope of ``bradley_terry``. Default: that of the labels of the embedded task for ``gold``, 1
+    for a reward model."""
     max_pairs: int | None = Field(None, ge=1)
     """Largest number of pairs; more are subsampled at random."""
     batch_size: int = Field(64, ge=1)
@@ -318,7 +324,10 @@ class Label(Stage):
         sample = stages.get(self.completions)
         sampled = getattr(sample, "split", split)
         if sampled != split:
-            return f"`{name}` has no {split} split: its completions were sampled for {sampled}; remove this key"
+            return (
+                f"`{name}` has no {split} split, because its completions were sampled for "
+                f"{sampled}; remove this key"
+            )
         return None
 
     @property

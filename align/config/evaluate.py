@@ -20,7 +20,7 @@ from align.config.base import (
 
 
 class Evaluate(Stage):
-    """Held-out win rates against a baseline, and accuracies of implicit rewards on held-out pairs."""
+    """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
     inputs: ClassVar = {
         "policies": Input(POLICY_STAGES, models=True),
@@ -33,11 +33,13 @@ class Evaluate(Stage):
     baseline: str
     """The policy that the others are compared with: an earlier stage, a folder or a Hub id."""
     prompts: str = "prepare"
-    """The prepared data with the held-out prompts and pairs: an earlier ``prepare`` stage, or its folder."""
+    """The prepared data with the held-out prompts and pairs: an earlier ``prepare`` stage, or its
+    folder."""
     split: Literal["test", "validation"] = "test"
     """Split of the prompts and pairs."""
     judge: Literal["gold"] | None = None
-    """Judge of the win rates: ``gold`` is the exact score of the embedded task. Default: no completion is sampled."""
+    """Judge of the win rates: ``gold`` is the exact score of the embedded task. Default: no
+    completion is sampled."""
     implicit_rewards: bool = False
     """Measure how often the chosen completion of a held-out pair has the higher implicit reward."""
     n_prompts: int | None = Field(None, ge=1)

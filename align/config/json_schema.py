@@ -1,6 +1,7 @@
 """The JSON schema of recipes, for completion and checks in editors.
 
-After a change of the configuration, write it again: ``python -m align.config.json_schema > recipes/schema.json``.
+After a change of the configuration, write it again: ``python -m align.config.json_schema >
+recipes/schema.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from align.config.stages import STAGES
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of what :func:`align.config.recipe.load_recipe` accepts, as far as JSON Schema can express it."""
+    """The schema of what :func:`align.config.recipe.load_recipe` accepts, as far as JSON Schema can
+    express it."""
     _, schema = models_json_schema(
         [(cls, "validation") for cls in STAGES.values()], title="Align recipe"
     )
@@ -29,6 +31,7 @@ def json_schema() -> dict[str, Any]:
         {"allOf": [ref, {"required": ["stage"], "properties": {"stage": {"const": kind}}}]}
         for kind, ref in by_kind.items()
     ]
+    _join_lines(definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Align recipe",
@@ -44,6 +47,15 @@ def json_schema() -> dict[str, Any]:
         },
         "$defs": definitions,
     }
+
+
+def _join_lines(schema: Any) -> None:
+    """Write each description in a schema on one line."""
+    for part in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(part, dict | list):
+            _join_lines(part)
+    if isinstance(schema, dict) and isinstance(schema.get("description"), str):
+        schema["description"] = " ".join(schema["description"].split())
 
 
 def text() -> str:

@@ -21,7 +21,8 @@ COMMAND_LINE = "command line"
 
 
 def apply_override(text: str, recipe: RawRecipe) -> None:
-    """Set one key in the raw settings of a stage, or of all stages that have it; errors go into the recipe."""
+    """Set one key in the raw settings of a stage, or of all stages that have it; errors go into the
+    recipe."""
     address, equals, value = text.partition("=")
     name, *keys = address.split(".")
     if not equals or not keys or not all(keys):
@@ -33,7 +34,9 @@ def apply_override(text: str, recipe: RawRecipe) -> None:
         names = [n for n, (_, values) in recipe.stages.items() if _has_key(n, values, keys)]
         if not names:
             key = ".".join(keys)
-            message = f"no stage has a key `{key}`{renamed_keys.hint(recipe.classes().values(), key)}"
+            message = (
+                f"no stage has a key `{key}`{renamed_keys.hint(recipe.classes().values(), key)}"
+            )
             recipe.problems.append(f"{COMMAND_LINE}: {text}: {message}")
     elif not names:
         message = f"no stage `{name}`{nearest(name, [*recipe.stages, 'all'])}"
@@ -51,7 +54,7 @@ def _has_key(name: str, values: dict[str, Any], keys: list[str]) -> bool:
 
 
 def stage_class(name: str, values: dict[str, Any]) -> type[Stage] | None:
-    """The class of a stage: by its ``stage`` key, else by its name; None if there is no such kind."""
+    """The class of a stage: by its ``stage`` key, else by its name; None for an unknown kind."""
     kind = values.get("stage", name)
     return STAGES.get(kind) if isinstance(kind, str) else None
 
@@ -85,7 +88,8 @@ def nested_models(declared: Any) -> Iterator[type[BaseModel]]:
 
 
 def parse_value(text: str, declared: Any) -> Any:
-    """The first interpretation of ``text`` that has the declared type: as YAML, as a number, as text.
+    """The first interpretation of ``text`` that has the declared type: as YAML, as a number, as
+    text.
 
     Where the declared type is text, the text itself is the value.
     """

@@ -43,11 +43,13 @@ class PPO(TrainingStage):
     prompts: str = "prepare"
     """The prompts to sample completions for: an earlier ``prepare`` stage, or its folder."""
     rewards: list[str] = Field(min_length=1)
-    """Sources of the score: ``reward`` stages, folders, Hub ids, or Python functions, written ``module:function``."""
+    """Sources of the score: ``reward`` stages, folders, Hub ids, or Python functions, written
+    ``module:function``."""
     weights: list[float] | None = None
     """Weights of the rewards in the sum, in their order. Default: 1 each."""
     judge: Literal["gold"] | None = None
-    """Score that is logged beside the reward and not trained on: ``gold`` is the exact score of the embedded task."""
+    """Score that is logged beside the reward and not trained on: ``gold`` is the exact score of the
+    embedded task."""
 
     steps: int = Field(ge=1)
     """Number of updates; each samples new completions."""
@@ -56,10 +58,11 @@ class PPO(TrainingStage):
     n_completions: int = Field(1, ge=1)
     """Completions per prompt."""
     temperature: float = Field(1.0, gt=0.0)
-    """Sampling temperature. The log-probabilities of policy and reference are computed at the same temperature."""
+    """Sampling temperature. The log-probabilities of policy and reference are computed at the same
+    temperature."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Nucleus sampling threshold. Log-probabilities are computed over the full vocabulary, so values below 1 make sampling
-    slightly off-policy."""
+    """Nucleus sampling threshold. Log-probabilities are computed over the full vocabulary, so
+    values below 1 make sampling slightly off-policy."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest completion in tokens."""
     missing_eos_penalty: float | None = Field(None, ge=0.0)
@@ -72,8 +75,8 @@ class PPO(TrainingStage):
     """Upper bound on the importance weights policy / sampler, where another engine samples."""
 
     advantages: Literal["gae", "rloo", "reinforce"] = "gae"
-    """Estimator of the advantages: ``gae`` trains a critic, ``rloo`` compares the completions of a prompt, ``reinforce``
-    normalizes over the batch."""
+    """Estimator of the advantages: ``gae`` trains a critic, ``rloo`` compares the completions of a
+    prompt, ``reinforce`` normalizes over the batch."""
     gamma: float = Field(1.0, ge=0.0, le=1.0)
     """Discount per token."""
     lam: float = Field(0.95, ge=0.0, le=1.0)
@@ -85,9 +88,11 @@ class PPO(TrainingStage):
     kl_coef: float = Field(0.05, ge=0.0)
     """Coefficient of the KL penalty towards the reference."""
     kl_estimator: Literal["k1", "k3"] = "k1"
-    """Estimator of the KL divergence per token: the log-ratio (``k1``) or the low-variance ``k3``."""
+    """Estimator of the KL divergence per token: the log-ratio (``k1``) or the low-variance ``k3``.
+    """
     kl_target: float | None = Field(None, gt=0.0)
-    """KL divergence, in nats per completion, that ``kl_coef`` is adapted to. Default: ``kl_coef`` is constant."""
+    """KL divergence, in nats per completion, that ``kl_coef`` is adapted to. Default: ``kl_coef``
+    is constant."""
     kl_horizon: int = Field(10_000, ge=1)
     """Completions in which ``kl_coef`` changes by at most 20 %."""
 
@@ -106,7 +111,8 @@ class PPO(TrainingStage):
     minibatches: int = Field(1, ge=1)
     """Optimizer steps per pass."""
     micro_batch_size: int = Field(16, ge=1)
-    """Completions per forward pass on each process. Smaller values save memory and do not change the result."""
+    """Completions per forward pass on each process. Smaller values save memory and do not change
+    the result."""
     sample_batch_size: int = Field(64, ge=1)
     """Completions sampled at once on each process."""
     clip: float = Field(0.2, gt=0.0)
@@ -124,7 +130,8 @@ class PPO(TrainingStage):
     max_grad_norm: float = Field(1.0, gt=0.0)
     """Gradients with a larger norm are scaled down to it."""
     target_kl: float | None = Field(None, gt=0.0)
-    """KL divergence from the policy at sampling, per token, at which an update stops early. Default: none."""
+    """KL divergence from the policy at sampling, per token, at which an update stops early.
+    Default: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     quantization: Literal["nf4"] | None = None
@@ -162,11 +169,12 @@ class PPO(TrainingStage):
         repeated = duplicates(self.rewards)
         if repeated:
             raise ValueError(
-                f"`rewards` contains {repeated[0]!r} more than once; list it once and set its weight"
+                f"`rewards` contains {repeated[0]!r} more than once; list it once, with a weight"
             )
         if self.weights is not None and len(self.weights) != len(self.rewards):
             raise ValueError(
-                f"`weights` must have one entry for each of `rewards` ({len(self.rewards)}), got {len(self.weights)}"
+                f"`weights` must have one entry for each of `rewards` ({len(self.rewards)}), "
+                f"got {len(self.weights)}"
             )
         return self
 
@@ -175,13 +183,11 @@ class PPO(TrainingStage):
         if self.kl_target is None:
             return self
         if self.kl_coef == 0:
-            raise ValueError(
-                "`kl_target` adapts `kl_coef`, which must therefore be greater than 0"
-            )
+            raise ValueError("`kl_target` adapts `kl_coef`, which must therefore be greater than 0")
         if self.batch_size >= 5 * self.kl_horizon:
             raise ValueError(
-                f"`kl_horizon` ({self.kl_horizon}) must be more than a fifth of `batch_size` ({self.batch_size}), "
-                "or one step could change the sign of `kl_coef`"
+                f"`kl_horizon` ({self.kl_horizon}) must be more than a fifth of `batch_size` "
+                f"({self.batch_size}), or one step could change the sign of `kl_coef`"
             )
         return self
 
@@ -189,16 +195,19 @@ class PPO(TrainingStage):
     def _check_batch_sizes(self) -> PPO:
         if self.batch_size % self.n_completions:
             raise ValueError(
-                f"`batch_size` ({self.batch_size}) must be a multiple of `n_completions` ({self.n_completions}), "
-                "because all completions of a prompt are in the same update"
+                f"`batch_size` ({self.batch_size}) must be a multiple of `n_completions` "
+                f"({self.n_completions}), because all completions of a "
+                "prompt are in the same update"
             )
         if self.minibatches > self.batch_size:
             raise ValueError(
-                f"`minibatches` ({self.minibatches}) must not exceed `batch_size` ({self.batch_size})"
+                f"`minibatches` ({self.minibatches}) must not exceed `batch_size` "
+                f"({self.batch_size})"
             )
         if self.advantages == "rloo" and self.n_completions < 2:
             raise ValueError(
-                "`advantages: rloo` compares the completions of a prompt; set `n_completions` to at least 2"
+                "`advantages: rloo` compares the completions of a prompt; set `n_completions` "
+                "to at least 2"
             )
         return self
 
@@ -206,13 +215,14 @@ class PPO(TrainingStage):
     def _check_warmup(self) -> PPO:
         if self.advantages != "gae" and self.critic_warmup_steps:
             raise ValueError(
-                f"`critic_warmup_steps` has no effect with `advantages: {self.advantages}`, which has no critic; "
-                "remove it"
+                f"`critic_warmup_steps` has no effect with `advantages: {self.advantages}`, "
+                "which has no critic; remove it"
             )
         longest = max(self.critic_warmup_steps, self.warmup_steps)
         if longest >= self.steps:
             raise ValueError(
-                f"`warmup_steps` and `critic_warmup_steps` must be less than `steps` ({self.steps}), got {longest}"
+                f"`warmup_steps` and `critic_warmup_steps` must be less than `steps` "
+                f"({self.steps}), got {longest}"
             )
         return self
 
@@ -228,8 +238,8 @@ class PPO(TrainingStage):
             )
         if self.dtype == "bfloat16" and not self.lora:
             raise ValueError(
-                "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of precision); use float32, "
-                "or set `lora`, whose adapters stay in float32"
+                "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of "
+                "precision); use float32, or set `lora`, whose adapters stay in float32"
             )
         return self
 
@@ -237,7 +247,10 @@ class PPO(TrainingStage):
         """The training prompts, and those to evaluate on."""
         if self.eval_steps is None:
             return self.reads
-        return (*self.reads, Table("prompts", "prompts", self.eval_split, requested_by="eval_split"))
+        return (
+            *self.reads,
+            Table("prompts", "prompts", self.eval_split, requested_by="eval_split"),
+        )
 
     def held_out(self) -> Iterator[HeldOut]:
         """The split to evaluate on, if the stage evaluates."""
@@ -247,9 +260,7 @@ class PPO(TrainingStage):
     @property
     def reward_functions(self) -> dict[Keys, str]:
         """The rewards that are Python functions."""
-        return {
-            ("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)
-        }
+        return {("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)}
 
     @property
     def servers(self) -> dict[str, str]:
@@ -262,19 +273,22 @@ class PPO(TrainingStage):
         return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None
 
     def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
-        """Prompts that do not divide over the processes, and processes with fewer completions than minibatches."""
+        """Prompts that do not divide over the processes, and processes with fewer completions than
+        minibatches."""
         prompts = self.batch_size // self.n_completions
         if prompts % world_size:
             yield Problem(
                 ("batch_size",),
-                f"{prompts} prompts (`batch_size` {self.batch_size} / `n_completions` {self.n_completions}) cannot be "
-                f"divided over {world_size} processes; use a multiple of {world_size * self.n_completions}",
+                f"{prompts} prompts (`batch_size` {self.batch_size} / `n_completions` "
+                f"{self.n_completions}) cannot be divided over {world_size} processes; "
+                f"use a multiple of {world_size * self.n_completions}",
             )
         elif self.minibatches > self.batch_size // world_size:
             yield Problem(
                 ("minibatches",),
-                f"`minibatches` ({self.minibatches}) must not exceed the {self.batch_size // world_size} completions of "
-                "a process; lower it, or raise `batch_size`",
+                f"`minibatches` ({self.minibatches}) must not exceed the "
+                f"{self.batch_size // world_size} completions of a process; lower it, "
+                "or raise `batch_size`",
             )
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
@@ -286,7 +300,8 @@ class PPO(TrainingStage):
     def model_copies(self, *, sharded: bool) -> int:
         """Policy and critic are trained; the reference and the reward models are frozen.
 
-        With ``lora`` all of them share one backbone; reward models with another backbone are not counted.
+        With ``lora`` all of them share one backbone; reward models with another backbone are not
+        counted.
         """
         if self.lora is not None:
             return 1

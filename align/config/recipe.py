@@ -1,7 +1,7 @@
 """Recipes: YAML files that list stages in the order in which they run.
 
-Loading a recipe reports every error of it and of the recipes that it needs at once, each with its place in the file, before
-anything runs.
+Loading a recipe reports every error of it and of the recipes that it needs at once, each with its
+place in the file, before anything runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _EXPECTED = {  # by pydantic's type of error
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loaded recipe, including the recipes that it needs: its stages by name, in the order in which they run."""
+    """A loaded recipe, including the recipes that it needs: its stages by name, in the order in
+    which they run."""
 
     path: Path
     stages: Mapping[str, Stage]
@@ -55,7 +56,8 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The path below the folder ``recipes``, joined by ``-``: ``hh-dpo`` for ``recipes/hh/dpo.yaml``."""
+        """The path below the folder ``recipes``, joined by ``-``: ``hh-dpo`` for
+        ``recipes/hh/dpo.yaml``."""
         parts = self.path.resolve().with_suffix("").parts
         for folder in ("recipes", "_recipes"):
             if folder in parts[:-1]:
@@ -72,7 +74,8 @@ class Recipe:
 
 
 class ErrorCollector:
-    """Collects user errors, each with its place in the recipe, so that all of them are raised as one."""
+    """Collects user errors, each with its place in the recipe, so that all of them are raised as
+    one."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -103,7 +106,8 @@ class ErrorCollector:
 
 @dataclass
 class RawRecipe:
-    """Recipes while they are read: the raw settings of each stage, their places, and the errors so far."""
+    """Recipes while they are read: the raw settings of each stage, their places, and the errors so
+    far."""
 
     documents: dict[Path, Document] = field(default_factory=dict)
     stages: dict[str, tuple[Document, dict[str, Any]]] = field(default_factory=dict)
@@ -147,7 +151,8 @@ class RawRecipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, the recipes that it needs, and overrides ``stage.key=value``.
 
-    ``path`` is a file, or the name of a shipped recipe, such as ``dpo`` or ``control/cartpole_ppo``.
+    ``path`` is a file, or the name of a shipped recipe, such as ``dpo`` or
+    ``control/cartpole_ppo``.
 
     Raises:
         RecipeError: One line for each error in all of them, with its place and its repair.
@@ -287,8 +292,8 @@ def _collect_stages(document: Document, data: dict[str, Any], raw: RawRecipe) ->
             problem = "the name of a stage must consist of lower-case letters, digits and _"
         elif name in raw.stages:
             problem = (
-                f"{raw.place(name)} already has a stage of this name; rename this one to `{name}_2: "
-                f"{{stage: {name}, …}}`, or remove it"
+                f"{raw.place(name)} already has a stage of this name; rename this one to "
+                f"`{name}_2: {{stage: {name}, …}}`, or remove it"
             )
         elif values is not None and not isinstance(values, dict):
             problem = f"expected a mapping (key: value), got {shown(values)}"

@@ -1,4 +1,4 @@
-"""Keys of recipes that were renamed in version 0.2: an error about an old name gives the new one."""
+"""Keys of recipes that were renamed in version 0.2, for errors about their old names."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ RENAMED: dict[tuple[str, str], str] = {
     ("Prepare", "keep"): "`keep_columns`",
     ("Prepare", "ngram"): "`decontamination_ngram`",
     ("Evaluate", "level"): "`confidence`",
-    ("Label", "labels"): "`label_noise` (`label_noise: bradley_terry`; leave it out for exact labels)",
+    (
+        "Label",
+        "labels",
+    ): "`label_noise` (`label_noise: bradley_terry`; leave it out for exact labels)",
     ("Label", "slope"): "`label_noise_slope`",
 }
 """The class of a stage and the old name of a key → the new name."""
 
 
 def hint(classes: Iterable[type[Stage] | None], key: str) -> str:
-    """``; renamed to `n_steps``` if ``key`` is the old name of a key of one of these stages, else nothing."""
+    """``; renamed to `n_steps``` if ``key`` is the old name of a key of one of these stages, else
+    nothing."""
     for cls in classes:
         new = RENAMED.get((cls.__name__, key)) if cls else None
         if new:

@@ -1,7 +1,7 @@
 """Locations of the files that ship with Align: the embedded data, the catalog and the recipes.
 
-In a checkout they are the folders ``data/`` and ``recipes/``; a wheel carries them as ``align/_data`` and
-``align/_recipes``.
+In a checkout they are the folders ``data/`` and ``recipes/``; a wheel carries them as
+``align/_data`` and ``align/_recipes``.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def _shipped(name: str) -> Path:
     if (_PACKAGE.parent / "pyproject.toml").is_file() and checkout.is_dir():
         return checkout
     raise UserError(
-        f"{installed}: missing, so this installation of Align is incomplete; install the package again"
+        f"{installed}: missing, so this installation of Align is incomplete; install it again"
     )

@@ -1,7 +1,8 @@
-"""Configuration of the stages that train a language model with a TRL trainer: ``sft``, ``dpo``, ``reward`` and ``kto``.
+"""Configuration of the stages that train a language model with a TRL trainer: ``sft``, ``dpo``,
+``reward`` and ``kto``.
 
-Align defines only the keys that the pipeline itself uses. All other training options are fields of TRL's configuration
-class, under ``trainer``.
+Align defines only the keys that the pipeline itself uses. All other training options are fields of
+TRL's configuration class, under ``trainer``.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class TrainingStage(Stage):
 
     trains_model: ClassVar[bool] = True
     continues_adapter: ClassVar[bool] = True
-    """Whether the adapter of ``model`` is trained further, rather than merged before a new one is added."""
+    """Whether the adapter of ``model`` is trained further, rather than merged before a new one is
+    added."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type in which the weights are loaded. Mixed precision is a field of TRL: ``trainer: {bf16: true}``."""
+    """Data type in which the weights are loaded. Mixed precision is a field of TRL: ``trainer:
+    {bf16: true}``."""
     revision: str | None = None
     """Commit, branch or tag of a model on the Hub."""
     lora: Lora | None = None
@@ -78,12 +81,13 @@ class TrainingStage(Stage):
         if trained and self.lora and trained != self.lora and self.continues_adapter:
             yield Problem(
                 ("lora",),
-                f"training continues with the adapter of `{name}`, so `lora` must equal {trained!r}; "
-                "without `lora` the adapter is merged and all weights are trained",
+                f"training continues with the adapter of `{name}`, so `lora` must equal "
+                f"{trained!r}; without `lora` the adapter is merged and all weights are trained",
             )
 
     def model_copies(self, *, sharded: bool) -> int:
-        """Copies of the weights that are held in memory, where a gradient or a moment of Adam counts as one.
+        """Copies of the weights that are held in memory, where a gradient or a moment of Adam
+        counts as one.
 
         With adapters, which are a few percent of the weights, only the frozen weights count.
         """
@@ -123,7 +127,7 @@ class TRLStage(TrainingStage):
         }
 
     def trl_value(self, field: str) -> Any:
-        """The value of a field of TRL's class: that of the recipe, else the default of the class."""
+        """The value of a field of TRL's class: that of the recipe, else the default."""
         if field in self.trainer:
             return self.trainer[field]
         return trl_fields.trl_fields(str(self.trainer_config))[field].default
@@ -145,14 +149,16 @@ class TRLStage(TrainingStage):
             yield HeldOut(keys, self.data_input, "validation")
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Losses that TRL refuses only when it builds the trainer, after all earlier stages have been trained."""
+        """Losses that TRL refuses only when it builds the trainer, after all earlier stages have
+        been trained."""
         yield from super().problems(stages)
         losses = self.trainer.get("loss_type")
         smoothing = self.trainer.get("label_smoothing", 0)
         if "exo_pair" in (losses if isinstance(losses, list) else [losses]) and smoothing == 0:
             yield Problem(
                 ("trainer", "loss_type"),
-                "`exo_pair` requires label smoothing; set `label_smoothing` above 0 (1.0e-3 in the paper)",
+                "`exo_pair` requires label smoothing; set `label_smoothing` above 0 "
+                "(1.0e-3 in the paper)",
             )
 
     def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
@@ -198,7 +204,8 @@ class SFT(TRLStage):
     continues_adapter: ClassVar[bool] = False
 
     model: ModelOrNew
-    """An earlier stage, a folder or a Hub id; or a mapping with the shape of a new model to train from scratch."""
+    """An earlier stage, a folder or a Hub id; or a mapping with the shape of a new model to train
+    from scratch."""
     demonstrations: str = "prepare"
     """The demonstrations to train on: an earlier ``prepare`` stage, or its folder."""
 
@@ -206,13 +213,15 @@ class SFT(TRLStage):
     def _check_lora(self) -> SFT:
         if self.lora and isinstance(self.model, NewModel):
             raise ValueError(
-                "`lora` freezes the weights, which are random in a new model; remove `lora`, or name a trained `model`"
+                "`lora` freezes the weights, which are random in a new model; remove `lora`, "
+                "or name a trained `model`"
             )
         return self
 
 
 class DPO(TRLStage):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), and the other losses of TRL's trainer."""
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), and the other losses
+    of TRL's trainer."""
 
     trainer_config: ClassVar[str | None] = "DPOConfig"
     inputs: ClassVar = {
@@ -225,12 +234,14 @@ class DPO(TRLStage):
     model: str
     """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
     pairs: str = "prepare"
-    """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder."""
+    """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder.
+    """
     beta: float = Field(0.1, gt=0.0)
     """Strength of the implicit KL penalty towards the reference."""
 
     def model_copies(self, *, sharded: bool) -> int:
-        """One copy more if the reference stays: if it changes during training, or if weights are sharded.
+        """One copy more if the reference stays: if it changes during training, or if weights are
+        sharded.
 
         Otherwise its log-probabilities are computed before training.
         """
@@ -241,7 +252,8 @@ class DPO(TRLStage):
 
 
 class Reward(TRLStage):
-    """A Bradley-Terry reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1)."""
+    """A Bradley-Terry reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155,
+    eq. 1)."""
 
     trainer_config: ClassVar[str | None] = "RewardConfig"
     inputs: ClassVar = {
@@ -252,12 +264,15 @@ class Reward(TRLStage):
     row_columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     model: str
-    """The backbone below the scalar head, usually the SFT model: an earlier stage, a folder or a Hub id."""
+    """The backbone below the scalar head, usually the SFT model: an earlier stage, a folder or a
+    Hub id."""
     pairs: str = "prepare"
-    """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder. Held-out pairs measure the
-    model; its scores are shifted so that the demonstrations beside them have mean 0."""
+    """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder.
+    Held-out pairs measure the model; its scores are shifted so that the demonstrations beside them
+    have mean 0."""
     margin_coef: float = Field(0.0, ge=0.0)
-    """Difference of scores that a pair must reach, per unit of its ``margin`` (Touvron et al. 2023, arXiv:2307.09288)."""
+    """Difference of scores that a pair must reach, per unit of its ``margin`` (Touvron et al. 2023,
+    arXiv:2307.09288)."""
 
     @property
     def required_columns(self) -> dict[str, tuple[Table, str]]:
@@ -266,7 +281,8 @@ class Reward(TRLStage):
 
 
 class KTO(TRLStage):
-    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of pairs."""
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of
+    pairs."""
 
     trainer_config: ClassVar[str | None] = "KTOConfig"
     inputs: ClassVar = {
@@ -278,13 +294,13 @@ class KTO(TRLStage):
     model: str
     """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
     preferences: str = "prepare"
-    """Labeled completions, and both sides of preference pairs: an earlier ``prepare`` or ``label`` stage, or its
-    folder."""
+    """Labeled completions, and both sides of preference pairs: an earlier ``prepare`` or ``label``
+    stage, or its folder."""
     beta: float = Field(0.1, gt=0.0)
     """Strength of the implicit KL penalty towards the reference."""
     desirable_weight: float | None = Field(None, gt=0.0)
-    """Weight of desirable completions. Default: chosen so that the ratio of the summed weights of desirable and undesirable
-    completions lies between 1:1 and 4:3, as the paper recommends."""
+    """Weight of desirable completions. Default: chosen so that the ratio of the summed weights of
+    desirable and undesirable completions lies between 1:1 and 4:3, as the paper recommends."""
     undesirable_weight: float | None = Field(None, gt=0.0)
     """Weight of undesirable completions. Default: as for ``desirable_weight``."""
 
@@ -292,12 +308,12 @@ class KTO(TRLStage):
         """Fields of TRL that would undo the batches that the stage composes."""
         yield from super().problems(stages)
         conflicts = {
-            "train_sampling_strategy": "rows are shuffled with `seed` in every epoch; remove this key",
-            "dataloader_persistent_workers": "its workers would keep the order of the first epoch; remove this key",
+            "train_sampling_strategy": "rows are shuffled with `seed` in every epoch",
+            "dataloader_persistent_workers": "its workers would keep the order of the first epoch",
         }
         for field, message in conflicts.items():
             if self.trainer.get(field) not in (None, False, "sequential"):
-                yield Problem(("trainer", field), message)
+                yield Problem(("trainer", field), f"{message}; remove this key")
         size = self.trainer.get(BATCH_SIZE)
         if isinstance(size, int) and size < 2:
             yield Problem(

@@ -1,7 +1,7 @@
 """The fields of TRL's configuration classes, and the checks of the values under ``trainer``.
 
-They are read from ``trl_fields.json``, because importing TRL takes seconds. After an upgrade of TRL, write that file again:
-``python -m align.training.trl_field_table``.
+They are read from ``trl_fields.json``, because importing TRL takes seconds. After an upgrade of
+TRL, write that file again: ``python -m align.training.trl_field_table``.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ MINIMUM = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
 }
-"""Lower bounds that TRL's classes do not check: PyTorch does, with a traceback, once training begins."""
+"""Lower bounds that TRL's classes do not check: PyTorch does, with a traceback, once training
+begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class TRLField:
-    """One field of a configuration class: its type (enumerations as ``str``), default and choices."""
+    """One field of a configuration class; the type of an enumeration is ``str``."""
 
     annotation: str
     default: Any = None
@@ -132,7 +133,8 @@ def expected(field: TRLField) -> str:
 
 
 def invalid_choices(field: TRLField, value: object) -> list[tuple[int | None, str]]:
-    """The texts in ``value`` that the field does not accept, each with its position if ``value`` is a list."""
+    """The texts in ``value`` that the field does not accept, each with its position if ``value`` is
+    a list."""
     items: list[tuple[int | None, object]] = [(None, value)]
     if isinstance(value, list):
         items = list(enumerate(value))

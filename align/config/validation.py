@@ -1,7 +1,8 @@
-"""Checks between the stages of a recipe: inputs that name nothing, splits that no stage writes, keys that conflict.
+"""Checks between the stages of a recipe: inputs that name nothing, splits that no stage writes,
+keys that conflict.
 
-The stages declare what they need (:mod:`align.config.base`). No training library is imported, so errors that TRL would
-raise after an hour are reported within a second.
+The stages declare what they need (:mod:`align.config.base`). No training library is imported, so
+errors that TRL would raise after an hour are reported within a second.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ def validate_inputs(
 ) -> None:
     """Report the inputs of a stage that name nothing.
 
-    ``values`` are the raw settings of the stage; ``classes`` has the classes of all stages of the recipe, in order.
+    ``values`` are the raw settings of the stage; ``classes`` has the classes of all stages of the
+    recipe, in order.
     """
     for key, target in input_names(stage, values).items():
         message = _input_error(target, stage.inputs[key.split(".")[0]], name, classes)
         if message:
-            report(name, [int(part) if part.isdigit() else part for part in key.split(".")], message)
+            report(
+                name, [int(part) if part.isdigit() else part for part in key.split(".")], message
+            )
 
 
 def validate_stage(name: str, stage: Stage, stages: Mapping[str, Stage], report: Report) -> None:
-    """Report errors between keys that are each valid: within a stage, and with the stages that it reads."""
+    """Report errors between keys that are each valid: within a stage, and with the stages that it
+    reads."""
     for problem in stage.problems(stages):
         report(name, problem.keys, problem.message)
     for held_out in stage.held_out():
@@ -65,13 +70,16 @@ def _input_error(
         earlier = order[: order.index(name)]
         hint = nearest(target, earlier, only_near=True)
         hint = hint or f"; earlier stages: {', '.join(earlier) or 'none'}"
-        note = " (a folder is a path that exists; a Hub id is owner/name)" if expected.models else ""
+        note = (
+            " (a folder is a path that exists; a Hub id is owner/name)" if expected.models else ""
+        )
         return f"no earlier stage `{target}`{hint}{note}"
     if not expected.models:
         kinds = " or ".join(f"`{kind}`" for kind in expected.stages)
         return f"no such folder: {target}; name an earlier {kinds} stage, or its folder"
     if not _HUB_ID.match(target) or Path(target.split("/")[0]).is_dir():
-        return f"no such folder: {target}; name an earlier stage, a folder with a model, or a Hub id (owner/name)"
+        repair = "name an earlier stage, a folder with a model, or a Hub id (owner/name)"
+        return f"no such folder: {target}; {repair}"
     return None
 
 
@@ -79,7 +87,7 @@ def _stage_error(
     target: str, expected: Input, name: str, order: list[str], target_class: type[Stage] | None
 ) -> str | None:
     if order.index(target) >= order.index(name):
-        return f"stage `{target}` does not precede `{name}`; stages run in the order in which they are written"
+        return f"stage `{target}` does not precede `{name}`; stages run in the order of the file"
     kind = next((kind for kind, cls in STAGES.items() if cls is target_class), None)
     if kind is not None and kind not in expected.stages:
         return f"stage `{target}` is of kind `{kind}`; expected {' or '.join(expected.stages)}"

@@ -1,6 +1,8 @@
-"""YAML with line numbers: plain data, the line and the text of each key, and the syntax errors of the file.
+"""YAML with line numbers: plain data, the line and the text of each key, and the syntax errors of
+the file.
 
-Merge keys (``<<``) are not supported: a recipe is complete as written, and ``needs:`` joins recipes.
+Merge keys (``<<``) are not supported: a recipe is complete as written, and ``needs:`` joins
+recipes.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def read_yaml(path: Path) -> Document:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe{_existing_recipes(path)}") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path}: a folder, not a recipe{_existing_recipes(path / 'x')}") from None
+        raise RecipeError(
+            f"{path}: a folder, not a recipe{_existing_recipes(path / 'x')}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     document = Document(path)

@@ -1,7 +1,7 @@
 """Estimates of the work and the memory of each stage before it runs. No model is loaded.
 
-Tokens are words times 1.35, the usual ratio of subword vocabularies in English. Memory excludes activations, which depend
-on the batch. An unknown number is None.
+Tokens are words times 1.35, the usual ratio of subword vocabularies in English. Memory excludes
+activations, which depend on the batch. An unknown number is None.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ def estimate(stages: Sequence[PlannedStage], *, world_size: int) -> dict[str, Es
 
 
 def _data_statistics(stage: PlannedStage) -> Mapping[str, Any]:
-    """The statistics of a ``prepare`` stage: of its artifact, else of a small local source, which is read."""
+    """The statistics of a ``prepare`` stage: of its artifact, else of a small local source, which
+    is read."""
     artifact = artifacts.read_artifact(stage.folder)
     if artifact is not None:
         return artifact.metrics
     config = stage.config
-    read = [sources.source_files(s.name, split=s.split) for s in config.external_sources() if s.split]
+    read = [
+        sources.source_files(s.name, split=s.split) for s in config.external_sources() if s.split
+    ]
     size = sum(file.stat().st_size for files in read for file in files)
     if not all(read) or size > LARGEST_SOURCE:
         return {}
@@ -82,7 +85,7 @@ def _input_statistics(
 
 
 def _count_parameters(stage: PlannedStage, known: Mapping[Path, int | None]) -> int | None:
-    """The parameters of the model that a stage trains; None if it is on the Hub or not written yet."""
+    """The parameters of the model that a stage trains; None if it is not available yet."""
     model = getattr(stage.config, "model", None)
     if isinstance(model, NewModel):
         return model.count_parameters()

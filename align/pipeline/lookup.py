@@ -12,7 +12,8 @@ from align.runtime import artifacts
 
 
 def find_policy(policy: str, runs: Path) -> Path | str:
-    """The folder of a policy: one named, or the newest finished stage of a name under ``runs``; else a Hub id.
+    """The folder of a policy: one named, or the newest finished stage of a name under ``runs``;
+    else a Hub id.
 
     Raises:
         UserError: There is no such stage, or it did not finish.
@@ -27,7 +28,8 @@ def find_policy(policy: str, runs: Path) -> Path | str:
 
 
 def newest_run(name: str, runs: Path, stages: Sequence[str], *, recipe: str) -> Path:
-    """The newest finished stage called ``name`` of these kinds; ``recipe`` is told to whoever has none.
+    """The newest finished stage called ``name`` of these kinds; ``recipe`` is told to whoever has
+    none.
 
     Raises:
         UserError: There is no such stage, or it did not finish.
@@ -49,7 +51,8 @@ CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
 
 
 def find_control_policy(policy: str, runs: Path) -> Path:
-    """The folder of trained policies: one named, or the newest finished stage of a name under ``runs``.
+    """The folder of trained policies: one named, or the newest finished stage of a name under
+    ``runs``.
 
     Raises:
         UserError: There is no such stage, it did not finish, or the folder has none.

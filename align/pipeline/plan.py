@@ -1,8 +1,8 @@
 """The plan of a recipe: the digest and the folder of each stage, and whether it is finished.
 
-A digest covers the settings of a stage, the digests of its inputs, the content of the files that it names, and the code
-version of the stage. It does not cover the number of processes: that is stored in the artifact, and logged if an artifact
-of another number is reused.
+A digest covers the settings of a stage, the digests of its inputs, the content of the files that it
+names, and the code version of the stage. It does not cover the number of processes: that is stored
+in the artifact, and logged if an artifact of another number is reused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def plan(
     ``force`` names a stage, or ``all``, that runs even if it is finished.
 
     Raises:
-        UserError: An option names no stage, or an input from outside the recipe is missing or unfinished.
+        UserError: An option names no stage, or an input from outside the recipe is missing or
+        unfinished.
     """
     for option, value, others in (("--until", until, []), ("--force", force, ["all"])):
         if value is not None and value not in [*recipe.stages, *others]:
@@ -74,7 +75,8 @@ def plan(
 def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
     """The digest of a stage from its settings and the digests of its inputs.
 
-    The name of an input is not part of it, except in an evaluation, whose results are labeled with the names.
+    The name of an input is not part of it, except in an evaluation, whose results are labeled with
+    the names.
     """
     return artifacts.digest(
         {
@@ -131,7 +133,8 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
 
 
 def _file_digests(name: str, config: Stage, errors: ErrorCollector) -> dict[str, str]:
-    """Digests of external data and of the other files that the settings name; a Hub id counts by its revision."""
+    """Digests of external data and of the other files that the settings name; a Hub id counts by
+    its revision."""
     digests: dict[str, str] = {}
     for source in config.external_sources():
         with errors.at(name, source.key.partition(".")[0]):

@@ -1,6 +1,7 @@
 """Checks of a recipe before its stages run, so that errors are reported before anything is trained.
 
-The stages declare what they need (:class:`align.config.base.Stage`); the checks here look whether it exists.
+The stages declare what they need (:class:`align.config.base.Stage`); the checks here look whether
+it exists.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def check_writable(runs: Path) -> None:
 
 
 def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_size: int) -> None:
-    """Check the models, functions, servers, environments and batch sizes of the stages that will run.
+    """Check the models, functions, servers, environments and batch sizes of the stages that will
+    run.
 
     Raises:
         UserError: One line for each error.
@@ -64,7 +66,8 @@ def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_si
 
 
 def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Check that models on the Hub are cached or reachable: loading gives up only after a minute of retries."""
+    """Check that models on the Hub are cached or reachable: loading gives up only after a minute of
+    retries."""
     models = {
         (stage.name, *key.split(".")): target
         for stage in pending
@@ -79,15 +82,14 @@ def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
 
 
 def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Make each Gymnasium environment once: it must exist, be installed, and have spaces that a policy fits."""
+    """Make each Gymnasium environment once: it must exist, be installed, and have spaces that a
+    policy fits."""
     for stage in pending:
         for environment in stage.config.gym_environments:
             from align.control import spaces
 
             try:
-                spaces.inspect_env(
-                    environment.name, environment.options, environment.distribution
-                )
+                spaces.inspect_env(environment.name, environment.options, environment.distribution)
             except spaces.UnfitError as error:
                 errors.add((stage.name, error.key), str(error))
 
@@ -122,7 +124,8 @@ def check_batch_sizes(
 
 
 def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> None:
-    """Build the TRL configurations of all stages that will run, so that TRL's own checks come before training.
+    """Build the TRL configurations of all stages that will run, so that TRL's own checks come
+    before training.
 
     Raises:
         UserError: One line for each error.
@@ -151,7 +154,8 @@ def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> 
 
 
 def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) -> None:
-    """Check that a finished ``prepare`` folder has the tables and columns that the stages which will run need.
+    """Check that a finished ``prepare`` folder has the tables and columns that the stages which
+    will run need.
 
     Raises:
         UserError: One line for each error.
@@ -176,7 +180,8 @@ def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) ->
 def check_contents(
     errors: ErrorCollector, data: Path, tables: PreparedTables, pending: Sequence[PlannedStage]
 ) -> None:
-    """Check the tables, and the prompts that the gold score must parse, of the prepared data that belong in ``data``."""
+    """Check the tables, and the prompts that the gold score must parse, of the prepared data that
+    belong in ``data``."""
     for stage in pending:
         if data in stage.inputs.values() and not _tables_exist(errors, stage, data, tables):
             continue
@@ -205,9 +210,7 @@ def _tables_exist(
     return not missing
 
 
-def _gold_split(
-    stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]
-) -> str | None:
+def _gold_split(stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]) -> str | None:
     """The split of ``data`` whose prompts the gold score must parse for this stage."""
     gold = stage.config.gold_prompts
     if gold is None:
@@ -249,8 +252,8 @@ def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> N
         for column in missing_columns(function, columns):
             errors.add(
                 (stage.name, *keys),
-                f"{function} requires the column `{column}`, and the prompts have {', '.join(columns)}; add it to "
-                "`keep` of the `prepare` stage",
+                f"{function} requires the column `{column}`, and the prompts have "
+                f"{', '.join(columns)}; add it to `keep` of the `prepare` stage",
             )
 
 

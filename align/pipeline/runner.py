@@ -1,7 +1,7 @@
 """The chain: run what is not there, reuse what is.
 
-A folder ``runs/<name>-<digest>`` with an ``artifact.json`` is that stage, done; one without is that stage, cut off, and the
-same command goes on there.
+A folder ``runs/<name>-<digest>`` with an ``artifact.json`` is that stage, done; one without is that
+stage, cut off, and the same command goes on there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def run_recipe(
     force: str | None = None,
     until: str | None = None,
 ) -> dict[str, Any]:
-    """Run what is not there yet, in order, and write ``runs/<recipe>/summary.json``. Returns the summary.
+    """Run what is not there yet, in order, and write ``runs/<recipe>/summary.json``. Returns the
+    summary.
 
     Raises:
         UserError: What can be known before training is known before it: all of it, at once.
@@ -169,7 +170,8 @@ def _remove_working_files(step: PlannedStage) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a stage wrote; cut off in between, it is an unfinished stage without a checkpoint."""
+    """Remove what a stage wrote; cut off in between, it is an unfinished stage without a
+    checkpoint."""
     (folder / artifacts.FILE).unlink(missing_ok=True)
     for mark in folder.glob(f"checkpoint-*/{checkpoints.COMPLETE_MARK}"):
         mark.unlink()
@@ -201,7 +203,8 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What a person must know of prepared data: what was kept, what was dropped and why, and warnings."""
+    """What a person must know of prepared data: what was kept, what was dropped and why, and
+    warnings."""
     for kind in ("demonstrations", "pairs"):
         splits = metrics.get(kind)
         if isinstance(splits, Mapping):

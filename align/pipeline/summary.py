@@ -1,4 +1,5 @@
-"""What a person sees at the end: win rates with intervals, scores, lengths, completions side by side, and returns."""
+"""What a person sees at the end: win rates with intervals, scores, lengths, completions side by
+side, and returns."""
 
 from __future__ import annotations
 

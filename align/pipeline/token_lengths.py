@@ -1,7 +1,9 @@
-"""Lengths of the rows of a recipe in tokens, and what its stages would truncate, before anything is trained.
+"""Lengths of the rows of a recipe in tokens, and what its stages would truncate, before anything is
+trained.
 
-Only the ``tokenizers`` library is used, without chat templates: a fixed number of tokens is added for each message, so a
-length may be wrong by a token or two for each message. ``align data show`` prints the exact tokens.
+Only the ``tokenizers`` library is used, without chat templates: a fixed number of tokens is added
+for each message, so a length may be wrong by a token or two for each message. ``align data show``
+prints the exact tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ Tables = Mapping[str, Mapping[str, Sequence[Any]]]  # kind → split → rows
 
 
 def examine(recipe: Recipe, stages: Sequence[PlannedStage]) -> Iterator[str]:
-    """Read the data of the ``prepare`` stages, and measure the rows of the training stages; one line per finding.
+    """Read the data of the ``prepare`` stages, and measure the rows of the training stages; one
+    line per finding.
 
     Raises:
         UserError: The data are invalid, or a tokenizer has no chat template.
@@ -56,7 +59,8 @@ def _prepared_lines(
     read = [s for s in stage.config.external_sources() if s.split]
     remote = [s.name for s in read if not sources.source_files(s.name, split=s.split)]
     if remote:
-        yield f"{stage.name}: {', '.join(remote)} is on the Hub; its rows are checked when the stage runs"
+        hub = ", ".join(remote)
+        yield f"{stage.name}: {hub} is on the Hub; its rows are checked when the stage runs"
         return
     prepared = prepare.prepare_rows(**stage.config.model_dump(exclude={"stage"}))
     tables[stage.folder] = prepared.tables
@@ -88,7 +92,7 @@ def _training_rows(stage: PlannedStage, tables: Mapping[Path, Tables]) -> Sequen
 def _tokenizer(
     stage: PlannedStage, rows: Sequence[Any] | None, known: Mapping[Path, Tokenizer | None]
 ) -> Tokenizer | None:
-    """The tokenizer of a stage: a new one is trained on ``rows``; None if it is not available yet."""
+    """The tokenizer of a stage, a new one trained on ``rows``; None if it is not available yet."""
     from tokenizers import Tokenizer
 
     model = getattr(stage.config, "model", None)
@@ -125,9 +129,7 @@ def _texts(rows: Sequence[Any]) -> Iterator[str]:
     return (m["content"] for row in rows for m in [*row["prompt"], *row["completion"]])
 
 
-def _length_line(
-    name: str, config: Stage, rows: Sequence[Any], tokenizer: Tokenizer
-) -> str:
+def _length_line(name: str, config: Stage, rows: Sequence[Any], tokenizer: Tokenizer) -> str:
     """The distribution of the lengths of ``rows``, and how many exceed ``max_length``."""
     columns = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
     lengths = {column: _lengths(rows, column, tokenizer) for column in ("prompt", *columns)}
@@ -136,20 +138,18 @@ def _length_line(
         for i, prompt in enumerate(lengths["prompt"])
     ]
     ordered = sorted(longest)
-    percentiles = (
-        f"median {ordered[len(ordered) // 2]}, 95th percentile {ordered[int(0.95 * (len(ordered) - 1))]}, "
-        f"maximum {ordered[-1]}"
-    )
+    median, high = ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))]
+    summary = f"{name}: tokens per row: median {median}, 95th percentile {high}, max {ordered[-1]}"
     limit = config.trl_value("max_length")
     if limit is None:
-        return f"{name}: tokens per row: {percentiles}; no limit"
+        return f"{summary}; no limit"
     truncated = sum(length > limit for length in longest)
     if not truncated:
-        return f"{name}: tokens per row: {percentiles}; `max_length` {limit}: none is truncated"
+        return f"{summary}; `max_length` {limit}: none is truncated"
     empty = sum(prompt >= limit for prompt in lengths["prompt"])
     warning = " (warning: these rows train nothing; raise `max_length`)" if empty else ""
     return (
-        f"{name}: tokens per row: {percentiles}; `max_length` {limit}: {truncated:,} of {len(rows):,} are truncated, "
+        f"{summary}; `max_length` {limit}: {truncated:,} of {len(rows):,} are truncated, "
         f"{empty:,} lose the whole completion{warning}"
     )
 

@@ -1,7 +1,8 @@
-"""Write ``align/config/trl_fields.json``, the fields of TRL's configuration classes: ``python -m align.training.trl_field_table``.
+"""Write ``align/config/trl_fields.json``, the fields of TRL's configuration classes: ``python -m
+align.training.trl_field_table``.
 
-Importing TRL takes seconds, and ``align plan`` answers in one, so :mod:`align.config.trl_fields` reads this file instead. A
-test compares it with the installed TRL.
+Importing TRL takes seconds, and ``align plan`` answers in one, so :mod:`align.config.trl_fields`
+reads this file instead. A test compares it with the installed TRL.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ def _fields(cls: Any) -> dict[str, dict[str, Any]]:
 
 def _field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    result: dict[str, Any] = {
-        "type": " | ".join(dict.fromkeys(_type_name(part) for part in parts))
-    }
+    result: dict[str, Any] = {"type": " | ".join(dict.fromkeys(_type_name(part) for part in parts))}
     default: Any = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
@@ -76,7 +75,8 @@ def _type_name(part: Any) -> str:
 
 
 def _choices(field: dataclasses.Field[Any], parts: tuple[Any, ...]) -> list[str]:
-    """The values that the metadata declares, else those in the help text, else those of an enumeration."""
+    """The values that the metadata declares, else those in the help text, else those of an
+    enumeration."""
     declared = field.metadata.get("choices")
     if isinstance(declared, list):
         return declared

@@ -77,7 +77,7 @@ KEYS = [
         "a trainer's field set on the stage",
         recipe(PREPARE, SFT, "dpo: {model: sft, learning_rate: 0.1}"),
         "recipe.yaml:4: dpo.learning_rate: unknown key",
-        "TRL's DPOConfig: put it under `trainer:`",
+        "TRL's DPOConfig; put it under `trainer:`",
     ),
     mistake(
         "a misspelt trainer's field",
@@ -95,17 +95,17 @@ KEYS = [
         "a stage's key under trainer",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {lora: {r: 8}}}"),
         "recipe.yaml:4: dpo.trainer.lora: no field of TRL's DPOConfig",
-        "`lora` is a key of the stage itself",
+        "`lora` is a key of the stage",
     ),
     mistake(
         "the seed under trainer",
         recipe(PREPARE, "sft: {model: {}, trainer: {seed: 1}}"),
-        "recipe.yaml:3: sft.trainer.seed: not to be set here: set `seed` on the stage itself",
+        "recipe.yaml:3: sft.trainer.seed: cannot be set under `trainer`; set `seed` on the stage",
     ),
     mistake(
         "an output folder of one's own",
         recipe(PREPARE, "sft: {model: {}, trainer: {output_dir: out}}"),
-        "recipe.yaml:3: sft.trainer.output_dir: not to be set here",
+        "recipe.yaml:3: sft.trainer.output_dir: cannot be set under `trainer`",
         "`--runs`",
     ),
     mistake(
@@ -121,7 +121,7 @@ KEYS = [
     mistake(
         "a key that stands twice",
         recipe("prepare:", "  source: embedded", "  test_fraction: 0.1", "  source: other"),
-        "recipe.yaml:5: stages.prepare: `source` stands twice (first in line 3)",
+        "recipe.yaml:5: stages.prepare: duplicate key `source`, first in line 3; remove one",
     ),
     mistake(
         "a required key left out",
@@ -131,7 +131,7 @@ KEYS = [
     mistake(
         "a column name that is none of ours",
         recipe("prepare: {source: embedded, columns: {choosen: better}}"),
-        "recipe.yaml:2: prepare.columns.choosen: no column of ours; did you mean `chosen`?",
+        "recipe.yaml:2: prepare.columns.choosen: not a column of Align; did you mean `chosen`?",
     ),
 ]
 
@@ -205,7 +205,7 @@ VALUES = [
         "fractions that leave nothing to train on",
         recipe("prepare: {source: embedded, test_fraction: 0.5, validation_fraction: 0.5}"),
         "recipe.yaml:2: prepare: `test_fraction` and `validation_fraction`",
-        "leave nothing to train on",
+        "must sum to less than 1",
     ),
     mistake(
         "a choice that is none",
@@ -243,7 +243,7 @@ MEANING = [
     mistake(
         "evaluation while training without rows for it",
         recipe(PREPARE, "sft: {model: {}, trainer: {eval_strategy: steps}}"),
-        "recipe.yaml:3: sft.trainer.eval_strategy: `prepare` holds no validation split out",
+        "recipe.yaml:3: sft.trainer.eval_strategy: `prepare` has no validation split",
         "set `prepare.validation_fraction` above 0",
     ),
     mistake(
@@ -253,36 +253,36 @@ MEANING = [
             SFT,
             "evaluate: {policies: [sft], baseline: sft, judge: gold, split: validation}",
         ),
-        "recipe.yaml:4: evaluate.split: `prepare` holds no validation split out",
+        "recipe.yaml:4: evaluate.split: `prepare` has no validation split",
         "set `prepare.validation_fraction` above 0",
     ),
     mistake(
         "evaluate with nothing to measure",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft], baseline: sft}"),
-        "recipe.yaml:4: evaluate: nothing to measure: set `judge: gold`",
+        "recipe.yaml:4: evaluate: nothing to measure; set `judge: gold`",
     ),
     mistake(
         "a policy twice",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft, sft], baseline: sft, judge: gold}"),
-        "recipe.yaml:4: evaluate.policies: a policy stands twice; name each once",
+        "recipe.yaml:4: evaluate.policies: `sft` is listed more than once; list it once",
     ),
     mistake(
         "adapters on a new model",
         recipe(PREPARE, "sft: {model: {}, lora: {r: 8}}"),
-        "recipe.yaml:3: sft: `lora` freezes the model, and this one is new: remove `lora`",
+        "recipe.yaml:3: sft: `lora` freezes the weights, which are random in a new model; remove `lora`",
     ),
     mistake(
         "another shape for an adapter that is trained on",
         recipe(
             PREPARE, "sft: {model: a/b, lora: {r: 8}}", "dpo: {model: sft, lora: {r: 4, alpha: 8}}"
         ),
-        "recipe.yaml:4: dpo.lora: `dpo` trains the adapter of `sft` on",
+        "recipe.yaml:4: dpo.lora: training continues with the adapter of `sft`",
         "without `lora` the adapter is merged",
     ),
     mistake(
         "heads that do not divide the width",
         recipe(PREPARE, "sft: {model: {hidden_size: 100}}"),
-        "recipe.yaml:3: sft.model: `hidden_size` 100 must be a multiple of twice",
+        "recipe.yaml:3: sft.model: `hidden_size` (100) must be a multiple of twice",
     ),
 ]
 
@@ -295,12 +295,12 @@ REFERENCES = [
     mistake(
         "an input that runs later",
         recipe(PREPARE, "dpo: {model: sft}", SFT),
-        "recipe.yaml:3: dpo.model: stage `sft` does not come before `dpo`",
+        "recipe.yaml:3: dpo.model: stage `sft` does not precede `dpo`",
     ),
     mistake(
         "an input of the wrong kind",
         recipe(PREPARE, SFT, "dpo: {model: sft, pairs: sft}"),
-        "recipe.yaml:4: dpo.pairs: stage `sft` is a `sft` stage; expected one of kind prepare",
+        "recipe.yaml:4: dpo.pairs: stage `sft` is of kind `sft`; expected prepare",
     ),
     mistake(
         "a default input that is not there",
@@ -320,7 +320,7 @@ REFERENCES = [
     mistake(
         "the home folder of nobody",
         recipe(PREPARE, "sft: {model: ~nobody-of-this-name/model}"),
-        "recipe.yaml:3: sft.model: no name of a folder",
+        "recipe.yaml:3: sft.model: invalid path",
         "name an earlier stage, or a folder",
     ),
 ]
@@ -346,7 +346,7 @@ RECIPES = [
     mistake(
         "a stage's name in capitals",
         recipe("Prepare: {source: embedded}"),
-        "recipe.yaml:2: Prepare: a stage's name is lower-case letters, digits and _",
+        "recipe.yaml:2: Prepare: the name of a stage must consist of lower-case letters, digits and _",
     ),
     mistake("an empty file", "", "recipe.yaml:1: expected a mapping with `stages:`, got nothing"),
     mistake(
@@ -366,7 +366,7 @@ RECIPES = [
     mistake(
         "a merge key",
         "stages:\n  prepare: &a {source: embedded}\n  other: {<<: *a, stage: prepare}\n",
-        "recipe.yaml:3: stages.other: `<<` is not supported: write the keys out",
+        "recipe.yaml:3: stages.other: `<<` is not supported; write the keys out",
     ),
     mistake("a recipe that is not text", b"\xff\xfe\x00", "recipe.yaml: cannot be read"),
     mistake(
@@ -395,8 +395,8 @@ RECIPES = [
     mistake(
         "one stage in two recipes",
         "needs: [first.yaml]\n" + recipe(PREPARE),
-        "recipe.yaml:3: prepare: first.yaml:2 has a stage of this name already",
-        "call this one `prepare_2:",
+        "recipe.yaml:3: prepare: first.yaml:2 already has a stage of this name",
+        "rename this one to `prepare_2:",
         files={"first.yaml": recipe(PREPARE)},
     ),
 ]
@@ -761,14 +761,14 @@ FOLDERS = [
         "an unfinished stage as data",
         recipe("sft: {model: {}, demonstrations: ./runs/prepare-0123}"),
         "recipe.yaml:2: sft.demonstrations: runs/prepare-0123: no artifact.json",
-        "did not finish there; run its recipe again",
+        "so its stage is not finished; run its recipe again",
         files={"runs/prepare-0123/README.md": ""},
     ),
     mistake(
         "an unfinished stage as a model",
         recipe(PREPARE, "dpo: {model: ./base}"),
         "recipe.yaml:3: dpo.model: base: no artifact.json",
-        "did not finish there; run its recipe again",
+        "so its stage is not finished; run its recipe again",
         files={**MODEL, "base/.working": "{}"},
     ),
     mistake(
@@ -792,23 +792,23 @@ LABELS = [
     mistake(
         "batches of one for KTO",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {per_device_train_batch_size: 1}}"),
-        "recipe.yaml:4: kto.trainer.per_device_train_batch_size: a batch holds both labels, so 2 or more; got 1",
+        "recipe.yaml:4: kto.trainer.per_device_train_batch_size: must be at least 2, because every batch holds both labels, got 1",
     ),
     mistake(
         "a sampling strategy for KTO",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {train_sampling_strategy: random}}"),
-        "recipe.yaml:4: kto.trainer.train_sampling_strategy: rows are shuffled by `seed` already",
-        "remove it",
+        "recipe.yaml:4: kto.trainer.train_sampling_strategy: rows are shuffled with `seed` in every epoch",
+        "remove this key",
     ),
     mistake(
         "workers that live on for KTO",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {dataloader_persistent_workers: true}}"),
-        "recipe.yaml:4: kto.trainer.dataloader_persistent_workers: its workers would keep the first epoch's order",
+        "recipe.yaml:4: kto.trainer.dataloader_persistent_workers: its workers would keep the order of the first epoch",
     ),
     mistake(
         "a weight of KTO under trainer",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {desirable_weight: 2.0}}"),
-        "recipe.yaml:4: kto.trainer.desirable_weight: not to be set here: set `desirable_weight` on the stage itself",
+        "recipe.yaml:4: kto.trainer.desirable_weight: cannot be set under `trainer`; set `desirable_weight` on the stage",
     ),
     mistake(
         "a weight of nothing",
@@ -818,7 +818,7 @@ LABELS = [
     mistake(
         "KTO on demonstrations alone",
         recipe("prepare: {source: rows.jsonl}", SFT, "kto: {model: sft}"),
-        "recipe.yaml:4: kto.preferences: the source of `prepare` gives no pairs-train",
+        "recipe.yaml:4: kto.preferences: the prepared data have no table unpaired-train or pairs-train",
         files={"rows.jsonl": jsonl(*({"prompt": f"Say {i}.", "completion": f"{i}!"} for i in range(40)))},
     ),
     mistake(
@@ -831,12 +831,12 @@ LABELS = [
     mistake(
         "several completions at temperature 0",
         recipe(PREPARE, SFT, "sample: {model: sft, temperature: 0.0}"),
-        "recipe.yaml:4: sample: `temperature: 0.0` gives the same completion every time: raise it",
+        "recipe.yaml:4: sample: `temperature: 0.0` samples the same completion every time; raise it",
     ),
     mistake(
         "samples of a split that nobody held out",
         recipe(PREPARE, SFT, "sample: {model: sft, split: validation}"),
-        "recipe.yaml:4: sample.split: `prepare` holds no validation split out; set `prepare.validation_fraction` above 0",
+        "recipe.yaml:4: sample.split: `prepare` has no validation split; set `prepare.validation_fraction` above 0",
     ),
     mistake(
         "labels without completions",
@@ -851,17 +851,17 @@ LABELS = [
     mistake(
         "a policy as the judge",
         recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: sft}"),
-        "recipe.yaml:5: label.judge: stage `sft` is a `sft` stage; expected one of kind reward",
+        "recipe.yaml:5: label.judge: stage `sft` is of kind `sft`; expected reward",
     ),
     mistake(
         "a slope for exact labels",
         recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: gold, slope: 2.0}"),
-        "recipe.yaml:5: label: `slope` is for noisy labels: set `labels: bradley_terry`, or remove it",
+        "recipe.yaml:5: label: `slope` has no effect without `labels: bradley_terry`; remove it",
     ),
     mistake(
         "DPO on completions without labels",
         recipe(PREPARE, SFT, "sample: {model: sft}", "dpo: {model: sft, pairs: sample}"),
-        "recipe.yaml:5: dpo.pairs: stage `sample` is a `sample` stage; expected one of kind prepare or label",
+        "recipe.yaml:5: dpo.pairs: stage `sample` is of kind `sample`; expected prepare or label",
     ),
 ]  # fmt: skip
 

@@ -138,12 +138,14 @@ def test_mistakes_come_all_at_once_in_the_order_of_their_lines(write: Any):
 
 def test_a_duplicate_key_names_both_of_its_lines(write: Any):
     told = problems(write("recipe.yaml", CHAIN + "    model: prepare\n"))
-    assert told == ("recipe.yaml:9: stages.dpo: `model` stands twice (first in line 7)",)
+    assert told == (
+        "recipe.yaml:9: stages.dpo: duplicate key `model`, first in line 7; remove one",
+    )
 
 
 def test_a_stage_that_stands_twice_in_one_file_is_a_duplicate_key(write: Any):
     told = problems(write("recipe.yaml", CHAIN + "  sft: {model: {}}\n"))
-    assert told == ("recipe.yaml:9: stages: `sft` stands twice (first in line 3)",)
+    assert told == ("recipe.yaml:9: stages: duplicate key `sft`, first in line 3; remove one",)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_a_needed_recipe_that_is_not_there_is_told_at_the_line_that_names_it(wri
 def test_a_stage_in_two_recipes_is_told_with_both_places(write: Any):
     write("sft.yaml", "stages:\n  prepare: {source: embedded}\n")
     told = problems(write("dpo.yaml", "needs: [sft.yaml]\n" + CHAIN))
-    assert told[0].startswith("dpo.yaml:3: prepare: sft.yaml:2 has a stage of this name already")
+    assert told[0].startswith("dpo.yaml:3: prepare: sft.yaml:2 already has a stage of this name")
 
 
 # Overrides ------------------------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def test_the_last_override_of_a_key_holds_and_the_file_stays_as_it_is(write: Any
         ("dpo.beta=no", "dpo.beta: expected a number, got false"),
         ("dpo.seed=1.5", "dpo.seed: expected a whole number, got 1.5"),
         ("dpo.trainer.bf16=5", "dpo.trainer.bf16: expected true or false, got 5"),
-        ("dpo.trainer.seed=5", "dpo.trainer.seed: not to be set here: set `seed` on the stage itself"),
+        ("dpo.trainer.seed=5", "dpo.trainer.seed: cannot be set under `trainer`; set `seed` on the stage"),
         ("dpo.lora.rank=5", "dpo.lora.rank: unknown key; known: r, alpha, dropout, target_modules"),
         ("dpo..beta=5", "dpo..beta=5: expected STAGE.KEY=VALUE, such as dpo.beta=0.2"),
         ("=5", "=5: expected STAGE.KEY=VALUE, such as dpo.beta=0.2"),
@@ -368,9 +370,9 @@ def test_a_model_is_an_earlier_stage_or_a_hub_id_or_a_folder_that_is_there(model
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ("model: dpo", "dpo.model: stage `dpo` does not come before `dpo`"),
-        ("model: later", "dpo.model: stage `later` does not come before `dpo`"),
-        ("model: prepare", "dpo.model: stage `prepare` is a `prepare` stage; expected one of kind sft or dpo or kto or ppo"),
+        ("model: dpo", "dpo.model: stage `dpo` does not precede `dpo`"),
+        ("model: later", "dpo.model: stage `later` does not precede `dpo`"),
+        ("model: prepare", "dpo.model: stage `prepare` is of kind `prepare`; expected sft or dpo or kto or ppo"),
         ("model: tiny", "dpo.model: no earlier stage `tiny`; earlier stages: prepare, sft"),
         ("model: ./tiny", "dpo.model: no such folder: ./tiny"),
         ("model: a/b/c", "dpo.model: no such folder: a/b/c"),
@@ -438,28 +440,28 @@ def test_keys_that_fit_together_are_no_mistake(text: str, write: Any):
     [
         (
             together(dpo="{eval_strategy: epoch}"),
-            "recipe.yaml:4: dpo.trainer.eval_strategy: `prepare` holds no validation split out; "
+            "recipe.yaml:4: dpo.trainer.eval_strategy: `prepare` has no validation split; "
             "set `prepare.validation_fraction` above 0",
         ),
         (
             together(dpo="{eval_on_start: true}"),
-            "recipe.yaml:4: dpo.trainer.eval_on_start: `prepare` holds no validation split out; "
+            "recipe.yaml:4: dpo.trainer.eval_on_start: `prepare` has no validation split; "
             "set `prepare.validation_fraction` above 0",
         ),
         (
             together(test=0.0),
-            "recipe.yaml:5: evaluate.split: `prepare` holds no test split out; "
+            "recipe.yaml:5: evaluate.split: `prepare` has no test split; "
             "set `prepare.test_fraction` above 0",
         ),
         (
             together(evaluate=", split: validation"),
-            "recipe.yaml:5: evaluate.split: `prepare` holds no validation split out; "
+            "recipe.yaml:5: evaluate.split: `prepare` has no validation split; "
             "set `prepare.validation_fraction` above 0",
         ),
         *(
             (
                 together(dpo=f"{{{keys}}}"),
-                "recipe.yaml:4: dpo.trainer.loss_type: `exo_pair` needs smooth labels: "
+                "recipe.yaml:4: dpo.trainer.loss_type: `exo_pair` requires label smoothing; "
                 "set `label_smoothing` above 0 (1.0e-3 in the paper)",
             )
             for keys in (

@@ -188,9 +188,7 @@ def digest_with(stage: str, **changes: Any) -> str:
     values = {name: getattr(base, name) for name in cls.model_fields} | changes
     settings = cls.model_construct(**values)
     # What an input's name stands for is given here; that a name alone decides nothing is another test.
-    inputs = {
-        role: f"digest of {target}" for role, target in settings.input_names().items()
-    }
+    inputs = {role: f"digest of {target}" for role, target in settings.input_names().items()}
     if stage == "prepare":
         inputs = {
             k: f"content of {values[k]}"
@@ -379,7 +377,7 @@ def test_data_that_a_later_stage_cannot_use_are_told_before_anything_trains(here
         )
     )
     with pytest.raises(
-        UserError, match=r"recipe.yaml:6: dpo.pairs: .* no pairs-train; found demonstr"
+        UserError, match=r"recipe.yaml:6: dpo.pairs: .* no table pairs-train, only demonstr"
     ):
         run()
     assert list((here / "runs").glob("sft-*")) == []
@@ -390,7 +388,7 @@ def test_the_gold_judge_is_refused_for_other_prompts_before_anything_trains(here
     text += "  evaluate: {policies: [dpo], baseline: sft, judge: gold}\n"
     (here / "recipe.yaml").write_text(text)
     with pytest.raises(
-        UserError, match=r"recipe.yaml:9: evaluate.judge: `gold` scores the embedded"
+        UserError, match=r"recipe.yaml:9: evaluate.judge: `gold` scores prompts of the embedded"
     ):
         run()
     assert list((here / "runs").glob("sft-*")) == []
