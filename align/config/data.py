@@ -335,4 +335,4 @@ class Label(Stage):
         """The prompts of the sampled completions."""
         if self.judge != "gold":
             return None
-        return GoldPrompts("completions", "train", repair="name a reward model")
+        return GoldPrompts("completions", "train", repair="set `judge` to a reward model")

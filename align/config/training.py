@@ -98,11 +98,6 @@ class TrainingStage(Stage):
         copies = self.model_copies(sharded=sharded)
         return parameters * BYTES_PER_PARAMETER[self.dtype] * copies
 
-    @property
-    def lora_dict(self) -> dict[str, Any] | None:
-        """The settings of the adapters as plain data; None for full fine-tuning."""
-        return self.lora.model_dump() if self.lora else None
-
 
 class TRLStage(TrainingStage):
     """The keys of every stage that trains a model with a TRL trainer."""

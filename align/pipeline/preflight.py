@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-from align.config.base import Stage
 from align.config.recipe import ErrorCollector, Recipe
 from align.errors import UserError
 from align.pipeline.plan import PlannedStage
@@ -186,8 +185,11 @@ def check_contents(
         if data in stage.inputs.values() and not _tables_exist(errors, stage, data, tables):
             continue
         split = _gold_split(stage, data, pending)
-        if split is not None:
-            _check_gold_prompts(errors, stage.name, stage.config, tables.prompts(split))
+        if split is not None and stage.config.gold_prompts is not None:
+            from align.rewards import gold
+
+            with errors.at(stage.name, "judge"):
+                gold.check_prompts(tables.prompts(split), repair=stage.config.gold_prompts.repair)
 
 
 def _tables_exist(
@@ -223,20 +225,6 @@ def _gold_split(stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]
         return None
     split: str = getattr(sampled.config, "split", gold.split)
     return split
-
-
-def _check_gold_prompts(
-    errors: ErrorCollector, name: str, config: Stage, prompts: Sequence[str]
-) -> None:
-    from align.rewards import gold
-
-    assert config.gold_prompts is not None
-    try:
-        for prompt in prompts:
-            gold.parse_prompt(prompt)
-    except ValueError as error:
-        message = f"`gold` scores prompts of the embedded task only: {error}"
-        errors.add((name, "judge"), f"{message}; {config.gold_prompts.repair}")
 
 
 def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:

@@ -157,15 +157,15 @@ def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"source": "a", "ratio": 2.0}, "`ratio` means nothing to `reader: columns`"),
-        ({"source": "a", "reader": "shp", "pairing": "all"}, "`pairing` means nothing to"),
-        ({"source": "a", "reader": "tldr", "margin": 1.0}, "`margin` means nothing to"),
-        ({"source": "a", "reader": "hh", "languages": ["en"]}, "`languages` means nothing to"),
-        ({"source": "a", "mixture": [{"source": "b"}]}, "give one of `source` and `mixture`"),
-        ({}, "give one of `source` and `mixture`"),
-        ({"mixture": [{"source": "b"}], "reader": "hh"}, "`reader` goes into each entry"),
-        ({"mixture": [{"source": "b", "weight": 1.0}, {"source": "c"}]}, "a `weight`, or none"),
-        ({"source": "a", "keep": ["prompt"]}, "`prompt` is a column of ours"),
+        ({"source": "a", "ratio": 2.0}, "`ratio` has no effect with `reader: columns`"),
+        ({"source": "a", "reader": "shp", "pairing": "all"}, "`pairing` has no effect with"),
+        ({"source": "a", "reader": "tldr", "margin": 1.0}, "`margin` has no effect with"),
+        ({"source": "a", "reader": "hh", "languages": ["en"]}, "`languages` has no effect with"),
+        ({"source": "a", "mixture": [{"source": "b"}]}, "set either `source` or `mixture`"),
+        ({}, "set either `source` or `mixture`"),
+        ({"mixture": [{"source": "b"}], "reader": "hh"}, "`reader` belongs into the entries"),
+        ({"mixture": [{"source": "b", "weight": 1.0}, {"source": "c"}]}, "`weight` in every entry of `mixture`, or in none"),
+        ({"source": "a", "keep": ["prompt"]}, "must not contain `prompt`"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(told: dict[str, Any], message: str):

@@ -34,23 +34,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> ppo_fixtures.Cast:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"advantages": "rloo", "n_completions": 2, "lam": 0.9}, "`lam` means nothing to `advantages: rloo`"),
-        ({"advantages": "rloo", "n_completions": 2, "gamma": 0.9}, "`gamma` means nothing"),
-        ({"advantages": "reinforce", "value_clip": 0.1}, "`value_clip` means nothing"),
-        ({"advantages": "rloo"}, "set `n_completions` to 2 or more"),
-        ({"vllm_url": "http://x"}, "means nothing without `sampler: vllm`"),
-        ({"kl_horizon": 100}, "means nothing without `kl_target`"),
-        ({"n_eval_prompts": 3}, "means nothing without `eval_steps`"),
-        ({"kl_target": 1.0, "kl_coef": 0.0}, "0 stays 0"),
-        ({"kl_target": 1.0, "kl_horizon": 1}, "could turn the coefficient's sign"),
-        ({"critic_warmup_steps": 8}, "nothing is left"),
-        ({"rewards": ["reward", "reward"]}, "stands twice"),
-        ({"weights": [1.0, 2.0]}, "`weights` has 2 entries and `rewards` 1"),
-        ({"n_completions": 3}, "no multiple of `n_completions` 3"),
-        ({"minibatches": 9}, "lower it"),
+        ({"advantages": "rloo", "n_completions": 2, "lam": 0.9}, "`lam` has no effect with `advantages: rloo`"),
+        ({"advantages": "rloo", "n_completions": 2, "gamma": 0.9}, "`gamma` has no effect"),
+        ({"advantages": "reinforce", "value_clip": 0.1}, "`value_clip` has no effect"),
+        ({"advantages": "rloo"}, "set `n_completions` to at least 2"),
+        ({"vllm_url": "http://x"}, "has no effect without `sampler: vllm`"),
+        ({"kl_horizon": 100}, "has no effect without `kl_target`"),
+        ({"n_eval_prompts": 3}, "has no effect without `eval_steps`"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "must therefore be greater than 0"),
+        ({"kl_target": 1.0, "kl_horizon": 1}, "could change the sign of `kl_coef`"),
+        ({"critic_warmup_steps": 8}, "must be less than `steps` (8), got 8"),
+        ({"rewards": ["reward", "reward"]}, "more than once"),
+        ({"weights": [1.0, 2.0]}, "one entry for each of `rewards` (1), got 2"),
+        ({"n_completions": 3}, "(8) must be a multiple of `n_completions` (3)"),
+        ({"minibatches": 9}, "`minibatches` (9) must not exceed `batch_size` (8)"),
         ({"quantization": "nf4"}, "set `lora`"),
-        ({"dtype": "bfloat16"}, "rounds small updates away"),
-        ({"sampler": "vllm", "quantization": "nf4", "lora": {}}, "needs whole weights"),
+        ({"dtype": "bfloat16"}, "rounds small updates to zero"),
+        ({"sampler": "vllm", "quantization": "nf4", "lora": {}}, "needs unquantized weights"),
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing_together_are_refused(changes: dict[str, Any], told: str):
@@ -123,7 +123,7 @@ def test_columns_that_a_function_cannot_do_without_are_known_before_anything_tra
     )
     done = launch("recipe.yaml")
     assert done.code == 2
-    assert "ppo.rewards: mine:f needs `answer`" in done.err
+    assert "ppo.rewards.0: mine:f requires the column `answer`" in done.err
     assert "sft: running" not in done.out
 
 

@@ -388,7 +388,8 @@ def test_the_gold_judge_is_refused_for_other_prompts_before_anything_trains(here
     text += "  evaluate: {policies: [dpo], baseline: sft, judge: gold}\n"
     (here / "recipe.yaml").write_text(text)
     with pytest.raises(
-        UserError, match=r"recipe.yaml:9: evaluate.judge: `gold` scores prompts of the embedded"
+        UserError,
+        match=r"recipe.yaml:9: evaluate.judge: `gold` scores only prompts of the embedded",
     ):
         run()
     assert list((here / "runs").glob("sft-*")) == []
