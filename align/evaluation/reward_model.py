@@ -61,7 +61,7 @@ def measure(
     for row, value in zip(rows, right.tolist(), strict=True):
         by_prompt.setdefault(row["prompt_id"], []).append(value)
     values = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
-    interval = winrate.proportion_interval(values, level=LEVEL, resamples=RESAMPLES, seed=0)
+    interval = winrate.proportion_interval(values, confidence=LEVEL, resamples=RESAMPLES, seed=0)
     found = {
         "split": split,
         "pairs": len(rows),

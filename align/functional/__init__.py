@@ -1,1 +1,4 @@
-"""The mathematics: pure functions over tensors. No configuration, no model, no device."""
+"""Pure functions over tensors: losses, returns, advantages, statistics.
+
+No configuration, no model, no device, no global random state.
+"""

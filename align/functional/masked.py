@@ -1,7 +1,9 @@
-"""Statistics over the entries that a mask lets through, **on all ranks together**.
+"""Statistics over the valid entries of a mask, **on all ranks together**.
 
-Every rank must call: with a process group of several, each function waits for the others. They are statistics, so no
-gradient passes. What a mask hides is never read: it may be NaN. Reduced precisions are summed in float32.
+Every rank must call: with a process group of several ranks, each function waits for the others. The
+results are statistics and carry no gradient. Entries where the mask is False are never read; they
+may be NaN. Reduced precisions are summed in float32. Left out: masked sums of a single rank, which
+need no function.
 """
 
 from __future__ import annotations
@@ -15,22 +17,25 @@ import torch.distributed
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-_alone: ContextVar[bool] = ContextVar("alone", default=False)
+_single: ContextVar[bool] = ContextVar("single", default=False)
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Inside, this process is the only one: for work that it does not share, such as one seed of several."""
-    token = _alone.set(True)
+    """Treat this process as the only one inside the block.
+
+    For work that ranks do not share, such as the training of one of several seeds.
+    """
+    token = _single.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _single.reset(token)
 
 
 def ranks() -> int:
-    """How many processes there are; 1 without a process group, and for one that works :func:`alone`."""
-    if _alone.get():
+    """Number of ranks: 1 without a process group and inside :func:`single_process`."""
+    if _single.get():
         return 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
@@ -38,7 +43,7 @@ def ranks() -> int:
 
 
 def sum_over_ranks(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Add up the ranks' values entry by entry: the same bits on every rank, and no gradient."""
+    """Sum over the ranks, entry by entry: the same bits on every rank, and no gradient."""
     values = values.detach().clone()
     if ranks() > 1:
         torch.distributed.all_reduce(values)
@@ -46,24 +51,17 @@ def sum_over_ranks(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]
 
 
 def max_over_ranks(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Take the greatest of the ranks' values entry by entry; no gradient."""
+    """Maximum over the ranks, entry by entry; no gradient."""
     values = values.detach().clone()
     if ranks() > 1:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
 
 
-def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Mean of the valid entries of all ranks; NaN where there is none.
-
-    >>> masked_mean(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
-    tensor(2.)
-    """
-    return _moments(values, mask).mean
-
-
 def masked_var(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Variance of the valid entries of all ranks, as of a population: divided by n, not by n - 1.
+    """Population variance (divided by n, not n - 1) of the valid entries of all ranks.
+
+    NaN without a valid entry.
 
     >>> masked_var(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor(1.)
@@ -74,9 +72,9 @@ def masked_var(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) ->
 def masked_whiten(
     values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, eps: float = 1e-8
 ) -> Float[Tensor, "*shape"]:
-    """Shift and scale the valid entries of all ranks to mean 0 and variance 1; the others become 0.
+    """Shift and scale the valid entries of all ranks to mean 0 and variance 1; others become 0.
 
-    ``eps`` is added to the variance: entries that are all alike become 0, not NaN.
+    ``eps`` is added to the variance, so that equal entries become 0 and not NaN.
 
     >>> masked_whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor([-1.,  1.,  0.])
@@ -89,9 +87,9 @@ def masked_whiten(
 def masked_scale(
     values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, eps: float = 1e-8
 ) -> Float[Tensor, "*shape"]:
-    """Scale the valid entries of all ranks to variance 1 around the mean that they have.
+    """Scale the valid entries of all ranks to variance 1 and keep their mean; others become 0.
 
-    For rewards: their sign against 0 tells good from bad, so :func:`masked_whiten` would lose something.
+    For rewards, whose sign distinguishes good from bad: :func:`masked_whiten` would remove it.
 
     >>> masked_scale(torch.tensor([5.0, 9.0, 1.0]), torch.tensor([True, True, False]))
     tensor([6., 8., 0.])
@@ -109,7 +107,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(values: Tensor, mask: Tensor) -> _Moments:
-    """Mean and variance in two passes: the mean of squares less the square of the mean would cancel."""
+    """Mean and variance in two passes: the mean of squares minus the squared mean would cancel."""
     values = _precise(values)
     total = torch.stack([values.masked_fill(~mask, 0).sum(), mask.sum().to(values.dtype)])
     total, count = sum_over_ranks(total)

@@ -1,8 +1,9 @@
-"""Losses of policy gradients, KL estimators, and what tells how an update goes.
+"""Policy-gradient losses, KL estimators and diagnostics of an update.
 
-A log-probability is of the action (or token) that was taken. Losses are unreduced: who calls them knows how to weigh
-tokens, micro-batches and ranks. Use float32 or better: near -10 neighbouring bfloat16 numbers are 1/16 apart, so a
-ratio would be 6 % off before any learning.
+Log-probabilities are those of the actions (or tokens) that were taken, in nats. Losses are
+unreduced: the caller weights tokens, micro-batches and ranks. Use float32 or better: near -10,
+neighboring bfloat16 numbers are 1/16 apart, so a ratio can be 6 % off before any learning. Left
+out: preference losses (:mod:`align.functional.preference`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from torch import Tensor
 from align.functional.masked import masked_var
 
 MAX_LOGRATIO = 20.0
-"""Exponents stop here: e^20 is 5e8, and float32 ends at e^88. A single token so far off says only that all is lost."""
+"""Upper bound of the log-ratios that are exponentiated: e^20 is 5e8, and float32 overflows at e^88.
+
+A log-ratio this large means that training has already diverged.
+"""
 
 
 def reinforce_loss(
     logps: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Score-function policy gradient: minus log-probability times advantage.
+    """Score-function policy gradient: the negative log-probability times the advantage.
+
+    >>> reinforce_loss(torch.tensor([-2.0]), torch.tensor([3.0]))
+    tensor([6.])
 
     Source: Williams 1992, Machine Learning 8, 229 to 256, eq. 11.
     """
@@ -38,15 +45,17 @@ def clipped_surrogate_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """PPO's pessimistic surrogate: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))``.
+    """Pessimistic surrogate of PPO: ``max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))``.
 
-    With the old log-probabilities equal to the new its gradient is that of :func:`reinforce_loss`. ``math.inf`` for a
-    clip means none: with both, it is the plain importance-weighted loss. ``clip_high > clip_low`` lets unlikely
-    actions rise further (clip-higher). ``dual_clip`` (above 1) bounds the loss of a bad action by ``-A * dual_clip``,
-    which a ratio far above 1 leaves behind. Beyond :data:`MAX_LOGRATIO` ratio and gradient are those of a constant.
+    ``r`` is the probability ratio new / old. Where old and new log-probabilities are equal, the
+    gradient is that of :func:`reinforce_loss`. A clip of ``math.inf`` disables that side; with both
+    disabled this is the importance-weighted loss. ``clip_high > clip_low`` lets unlikely actions
+    rise further (clip-higher). ``dual_clip`` (above 1) bounds the loss of an action with negative
+    advantage by ``-A * dual_clip``, however large its ratio. Beyond :data:`MAX_LOGRATIO` the ratio
+    is constant and its gradient 0.
 
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; clip-higher: Yu et al. 2025 (DAPO), arXiv:2503.14476,
-    eq. 10; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; clip-higher: Yu et al. 2025 (DAPO),
+    arXiv:2503.14476, eq. 10; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
     """
     ratio = importance_ratio(logps, old_logps)
     loss = torch.maximum(
@@ -64,12 +73,16 @@ def clipped_value_loss(
     *,
     clip: float | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Half the squared error, or that of the value kept within ``clip`` of the old one, whichever is greater.
+    """Half the squared error, or that of the value clipped to the old one, whichever is greater.
 
-    ``clip`` is in units of the returns; None means none. Inside the range it is the plain loss.
+    The clipped value stays within ``clip`` of the old one, in units of the returns; None disables
+    clipping. Inside that range the two errors are equal.
 
-    Source: Schulman et al. 2017, published code (openai/baselines, ppo2); the half as in Ouyang et al. 2022,
-    arXiv:2203.02155 and its predecessors.
+    >>> clipped_value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([4.0]))
+    tensor([4.5000])
+
+    Source: Schulman et al. 2017, published code (openai/baselines, ppo2); the half as in Ouyang et
+    al. 2022, arXiv:2203.02155 and its predecessors.
     """
     loss = 0.5 * (values - returns).square()
     if clip is None:
@@ -79,7 +92,7 @@ def clipped_value_loss(
 
 
 def entropy(logits: Float[Tensor, "*shape classes"]) -> Float[Tensor, "*shape"]:
-    """Entropy of a categorical distribution in nats; a logit of minus infinity contributes 0.
+    """Entropy of a categorical distribution, in nats; a logit of minus infinity contributes 0.
 
     >>> entropy(torch.tensor([0.0, 0.0, -torch.inf]))  # log 2
     tensor(0.6931)
@@ -91,40 +104,41 @@ def entropy(logits: Float[Tensor, "*shape classes"]) -> Float[Tensor, "*shape"]:
 def kl_k1(
     logps: Float[Tensor, "*shape"], ref_logps: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Estimate KL(policy, reference) from the policy's samples by the log-ratio: unbiased, often negative.
+    """Estimate KL(policy, reference) on the policy's samples by the log-ratio.
+
+    Unbiased, but often negative.
+
+    >>> kl_k1(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # log 2
+    tensor([0.6931])
 
     Source: Schulman 2020, Approximating KL divergence, http://joschu.net/blog/kl-approx.html.
     """
     return logps - ref_logps
 
 
-def kl_k2(
-    logps: Float[Tensor, "*shape"], ref_logps: Float[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
-    """Estimate KL(policy, reference) by half the squared log-ratio: never negative, biased, but little where it is small.
-
-    Source: as :func:`kl_k1`.
-    """
-    return 0.5 * (logps - ref_logps).square()
-
-
 def kl_k3(
     logps: Float[Tensor, "*shape"], ref_logps: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Estimate KL(policy, reference) by ``(x - 1) - log x`` with ``x = reference / policy``: unbiased, never negative.
+    """Estimate KL(policy, reference) on the policy's samples by ``(x - 1) - log x``.
 
-    Source: as :func:`kl_k1`. The exponent stops at :data:`MAX_LOGRATIO`.
+    ``x`` is the probability ratio reference / policy. Unbiased and never negative. The exponent is
+    bounded by :data:`MAX_LOGRATIO`.
+
+    >>> kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # (1/2 - 1) + log 2
+    tensor([0.1931])
+
+    Source: as :func:`kl_k1`.
     """
     difference = ref_logps - logps
-    # expm1: exp(1e-4) - 1 - 1e-4 has no right digit in float32, and may be negative.
+    # expm1: in float32, exp(1e-4) - 1 - 1e-4 has no correct digit and may be negative.
     return difference.clamp(max=MAX_LOGRATIO).expm1() - difference
 
 
 def adaptive_kl_coef(coef: float, kl: float, *, target: float, horizon: int, n: int) -> float:
-    """Move the coefficient of a KL penalty towards the one that holds ``kl`` at ``target``.
+    """Move the coefficient of a KL penalty toward the one that keeps ``kl`` at ``target``.
 
-    ``coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` after ``n`` samples; ``horizon`` is how many it
-    takes to change the coefficient by 20 % at most.
+    ``coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` after ``n`` samples: within
+    ``horizon`` samples the coefficient changes by 20 % at most.
 
     >>> adaptive_kl_coef(0.1, 12.0, target=6.0, horizon=256, n=256)
     0.12
@@ -140,9 +154,14 @@ def explained_variance(
     returns: Float[Tensor, "*shape"],
     mask: Bool[Tensor, "*shape"],
 ) -> Float[Tensor, ""]:
-    """Give the share of the returns' variance that the values foretell, over the valid entries of all ranks.
+    """Share of the variance of the returns that the values predict, over all ranks.
 
-    1 is perfect, 0 is as good as a constant, and below 0 a constant would do better. NaN where all returns are alike.
+    1 is a perfect prediction, 0 that of a constant; below 0, a constant would be better. Only valid
+    entries of the mask count. NaN where all returns are equal.
+
+    >>> values, mask = torch.tensor([0.5, 1.0, 3.0]), torch.ones(3).bool()
+    >>> explained_variance(values, 2 * values, mask)  # half way to the returns: 1 - 1/4
+    tensor(0.7500)
     """
     variance = masked_var(returns, mask)
     unexplained = masked_var(returns - values, mask)
@@ -152,16 +171,25 @@ def explained_variance(
 def importance_ratio(
     logps: Float[Tensor, "*shape"], old_logps: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Probability ratio new / old, whose logarithm stops at :data:`MAX_LOGRATIO`."""
+    """Probability ratio new / old, with its logarithm bounded by :data:`MAX_LOGRATIO`.
+
+    >>> importance_ratio(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
+    tensor([2.])
+    """
     return (logps - old_logps).clamp(max=MAX_LOGRATIO).exp()
 
 
 def importance_weights(
     logps: Float[Tensor, "*shape"], sampler_logps: Float[Tensor, "*shape"], *, cap: float
 ) -> Float[Tensor, "*shape"]:
-    """Weigh samples that another engine drew: ``min(policy / sampler, cap)``. A constant: no gradient passes.
+    """Weights of samples that another engine drew: ``min(policy / sampler, cap)``, no gradient.
 
-    Exactly 1 where the sampler's log-probabilities are the policy's. Truncation bounds the variance and leaves a bias.
+    Exactly 1 where sampler and policy have equal log-probabilities. The cap bounds the variance and
+    adds a bias.
+
+    >>> policy, sampler = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.1]).log()
+    >>> importance_weights(policy, sampler, cap=2.0)
+    tensor([1., 2.])
 
     Source: Ionides 2008, J. Comput. Graph. Stat. 17 (2), Truncated importance sampling.
     """

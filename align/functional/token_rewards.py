@@ -1,7 +1,8 @@
-"""From the score of a completion to rewards and advantages of its tokens.
+"""Rewards and advantages of tokens from the score of their completion.
 
-Rows are completions, columns the tokens of prompt and completion together; ``mask`` is True on the completion's real
-tokens, eos included, which stand side by side. Everything elsewhere is padding and comes out as 0.
+Rows are completions; columns are the tokens of prompt and completion. ``mask`` is True on the
+completion's real tokens, which are contiguous and include its eos. All other entries are padding;
+they are 0 in every result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from align.functional.returns import discounted_returns, gae
 
 
 def last_tokens(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
-    """Mark the last real token of each row: its eos, or where it was cut off. An empty row has none.
+    """Mark the last real token of each row: its eos, or the token at which it was cut off.
+
+    An empty row has none.
 
     >>> last_tokens(torch.tensor([[False, True, True, False], [True, True, True, True]])).int()
     tensor([[0, 0, 1, 0],
@@ -31,17 +34,20 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Float[Tensor, "batch time"]:
-    """Charge every token its KL, and pay the score on the last real one; a row sums to ``score - kl_coef * KL``.
+    """Rewards per token: the KL penalty on every token, and the score on the last real one.
+
+    A row sums to ``score - kl_coef * KL``, where KL is the sum over its real tokens.
 
     >>> kl, mask = torch.tensor([[9.0, 1.0, 2.0, 9.0]]), torch.tensor([[False, True, True, False]])
     >>> token_rewards(torch.tensor([5.0]), kl, mask, kl_coef=0.5)
     tensor([[ 0.0000, -0.5000,  4.0000,  0.0000]])
 
-    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, per token as in its published code; that the score belongs on
-    the last real token and not on the pad behind it: Huang et al. 2024, arXiv:2403.17031, section 4.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, per token as in its published code; the
+    score on the last real token and not on the pad token after it: Huang et al. 2024,
+    arXiv:2403.17031, section 4.
     """
-    charged = -kl_coef * kl.masked_fill(~mask, 0)
-    return charged + scores[:, None] * last_tokens(mask)
+    penalties = -kl_coef * kl.masked_fill(~mask, 0)
+    return penalties + scores[:, None] * last_tokens(mask)
 
 
 def completion_gae(
@@ -52,25 +58,27 @@ def completion_gae(
     gamma: float,
     lam: float,
 ) -> Float[Tensor, "batch time"]:
-    """Advantages of tokens by :func:`align.functional.returns.gae`; nothing follows the last real token.
+    """Advantages of tokens by :func:`align.functional.returns.gae`, terminated at the last real token.
 
-    A completion that was cut off by its length limit ends there too: it has been scored, and is not gone on with.
+    A completion that was cut off by its length limit terminates there too: it was scored as it is.
     """
     next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
     ends = last_tokens(mask)
-    cut = ~mask  # what is before the completion or behind it belongs to no episode
+    cut = ~mask  # tokens before and after the completion belong to no episode
     advantages = gae(rewards, values, next_values, ends, cut, gamma=gamma, lam=lam)
     return advantages.masked_fill(~mask, 0)
 
 
 def leave_one_out(returns: Float[Tensor, " batch"], *, n: int) -> Float[Tensor, " batch"]:
-    """Advantage of each completion over the mean of the others of its prompt; ``n`` neighbours share a prompt.
+    """Return of each completion minus the mean return of the others of its prompt.
+
+    ``n`` consecutive completions share a prompt.
 
     >>> leave_one_out(torch.tensor([1.0, 3.0, 5.0]), n=3)  # 1 - 4, 3 - 3, 5 - 2
     tensor([-3.,  0.,  3.])
 
-    Source: Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free; for language models Ahmadian et al. 2024
-    (RLOO), arXiv:2402.14740, eq. 8.
+    Source: Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free; for language models
+    Ahmadian et al. 2024 (RLOO), arXiv:2402.14740, eq. 8.
     """
     groups = returns.view(-1, n)
     others = (groups.sum(1, keepdim=True) - groups) / (n - 1)
@@ -80,9 +88,15 @@ def leave_one_out(returns: Float[Tensor, " batch"], *, n: int) -> Float[Tensor, 
 def rewards_to_go(
     rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], *, gamma: float
 ) -> Float[Tensor, "batch time"]:
-    """Discounted sum of the rewards from each token on, within its completion. REINFORCE's return.
+    """Discounted sum of the rewards from each token to the end of its completion.
 
-    Source: Williams 1992, Machine Learning 8; rewards that come before an action do not count for it.
+    Rewards before an action do not depend on it and are left out: the return of REINFORCE.
+
+    >>> rewards, mask = torch.tensor([[9.0, 1.0, 2.0]]), torch.tensor([[False, True, True]])
+    >>> rewards_to_go(rewards, mask, gamma=0.5)
+    tensor([[0., 2., 2.]])
+
+    Source: Williams 1992, Machine Learning 8.
     """
     zeros = torch.zeros_like(rewards)
     returns = discounted_returns(

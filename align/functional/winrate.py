@@ -1,9 +1,9 @@
-"""Win rates and how far to believe them.
+"""Win rates, their confidence intervals and p-values.
 
-Everything is float64 on the CPU, whatever comes in, and nothing draws from the global random state.
-An outcome is 1 for a win, 0.5 for a tie and 0 for a loss. Prompts are independent of each other,
-the completions of one prompt are not, so a prompt is one observation however many completions it
-has. Left out: bootstraps of anything but a mean.
+All computations are in float64 on the CPU, and nothing draws from the global random state. An
+outcome is 1 for a win, 0.5 for a tie and 0 for a loss. Prompts are independent of each other,
+completions of one prompt are not: a prompt is one observation, however many completions it has.
+Left out: bootstrap intervals of anything but a mean.
 """
 
 from __future__ import annotations
@@ -30,63 +30,63 @@ def outcomes(
 ) -> Float[Tensor, "prompts completions"]:
     """Compare completion k of the policy with completion k of the baseline: 1 win, 0.5 tie, 0 loss.
 
-    A score that is NaN makes its outcome NaN: an invalid verdict cannot pass for a loss.
+    A NaN score makes its outcome NaN, so that an invalid verdict is not counted as a loss.
     """
     won = (policy_scores > baseline_scores).double() + 0.5 * (policy_scores == baseline_scores)
     return won.masked_fill(policy_scores.isnan() | baseline_scores.isnan(), math.nan)
 
 
-def win_rate(outcomes: Float[Tensor, prompts * rest]) -> Float[Tensor, ""]:
-    """Average the outcomes: wins plus half the ties, as a fraction of all comparisons."""
+def win_rate(outcomes: Float[Tensor, "prompts *rest"]) -> Float[Tensor, ""]:
+    """Mean outcome: wins plus half the ties, as a fraction of all comparisons."""
     return outcomes.double().mean()
 
 
 def bootstrap_interval(
-    values: Float[Tensor, prompts * rest],
+    values: Float[Tensor, "prompts *rest"],
     *,
-    level: float = 0.95,
+    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
     """Interval for the mean of ``values``, by the percentile bootstrap over prompts.
 
-    A resample draws whole prompts, all completions of one together (a cluster bootstrap). For the
-    difference between two policies on the same prompts, pass the difference of their outcomes: it
-    is the same function.
+    A resample draws whole prompts with all their completions (a cluster bootstrap). For the
+    difference between two policies on the same prompts, pass the difference of their outcomes.
 
     Over 2,000 synthetic evaluations each of 100 or 200 prompts with win rates of 0.5, 0.8 and 0.9,
-    clustered or not, the 95 % interval holds the truth in 93.9 to 96.5 of 100. BCa and studentised
-    intervals do no better there, and need special cases where data or resamples have no spread.
-    This one leans on both outcomes being present: about five prompts on the rarer side. Where all
-    prompts agree its width is 0, which is not certainty.
+    clustered or not, the 95 % interval contains the true rate in 93.9 to 96.5 of 100. BCa and
+    studentized intervals are no better there, and need special cases where data or resamples have
+    no spread. The interval relies on both outcomes being present, with about five prompts on the
+    rarer side. Where all prompts agree its width is 0: use :func:`proportion_interval`.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; clusters:
     Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
     means = _prompt_means(values)
     generator = torch.Generator().manual_seed(seed)
     resampled = []
     for batch in _batches(resamples, len(means)):
         drawn = torch.randint(len(means), (len(batch), len(means)), generator=generator)
         resampled.append(means[drawn].mean(dim=1))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.quantile(torch.cat(resampled), tails).tolist()
     return Interval(low, high)
 
 
 def proportion_interval(
-    values: Float[Tensor, prompts * rest],
+    values: Float[Tensor, "prompts *rest"],
     *,
-    level: float = 0.95,
+    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Interval for a mean of outcomes in [0, 1]: :func:`bootstrap_interval`, but never certain.
+    """Interval for a mean of outcomes in [0, 1]: :func:`bootstrap_interval`, never of width 0.
 
-    Where all prompts agree on 0 or on 1 every resample does, and the bootstrap's width is 0. Then it is the exact interval
-    for n successes in n trials, one a prompt: ``((1 - level) / 2) ** (1 / n)`` to 1.
+    Where all prompts have outcome 0 or all have 1, every resample agrees and the bootstrap's width
+    is 0. There the result is the exact interval for n successes in n trials, one per prompt:
+    ``((1 - confidence) / 2) ** (1 / n)`` to 1.
 
     >>> round(proportion_interval(torch.ones(55, 1)).low, 4)  # 0.025 ** (1 / 55)
     0.9351
@@ -94,12 +94,12 @@ def proportion_interval(
     Source: Clopper and Pearson 1934, Biometrika 26 (4), 404 to 413.
     """
     means = _prompt_means(values)
-    bound = ((1 - level) / 2) ** (1 / len(means))
+    bound = ((1 - confidence) / 2) ** (1 / len(means))
     if bool((means == 1).all()):
         return Interval(bound, 1.0)
     if bool((means == 0).all()):
         return Interval(0.0, 1.0 - bound)
-    return bootstrap_interval(values, level=level, resamples=resamples, seed=seed)
+    return bootstrap_interval(values, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def length_controlled_win_rate(
@@ -108,20 +108,22 @@ def length_controlled_win_rate(
     *,
     ridge: float = 0.01,
 ) -> Float[Tensor, ""]:
-    """Win rate as it would be, were the policy's completions as long as the baseline's.
+    """Estimated win rate if both completions were equally long.
 
     Fits ``P(win) = sigmoid(quality + bias * tanh(difference / std))``, where a difference is the
     policy's length minus the baseline's, and returns ``sigmoid(quality)``. The regressor is
-    antisymmetric, so swapping policy and baseline gives one minus the result. Without any
-    difference in length it is :func:`win_rate`.
+    antisymmetric, so swapping policy and baseline gives one minus the result. If all lengths are
+    equal, the result is :func:`win_rate`.
 
     The loss is the summed cross-entropy plus ``ridge / 2 * (quality**2 + bias**2)`` (scikit-learn's
     ``C`` is ``1 / ridge``). The ridge keeps the fit finite where outcomes are perfectly separated;
-    it pulls a win rate of 100 % to a little below: with 100 prompts to 99.92 %. Differences that
-    are all the same and not 0 say nothing about length and are refused. The term of AlpacaEval 2
-    for the difficulty of an instruction is left out: it needs the outcomes of other models.
+    it lowers a win rate of 100 % slightly: with 100 prompts to 99.92 %. Left out: the term of
+    AlpacaEval 2 for the difficulty of an instruction, which needs the outcomes of other models.
 
     Source: Dubois et al. 2024, arXiv:2404.04475, section 3; fitted by Newton's method.
+
+    Raises: ValueError: An outcome lies outside [0, 1], a value is not finite, the fit does not
+    converge, or all lengths differ by the same amount, which cannot separate length from quality.
     """
     won = _finite(outcomes).flatten()
     differences = _finite(length_differences).flatten()
@@ -148,18 +150,18 @@ def length_controlled_win_rate(
 
 
 def paired_permutation_p_value(
-    differences: Float[Tensor, prompts * rest],
+    differences: Float[Tensor, "prompts *rest"],
     *,
     resamples: int = 2**14,
     seed: int = 0,
 ) -> Float[Tensor, ""]:
     """Two-sided p-value for a mean difference of 0, by flipping the signs of prompts.
 
-    If the policies are alike, the difference of a prompt is as likely its negative. Several values
-    of one prompt are averaged first and flip together. With ``2**prompts <= resamples``, which is
-    14 prompts or fewer unless told otherwise, every flip is enumerated and the p-value exact;
-    prompts without a difference do not count. Else flips are drawn, and the observed one counts
-    among them: the p-value is never 0.
+    If the policies are equally good, a prompt's difference is as likely as its negative. Several
+    values of one prompt are averaged first and flip together. If ``2**prompts <= resamples`` (by
+    default 14 prompts or fewer; those without a difference do not count), every flip is enumerated
+    and the p-value is exact. Otherwise flips are drawn, and the observed one counts as one of them,
+    so the p-value is never 0.
 
     Source: Fisher 1935, The Design of Experiments, section 21; Phipson and Smyth 2010,
     arXiv:1603.05766.
@@ -168,7 +170,7 @@ def paired_permutation_p_value(
     means = means[means != 0]
     exact = 2 ** len(means) <= resamples
     total = 2 ** len(means) if exact else resamples
-    # Sums that are equal on paper differ by round-off: they must count as equal.
+    # Sums that are mathematically equal differ by round-off; they must count as equal.
     observed = means.sum().abs() - 1e-12 * means.abs().sum()
     generator = torch.Generator().manual_seed(seed)
     extreme = 0
@@ -182,23 +184,17 @@ def paired_permutation_p_value(
     return torch.tensor(p_value, dtype=torch.float64)
 
 
-def best_possible_accuracy(margins: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
-    """Accuracy of the best classifier on pairs labelled at random by the Bradley-Terry model.
-
-    The first completion is labelled better with probability ``p = sigmoid(margin)``. Whoever knows
-    p names the likelier one and is right with probability ``max(p, 1 - p) = sigmoid(|margin|)``:
-    noise in the labels is the rest.
-    """
-    return torch.sigmoid(margins.double().abs()).mean()
-
-
-def _prompt_means(values: Float[Tensor, prompts * rest]) -> Float[Tensor, " prompts"]:
+def _prompt_means(values: Float[Tensor, "prompts *rest"]) -> Float[Tensor, " prompts"]:
     """Average the values of each prompt."""
     return _finite(values).reshape(len(values), -1).mean(dim=1)
 
 
 def _finite(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Give the values as float64 on the CPU; refuse none at all, NaN and infinity."""
+    """Values as float64 on the CPU.
+
+    Raises:
+        ValueError: There are no values, or some are NaN or infinite.
+    """
     if values.numel() == 0:
         raise ValueError(f"expected values, found none: shape {tuple(values.shape)}")
     if invalid := int((~values.isfinite()).sum()):
@@ -207,7 +203,7 @@ def _finite(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def _batches(total: int, width: int) -> Iterator[range]:
-    """Split ``range(total)``: rows of ``width`` 8-byte numbers fill 8 MiB at most at a time."""
+    """Split ``range(total)`` so that rows of ``width`` 8-byte numbers fill at most 8 MiB."""
     rows = max(1, 2**20 // max(1, width))
     for start in range(0, total, rows):
         yield range(start, min(start + rows, total))

@@ -212,7 +212,7 @@ def _metrics(config: Control, done: Mapping[int, Mapping[str, Any]]) -> dict[str
     for seed, result in done.items():
         returns = torch.tensor(result["returns"], dtype=torch.float64)
         interval = bootstrap_interval(
-            returns, level=config.level, resamples=config.resamples, seed=seed
+            returns, confidence=config.level, resamples=config.resamples, seed=seed
         )
         rows.append(
             {

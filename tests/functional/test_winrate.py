@@ -1,4 +1,4 @@
-"""Win rates against hand calculations, closed forms, enumeration, SciPy and scikit-learn."""
+"""Win rates against values by hand, closed forms, enumeration, SciPy and scikit-learn."""
 
 import itertools
 import math
@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.functional.winrate import (
-    best_possible_accuracy,
     bootstrap_interval,
     length_controlled_win_rate,
     outcomes,
@@ -42,7 +41,7 @@ def test_outcomes_by_hand():
     baseline = torch.tensor([[1.0, 1.0, 1.0], [-2.0, 5.0, 6.0]])
     compared = outcomes(policy, baseline)
     assert_close(compared, float64([[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]))
-    # (1 + 1/2 + 0 + 1 + 1/2 + 0) / 6 = 3 / 6; without the ties it were 2 / 6
+    # (1 + 1/2 + 0 + 1 + 1/2 + 0) / 6 = 3 / 6; without the ties, 2 / 6
     assert_close(win_rate(compared), float64(0.5))
     # the first prompt's first two columns: (1 + 1/2) / 2
     assert_close(win_rate(compared[:1, :2]), float64(0.75))
@@ -53,7 +52,7 @@ def test_swapping_policy_and_baseline_gives_one_minus_the_win_rate():
     b = torch.randint(5, (50, 3), generator=generator(1)).float()
     forward, backward = win_rate(outcomes(a, b)), win_rate(outcomes(b, a))
     assert_close(forward, 1 - backward)
-    assert forward < 0.45  # b is higher on average: the order of the arguments is told apart
+    assert forward < 0.45  # b is higher on average: so the order of the arguments matters
 
 
 def test_a_policy_against_itself_wins_half():
@@ -61,13 +60,13 @@ def test_a_policy_against_itself_wins_half():
     assert_close(win_rate(outcomes(scores, scores)), float64(0.5))
 
 
-def test_infinite_scores_compare_like_others():
+def test_infinite_scores_are_compared():
     policy = torch.tensor([[math.inf, -math.inf, -math.inf]])
     baseline = torch.tensor([[0.0, 0.0, -math.inf]])
     assert_close(outcomes(policy, baseline), float64([[1.0, 0.0, 0.5]]))
 
 
-def test_a_score_that_is_nan_is_no_loss_but_nan_and_statistics_refuse_it():
+def test_a_nan_score_gives_a_nan_outcome_which_statistics_refuse():
     policy = torch.tensor([[1.0], [math.nan], [0.0]])
     compared = outcomes(policy, torch.tensor([[0.0], [0.0], [math.nan]]))
     assert compared.isnan().flatten().tolist() == [False, True, True]
@@ -79,7 +78,7 @@ def test_a_score_that_is_nan_is_no_loss_but_nan_and_statistics_refuse_it():
         length_controlled_win_rate(compared, torch.ones(3, 1))
 
 
-def test_a_win_rate_of_half_precision_outcomes_is_averaged_in_double():
+def test_outcomes_of_reduced_precision_are_averaged_in_double():
     # bfloat16 has 8 significant bits: a running sum of ones would stop at 256
     won = torch.ones(10_001, 1, dtype=torch.bfloat16)
     won[0] = 0
@@ -94,20 +93,27 @@ def test_bootstrap_of_three_prompts_by_enumeration():
     # cumulated in 29.6, 74.1, 96.3 and 100 %. Quantiles: 1.5 %, 10 % and 20 % are 0, 40 % and 60 %
     # are 1/3, 80 % and 90 % are 2/3, 98.5 % is 1.
     values = torch.tensor([0.0, 0.0, 1.0])
-    for level, low, high in ((0.97, 0, 1), (0.8, 0, 2 / 3), (0.6, 0, 2 / 3), (0.2, 1 / 3, 1 / 3)):
-        interval = bootstrap_interval(values, level=level, resamples=20_000)
+    for confidence, low, high in (
+        (0.97, 0, 1),
+        (0.8, 0, 2 / 3),
+        (0.6, 0, 2 / 3),
+        (0.2, 1 / 3, 1 / 3),
+    ):
+        interval = bootstrap_interval(values, confidence=confidence, resamples=20_000)
         assert_close(float64(interval), float64([low, high]))
 
 
 def test_bootstrap_keeps_double_precision():
     # float32 has 24 bits: near 1e9 its neighbours are 64 apart
-    low, high = bootstrap_interval(1e9 + float64([0.0, 0.0, 1.0]), level=0.97, resamples=20_000)
+    low, high = bootstrap_interval(
+        1e9 + float64([0.0, 0.0, 1.0]), confidence=0.97, resamples=20_000
+    )
     assert (low - 1e9, high - 1e9) == pytest.approx((0, 1), abs=1e-6)
 
 
 def test_bootstrap_agrees_with_scipy():
     values = torch.rand(60, 4, generator=generator(3)) ** 3  # skewed: the two tails differ
-    interval = bootstrap_interval(values, level=0.9, resamples=20_000)
+    interval = bootstrap_interval(values, confidence=0.9, resamples=20_000)
     expected = bootstrap(
         (values.double().mean(dim=1).numpy(),),
         np.mean,
@@ -116,8 +122,8 @@ def test_bootstrap_agrees_with_scipy():
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    # a quantile at 5 % of 20,000 draws is known to sqrt(0.05 * 0.95 / 20000) / 0.103 = 1.5 % of a
-    # standard error; four times that, for the difference of two
+    # a quantile at 5 % of 20,000 draws has an error of sqrt(0.05 * 0.95 / 20000) / 0.103 = 1.5 % of
+    # a standard error; four times that, for the difference of two
     tolerance = 4 * 0.015 * math.sqrt(2) * float(values.mean(dim=1).std()) / math.sqrt(60)
     assert interval.low == pytest.approx(expected.low, abs=tolerance)
     assert interval.high == pytest.approx(expected.high, abs=tolerance)
@@ -128,7 +134,7 @@ def test_bootstrap_width_matches_the_analytic_standard_error_of_prompt_means():
     values = quality + torch.randn(400, 5, generator=generator(1))
     low, high = bootstrap_interval(values, resamples=20_000)
     standard_error = float(values.mean(dim=1).std(correction=0)) / math.sqrt(400)
-    # the width is known to sqrt(2) * sqrt(0.025 * 0.975 / 20000) / 0.0584 / 3.92 = 0.7 %; three
+    # the width has an error of sqrt(2) * sqrt(0.025 * 0.975 / 20000) / 0.0584 / 3.92 = 0.7 %; three
     # times that
     assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.02)
     assert (low + high) / 2 == pytest.approx(float(values.mean()), abs=0.1 * standard_error)
@@ -138,13 +144,13 @@ def test_copies_of_a_completion_add_no_information():
     won = torch.bernoulli(torch.full((80, 1), 0.7), generator=generator(0))
     copied = won.expand(80, 8)
     assert bootstrap_interval(copied) == bootstrap_interval(won)
-    # forgetting the clusters pretends to 8 times the data: narrower by sqrt(8) = 2.83
+    # without clusters the data seem 8 times as many: narrower by sqrt(8) = 2.83
     clustered, naive = bootstrap_interval(copied), bootstrap_interval(copied.reshape(-1))
     ratio = (clustered.high - clustered.low) / (naive.high - naive.low)
     assert ratio == pytest.approx(math.sqrt(8), rel=0.1)
 
 
-def test_bootstrap_depends_on_its_seed_and_on_nothing_else():
+def test_the_bootstrap_depends_on_its_seed_alone():
     values = torch.rand(30, 2, generator=generator(0))
     state = torch.random.get_rng_state()
     first = bootstrap_interval(values, seed=1)
@@ -154,16 +160,19 @@ def test_bootstrap_depends_on_its_seed_and_on_nothing_else():
     assert bootstrap_interval(values, seed=2) != first
 
 
-def test_a_higher_level_gives_a_wider_interval():
+def test_a_higher_confidence_level_gives_a_wider_interval():
     values = torch.rand(50, generator=generator(0))
-    narrow, wide = bootstrap_interval(values, level=0.5), bootstrap_interval(values, level=0.99)
+    narrow, wide = (
+        bootstrap_interval(values, confidence=0.5),
+        bootstrap_interval(values, confidence=0.99),
+    )
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
-@pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
-def test_a_level_outside_0_to_1_is_refused(level):
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
+def test_a_confidence_level_outside_0_to_1_is_refused(confidence):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        bootstrap_interval(torch.rand(5), level=level)
+        bootstrap_interval(torch.rand(5), confidence=confidence)
 
 
 def test_no_prompts_are_refused():
@@ -201,29 +210,31 @@ COVERAGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("evaluation", "truth"), COVERAGE)
-def test_the_interval_holds_the_truth_in_93_to_97_of_100_evaluations(evaluation, truth):
-    held = 0
+def test_the_interval_contains_the_true_rate_in_93_to_97_of_100_evaluations(evaluation, truth):
+    covered = 0
     for seed in range(2000):
         low, high = bootstrap_interval(evaluation(seed), resamples=500, seed=seed)
-        held += low - 1e-12 <= truth <= high + 1e-12
+        covered += low - 1e-12 <= truth <= high + 1e-12
     # one standard error of the coverage itself is sqrt(0.95 * 0.05 / 2000) = 0.5 %
-    assert 0.93 <= held / 2000 <= 0.97
+    assert 0.93 <= covered / 2000 <= 0.97
 
 
-def test_an_interval_that_forgets_clusters_holds_the_truth_too_rarely():
+@pytest.mark.slow
+def test_an_interval_that_ignores_clusters_contains_the_true_rate_too_rarely():
     evaluation = binary(100, 8, 0.7, 0.5)
-    held = 0
+    covered = 0
     for seed in range(300):
         low, high = bootstrap_interval(evaluation(seed).reshape(-1), resamples=200, seed=seed)
-        held += low <= 0.7 <= high
+        covered += low <= 0.7 <= high
     # a mean of 8 with correlation 0.5 has (1 + 7 * 0.5) = 4.5 times the variance assumed: |z| <
     # 1.96 / 2.12 in 64 %
-    assert held / 300 == pytest.approx(0.64, abs=0.09)
+    assert covered / 300 == pytest.approx(0.64, abs=0.09)
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
+    """Records the size of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -264,16 +275,16 @@ def test_length_control_by_hand():
     assert_close(length_controlled_win_rate(won, differences, ridge=1e-9), float64(2 / 3))
 
 
-def test_length_control_weighs_no_length_by_how_often_it_occurs():
+def test_length_control_does_not_depend_on_how_often_each_length_occurs():
     # Three times as many shorter completions: the raw rate moves to (8 + 15) / 40, the exact fit
     # does not.
     won, differences = two_lengths(0.8, 0.5, shorter=3)
     assert_close(win_rate(won), float64(0.575))
-    # t differs now for no length: both are 30 / std
+    # |t| is the same for both lengths: 30 / std
     assert_close(length_controlled_win_rate(won, differences, ridge=1e-9), float64(2 / 3))
 
 
-def test_length_control_recovers_the_quality_behind_tanh_of_length_over_its_deviation():
+def test_length_control_recovers_the_quality_from_the_model_it_assumes():
     lengths = np.random.default_rng(0).normal(40, 100, 50).round()
     regressor = np.tanh(lengths / np.std(lengths, ddof=1))
     won = 1 / (1 + np.exp(-(logit(0.6) + 1.7 * regressor)))
@@ -302,7 +313,7 @@ def test_length_control_agrees_with_scikit_learn(ridge):
     assert_close(controlled, float64(expected), rtol=0, atol=1e-6)
 
 
-def test_a_win_rate_that_is_all_length_is_controlled_to_a_half():
+def test_a_win_rate_due_to_length_alone_becomes_one_half():
     rng = np.random.default_rng(2)
     lengths = rng.normal(60, 50, 4000)
     judged = rng.random(4000) < 1 / (1 + np.exp(-2.0 * np.tanh(lengths / lengths.std())))
@@ -320,7 +331,7 @@ def test_swapping_the_policies_gives_one_minus_the_length_controlled_win_rate():
     assert forward > 0.55
 
 
-def test_without_length_differences_the_win_rate_is_left_alone():
+def test_without_length_differences_the_win_rate_does_not_change():
     won = torch.tensor([[1.0, 1.0], [1.0, 0.5]])
     assert_close(length_controlled_win_rate(won, torch.zeros(2, 2)), float64(0.875), rtol=0, atol=0)
     assert_close(length_controlled_win_rate(torch.ones(3), torch.zeros(3)), float64(1.0))
@@ -335,9 +346,9 @@ def test_length_control_does_not_depend_on_the_unit_of_length():
     )
 
 
-def test_a_policy_that_always_wins_stays_a_little_below_one():
-    # The lengths are symmetric, so the bias is 0 and quality q solves 100 * sigmoid(-q) = ridge *
-    # q.
+def test_a_policy_that_always_wins_stays_slightly_below_one():
+    # The lengths are symmetric, so the bias is 0 and quality q solves
+    # 100 * sigmoid(-q) = ridge * q.
     differences = torch.tensor([-5.0, 5.0]).repeat(50)
     quality = brentq(lambda q: 100 / (1 + math.exp(q)) - 0.01 * q, 0, 50)
     controlled = length_controlled_win_rate(torch.ones(100), differences, ridge=0.01)
@@ -353,13 +364,13 @@ def test_length_control_converges_where_length_separates_wins_from_losses(ridge)
 
 
 @pytest.mark.parametrize("lengths", [[7.0, 7.0], [7.0], [1000.0, 1000.0, 1000.001]])
-def test_lengths_that_always_differ_by_the_same_are_refused(lengths):
+def test_lengths_that_all_differ_by_the_same_amount_are_refused(lengths):
     with pytest.raises(ValueError, match=r"cannot separate length from quality, found (7|1000) to"):
         length_controlled_win_rate(torch.ones(len(lengths)), float64(lengths))
 
 
 @pytest.mark.parametrize("won", [[12.0, 0.0], [1.0, -3.0]])
-def test_outcomes_outside_0_to_1_are_refused_as_swapped_arguments_are(won):
+def test_outcomes_outside_0_to_1_are_refused(won):
     with pytest.raises(ValueError, match=r"expected 0 to 1, found (0 to 12|-3 to 1)"):
         length_controlled_win_rate(torch.tensor(won), torch.tensor([1.0, 0.0]))
 
@@ -377,7 +388,7 @@ def test_a_p_value_by_hand():
     assert_close(paired_permutation_p_value(padded), float64(2 / 32))
 
 
-def test_a_p_value_by_enumeration_counts_sums_that_are_equal_on_paper():
+def test_a_p_value_by_enumeration_treats_sums_that_differ_by_round_off_as_equal():
     # thirds: 1/3 + 1/3 - 2/3 and the like differ from 0 by round-off only; zeros stay in the brute
     # force
     thirds = [1, 1, -2, 3, 0, 2, 0, 2, 1]
@@ -404,7 +415,7 @@ def test_an_exact_p_value_agrees_with_scipy(prompts):
     assert_close(paired_permutation_p_value(float64(differences)), float64(expected))
 
 
-def test_a_drawn_p_value_agrees_with_the_binomial_one():
+def test_a_sampled_p_value_agrees_with_the_binomial_one():
     # Differences of +1 and -1 only: the sign test. 22 against 10 of 32.
     differences = torch.tensor([1.0] * 22 + [-1.0] * 10)
     expected = binomtest(22, 32).pvalue
@@ -413,13 +424,13 @@ def test_a_drawn_p_value_agrees_with_the_binomial_one():
 
 
 def test_completions_of_one_prompt_flip_together():
-    # Means 1, 1, 2, 3: the observed flip and its mirror out of 2^4. Were completions to flip alone:
-    # 2 out of 2^8.
+    # Means 1, 1, 2, 3: the observed flip and its mirror out of 2^4. If completions flipped
+    # independently: 2 out of 2^8.
     differences = torch.tensor([[0.5, 1.5], [1.0, 1.0], [2.0, 2.0], [1.0, 5.0]])
     assert_close(paired_permutation_p_value(differences), float64(2 / 16))
 
 
-def test_the_exact_and_the_drawn_p_value_meet_where_one_takes_over():
+def test_exact_and_sampled_p_values_agree_at_the_switch():
     differences = torch.randn(14, generator=generator(6)) + 0.4
     exact = float(paired_permutation_p_value(differences, resamples=2**14))
     drawn = float(paired_permutation_p_value(differences, resamples=2**14 - 1))
@@ -432,13 +443,13 @@ def test_equal_policies_have_a_p_value_of_one():
     assert_close(paired_permutation_p_value(torch.zeros(30)), float64(1.0))
 
 
-def test_a_drawn_p_value_is_never_zero():
+def test_a_sampled_p_value_is_never_zero():
     # all of 50 positive: 2 of 2^50 flips are as extreme, none is drawn, and the observed one
     # counts: 1 / (999 + 1)
     assert_close(paired_permutation_p_value(torch.ones(50), resamples=999), float64(1 / 1000))
 
 
-def test_a_p_value_depends_on_its_seed_and_on_nothing_else():
+def test_a_p_value_depends_on_its_seed_alone():
     differences = torch.randn(30, generator=generator(0))
     state = torch.random.get_rng_state()
     first = paired_permutation_p_value(differences, seed=1)
@@ -447,40 +458,20 @@ def test_a_p_value_depends_on_its_seed_and_on_nothing_else():
     assert paired_permutation_p_value(differences, seed=2) != first
 
 
-# --- the ceiling of a reward model ---
+# --- intervals of proportions ---
 
 
-def test_best_possible_accuracy_by_hand():
-    # sigmoid(0) = 1/2; sigmoid(log 3) = 3/4, and as much for -log 3; mean of 1/2, 3/4, 3/4 = 2/3
-    margins = float64([0.0, math.log(3), -math.log(3)])
-    assert_close(best_possible_accuracy(margins), float64(2 / 3))
-
-
-def test_best_possible_accuracy_is_what_the_true_margins_score_on_drawn_labels():
-    margins = 2 * torch.randn(200_000, generator=generator(0)) + 0.5
-    labels = torch.rand(200_000, generator=generator(1)) < torch.sigmoid(margins)
-    scored = float(((margins > 0) == labels).double().mean())
-    # four standard errors of at most sqrt(0.25 / 200000) = 0.11 %
-    assert float(best_possible_accuracy(margins)) == pytest.approx(scored, abs=0.0045)
-
-
-def test_best_possible_accuracy_on_clear_pairs_is_one():
-    assert_close(best_possible_accuracy(torch.tensor([1e4, -1e4])), float64(1.0))
-
-
-@pytest.mark.parametrize("agreed", [0.0, 1.0])
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
 @pytest.mark.parametrize("prompts", [1, 7, 55])
 def test_where_all_prompts_agree_the_interval_is_the_exact_one_of_clopper_and_pearson(
-    agreed, prompts
+    outcome, prompts
 ):
-    from scipy.stats import binomtest
-
-    found = proportion_interval(torch.full((prompts, 3), agreed), level=0.9)
-    exact = binomtest(int(agreed * prompts), prompts).proportion_ci(0.9, method="exact")
-    assert found == pytest.approx((exact.low, exact.high))
+    interval = proportion_interval(torch.full((prompts, 3), outcome), confidence=0.9)
+    exact = binomtest(int(outcome * prompts), prompts).proportion_ci(0.9, method="exact")
+    assert interval == pytest.approx((exact.low, exact.high))
 
 
-def test_where_prompts_differ_the_interval_is_the_bootstrap_of_them():
+def test_where_prompts_differ_the_interval_is_the_bootstrap():
     values = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
     assert proportion_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     same = torch.tensor([[1.0, 0.0]] * 4)  # every prompt ½: neither 0 nor 1
