@@ -1,1 +1,1 @@
-"""What control and language share: a rollout, and the update that learns from it."""
+"""Policy-gradient updates, shared by classic control and language models."""

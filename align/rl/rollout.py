@@ -1,4 +1,7 @@
-"""What a policy did and how good it was, ready to learn from."""
+"""A rollout: actions of a policy with their advantages, the input of an update.
+
+Left out: how it was collected, which differs between environments and language models.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,19 @@ from torch import Tensor, device
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Rows of actions, with all that a loss needs to know about them. Everything in it is constant: no gradient.
+    """Rows of actions with everything that a loss needs; no tensor carries a gradient.
 
-    A row is what is shuffled and never torn apart. Control has one step a row (``[envs * steps, 1]``), language one
-    completion (``[completions, tokens]``). Where ``mask`` is False the entries are padding and may hold anything.
+    Rows are shuffled and never split. In control, a row is one step (``[envs * steps, 1]``); in
+    language, one completion (``[completions, tokens]``). Where ``mask`` is False, entries are
+    padding and may have any value.
     """
 
     inputs: dict[str, Shaped[Tensor, "batch ..."]]
-    """What the policy's forward needs; the first axis of each is the batch."""
+    """Inputs of the policy's forward pass; the first axis of each is the batch."""
     logps: Float[Tensor, "batch time"]
-    """Log-probabilities of the actions taken, by the policy before the update. In nats."""
+    """Log-probabilities of the actions, by the policy before the update, in nats."""
     advantages: Float[Tensor, "batch time"]
+    """Advantages of the actions."""
     mask: Bool[Tensor, "batch time"]
     """True where there is an action."""
     values: Float[Tensor, "batch time"] | None = None
@@ -31,25 +36,25 @@ class Rollout:
     returns: Float[Tensor, "batch time"] | None = None
     """The critic's targets; None without a critic."""
     weights: Float[Tensor, "batch time"] | None = None
-    """Importance weights, where another engine sampled than the one that gave ``logps``."""
+    """Importance weights, if another engine sampled than the one that computed ``logps``."""
 
     def __len__(self) -> int:
         return len(self.mask)
 
     def take(self, index: Int[Tensor, " rows"]) -> Rollout:
-        """Copy the rows at ``index``, in its order."""
+        """Copy the rows at ``index``, in that order."""
         return self._each(lambda tensor: tensor[index.to(tensor.device)])
 
     def split(self, parts: int) -> list[Rollout]:
-        """Cut the rows into consecutive parts whose sizes differ by 1 at most. Nothing is copied."""
+        """Split the rows into consecutive parts, whose sizes differ by at most 1, as views."""
         if parts == 1:
             return [self]
         ends = [len(self) * part // parts for part in range(parts + 1)]
         return [self._each(itemgetter(slice(*part))) for part in itertools.pairwise(ends)]
 
-    def to(self, where: device | str) -> Rollout:
+    def to(self, target: device | str) -> Rollout:
         """Move every tensor to a device."""
-        return self._each(lambda tensor: tensor.to(where))
+        return self._each(lambda tensor: tensor.to(target))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rollout:
         def optional(tensor: Tensor | None) -> Tensor | None:

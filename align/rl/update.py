@@ -1,19 +1,22 @@
-"""One update of a policy, and of its critic if it has one, from a rollout. REINFORCE, A2C and PPO are settings of it.
+"""One update of a policy, and of its critic if there is one, from a rollout.
+
+REINFORCE, A2C and PPO are settings of it:
 
 | | epochs x minibatches | clip | rollout |
 |---|---|---|---|
-| REINFORCE | 1 x 1 | none | advantages with lam = 1, no values or a baseline's |
+| REINFORCE | 1 x 1 | none | advantages with lam = 1, no values or those of a baseline |
 | A2C | 1 x 1 | none | values and returns |
 | PPO | k x m | epsilon | values and returns |
 
-**Checkpoints.** Between two calls nothing lives here. What comes next depends on the weights, the optimizer's state,
-the generator's state (``generator.get_state()``) and whatever the caller counts: save these four, and a run that goes
-on is the same run to the bit.
+**Checkpoints.** No state is kept between two calls. The next update depends on the weights, the
+optimizer's state, the generator's state (``generator.get_state()``) and the caller's counters: a
+run resumed from these four is bitwise the uninterrupted run.
 
-**Several processes.** Every rank calls with as many rows as the others and a model whose backward pass averages
-gradients over the ranks (DistributedDataParallel and its kin). Lengths and masks may differ.
+**Several ranks.** Every rank calls with the same number of rows and a model whose backward pass
+averages gradients over the ranks (as DistributedDataParallel does). Lengths and masks may differ.
 
-Left out: schedules (the learning rate is the optimizer's), penalties inside the reward (the rollout's), sampling.
+Left out: schedules (the optimizer has the learning rate), penalties inside the reward (the rollout
+has them), sampling.
 """
 
 from __future__ import annotations
@@ -41,68 +44,86 @@ from align.rl.rollout import Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What an update optimises, and in how many steps. As it stands: one plain policy-gradient step."""
+    """The objective of an update, and its number of steps. By default one policy-gradient step."""
 
     epochs: int = 1
+    """Passes over the rollout."""
     minibatches: int = 1
-    """Optimizer steps an epoch."""
+    """Optimizer steps per epoch."""
     micro_batches: int = 1
-    """Pieces in which a minibatch passes through the model. They save memory and change no gradient."""
+    """Forward passes per minibatch. More of them save memory and leave the gradient as it is."""
     clip_low: float = math.inf
+    """How far below 1 the probability ratio of an action may fall before its gradient is 0."""
     clip_high: float = math.inf
-    """How far a ratio may fall below and rise above 1 and still earn; infinity is no clip."""
+    """How far above 1 the probability ratio of an action may rise before its gradient is 0."""
     dual_clip: float | None = None
-    """Bound of a bad action's loss, in multiples of its advantage; above 1."""
+    """Bound of the loss of an action with negative advantage, in multiples of it; above 1."""
     value_coef: float = 0.5
+    """Weight of the value loss."""
     value_clip: float | None = None
-    """In units of the returns."""
+    """Bound of the critic's change, in units of the returns."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
     max_grad_norm: float = math.inf
+    """Norm to which gradients are clipped, of all parameters together."""
     target_kl: float | None = None
-    """No further step once a minibatch's KL(old, new) exceeds it; None is never. No hidden factor."""
+    """KL(old, new), in nats per token, above which a minibatch ends the update before its step."""
     whiten: bool = False
-    """Whiten advantages over the whole rollout and all ranks. Per minibatch, an action's weight would depend on the
-    few others that the shuffle and the number of processes put beside it."""
+    """Normalize advantages to mean 0 and variance 1 over the whole rollout and all ranks.
+
+    Normalized within minibatches, the weight of an action would depend on the shuffle and on the
+    number of ranks.
+    """
 
 
 class Evaluated(NamedTuple):
-    """What the policy, or the critic, now says about a minibatch, with gradients. Padding may hold anything."""
+    """Outputs of policy or critic for a minibatch, with gradients. Padding may have any value."""
 
     logps: Float[Tensor, "batch time"] | None = None
     """Log-probabilities of the rollout's actions."""
     entropy: Float[Tensor, "batch time"] | None = None
+    """Entropies of the policy, in nats."""
     values: Float[Tensor, "batch time"] | None = None
+    """Values by the critic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostics:
-    """How an update went: means over the valid tokens of all its minibatches and ranks. NaN: there is nothing to tell."""
+    """Diagnostics of an update: means over the valid tokens of all minibatches and ranks.
+
+    A metric that does not apply, such as the value loss without a critic, is NaN.
+    """
 
     policy_loss: float
     value_loss: float
     entropy: float
     kl: float
-    """KL(old, new) in nats a token, estimated by k3 on the old policy's actions. Each minibatch before its own step."""
+    """KL(old, new) in nats per token, estimated by k3 on the actions of the old policy.
+
+    Measured for each minibatch before its step.
+    """
     clip_fraction: float
-    """Share of the tokens whose ratio lies outside the clip."""
+    """Share of the tokens whose ratio lies outside the clip range."""
     ratio_max: float
-    """Greatest ratio new / old of a token."""
+    """Greatest probability ratio new / old of a token."""
     explained_variance: float
-    """Of the critic before the update."""
+    """Share of the variance of the returns that the critic predicted before the update."""
     grad_norm: float
-    """Mean over the steps, before gradients are clipped."""
+    """Mean over the steps of the gradient norm before clipping."""
     epochs: int
-    """Epochs that were finished."""
+    """Completed epochs."""
     steps: int
-    """Optimizer steps that were taken."""
+    """Completed optimizer steps."""
     stopped_early: bool
+    """Whether ``target_kl`` ended the update."""
 
 
-Evaluate = Callable[[dict[str, Tensor]], Evaluated]
+Evaluator = Callable[[dict[str, Tensor]], Evaluated]
+"""Maps the inputs of some rows to the outputs of policy or critic for them."""
 
 
 def update(
-    evaluate: Evaluate | Sequence[Evaluate],
+    evaluate: Evaluator | Sequence[Evaluator],
     rollout: Rollout,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -112,29 +133,34 @@ def update(
     backward: Callable[[Tensor], object] = Tensor.backward,
     clip_gradients: Callable[[list[Tensor], float], Tensor] = torch.nn.utils.clip_grad_norm_,
 ) -> Diagnostics:
-    """Improve the policy behind ``evaluate`` on ``rollout``: for each epoch, each row once, in a fresh order.
+    """Update the policy on ``rollout``: each epoch takes every row once, in a new random order.
 
-    ``evaluate`` goes from the inputs of some rows to what the policy says about their actions. Where policy and critic
-    share nothing that learns, two functions, one for each, halve the memory: the first's graph is gone before the second's
-    is made, and the gradients are the same. A minibatch's loss is
-    the sum over its valid tokens / their number in all micro-batches and on all ranks, so a token weighs the same
-    however the minibatch is cut up. The critic learns where the rollout has returns. Only ``generator`` is drawn from.
+    ``evaluate`` maps the inputs of some rows to log-probabilities, entropies and values. Where
+    policy and critic share no trained parameters, two functions, one for each, halve the memory:
+    the graph of the first is freed before that of the second is built, and the gradients are the
+    same. The loss of a minibatch is the sum over its valid tokens divided by their number in all
+    micro-batches and on all ranks, so that every token has the same weight however the minibatch is
+    split. The critic is trained if the rollout has returns. Random numbers come from ``generator``
+    alone.
 
-    Clipped together are ``parameters``, or all of the optimizer's. ``accelerator.backward`` and
-    ``accelerator.clip_grad_norm_`` fit ``backward`` and ``clip_gradients``. No gradients are left on return.
+    Gradients of ``parameters`` are clipped together, by default those of all of the optimizer's.
+    ``accelerator.backward`` and ``accelerator.clip_grad_norm_`` fit ``backward`` and
+    ``clip_gradients``. No gradients remain on return.
 
-    Raises:
-        ValueError: Fewer rows than pieces, or something is missing that the objective or the rollout calls for.
+    Raises: ValueError: The rollout has fewer rows than micro-batches, tensors differ in shape, or
+    ``evaluate`` lacks an output that the objective or the rollout needs.
     """
-    pieces = objective.minibatches * objective.micro_batches
-    if len(rollout) < pieces:
-        raise ValueError(f"rollout: {len(rollout)} rows cannot fill {pieces} pieces")
+    n_pieces = objective.minibatches * objective.micro_batches
+    if len(rollout) < n_pieces:
+        raise ValueError(
+            f"rollout: {len(rollout)} rows are fewer than the {n_pieces} micro-batches of an epoch"
+        )
     if parameters is None:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
     parameters = list(parameters)
     rollout = _constants(rollout, whiten=objective.whiten)
-    asked = [evaluate] if callable(evaluate) else list(evaluate)
-    history: list[Tensor] = []  # tensors: a float for every minibatch would make a GPU wait
+    evaluators = [evaluate] if callable(evaluate) else list(evaluate)
+    history: list[Tensor] = []  # tensors: converting each to a float would synchronize with the GPU
     norms: list[Tensor] = []
     counts: list[Tensor] = []
     stopped = False
@@ -142,24 +168,24 @@ def update(
     for minibatch, tokens in _minibatches(rollout, objective, generator):
         counts.append(tokens)
         for piece in minibatch.split(objective.micro_batches):
-            told: Tensor | None = None
-            given: set[str] = set()
-            for ask in asked:
-                now = ask(piece.inputs)
-                given |= {name for name in now._fields if getattr(now, name) is not None}
-                terms = _terms(now, piece, objective)
-                if loss := _losses(terms, objective):
-                    # Gradients are averaged over the ranks: times their number it is the sum.
-                    backward(sum(loss[1:], loss[0]) * ranks() / tokens)
-                found = torch.stack(terms).detach()
-                told = found if told is None else torch.where(told.isnan(), found, told)
-                del now, terms, loss  # and with them the graph
-            _check_given(given, rollout, objective)
-            assert told is not None
-            history.append(told)
+            totals: Tensor | None = None
+            outputs: set[str] = set()
+            for evaluator in evaluators:
+                evaluated = evaluator(piece.inputs)
+                outputs |= {k for k in evaluated._fields if getattr(evaluated, k) is not None}
+                terms = _terms(evaluated, piece, objective)
+                if losses := _losses(terms, objective):
+                    # Gradients are averaged over the ranks; times their number, they are summed.
+                    backward(sum(losses[1:], losses[0]) * ranks() / tokens)
+                stacked = torch.stack(terms).detach()
+                totals = stacked if totals is None else torch.where(totals.isnan(), stacked, totals)
+                del evaluated, terms, losses  # frees the graph
+            _check_outputs(outputs, rollout, objective)
+            assert totals is not None
+            history.append(totals)
         if objective.target_kl is not None:
             kl = torch.stack(history[-objective.micro_batches :])[:, _KL].sum()
-            # "Not below" rather than "above": NaN stops too, before it reaches the weights.
+            # "not <=" rather than ">": NaN stops as well, before it reaches the weights.
             stopped = not bool(sum_over_ranks(kl) / tokens <= objective.target_kl)
             if stopped:
                 break
@@ -168,8 +194,8 @@ def update(
         optimizer.zero_grad()
     optimizer.zero_grad()
 
-    every = torch.stack(history)
-    means = sum_over_ranks(every[:, :_RATIO].sum(0)) / torch.stack(counts).sum()
+    pieces = torch.stack(history)
+    means = sum_over_ranks(pieces[:, :_RATIO].sum(0)) / torch.stack(counts).sum()
     policy_loss, value_loss, entropy, kl, clip_fraction = means.tolist()
     return Diagnostics(
         policy_loss=policy_loss,
@@ -177,7 +203,7 @@ def update(
         entropy=entropy,
         kl=kl,
         clip_fraction=clip_fraction,
-        ratio_max=float(max_over_ranks(every[:, _RATIO].amax())),
+        ratio_max=float(max_over_ranks(pieces[:, _RATIO].amax())),
         explained_variance=_explained_variance(rollout),
         grad_norm=float(torch.stack(norms).mean()) if norms else math.nan,
         epochs=len(norms) // objective.minibatches,
@@ -187,7 +213,7 @@ def update(
 
 
 class _Terms(NamedTuple):
-    """Sums over a piece's tokens, and one maximum."""
+    """Sums over the tokens of a micro-batch, and one maximum."""
 
     policy: Tensor
     value: Tensor
@@ -203,10 +229,12 @@ _RATIO = _Terms._fields.index("ratio_max")
 
 
 def _constants(rollout: Rollout, *, whiten: bool) -> Rollout:
-    """The rollout with 0 in its padding, so that a sum over all entries is one over what is valid."""
+    """The rollout with 0 in its padding, so that sums over all entries are sums over valid ones."""
     _check_shapes("rollout", rollout, _TIMED, rollout.mask.shape)
     if (rollout.values is None) != (rollout.returns is None):
-        raise ValueError("rollout: values and returns come together or not at all")
+        raise ValueError(
+            "rollout: expected both values and returns or neither, got only one of them"
+        )
 
     def blank(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().masked_fill(~rollout.mask, 0)
@@ -226,12 +254,11 @@ def _constants(rollout: Rollout, *, whiten: bool) -> Rollout:
 def _minibatches(
     rollout: Rollout, objective: Objective, generator: torch.Generator
 ) -> Iterator[tuple[Rollout, Tensor]]:
-    """Each minibatch of each epoch, and the number of valid tokens that all ranks have in it."""
+    """Each minibatch of each epoch, with the number of its valid tokens on all ranks."""
     for _ in range(objective.epochs):
         order = torch.randperm(len(rollout), generator=generator, device=generator.device)
-        if (
-            objective.micro_batches > 1
-        ):  # rows that share a prompt stand together, and so may be computed together
+        if objective.micro_batches > 1:
+            # Rows of one prompt are consecutive; in order, they share a micro-batch and its prefix.
             ends = [
                 len(order) * part // objective.minibatches
                 for part in range(objective.minibatches + 1)
@@ -244,13 +271,13 @@ def _minibatches(
         yield from zip(minibatches, counts.clamp(min=1), strict=True)
 
 
-def _terms(now: Evaluated, piece: Rollout, objective: Objective) -> _Terms:
-    """What a piece adds to the losses and to the diagnostics; NaN where there is nothing to tell."""
-    _check_shapes("evaluate", now, now._fields, piece.mask.shape)
+def _terms(evaluated: Evaluated, piece: Rollout, objective: Objective) -> _Terms:
+    """A micro-batch's share of losses and diagnostics; NaN where ``evaluated`` has no output."""
+    _check_shapes("evaluate", evaluated, evaluated._fields, piece.mask.shape)
     padding = ~piece.mask
     policy = value = entropy = kl = clipped = ratio_max = piece.logps.new_tensor(math.nan)
-    if now.logps is not None:
-        logps = now.logps.masked_fill(padding, 0)
+    if evaluated.logps is not None:
+        logps = evaluated.logps.masked_fill(padding, 0)
         losses = clipped_surrogate_loss(
             logps,
             piece.logps,
@@ -266,27 +293,29 @@ def _terms(now: Evaluated, piece: Rollout, objective: Objective) -> _Terms:
             clipped = outside.to(logps.dtype).sum()
             kl = kl_k3(piece.logps, logps).sum()
             ratio_max = ratio.masked_fill(padding, -math.inf).amax()
-    if now.values is not None and piece.values is not None and piece.returns is not None:
-        values = now.values.masked_fill(padding, 0)
+    if evaluated.values is not None and piece.values is not None and piece.returns is not None:
+        values = evaluated.values.masked_fill(padding, 0)
         value = clipped_value_loss(
             values, piece.values, piece.returns, clip=objective.value_clip
         ).sum()
-    if now.entropy is not None:
-        entropy = now.entropy.masked_fill(padding, 0).sum()
+    if evaluated.entropy is not None:
+        entropy = evaluated.entropy.masked_fill(padding, 0).sum()
     return _Terms(policy, value, entropy, kl, clipped, ratio_max)
 
 
-def _check_shapes(where: str, of: object, names: Iterable[str], shape: torch.Size) -> None:
-    """Refuse what torch would broadcast: log-probabilities ``[batch]`` against ``[batch, 1]`` make a square."""
+def _check_shapes(where: str, owner: object, names: Iterable[str], shape: torch.Size) -> None:
+    """Refuse shapes that torch would broadcast: ``[batch]`` and ``[batch, 1]`` make a square."""
     for name in names:
-        tensor = getattr(of, name)
+        tensor = getattr(owner, name)
         if tensor is not None and tensor.shape != shape:
-            found = f"shape {tuple(tensor.shape)}, and the mask has {tuple(shape)}"
-            raise ValueError(f"{where}: {name} has {found}")
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, expected that of the mask, "
+                f"{tuple(shape)}"
+            )
 
 
 def _losses(terms: _Terms, objective: Objective) -> list[Tensor]:
-    """A piece's shares of the loss, still sums: those that something learns from."""
+    """A micro-batch's terms of the loss, as sums: those with a weight and a gradient."""
     shares = [
         terms.policy,
         objective.value_coef * terms.value,
@@ -300,14 +329,14 @@ def _losses(terms: _Terms, objective: Objective) -> list[Tensor]:
     ]
 
 
-def _check_given(given: set[str], rollout: Rollout, objective: Objective) -> None:
-    """Refuse an evaluation that leaves out what is to be learned."""
-    if "logps" not in given:
-        raise ValueError("evaluate gave no log-probabilities")
-    if rollout.returns is not None and "values" not in given:
-        raise ValueError("evaluate gave no values, and the rollout has returns to learn")
-    if objective.entropy_coef and "entropy" not in given:
-        raise ValueError("evaluate gave no entropy, and entropy_coef is not 0")
+def _check_outputs(outputs: set[str], rollout: Rollout, objective: Objective) -> None:
+    """Refuse evaluators that lack an output which the objective or the rollout needs."""
+    if "logps" not in outputs:
+        raise ValueError("evaluate: returned no log-probabilities")
+    if rollout.returns is not None and "values" not in outputs:
+        raise ValueError("evaluate: returned no values, but the rollout has returns to learn from")
+    if objective.entropy_coef and "entropy" not in outputs:
+        raise ValueError("evaluate: returned no entropy, but entropy_coef is not 0")
 
 
 def _explained_variance(rollout: Rollout) -> float:
