@@ -59,6 +59,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return LINK.sub(rewrite, markdown)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Keep intervals (80.8–86.2) and percentages (83.6 %) on one line, outside of code blocks."""
+    parts = re.split(r"(<pre.*?</pre>)", html, flags=re.DOTALL)
+    for number in range(0, len(parts), 2):
+        text = re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", parts[number])
+        parts[number] = re.sub(r"(?<=\d) %", "\u00a0%", text)
+    return "".join(parts)
+
+
 class MarkdownDocstrings(griffe.Extension):
     """Turn the reStructuredText in docstrings into Markdown: roles become code, doctests code blocks."""
 
