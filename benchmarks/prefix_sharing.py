@@ -47,7 +47,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from align.data import prepare
+from align.config.data import Prepare
+from align.data.prepare import prepare
 from align.models import logps, tokenization
 from align.models.prefix_sharing import wrapper
 from align.runtime import distributed
@@ -97,8 +98,8 @@ def tokenizer(vocabulary: int) -> Any:
 
 def hh(file: Path, vocabulary: int) -> tuple[list[dict[str, Any]], Any]:
     """The pairs of a file of HH-RLHF as conversations, in a random order, and a tokenizer trained on them."""
-    prepared = prepare.prepare_rows(str(file), reader="hh", test_fraction=0.0)
-    pairs = prepared.tables["pairs"]["train"]
+    prepared = prepare(Prepare(source=str(file), reader="hh", test_fraction=0.0))
+    pairs = prepared.tables()["pairs"]["train"]
     found = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
     texts = (m["content"] for row in found for part in row.values() for m in part)
     random.Random(0).shuffle(found)

@@ -1,4 +1,8 @@
-"""cli.data"""
+"""Commands ``align data prepare | doctor | show``.
+
+A source and its keys are read as in a recipe. Preparing, examining and tokenizing are done by :mod:`align.stages.prepare`,
+:mod:`align.data.doctor` and :mod:`align.training.token_view`.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,13 @@ if TYPE_CHECKING:
 data = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Prepare preference data, examine it, see its tokens.",
+    help="Prepare preference data, examine it, show its tokens.",
 )
 DataSource = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A catalogue name, a file, a folder or a Hub id; or mixture=[...] in its place.",
+        help="A name in the catalog, a file, a folder or a Hub id; or mixture=[...] instead.",
     ),
 ]
 Keys = Annotated[
@@ -39,14 +43,19 @@ Keys = Annotated[
 
 
 def prepare_config(source: str, keys: list[str] | None) -> Prepare:
+    """Configuration of a ``prepare`` stage, from arguments of the command line.
+
+    Raises:
+        UserError: One line for each invalid key.
+    """
     from align.config import recipe
 
-    told = [source, *(keys or [])]
-    mixed = any(key.startswith("mixture=") for key in told)
-    if not (mixed and re.match(r"\w+(\.\w+)*=", source)):
-        # quoted, or `x #1.csv` would be YAML with a comment
-        told[0] = f"source={json.dumps(source, ensure_ascii=False)}"
-    return recipe.load_stage("prepare", told)
+    arguments = [source, *(keys or [])]
+    has_mixture = any(argument.startswith("mixture=") for argument in arguments)
+    if not (has_mixture and re.match(r"\w+(\.\w+)*=", source)):
+        # Quoted, because YAML would read `x #1.csv` as `x` and a comment.
+        arguments[0] = f"source={json.dumps(source, ensure_ascii=False)}"
+    return recipe.load_stage("prepare", arguments)
 
 
 def _console() -> Console:
@@ -59,14 +68,14 @@ def _console() -> Console:
 def data_prepare(
     source: DataSource,
     keys: Keys = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the tables go.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the tables.")] = Path(
         "prepared"
     ),
 ) -> None:
     """Check a source, split it by prompt, and write its tables and their data card."""
     config = prepare_config(source, keys)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; choose another folder with --out, or remove it")
+        raise UserError(f"{out}: already exists; choose another folder with --out, or remove it")
     from align.data import doctor
     from align.runtime.progress import Logger, NullDisplay
     from align.stages import prepare
@@ -74,22 +83,21 @@ def data_prepare(
     target = out.resolve()
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
-        raise UserError(f"{partial}: is there from a run that was cut off; remove it")
+        raise UserError(f"{partial}: already exists, from an interrupted run; remove it")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"{partial}: cannot be made: {error.strerror}; choose another --out"
+            f"{partial}: cannot be created: {error.strerror}; choose another folder with --out"
         ) from None
+    logger = Logger("prepare", partial, NullDisplay(), main=True)
     try:
-        figures = prepare.run(
-            config, {}, partial, Logger("prepare", partial, NullDisplay(), main=True)
-        ).metrics
+        statistics = prepare.run(config, {}, partial, logger).metrics
         partial.replace(target)
-    except BaseException:  # Ctrl-C as well: half a table is none
+    except BaseException:  # also Ctrl-C: incomplete tables are useless
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    doctor.show(doctor.Findings(f"{doctor.title(config)} → {out}", figures, []), _console())
+    doctor.show(doctor.DataReport(f"{doctor.title(config)} → {out}", statistics, []), _console())
 
 
 @data.command("doctor")
@@ -97,17 +105,17 @@ def data_doctor(
     source: DataSource,
     keys: Keys = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as an HTML page.")
     ] = None,
 ) -> None:
-    """Examine a source: counts, lengths, margins, repeats, leakage. Nothing is written but the report that is asked for."""
+    """Examine a source: counts, lengths, margins, duplicates, leakage. Writes nothing without --html."""
     config = prepare_config(source, keys)
     from align.data import doctor
 
-    found = doctor.examine(config)
-    doctor.show(found, _console())
+    report = doctor.examine(config)
+    doctor.show(report, _console())
     if html is not None:
-        doctor.write_html(found, html)
+        doctor.write_html(report, html)
 
 
 @data.command("show")
@@ -116,33 +124,34 @@ def data_show(
     keys: Keys = None,
     stage: Annotated[str, typer.Option(help="sft, dpo, reward, kto or ppo.")] = "dpo",
     model: Annotated[
-        str, typer.Option(metavar="FOLDER_OR_HUB_ID", help="Whose tokenizer and chat template.")
+        str,
+        typer.Option(
+            metavar="FOLDER_OR_HUB_ID", help="Model whose tokenizer and chat template are used."
+        ),
     ] = "",
-    n: Annotated[int, typer.Option("-n", min=1, help="Rows.")] = 3,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of rows.")] = 3,
 ) -> None:
-    """Show the tokens that a stage trains on, the trained ones marked."""
+    """Show the tokens that a stage trains on, with the trained ones marked."""
     from align.training import token_view
 
-    wrong = []
+    problems = []
     if stage not in token_view.KINDS:
-        wrong.append(f"--stage {stage}: unknown; known: {', '.join(token_view.KINDS)}")
+        problems.append(f"--stage {stage}: unknown; known: {', '.join(token_view.KINDS)}")
     if not model:
-        wrong.append("--model: missing; name a folder with a tokenizer, or a Hub id")
-    if wrong:
-        raise UserError(*wrong)
+        problems.append("--model: missing; name a folder with a tokenizer, or a Hub id")
+    if problems:
+        raise UserError(*problems)
     config = prepare_config(source, keys)
     quiet_libraries()
     from rich.text import Text
 
     console = _console()
-    for stream in token_view.tokenized_rows(config, stage, model, n):
+    for row in token_view.tokenized_rows(config, stage, model, n):
         console.print(
-            f"\n{stream.title}: {len(stream.ids)} tokens, {sum(stream.trained)} trained; {stream.remark}"
+            f"\n{row.title}: {len(row.ids)} tokens, {sum(row.trained)} trained; {row.remark}"
         )
         line = Text()
-        for token, trained in zip(stream.tokens, stream.trained, strict=True):
-            shown = token.replace("\n", "⏎\n")
-            line.append(
-                f"⟦{shown}⟧" if trained else shown, style="bold green" if trained else "dim"
-            )
+        for token, trained in zip(row.tokens, row.trained, strict=True):
+            text = token.replace("\n", "⏎\n")
+            line.append(f"⟦{text}⟧" if trained else text, style="bold green" if trained else "dim")
         console.print(line)

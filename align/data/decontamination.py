@@ -1,22 +1,23 @@
-"""Decontamination: does a prompt stand in a named set of evaluation prompts?
+"""Decontamination: find prompts that occur in a set of evaluation prompts.
 
-Exactly (letter case, punctuation and white space aside), or by a run of n words that both have. A named prompt of fewer
-than n words is only found whole. Completions are not searched. Costs a hash for each run of words in the named sets.
+A prompt is contaminated if it has the same words as an evaluation prompt (letter case, punctuation and white space are
+ignored), or if both contain the same run of n words. Evaluation prompts of fewer than n words are only matched as a
+whole. Completions are not searched. Memory is one hash per run of words in the evaluation prompts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from align.data.rows import normalize_text
+from align.data.rows import Raw, normalize_text
 
 _WORD = re.compile(r"\w+")
+PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction")
 
 
 class EvaluationPrompts:
-    """The evaluation prompts of one set, by their runs of ``n`` words."""
+    """A set of evaluation prompts, as hashes of their runs of ``n`` words."""
 
     def __init__(self, name: str, texts: Iterable[str], n: int) -> None:
         self.name, self._n = name, n
@@ -28,8 +29,8 @@ class EvaluationPrompts:
                 self._whole.add(hash(tuple(words)))
                 self._runs.update(_runs(words, n))
 
-    def finds(self, texts: Iterable[str]) -> str | None:
-        """Why a prompt with these turns is contaminated; None where it is not."""
+    def contamination(self, texts: Iterable[str]) -> str | None:
+        """Reason why a prompt with these user turns is contaminated; None if it is not."""
         for text in texts:
             words = _words(text)
             if hash(tuple(words)) in self._whole:
@@ -39,17 +40,15 @@ class EvaluationPrompts:
         return None
 
 
-def prompts_of(raw: dict[str, Any]) -> list[str] | None:
-    """The texts of the user's turns in a raw row of an evaluation set; None where it has no prompt."""
-    found = next(
-        (raw[k] for k in ("prompt", "messages", "question", "instruction") if k in raw), None
-    )
-    if isinstance(found, str):
-        return [found]
-    if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
+def user_texts(raw: Raw) -> list[str] | None:
+    """Texts of the user turns in a raw row of an evaluation set; None if the row has no prompt."""
+    prompt = next((raw[name] for name in PROMPT_COLUMNS if name in raw), None)
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
         return None
-    said = [turn.get("content") for turn in found if turn.get("role") == "user"]
-    return said if all(isinstance(text, str) for text in said) else None
+    texts = [turn.get("content") for turn in prompt if turn.get("role") == "user"]
+    return texts if all(isinstance(text, str) for text in texts) else None
 
 
 def _words(text: str) -> list[str]:

@@ -1,23 +1,102 @@
-"""Near-duplicate prompts by MinHash (Broder 1997): which prompts are nearly the same, and what must share a split.
+"""Deduplication: exact duplicates, contradictions, and near-duplicate prompts by MinHash (Broder 1997).
 
-A prompt is the set of its character 5-grams, hashed all at once by numpy. 128 hashes a prompt estimate the Jaccard
-similarity with a standard deviation of up to 0.044 (at 0.8, 0.035: one in twenty is more than 0.07 off); 32 bands of four
-find candidates. Costs 950 bytes a distinct prompt at its peak, whatever its length.
+For MinHash, a prompt is the set of its character 5-grams. 128 hashes per prompt estimate the Jaccard similarity with a
+standard deviation of up to 0.044 (0.035 at a similarity of 0.8, where one estimate in twenty is off by more than 0.07);
+32 bands of four hashes select the candidate pairs. The peak is 950 bytes per distinct prompt, whatever its length.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from align.config.data import Prepare
+from align.data.row_store import (
+    CONTRADICTION,
+    DUPLICATE,
+    KEPT,
+    NEAR_DUPLICATE,
+    RowTable,
+    as_digests,
+    as_numbers,
+)
 
 GRAM, HASHES, BAND = 5, 128, 4
-NEIGHBOURS = 8  # of a bucket, compared with each: a bucket of n costs 8 n, not n squared
+NEIGHBORS = 8  # each prompt of a bucket is compared with the next 8: linear cost, not quadratic
+EVEN = np.uint64(2**64 - 2)  # clears the last bit, the direction of the preference
+
+
+@dataclass(frozen=True, slots=True)
+class NearDuplicates:
+    """Prompts that are nearly equal to an earlier prompt.
+
+    ``representatives`` maps the id of a conversation to that of the conversation that decides its split.
+    """
+
+    prompt_ids: set[int] = field(default_factory=set)
+    representatives: dict[int, int] = field(default_factory=dict)
+
+
+def deduplicate(
+    tables: Sequence[RowTable], index: MinHashIndex | None, config: Prepare
+) -> NearDuplicates:
+    """Set the status of all rows; near-duplicates are searched for if ``index`` is given.
+
+    Only prompts with a kept row are compared, and with ``near_duplicates: drop`` the later ones are dropped.
+    """
+    for table in tables:
+        table.status = find_duplicates(as_digests(table.row_digests))
+    if index is None:
+        return NearDuplicates()
+    kept = [as_numbers(table.prompt_ids)[table.kept] for table in tables]
+    near = index.find_near_duplicates(
+        config.near_duplicate_threshold, np.unique(np.concatenate(kept))
+    )
+    if config.near_duplicates == "drop":
+        dropped = np.fromiter(near.prompt_ids, dtype=np.uint64, count=len(near.prompt_ids))
+        for table in tables:
+            table.drop(np.isin(as_numbers(table.prompt_ids), dropped), NEAR_DUPLICATE)
+    return near
+
+
+def find_duplicates(digests: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Status of each row: ``KEPT``, ``DUPLICATE`` or ``CONTRADICTION``.
+
+    ``digests`` has shape (rows, 2); the last bit is the direction of the preference. Of equal rows the first is kept. Rows
+    that occur in both directions are all dropped, because nothing decides which direction is right.
+    """
+    status = np.full(len(digests), KEPT, dtype=np.uint8)
+    if not len(digests):
+        return status
+    high, low = digests[:, 0], digests[:, 1] & EVEN
+    order = np.lexsort((low, high))  # stable: of equal rows the first comes first
+    new = np.ones(len(digests), dtype=bool)
+    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    starts = np.flatnonzero(new)
+    directions = (digests[:, 1] & np.uint64(1))[order]
+    both = np.minimum.reduceat(directions, starts) != np.maximum.reduceat(directions, starts)
+    status[order[~new]] = DUPLICATE
+    status[order[both[np.cumsum(new) - 1]]] = CONTRADICTION
+    return status
+
+
+def first_occurrences(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Mask of the first of equal values, or of equal digests of shape (rows, 2)."""
+    if values.ndim == 2:
+        undirected = values & np.array([2**64 - 1, 2**64 - 2], dtype=np.uint64)
+        return find_duplicates(undirected) == KEPT
+    mask = np.zeros(len(values), dtype=bool)
+    mask[np.unique(values, return_index=True)[1]] = True
+    return mask
 
 
 class MinHashIndex:
-    """Signatures of distinct prompts, in the order in which they came."""
+    """MinHash signatures of distinct prompts, in the order in which they were added."""
 
     def __init__(self) -> None:
         random = np.random.default_rng(0)
@@ -25,115 +104,74 @@ class MinHashIndex:
         self._b = random.integers(0, 2**63, HASHES, dtype=np.uint64)
         self._powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, GRAM + 1, dtype=np.uint64)
         self._seen: set[int] = set()
-        self._ids, self._openings, self._signatures = array("Q"), array("Q"), array("I")
+        self._prompt_ids, self._conversation_ids = array("Q"), array("Q")
+        self._signatures = array("I")
 
-    def add(self, prompt: int, opening: int, text: str) -> None:
-        """Sign a prompt that was not seen before. ``text`` is normalised."""
-        if prompt in self._seen:
+    def add(self, prompt_id: int, conversation_id: int, text: str) -> None:
+        """Add a prompt, unless its id was added before. ``text`` is normalized."""
+        if prompt_id in self._seen:
             return
-        self._seen.add(prompt)
+        self._seen.add(prompt_id)
         points = np.frombuffer(text.ljust(GRAM).encode("utf-32-le"), dtype=np.uint32)
         grams = np.lib.stride_tricks.sliding_window_view(points.astype(np.uint64), GRAM)
         hashed = np.unique(((grams + np.uint64(1)) * self._powers).sum(axis=1))
         hashed ^= hashed >> np.uint64(29)
         least = ((hashed[:, None] * self._a + self._b) >> np.uint64(32)).min(axis=0)
-        self._ids.append(prompt)
-        self._openings.append(opening)
+        self._prompt_ids.append(prompt_id)
+        self._conversation_ids.append(conversation_id)
         self._signatures.frombytes(least.astype(np.uint32).tobytes())
 
-    def near(self, threshold: float, kept: Any) -> tuple[dict[int, int], set[int]]:
-        """Openings to the opening that decides their split, and prompts that nearly repeat an earlier one.
+    def find_near_duplicates(
+        self, threshold: float, prompt_ids: NDArray[np.uint64]
+    ) -> NearDuplicates:
+        """Near-duplicates among ``prompt_ids``; all other prompts are ignored.
 
-        Both among the prompts ``kept`` alone: nobody is measured against a row that is not there.
+        The first of near-duplicate prompts represents the others, and prompts of one conversation belong together.
         """
-        ids, openings = _numbers(self._ids), _numbers(self._openings)
-        here = np.flatnonzero(np.isin(ids, kept))
-        ids, openings, count = ids[here], openings[here].tolist(), len(here)
+        places = np.flatnonzero(np.isin(as_numbers(self._prompt_ids), prompt_ids))
+        ids = as_numbers(self._prompt_ids)[places]
+        conversations = as_numbers(self._conversation_ids)[places].tolist()
         signatures = np.frombuffer(self._signatures, dtype=np.uint32).reshape(-1, HASHES)
-        parent = list(range(count))
-
-        def root(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = parent[i]
-            return i
-
-        def join(i: int, j: int) -> None:
-            one, other = root(i), root(j)
-            parent[max(one, other)] = min(one, other)  # the first that came stands for all
-
-        late: set[int] = set()
+        groups = _DisjointSets(len(places))
+        later: set[int] = set()
         for first in range(0, HASHES, BAND):
-            band = np.ascontiguousarray(signatures[here, first : first + BAND])
-            keys = band.view("V16").ravel() if count else band
-            _, bucket = np.unique(keys, return_inverse=True)
-            order = np.argsort(bucket, kind="stable")
-            for shift in range(1, min(NEIGHBOURS, count - 1) + 1):
-                one, other = order[:-shift], order[shift:]
-                same = bucket[one] == bucket[other]
-                for i, j in zip(one[same].tolist(), other[same].tolist(), strict=True):
-                    if (signatures[here[i]] == signatures[here[j]]).mean() >= threshold:
-                        join(i, j)
-                        late.add(int(ids[max(i, j)]))
-        begun: dict[int, int] = {}
-        for i, opening in enumerate(openings):
-            join(i, begun.setdefault(opening, i))
-        decides = {opening: openings[root(i)] for i, opening in enumerate(openings)}
-        return decides, late
+            band = np.ascontiguousarray(signatures[places, first : first + BAND])
+            for i, j in _same_bucket(band):
+                if (signatures[places[i]] == signatures[places[j]]).mean() >= threshold:
+                    groups.join(i, j)
+                    later.add(int(ids[max(i, j)]))
+        begins: dict[int, int] = {}
+        for i, conversation in enumerate(conversations):
+            groups.join(i, begins.setdefault(conversation, i))
+        representatives = {c: conversations[groups.root(i)] for i, c in enumerate(conversations)}
+        return NearDuplicates(later, representatives)
 
 
-def _numbers(values: array[int]) -> Any:
-    return np.frombuffer(values, dtype=np.uint64) if values else np.zeros(0, np.uint64)
+def _same_bucket(band: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
+    """Pairs of rows whose hashes in a band are equal, each row with up to ``NEIGHBORS`` following ones."""
+    count = len(band)
+    keys: Any = band.view("V16").ravel() if count else band
+    _, bucket = np.unique(keys, return_inverse=True)
+    order = np.argsort(bucket, kind="stable")
+    for shift in range(1, min(NEIGHBORS, count - 1) + 1):
+        one, other = order[:-shift], order[shift:]
+        same = bucket[one] == bucket[other]
+        yield from zip(one[same].tolist(), other[same].tolist(), strict=True)
 
 
-KEPT, DUPLICATE, CONTRADICTION, NEAR_DUPLICATE, WEIGHED_OUT = range(5)
-REASONS = {
-    DUPLICATE: "exact duplicate",
-    CONTRADICTION: "contradiction",
-    NEAR_DUPLICATE: "near-duplicate prompt",
-    WEIGHED_OUT: "left out by weight",
-}
-EVEN = np.uint64(2**64 - 2)
+class _DisjointSets:
+    """Union-find; the smallest member is the root of its set."""
 
+    def __init__(self, count: int) -> None:
+        self._parents = list(range(count))
 
-def repeats(keys: Any) -> Any:
-    """One verdict a row. ``keys`` are 128 bits a row, the last of them the direction of the preference.
+    def root(self, i: int) -> int:
+        parents = self._parents
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
 
-    The first of equal rows is kept. All rows that are there in both directions are dropped: nothing says which is right.
-    """
-    verdict = np.zeros(len(keys), dtype=np.uint8)
-    if not len(keys):
-        return verdict
-    high, low = keys[:, 0], keys[:, 1] & EVEN
-    order = np.lexsort((low, high))  # stable: the first of equals comes first
-    new = np.ones(len(keys), dtype=bool)
-    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
-    starts = np.flatnonzero(new)
-    turned = (keys[:, 1] & np.uint64(1))[order]
-    both = np.minimum.reduceat(turned, starts) != np.maximum.reduceat(turned, starts)
-    verdict[order[~new]] = DUPLICATE
-    verdict[order[both[np.cumsum(new) - 1]]] = CONTRADICTION
-    return verdict
-
-
-def firsts(values: Any) -> Any:
-    """Mark the first of equal values, or of equal rows."""
-    if values.ndim == 2:
-        return repeats(values & np.array([2**64 - 1, 2**64 - 2], dtype=np.uint64)) == KEPT
-    marked = np.zeros(len(values), dtype=bool)
-    marked[np.unique(values, return_index=True)[1]] = True
-    return marked
-
-
-def pairs_of(values: array[int]) -> Any:
-    """An array of two numbers a row."""
-    return (
-        np.frombuffer(values, dtype=np.uint64).reshape(-1, 2)
-        if values
-        else np.zeros((0, 2), np.uint64)
-    )
-
-
-def numbers_of(values: array[int]) -> Any:
-    """An array of one number a row."""
-    return np.frombuffer(values, dtype=np.uint64) if values else np.zeros(0, np.uint64)
+    def join(self, i: int, j: int) -> None:
+        one, other = self.root(i), self.root(j)
+        self._parents[max(one, other)] = min(one, other)

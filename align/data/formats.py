@@ -1,29 +1,26 @@
-"""Readers: the raw row of a source in, a conversational row or the reason to drop it out.
+"""Formats: a raw row to a conversational row, or the reason to drop it.
 
-A prompt is an optional system turn, then user and assistant in turn, ending in a user turn; a
-completion is one assistant turn. Plain text becomes one turn. Whole conversations, and the
-transcripts of HH-RLHF, are cut where their common beginning ends. What a part of a source holds
-is read off its columns, once for all its rows. Left out: tool calls, images, ShareGPT's names.
+A prompt is an optional system turn, then user and assistant turns in alternation, ending in a user turn; a completion is
+one assistant turn. Plain text becomes one turn. Whole conversations, and the transcripts of HH-RLHF, are divided where
+their common beginning ends. The columns of a part decide the kind of all its rows: pairs, demonstrations or labeled
+completions. Not supported: tool calls, images, the names of ShareGPT.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from align.config.data import FORMATS, REQUIRED_COLUMNS
-from align.data.rows import ROLES, DroppedError, prompt_id
-from align.data.sources import Part, Raw
+from align.config.data import FORMATS, REQUIRED_COLUMNS, columns_read
+from align.data.rows import ROLES, DroppedError, Messages, Raw, Row, prompt_id
+from align.data.sources import Part
 from align.errors import UserError, nearest
 
-if TYPE_CHECKING:
-    from align.data.rows import Messages, Row
-
-
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_FORMATS = (("chosen", "rejected"),)
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _SYNONYMS = {
@@ -34,27 +31,40 @@ _SYNONYMS = {
     "messages": ("conversations", "conversation", "dialogue", "turns"),
 }
 
-
-def kind_read(names: Iterable[str], reader: str) -> str:
-    """Say which kind of rows a reader makes of a part with these columns."""
-    return "pairs" if reader in REQUIRED_COLUMNS else kind_of(names)
+# Rows
 
 
-def pair(raw: Raw, *, reader: str = "columns") -> Row:
-    """Read a raw row as a pair, or raise :class:`DroppedError` with the reason."""
-    if reader == "hh":
-        sides = {side: hh_turns(raw.get(side)) for side in ("chosen", "rejected")}
-        row = _assemble(None, sides)
-    else:
-        sides = {side: _turns(raw.get(side), "assistant") for side in ("chosen", "rejected")}
-        row = _assemble(raw.get("prompt"), sides)
+def read_row(raw: Raw, kind: str, reader: str) -> Row:
+    """Convert a raw row of a kind.
+
+    Raises:
+        DroppedError: The row cannot be used.
+    """
+    if kind == "pairs":
+        return hh_pair(raw) if reader == "hh" else pair(raw)
+    return labeled(raw) if kind == "unpaired" else demonstration(raw)
+
+
+def pair(raw: Raw) -> Row:
+    """Convert a row with ``chosen``, ``rejected`` and ``prompt``, which whole conversations may omit."""
+    sides = {side: _turns(raw.get(side), "assistant") for side in ("chosen", "rejected")}
+    return _check_distinct(_assemble(raw.get("prompt"), sides))
+
+
+def hh_pair(raw: Raw) -> Row:
+    """Convert a row whose ``chosen`` and ``rejected`` are transcripts, as in HH-RLHF."""
+    sides = {side: hh_turns(raw.get(side)) for side in ("chosen", "rejected")}
+    return _check_distinct(_assemble(None, sides))
+
+
+def _check_distinct(row: Row) -> Row:
     if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
         raise DroppedError("chosen equals rejected")
     return row
 
 
 def demonstration(raw: Raw) -> Row:
-    """Read a raw row as a demonstration; of ``messages`` the last turn is the completion."""
+    """Convert a row with ``prompt`` and ``completion``, or with ``messages``, whose last turn is the completion."""
     value = raw.get("completion") if "completion" in raw else raw.get("messages")
     if "completion" not in raw and isinstance(value, str):
         raise DroppedError("messages are not a list")
@@ -62,7 +72,7 @@ def demonstration(raw: Raw) -> Row:
 
 
 def labeled(raw: Raw) -> Row:
-    """Read a raw row as a completion with a label, true or false."""
+    """Convert a demonstration with a ``label``: true or false, also as a number or text."""
     row = demonstration(raw)
     label = _LABELS.get(str(raw.get("label")).strip().lower())
     if label is None:
@@ -71,149 +81,52 @@ def labeled(raw: Raw) -> Row:
 
 
 def hh_turns(text: object) -> Messages:
-    r"""Read a transcript as in HH-RLHF; a turn begins at "\n\nHuman:" or "\n\nAssistant:" alone."""
+    r"""Turns of a transcript, as in HH-RLHF; a turn begins at "\n\nHuman:" or "\n\nAssistant:" only."""
     if not isinstance(text, str):
         raise DroppedError("missing value" if text is None else "content is not text")
     head, *rest = _HH_TURN.split("\n\n" + text.lstrip())
     if head.strip() or not rest or rest[0] != "Human":
         raise DroppedError("not an HH transcript")
     turns = zip(rest[::2], rest[1::2], strict=True)
-    return [{"role": _HH_ROLES[who], "content": _text(said.strip())} for who, said in turns]
+    return [{"role": _HH_ROLES[name], "content": _text(turn.strip())} for name, turn in turns]
 
 
-def columns_of(part: Part, columns: Mapping[str, str] | None = None) -> list[str]:
-    """List the columns at the head of a part, under the names that ``columns`` gives them."""
-    names = dict.fromkeys(name for row in part.head for name in row)
-    return list(rename_columns(names, columns or {}))
-
-
-def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
-    """Give a row our names, by a map ``{ours: theirs}``; a mapped column keeps no second name."""
-    if not columns:
-        return raw
-    mapped = {ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}
-    taken = {columns[ours] for ours in mapped}
-    return {name: value for name, value in raw.items() if name not in taken} | mapped
-
-
-def kind_of(names: Iterable[str]) -> str:
-    """Say which kind of rows the columns make: empty if they make none."""
-    names = set(names)
-    if {"chosen", "rejected"} <= names:
-        return "pairs"
-    if {"prompt", "completion"} <= names or "messages" in names:
-        return "unpaired" if "label" in names else "demonstrations"
-    return ""
-
-
-def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) -> None:
-    """Raise what the columns of the parts lack, for all parts at once."""
-    parts = [part for part in parts if part.head]
-    names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
-    wrong: list[str] = []
-    for ours, theirs in columns.items():
-        if names and theirs not in names:
-            hint = nearest(theirs, names, only_near=True) or f"; found {_ticked(names)}"
-            wrong.append(f"columns: {{{ours}: {theirs}}}: no column `{theirs}`{hint}")
-    if wrong:
-        raise UserError(*wrong)
-    for part in parts:
-        found = columns_of(part, columns)
-        row = rename_columns(part.head[0], columns)
-        if reader in REQUIRED_COLUMNS:
-            lacks = [name for name in REQUIRED_COLUMNS[reader] if name not in found]
-            if lacks:
-                wrong.append(
-                    f"{part.name}: no column {_ticked(lacks)}, which `reader: {reader}` needs;"
-                    f" found {_ticked(found)}; map it with `columns: {{{lacks[0]}: ...}}`"
-                )
-        elif reader == "columns" and "chosen" in found and _is_transcript(row):
-            wrong.append(f"{part.name}: these are whole transcripts; read them with `reader: hh`")
-        elif not kind_of(found) or (
-            kind_of(found) == "pairs"
-            and reader == "columns"
-            and "prompt" not in found
-            and not any(
-                isinstance(rename_columns(raw, columns).get("chosen"), list) for raw in part.head
-            )
-        ):
-            wrong.append(_missing(part.name, found, reader))
-    if wrong:
-        raise UserError(*wrong)
-
-
-def _is_transcript(row: Raw) -> bool:
-    return str(row.get("prompt") or row.get("chosen")).startswith("\n\nHuman:")
-
-
-def _missing(name: str, found: list[str], reader: str) -> str:
-    """Word what is missing, for the format that the columns come nearest to."""
-
-    def lacking(wanted: tuple[str, ...]) -> dict[str, str | None]:
-        left = [theirs for theirs in found if theirs not in wanted]
-        return {ours: _nearest(ours, left) for ours in wanted if ours not in found}
-
-    def far(wanted: tuple[str, ...]) -> tuple[int, int]:
-        lacks = lacking(wanted)
-        return list(lacks.values()).count(None), len(lacks) - len(wanted)
-
-    formats = (("chosen", "rejected"),) if reader == "hh" else FORMATS
-    best = min(formats, key=far)
-    lacks = lacking(best)
-    if far(best) == (len(best), 0):
-        return (
-            f"{name}: found {_ticked(found)}; needed {' or '.join(map(_ticked, formats))};"
-            f" map them with `columns: {{{formats[0][0]}: ...}}`"
-        )
-    given = ", ".join(f"{ours}: {theirs or '...'}" for ours, theirs in lacks.items())
-    pairs = "" if "chosen" in best else f" (pairs have {_ticked(FORMATS[0])})"
-    return (
-        f"{name}: no column {_ticked(lacks)}; found {_ticked(found)};"
-        f" map it with `columns: {{{given}}}`{pairs}"
-    )
-
-
-def _nearest(ours: str, names: list[str]) -> str | None:
-    names = [name for name in names if name != "id" and not name.endswith("_id")]
-    alike = [name for name in names if name in _SYNONYMS.get(ours, ()) or ours in name]
-    return next(iter(alike or difflib.get_close_matches(ours, names, n=1)), None)
-
-
-def _ticked(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
-
-
-def _assemble(given: object, sides: Mapping[str, Messages]) -> Row:
-    """Join a prompt and completions, or take the common beginning of whole conversations."""
+def _assemble(prompt: object, sides: Mapping[str, Messages]) -> Row:
+    """Join a prompt and completions; ``sides`` may be whole conversations instead."""
     if any(not turns for turns in sides.values()):
         raise DroppedError("blank completion")
     if all(turns[0]["role"] != "assistant" for turns in sides.values()):
-        if any(turns[-1]["role"] != "assistant" for turns in sides.values()):
-            raise DroppedError("ends in a user turn")
-        first, *others = sides.values()
-        shared, longest = 0, min(len(turns) for turns in sides.values()) - 1
-        while shared < longest and all(turns[shared] == first[shared] for turns in others):
-            shared += 1
-        if shared == 0 and longest:
-            raise DroppedError("transcripts share no beginning")
-        if any(len(turns) != shared + 1 for turns in sides.values()):
-            raise DroppedError("transcripts part before the last turn")
-        prompt, sides = first[:shared], {side: turns[shared:] for side, turns in sides.items()}
-        # beside whole conversations a column `prompt` only repeats one of their turns
-        repeated = [turn["content"] for turn in _turns(given, "user")] if given else []
-        if not set(repeated) <= {turn["content"] for turn in prompt}:
-            raise DroppedError("prompt is not in the transcripts")
-    elif given is None:
+        prompt_turns, completions = _divide_conversations(prompt, sides)
+    elif prompt is None:
         raise DroppedError("no prompt")
     else:
-        prompt = _turns(given, "user")
-    _check_prompt(prompt)
-    for turns in sides.values():
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise DroppedError("completion is not one assistant turn")
-        if not turns[0]["content"].strip():
-            raise DroppedError("blank completion")
-    return {"prompt": prompt, **sides, "prompt_id": prompt_id(prompt)}
+        prompt_turns, completions = _turns(prompt, "user"), dict(sides)
+    _check_prompt(prompt_turns)
+    for turns in completions.values():
+        _check_completion(turns)
+    return {"prompt": prompt_turns, **completions, "prompt_id": prompt_id(prompt_turns)}
+
+
+def _divide_conversations(
+    prompt: object, conversations: Mapping[str, Messages]
+) -> tuple[Messages, dict[str, Messages]]:
+    """The common beginning of conversations, and the last turn of each."""
+    if any(turns[-1]["role"] != "assistant" for turns in conversations.values()):
+        raise DroppedError("ends in a user turn")
+    first, *others = conversations.values()
+    n_shared, longest = 0, min(len(turns) for turns in conversations.values()) - 1
+    while n_shared < longest and all(turns[n_shared] == first[n_shared] for turns in others):
+        n_shared += 1
+    if n_shared == 0 and longest:
+        raise DroppedError("transcripts share no beginning")
+    if any(len(turns) != n_shared + 1 for turns in conversations.values()):
+        raise DroppedError("transcripts part before the last turn")
+    shared = first[:n_shared]
+    # A column `prompt` next to whole conversations repeats one of their turns.
+    repeated = [turn["content"] for turn in _turns(prompt, "user")] if prompt else []
+    if not set(repeated) <= {turn["content"] for turn in shared}:
+        raise DroppedError("prompt is not in the transcripts")
+    return shared, {side: turns[n_shared:] for side, turns in conversations.items()}
 
 
 def _turns(value: object, role: str) -> Messages:
@@ -233,7 +146,7 @@ def _text(value: object) -> str:
         raise DroppedError("content is not text")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as "\ud83d" in JSON
+    except UnicodeEncodeError:  # half of a surrogate pair, such as "\ud83d" in JSON
         raise DroppedError("content is not Unicode text") from None
     return value
 
@@ -247,3 +160,158 @@ def _check_prompt(prompt: Messages) -> None:
         raise DroppedError("two turns in a row by one speaker")
     if not roles or "system" in roles or roles[0] != "user":
         raise DroppedError("wrong roles")
+
+
+def _check_completion(turns: Messages) -> None:
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise DroppedError("completion is not one assistant turn")
+    if not turns[0]["content"].strip():
+        raise DroppedError("blank completion")
+
+
+# Columns
+
+
+def kind_of_part(part: Part, reader: str, columns: Mapping[str, str]) -> str:
+    """Kind of the rows that a reader makes of a part."""
+    return "pairs" if reader in REQUIRED_COLUMNS else kind_of(columns_of(part, columns))
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """Kind of the rows with these columns; empty if the columns fit no kind."""
+    names = set(names)
+    if {"chosen", "rejected"} <= names:
+        return "pairs"
+    if {"prompt", "completion"} <= names or "messages" in names:
+        return "unpaired" if "label" in names else "demonstrations"
+    return ""
+
+
+def columns_of(part: Part, columns: Mapping[str, str] | None = None) -> list[str]:
+    """Columns at the head of a part, renamed by ``columns``."""
+    names = dict.fromkeys(name for row in part.head for name in row)
+    return list(rename_columns(names, columns or {}))
+
+
+def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
+    """Rename columns by a map from Align's names to the source's; a mapped column loses its old name."""
+    if not columns:
+        return raw
+    renamed = {own: raw[name] for own, name in columns.items() if name in raw}
+    taken = {columns[own] for own in renamed}
+    return {name: value for name, value in raw.items() if name not in taken} | renamed
+
+
+def check_column_map(reader: str, columns: Mapping[str, str]) -> None:
+    """Check the keys of ``columns`` for a reader, before the source is read.
+
+    Raises:
+        UserError: A key is not a column that the reader uses, or one column is mapped twice.
+    """
+    known = columns_read(reader)
+    problems = [
+        f"columns: {own}: not a column of `reader: {reader}`{nearest(own, known)}"
+        for own in columns
+        if own not in known
+    ]
+    problems += [
+        f"columns: `{name}` is mapped twice; keep one of the two keys"
+        for name, count in Counter(columns.values()).items()
+        if count > 1
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) -> None:
+    """Check the columns of all parts of a source.
+
+    Raises:
+        UserError: One line for each part, or each key of ``columns``, that lacks a column.
+    """
+    parts = [part for part in parts if part.head]
+    names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
+    problems = []
+    for own, name in columns.items():
+        if names and name not in names:
+            hint = nearest(name, names, only_near=True) or f"; found {_quoted(names)}"
+            problems.append(f"columns: {{{own}: {name}}}: no column `{name}`{hint}")
+    if problems:
+        raise UserError(*problems)
+    for part in parts:
+        if reader in REQUIRED_COLUMNS:
+            problems += _public_problems(part, reader, columns)
+        elif reader == "hh":
+            problems += _transcript_problems(part, columns)
+        else:
+            problems += _column_problems(part, columns)
+    if problems:
+        raise UserError(*problems)
+
+
+def _public_problems(part: Part, reader: str, columns: Mapping[str, str]) -> list[str]:
+    names = columns_of(part, columns)
+    missing = [name for name in REQUIRED_COLUMNS[reader] if name not in names]
+    if not missing:
+        return []
+    return [
+        f"{part.name}: no column {_quoted(missing)}, required by `reader: {reader}`;"
+        f" found {_quoted(names)}; map it with `columns: {{{missing[0]}: ...}}`"
+    ]
+
+
+def _transcript_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
+    names = columns_of(part, columns)
+    return [] if kind_of(names) else [_missing_columns(part.name, names, _HH_FORMATS)]
+
+
+def _column_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
+    names = columns_of(part, columns)
+    rows = [rename_columns(raw, columns) for raw in part.head]
+    if "chosen" in names and _is_transcript(rows[0]):
+        return [f"{part.name}: the rows are whole transcripts; read them with `reader: hh`"]
+    kind = kind_of(names)
+    has_prompt = "prompt" in names or any(isinstance(row.get("chosen"), list) for row in rows)
+    if not kind or (kind == "pairs" and not has_prompt):
+        return [_missing_columns(part.name, names, FORMATS)]
+    return []
+
+
+def _is_transcript(row: Raw) -> bool:
+    return str(row.get("prompt") or row.get("chosen")).startswith("\n\nHuman:")
+
+
+def _missing_columns(part: str, names: list[str], formats: tuple[tuple[str, ...], ...]) -> str:
+    """Message for missing columns, for the format that the columns are nearest to."""
+
+    def missing(format: tuple[str, ...]) -> dict[str, str | None]:
+        others = [name for name in names if name not in format]
+        return {own: _nearest_column(own, others) for own in format if own not in names}
+
+    def distance(format: tuple[str, ...]) -> tuple[int, int]:
+        absent = missing(format)
+        return list(absent.values()).count(None), len(absent) - len(format)
+
+    best = min(formats, key=distance)
+    if distance(best) == (len(best), 0):
+        return (
+            f"{part}: found {_quoted(names)}; expected {' or '.join(map(_quoted, formats))};"
+            f" map them with `columns: {{{formats[0][0]}: ...}}`"
+        )
+    absent = missing(best)
+    column_map = ", ".join(f"{own}: {name or '...'}" for own, name in absent.items())
+    pairs = "" if "chosen" in best else f" (pairs have {_quoted(FORMATS[0])})"
+    return (
+        f"{part}: no column {_quoted(absent)}; found {_quoted(names)};"
+        f" map it with `columns: {{{column_map}}}`{pairs}"
+    )
+
+
+def _nearest_column(own: str, names: list[str]) -> str | None:
+    names = [name for name in names if name != "id" and not name.endswith("_id")]
+    alike = [name for name in names if name in _SYNONYMS.get(own, ()) or own in name]
+    return next(iter(alike or difflib.get_close_matches(own, names, n=1)), None)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"

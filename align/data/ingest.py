@@ -1,211 +1,223 @@
-"""data.ingest"""
+"""Ingestion: read sources into row tables, checking every row before it is stored."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from align.data import decontamination, deduplication
-from align.data.deduplication import KEPT
+from align.config.data import MixtureSource, Prepare, Source
+from align.data.decontamination import EvaluationPrompts, user_texts
+from align.data.deduplication import MinHashIndex
 from align.data.formats import (
+    check_column_map,
     check_columns,
     columns_of,
-    demonstration,
-    kind_read,
-    labeled,
-    pair,
+    kind_of_part,
+    read_row,
     rename_columns,
 )
 from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_store import RowTable
-from align.data.rows import DroppedError, Row, normalize_text
-from align.data.sources import Part, Raw, read_file, read_source, source_files
+from align.data.rows import DroppedError, Raw, Row, normalize_text
+from align.data.sources import Part, read_source, source_files
 from align.errors import UserError, nearest
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A source, and how it is read."""
+class Ingested:
+    """Tables of all sources, by kind."""
 
-    source: str
-    reader: str = "columns"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    config: str | None = None
-    data_dir: str | None = None
-    data_split: str = "train"
-    revision: str | None = None
-    max_rows: int | None = None
-    weight: float | None = None
-    options: PairingOptions = field(default_factory=PairingOptions)
+    sources: list[MixtureSource]
+    preferences: dict[str, RowTable]
+    """Rows of the source or of the mixture."""
+    demonstrations: dict[str, RowTable] | None
+    """Rows of the source ``demonstrations``, if it is set."""
+    minhash: MinHashIndex | None
+    """Signatures of all prompts, if near-duplicates are searched for."""
+    files: list[Path]
+    """Local files that were read."""
 
+    @property
+    def tables(self) -> list[RowTable]:
+        """All tables."""
+        return [*self.preferences.values(), *(self.demonstrations or {}).values()]
 
-def _origin(told: Mapping[str, Any], seed: int) -> Origin:
-    options = PairingOptions(
-        pairing=told.get("pairing") or "best_worst",
-        margin=told.get("margin") or 0.0,
-        ratio=told.get("ratio") or 1.0,
-        languages=tuple(told.get("languages") or ()),
-        seed=seed,
-    )
-    names = (
-        "source",
-        "reader",
-        "config",
-        "data_dir",
-        "data_split",
-        "revision",
-        "max_rows",
-        "weight",
-    )
-    known = {name: told[name] for name in names if told.get(name) is not None}
-    return Origin(**known, columns=dict(told.get("columns") or {}), options=options)
+    @property
+    def name(self) -> str:
+        """Names of the sources, for messages."""
+        return ", ".join(source.source for source in self.sources)
 
 
-def evaluation_prompts(source: str, n: int) -> decontamination.EvaluationPrompts:
-    """Read a set of evaluation prompts: every file of a folder, a Hub set's ``test``."""
-    found, unread = [], 0
-    files = source_files(source, split="")
-    for part in [*map(read_file, files)] or read_source(source, split="test"):
-        for raw in part.rows:
-            texts = decontamination.prompts_of(raw)
-            found += texts or []
-            unread += texts is None
-    if unread or not found:
-        raise UserError(
-            f"decontaminate: {source}: {unread} rows have no text under `prompt`, `messages`, `question` or"
-            " `instruction`; rename the column that holds the prompt"
-        )
-    return decontamination.EvaluationPrompts(source, found, n)
+def ingest(config: Prepare) -> Ingested:
+    """Read and check all sources of a stage.
 
-
-@dataclass
-class Ingest:
-    """Reads sources into tables: what a row must pass before it is spooled."""
-
-    named: list[decontamination.EvaluationPrompts]
-    prompts: deduplication.MinHashIndex | None
-    keep: list[str]
-
-    def read(self, origins: Sequence[Origin], first: int) -> dict[str, RowTable]:
-        """Tables by kind. Sources are numbered from ``first``."""
-        tables: dict[str, RowTable] = {}
-        for number, origin in enumerate(origins, start=first):
-            parts = read_source(
-                origin.source,
-                config=origin.config,
-                data_dir=origin.data_dir,
-                split=origin.data_split,
-                revision=origin.revision,
-                # of messages as many make a tree as will: the trees are counted below
-                max_rows=None if origin.reader == "oasst" else origin.max_rows,
+    Raises:
+        UserError: One line for each problem with the sources.
+    """
+    sources = preference_sources(config)
+    for source in sources:
+        check_column_map(source.reader, source.columns)
+    ingester = _Ingester(config)
+    preferences, demonstrations = ingester.read(sources), None
+    names = ", ".join(source.source for source in sources)
+    if config.demonstrations is not None:
+        demonstrations = ingester.read([_demonstration_source(config, sources[0])])
+        preferences.pop("demonstrations", None)
+        if not preferences:
+            raise UserError(
+                f"{names}: contains only demonstrations, and `demonstrations` names another source;"
+                " set `source` to one of the two, and remove `demonstrations`"
             )
-            check_columns(parts, origin.reader, origin.columns)
-            lacks = [
-                name
-                for name in self.keep
-                if parts and not any(name in row for part in parts for row in part.head)
-            ]
-            if lacks and any(part.head for part in parts):
-                found = list(dict.fromkeys(n for part in parts for n in columns_of(part)))
-                raise UserError(
-                    *(
-                        f"keep: {origin.source} has no column `{n}`{nearest(n, found)}"
-                        for n in lacks
-                    )
-                )
-            raws: Counter[str] = Counter()
+    files = list(dict.fromkeys(ingester.files))
+    return Ingested(sources, preferences, demonstrations, ingester.minhash, files)
+
+
+def preference_sources(config: Prepare) -> list[MixtureSource]:
+    """The sources of the mixture, or the one source."""
+    if config.mixture:
+        return config.mixture
+    settings = {name: getattr(config, name) for name in Source.model_fields}
+    return [MixtureSource.model_construct(**settings, source=config.source)]
+
+
+def _demonstration_source(config: Prepare, first: MixtureSource) -> MixtureSource:
+    """The source ``demonstrations``: read like the first source, without its Hub configuration and revision."""
+    return MixtureSource.model_construct(
+        source=config.demonstrations,
+        reader=first.reader,
+        columns=first.columns,
+        data_split=config.data_split,
+        max_rows=config.max_rows,
+    )
+
+
+def evaluation_prompts(name: str, n: int) -> EvaluationPrompts:
+    """Read a set of evaluation prompts: a file, all files of a folder, or the split ``test`` of a Hub data set.
+
+    Raises:
+        UserError: A row has no prompt.
+    """
+    files = source_files(name, split="")
+    parts: list[Part] = []
+    for source, split in [(str(file), "") for file in files] or [(name, "test")]:
+        parts += read_source(MixtureSource.model_construct(source=source, data_split=split))
+    texts, n_unread = list[str](), 0
+    for part in parts:
+        for raw in part.rows:
+            prompt = user_texts(raw)
+            texts += prompt or []
+            n_unread += prompt is None
+    if n_unread or not texts:
+        raise UserError(
+            f"decontaminate: {name}: {n_unread} rows have no text in `prompt`, `messages`, `question` or"
+            " `instruction`; rename the column that contains the prompt"
+        )
+    return EvaluationPrompts(name, texts, n)
+
+
+class _Ingester:
+    """Reads sources one after the other; they are numbered in this order."""
+
+    def __init__(self, config: Prepare) -> None:
+        self._config = config
+        self._evaluation = [evaluation_prompts(name, config.ngram) for name in config.decontaminate]
+        self.minhash = MinHashIndex() if config.near_duplicates else None
+        self.files: list[Path] = []
+        self._n_sources = 0
+
+    def read(self, sources: Sequence[MixtureSource]) -> dict[str, RowTable]:
+        """Tables of sources, sorted by kind."""
+        tables: dict[str, RowTable] = {}
+        for source in sources:
+            # For trees, `max_rows` counts trees below, not messages here.
+            max_rows = None if source.reader == "oasst" else source.max_rows
+            parts = read_source(source, max_rows=max_rows)
+            check_columns(parts, source.reader, source.columns)
+            self._check_parts(parts, source)
+            n_rows: Counter[str] = Counter()
             for part in parts:
                 if part.head:
-                    self._part(part, origin, number, tables, raws)
-            if not any(part.head for part in parts):
-                many = "s" * (len(parts) > 1)
-                raise UserError(f"{origin.source}: no rows; found {len(parts)} empty file{many}")
+                    self._read_part(part, source, tables, n_rows)
+            self.files += source_files(source.source, split=source.data_split)
+            self._n_sources += 1
         return dict(sorted(tables.items()))
 
-    def _part(
-        self,
-        part: Part,
-        origin: Origin,
-        number: int,
-        tables: dict[str, RowTable],
-        raws: Counter[str],
-    ) -> None:
-        kind = kind_read(columns_of(part, origin.columns), origin.reader)
-        table = tables.setdefault(kind, RowTable(kind))
-        for raw in trees(part.rows) if origin.reader == "oasst" else part.rows:
-            if origin.max_rows is not None and raws[kind] >= origin.max_rows:
-                break
-            raws[kind] += 1
-            for found in _read_raw(rename_columns(raw, origin.columns), origin):
-                table.read[number] += 1
-                try:
-                    if isinstance(found, DroppedError):
-                        raise found
-                    row = _row(found, kind, origin.reader)
-                    self._check_clean(row)
-                except DroppedError as reason:
-                    table.dropped[number, str(reason)] += 1
-                    continue
-                table.add(
-                    row, number, {k: _flat(raw.get(k)) for k in self.keep}, found.get("margin")
-                )
-                if self.prompts is not None:
-                    text = "\n".join(normalize_text(turn["content"]) for turn in row["prompt"])
-                    self.prompts.add(table.prompts[-1], table.openings[-1], text)
+    def _check_parts(self, parts: Sequence[Part], source: MixtureSource) -> None:
+        """Raise an error if the source is empty or lacks a column that is copied."""
+        rows = [row for part in parts for row in part.head]
+        if not rows:
+            files = "1 empty file" if len(parts) == 1 else f"{len(parts)} empty files"
+            raise UserError(f"{source.source}: no rows; found {files}")
+        missing = [name for name in self._config.keep if not any(name in row for row in rows)]
+        if missing:
+            names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
+            raise UserError(
+                *(f"keep: {source.source} has no column `{m}`{nearest(m, names)}" for m in missing)
+            )
 
-    def _check_clean(self, row: Row) -> None:
-        if self.named:
+    def _read_part(
+        self, part: Part, source: MixtureSource, tables: dict[str, RowTable], n_rows: Counter[str]
+    ) -> None:
+        kind = kind_of_part(part, source.reader, source.columns)
+        table = tables.setdefault(kind, RowTable(kind))
+        options = _pairing_options(source, self._config.split_seed)
+        for raw in trees(part.rows) if source.reader == "oasst" else part.rows:
+            if source.max_rows is not None and n_rows[kind] >= source.max_rows:
+                break
+            n_rows[kind] += 1
+            copied = {name: _flatten(raw.get(name)) for name in self._config.keep}
+            renamed = rename_columns(raw, source.columns)
+            for converted in _convert(renamed, source.reader, options):
+                table.n_read[self._n_sources] += 1
+                try:
+                    if isinstance(converted, DroppedError):
+                        raise converted
+                    row = read_row(converted, kind, source.reader)
+                    self._check_contamination(row)
+                except DroppedError as reason:
+                    table.n_invalid[self._n_sources, str(reason)] += 1
+                else:
+                    table.add(row, self._n_sources, copied, converted.get("margin"))
+                    self._add_to_index(table, row)
+
+    def _check_contamination(self, row: Row) -> None:
+        if self._evaluation:
             texts = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
-            for named in self.named:
-                reason = named.finds(texts)
+            for prompts in self._evaluation:
+                reason = prompts.contamination(texts)
                 if reason:
                     raise DroppedError(reason)
 
+    def _add_to_index(self, table: RowTable, row: Row) -> None:
+        if self.minhash is not None:
+            text = "\n".join(normalize_text(turn["content"]) for turn in row["prompt"])
+            self.minhash.add(table.prompt_ids[-1], table.conversation_ids[-1], text)
 
-def _flat(value: Any) -> Any:
-    """JSON text of a list or an object: Parquet would give all rows the fields of the first, and lose the others."""
+
+def _pairing_options(source: MixtureSource, seed: int) -> PairingOptions:
+    return PairingOptions(
+        pairing=source.pairing or "best_worst",
+        margin=source.margin or 0.0,
+        ratio=source.ratio or 1.0,
+        languages=tuple(source.languages),
+        seed=seed,
+    )
+
+
+def _convert(raw: Raw, reader: str, options: PairingOptions) -> Iterator[Raw | DroppedError]:
+    """Raw pairs of a row of a public data set; any other row as it is, except a column ``margin``."""
+    if reader in PUBLIC_FORMATS:
+        return PUBLIC_FORMATS[reader](raw, options)
+    return iter([{name: value for name, value in raw.items() if name != "margin"}])
+
+
+def _flatten(value: Any) -> Any:
+    """JSON text of a list or an object: Parquet would give all objects the fields of the first, and lose others."""
     if not isinstance(value, (list, dict)):
         return value
     return json.dumps(value, default=str)
-
-
-def _read_raw(raw: Raw, origin: Origin) -> Iterator[Raw | DroppedError]:
-    """The rows that a reader makes of a raw one."""
-    if origin.reader in PUBLIC_FORMATS:
-        return PUBLIC_FORMATS[origin.reader](raw, origin.options)
-    return iter(
-        [{k: v for k, v in raw.items() if k != "margin"}]
-    )  # such a column is not ours to read
-
-
-def _row(raw: Raw, kind: str, reader: str) -> Row:
-    if kind == "pairs":
-        return pair(raw, reader="hh" if reader == "hh" else "columns")
-    return labeled(raw) if kind == "unpaired" else demonstration(raw)
-
-
-def check_usable(tables: Mapping[str, RowTable], source: str) -> None:
-    for kind, table in tables.items():
-        if not (table.verdict == KEPT).any():
-            reasons = table.all_dropped()
-            counts = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
-            transcripts = "not an HH transcript" in reasons
-            repair = "try `reader: columns`" if transcripts else "mend its rows, or map `columns:`"
-            raise UserError(
-                f"{source}: none of {table.read.total()} {kind} is usable: {counts}; {repair}"
-            )
-
-
-def _margins(main: Mapping[str, RowTable]) -> Any:
-    """Differences of scores of the pairs kept, where the source has scores."""
-    table = main.get("pairs")
-    if table is None or not len(table):
-        return np.zeros(0)
-    margins = np.frombuffer(table.margins, dtype=np.float64)[table.verdict == KEPT]
-    return margins[~np.isnan(margins)]

@@ -1,39 +1,40 @@
-"""data.mixing"""
+"""Mixing: subsample the sources of a mixture to the shares that their weights set."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from align.data.deduplication import KEPT, WEIGHED_OUT, pairs_of
-from align.data.row_store import _digest
+from align.config.data import Prepare
+from align.data.row_store import SUBSAMPLED, RowTable, as_digests, as_numbers, digest_words
 
-if TYPE_CHECKING:
-    from align.data.row_store import RowTable
+
+def mix(tables: Iterable[RowTable], config: Prepare) -> None:
+    """Apply the weights of ``config.mixture`` to each table; without weights, all rows are kept."""
+    weights = {i: e.weight for i, e in enumerate(config.mixture) if e.weight is not None}
+    for table in tables:
+        apply_weights(table, weights, config.split_seed)
 
 
 def apply_weights(table: RowTable, weights: Mapping[int, float], seed: int) -> None:
-    """Leave out rows so that the sources' shares of what is kept are as ``weights`` say.
+    """Drop rows until the shares of the sources among the kept rows are proportional to ``weights``.
 
-    No row is repeated: the source that is shortest for its weight stays whole. A hash of the row and the seed decides,
-    so the same rows stay wherever they stand.
+    No row is repeated: the source that is smallest relative to its weight keeps all rows. A hash of row and seed selects
+    the rows, so the selection does not depend on their order.
     """
-    origins = (
-        np.frombuffer(table.origins, dtype=np.uint16) if len(table) else np.zeros(0, np.uint16)
-    )
-    rows = {o: np.flatnonzero((origins == o) & (table.verdict == KEPT)) for o in weights}
-    here = {o: weight for o, weight in weights.items() if len(rows[o])}
-    if not here:
+    sources = as_numbers(table.source_numbers, np.uint16)
+    rows = {source: np.flatnonzero((sources == source) & table.kept) for source in weights}
+    present = {source: weight for source, weight in weights.items() if len(rows[source])}
+    if not present:
         return
-    scale = min(len(rows[o]) / weight for o, weight in here.items())
-    mixed = pairs_of(table.keys)[:, 0] ^ np.uint64(_digest(str(seed))[0])
-    mixed = mixed * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(31)
-    for origin, weight in here.items():
-        target = int(scale * weight + 1e-9)
-        ordered = rows[origin][np.argsort(mixed[rows[origin]], kind="stable")]
-        which = np.zeros(len(table), dtype=bool)
-        which[ordered[target:]] = True
-        table.drop(which, WEIGHED_OUT)
+    scale = min(len(rows[source]) / weight for source, weight in present.items())
+    hashes = as_digests(table.row_digests)[:, 0] ^ np.uint64(digest_words(str(seed))[0])
+    hashes = hashes * np.uint64(0x9E3779B97F4A7C15)
+    hashes ^= hashes >> np.uint64(31)
+    for source, weight in present.items():
+        size = int(scale * weight + 1e-9)
+        ordered = rows[source][np.argsort(hashes[rows[source]], kind="stable")]
+        mask = np.zeros(len(table), dtype=bool)
+        mask[ordered[size:]] = True
+        table.drop(mask, SUBSAMPLED)

@@ -1,26 +1,56 @@
-"""Pairs of preferences from scored completions: best against worst, best against any other, or all against all."""
+"""Pairs from scored completions: best against worst, best against a random other, or all pairs.
+
+:func:`pairs_from_scores` pairs the sampled completions that a judge scored; :func:`pair_completions` pairs the scored
+completions in one row of a public data set. Both select candidates with :func:`candidate_pairs`. They differ in ties:
+sampled completions with equal scores are counted as ties, those of a public data set are never candidates.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from align.data.rows import DroppedError, Raw
+from align.data.rows import DroppedError, Raw, Row
 
-Row = dict[str, Any]
 Pairing = Literal["best_worst", "best_random", "all"]
+PairsOrDrops = Iterator[Raw | DroppedError]
+
+
+class Scored(NamedTuple):
+    """A completion, in the form that its source has, with its score."""
+
+    score: float
+    completion: Any
+
+
+def candidate_pairs(
+    scored: Sequence[Scored], pairing: Pairing, random: Random
+) -> Iterator[tuple[Scored, Scored]]:
+    """Completions to compare. For ``all``, pairs are in the order of ``scored``; otherwise the best comes first.
+
+    Completions with equal scores keep their order. ``best_random`` takes one draw from ``random``.
+    """
+    if pairing == "all":
+        yield from itertools.combinations(scored, 2)
+        return
+    best, *others = sorted(scored, key=lambda item: item.score, reverse=True)
+    yield best, others[-1] if pairing == "best_worst" else random.choice(others)
+
+
+# Completions of a stage `sample`, scored by a judge
 
 
 @dataclass(frozen=True, slots=True)
 class PairingResult:
-    """Pairs, what was left out by reason, and the share of pairs whose label agrees with the scores (a tie counts half)."""
+    """Pairs, the number of candidates dropped by reason, and the agreement of the labels with the scores.
+
+    ``agreement`` is the share of pairs whose chosen completion has the higher score; a tie counts half.
+    """
 
     rows: list[Row]
     dropped: dict[str, int]
@@ -37,69 +67,61 @@ def pairs_from_scores(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> PairingResult:
-    """Pairs of the completions of each prompt, with their scores; ``max_pairs`` keeps so many of them, drawn at random.
+    """Pair the completions of each prompt; ``max_pairs`` limits the result to a random subset.
 
-    Completions with the same text count once. Without ``slope`` the higher score is chosen, and what ties is left out: nothing
-    says which is better. With it labels are drawn from the Bradley-Terry model of the scores, ``sigmoid(slope * gap)``, noisy
-    like people's. A gap below ``margin`` is left out either way.
+    Completions with the same text count once, and pairs whose scores differ by less than ``margin`` are dropped. Without
+    ``slope`` the completion with the higher score is chosen, and ties are dropped. With ``slope`` the label is drawn from
+    the Bradley-Terry model of the scores, ``sigmoid(slope * difference)``, which models the noise of human labels.
     """
     random = Random(seed)
     dropped: Counter[str] = Counter()
-    found: list[Row] = []
-    for some in _by_prompt(rows, scores, dropped):
-        if len(some) < 2:
+    pairs: list[Row] = []
+    for completions in _distinct_completions(rows, scores, dropped):
+        if len(completions) < 2:
             dropped["prompt with one completion"] += 1
-        for first, second in _matches(some, pairing, random) if len(some) > 1 else ():
-            gap = first["score"] - second["score"]
+            continue
+        for first, second in candidate_pairs(completions, pairing, random):
+            gap = first.score - second.score
             if abs(gap) < margin:
                 dropped["gap below the margin"] += 1
             elif gap == 0 and slope is None:
                 dropped["tie"] += 1
             else:
-                chance = float(gap > 0) if slope is None else _sigmoid(slope * gap)
-                won = random.random() < chance
-                found.append(_pair(*((first, second) if won else (second, first))))
-    if max_pairs is not None and len(found) > max_pairs:
-        dropped["above `max_pairs`"] = len(found) - max_pairs
-        found = [found[i] for i in sorted(random.sample(range(len(found)), max_pairs))]
-    gaps = [row["chosen_score"] - row["rejected_score"] for row in found]
-    agreeing = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
-    return PairingResult(found, dict(dropped), agreeing / max(len(found), 1))
+                probability = float(gap > 0) if slope is None else _sigmoid(slope * gap)
+                first_wins = random.random() < probability
+                pairs.append(_pair(*((first, second) if first_wins else (second, first))))
+    if max_pairs is not None and len(pairs) > max_pairs:
+        dropped["above `max_pairs`"] = len(pairs) - max_pairs
+        pairs = [pairs[i] for i in sorted(random.sample(range(len(pairs)), max_pairs))]
+    gaps = [row["chosen_score"] - row["rejected_score"] for row in pairs]
+    agreement = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
+    return PairingResult(pairs, dict(dropped), agreement / max(len(pairs), 1))
 
 
-def _by_prompt(
+def _distinct_completions(
     rows: Sequence[Row], scores: Sequence[float], dropped: Counter[str]
-) -> Iterator[list[Row]]:
-    """The distinct completions of each prompt, with their scores."""
-    prompts: dict[str, dict[str, Row]] = {}
+) -> Iterator[list[Scored]]:
+    """The distinct completions of each prompt; ``completion`` is the whole row."""
+    prompts: dict[str, dict[str, Scored]] = {}
     for row, score in zip(rows, scores, strict=True):
-        some = prompts.setdefault(row["prompt_id"], {})
+        completions = prompts.setdefault(row["prompt_id"], {})
         text = row["completion"][-1]["content"]
-        dropped["same completion again"] += text in some
-        some.setdefault(text, row | {"score": score})
-    for reason in [reason for reason, number in dropped.items() if not number]:
-        del dropped[reason]
-    for some in prompts.values():
-        yield list(some.values())
+        if text in completions:
+            dropped["same completion again"] += 1
+        else:
+            completions[text] = Scored(score, row)
+    for completions in prompts.values():
+        yield list(completions.values())
 
 
-def _matches(some: Sequence[Row], pairing: Pairing, random: Random) -> Iterator[tuple[Row, Row]]:
-    if pairing == "all":
-        yield from itertools.combinations(some, 2)
-        return
-    ordered = sorted(some, key=lambda row: row["score"], reverse=True)
-    best, others = ordered[0], ordered[1:]
-    yield best, others[-1] if pairing == "best_worst" else random.choice(others)
-
-
-def _pair(chosen: Row, rejected: Row) -> Row:
+def _pair(chosen: Scored, rejected: Scored) -> Row:
     return {
-        "prompt": chosen["prompt"],
-        "chosen": chosen["completion"],
-        "rejected": rejected["completion"],
-        "prompt_id": chosen["prompt_id"],
-        "chosen_score": chosen["score"],
-        "rejected_score": rejected["score"],
+        "prompt": chosen.completion["prompt"],
+        "chosen": chosen.completion["completion"],
+        "rejected": rejected.completion["completion"],
+        "prompt_id": chosen.completion["prompt_id"],
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
     }
 
 
@@ -107,54 +129,47 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
 
 
+# Completions in one row of a public data set
+
+
 @dataclass(frozen=True, slots=True)
 class PairingOptions:
-    """How pairs are made. ``margin`` is the least difference of scores, ``ratio`` the least ratio of votes."""
+    """How the readers of public data sets make pairs."""
 
-    pairing: str = "best_worst"
+    pairing: Pairing = "best_worst"
     margin: float = 0.0
+    """Smallest difference of scores."""
     ratio: float = 1.0
+    """Smallest ratio of votes."""
     languages: tuple[str, ...] = ()
+    """Languages that are kept; empty keeps all."""
     seed: int = 0
+    """Seed of ``best_random``."""
 
 
-PairsOrDrops = Iterator[Raw | DroppedError]
-
-
-def scored_pairs(
-    prompt: object, scored: Sequence[tuple[float, Any]], options: PairingOptions
+def pair_completions(
+    prompt: object, scored: Sequence[Scored], options: PairingOptions
 ) -> PairsOrDrops:
-    """Pair scored completions: best against worst, best against a random other, or all against all."""
+    """Pair the scored completions of one prompt, the higher score chosen."""
     if len(scored) < 2:
         yield DroppedError("fewer than two scored completions")
         return
-    ordered = sorted(scored, key=lambda item: -item[0])  # stable: ties stay as the source has them
-    best, others = ordered[0], [item for item in ordered if item[0] < ordered[0][0]]
-    if not others:
+    ordered = sorted(scored, key=lambda item: -item.score)  # stable: ties keep the source's order
+    best, lower = ordered[0], [item for item in ordered if item.score < ordered[0].score]
+    if not lower:
         yield DroppedError("all scores are equal")
         return
-    wanted: list[tuple[tuple[float, Any], tuple[float, Any]]]
-    if options.pairing == "all":
-        wanted = [(a, b) for a, b in combinations(ordered, 2) if a[0] > b[0]]
-    elif options.pairing == "best_random":
-        # by the prompt, not by the place: adding rows changes nobody's pair
-        wanted = [(best, random.Random(f"{options.seed}:{prompt}").choice(others))]
-    else:
-        wanted = [(best, others[-1])]
-    for high, low in wanted:
-        if high[0] - low[0] < options.margin:
+    candidates = ordered if options.pairing == "all" else [best, *lower]
+    random = Random(f"{options.seed}:{prompt}")  # by prompt: adding rows changes no other pair
+    for high, low in candidate_pairs(candidates, options.pairing, random):
+        if high.score == low.score:
+            continue
+        if high.score - low.score < options.margin:
             yield DroppedError("margin below the threshold")
         else:
-            yield raw_pair(prompt, high[1], low[1], high[0] - low[0])
+            yield raw_pair(prompt, high.completion, low.completion, high.score - low.score)
 
 
 def raw_pair(prompt: object, chosen: object, rejected: object, margin: float | None) -> Raw:
+    """A raw row with a pair and the difference of its scores."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
-
-
-def as_number(value: object) -> float | None:
-    try:
-        number = float(value)  # type: ignore[arg-type]  # also "7.5", as UltraFeedback has it
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) < float("inf") else None

@@ -1,8 +1,8 @@
-"""Comparisons as public sets word them: a raw row in, rows with ``prompt``, ``chosen``, ``rejected`` out.
+"""Public preference data sets: a raw row to raw pairs with ``prompt``, ``chosen``, ``rejected`` and ``margin``.
 
-UltraFeedback (several scored completions), SHP (votes), TL;DR (a choice of two summaries), OpenAssistant (trees whose
-siblings are ranked). A row may give several pairs, or a reason to drop it. What the texts must be is checked by
-:mod:`align.data.formats`. Left out: UltraFeedback's single aspects, TL;DR's axis evaluations.
+UltraFeedback (several scored completions), SHP (votes), TL;DR (a choice between two summaries), OpenAssistant (trees
+with ranked replies). One row gives any number of pairs and of reasons to drop it. The texts themselves are checked by
+:mod:`align.data.formats`. Not supported: UltraFeedback's scores of single aspects, TL;DR's axis evaluations.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from align.data.pairing import PairingOptions, PairsOrDrops, as_number, raw_pair, scored_pairs
-from align.data.rows import DroppedError, Raw
+from align.data.pairing import PairingOptions, PairsOrDrops, Scored, pair_completions, raw_pair
+from align.data.rows import DroppedError, Messages, Raw
 
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 
 
 def ultrafeedback(raw: Raw, options: PairingOptions) -> PairsOrDrops:
-    """Pair the completions of ``instruction`` by the first of ``SCORES`` that all of them have: one scale a row."""
+    """Pair the completions of ``instruction`` by the first of ``SCORES`` that all have, so by one scale per row."""
     completions = raw.get("completions")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         yield DroppedError("completions are not a list of objects")
         return
     texts = [completion.get("response", completion.get("text")) for completion in completions]
     yield from (DroppedError("completion without text") for text in texts if text is None)
-    told = [(c, text) for c, text in zip(completions, texts, strict=True) if text is not None]
+    usable = [(c, text) for c, text in zip(completions, texts, strict=True) if text is not None]
     for name in SCORES:
-        scores = [(as_number(completion.get(name)), text) for completion, text in told]
-        scored = [(score, text) for score, text in scores if score is not None]
-        if len(scored) == len(told):
-            yield from scored_pairs(raw.get("instruction"), scored, options)
+        scores = [(as_number(completion.get(name)), text) for completion, text in usable]
+        scored = [Scored(score, text) for score, text in scores if score is not None]
+        if len(scored) == len(usable):
+            yield from pair_completions(raw.get("instruction"), scored, options)
             return
     yield DroppedError("completions have no score in common")
 
 
 def shp(raw: Raw, options: PairingOptions) -> PairsOrDrops:
-    """Pair two answers to ``history`` by their votes: ``labels`` is 1 where A is preferred."""
+    """Pair two answers to ``history`` by their votes; ``labels`` is 1 if answer A is preferred."""
     label, votes = raw.get("labels"), [as_number(raw.get(name)) for name in ("score_A", "score_B")]
     if label not in (0, 1):
         yield DroppedError("label is not 0 or 1")
@@ -55,7 +55,7 @@ def shp(raw: Raw, options: PairingOptions) -> PairsOrDrops:
 
 
 def tldr(raw: Raw, options: PairingOptions) -> PairsOrDrops:
-    """Pair two summaries of a post of Reddit by ``choice``."""
+    """Pair two summaries of a Reddit post by ``choice``."""
     info, summaries, choice = raw.get("info"), raw.get("summaries"), raw.get("choice")
     if not isinstance(info, dict) or not isinstance(info.get("post"), str):
         yield DroppedError("no post")
@@ -72,54 +72,55 @@ def tldr(raw: Raw, options: PairingOptions) -> PairsOrDrops:
 
 
 def oasst(raw: Raw, options: PairingOptions) -> PairsOrDrops:
-    """Pair the ranked replies below every user's message of a tree (``prompt`` holds its root); rank 0 is best."""
+    """Pair the ranked replies to every user message of a tree, whose root is ``prompt``; rank 0 is the best."""
     root = raw.get("prompt")
     if not isinstance(root, dict):
         yield root if isinstance(root, DroppedError) else DroppedError("no tree of messages")
         return
-    asked = False
-    waiting: list[tuple[Raw, list[dict[str, Any]]]] = [(root, [])]
-    while waiting:
-        message, before = waiting.pop()
+    has_user_message = False
+    pending: list[tuple[Raw, Messages]] = [(root, [])]
+    while pending:
+        message, before = pending.pop()
         role = {"prompter": "user"}.get(str(message.get("role")), message.get("role"))
-        turns = [*before, {"role": role, "content": message.get("text")}]
+        turns: list[Any] = [*before, {"role": role, "content": message.get("text")}]
         below = message.get("replies") or []
         if not isinstance(below, list):
-            asked = True
+            has_user_message = True
             yield DroppedError("replies are not a list")
             continue
         replies = [r for r in below if isinstance(r, dict) and not r.get("deleted")]
-        waiting += [(reply, turns) for reply in reversed(replies)]
+        pending += [(reply, turns) for reply in reversed(replies)]
         if role != "user":
             continue
-        asked = True
+        has_user_message = True
         if options.languages and message.get("lang") not in options.languages:
             yield DroppedError("another language")
             continue
         ranks = [(as_number(reply.get("rank")), reply.get("text")) for reply in replies]
-        yield from scored_pairs(turns, [(-r, text) for r, text in ranks if r is not None], options)
-    if not asked:
+        scored = [Scored(-rank, text) for rank, text in ranks if rank is not None]
+        yield from pair_completions(turns, scored, options)
+    if not has_user_message:
         yield DroppedError("no user's message in the tree")
 
 
 def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
-    """Turn flat messages into one row a tree, in the order of the roots; rows that are trees already pass.
+    """Convert flat messages to one row per tree, in the order of the roots; rows that are trees are passed through.
 
-    All flat messages are held in memory: a child may stand anywhere. Behind the trees, each message that is in none of
-    them becomes a row with the reason in place of a tree, so that it is counted; of a missing parent's descendants only
-    its children do.
+    All flat messages are held in memory, because a reply may precede its parent. After the trees, each message that
+    belongs to no tree becomes a row with a reason instead of a tree, so that it is counted. If a parent is missing, its
+    direct replies are counted, further descendants are not.
     """
     nodes: dict[Any, Raw] = {}
-    faults: list[DroppedError] = []
+    problems: list[DroppedError] = []
     for message in messages:
         if "message_id" not in message or isinstance(message.get("prompt"), dict):
             yield message
         elif not isinstance(message["message_id"], (str, int)):
-            faults.append(DroppedError("message_id is not a text or a number"))
+            problems.append(DroppedError("message_id is not a text or a number"))
         elif not isinstance(message.get("parent_id"), (str, int, type(None))):
-            faults.append(DroppedError("parent_id is not a text or a number"))
+            problems.append(DroppedError("parent_id is not a text or a number"))
         elif message["message_id"] in nodes:
-            faults.append(DroppedError("repeated message_id"))
+            problems.append(DroppedError("repeated message_id"))
         else:
             nodes[message["message_id"]] = {**message, "replies": []}
     tops = []
@@ -130,14 +131,23 @@ def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
         else:
             tops.append(node)
             if parent is not None:
-                faults.append(DroppedError("no tree of messages"))
+                problems.append(DroppedError("no tree of messages"))
     yield from ({**node, "prompt": node} for node in tops if node.get("parent_id") is None)
-    reached, waiting = 0, tops
-    while waiting:
-        reached += len(waiting)
-        waiting = [reply for node in waiting for reply in node["replies"]]
-    faults += [DroppedError("parents go round in a circle")] * (len(nodes) - reached)
-    yield from ({"prompt": fault} for fault in faults)
+    n_reached, level = 0, tops
+    while level:
+        n_reached += len(level)
+        level = [reply for node in level for reply in node["replies"]]
+    problems += [DroppedError("parents go round in a circle")] * (len(nodes) - n_reached)
+    yield from ({"prompt": problem} for problem in problems)
+
+
+def as_number(value: object) -> float | None:
+    """A finite number, also from text; None for anything else."""
+    try:
+        number = float(value)  # type: ignore[arg-type]  # UltraFeedback has "7.5"
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) < float("inf") else None
 
 
 PUBLIC_FORMATS: Mapping[str, Callable[[Raw, PairingOptions], PairsOrDrops]] = {

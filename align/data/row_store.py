@@ -1,8 +1,9 @@
-"""Intake: raw rows of many sources in, checked rows on disk, and a few numbers a row in memory.
+"""Row store: checked rows on disk, and a few numbers per row in memory.
 
-Rows wait in a spool, a temporary file, until it is known which of them repeat or contradict another. In memory stay 58
-bytes a row, whatever its text: a digest of the row (16), of its completion (16), of its prompt and of its opening (8
-each), its margin (8) and its source (2). What is found in them is found by sorting, which takes about as much again.
+Rows are written to a spool, a temporary file, until duplicates and contradictions among all rows are known. In memory
+each row takes 58 bytes, whatever the length of its text: digests of the row and of its completion (16 bytes each), the
+ids of its prompt and of its conversation (8 each), its margin (8) and the number of its source (2). Sorting these arrays
+takes about as much again.
 """
 
 from __future__ import annotations
@@ -18,23 +19,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from align.data.deduplication import KEPT, REASONS, pairs_of, repeats
 from align.data.rows import Row, conversation_id
 
 BATCH = 500  # rows written to the spool at once
 
+KEPT, DUPLICATE, CONTRADICTION, NEAR_DUPLICATE, SUBSAMPLED = range(5)
+DROP_REASONS = {
+    DUPLICATE: "exact duplicate",
+    CONTRADICTION: "contradiction",
+    NEAR_DUPLICATE: "near-duplicate prompt",
+    SUBSAMPLED: "left out by weight",
+}
+
 
 class Spool:
-    """Rows on disk, read back in the order in which they came."""
+    """Objects in a temporary file, read back in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the spool)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the spool is collected)
         weakref.finalize(self, self._file.close)
         self._batch: list[Any] = []
 
     def add(self, row: Any) -> None:
-        """Put a row at the end."""
+        """Append an object."""
         self._batch.append(row)
         if len(self._batch) == BATCH:
             self._flush()
@@ -56,66 +65,89 @@ class Spool:
             self._batch = []
 
 
+def _ids() -> array[int]:
+    return array("Q")
+
+
 @dataclass
 class RowTable:
-    """Rows of one kind: the rows on disk, and what is known of each in memory. ``verdict`` is made once all are in."""
+    """Rows of one kind. Parallel arrays have one entry per row, digests two."""
 
     kind: str
-    read: Counter[int] = field(default_factory=Counter)
-    dropped: Counter[tuple[int, str]] = field(default_factory=Counter)
+    n_read: Counter[int] = field(default_factory=Counter)
+    """Rows read, by the number of their source."""
+    n_invalid: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Rows that failed a check, by the number of their source and the reason; they are not stored."""
     spool: Spool = field(default_factory=Spool)
-    keys: array[int] = field(default_factory=lambda: array("Q"))
-    said: array[int] = field(default_factory=lambda: array("Q"))
-    prompts: array[int] = field(default_factory=lambda: array("Q"))
-    openings: array[int] = field(default_factory=lambda: array("Q"))
+    """The rows, each with the columns that ``keep`` copies."""
+    row_digests: array[int] = field(default_factory=_ids)
+    """128 bits per row; the last bit is the direction of the preference."""
+    completion_digests: array[int] = field(default_factory=_ids)
+    """128 bits per row: the prompt and its chosen (or only) completion."""
+    prompt_ids: array[int] = field(default_factory=_ids)
+    conversation_ids: array[int] = field(default_factory=_ids)
     margins: array[float] = field(default_factory=lambda: array("d"))
-    origins: array[int] = field(default_factory=lambda: array("H"))
-    verdict: Any = None
+    """Difference of scores of a pair; NaN if its source has no scores."""
+    source_numbers: array[int] = field(default_factory=lambda: array("H"))
+    status: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """``KEPT``, or the reason why a row is dropped; set by deduplication, once all rows are stored."""
 
-    def add(self, row: Row, origin: int, kept: Mapping[str, Any], margin: float | None) -> None:
-        """Take a checked row of the source number ``origin``, with the columns that are to come along."""
-        prompt = row["prompt_id"]
+    def add(self, row: Row, source: int, kept: Mapping[str, Any], margin: float | None) -> None:
+        """Store a checked row of source number ``source``, with the columns that are copied."""
+        prompt_id = row["prompt_id"]
         if "chosen" in row:
             sides = row["chosen"][0]["content"], row["rejected"][0]["content"]
-            said, turned = sides[0], sides[0] > sides[1]
-            high, low = _digest(prompt, *sorted(sides))
+            completion, direction = sides[0], sides[0] > sides[1]
+            high, low = digest_words(prompt_id, *sorted(sides))
         else:
-            said, turned = row["completion"][0]["content"], bool(row.get("label", False))
-            high, low = _digest(prompt, said)
-        self.keys.extend((high, low - low % 2 + turned))  # the last bit is the direction
-        self.said.extend(_digest(prompt, said))
-        self.prompts.append(int(prompt, 16))
-        self.openings.append(int(conversation_id(row["prompt"]), 16))
+            completion, direction = row["completion"][0]["content"], bool(row.get("label", False))
+            high, low = digest_words(prompt_id, completion)
+        self.row_digests.extend((high, low - low % 2 + direction))
+        self.completion_digests.extend(digest_words(prompt_id, completion))
+        self.prompt_ids.append(int(prompt_id, 16))
+        self.conversation_ids.append(int(conversation_id(row["prompt"]), 16))
         self.margins.append(float("nan") if margin is None else margin)
-        self.origins.append(origin)
+        self.source_numbers.append(source)
         self.spool.add((row, dict(kept)))
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.prompt_ids)
 
-    def judge(self) -> None:
-        """Find exact duplicates and contradictions."""
-        self.verdict = repeats(pairs_of(self.keys))
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Mask of the rows that are kept."""
+        return self.status == KEPT
 
-    def drop(self, which: Any, verdict: int) -> None:
-        """Drop those of the rows kept so far that ``which`` marks."""
-        self.verdict[which & (self.verdict == KEPT)] = verdict
+    def drop(self, mask: NDArray[np.bool_], status: int) -> None:
+        """Set the status of the kept rows that ``mask`` selects."""
+        self.status[mask & self.kept] = status
 
-    def all_dropped(self, origin: int | None = None) -> Counter[str]:
-        """Reasons and counts, of one source or of all."""
-        found: Counter[str] = Counter()
-        for (place, reason), count in self.dropped.items():
-            if origin in (None, place):
-                found[reason] += count
-        mine = np.frombuffer(self.origins, dtype=np.uint16) if len(self) else np.zeros(0)
-        for verdict, reason in REASONS.items():
-            which = self.verdict == verdict
-            count = int((which if origin is None else which & (mine == origin)).sum())
+    def count_dropped(self, source: int | None = None) -> Counter[str]:
+        """Number of dropped rows by reason, of one source or of all."""
+        counts: Counter[str] = Counter()
+        for (number, reason), count in self.n_invalid.items():
+            if source in (None, number):
+                counts[reason] += count
+        numbers = as_numbers(self.source_numbers, np.uint16)
+        for status, reason in DROP_REASONS.items():
+            mask = self.status == status
+            count = int((mask if source is None else mask & (numbers == source)).sum())
             if count:
-                found[reason] += count
-        return found
+                counts[reason] += count
+        return counts
 
 
-def _digest(*parts: str) -> tuple[int, int]:
+def as_numbers(values: array[Any], dtype: type[np.generic] = np.uint64) -> NDArray[Any]:
+    """View of an array, one number per row."""
+    return np.frombuffer(values, dtype=dtype) if values else np.zeros(0, dtype)
+
+
+def as_digests(values: array[int]) -> NDArray[np.uint64]:
+    """View of an array of digests, with shape (rows, 2)."""
+    return as_numbers(values).reshape(-1, 2)
+
+
+def digest_words(*parts: str) -> tuple[int, int]:
+    """128-bit digest of texts, as two 64-bit numbers."""
     digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")

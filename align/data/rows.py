@@ -1,4 +1,8 @@
-"""data.rows"""
+"""Types and identities of rows.
+
+A prompt is an optional system turn, then user and assistant turns, ending in a user turn; a completion is one assistant
+turn. Two prompts with the same normalized turns have the same ``prompt_id``, which decides duplicates and splits.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,38 @@ import hashlib
 import unicodedata
 from typing import Any
 
-Raw = dict[str, Any]
-
-
-class DroppedError(ValueError):
-    """The reason why a raw row is not usable."""
-
-
-Messages = list[dict[str, str]]
+Message = dict[str, str]
+"""One turn of a conversation: ``{"role": ..., "content": ...}``."""
+Messages = list[Message]
+"""The turns of a conversation, in order."""
 Row = dict[str, Any]
+"""A checked row: ``prompt`` and completions as :data:`Messages`, ``prompt_id``, and further columns."""
+Raw = dict[str, Any]
+"""A row as the source has it, unchecked."""
+
 ROLES = ("system", "user", "assistant")
 
 
-def normalize_text(text: str) -> str:
-    r"""Fold what does not make a prompt another prompt: letter case, width, white space.
+class DroppedError(ValueError):
+    """A raw row cannot be used; the message is the reason that the data card counts."""
 
-    >>> normalise("  Write ONE\nsentence. ")
+
+def normalize_text(text: str) -> str:
+    r"""Fold differences that do not distinguish prompts: letter case, character width, white space.
+
+    >>> normalize_text("  Write ONE\nsentence. ")
     'write one sentence.'
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_id(prompt: Messages) -> str:
-    """Hash the normalised turns of a prompt to 16 hex digits."""
+    """Hash of the normalized turns of a prompt, as 16 hexadecimal digits."""
     turns = (f"{turn['role']}\x1f{normalize_text(turn['content'])}" for turn in prompt)
     return hashlib.blake2b("\x1e".join(turns).encode(), digest_size=8).hexdigest()
 
 
 def conversation_id(prompt: Messages) -> str:
-    """The identity of a prompt's beginning: all up to the first user's turn."""
+    """Hash of the beginning of a prompt: all turns up to and including the first user turn."""
     first = next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), len(prompt))
     return prompt_id(prompt[: first + 1])

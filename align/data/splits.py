@@ -1,18 +1,18 @@
-"""Splitting: the rows to take of each table, the split of each, and what a split by row would have leaked."""
+"""Splits: which rows of each kind are used, the split of each row, and the leakage that a split by row would have."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from align.data import deduplication
-from align.data.deduplication import KEPT
-from align.data.row_store import RowTable
+from align.config.data import Prepare
+from align.data.deduplication import first_occurrences
+from align.data.row_store import RowTable, as_digests, as_numbers
 from align.errors import UserError
 
 SPLITS = ("train", "test", "validation")
@@ -20,152 +20,193 @@ SPLITS = ("train", "test", "validation")
 
 @dataclass(slots=True)
 class TableSplit:
-    """Of a table: which rows to take, the split of each, and which is the first of its prompt."""
+    """A table with three arrays, one entry per stored row."""
 
     table: RowTable
-    take: Any
-    split: Any = None
-    first: Any = None
+    take: NDArray[np.bool_]
+    """Whether the row is used."""
+    split: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """Index of the row's split in ``SPLITS``."""
+    first: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """Whether the row is the first of its prompt, over all kinds."""
+
+    @property
+    def prompt_ids(self) -> NDArray[np.uint64]:
+        """Prompt ids of the rows that are used."""
+        return as_numbers(self.table.prompt_ids)[self.take]
+
+
+@dataclass(slots=True)
+class KindRows:
+    """Rows of one kind; several tables if demonstrations come from pairs and from labeled completions."""
+
+    tables: list[TableSplit]
+    n_read: int = 0
+    """Rows read of this kind; 0 for demonstrations taken from the pairs, which are counted there."""
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def configured_splits(config: Prepare) -> list[str]:
+    """The training split, and the held-out splits with a fraction above 0."""
+    return [split for split in SPLITS if getattr(config, f"{split}_fraction", 1.0) > 0]
 
 
 def split_of(
     prompt_id: str, *, seed: int, test_fraction: float, validation_fraction: float = 0.0
 ) -> str:
-    """Say in which split a prompt is: a hash of seed and prompt decides, and no other row.
+    """Split of a prompt, by a hash of seed and prompt id alone.
 
-    So adding rows moves nobody, every rank agrees, and a larger validation fraction leaves the test
-    split as it is.
+    Adding rows never moves existing prompts, all ranks agree, and increasing the validation fraction does not change the
+    test split.
     """
     digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=8).digest()
-    uniform = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: a float below 1, exactly
+    uniform = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: exactly a float below 1
     if uniform < test_fraction:
         return "test"
     return "validation" if uniform < test_fraction + validation_fraction else "train"
 
 
-def streams(
-    main: Mapping[str, RowTable], other: Mapping[str, RowTable] | None
-) -> tuple[dict[str, list[TableSplit]], dict[str, tuple[int, Counter[str]]]]:
-    """The rows of each kind, and for each kind how many were read and the others by reason."""
-    streams = {kind: [TableSplit(table, table.verdict == KEPT)] for kind, table in main.items()}
-    shown = {kind: (table.read.total(), table.all_dropped()) for kind, table in main.items()}
-    said = main if other is None else other
-    if "demonstrations" in said:
-        table = said["demonstrations"]
-        streams["demonstrations"] = [TableSplit(table, table.verdict == KEPT)]
-        shown["demonstrations"] = (table.read.total(), table.all_dropped())
+def select_rows(
+    preferences: Mapping[str, RowTable], demonstrations: Mapping[str, RowTable] | None
+) -> dict[str, KindRows]:
+    """Rows of each kind, sorted by kind.
+
+    Demonstrations are those of the source ``demonstrations`` if it is set, else those of the main sources. A source
+    without demonstrations gives its chosen and its desirable completions, each once.
+    """
+    kinds = {kind: _kept_rows(table) for kind, table in preferences.items()}
+    source = preferences if demonstrations is None else demonstrations
+    if "demonstrations" in source:
+        kinds["demonstrations"] = _kept_rows(source["demonstrations"])
     else:
-        # the chosen and the desirable completions, each once; not counted as read where the pairs are
-        streams["demonstrations"] = _desirable(list(said.values()))
-        if other is not None:
-            dropped = sum((t.all_dropped() for t in said.values()), Counter[str]())
-            for s in streams["demonstrations"]:
-                wanted = _said(s.table)
-                bad = int((s.table.verdict == KEPT).sum() - wanted.sum())
-                repeated = int(wanted.sum() - s.take.sum())
-                dropped += Counter({"not desirable": bad, "exact duplicate": repeated})
-            shown["demonstrations"] = (sum(t.read.total() for t in said.values()), dropped)
-    order = sorted(streams)
-    return {kind: streams[kind] for kind in order}, {k: shown[k] for k in order if k in shown}
+        tables = list(source.values())
+        selected = _desirable_rows(tables)
+        kinds["demonstrations"] = KindRows(selected)
+        if demonstrations is not None:  # else the rows are counted as pairs
+            kinds["demonstrations"].n_read = sum(table.n_read.total() for table in tables)
+            kinds["demonstrations"].dropped = _undesirable_counts(selected)
+    return {kind: kinds[kind] for kind in sorted(kinds)}
 
 
-def _desirable(tables: Sequence[RowTable]) -> list[TableSplit]:
-    streams = []
-    for table in tables:
-        streams.append(TableSplit(table, _said(table)))
-    said = np.concatenate([deduplication.pairs_of(s.table.said)[s.take] for s in streams])
-    first, start = deduplication.firsts(said), 0
-    for stream in streams:
-        places = np.flatnonzero(stream.take)
-        stream.take = stream.take.copy()
-        stream.take[places[~first[start : start + len(places)]]] = False
+def _kept_rows(table: RowTable) -> KindRows:
+    return KindRows([TableSplit(table, table.kept)], table.n_read.total(), table.count_dropped())
+
+
+def _desirable_rows(tables: Sequence[RowTable]) -> list[TableSplit]:
+    """Rows whose completion may be demonstrated, each completion of a prompt once."""
+    selected = [TableSplit(table, _is_desirable(table)) for table in tables]
+    digests = [as_digests(part.table.completion_digests)[part.take] for part in selected]
+    first, start = first_occurrences(np.concatenate(digests)), 0
+    for part in selected:
+        places = np.flatnonzero(part.take)
+        part.take = part.take.copy()
+        part.take[places[~first[start : start + len(places)]]] = False
         start += len(places)
-    return streams
+    return selected
 
 
-def _said(table: RowTable) -> Any:
-    """Mark the rows kept whose completion may be demonstrated: all but the undesirable ones."""
-    kept = table.verdict == KEPT
-    if table.kind == "unpaired":
-        kept = kept & ((deduplication.pairs_of(table.keys)[:, 1] & np.uint64(1)) == 1)
-    return kept
+def _is_desirable(table: RowTable) -> NDArray[np.bool_]:
+    """Mask of the kept rows without those labeled undesirable."""
+    if table.kind != "unpaired":
+        return table.kept
+    return table.kept & ((as_digests(table.row_digests)[:, 1] & np.uint64(1)) == 1)
+
+
+def _undesirable_counts(selected: Sequence[TableSplit]) -> Counter[str]:
+    counts = sum((part.table.count_dropped() for part in selected), Counter[str]())
+    for part in selected:
+        desirable = int(_is_desirable(part.table).sum())
+        undesirable = int(part.table.kept.sum()) - desirable
+        repeated = desirable - int(part.take.sum())
+        counts += Counter({"not desirable": undesirable, "exact duplicate": repeated})
+    return counts
 
 
 def assign_splits(
-    streams: Mapping[str, list[TableSplit]],
-    decides: Mapping[int, int],
-    wanted: Sequence[str],
-    seed: int,
-    fractions: Mapping[str, float],
+    kinds: Mapping[str, KindRows], representatives: Mapping[int, int], config: Prepare
 ) -> None:
-    """Give every row its split, and refuse a split that is empty though it has a fraction.
+    """Set the split of every row, and mark the first row of each prompt.
 
-    A prompt's beginning decides, up to its first user's turn, a system turn included: in transcripts one row's prompt is
-    often the beginning of another's, and a conversation must not be trained on from one and held out from another. Where
-    near-duplicates are looked for, the first of them that came decides.
+    The beginning of a prompt decides, up to and including its first user turn: in transcripts, one row's prompt is often
+    the beginning of another's, and a conversation must not be in two splits. Near-duplicates have the split of their
+    representative.
+
+    Raises:
+        UserError: A split with a fraction above 0 is empty.
     """
-    known: dict[int, int] = {}
-    for stream in (stream for many in streams.values() for stream in many):
-        openings = deduplication.numbers_of(stream.table.openings)
-        distinct, inverse = np.unique(openings, return_inverse=True)
-        codes = np.empty(len(distinct), dtype=np.uint8)
-        for i, opening in enumerate(distinct.tolist()):
-            if opening not in known:
-                decider = f"{decides.get(opening, opening):016x}"
-                known[opening] = SPLITS.index(split_of(decider, seed=seed, **fractions))
-            codes[i] = known[opening]
-        stream.split = codes[inverse]
-    everywhere = [s for many in streams.values() for s in many]
-    first = deduplication.firsts(
-        np.concatenate([deduplication.numbers_of(s.table.prompts)[s.take] for s in everywhere])
+    parts = [part for kind in kinds.values() for part in kind.tables]
+    codes: dict[int, int] = {}
+    for part in parts:
+        conversations = as_numbers(part.table.conversation_ids)
+        distinct, inverse = np.unique(conversations, return_inverse=True)
+        distinct_codes = np.empty(len(distinct), dtype=np.uint8)
+        for i, conversation in enumerate(distinct.tolist()):
+            if conversation not in codes:
+                codes[conversation] = _split_code(
+                    representatives.get(conversation, conversation), config
+                )
+            distinct_codes[i] = codes[conversation]
+        part.split = distinct_codes[inverse]
+    _mark_first_rows(parts)
+    _check_not_empty(kinds, config)
+
+
+def _split_code(conversation: int, config: Prepare) -> int:
+    split = split_of(
+        f"{conversation:016x}",
+        seed=config.split_seed,
+        test_fraction=config.test_fraction,
+        validation_fraction=config.validation_fraction,
     )
-    start = 0
-    for stream in everywhere:
-        count = int(stream.take.sum())
-        stream.first = np.zeros(len(stream.take), dtype=bool)
-        stream.first[stream.take] = first[start : start + count]
+    return SPLITS.index(split)
+
+
+def _mark_first_rows(parts: Iterable[TableSplit]) -> None:
+    parts = list(parts)
+    first, start = first_occurrences(np.concatenate([part.prompt_ids for part in parts])), 0
+    for part in parts:
+        count = int(part.take.sum())
+        part.first = np.zeros(len(part.take), dtype=bool)
+        part.first[part.take] = first[start : start + count]
         start += count
-    _check_splits(streams, wanted, fractions)
 
 
-def _check_splits(
-    streams: Mapping[str, list[TableSplit]], wanted: Sequence[str], fractions: Mapping[str, float]
-) -> None:
-    wrong = []
-    for split in wanted:
+def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
+    problems = []
+    for split in configured_splits(config):
         code = SPLITS.index(split)
         empty = [
             kind
-            for kind, many in streams.items()
-            if not any((s.split[s.take] == code).any() for s in many)
+            for kind, rows in kinds.items()
+            if not any((part.split[part.take] == code).any() for part in rows.tables)
         ]
         if not empty:
             continue
-        ids = [deduplication.numbers_of(s.table.prompts)[s.take] for k in empty for s in streams[k]]
-        count = len(np.unique(np.concatenate(ids)))
-        ours = "test_fraction" if split == "train" else f"{split}_fraction"
+        prompt_ids = [part.prompt_ids for kind in empty for part in kinds[kind].tables]
+        count = len(np.unique(np.concatenate(prompt_ids)))
+        key = "test_fraction" if split == "train" else f"{split}_fraction"
         repair = "lower it" if split == "train" else "raise it, set it to 0"
-        kinds = "" if len(empty) == len(streams) else f" with {' or '.join(empty)}"
-        wrong.append(
-            f"{ours}: {fractions[ours]}: none of {count} prompts{kinds} fell into `{split}`;"
-            f" {repair}, add prompts or try another `split_seed`"
+        of_kinds = "" if len(empty) == len(kinds) else f" with {' or '.join(empty)}"
+        problems.append(
+            f"{key}: {getattr(config, key)}: none of {count} prompts{of_kinds} is in split `{split}`;"
+            f" {repair}, add prompts or change `split_seed`"
         )
-    if wrong:
-        raise UserError(*wrong)
+    if problems:
+        raise UserError(*problems)
 
 
-def leakage(streams: Mapping[str, list[TableSplit]], fraction: float, seed: int) -> dict[str, int]:
-    """Prompts of the test split that also train: under a split by row, as by ``train_test_split``, and under ours."""
-    name = next(kind for kind in ("pairs", "unpaired", "demonstrations") if kind in streams)
-    stream = streams[name][0]
-    prompts = deduplication.numbers_of(stream.table.prompts)[stream.take]
-    ours = stream.split[stream.take] == SPLITS.index("test")
-    by_row = np.zeros(len(prompts), dtype=bool)
-    shuffled = np.random.default_rng(seed).permutation(len(prompts))
-    by_row[shuffled[: round(fraction * len(prompts))]] = True
+def leakage(kinds: Mapping[str, KindRows], fraction: float, seed: int) -> dict[str, int]:
+    """Test prompts that are also trained on: with a split by row, as ``train_test_split`` makes it, and with this split."""
+    kind = next(kind for kind in ("pairs", "unpaired", "demonstrations") if kind in kinds)
+    part = kinds[kind].tables[0]
+    prompt_ids = part.prompt_ids
+    by_prompt = part.split[part.take] == SPLITS.index("test")
+    by_row = np.zeros(len(prompt_ids), dtype=bool)
+    shuffled = np.random.default_rng(seed).permutation(len(prompt_ids))
+    by_row[shuffled[: round(fraction * len(prompt_ids))]] = True
     return {
-        "test_prompts_by_row": len(np.unique(prompts[by_row])),
-        "leaked_by_row": len(np.intersect1d(prompts[by_row], prompts[~by_row])),
-        "test_prompts": len(np.unique(prompts[ours])),
-        "leaked": len(np.intersect1d(prompts[ours], prompts[~ours])),
+        "test_prompts_by_row": len(np.unique(prompt_ids[by_row])),
+        "leaked_by_row": len(np.intersect1d(prompt_ids[by_row], prompt_ids[~by_row])),
+        "test_prompts": len(np.unique(prompt_ids[by_prompt])),
+        "leaked": len(np.intersect1d(prompt_ids[by_prompt], prompt_ids[~by_prompt])),
     }

@@ -12,10 +12,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from align.config.base import NewModel, Workload
-from align.data import prepare, sources, statistics
+from align.config.data import Prepare
+from align.data import sources, statistics
+from align.data.prepare import prepare
 from align.models.files import weights_header
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts
@@ -68,7 +70,7 @@ def _data_statistics(stage: PlannedStage) -> Mapping[str, Any]:
     size = sum(file.stat().st_size for files in read for file in files)
     if not all(read) or size > LARGEST_SOURCE:
         return {}
-    return statistics.describe(prepare.prepare_rows(**config.model_dump(exclude={"stage"})))
+    return statistics.collect(prepare(cast(Prepare, config))).summary()
 
 
 def _input_statistics(

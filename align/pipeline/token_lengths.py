@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from align.config.base import NewModel, Stage
+from align.config.data import Prepare
 from align.config.recipe import ErrorCollector, Recipe
-from align.data import prepare, sources, statistics
+from align.data import sources, statistics
+from align.data.prepare import prepare
 from align.errors import UserError
 from align.pipeline import preflight
 from align.pipeline.plan import PlannedStage
@@ -62,20 +64,22 @@ def _prepared_lines(
         hub = ", ".join(remote)
         yield f"{stage.name}: {hub} is on the Hub; its rows are checked when the stage runs"
         return
-    prepared = prepare.prepare_rows(**stage.config.model_dump(exclude={"stage"}))
-    tables[stage.folder] = prepared.tables
+    prepared = prepare(cast(Prepare, stage.config))
+    tables[stage.folder] = prepared.tables()
     counts = []
-    for kind, splits in prepared.tables.items():
+    for kind, splits in tables[stage.folder].items():
         n_train, total = len(splits["train"]), sum(map(len, splits.values()))
         counts.append(f"{kind} {n_train:,} + {total - n_train:,} held out")
     dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
     yield f"{stage.name}: {', '.join(counts)}{f'; dropped: {dropped}' if dropped else ''}"
-    for warning in statistics.describe(prepared).get("warnings", []):
+    for warning in statistics.collect(prepared).summary()["warnings"]:
         yield f"{stage.name}: warning: {warning}"
-    names = {f"{kind}-{split}" for kind, splits in prepared.tables.items() for split in splits}
+    names = {f"{kind}-{split}" for kind, splits in tables[stage.folder].items() for split in splits}
     contents = preflight.PreparedTables(
         names,
-        lambda split: [row["prompt"][-1]["content"] for row in prepared.tables["prompts"][split]],
+        lambda split: [
+            row["prompt"][-1]["content"] for row in tables[stage.folder]["prompts"][split]
+        ],
     )
     preflight.check_contents(errors, stage.folder, contents, stages)
 

@@ -1,8 +1,8 @@
-"""Prepare: a source of preferences in; checked Parquet, split by prompt, and a data card out.
+"""Prepare: write preference data as checked Parquet tables, split by prompt, with a data card.
 
-``demonstrations-train.parquet``, ``pairs-test.parquet`` and so on, for the kinds that the source
-has and the splits that have a fraction; ``prompts-*.parquet`` always. Same source and config,
-same bytes.
+The tables are ``demonstrations-train.parquet``, ``pairs-test.parquet`` and so on, for the kinds of rows that the source
+contains and the splits with a fraction above 0; ``prompts-*.parquet`` always. The same source and configuration give the
+same bytes. :mod:`align.data.prepare` does the work.
 """
 
 from __future__ import annotations
@@ -11,41 +11,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.data.data_card import data_card, shown_path
-from align.data.prepare import prepare
-from align.data.statistics import BagOfWordsBaseline, DatasetStatistics, statistics_of
-from align.data.tables import TableWriter
+from align.data import statistics
+from align.data.data_card import data_card, displayed_path
+from align.data.prepare import SplitRow, prepare
+from align.data.tables import TableWriter, table_file
 from align.runtime import artifacts
+from align.runtime.results import StageResult
 
 if TYPE_CHECKING:
     from align.config.data import Prepare
     from align.runtime.progress import Logger
-from align.runtime.results import StageResult
 
 
 def run(
     config: Prepare, inputs: Mapping[str, Any], output_dir: Path, logger: Logger
 ) -> StageResult:
-    """Write the tables and the data card of ``config.source`` into ``output_dir``."""
-    told = config.model_dump(exclude={"stage"})
-    ready = prepare(**told)
+    """Write the tables and the data card of the sources of ``config``."""
+    prepared = prepare(config)
     output_dir.mkdir(parents=True, exist_ok=True)
-    tally, floor = (
-        DatasetStatistics([*ready.streams, "prompts"], ready.splits),
-        BagOfWordsBaseline(),
-    )
-    writers: dict[str, TableWriter] = {}
-    for placed in ready.rows():
-        name = f"{placed.kind}-{placed.split}"
-        if name not in writers:
-            writers[name] = TableWriter(output_dir / f"{name}.parquet")
-        writers[name].add(placed.row)
-        tally.add(placed)
-        if placed.kind == "pairs":
-            floor.add(placed.row)
+    writers: dict[tuple[str, str], TableWriter] = {}
+
+    def write(row: SplitRow) -> None:
+        table = (row.kind, row.split)
+        if table not in writers:
+            writers[table] = TableWriter(table_file(output_dir, *table))
+        writers[table].add(row.row)
+
+    report = statistics.collect(prepared, sink=write).report()
     for writer in writers.values():
         writer.close()
-    digests = {shown_path(file): artifacts.digest_file(file) for file in ready.files}
-    figures = statistics_of(ready, tally, floor) | {"files": digests}
-    (output_dir / "README.md").write_text(data_card(told, figures), encoding="utf-8")
-    return StageResult(figures)
+    files = {displayed_path(file): artifacts.digest_file(file) for file in prepared.files}
+    report["files"] = files
+    (output_dir / "README.md").write_text(data_card(config, report), encoding="utf-8")
+    return StageResult(report)

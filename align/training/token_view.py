@@ -84,12 +84,12 @@ def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[Toke
 
 
 def _rows(config: Prepare, kind: str, n: int) -> list[dict[str, Any]]:
-    ready = prepare(**config.model_dump(exclude={"stage"}))
-    wanted = "pairs" if kind == "unpaired" and kind not in ready.streams else kind
-    if wanted not in [*ready.streams, "prompts"]:
-        raise UserError(f"the source gives no {kind}; found {', '.join(ready.streams)}")
+    prepared = prepare(config)
+    wanted = "pairs" if kind == "unpaired" and kind not in prepared.kinds else kind
+    if wanted not in prepared.table_kinds:
+        raise UserError(f"the source gives no {kind}; found {', '.join(prepared.kinds)}")
     found: list[dict[str, Any]] = []
-    for placed in ready.rows():
+    for placed in prepared.rows():
         if placed.kind == wanted and placed.split == "train":
             row = dict(placed.row)
             if wanted == kind:

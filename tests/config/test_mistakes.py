@@ -523,12 +523,12 @@ DATA = [
     data(
         "no data set by any name",
         "what is this",
-        "'what is this': no file, no folder, and no Hub id (owner/name)",
+        "'what is this': not a file, a folder, or a Hub id (owner/name)",
     ),
     data(
         "a kind of file that nobody reads",
         "pairs.txt",
-        "pairs.txt: unknown kind of file; known: .jsonl",
+        "pairs.txt: unknown file format; expected one of .jsonl",
         files={"pairs.txt": "hello"},
     ),
     data(
@@ -555,7 +555,7 @@ DATA = [
     data(
         "columns of no known format",
         "pairs.jsonl",
-        "pairs.jsonl: found `a`; needed `prompt`, `chosen`, `rejected`",
+        "pairs.jsonl: found `a`; expected `prompt`, `chosen`, `rejected`",
         "map them with `columns: {prompt: ...}`",
         files={"pairs.jsonl": jsonl({"a": 1})},
     ),
@@ -574,7 +574,7 @@ DATA = [
     data(
         "whole transcripts read as completions",
         "pairs.jsonl",
-        "pairs.jsonl: these are whole transcripts; read them with `reader: hh`",
+        "pairs.jsonl: the rows are whole transcripts; read them with `reader: hh`",
         files={"pairs.jsonl": jsonl(dict.fromkeys(["chosen", "rejected"], "\n\nHuman: a"))},
     ),
     data(
@@ -585,17 +585,17 @@ DATA = [
         more=", reader: hh",
     ),
     data(
-        "no completion labelled true",
+        "no completion labeled true",
         "labels.jsonl",
-        "labels.jsonl: no completion is labelled true",
-        "name another source as `demonstrations`",
+        "labels.jsonl: no completion is labeled true",
+        "set `demonstrations` to another source",
         files={"labels.jsonl": jsonl({"prompt": "p", "completion": "c", "label": False})},
     ),
     data(
         "too few prompts to hold any out",
         "pairs.jsonl",
-        "test_fraction: 0.001: none of 20 prompts fell into `test`",
-        "raise it, set it to 0, add prompts or try another `split_seed`",
+        "test_fraction: 0.001: none of 20 prompts is in split `test`",
+        "raise it, set it to 0, add prompts or change `split_seed`",
         files={"pairs.jsonl": jsonl(*ROWS)},
         more=", test_fraction: 0.001",
     ),
@@ -615,7 +615,7 @@ DATA = [
     data(
         "JSONL named JSON",
         "pairs.json",
-        "pairs.json:2: not JSON: Extra data; one object a line is JSONL: name it .jsonl",
+        "pairs.json:2: not JSON: Extra data; a file with one object per line is JSONL: name it .jsonl",
         files={"pairs.json": jsonl(*ROWS)},
     ),
     data(
@@ -633,14 +633,14 @@ DATA = [
     data(
         "a download cut off",
         "pairs.jsonl.gz",
-        "pairs.jsonl.gz: not a whole gzip file",
-        "fetch it again",
+        "pairs.jsonl.gz: truncated gzip file",
+        "download it again",
         files={"pairs.jsonl.gz": gzip.compress(jsonl(*ROWS).encode())[:-20]},
     ),
     data(
         "a file named gzip that is not",
         "pairs.jsonl.gz",
-        "pairs.jsonl.gz: named .gz but not gzipped; rename it",
+        "pairs.jsonl.gz: not a gzip file; rename it",
         files={"pairs.jsonl.gz": jsonl(*ROWS)},
     ),
     data(
@@ -652,7 +652,7 @@ DATA = [
     data(
         "a column twice",
         "pairs.csv",
-        "pairs.csv:1: column `chosen` is there twice; rename one",
+        "pairs.csv:1: two columns are named `chosen`; rename one",
         files={"pairs.csv": "prompt,chosen,chosen\na,b,c\n"},
     ),
     data(
@@ -664,7 +664,7 @@ DATA = [
     data(
         "a source whose name is too long",
         "x" * 300,
-        "no name of a file or folder",
+        "invalid path",
     ),
 ]
 

@@ -21,7 +21,7 @@ from align.config.data import Prepare
 from align.data import deduplication, doctor
 from align.data import tables as data_tables
 from align.data.formats import pair
-from align.data.prepare import PreparedData, prepare, prepare_rows
+from align.data.prepare import PreparedData, prepare
 from align.data.statistics import BagOfWordsBaseline
 from align.errors import UserError
 from align.runtime.progress import Logger, NullDisplay
@@ -64,13 +64,17 @@ def clean(n: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def prepared(source: str, **keys: Any) -> PreparedData:
+    return prepare(Prepare.model_validate({"source": source, **keys}))
+
+
 def ids(ready: PreparedData, kind: str = "pairs") -> dict[str, str]:
     return {p.row["prompt"][0]["content"]: p.split for p in ready.rows() if p.kind == kind}
 
 
 def test_the_rows_of_the_embedded_set_and_their_order_are_what_they_were():
     # other stages' results depend on them; the digest is from the code that held all rows in memory
-    tables = prepare_rows("embedded", test_fraction=0.15).tables
+    tables = prepare(Prepare(source="embedded", test_fraction=0.15)).tables()
     found = {
         f"{kind}-{split}": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[
             :16
@@ -99,7 +103,7 @@ def test_every_fault_that_was_put_in_is_counted_and_none_is_lost(tmp_path: Path)
     mixed = [*rows, *faults, *outliers]
     random.Random(0).shuffle(mixed)
     told = Prepare(source=jsonl(tmp_path / "a.jsonl", mixed))
-    figures = doctor.examine(told).figures
+    figures = doctor.examine(told).statistics
     assert figures["dropped"] == {
         "pairs: blank completion": 3,
         "pairs: blank prompt": 1,
@@ -135,13 +139,13 @@ def test_verdicts_agree_with_a_loop_over_all_rows():
         deduplication.DUPLICATE,
         deduplication.CONTRADICTION,
     }
-    assert deduplication.repeats(keys).tolist() == expected
+    assert deduplication.find_duplicates(keys).tolist() == expected
 
 
 def test_a_prompt_with_two_rows_leaks_under_a_split_by_row_and_not_under_ours(tmp_path: Path):
     rows = clean(100)
     rows += [{**row, "rejected": "never"} for row in rows]
-    ready = prepare(jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.2)
+    ready = prepared(jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.2)
     found = ready.findings["leakage"]
     # 40 of 200 rows; a test prompt's other row trains with probability 160/199
     assert 20 < found["leaked_by_row"] <= found["test_prompts_by_row"] <= 40
@@ -168,15 +172,15 @@ def test_no_near_duplicate_prompt_is_in_two_splits_when_asked(tmp_path: Path):
             where[r["prompt"]] != where[t["prompt"]] for r, t in zip(rows, twins, strict=True)
         )
 
-    assert torn(prepare(source, **knobs)) > 30
-    together = prepare(source, **knobs, near_duplicates="keep")
+    assert torn(prepared(source, **knobs)) > 30
+    together = prepared(source, **knobs, near_duplicates="keep")
     assert torn(together) == 0
     assert together.findings["near_duplicate_prompts"] == 150
     assert together.dropped == {}
     # the first of two decides, so those who were there before the twins came stay where they were
-    alone = ids(prepare(jsonl(tmp_path / "b.jsonl", rows), **knobs, near_duplicates="keep"))
+    alone = ids(prepared(jsonl(tmp_path / "b.jsonl", rows), **knobs, near_duplicates="keep"))
     assert alone.items() <= ids(together).items()
-    dropped = prepare(source, **knobs, near_duplicates="drop")
+    dropped = prepared(source, **knobs, near_duplicates="drop")
     assert dropped.dropped == {"pairs: near-duplicate prompt": 150}
     assert set(ids(dropped)) == {row["prompt"] for row in rows}
 
@@ -190,14 +194,14 @@ def test_evaluation_prompts_are_dropped_exactly_and_by_runs_of_words(tmp_path: P
         {"prompt": " ".join(rows[3]["prompt"].split()[:11])},  # 12 words: no run of 13
     ]
     bench = jsonl(tmp_path / "bench.jsonl", named)
-    ready = prepare(jsonl(tmp_path / "a.jsonl", rows), decontaminate=[bench])
+    ready = prepared(jsonl(tmp_path / "a.jsonl", rows), decontaminate=[bench])
     assert ready.dropped == {
         f"pairs: prompt is in {bench}": 1,
         f"pairs: prompt shares 13 words in a row with {bench}": 1,
     }
     assert not {rows[0]["prompt"], rows[1]["prompt"]} & set(ids(ready))
-    with pytest.raises(UserError, match="1 rows have no text under `prompt`"):
-        prepare("embedded", decontaminate=[jsonl(tmp_path / "x.jsonl", [{"text": "a"}])])
+    with pytest.raises(UserError, match="1 rows have no text in `prompt`"):
+        prepared("embedded", decontaminate=[jsonl(tmp_path / "x.jsonl", [{"text": "a"}])])
 
 
 def test_a_mixture_is_weighed_capped_and_counted_by_source(tmp_path: Path):
@@ -206,17 +210,17 @@ def test_a_mixture_is_weighed_capped_and_counted_by_source(tmp_path: Path):
     told = {
         "mixture": [{"source": one, "weight": 1.0}, {"source": two, "weight": 2.0, "max_rows": 40}]
     }
-    ready = prepare(**Prepare.model_validate(told).model_dump(exclude={"stage"}))
+    ready = prepare(Prepare.model_validate(told))
     # 40 of the second stay whole, so the first gets half as many
     counts = {name: found["pairs"] for name, found in ready.sources.items()}
     assert counts == {
         one: {"read": 90, "kept": 20, "dropped": {"left out by weight": 70}},
         two: {"read": 40, "kept": 40, "dropped": {}},
     }
-    again = ids(prepare(**Prepare.model_validate(told).model_dump(exclude={"stage"})))
-    other = Prepare.model_validate(told | {"split_seed": 1}).model_dump(exclude={"stage"})
-    assert set(again) == set(ids(ready)) != set(ids(prepare(**other)))
-    plain = prepare(mixture=[{"source": one}, {"source": two}])
+    again = ids(prepare(Prepare.model_validate(told)))
+    other = Prepare.model_validate(told | {"split_seed": 1})
+    assert set(again) == set(ids(ready)) != set(ids(prepare(other)))
+    plain = prepare(Prepare.model_validate({"mixture": [{"source": one}, {"source": two}]}))
     assert plain.dropped == {"pairs: exact duplicate": 1}
     assert plain.sources[two]["pairs"]["dropped"] == {"exact duplicate": 1}
 
@@ -224,7 +228,7 @@ def test_a_mixture_is_weighed_capped_and_counted_by_source(tmp_path: Path):
 def test_a_cap_counts_over_the_files_of_a_folder(tmp_path: Path):
     for name in ("one", "two"):
         jsonl(tmp_path / f"{name}.jsonl", clean(30, seed=len(name) + ord(name[0])))
-    assert prepare(str(tmp_path), max_rows=40).read == {"pairs": 40}
+    assert prepared(str(tmp_path), max_rows=40).read == {"pairs": 40}
 
 
 def test_kept_columns_come_along_with_the_first_row_of_a_prompt(tmp_path: Path):
@@ -244,16 +248,17 @@ def test_kept_columns_come_along_with_the_first_row_of_a_prompt(tmp_path: Path):
     ]
     assert pq.read_schema(out / "pairs-train.parquet").names[-1] == "prompt_id"
     with pytest.raises(UserError, match=r"keep: .* has no column `test`; did you mean `tests`"):
-        prepare(source, keep=["test"])
+        prepared(source, keep=["test"])
 
 
 def test_the_split_is_the_same_in_another_process_and_unmoved_by_rows(tmp_path: Path):
     few, many = clean(80), [*clean(50, seed=3), *clean(80)]
-    before = ids(prepare(jsonl(tmp_path / "a.jsonl", few)))
-    assert before.items() <= ids(prepare(jsonl(tmp_path / "b.jsonl", many))).items()
+    before = ids(prepared(jsonl(tmp_path / "a.jsonl", few)))
+    assert before.items() <= ids(prepared(jsonl(tmp_path / "b.jsonl", many))).items()
     code = (
-        "import sys, json; from align.data.prepare import prepare\n"
-        "print(json.dumps({p.row['prompt'][0]['content']: p.split for p in prepare(sys.argv[1]).rows()}))"
+        "import sys, json; from align.config.data import Prepare; from align.data.prepare import prepare\n"
+        "rows = prepare(Prepare(source=sys.argv[1])).rows()\n"
+        "print(json.dumps({p.row['prompt'][0]['content']: p.split for p in rows}))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl")]
     done = subprocess.run(
@@ -312,11 +317,11 @@ def test_counts_of_the_real_file_agree_with_a_script_of_its_own():
             kept += 1
             longer += len(chosen[-1].split()) > len(rejected[-1].split())
             prompts.add(" ".join("|".join(chosen[:-1]).lower().split()))
-    assert found.figures["rows"]["pairs"] == len(rows) == 2312
-    assert found.figures["dropped"] == dict(counts)
-    assert sum(found.figures["pairs"].values()) == kept == 2299
-    assert found.figures["chosen_longer_share"] == longer / kept
-    assert sum(found.figures["prompts"].values()) == len(prompts)
+    assert found.statistics["rows"]["pairs"] == len(rows) == 2312
+    assert found.statistics["dropped"] == dict(counts)
+    assert sum(found.statistics["pairs"].values()) == kept == 2299
+    assert found.statistics["chosen_longer_share"] == longer / kept
+    assert sum(found.statistics["prompts"].values()) == len(prompts)
 
 
 LONG = "please write a long and detailed story about the little brown fox who lived in the forest"
@@ -328,10 +333,10 @@ def test_nobody_is_a_near_duplicate_of_a_row_that_was_dropped(tmp_path: Path, wh
     turned = {"prompt": LONG, "chosen": "b", "rejected": "a"}
     twin = {"prompt": LONG + ".", "chosen": "c", "rejected": "d"}
     source = jsonl(tmp_path / "a.jsonl", [*clean(60), pair, turned, twin])
-    ready = prepare(source, near_duplicates=what)
+    ready = prepared(source, near_duplicates=what)
     assert ready.dropped == {"pairs: contradiction": 2}
     assert ready.findings["near_duplicate_prompts"] == 0
-    assert ids(ready)[twin["prompt"]] == ids(prepare(source))[twin["prompt"]]
+    assert ids(ready)[twin["prompt"]] == ids(prepared(source))[twin["prompt"]]
 
 
 def test_nobody_is_a_near_duplicate_of_demonstrations_that_others_replace(tmp_path: Path):
@@ -341,16 +346,16 @@ def test_nobody_is_a_near_duplicate_of_demonstrations_that_others_replace(tmp_pa
     jsonl(folder / "b.jsonl", [*clean(60), {"prompt": LONG, "chosen": "c", "rejected": "d"}])
     others = [{"prompt": row["prompt"], "completion": "y"} for row in clean(60, seed=3)]
     said = jsonl(tmp_path / "said.jsonl", others)
-    ready = prepare(str(folder), demonstrations=said, near_duplicates="drop")
+    ready = prepared(str(folder), demonstrations=said, near_duplicates="drop")
     assert ready.dropped == {}
 
 
 def test_prompts_that_are_dropped_do_not_share_a_split(tmp_path: Path):
     rows = clean(60)
     source = jsonl(tmp_path / "a.jsonl", [*rows, {**rows[0], "prompt": rows[0]["prompt"] + "!"}])
-    for what, words in (("drop", "they are dropped"), ("keep", "they share its split")):
-        figures = doctor.examine(Prepare(source=source, near_duplicates=what)).figures
-        assert f"1 prompts nearly repeat an earlier one; {words}." in list(
+    for what, words in (("drop", "they are dropped"), ("keep", "they have its split")):
+        figures = doctor.examine(Prepare(source=source, near_duplicates=what)).statistics
+        assert f"1 prompts are near-duplicates of an earlier one; {words}." in list(
             doctor.sentences(figures)
         )
 
@@ -362,11 +367,11 @@ def test_all_files_of_a_folder_are_evaluation_prompts_and_none_is_no_text(tmp_pa
     for k, name in enumerate(("test", "dev")):
         jsonl(folder / f"{name}.jsonl", [{"prompt": rows[k]["prompt"]}])
     source = jsonl(tmp_path / "a.jsonl", [*rows, {**rows[2], "prompt": "None"}])
-    ready = prepare(source, decontaminate=[str(folder)])
+    ready = prepared(source, decontaminate=[str(folder)])
     assert ready.dropped == {f"pairs: prompt is in {folder}": 2}
     empty = [{"messages": [{"role": "user", "content": None}]}]
-    with pytest.raises(UserError, match="1 rows have no text under `prompt`"):
-        prepare(source, decontaminate=[jsonl(tmp_path / "x.jsonl", empty)])
+    with pytest.raises(UserError, match="1 rows have no text in `prompt`"):
+        prepared(source, decontaminate=[jsonl(tmp_path / "x.jsonl", empty)])
 
 
 def test_kept_objects_with_other_fields_in_later_rows_lose_nothing(
@@ -383,10 +388,10 @@ def test_kept_objects_with_other_fields_in_later_rows_lose_nothing(
 
 
 def test_bars_of_whole_numbers_hold_as_many_of_them_each():
-    histogram = doctor._histogram("words", list(range(1, 41)), [10] * 40)
+    histogram = doctor.length_histogram("words", dict.fromkeys(range(1, 41), 10))
     assert histogram.counts == [20] * 20
     assert (histogram.edges[0], histogram.edges[1], histogram.edges[-1]) == (1, 3, 40)
-    one = doctor._histogram("words", [7], [3])
+    one = doctor.length_histogram("words", {7: 3})
     assert (one.counts, one.edges) == ([3], [7, 7])
 
 
@@ -403,8 +408,8 @@ def test_the_longest_row_is_named_and_the_long_ones_are_counted(tmp_path: Path):
         "words": words, "prompt_id": long["prompt_id"], "long": 2,
     }  # fmt: skip
     sentence = (
-        f"The longest of the pairs has {words:,} words (prompt_id `{long['prompt_id']}`);"
-        " above 1,000 words: 2."
+        f"The longest row of the pairs has {words:,} words (prompt_id `{long['prompt_id']}`);"
+        " 2 rows have more than 1,000 words."
     )
     assert sentence in list(doctor.sentences(figures))
     assert sentence in (out / "README.md").read_text(encoding="utf-8")

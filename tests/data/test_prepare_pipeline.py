@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.formats import DroppedError, demonstration, hh_turns, pair
-from align.data.prepare import Prepared, prepare_rows
-from align.data.rows import normalize_text, prompt_id
+from align.config.data import Prepare
+from align.data import statistics
+from align.data.formats import demonstration, hh_pair, hh_turns, pair
+from align.data.prepare import PreparedData, prepare
+from align.data.rows import DroppedError, normalize_text, prompt_id
 from align.data.splits import split_of
-from align.data.statistics import describe
 from align.errors import UserError
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.jsonl.gz"
@@ -38,13 +39,13 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def whole(source: Path | str, **knobs: Any) -> Prepared:
-    """Prepare without holding anything out, so that a file of one row is enough."""
-    return prepare_rows(str(source), **{"test_fraction": 0.0, **knobs})
+def whole(source: Path | str, **keys: Any) -> PreparedData:
+    """Prepare without a held-out split, so that a file of one row is enough."""
+    return prepare(Prepare.model_validate({"source": str(source), "test_fraction": 0.0, **keys}))
 
 
-def kept(prepared: Prepared, kind: str = "pairs") -> list[dict[str, Any]]:
-    return prepared.tables[kind]["train"]
+def kept(prepared: PreparedData, kind: str = "pairs") -> list[dict[str, Any]]:
+    return prepared.tables()[kind]["train"]
 
 
 # Formats
@@ -151,7 +152,7 @@ def test_a_row_that_does_not_fit_is_dropped_for_a_named_reason(
     reader: str, raw: dict[str, Any], reason: str
 ):
     with pytest.raises(DroppedError, match=reason):
-        pair(raw, reader=reader)
+        {"columns": pair, "hh": hh_pair}[reader](raw)
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path):
@@ -198,7 +199,7 @@ def test_a_mapped_column_keeps_no_second_name(tmp_path: Path):
     swapped = whole(file, columns={"chosen": "rejected", "rejected": "chosen"})
     assert kept(swapped)[0]["chosen"] == [assistant("No.")]
     told = whole(file, columns={"completion": "chosen"})
-    assert sorted(told.tables) == ["demonstrations", "prompts"]
+    assert sorted(told.tables()) == ["demonstrations", "prompts"]
 
 
 def test_labels_are_read_from_numbers_and_words_and_a_completion_with_both_is_dropped(
@@ -258,13 +259,13 @@ WRONG: list[tuple[str, str, bytes, dict[str, Any], str]] = [
      "a.jsonl: no column `prompt`, `chosen`, `rejected`; found `question`, `good`, `bad`;"
      " map it with `columns: {prompt: question, chosen: good, rejected: bad}`"),
     ("no column known", "a.jsonl", lines('{"text": "a"}'), {},
-     "a.jsonl: found `text`; needed `prompt`, `chosen`, `rejected` or `prompt`, `completion` or"
+     "a.jsonl: found `text`; expected `prompt`, `chosen`, `rejected` or `prompt`, `completion` or"
      " `messages`; map them with `columns: {prompt: ...}`"),
     ("pairs of plain text without a prompt", "a.jsonl", lines('{"chosen": "a", "rejected": "b"}'),
      {}, "a.jsonl: no column `prompt`; found `chosen`, `rejected`;"
      " map it with `columns: {prompt: ...}`"),
     ("transcripts read as columns", "a.jsonl", lines(TRANSCRIPT), {},
-     "a.jsonl: these are whole transcripts; read them with `reader: hh`"),
+     "a.jsonl: the rows are whole transcripts; read them with `reader: hh`"),
     ("columns read as transcripts", "a.jsonl", lines(PAIR), {"reader": "hh"},
      "a.jsonl: none of 1 pairs is usable: 1 not an HH transcript; try `reader: columns`"),
     ("transcripts without a side", "a.jsonl", lines('{"chosen": "a"}'), {"reader": "hh"},
@@ -281,43 +282,36 @@ WRONG: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("not UTF-8", "a.jsonl", b'{"prompt": "\xff"}\n', {},
      "a.jsonl:1: not UTF-8 at byte 12; save it as UTF-8"),
     ("JSONL named JSON", "a.json", lines(PAIR, PAIR), {},
-     "a.json:2: not JSON: Extra data; one object a line is JSONL: name it .jsonl"),
+     "a.json:2: not JSON: Extra data; a file with one object per line is JSONL: name it .jsonl"),
     ("JSON that is no list", "a.json", PAIR.encode(), {},
      "a.json: expected a list of objects, got an object"),
     ("JSON list of texts", "a.json", b'["a"]', {}, "a.json: row 1: expected an object, got a text"),
     ("CSV with a cell too many", "a.csv", lines("prompt,chosen,rejected", "a,b,c,d"), {},
      "a.csv:2: expected 3 cells, got 4; put text with commas in double quotes"),
     ("CSV with a column twice", "a.csv", lines("prompt,prompt", "a,b"), {},
-     "a.csv:1: column `prompt` is there twice; rename one"),
+     "a.csv:1: two columns are named `prompt`; rename one"),
     ("not Parquet", "a.parquet", b"PAR?", {}, "a.parquet: not Parquet: "),
     ("not gzip", "a.jsonl.gz", PAIR.encode(), {},
-     "a.jsonl.gz: named .gz but not gzipped; rename it or fetch it again"),
+     "a.jsonl.gz: not a gzip file; rename it, or download it again"),
     ("half a gzip", "a.jsonl.gz", gzip.compress(PAIR.encode())[:-9], {},
-     "a.jsonl.gz: not a whole gzip file"),
+     "a.jsonl.gz: truncated gzip file"),
     ("unknown kind", "a.xlsx", b"", {},
-     "a.xlsx: unknown kind of file; known: .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz"),
+     "a.xlsx: unknown file format; expected one of .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz"),
     ("unknown column of ours", "a.jsonl", lines(PAIR), {"columns": {"chosn": "chosen"}},
-     "columns: chosn: unknown key; did you mean `chosen`?"),
+     "columns: chosn: not a column of `reader: columns`; did you mean `chosen`?"),
     ("unknown column of theirs", "a.jsonl", lines(REJECT), {"columns": {"rejected": "rejct"}},
      "columns: {rejected: rejct}: no column `rejct`; did you mean `reject`?"),
     ("a column mapped twice", "a.jsonl", lines(PAIR),
      {"columns": {"chosen": "rejected", "rejected": "rejected"}},
-     "columns: `rejected` is mapped twice; keep one of them"),
-    ("unknown reader", "a.jsonl", lines(PAIR), {"reader": "sph"},
-     "reader: 'sph': unknown; known: columns, hh, ultrafeedback, shp, tldr, oasst"),
-    ("nothing to train on", "a.jsonl", lines(PAIR),
-     {"test_fraction": 0.5, "validation_fraction": 0.5},
-     "test_fraction + validation_fraction: 1.0: leaves none to train on"),
-    ("a fraction below zero", "a.jsonl", lines(PAIR), {"test_fraction": -0.1},
-     "test_fraction: -0.1: expected a number from 0 to below 1"),
+     "columns: `rejected` is mapped twice; keep one of the two keys"),
     ("an empty split", "a.jsonl", lines(PAIR), {"validation_fraction": 1e-9},
-     "validation_fraction: 1e-09: none of 1 prompts fell into `validation`;"
-     " raise it, set it to 0, add prompts or try another `split_seed`"),
+     "validation_fraction: 1e-09: none of 1 prompts is in split `validation`;"
+     " raise it, set it to 0, add prompts or change `split_seed`"),
     ("demonstrations named twice", "a.jsonl", lines('{"prompt": "a", "completion": "b"}'),
      {"demonstrations": "a.jsonl"},
-     "a.jsonl: carries demonstrations alone, and `demonstrations` names others;"),
+     "a.jsonl: contains only demonstrations, and `demonstrations` names another source;"),
     ("no desirable completion", "a.jsonl", lines('{"prompt":"a","completion":"b","label":false}'),
-     {}, "a.jsonl: no completion is labelled true, so there is nothing to demonstrate"),
+     {}, "a.jsonl: no completion is labeled true, so no completion can be demonstrated"),
 ]  # fmt: skip
 
 
@@ -348,7 +342,7 @@ def test_what_is_wrong_with_a_source_is_said_in_these_words(
         ("../a/b", "../a/b: no such file or folder"),
         ("a/b/c", "a/b/c: no such file or folder"),
         ("empty", "empty: no data files (.jsonl, "),
-        ("two words", "'two words': no file, no folder, and no Hub id (owner/name)"),
+        ("two words", "'two words': not a file, a folder, or a Hub id (owner/name)"),
         (
             "owner/name",
             "owner/name: no such file or folder, and HF_HUB_OFFLINE is set and it is not in the"
@@ -381,7 +375,7 @@ def test_a_missing_path_and_an_unreachable_hub_id_are_told_apart(
 def test_without_a_network_a_hub_id_is_refused_before_any_retry(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("align.runtime.hub.hub_is_reachable", lambda: False)
-    with pytest.raises(UserError, match="the Hub cannot be reached to look for it there; name a"):
+    with pytest.raises(UserError, match="the Hub cannot be reached; name a"):
         whole("owner/name")
 
 
@@ -486,16 +480,17 @@ def test_the_split_of_a_prompt_is_the_same_in_every_version_of_this_code():
 
 
 def test_pairs_and_demonstrations_of_a_prompt_fall_into_the_same_split():
-    prepared = prepare_rows("embedded", validation_fraction=0.1)
+    prepared = prepare(Prepare(source="embedded", validation_fraction=0.1))
     where: dict[str, set[str]] = {}
-    for splits in prepared.tables.values():
+    tables = prepared.tables()
+    for splits in tables.values():
         for split, rows in splits.items():
             for row in rows:
                 where.setdefault(row["prompt_id"], set()).add(split)
     assert {len(splits) for splits in where.values()} == {1}
     assert set().union(*where.values()) == {"train", "test", "validation"}
-    shared = {row["prompt_id"] for row in prepared.tables["pairs"]["test"]}
-    assert shared & {row["prompt_id"] for row in prepared.tables["demonstrations"]["test"]}
+    shared = {row["prompt_id"] for row in tables["pairs"]["test"]}
+    assert shared & {row["prompt_id"] for row in tables["demonstrations"]["test"]}
 
 
 # Figures and real data
@@ -505,7 +500,7 @@ def test_length_figures_by_hand(tmp_path: Path):
     # chosen of 3, 2, 1, 3 words against rejected of 1: longer 3 of 4, equal 1 of 4
     words = ["a b c", "d e", "f", "g h i"]
     rows = [{"prompt": "one two", "chosen": text, "rejected": f"no{text[0]}"} for text in words]
-    figures = describe(whole(jsonl(tmp_path / "a.jsonl", rows)))
+    figures = statistics.collect(whole(jsonl(tmp_path / "a.jsonl", rows))).summary()
     assert (figures["chosen_longer_share"], figures["equal_length_share"]) == (0.75, 0.25)
     assert figures["prefer_longer_accuracy"] == 0.875
     assert len(figures["warnings"]) == 1
@@ -516,20 +511,20 @@ def test_length_figures_by_hand(tmp_path: Path):
 
 @pytest.mark.skipif(not HH.is_file(), reason="the HH-RLHF file is not beside this checkout")
 def test_of_2312_real_pairs_13_are_dropped_for_three_reasons():
-    prepared = prepare_rows(str(HH), reader="hh")
+    prepared = prepare(Prepare(source=str(HH), reader="hh"))
     assert prepared.read == {"pairs": 2312}
     assert prepared.dropped == {
         "pairs: blank completion": 4,
         "pairs: transcripts part before the last turn": 5,
         "pairs: two turns in a row by one speaker": 4,
     }
-    figures = describe(prepared)
+    figures = statistics.collect(prepared).summary()
     assert figures["pairs"] == {"train": 2050, "test": 249}
     assert figures["prompts"] == {"train": 2049, "test": 248}
     # One row's prompt is often the beginning of another's: no conversation is on both sides.
     openings = {
         split: {row["prompt"][0]["content"] for row in rows}
-        for split, rows in prepared.tables["pairs"].items()
+        for split, rows in prepared.tables()["pairs"].items()
     }
     assert openings["train"].isdisjoint(openings["test"])
 
@@ -539,8 +534,8 @@ def test_rows_that_begin_the_same_conversation_fall_into_one_split(tmp_path: Pat
     for i in range(50):
         turns = [user(f"Hello {i}."), assistant("Hi."), user("And?")]
         rows += [{**GOOD, "prompt": turns[:length]} for length in (1, 3)]
-    prepared = prepare_rows(str(jsonl(tmp_path / "a.jsonl", rows)), test_fraction=0.5)
-    parts = prepared.tables["prompts"].values()
+    prepared = prepare(Prepare(source=str(jsonl(tmp_path / "a.jsonl", rows)), test_fraction=0.5))
+    parts = prepared.tables()["prompts"].values()
     openings = [{row["prompt"][0]["content"] for row in part} for part in parts]
     assert openings[0].isdisjoint(openings[1])
     assert all(len(part) == 2 * len(o) for part, o in zip(parts, openings, strict=True))
@@ -584,6 +579,6 @@ def test_json_that_python_cannot_read_is_one_line(
     tmp_path: Path, name: str, text: str, message: str
 ):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=f"{name}.*: not JSON that can be read: {message}") as found:
+    with pytest.raises(UserError, match=f"{name}.*: unreadable JSON: {message}") as found:
         whole(tmp_path / name)
     assert len(found.value.lines) == 1

@@ -88,7 +88,7 @@ def test_the_data_card_tells_counts_drops_settings_and_digests(tmp_path: Path):
     assert "| pairs: exact duplicate | 1 |" in card
     assert hashlib.sha256(source.read_bytes()).hexdigest() in card
     assert "| validation_fraction | `0.2` |" in card
-    assert "Licence: not known here; see the source." in card
+    assert "License: not known here; see the source." in card
     # "It is 7." has three words, "No." one: the longer is always the chosen one
     assert "**Warning:** always preferring the longer completion is right for 100.0%" in card
     assert "The demonstrations are the chosen" in card
@@ -127,7 +127,7 @@ def test_a_source_of_demonstrations_alone_writes_no_pairs(tmp_path: Path):
 
 
 def test_what_is_wrong_is_raised_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(UserError, match="fell into `test`"):
+    with pytest.raises(UserError, match="is in split `test`"):
         run(recipe(pairs_file(tmp_path / "a.jsonl"), test_fraction=1e-9), {}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -138,6 +138,6 @@ def test_the_card_says_what_decides_the_split(tmp_path: Path):
     for name, knobs in {"plain": {}, "near": {"near_duplicates": "keep"}}.items():
         run(recipe(source, **knobs), {}, tmp_path / name)
         cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
-    assert all("up to its first user's turn, a system turn included" in c for c in cards.values())
-    words = "Of nearly equal prompts the first that came decides"
+    assert all("up to its first user turn, including a system turn" in c for c in cards.values())
+    words = "Near-duplicate prompts have the split of the first one"
     assert [words in card for card in cards.values()] == [False, True]

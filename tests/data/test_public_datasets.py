@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from align.config import catalog, recipe
 from align.config.data import Prepare
 from align.data.pairing import PairingOptions
-from align.data.prepare import prepare_rows
+from align.data.prepare import prepare
 from align.data.public_datasets import oasst, shp, tldr, trees, ultrafeedback
 from align.data.rows import DroppedError
 from align.errors import UserError
@@ -54,12 +54,12 @@ EXPECTED: dict[str, tuple[list[tuple[str, str, str]], dict[str, int]]] = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_sample_is_read_into_rows_written_by_hand(name: str):
-    told = Prepare(source=name, test_fraction=0.0).model_dump(exclude={"stage"})
-    told |= {"source": str(FOLDER / f"{name}.sample.jsonl"), "config": None}
-    prepared = prepare_rows(**told)
+    file = str(FOLDER / f"{name}.sample.jsonl")
+    config = Prepare(source=name, test_fraction=0.0)
+    prepared = prepare(config.model_copy(update={"source": file, "config": None}))
     found = [
         ("|".join(turn["content"] for turn in row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
-        for row in prepared.tables["pairs"]["train"]
+        for row in prepared.tables()["pairs"]["train"]
     ]  # fmt: skip
     rows, dropped = EXPECTED[name]
     assert found == rows
@@ -166,6 +166,9 @@ def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
         ({"mixture": [{"source": "b"}], "reader": "hh"}, "`reader` belongs into the entries"),
         ({"mixture": [{"source": "b", "weight": 1.0}, {"source": "c"}]}, "`weight` in every entry of `mixture`, or in none"),
         ({"source": "a", "keep": ["prompt"]}, "must not contain `prompt`"),
+        ({"source": "a", "reader": "sph"}, "reader\n.*'columns', 'hh', 'ultrafeedback', 'shp'"),
+        ({"source": "a", "test_fraction": -0.1}, "test_fraction\n.*greater than or equal to 0"),
+        ({"source": "a", "test_fraction": 0.5, "validation_fraction": 0.5}, "`test_fraction` and `validation_fraction`"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(told: dict[str, Any], message: str):
@@ -250,7 +253,7 @@ def test_a_cap_counts_trees_and_not_their_messages(tmp_path: Path):
         rows += [message(f"{side}{k}", f"q{k}", "assistant", rank=i) for i, side in enumerate("ab")]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    prepared = prepare_rows(str(file), reader="oasst", max_rows=12, test_fraction=0.0)
+    prepared = prepare(Prepare(source=str(file), reader="oasst", max_rows=12, test_fraction=0.0))
     assert (prepared.read["pairs"], prepared.dropped) == (12, {})
 
 
@@ -261,10 +264,10 @@ def test_the_columns_of_a_reader_can_be_mapped(tmp_path: Path):
     told = recipe.load_stage(
         "prepare", [f"source={file}", "reader=shp", "columns={history: post}", "test_fraction=0.0"]
     )
-    prepared = prepare_rows(**told.model_dump(exclude={"stage"}))
-    assert prepared.tables["pairs"]["train"][0]["prompt"][0]["content"] == "h"
-    with pytest.raises(UserError, match="columns: history: unknown key"):
-        prepare_rows(str(file), columns={"history": "post"})
+    prepared = prepare(told)
+    assert prepared.tables()["pairs"]["train"][0]["prompt"][0]["content"] == "h"
+    with pytest.raises(UserError, match="columns: history: not a column of"):
+        prepare(Prepare(source=str(file), columns={"history": "post"}))
 
 
 def test_a_file_or_folder_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -36,7 +36,7 @@ def test_prepare_writes_a_folder_once_and_doctor_nothing(
     assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 0
     assert (tmp_path / "out" / "pairs-test.parquet").is_file()
     assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 2
-    assert "out: is there already" in capsys.readouterr().err
+    assert "out: already exists" in capsys.readouterr().err
 
 
 def test_mistakes_are_told_all_at_once(
@@ -136,7 +136,7 @@ def test_a_mixture_stands_in_place_of_the_source(
     for order in (told, told[::-1]):
         assert command(["data", "doctor", *order], monkeypatch) == 0
         out = capsys.readouterr().out
-        assert "of b.jsonl: 40 pairs read, 40 kept" in out
+        assert "b.jsonl: 40 pairs read, 40 kept" in out
     assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 0
     assert "a.jsonl + b.jsonl → out" in capsys.readouterr().out
     assert command(["data", "doctor", "a.jsonl", told[0]], monkeypatch) == 2
@@ -160,13 +160,13 @@ def test_prepare_leaves_a_whole_folder_or_none(
     rows_file(tmp_path / "a.jsonl", rows)
     told = ["data", "prepare", "a.jsonl", "--out", "out"]
     assert command([*told, "keep=[note]"], monkeypatch) == 2
-    assert "a kept column does not hold one type" in capsys.readouterr().err
+    assert "the values of a kept column differ in type" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
     assert command([*told[:-1], "a.jsonl/out"], monkeypatch) == 2
-    assert "a.jsonl/out.partial: cannot be made: Not a directory" in capsys.readouterr().err
+    assert "a.jsonl/out.partial: cannot be created: Not a directory" in capsys.readouterr().err
     (tmp_path / "out.partial").mkdir()
     assert command(told, monkeypatch) == 2
-    assert "out.partial: is there from a run that was cut off" in capsys.readouterr().err
+    assert "out.partial: already exists, from an interrupted run" in capsys.readouterr().err
     (tmp_path / "out.partial").rmdir()
     (tmp_path / "out").mkdir()  # an empty one is no obstacle
     assert command(told, monkeypatch) == 0
