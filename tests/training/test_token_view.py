@@ -140,7 +140,7 @@ def test_a_mixture_stands_in_place_of_the_source(
     assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 0
     assert "a.jsonl + b.jsonl → out" in capsys.readouterr().out
     assert command(["data", "doctor", "a.jsonl", told[0]], monkeypatch) == 2
-    assert "give one of `source` and `mixture`" in capsys.readouterr().err
+    assert "set either `source` or `mixture`" in capsys.readouterr().err
 
 
 def test_a_source_s_name_is_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
