@@ -1,3 +1,3 @@
-"""Align: supervised fine-tuning, preference optimisation and held-out win rates, chained by recipe files."""
+"""Align: supervised fine-tuning, preference optimization and held-out win rates, chained by recipe files."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

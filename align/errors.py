@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Invalid input, reported without a traceback: one line per problem. The command exits with code 2."""
+    """Invalid input: one line per problem. A command prints the lines and exits with code 2."""
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
@@ -27,29 +27,32 @@ class DataError(UserError):
 
 
 class ArtifactError(UserError):
-    """A file or folder of a finished or interrupted stage is damaged, in the way, or does not fit this run."""
+    """A stage's folder is damaged, cannot be created, or does not fit this run."""
 
 
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
-def mismatch(expected: str, found: object, text: str | None) -> str:
-    """Message for a value of the wrong type: ``expected a number, got the text '5e-7' (…the repair…)``.
+def mismatch(expected: str, value: object, text: str | None) -> str:
+    """Message for a value of the wrong type, with the repair if there is a usual one.
 
     ``text`` is the value as written in the YAML file, if known.
+
+    >>> mismatch("a number", "5e-7", "5e-7")
+    "expected a number, got the text '5e-7' (YAML reads 5e-7 as text: write 5.0e-7)"
     """
-    message = f"expected {expected}, got {shown(found)}"
-    if isinstance(found, bool) and text is not None and text.lower() not in ("true", "false"):
-        read = "true" if found else "false"
+    message = f"expected {expected}, got {shown(value)}"
+    if isinstance(value, bool) and text is not None and text.lower() not in ("true", "false"):
         return (
-            f"expected {expected}, got {text}, which YAML reads as {read}: write '{text}' in quotes"
+            f"expected {expected}, got {text}, which YAML reads as {str(value).lower()}: "
+            f"write '{text}' in quotes"
         )
-    if "number" in expected and isinstance(found, str) and NUMBER.match(found.strip()):
-        if "e" in found.lower():
-            mantissa, exponent = found.strip().lower().split("e")
+    if "number" in expected and isinstance(value, str) and NUMBER.match(value.strip()):
+        if "e" in value.lower():
+            mantissa, exponent = value.strip().lower().split("e")
             mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
             exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
-            return f"{message} (YAML reads {found} as text: write {mantissa}e{exponent})"
+            return f"{message} (YAML reads {value} as text: write {mantissa}e{exponent})"
         return f"{message} (write it without quotes)"
     return message
 

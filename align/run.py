@@ -1,8 +1,7 @@
 """Run a recipe: ``accelerate launch align/run.py RECIPE [STAGE.KEY=VALUE ...]``.
 
-When this file is started as a script, Python puts its folder first on the module search path, where the
-package ``align`` is not found and its subpackages could shadow installed packages. The checkout is put
-there instead, before anything else is imported.
+Python puts the folder of a script first on the module search path. That is ``align/`` here, where ``import align`` would
+fail and subpackages could shadow installed packages. The checkout takes its place before anything else is imported.
 """
 
 import os

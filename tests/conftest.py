@@ -1,6 +1,6 @@
-"""What all tests share. Loaded before torch is: the environment is read when libraries are imported."""
+"""Fixtures and settings of all tests."""
 
-# ruff: noqa: E402 (the environment comes before the imports that read it)
+# ruff: noqa: E402 (libraries read the environment when they are imported)
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from jaxtyping import install_import_hook
 
-# Shapes and types in the signatures of the mathematics are checked at every call.
+# Shapes and types in the signatures of tensor functions are checked at every call.
 install_import_hook(["align.functional", "align.rl"], "beartype.beartype")
 
 import signal
@@ -24,9 +24,18 @@ from typing import NamedTuple
 import pytest
 import typer
 
+SECONDS_PER_SLOW_TEST = 1800
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests may take longer than the timeout in pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SECONDS_PER_SLOW_TEST))
+
 
 class Finished(NamedTuple):
-    """A command that ended: its exit code and what it printed."""
+    """A finished command: its exit code and its output."""
 
     code: int
     out: str
@@ -37,9 +46,9 @@ class Finished(NamedTuple):
 def launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Finished]]:
-    """``launch("recipe.yaml", "dpo.beta=0.2")``: ``align/run.py`` in this process, started in ``tmp_path``.
+    """``launch("recipe.yaml", "dpo.beta=0.2")`` runs ``align/run.py`` in this process and in ``tmp_path``.
 
-    The environment, the signal handlers and the working directory are given back.
+    Environment, signal handlers and working directory are restored.
     """
     from align.cli import run
     from align.runtime import exit_codes
@@ -55,9 +64,9 @@ def launch(
         )
         app.command()(run.run_recipe)
         capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             exit_codes.guarded(app)
-        return Finished(int(left.value.code or 0), *capfd.readouterr())
+        return Finished(int(exit_info.value.code or 0), *capfd.readouterr())
 
     yield call
     for number, handler in handlers.items():

@@ -1,1 +1,1 @@
-"""cli."""
+"""The ``align`` command and the command line of ``align/run.py``. Only these modules parse arguments."""

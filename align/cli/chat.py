@@ -1,4 +1,4 @@
-"""Talk to a policy on a terminal, through the same template that it was trained with."""
+"""Chat with a policy on the terminal, with the chat template that it was trained with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 
-def talk(source: Path | str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
-    """Read lines, print answers as they are sampled, until the input ends."""
+def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
+    """Read lines from standard input and print the policy's answers while they are sampled.
+
+    An empty line starts a new conversation; the end of the input ends the command. ``source`` is a model folder or a Hub
+    id.
+    """
     import torch
     from transformers import TextStreamer
 
@@ -18,7 +22,7 @@ def talk(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
     dtype = "bfloat16" if device == "cuda" else "float32"
     model = loading.load_for_inference(source, dtype=dtype).to(device).eval()
     torch.manual_seed(seed)
-    print(f"{source}: an empty line forgets the conversation, Ctrl-D ends", file=sys.stderr)
+    print(f"{source}: an empty line starts a new conversation, Ctrl-D exits", file=sys.stderr)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generation.set_sampling(
         model, tokenizer, temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens

@@ -1,4 +1,4 @@
-"""The ``align`` command: run a recipe, say what it would do, check it, talk to what came out or watch it play."""
+"""The ``align`` command: run, plan and check recipes, chat with a policy, watch a control policy play."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from align import __version__
 from align.cli.data import data
 from align.cli.run import Force, Overrides, RecipePath, Runs, Until
-from align.errors import UserError
+from align.errors import RecipeError
 from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import guarded
-
-if TYPE_CHECKING:
-    pass
-
 
 app = typer.Typer(
     add_completion=False,
@@ -37,9 +34,22 @@ Config = Annotated[
 ]
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        print(f"align {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _describe() -> None:
-    """Align a language model with preferences: recipes in, a held-out win rate out."""
+def _describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Align language models with preferences: recipes in, held-out win rates out."""
 
 
 @app.command()
@@ -51,12 +61,14 @@ def run(
     until: Until = None,
     config: Config = None,
 ) -> None:
-    """Run a recipe, launched by accelerate; the exit code is the run's own."""
+    """Run a recipe through accelerate's launcher. Exit codes: 0 success, 1 error, 2 invalid input, 130 interrupted."""
     from align.config.recipe import load_recipe
 
-    load_recipe(recipe, overrides or [])  # mistakes are told before anything starts
+    load_recipe(recipe, overrides or [])  # reports invalid input before the launcher starts
     if config is not None and not config.is_file():
-        raise UserError(f"{config}: no such launch configuration; accelerate_configs/ has some")
+        raise RecipeError(
+            f"{config}: no such launch configuration; accelerate_configs/ has examples"
+        )
     options = ["--runs", str(runs)]
     options += ["--force", force] if force else []
     options += ["--until", until] if until else []
@@ -66,15 +78,18 @@ def run(
 
 
 def _launch(arguments: list[str]) -> int:
-    """``accelerate launch``, which itself ends in 1 and a traceback whatever a run ended in. Returns the run's code."""
+    """Run ``accelerate launch`` and return the exit code of the run.
+
+    The launcher itself exits with 1 and a traceback, whatever the run's exit code is.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Its advice to run `accelerate config` is not needed for one process.
+    # It advises to run `accelerate config`, even for one process.
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the run as well
-    signal.signal(signal.SIGTERM, _pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the run as well
+    signal.signal(signal.SIGTERM, _forward)
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except subprocess.CalledProcessError as error:
@@ -87,7 +102,7 @@ def _launch(arguments: list[str]) -> int:
     return 0
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
+def _forward(number: int, frame: FrameType | None) -> None:
     import psutil
 
     for child in psutil.Process().children():
@@ -100,9 +115,7 @@ def plan(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     until: Until = None,
-    processes: Annotated[
-        int, typer.Option(help="Processes that will share the batches.", min=1)
-    ] = 1,
+    processes: Annotated[int, typer.Option(help="Number of processes of the run.", min=1)] = 1,
 ) -> None:
     """Show what would run or be reused, with steps, tokens and memory; start nothing."""
     from rich.console import Console
@@ -161,7 +174,7 @@ def check(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Find everything that can be known wrong without training: recipe, data, lengths, template."""
+    """Check recipe, data, token lengths and chat template without training."""
     from rich.console import Console
 
     from align.config.recipe import ErrorCollector, load_recipe
@@ -193,16 +206,18 @@ def chat(
         str, typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage such as dpo, or a folder.")
     ],
     runs: Runs = Path("runs"),
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Talk to a trained policy; an empty line forgets the conversation, Ctrl-D ends."""
-    from align.cli.chat import talk
+    """Chat with a trained policy. An empty line starts a new conversation, Ctrl-D exits."""
+    from align.cli import chat as cli_chat
     from align.pipeline import lookup
 
     quiet_libraries()
-    talk(
+    cli_chat.chat(
         lookup.find_policy(policy, runs),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
@@ -218,25 +233,34 @@ def play(
     ],
     runs: Runs = Path("runs"),
     gif: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a GIF; without it, open a window.")
+        Path | None, typer.Option(metavar="FILE", help="Write a GIF instead of opening a window.")
     ] = None,
     episodes: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[
-        int | None, typer.Option(help="Of training: which policy; without it, the first.")
+        int | None, typer.Option(help="Training seed of the policy; by default the first.")
     ] = None,
 ) -> None:
-    """Watch a policy that `control` trained take its likeliest actions."""
+    """Watch a policy of a `control` stage play."""
     from align.cli import play as cli_play
     from align.pipeline import lookup
 
     cli_play.play(lookup.find_control_policy(policy, runs), gif=gif, episodes=episodes, seed=seed)
 
 
+@app.command()
+def env() -> None:
+    """Show versions and devices, for bug reports."""
+    from align.cli.env import show_environment
+
+    quiet_libraries()
+    show_environment()
+
+
 app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the ``align`` command."""
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "100")
     guarded(app)

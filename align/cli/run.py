@@ -1,7 +1,6 @@
-"""Run a recipe: ``accelerate launch align/run.py RECIPE [STAGE.KEY=VALUE ...]``.
+"""The command line of ``align/run.py``, and the options that it shares with ``align run``.
 
-Started as a script, Python puts this file's folder first on its path, where ``align`` itself is not and where a module of
-ours could shadow an installed one. So the checkout is put there instead, before anything else is imported.
+The script is started by ``accelerate launch``, once per process; ``align run`` starts the launcher.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[STAGE.KEY=VALUE]...",
-        help="Settings that differ, such as dpo.beta=0.3 or all.seed=1.",
+        help="Overrides, such as dpo.beta=0.3 or all.seed=1.",
     ),
 ]
-Runs = Annotated[Path, typer.Option(metavar="DIR", help="Where results go.")]
+Runs = Annotated[Path, typer.Option(metavar="DIR", help="The folder for results.")]
 Force = Annotated[
     str | None,
-    typer.Option(metavar="STAGE|all", help="Run a stage anew: what it left is removed first."),
+    typer.Option(metavar="STAGE|all", help="Remove the results of a stage and run it again."),
 ]
 Until = Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")]
 
@@ -39,7 +38,7 @@ def run_recipe(
     force: Force = None,
     until: Until = None,
 ) -> None:
-    """Run the stages of a recipe that are not there yet, and show what came out."""
+    """Run the unfinished stages of a recipe and show the results."""
     quiet_libraries()
     from align.config.recipe import load_recipe
     from align.pipeline import runner
@@ -53,7 +52,7 @@ def run_recipe(
 
 
 def main() -> None:
-    """Run ``align/run.py``'s command line."""
+    """Run the command line of ``align/run.py``."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(run_recipe)
     guarded(app)

@@ -1,1 +1,1 @@
-"""runtime."""
+"""What a running stage needs: artifacts, checkpoints, locks, ranks, signals, progress, exit codes."""

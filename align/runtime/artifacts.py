@@ -1,6 +1,6 @@
-"""What a stage leaves behind: a folder, and in it ``artifact.json``, written last. Without it the stage did not finish.
+"""``artifact.json``, written last into a stage's folder; digests of data and files; versions and commit.
 
-Also what makes a stage's digest: its config, the digests of its inputs, and its code version.
+A folder without ``artifact.json`` is a stage that did not finish.
 """
 
 from __future__ import annotations
@@ -17,28 +17,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.errors import UserError
+from align import __version__
+from align.errors import ArtifactError
 
 FILE = "artifact.json"
-WORKING = ".working"  # stands while a stage is not complete; locked while it runs
-_PACKAGES = (
-    "align",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-)
+WORKING = ".working"  # exists until a stage is finished; locked while it runs
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One finished stage. ``inputs`` holds, by role, the folder (or Hub id) and digest of what was read.
+    """The record of a finished stage.
 
-    ``seconds`` are those of the process that finished the stage; ``peak_memory_bytes`` is the GPU's where there is one
-    and the process's resident memory otherwise.
+    ``inputs`` has the folder (or Hub id) and the digest of each input by its name. ``seconds`` is the duration of the run
+    that finished the stage, without earlier interrupted runs. ``peak_memory_bytes`` is GPU memory on a machine with a GPU
+    and resident memory otherwise. ``headline``, ``remarks`` and ``tables`` are those of the stage's result.
     """
 
     stage: str
@@ -59,33 +52,33 @@ class Artifact:
 
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
-    """Declare a folder finished."""
+    """Write ``artifact.json``, which marks a stage's folder as finished."""
     write_json(folder / FILE, asdict(artifact))
 
 
 def read_artifact(folder: Path) -> Artifact | None:
-    """The artifact in ``folder``; None where the stage did not finish there.
+    """The artifact in ``folder``; None if the stage did not finish there.
 
     Raises:
-        UserError: The file is there and is none of ours.
+        ArtifactError: The file exists, but cannot be read or is not an artifact of this version.
     """
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / FILE}: cannot be read: {error}") from None
+        raise ArtifactError(f"{folder / FILE}: cannot be read: {error}") from None
     try:
         return Artifact(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise UserError(
+        raise ArtifactError(
             f"{folder / FILE}: not an artifact of this version of Align ({error}); "
             f"move {folder} away, or run its stage with --force"
         ) from None
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON whole or not at all: a temporary name in the same folder, flushed to the disk, then a rename."""
+    """Write JSON atomically: to a temporary file in the same folder, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
@@ -97,16 +90,13 @@ def write_json(path: Path, data: object) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-# Digests -------------------------------------------------------------------------------------------------------------
+    """Read a file that contains a JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def digest(data: object) -> str:
-    """SHA-256 of JSON data in one canonical form, in hex."""
+    """SHA-256 of JSON data in canonical form, in hex."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -118,14 +108,14 @@ def digest_file(file: Path) -> str:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """SHA-256 of the names and contents of files, in their order; where they lie does not matter."""
+    """SHA-256 of the names and contents of files in the given order, in hex. Their folders do not count."""
     return digest([[file.name, digest_file(file)] for file in files])
 
 
 def digest_folder(folder: Path) -> str:
-    """The digest of a folder: its artifact's where it has one, and else that of the files directly in it.
+    """The digest in the folder's artifact, or else a digest of the files directly in it.
 
-    An adapter's is that of its base as well, where that lies on this disk.
+    The latter covers the base model of an adapter as well, if the base model is a folder on this disk.
     """
     artifact = read_artifact(folder)
     if artifact is not None:
@@ -139,43 +129,33 @@ def digest_folder(folder: Path) -> str:
     return own
 
 
-# Where a number comes from -------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions that made a result: Python's and those of the libraries that compute."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            from align import __version__
-
-            found[package] = __version__  # a plain checkout, not installed
-    return found
+    """Versions of Python, of Align and of the libraries that compute."""
+    libraries = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), "align": __version__, **libraries}
 
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that runs, with ``+changes`` where it has uncommitted ones; None outside of git."""
-    here = Path(__file__).parents[1]
+    """The git commit of this checkout, with ``+changes`` if tracked files were changed; None outside a checkout."""
+    package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != here.parent.resolve():
-            return None  # installed below somebody else's checkout
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here))
+        if Path(git("rev-parse", "--show-toplevel")) != package.parent.resolve():
+            return None  # installed inside another project's checkout
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(package))
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def make_readable(folder: Path) -> None:
-    """Give weights the usual permissions: safetensors writes through a private temporary file."""
+    """Give the weights in a folder the usual permissions; safetensors writes them readable by their owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.glob("*.safetensors"):

@@ -1,26 +1,24 @@
-"""runtime.checkpoints"""
+"""Checkpoints of a stage: a checkpoint counts only once its mark is written and all of its files are there."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from align.errors import UserError
+from align.errors import ArtifactError
 from align.runtime.artifacts import write_json
 
 COMPLETE_MARK = "complete.json"
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first.
+    """The complete checkpoints ``checkpoint-<step>`` in a folder, oldest first.
 
-    One without its mark was cut off while it was written; one that lacks a file of its mark, while it was removed.
+    A checkpoint without a mark was interrupted while it was written; one that lacks a file of its mark, or has it with
+    another size, is damaged or was interrupted while it was removed.
     """
-    found = [p for p in folder.glob("checkpoint-*") if _is_complete(p)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
+    return sorted(complete, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -32,26 +30,26 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def mark_complete(checkpoint: Path, *, world_size: int) -> None:
-    """Declare a checkpoint complete: the files that it has now, with their sizes."""
+    """Mark a checkpoint as complete, with the sizes of its files and the number of processes that wrote it."""
     (checkpoint / COMPLETE_MARK).unlink(missing_ok=True)
-    paths = [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
-    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in paths}
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
     write_json(checkpoint / COMPLETE_MARK, {"world_size": world_size, "files": files})
 
 
 def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:
-    """The checkpoint to go on from; None to start at the beginning.
+    """The newest complete checkpoint, to resume from; None if there is none.
 
     Raises:
-        UserError: It was written by another number of processes, so going on would not end in the same weights.
+        ArtifactError: Another number of processes wrote it, so a resumed run would end in other weights.
     """
-    found = list_checkpoints(folder)
-    if not found:
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
         return None
-    written = json.loads((found[-1] / COMPLETE_MARK).read_text(encoding="utf-8"))
-    if written["world_size"] != world_size:
-        raise UserError(
-            f"{found[-1]}: written by {written['world_size']} processes, and this run has {world_size}; "
-            f"launch {written['world_size']}, or start the stage anew with --force"
+    mark = json.loads((checkpoints[-1] / COMPLETE_MARK).read_text(encoding="utf-8"))
+    if mark["world_size"] != world_size:
+        raise ArtifactError(
+            f"{checkpoints[-1]}: written by {mark['world_size']} processes, and this run has {world_size}; "
+            f"launch {mark['world_size']} processes, or start the stage over with --force"
         )
-    return found[-1]
+    return checkpoints[-1]

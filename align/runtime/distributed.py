@@ -1,6 +1,6 @@
-"""The processes of one launch: who is the main one, waiting for all, memory, and a clean state between stages.
+"""The ranks of a launch: who is rank 0, collectives, sharing rows, memory, and a clean state between stages.
 
-Light to import: nothing here touches torch until a stage really runs.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,58 +18,59 @@ from align.errors import UserError
 
 R = TypeVar("R")
 T = TypeVar("T")
-_ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+_LAUNCHER_PLUGINS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
 
 
 def world_size() -> int:
-    """How many processes the launcher started."""
+    """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Index of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes what is written once."""
+    """Whether this is rank 0, which prints, and writes what is written once."""
     return rank() == 0
 
 
 def init_process_group() -> None:
-    """Join the process group that the launcher asked for, and make sure that it is that one.
+    """Join the launcher's process group, and check that it is the one that was configured.
 
     Raises:
-        UserError: The launcher started several processes and each would run alone, believing itself the only one.
+        UserError: The launcher started several processes that would each run alone, or it was configured for FSDP or
+            DeepSpeed, and accelerate uses neither.
     """
     import torch
     from accelerate import PartialState
 
-    # `accelerate launch` hands `use_cpu: true` on only to a single process; several must be told again.
-    told = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    several = world_size() > 1 and not torch.accelerator.is_available()
+    # `accelerate launch` passes `use_cpu: true` on to a single process only, not to several.
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    several_on_cpu = world_size() > 1 and not torch.accelerator.is_available()
     state = PartialState(
-        cpu=told or several,
+        cpu=use_cpu or several_on_cpu,
         **({"timeout": timedelta(days=1)} if world_size() > 1 else {}),
     )
     if state.num_processes != world_size():
         raise UserError(
-            f"the launcher started {world_size()} processes and they do not see each other "
-            f"(accelerate found {state.distributed_type}); set ACCELERATE_USE_CPU=true, or use one of "
+            f"the launcher started {world_size()} processes, but accelerate does not connect them "
+            f"({state.distributed_type}); set ACCELERATE_USE_CPU=true, or use the file in "
             "accelerate_configs/ that fits this machine"
         )
-    for variable, name in _ASKED.items():
-        asked = os.environ.get(variable, "false").lower() == "true"
-        if asked and name not in str(state.distributed_type):
-            # accelerate turns FSDP without a GPU into plain data parallelism, and says nothing.
+    for variable, name in _LAUNCHER_PLUGINS.items():
+        configured = os.environ.get(variable, "false").lower() == "true"
+        if configured and name not in str(state.distributed_type):
+            # accelerate silently replaces FSDP without a GPU by plain data parallelism.
             raise UserError(
-                f"the launch configuration asks for {name} and accelerate runs {state.distributed_type}; "
-                "use one of accelerate_configs/ that fits this machine"
+                f"the launch configuration requires {name}, but accelerate uses {state.distributed_type}; "
+                "use the file in accelerate_configs/ that fits this machine"
             )
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all ranks have reached this call."""
     if world_size() > 1:
         from accelerate import PartialState
 
@@ -77,7 +78,7 @@ def barrier() -> None:
 
 
 def broadcast_from_main(value: T) -> T:
-    """The main process's ``value``, on every process."""
+    """Rank 0's ``value``, on every rank."""
     if world_size() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -116,9 +117,9 @@ def map_rows(
 
 
 def reset_process_state(seed: int) -> None:
-    """Give back what the last stage held, and start the next as if it were the first in its process.
+    """Free what the last stage held, so that the next one starts as if it were the first in this process.
 
-    Random states, accelerate's plugins and gradient state, DeepSpeed's and bitsandbytes' process-wide config, and memory.
+    Resets random states, the state of accelerate, the process-wide configs of DeepSpeed and bitsandbytes, and memory.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState
@@ -133,7 +134,7 @@ def reset_process_state(seed: int) -> None:
     if "bitsandbytes" in sys.modules:
         from bitsandbytes.optim import GlobalOptimManager
 
-        GlobalOptimManager._instance = None  # else the last stage's 32-bit overrides stay
+        GlobalOptimManager._instance = None  # it holds the last stage's 32-bit overrides
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -144,15 +145,13 @@ def reset_process_state(seed: int) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
-        with contextlib.suppress(
-            OSError
-        ):  # the peak of resident memory starts anew, where that is allowed
-            Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # not allowed in every container
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     set_seed(seed)
 
 
 def peak_memory_bytes() -> int | None:
-    """The peak since :func:`clean_state`: of GPU memory, else of resident memory; None where nothing tells."""
+    """Peak memory since :func:`reset_process_state`: of the GPU, else resident memory; None if unknown."""
     import torch
 
     if torch.cuda.is_available():
@@ -166,7 +165,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def any_rank(requested: bool) -> bool:
-    """Whether any process was asked to stop: all must stop at the same step."""
+    """Whether ``requested`` is true on any rank. A collective call: all ranks return the same."""
     if world_size() == 1:
         return requested
     import torch

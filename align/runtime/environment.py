@@ -1,4 +1,4 @@
-"""runtime.environment"""
+"""Settings of other libraries: no telemetry, no progress bars, no warnings on which a user cannot act."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import logging
 import os
 import warnings
 
-# Said at every start on a CPU, about kernels and devices that are not there.
-_NOISE = {
+# Logged at every start on a machine without a GPU.
+_IRRELEVANT = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "DeepSpeed": "Setting accelerator to CPU",
 }
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own display, and send nothing home; what the user has set in the environment stays."""
+    """Turn off telemetry, progress bars and advice of other libraries. Variables that the user has set keep their values.
+
+    Call it before these libraries are imported: most read the environment at import.
+    """
     for variable, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -25,10 +28,10 @@ def quiet_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(variable, value)
-    # transformers 5.23 renamed gradient to activation checkpointing, and TRL 1.16 and its own code still use the old
-    # name at every step; nobody here can act on that.
+    # transformers 5.23 renamed gradient checkpointing to activation checkpointing, but TRL 1.16 and transformers itself
+    # still use the old name, at every step.
     warnings.filterwarnings(
         "ignore", message=r".*gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )
-    for name, message in _NOISE.items():
+    for name, message in _IRRELEVANT.items():
         logging.getLogger(name).addFilter(lambda record, m=message: m not in record.getMessage())  # type: ignore[misc]

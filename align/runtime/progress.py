@@ -1,7 +1,7 @@
-"""How a run is followed: ``metrics.jsonl``, and what a person sees while it runs.
+"""Progress of a run: ``metrics.jsonl`` in a stage's folder, and the display on the terminal.
 
-On a terminal one live display for the whole chain; anywhere else (CI, a log file) plain lines. Trackers such as
-TensorBoard or W&B come with Hugging Face's own ``trainer: {report_to: …}``.
+On a terminal the display is one live progress bar; elsewhere (CI, a log file) it is plain lines. Trackers such as
+TensorBoard or W&B are enabled with Hugging Face's own ``trainer: {report_to: …}``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def truncate_jsonl(path: Path, after_step: int) -> None:
 
 
 def numbers(metrics: Mapping[str, Any]) -> str:
-    """Key metrics on one line: ``loss 0.5312  accuracy 0.84``."""
+    """Format numeric metrics on one line, by the last part of their keys.
+
+    >>> numbers({"loss": 0.53124, "rewards/accuracies": 0.84, "done": True})
+    'loss 0.5312  accuracies 0.84'
+    """
     return "  ".join(
         f"{key.rpartition('/')[2]} {value:.4g}"
         for key, value in metrics.items()
@@ -84,32 +88,32 @@ class Display:
         LOGGER.removeHandler(self._handler)
 
     def info(self, line: str, style: str | None = None) -> None:
-        """Print one line for good."""
+        """Print one permanent line."""
         self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    def start(self, name: str, folder: Path, how: str) -> None:
-        """A stage begins."""
+    def start(self, name: str, folder: Path, status: str) -> None:
+        """Show that a stage begins; ``status`` is "running" or "resuming"."""
         self._started[name] = time.monotonic()
-        self.info(f"{name}: {how} → {folder}")
+        self.info(f"{name}: {status} → {folder}")
 
     def step(
-        self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
+        self, name: str, done: int, total: int, metrics: Mapping[str, Any], unit: str = "step"
     ) -> None:
-        """A stage is at ``done`` of ``total``, of steps or of ``what`` else."""
+        """Show that a stage has done ``done`` of ``total`` units, such as steps."""
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_LINES or done == total:
             self._last = now
             seconds = now - self._started[name]
-            line = f"{name}: {what} {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
+            line = f"{name}: {unit} {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
             self.info(line.rstrip())
 
     def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
-        """A stage is complete, or was before."""
+        """Show that a stage is finished; ``status`` is "ran" or "reused"."""
         self.info(f"{name}: {status}  {seconds:.1f} s  {numbers(metrics)}".rstrip())
 
 
 class LiveDisplay(Display):
-    """One bar for the stage that runs, on a terminal."""
+    """A progress bar for the running stage, on a terminal."""
 
     def __init__(self, console: Console) -> None:
         from rich.progress import (
@@ -144,33 +148,33 @@ class LiveDisplay(Display):
         super().__exit__(*exception)
         self._progress.stop()
 
-    def start(self, name: str, folder: Path, how: str) -> None:
-        """A stage begins."""
-        self._task = self._progress.add_task(name, total=None, numbers=how)
+    def start(self, name: str, folder: Path, status: str) -> None:
+        """Show that a stage begins; ``status`` is "running" or "resuming"."""
+        self._task = self._progress.add_task(name, total=None, numbers=status)
 
     def step(
-        self, name: str, done: int, total: int, metrics: Mapping[str, Any], what: str = "step"
+        self, name: str, done: int, total: int, metrics: Mapping[str, Any], unit: str = "step"
     ) -> None:
-        """A stage is at ``done`` of ``total``, of steps or of ``what`` else."""
+        """Show that a stage has done ``done`` of ``total`` units, such as steps."""
         if self._task is not None:
-            told = numbers(metrics) if what == "step" else what
-            self._progress.update(self._task, completed=done, total=total, numbers=told)
+            text = numbers(metrics) if unit == "step" else unit
+            self._progress.update(self._task, completed=done, total=total, numbers=text)
 
     def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
-        """A stage is complete, or was before."""
+        """Show that a stage is finished; ``status`` is "ran" or "reused"."""
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
         mark = "[dim]=[/]" if status == "reused" else "[green]✓[/]"
-        took = "" if status == "reused" else f"{seconds:7.1f} s"
+        duration = "" if status == "reused" else f"{seconds:7.1f} s"
         self.console.print(
-            f"{mark} [bold]{name:<12}[/] {status:<7}{took:>10}  [dim]{numbers(metrics)}[/]",
+            f"{mark} [bold]{name:<12}[/] {status:<7}{duration:>10}  [dim]{numbers(metrics)}[/]",
             highlight=False,
         )
 
 
 class NullDisplay(Display):
-    """For every process but the main one."""
+    """The display of every rank but rank 0: shows nothing."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -179,7 +183,7 @@ class NullDisplay(Display):
 
 
 def display() -> Display:
-    """The display that fits where the output goes."""
+    """The display that suits standard output."""
     from rich.console import Console
 
     from align.runtime import distributed
@@ -191,7 +195,7 @@ def display() -> Display:
 
 
 class Logger:
-    """One stage's way to tell how far it is. Writes ``metrics.jsonl`` where it has metrics (main process only)."""
+    """Reports the progress of one stage: to ``metrics.jsonl`` in its folder (rank 0 only) and to the display."""
 
     def __init__(self, name: str, folder: Path, display: Display, *, main: bool) -> None:
         self._name, self._display = name, display
@@ -205,21 +209,21 @@ class Logger:
         *,
         what: str = "step",
     ) -> None:
-        """Tell that ``done`` of ``total`` steps, or of ``what`` else, are done."""
+        """Show that ``done`` of ``total`` steps, or of the units that ``what`` names, are done."""
         if self._file is not None:
             self._display.step(self._name, done, total, metrics or {}, what)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one line of metrics."""
+        """Append the metrics of a step to ``metrics.jsonl``."""
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics after ``step``: a resumed run writes them again."""
+        """Remove the metrics after ``step``; a resumed run writes them again."""
         if self._file is not None:
             truncate_jsonl(self._file, step)
 
     def info(self, line: str) -> None:
-        """Print one line for good."""
+        """Print one permanent line."""
         self._display.info(line)

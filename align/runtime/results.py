@@ -1,4 +1,4 @@
-"""What a stage returns: its metrics, and how a person reads them."""
+"""The result of a stage, and the tables in which a person reads it."""
 
 from __future__ import annotations
 

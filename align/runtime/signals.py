@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: at once in most places, at the end of the running step in a training loop.
+"""Ctrl-C and SIGTERM: an exception in most places; in a training loop, a request to stop after the current step.
 
-A second signal does not wait for anything.
+A second signal raises at once everywhere.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """The user, or the machine's scheduler, stopped the run.
+    """The user or the machine's scheduler stopped the run.
 
-    No ``KeyboardInterrupt``: command-line libraries catch that one themselves, and end in another exit code.
+    Not a ``KeyboardInterrupt``: command-line libraries catch that and exit with another code.
     """
 
 
@@ -27,7 +27,7 @@ _stop = _Stop()
 
 
 def install() -> None:
-    """Turn both signals into :class:`Interrupted` (main thread only)."""
+    """Make both signals raise :class:`Interrupted`. Call it in the main thread."""
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
 
@@ -40,13 +40,13 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def requested() -> bool:
-    """Whether a signal came inside the last :func:`deferred` and nobody ended for it yet."""
+    """Whether a signal arrived during the last :func:`deferred` block and has not been acted on."""
     return _stop.requested
 
 
 @contextmanager
 def deferred() -> Iterator[_Stop]:
-    """Inside, a first signal only sets ``requested``; the loop inside looks at it and ends by itself."""
+    """Within this block, a first signal only sets ``requested``; the loop in the block checks it and ends."""
     _stop.deferred, _stop.requested = True, False
     try:
         yield _stop

@@ -1,4 +1,4 @@
-"""Launched as a user launches it: two processes, exit codes, signals, and who prints."""
+"""The launcher as users call it: one and two processes, exit codes, signals, output, the `align` command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from align import __version__
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -46,14 +48,15 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sft: ran") == 1
     assert done.stdout.count("held-out win rates") == 1
-    made = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/artifact.json")]
-    assert sorted(m["stage"] for m in made) == ["dpo", "evaluate", "prepare", "reference", "sft"]
-    assert [m["world_size"] for m in made] == [2] * 5
+    artifacts = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/artifact.json")]
+    stages = sorted(artifact["stage"] for artifact in artifacts)
+    assert stages == ["dpo", "evaluate", "prepare", "reference", "sft"]
+    assert [artifact["world_size"] for artifact in artifacts] == [2] * 5
     two = comparisons(tmp_path / "runs")
-    (kept,) = (tmp_path / "runs").glob("reference-*")
-    reference = pq.read_table(kept / "logps.parquet")
+    (reference_folder,) = (tmp_path / "runs").glob("reference-*")
+    reference = pq.read_table(reference_folder / "logps.parquet")
 
-    # The same policies evaluated by one process: the same completions, so the same figures.
+    # One process that evaluates the same policies samples the same completions: all metrics are equal.
     for folder in (tmp_path / "runs").glob("evaluate-*"):
         shutil.rmtree(folder)
     again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, folder=tmp_path)
@@ -61,11 +64,11 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     assert again.stdout.count("reused") >= 3
     assert comparisons(tmp_path / "runs") == two
 
-    # The reference's log-probabilities computed by one process: the same, in a folder of the same name.
-    shutil.rmtree(kept)
+    # One process computes the same reference log-probabilities, into a folder of the same name.
+    shutil.rmtree(reference_folder)
     again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, "--force", "dpo", "--until", "dpo", folder=tmp_path)  # fmt: skip
     assert again.returncode == 0, again.stderr
-    alone = pq.read_table(kept / "logps.parquet")
+    alone = pq.read_table(reference_folder / "logps.parquet")
     for column in reference.column_names:
         expected = reference[column].to_pylist()
         assert alone[column].to_pylist() == pytest.approx(expected, abs=1e-3)
@@ -73,11 +76,11 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [[], ["--config", TWO[1]]], ids=["one process", "two processes"])
-def test_align_run_ends_in_the_code_of_the_run(tmp_path, launch):
+def test_align_run_exits_with_the_code_of_the_run(tmp_path, launch):
     align = [sys.executable, "-m", "align.cli.main"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    wrong = subprocess.run(
-        # One weight for two losses is refused by the trainer's configuration, once the processes run.
+    invalid = subprocess.run(
+        # TRL's config class refuses the wrong number of loss weights, once the processes run.
         [*align, "run", RECIPE, *launch, *SMALL, "dpo.trainer.loss_weights=[1.0]"],
         cwd=tmp_path,
         env=environment,
@@ -86,9 +89,9 @@ def test_align_run_ends_in_the_code_of_the_run(tmp_path, launch):
         timeout=600,
         check=False,
     )
-    assert wrong.returncode == 2, wrong.stderr
-    assert wrong.stderr.count("dpo.trainer: DPOConfig refuses") == 1
-    assert "Traceback" not in wrong.stderr
+    assert invalid.returncode == 2, invalid.stderr
+    assert invalid.stderr.count("dpo.trainer: DPOConfig refuses") == 1
+    assert "Traceback" not in invalid.stderr
 
     overrides = [*SMALL, "sft.trainer.max_steps=2000"]
     with subprocess.Popen(
@@ -103,14 +106,14 @@ def test_align_run_ends_in_the_code_of_the_run(tmp_path, launch):
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.1)
         run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=120)
-    assert run.returncode == 130, said
-    assert "the same command goes on" in said
+        _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 130, stderr
+    assert "the same command resumes" in stderr
     assert list(tmp_path.glob("runs/sft-*/checkpoint-*/complete.json"))
 
 
 @pytest.mark.slow
-def test_a_mistake_that_only_the_main_process_meets_ends_all_of_them(tmp_path):
+def test_an_error_of_rank_0_ends_all_ranks(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "reject": "c"}))
     done = subprocess.run(
         [
@@ -129,7 +132,7 @@ def test_a_mistake_that_only_the_main_process_meets_ends_all_of_them(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_help_and_plan_answer_without_a_recipe_that_ran(tmp_path):
+def test_help_plan_and_check_write_no_files(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def align(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -138,7 +141,11 @@ def test_help_and_plan_answer_without_a_recipe_that_ran(tmp_path):
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
 
-    assert all(word in align("--help").stdout for word in ("run", "plan", "check", "chat"))
+    assert all(word in align("--help").stdout for word in ("run", "plan", "check", "chat", "env"))
+    assert align("--version").stdout == f"align {__version__}\n"
+    facts = dict(line.split(": ", 1) for line in align("env").stdout.splitlines())
+    assert facts["align"] == __version__
+    assert facts.keys() >= {"commit", "platform", "python", "torch", "trl", "deepspeed", "devices"}
     plan = align("plan", RECIPE).stdout
     assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "424"))
     assert "nothing wrong found" in align("check", RECIPE).stdout
@@ -146,7 +153,7 @@ def test_help_and_plan_answer_without_a_recipe_that_ran(tmp_path):
 
 
 def test_a_checkout_runs_without_being_installed_and_from_any_folder(tmp_path):
-    # Python puts align/ first on the path of a script in it; run.py takes it off again.
+    # Python puts the folder of a script first on the path, which is align/; run.py replaces it.
     done = call(sys.executable, SCRIPT, RECIPE, "--until", "prepare", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("runs/prepare-*/artifact.json"))
@@ -157,7 +164,7 @@ stages:
   prepare: {source: embedded, max_rows: 200}
   sft:
     model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
-    trainer: {max_steps: 80, learning_rate: 1.0e-2, bf16: false, gradient_checkpointing: false} # ends its sentences
+    trainer: {max_steps: 80, learning_rate: 1.0e-2, bf16: false, gradient_checkpointing: false} # until completions end with eos
   sample: {model: sft, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}
   label: {judge: gold, pairing: all, labels: bradley_terry}
   kto:
@@ -168,23 +175,21 @@ stages:
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_label_what_one_does_and_train_kto_on_it(tmp_path):
+def test_two_processes_sample_and_label_the_same_rows_as_one_and_train_kto_on_them(tmp_path):
     (tmp_path / "recipe.yaml").write_text(OWN_LABELS)
     for name, more in (("two", TWO), ("one", [])):
         done = call(*LAUNCH, *more, SCRIPT, "recipe.yaml", "--runs", name, folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        made = {
-            m["stage"]: m
-            for m in (json.loads(f.read_text()) for f in (tmp_path / name).glob("*/artifact.json"))
-        }
-        assert made["kto"]["world_size"] == (2 if name == "two" else 1)
-        # both sides of the pairs in batches of 4, which the processes share
-        pairs = made["label"]["metrics"]["pairs"]["train"]
+        files = [json.loads(f.read_text()) for f in (tmp_path / name).glob("*/artifact.json")]
+        artifacts = {artifact["stage"]: artifact for artifact in files}
+        assert artifacts["kto"]["world_size"] == (2 if name == "two" else 1)
+        # both sides of the pairs in batches of 4, shared by the processes
+        pairs = artifacts["label"]["metrics"]["pairs"]["train"]
         batches = -(-2 * pairs // 4)
-        each = -(-batches // 2) if name == "two" else batches
-        assert made["kto"]["metrics"]["steps"] == 2 * each
-        assert made["sample"]["metrics"]["rows"] == 90
-    # The policies differ, for two processes trained on other batches: so the same policy is sampled by both.
+        batches_of_a_process = -(-batches // 2) if name == "two" else batches
+        assert artifacts["kto"]["metrics"]["steps"] == 2 * batches_of_a_process
+        assert artifacts["sample"]["metrics"]["rows"] == 90
+    # Two processes train on other batches than one, so the policies differ: both now sample the same policy.
     (policy,) = (tmp_path / "one").glob("sft-*")
     (data,) = (tmp_path / "one").glob("prepare-*")
     text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, labels: bradley_terry}}\n"
@@ -192,5 +197,5 @@ def test_two_processes_sample_and_label_what_one_does_and_train_kto_on_it(tmp_pa
     done = call(*LAUNCH, *TWO, SCRIPT, "again.yaml", "--runs", "again", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for pattern in ("sample-*/completions-train.parquet", "label-*/pairs-train.parquet"):
-        (theirs,), (ours,) = ((tmp_path / runs).glob(pattern) for runs in ("one", "again"))
-        assert pq.read_table(theirs).equals(pq.read_table(ours))
+        (one,), (two,) = ((tmp_path / runs).glob(pattern) for runs in ("one", "again"))
+        assert pq.read_table(one).equals(pq.read_table(two))

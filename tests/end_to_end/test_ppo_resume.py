@@ -1,30 +1,22 @@
 """Kill PPO or a reward stage, start it again: the same weights, metrics and samples to the last bit.
 
-Each run is a fork of this process, as in :mod:`test_resume`. Metrics are compared but for how long steps took.
+Metrics are compared except for durations.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import finish, wait_for
-from test_resume import start as start_in
+from helpers import recipe_runs
 
-from align.runtime import artifacts, checkpoints, environment
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
-)
+from align.runtime import artifacts, checkpoints
 
 # One backbone has an adaptive coefficient and a warm-up of the critic; the separate models have a held-out evaluation.
 RECIPE = """\
@@ -86,25 +78,11 @@ LATEST = {"ppo": 8, "ppo_whole": 8, "reward": 12, "reward_whole": 12}  # steps
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The runs of a chain that nothing stopped."""
-    import matplotlib.pyplot as plt  # the forks find them imported
-    import trl
-
-    assert trl.RewardTrainer
-    assert trl.SFTTrainer
-    assert plt
     folder = tmp_path_factory.mktemp("whole")
     (folder / "recipe.yaml").write_text(RECIPE)
-    environment.quiet_libraries()
-    gc.collect()
-    gc.freeze()  # accelerate collects garbage whenever a training starts, over imported modules too
-    assert finish(start_in(folder / "runs", "ppo_whole")) == 0, (folder / "log").read_text()
+    assert recipe_runs.run(folder / "runs") == 0, recipe_runs.log(folder / "runs")
     yield folder / "runs"
     shutil.rmtree(folder)
-
-
-def start(runs: Path, stage: str) -> int:
-    """Run the recipe up to a stage in a fork, with a log of its own."""
-    return start_in(runs, stage)
 
 
 def beside(whole: Path, folder: Path, stage: str) -> Path:
@@ -141,7 +119,7 @@ def assert_same(runs: Path, whole: Path, stage: str) -> None:
     """The stage is done, and nothing in it tells that it was stopped."""
     mine, other = one(runs, stage), one(whole, stage)
     made, expected = artifacts.read_artifact(mine), artifacts.read_artifact(other)
-    assert made is not None, (runs.parent / "log").read_text()
+    assert made is not None, recipe_runs.log(runs)
     assert expected is not None
     assert made.digest == expected.digest
     names = {path.name for path in other.iterdir()}
@@ -162,30 +140,31 @@ def assert_same(runs: Path, whole: Path, stage: str) -> None:
         assert made.metrics["centre"] == expected.metrics["centre"]
 
 
-def log(runs: Path) -> str:
-    return (runs.parent / "log").read_text()
+def finish(runs: Path, stage: str) -> None:
+    assert recipe_runs.run(runs, "--until", stage) == 0, recipe_runs.log(runs)
 
 
 def kill_at_random_moments(whole: Path, folder: Path, stage: str, kills: int) -> None:
     runs = beside(whole, folder, stage)
-    made = artifacts.read_artifact(one(whole, stage))
-    assert made is not None
-    draw = random.Random(stage)
+    artifact = artifacts.read_artifact(one(whole, stage))
+    assert artifact is not None
+    generator = random.Random(stage)
     for moment in range(kills):
-        pid = start(runs, stage)
-        time.sleep(made.seconds * (moment + draw.random()) / kills)
-        os.kill(pid, signal.SIGKILL)
-        finish(pid)
-    assert finish(start(runs, stage)) == 0, log(runs)
+        if list(runs.glob(f"{stage}-*/artifact.json")):
+            break  # faster than the uninterrupted run was
+        delay = artifact.seconds * (moment + generator.random()) / kills
+        started = recipe_runs.stage_started(runs, stage)
+        recipe_runs.stop(runs, "--until", stage, when=started, delay=delay)
+    finish(runs, stage)
     assert_same(runs, whole, stage)
 
 
-def stop_after(runs: Path, stage: str, step: int, number: int) -> int:
-    """Send a signal as soon as the checkpoint of a step is complete; the exit code."""
-    pid = start(runs, stage)
-    wait_for(pid, runs, f"{stage}-*/checkpoint-{step}/complete.json")
-    os.kill(pid, number)
-    return finish(pid)
+def stop_after(
+    runs: Path, stage: str, step: int, number: signal.Signals = signal.SIGKILL, until: str = ""
+) -> int:
+    """Send a signal as soon as the checkpoint of a step is complete. Returns the exit code."""
+    marked = recipe_runs.file_exists(runs, f"{stage}-*/checkpoint-{step}/complete.json")
+    return recipe_runs.stop(runs, "--until", until or stage, when=marked, number=number)
 
 
 # What follows would pass if nothing were learnt.
@@ -200,14 +179,14 @@ def test_the_undisturbed_run_moves_its_policy_and_says_other_things_from_step_to
     assert len({json.loads(line)["completion"] for line in said}) > 10
 
 
-@pytest.mark.parametrize("stage", ["ppo", "ppo_whole"])
-def test_killed_after_a_checkpoint_and_started_again_it_is_the_same_run(whole, tmp_path, stage):
-    runs = beside(whole, tmp_path, stage)
-    assert stop_after(runs, stage, 2, signal.SIGKILL) == -signal.SIGKILL
-    assert stop_after(runs, stage, 6, signal.SIGKILL) == -signal.SIGKILL
-    assert finish(start(runs, stage)) == 0, log(runs)
-    assert log(runs).count("going on from step") == 2
-    assert_same(runs, whole, stage)
+def test_killed_in_every_stage_a_chain_is_the_same_run(whole, tmp_path):
+    runs = beside(whole, tmp_path, "reward")
+    for stage, step in (("reward", 4), ("ppo", 2), ("ppo", 6), ("ppo_whole", 6)):
+        assert stop_after(runs, stage, step, until="ppo_whole") == -signal.SIGKILL
+    finish(runs, "ppo_whole")
+    assert recipe_runs.log(runs).count("from step ") == 4
+    for stage in ("reward", "ppo", "ppo_whole"):
+        assert_same(runs, whole, stage)
 
 
 @pytest.mark.slow
@@ -216,13 +195,13 @@ def test_killed_at_five_random_moments_it_is_the_same_run(whole, tmp_path, stage
     kill_at_random_moments(whole, tmp_path, stage, kills=5)
 
 
-@pytest.mark.parametrize("stage", ["reward", pytest.param("reward_whole", marks=pytest.mark.slow)])
-def test_a_killed_reward_stage_ends_in_the_same_weights_and_the_same_mean(whole, tmp_path, stage):
-    runs = beside(whole, tmp_path, stage)
-    assert stop_after(runs, stage, 4, signal.SIGKILL) == -signal.SIGKILL
-    assert finish(start(runs, stage)) == 0, log(runs)
-    assert "going on from step" in log(runs)
-    assert_same(runs, whole, stage)
+@pytest.mark.slow
+def test_a_killed_reward_stage_ends_in_the_same_weights_and_the_same_mean(whole, tmp_path):
+    runs = beside(whole, tmp_path, "reward_whole")
+    assert stop_after(runs, "reward_whole", 4) == -signal.SIGKILL
+    finish(runs, "reward_whole")
+    assert "from step" in recipe_runs.log(runs)
+    assert_same(runs, whole, "reward_whole")
 
 
 @pytest.mark.slow
@@ -230,12 +209,10 @@ def test_a_reward_stage_killed_after_its_training_is_centred_and_measured_all_th
     whole, tmp_path
 ):
     runs = beside(whole, tmp_path, "reward")
-    pid = start(runs, "reward")
-    wait_for(pid, runs, "reward-*/adapter_model.safetensors")
-    os.kill(pid, signal.SIGKILL)
-    finish(pid)
+    written = recipe_runs.file_exists(runs, "reward-*/adapter_model.safetensors")
+    recipe_runs.stop(runs, "--until", "reward", when=written)
     (one(runs, "reward") / artifacts.FILE).unlink(missing_ok=True)
-    assert finish(start(runs, "reward")) == 0, log(runs)
+    finish(runs, "reward")
     assert_same(runs, whole, "reward")
 
 
@@ -251,14 +228,14 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on_there(
     whole, tmp_path, stage, number
 ):
     runs = beside(whole, tmp_path, stage)
-    assert stop_after(runs, stage, 2, number) == 130, log(runs)
+    assert stop_after(runs, stage, 2, number) == 130, recipe_runs.log(runs)
     folder = one(runs, stage)
     assert artifacts.read_artifact(folder) is None
     step = int(checkpoints.list_checkpoints(folder)[-1].name.rpartition("-")[2])
     # It ends with the step that runs when the signal comes: no step that was told is lost.
     assert [line["step"] for line in metrics(folder)][-1] == step
-    assert finish(start(runs, stage)) == 0, log(runs)
-    assert f"going on from step {step}" in log(runs)
+    finish(runs, stage)
+    assert f"from step {step}" in recipe_runs.log(runs)
     assert_same(runs, whole, stage)
 
 
@@ -284,30 +261,30 @@ def garbled(checkpoint: Path) -> None:
     "damage",
     [
         pytest.param(unmarked, id="cut off while it was written", marks=pytest.mark.slow),
-        pytest.param(shortened, id="weights cut short"),
+        pytest.param(shortened, id="weights cut short", marks=pytest.mark.slow),
         pytest.param(lost, id="a file lost", marks=pytest.mark.slow),
         pytest.param(garbled, id="its mark cut short", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, tmp_path, damage):
     runs = beside(whole, tmp_path, "ppo")
-    stop_after(runs, "ppo", 4, signal.SIGKILL)
+    stop_after(runs, "ppo", 4)
     *_, before, last = checkpoints.list_checkpoints(one(runs, "ppo"))
     damage(last)
-    assert finish(start(runs, "ppo")) == 0, log(runs)
+    finish(runs, "ppo")
     step = before.name.rpartition("-")[2]
-    assert f"going on from step {step}" in log(runs)
+    assert f"from step {step}" in recipe_runs.log(runs)
     assert_same(runs, whole, "ppo")
 
 
 @pytest.mark.slow
 def test_with_all_checkpoints_damaged_it_starts_at_the_beginning(whole, tmp_path):
     runs = beside(whole, tmp_path, "ppo")
-    stop_after(runs, "ppo", 4, signal.SIGKILL)
+    stop_after(runs, "ppo", 4)
     for checkpoint in checkpoints.list_checkpoints(one(runs, "ppo")):
         shortened(checkpoint)
-    assert finish(start(runs, "ppo")) == 0, log(runs)
-    assert "going on" not in log(runs)
+    finish(runs, "ppo")
+    assert "from step" not in recipe_runs.log(runs)
     assert_same(runs, whole, "ppo")
 
 
@@ -322,13 +299,13 @@ def test_the_adaptive_kl_coefficient_lies_in_the_checkpoint_and_goes_on_from_the
     assert len(set(expected)) == 8
 
     runs = beside(whole, tmp_path, "ppo")
-    stop_after(runs, "ppo", 4, signal.SIGKILL)
+    stop_after(runs, "ppo", 4)
     last = checkpoints.list_checkpoints(one(runs, "ppo"))[-1]
     state = json.loads((last / "state.json").read_text())
     assert state["kl_coef"] == lines[state["step"]]["kl_coef"]  # of the next step
     (last / "state.json").write_text(json.dumps(state | {"kl_coef": 9.0}))
     checkpoints.mark_complete(last, world_size=1)
-    assert finish(start(runs, "ppo")) == 0, log(runs)
+    finish(runs, "ppo")
     found = [line["kl_coef"] for line in metrics(one(runs, "ppo"))]
     assert found[: state["step"]] == [line["kl_coef"] for line in lines[: state["step"]]]
     assert found[state["step"]] == 9.0
@@ -339,11 +316,11 @@ def test_a_complete_stage_has_no_checkpoints_left_and_lines_cut_in_the_middle_ar
     whole, tmp_path
 ):
     runs = beside(whole, tmp_path, "ppo")
-    stop_after(runs, "ppo", 4, signal.SIGKILL)
+    stop_after(runs, "ppo", 4)
     folder = one(runs, "ppo")
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (folder / name).open("a") as file:
             file.write('{"step": 7, "sco')
-    assert finish(start(runs, "ppo")) == 0, log(runs)
+    finish(runs, "ppo")
     assert not list(folder.glob("checkpoint-*"))
     assert_same(runs, whole, "ppo")

@@ -1,32 +1,18 @@
-"""Kill it, start it again: the same weights to the last bit.
-
-Each run is a fork of this process, so the libraries are imported once and a run takes a second or two. `kill -9` comes at
-random moments of the time that an undisturbed run takes.
-"""
+"""Runs that were killed or interrupted and started again end in the same weights, bit for bit."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
+from helpers import recipe_runs
 
-from align.config import recipe
-from align.pipeline import runner
-from align.runtime import artifacts, checkpoints, environment, signals
-from align.runtime.progress import Display
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
-)
+from align.runtime import artifacts, checkpoints
 
 RECIPE = """\
 stages:
@@ -45,17 +31,7 @@ stages:
   dpo:
     model: sft
     trainer: *trainer
-  sft_lora:
-    stage: sft
-    model: sft
-    lora: {r: 2, alpha: 4, dropout: 0.1}
-    trainer: *trainer
-  dpo_lora:
-    stage: dpo
-    model: sft_lora
-    lora: {r: 2, alpha: 4, dropout: 0.1}
-    trainer: *trainer
-  kto: # 24 steps are two epochs, each with an order of its own
+  kto: # 24 steps are two epochs, and each epoch has another order
     model: sft
     trainer:
       learning_rate: 1.0e-3
@@ -66,173 +42,144 @@ stages:
       lr_scheduler_type: constant_with_warmup
       bf16: false
       gradient_checkpointing: false
+  dpo_seed_1:
+    stage: dpo
+    model: sft
+    seed: 1
+    trainer: *trainer
+  sft_lora:
+    stage: sft
+    model: sft
+    lora: {r: 2, alpha: 4, dropout: 0.1}
+    trainer: *trainer
+  dpo_lora:
+    stage: dpo
+    model: sft_lora
+    lora: {r: 2, alpha: 4, dropout: 0.1}
+    trainer: *trainer
 """
-ORDER = ["prepare", "sft", "dpo", "sft_lora", "dpo_lora", "kto"]
+ORDER = ["prepare", "sft", "dpo", "kto", "dpo_seed_1", "sft_lora", "dpo_lora"]
 
 
-def start(runs: Path, until: str, **options: Any) -> int:
-    """Run the recipe in a fork of this process; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.setsid()
-        log = (runs.parent / "log").open("a")
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        signals.install()
-        read = recipe.load_recipe(runs.parent / "recipe.yaml")
-        runner.run_recipe(read, runs, Display(Console(file=log)), until=until, **options)
-        code = 0
-    except signals.Interrupted:
-        code = 130
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+LAST_STEP = 24
 
 
-def finish(pid: int) -> int:
-    """Wait for a fork; its exit code, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def stage_folder(runs: Path, stage: str) -> Path:
+    (folder,) = runs.glob(f"{stage}-*")
+    return folder
 
 
 def weights(runs: Path, stage: str) -> bytes:
-    (folder,) = runs.glob(f"{stage}-*")
+    folder = stage_folder(runs, stage)
     assert artifacts.read_artifact(folder) is not None
     (file,) = folder.glob("*.safetensors")
     return file.read_bytes()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The runs of a chain that nothing stopped."""
-    import trl  # the forks find it imported
-
-    assert trl.SFTTrainer
-    assert trl.DPOTrainer
-    assert trl.KTOTrainer
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "recipe.yaml").write_text(RECIPE)
-    environment.quiet_libraries()
-    assert finish(start(folder / "runs", "kto")) == 0, (folder / "log").read_text()
-    yield folder / "runs"
+    runs = folder / "runs"
+    assert recipe_runs.run(runs) == 0, recipe_runs.log(runs)
+    yield runs
     shutil.rmtree(folder)
 
 
-def beside(whole: Path, folder: Path, stage: str) -> Path:
-    """New runs that have what comes before ``stage``."""
+def runs_before(stage: str, uninterrupted: Path, folder: Path) -> Path:
+    """A new runs folder in which everything before ``stage`` is finished."""
     (folder / "recipe.yaml").write_text(RECIPE)
     runs = folder / "runs"
     runs.mkdir()
     for name in ORDER[: ORDER.index(stage)]:
-        (source,) = whole.glob(f"{name}-*")
+        source = stage_folder(uninterrupted, name)
         shutil.copytree(source, runs / source.name)
     return runs
 
 
-def kill_at_random_moments(whole: Path, folder: Path, stage: str, kills: int) -> None:
-    runs = beside(whole, folder, stage)
-    (done,) = whole.glob(f"{stage}-*")
-    made = artifacts.read_artifact(done)
-    assert made is not None
-    generator = random.Random(stage)
-    for moment in range(kills):
-        pid = start(runs, stage)
-        time.sleep(made.seconds * (moment + generator.random()) / kills)
-        os.kill(pid, signal.SIGKILL)
-        finish(pid)
-    assert finish(start(runs, stage)) == 0, (folder / "log").read_text()
-    assert weights(runs, stage) == weights(whole, stage)
-    (again,) = runs.glob(f"{stage}-*")
-    kept = [path.name for path in again.iterdir()]
-    assert not [name for name in kept if name.startswith(("checkpoint", ".")) or name == "ref"]
-    lines = (again / "metrics.jsonl").read_text().splitlines()
+def assert_as_if_uninterrupted(runs: Path, uninterrupted: Path, stage: str) -> None:
+    assert weights(runs, stage) == weights(uninterrupted, stage)
+    folder = stage_folder(runs, stage)
+    names = [path.name for path in folder.iterdir()]
+    assert not [name for name in names if name.startswith(("checkpoint", ".")) or name == "ref"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
-    assert set(range(2, 25, 2)) <= set(steps)
+    assert set(range(2, LAST_STEP + 1, 2)) <= set(steps)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "dpo_lora", "kto"])
-def test_killed_twice_and_started_again_it_ends_in_the_same_weights(whole, tmp_path, stage):
-    kill_at_random_moments(whole, tmp_path, stage, kills=2)
+def test_killed_in_every_stage_a_chain_ends_in_the_same_weights(uninterrupted, tmp_path):
+    runs = runs_before("dpo", uninterrupted, tmp_path)
+    generator = random.Random(0)
+    stages = ("dpo", "kto", "dpo_lora")
+    for stage in stages:
+        # A line of metrics comes just before a checkpoint, so some kills hit the writing of one.
+        step, delay = generator.randrange(4, 22, 2), generator.random() / 10
+        code = recipe_runs.stop(runs, when=recipe_runs.logged_step(runs, stage, step), delay=delay)
+        assert code == -signal.SIGKILL
+    assert recipe_runs.run(runs) == 0, recipe_runs.log(runs)
+    for stage in stages:
+        assert_as_if_uninterrupted(runs, uninterrupted, stage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo", "sft_lora", "dpo_lora", "kto"])
-def test_killed_at_five_moments_it_ends_in_the_same_weights(whole, tmp_path, stage):
-    kill_at_random_moments(whole, tmp_path, stage, kills=5)
+def test_killed_at_five_random_moments_a_stage_ends_in_the_same_weights(
+    uninterrupted, tmp_path, stage
+):
+    runs = runs_before(stage, uninterrupted, tmp_path)
+    artifact = artifacts.read_artifact(stage_folder(uninterrupted, stage))
+    assert artifact is not None
+    generator = random.Random(stage)
+    for moment in range(5):
+        if list(runs.glob(f"{stage}-*/artifact.json")):
+            break  # faster than the uninterrupted run was
+        delay = artifact.seconds * (moment + generator.random()) / 5
+        started = recipe_runs.stage_started(runs, stage)
+        recipe_runs.stop(runs, "--until", stage, when=started, delay=delay)
+    assert recipe_runs.run(runs, "--until", stage) == 0, recipe_runs.log(runs)
+    assert_as_if_uninterrupted(runs, uninterrupted, stage)
 
 
-def wait_for(pid: int, runs: Path, pattern: str) -> None:
-    """Wait until a fork has written something."""
-    while not list(runs.glob(pattern)):
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), (runs.parent / "log").read_text()
-        time.sleep(0.005)
-
-
-def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(whole, tmp_path):
-    runs = beside(whole, tmp_path, "sft")
-    pid = start(runs, "sft")
-    wait_for(pid, runs, "sft-*/checkpoint-6/complete.json")
-    os.kill(pid, signal.SIGKILL)
-    finish(pid)
-    (folder,) = runs.glob("sft-*")
+def test_a_damaged_checkpoint_is_skipped_and_no_step_is_trained_twice(uninterrupted, tmp_path):
+    runs = runs_before("sft", uninterrupted, tmp_path)
+    marked = recipe_runs.file_exists(runs, "sft-*/checkpoint-6/complete.json")
+    recipe_runs.stop(runs, "--until", "sft", when=marked)
+    folder = stage_folder(runs, "sft")
     last = checkpoints.list_checkpoints(folder)[-1]
     (last / checkpoints.COMPLETE_MARK).unlink()
     (last / "model.safetensors").write_bytes(b"half")
-    assert finish(start(runs, "sft")) == 0, (tmp_path / "log").read_text()
-    assert weights(runs, "sft") == weights(whole, "sft")
+
+    # Killed after the last step, while the weights are written or just after.
+    written = recipe_runs.file_exists(runs, "sft-*/model.safetensors")
+    recipe_runs.stop(runs, "--until", "sft", when=written)
+    (folder / artifacts.FILE).unlink(missing_ok=True)
+    assert recipe_runs.run(runs, "--until", "sft") == 0, recipe_runs.log(runs)
+    assert_as_if_uninterrupted(runs, uninterrupted, "sft")
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    assert artifact.metrics["steps"] == LAST_STEP
 
 
-def test_killed_after_the_last_step_it_trains_no_further_one(whole, tmp_path):
-    runs = beside(whole, tmp_path, "sft")
-    pid = start(runs, "sft")
-    wait_for(pid, runs, "sft-*/model.safetensors")
-    os.kill(pid, signal.SIGKILL)
-    finish(pid)
-    (folder,) = runs.glob("sft-*")
-    (folder / artifacts.FILE).unlink(missing_ok=True)  # where the kill came later than that
-    assert finish(start(runs, "sft")) == 0, (tmp_path / "log").read_text()
-    assert weights(runs, "sft") == weights(whole, "sft")
-    made = artifacts.read_artifact(folder)
-    assert made is not None
-    assert made.metrics["steps"] == 24
+def test_a_signal_saves_a_checkpoint_from_which_the_same_command_resumes(uninterrupted, tmp_path):
+    runs = runs_before("dpo", uninterrupted, tmp_path)
+    # KTO's 16th step is in its second epoch, whose order of rows differs from the first.
+    for stage, step, number in (("dpo", 4, signal.SIGTERM), ("kto", 16, signal.SIGINT)):
+        marked = recipe_runs.file_exists(runs, f"{stage}-*/checkpoint-{step}/complete.json")
+        assert recipe_runs.stop(runs, "--until", "kto", when=marked, number=number) == 130
+        assert "interrupted" in recipe_runs.log(runs).splitlines()[-1]
+        folder = stage_folder(runs, stage)
+        assert artifacts.read_artifact(folder) is None
+        last = checkpoints.list_checkpoints(folder)[-1]
+        state = json.loads((last / "trainer_state.json").read_text())
+        assert (state["epoch"] > 1) == (stage == "kto")
+        assert state["global_step"] >= step
+    assert recipe_runs.run(runs, "--until", "kto") == 0, recipe_runs.log(runs)
+    assert recipe_runs.log(runs).count(f"from step {state['global_step']}") == 1
+    for stage in ("dpo", "kto"):
+        assert_as_if_uninterrupted(runs, uninterrupted, stage)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on_there(whole, tmp_path, number):
-    runs = beside(whole, tmp_path, "dpo")
-    pid = start(runs, "dpo")
-    wait_for(pid, runs, "dpo-*/checkpoint-4/complete.json")
-    os.kill(pid, number)
-    assert finish(pid) == 130, (tmp_path / "log").read_text()
-    (folder,) = runs.glob("dpo-*")
-    assert artifacts.read_artifact(folder) is None
-    step = int(checkpoints.list_checkpoints(folder)[-1].name.rpartition("-")[2])
-    assert finish(start(runs, "dpo")) == 0
-    assert f"going on from step {step}" in (tmp_path / "log").read_text()
-    assert weights(runs, "dpo") == weights(whole, "dpo")
-
-
-def test_stopped_in_its_second_epoch_kto_goes_on_in_that_epochs_order(whole, tmp_path):
-    runs = beside(whole, tmp_path, "kto")
-    pid = start(runs, "kto")
-    wait_for(pid, runs, "kto-*/checkpoint-16/complete.json")
-    os.kill(pid, signal.SIGTERM)
-    assert finish(pid) == 130, (tmp_path / "log").read_text()
-    (folder,) = runs.glob("kto-*")
-    last = checkpoints.list_checkpoints(folder)[-1]
-    assert json.loads((last / "trainer_state.json").read_text())["epoch"] > 1
-    assert finish(start(runs, "kto")) == 0
-    assert weights(runs, "kto") == weights(whole, "kto")
-
-
-def test_another_seed_ends_in_other_weights(whole, tmp_path):
-    runs = beside(whole, tmp_path, "dpo")
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("  dpo:\n", "  dpo:\n    seed: 1\n"))
-    assert finish(start(runs, "dpo")) == 0, (tmp_path / "log").read_text()
-    assert weights(runs, "dpo") != weights(whole, "dpo")
+def test_another_seed_ends_in_other_weights(uninterrupted):
+    assert weights(uninterrupted, "dpo_seed_1") != weights(uninterrupted, "dpo")

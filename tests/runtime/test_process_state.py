@@ -1,4 +1,4 @@
-"""A stage starts as if it were the first in its process, and processes that do not see each other are refused."""
+"""Tests of the state of a process between two stages, and of the checks when the process group starts."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Holder:
 
     def __init__(self, megabytes: int) -> None:
         self.weights = torch.ones(megabytes * 2**18)
-        self.myself = self
+        self.cycle = self
 
 
-def test_the_memory_of_the_last_stage_is_returned():
+def test_the_memory_of_the_last_stage_is_freed():
     gc.disable()
     try:
-        held = weakref.ref(Holder(1))
-        assert held() is not None
+        reference = weakref.ref(Holder(1))
+        assert reference() is not None
         distributed.reset_process_state(0)
-        assert held() is None
+        assert reference() is None
     finally:
         gc.enable()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the peak in /proc")
-def test_the_peak_of_memory_is_that_of_the_stage_alone():
+def test_peak_memory_is_that_of_the_stage_alone():
     large = Holder(400)
     before = distributed.peak_memory_bytes()
     del large
@@ -71,13 +71,15 @@ def test_the_state_of_accelerate_does_not_leak_into_the_next_stage():
     assert PartialState._shared_state != {}  # the process group stays
 
 
-def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_unconnected_processes_are_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="started 2 processes and they do not see each other"):
+    with pytest.raises(
+        UserError, match="started 2 processes, but accelerate does not connect them"
+    ):
         distributed.init_process_group()
 
 
-def test_a_launch_that_asks_for_fsdp_and_gets_none_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_fsdp_that_accelerate_does_not_use_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="asks for FSDP and accelerate runs"):
+    with pytest.raises(UserError, match="requires FSDP, but accelerate uses"):
         distributed.init_process_group()
