@@ -8,7 +8,7 @@ from typing import Any
 
 from align.config import catalog
 from align.config.data import Prepare
-from align.data.sources import EMBEDDED
+from align.config.shipped import data_dir
 from align.data.statistics import LONG_ROW, LONGER_WARNING
 
 TABLE_KINDS = ("demonstrations", "pairs", "unpaired", "prompts")
@@ -79,4 +79,6 @@ def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
 
 def displayed_path(file: Path) -> str:
     """Path of a source file in the card; that of the embedded data set does not depend on the installation."""
-    return f"data/embedded/{file.name}" if file.parent == EMBEDDED else file.as_posix()
+    return (
+        f"data/embedded/{file.name}" if file.parent == data_dir() / "embedded" else file.as_posix()
+    )

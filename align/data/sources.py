@@ -14,12 +14,12 @@ from itertools import chain, islice
 from pathlib import Path
 
 from align.config.data import MixtureSource
+from align.config.shipped import data_dir
 from align.data.files import SUFFIXES, read_file
 from align.data.rows import Raw
 from align.errors import UserError, nearest
 from align.runtime import hub
 
-EMBEDDED = Path(__file__).parents[2] / "data" / "embedded"
 EMBEDDED_FILES = ("demonstrations.jsonl.gz", "pairs.jsonl.gz")
 BATCH = 1000  # rows of a Hub data set in memory at once
 HEAD = 100  # rows from which the columns of a part are known
@@ -84,7 +84,7 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
 
 
 def _embedded_files() -> list[Path]:
-    files = [EMBEDDED / name for name in EMBEDDED_FILES]
+    files = [data_dir() / "embedded" / name for name in EMBEDDED_FILES]
     missing = [
         f"{file}: missing from the installation; install Align again"
         for file in files
