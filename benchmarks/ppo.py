@@ -117,7 +117,7 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     chosen = PPO(
         model="policy", rewards=["reward"], steps=told["updates"] + 1, batch_size=told["batch_size"],
         n_completions=told["per_prompt"], temperature=told["temperature"], max_new_tokens=told["response_length"], kl_coef=told["kl_coef"],
-        clip=told["cliprange"], value_clip=0.2, value_coef=told["vf_coef"], gamma=told["gamma"], lam=told["lam"],
+        clip=told["cliprange"], value_clip=0.2, value_coef=told["vf_coef"], gamma=told["gamma"], gae_lambda=told["lam"],
         epochs=told["num_ppo_epochs"], minibatches=told["num_mini_batches"], micro_batch_size=told["micro_batch_size"],
         sample_batch_size=told["rollout_batch_size"], learning_rate=told["learning_rate"], schedule="constant",
         lora=lora and {"r": lora["r"], "alpha": lora["alpha"]}, seed=told["seed"], save_steps=10**6,

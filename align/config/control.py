@@ -28,14 +28,14 @@ class Control(Stage):
     """Seeds; one policy is trained and evaluated for each. Processes share them."""
     steps: int = Field(ge=1)
     """Environment steps per seed."""
-    envs: int = Field(16, ge=1)
+    n_envs: int = Field(16, ge=1)
     """Number of environments that are stepped in parallel."""
-    stretch: int | None = Field(None, ge=1)
+    n_steps: int | None = Field(None, ge=1)
     """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE
     collects whole episodes."""
     gamma: float = Field(0.99, ge=0.0, le=1.0)
     """Discount per step."""
-    lam: float | None = Field(None, ge=0.0, le=1.0)
+    gae_lambda: float | None = Field(None, ge=0.0, le=1.0)
     """Lambda of generalized advantage estimation. Default: 0.95; 1 for REINFORCE."""
     learning_rate: float = Field(1e-3, gt=0.0)
     """Learning rate of the policy."""
@@ -60,9 +60,9 @@ class Control(Stage):
     max_grad_norm: float | None = Field(None, gt=0.0)
     """Gradients of policy and critic with a larger joint norm are scaled down to it. Default: no
     clipping."""
-    whiten: bool = True
+    normalize_advantages: bool = True
     """Normalize advantages to mean 0 and variance 1 in each update."""
-    hidden: list[Annotated[int, Field(ge=1)]] = [64, 64]
+    hidden_sizes: list[Annotated[int, Field(ge=1)]] = [64, 64]
     """Widths of the hidden layers of the policy, and of the separate critic."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation function of the hidden layers."""
@@ -76,7 +76,7 @@ class Control(Stage):
     """Scale rewards by the running deviation of the discounted returns, in training only."""
     episodes: int = Field(100, ge=1)
     """Episodes of the greedy policy in the evaluation of each seed."""
-    level: float = Field(0.95, gt=0.0, lt=1.0)
+    confidence: float = Field(0.95, gt=0.0, lt=1.0)
     """Confidence level of the bootstrap intervals."""
     resamples: int = Field(2000, ge=100)
     """Number of bootstrap resamples."""
@@ -88,26 +88,28 @@ class Control(Stage):
         unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
         if self.algorithm != "ppo" and unused:
             raise ValueError(
-                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`, which takes one step "
-                "per update; remove it, or set `algorithm: ppo`"
+                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`, which takes one "
+                "step per update; remove it, or set `algorithm: ppo`"
             )
         if self.algorithm != "reinforce" and self.baseline == "none":
             raise ValueError(
                 f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`"
             )
-        if self.algorithm == "reinforce" and self.stretch is not None:
-            raise ValueError("`algorithm: reinforce` collects whole episodes; remove `stretch`")
-        if self.algorithm == "reinforce" and self.lam not in (None, 1.0):
-            raise ValueError("`algorithm: reinforce` uses whole returns (`lam: 1.0`); remove `lam`")
+        if self.algorithm == "reinforce" and self.n_steps is not None:
+            raise ValueError("`algorithm: reinforce` collects whole episodes; remove `n_steps`")
+        if self.algorithm == "reinforce" and self.gae_lambda not in (None, 1.0):
+            raise ValueError(
+                "`algorithm: reinforce` uses whole returns (`gae_lambda: 1.0`); remove `gae_lambda`"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_batch_sizes(self) -> Control:
-        collected = self.envs * (self.stretch or 128)
+        collected = self.n_envs * (self.n_steps or 128)
         if self.algorithm == "ppo" and (self.minibatches or 4) > collected:
             raise ValueError(
-                f"`minibatches` ({self.minibatches or 4}) must not exceed `envs` times `stretch` "
-                f"({collected}); lower it, or raise `stretch`"
+                f"`minibatches` ({self.minibatches or 4}) must not exceed `n_envs` times `n_steps` "
+                f"({collected}); lower it, or raise `n_steps`"
             )
         return self
 

@@ -126,18 +126,18 @@ class Prepare(Source, Stage):
     split_seed: int = 0
     """Seed of the split, of random pairs, and of subsampling by weight."""
     near_duplicates: Literal["keep", "drop"] | None = None
-    """Handling of near-duplicate prompts: ``keep`` puts them into the same split, ``drop`` keeps
-    the first. Default: near-duplicates are not searched for."""
+    """Handling of near-duplicate prompts: ``keep_columns`` puts them into the same split, ``drop``
+    keeps the first. Default: near-duplicates are not searched for."""
     near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
     """Jaccard similarity of the 5-character shingles above which two prompts are near-duplicates.
     It is estimated from 128 hashes, with a standard error of 0.035 at 0.8."""
     decontaminate: list[str] = []
     """Sources of evaluation prompts: files, folders (all of their files) or Hub ids (their split
     ``test``). Rows that contain one of these prompts are dropped."""
-    ngram: int = Field(13, ge=3)
+    decontamination_ngram: int = Field(13, ge=3)
     """Number of consecutive words, shared with an evaluation prompt, that count as contamination.
     Shorter prompts are matched as a whole."""
-    keep: list[str] = []
+    keep_columns: list[str] = []
     """Columns of the source that are copied into ``prompts-*.parquet``, from the first row of each
     prompt. Lists and objects are stored as JSON text."""
 
@@ -155,10 +155,10 @@ class Prepare(Source, Stage):
 
     @model_validator(mode="after")
     def _check_columns(self) -> Prepare:
-        reserved = {"prompt", "prompt_id"} & set(self.keep)
+        reserved = {"prompt", "prompt_id"} & set(self.keep_columns)
         if reserved:
             raise ValueError(
-                f"`keep` must not contain `{min(reserved)}`, which Align writes itself; "
+                f"`keep_columns` must not contain `{min(reserved)}`, which Align writes itself; "
                 "rename the column of the source"
             )
         return self
@@ -297,11 +297,11 @@ class Label(Stage):
     random other, or all pairs."""
     margin: float = Field(0.0, ge=0.0)
     """Smallest difference of scores; pairs with a smaller one are dropped."""
-    labels: Literal["exact", "bradley_terry"] = "exact"
-    """How the chosen completion is determined: ``exact`` by the higher score; ``bradley_terry`` at
-    random with probability sigmoid(slope x difference of scores), which models the noise of human
-    labels."""
-    slope: float | None = Field(None, gt=0.0)
+    label_noise: Literal["bradley_terry"] | None = None
+    """Noise of the labels: ``bradley_terry`` chooses at random, with probability
+    sigmoid(slope x difference of scores), which models human labels. Default: the completion with
+    the higher score is chosen."""
+    label_noise_slope: float | None = Field(None, gt=0.0)
     """Slope of ``bradley_terry``. Default: that of the labels of the embedded task for ``gold``, 1
     for a reward model."""
     max_pairs: int | None = Field(None, ge=1)
@@ -315,8 +315,10 @@ class Label(Stage):
 
     @model_validator(mode="after")
     def _check_label_noise(self) -> Label:
-        if self.slope is not None and self.labels == "exact":
-            raise ValueError("`slope` has no effect without `labels: bradley_terry`; remove it")
+        if self.label_noise_slope is not None and self.label_noise is None:
+            raise ValueError(
+                "`label_noise_slope` has no effect without `label_noise: bradley_terry`; remove it"
+            )
         return self
 
     def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:

@@ -58,7 +58,7 @@ class Evaluate(Stage):
     """Data type of the weights."""
     prefix_sharing: bool = True
     """Compute each shared prompt once and skip padding when completions are scored."""
-    level: float = Field(0.95, gt=0.0, lt=1.0)
+    confidence: float = Field(0.95, gt=0.0, lt=1.0)
     """Confidence level of the bootstrap intervals."""
     resamples: int = Field(2000, ge=100)
     """Number of bootstrap resamples."""

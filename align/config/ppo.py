@@ -22,7 +22,7 @@ from align.config.base import (
 from align.config.training import BYTES_PER_PARAMETER, TRAINING_COPIES, TrainingStage
 
 NF4_BYTES = 0.55  # per parameter, including the scales
-CRITIC_KEYS = ("lam", "value_clip", "value_coef", "critic_learning_rate")
+CRITIC_KEYS = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate")
 
 
 class PPO(TrainingStage):
@@ -79,11 +79,11 @@ class PPO(TrainingStage):
     prompt, ``reinforce`` normalizes over the batch."""
     gamma: float = Field(1.0, ge=0.0, le=1.0)
     """Discount per token."""
-    lam: float = Field(0.95, ge=0.0, le=1.0)
+    gae_lambda: float = Field(0.95, ge=0.0, le=1.0)
     """Lambda of generalized advantage estimation."""
-    whiten_advantages: bool = True
+    normalize_advantages: bool = True
     """Normalize advantages to mean 0 and variance 1 in each update."""
-    whiten_rewards: bool = False
+    normalize_rewards: bool = False
     """Scale rewards to variance 1 in each update; their mean is unchanged."""
     kl_coef: float = Field(0.05, ge=0.0)
     """Coefficient of the KL penalty towards the reference."""

@@ -125,7 +125,9 @@ class _Ingester:
 
     def __init__(self, config: Prepare) -> None:
         self._config = config
-        self._evaluation = [evaluation_prompts(name, config.ngram) for name in config.decontaminate]
+        self._evaluation = [
+            evaluation_prompts(name, config.decontamination_ngram) for name in config.decontaminate
+        ]
         self.minhash = MinHashIndex() if config.near_duplicates else None
         self.files: list[Path] = []
         self._n_sources = 0
@@ -153,11 +155,16 @@ class _Ingester:
         if not rows:
             files = "1 empty file" if len(parts) == 1 else f"{len(parts)} empty files"
             raise UserError(f"{source.source}: no rows; found {files}")
-        missing = [name for name in self._config.keep if not any(name in row for row in rows)]
+        missing = [
+            name for name in self._config.keep_columns if not any(name in row for row in rows)
+        ]
         if missing:
             names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
             raise UserError(
-                *(f"keep: {source.source} has no column `{m}`{nearest(m, names)}" for m in missing)
+                *(
+                    f"keep_columns: {source.source} has no column `{m}`{nearest(m, names)}"
+                    for m in missing
+                )
             )
 
     def _read_part(
@@ -170,7 +177,7 @@ class _Ingester:
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
                 break
             n_rows[kind] += 1
-            copied = {name: _flatten(raw.get(name)) for name in self._config.keep}
+            copied = {name: _flatten(raw.get(name)) for name in self._config.keep_columns}
             renamed = rename_columns(raw, source.columns)
             for converted in _convert(renamed, source.reader, options):
                 table.n_read[self._n_sources] += 1

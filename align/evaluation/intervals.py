@@ -13,4 +13,6 @@ from align.functional import winrate
 def interval(
     of: Callable[..., winrate.Interval], values: torch.Tensor, config: Evaluate
 ) -> list[float]:
-    return list(of(values, confidence=config.level, resamples=config.resamples, seed=config.seed))
+    return list(
+        of(values, confidence=config.confidence, resamples=config.resamples, seed=config.seed)
+    )

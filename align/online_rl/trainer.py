@@ -191,8 +191,8 @@ class PPOTrainer:
             kl_coef=self.kl_coef,
             kl_estimator=config.kl_estimator,
             gamma=config.gamma,
-            lam=config.lam,
-            whiten_rewards=config.whiten_rewards,
+            lam=config.gae_lambda,
+            whiten_rewards=config.normalize_rewards,
             sampler_logps=align_sampler_logps(said, spoken),
             importance_cap=config.importance_cap,
         )
@@ -331,7 +331,7 @@ class PPOTrainer:
             entropy_coef=config.entropy_coef,
             target_kl=config.target_kl,
             max_grad_norm=config.max_grad_norm,
-            whiten=config.whiten_advantages,
+            whiten=config.normalize_advantages,
         )
 
     def clip(self, parameters: list[torch.Tensor], norm: float) -> torch.Tensor:

@@ -241,7 +241,7 @@ def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> N
             errors.add(
                 (stage.name, *keys),
                 f"{function} requires the column `{column}`, and the prompts have "
-                f"{', '.join(columns)}; add it to `keep` of the `prepare` stage",
+                f"{', '.join(columns)}; add it to `keep_columns` of the `prepare` stage",
             )
 
 

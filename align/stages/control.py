@@ -50,7 +50,7 @@ def run(
             environment=config.environment,
             options=config.environment_options,
             world=world,
-            hidden=config.hidden,
+            hidden=config.hidden_sizes,
             activation=config.activation,
             distribution=config.distribution,
             seeds=config.seeds,
@@ -84,22 +84,22 @@ def plan(config: Control) -> Plan:
         entropy_coef=config.entropy_coef,
         max_grad_norm=config.max_grad_norm or math.inf,
         target_kl=config.target_kl,
-        whiten=config.whiten,
+        whiten=config.normalize_advantages,
     )
     return Plan(
         environment=config.environment,
         options=config.environment_options,
-        envs=config.envs,
+        envs=config.n_envs,
         steps=config.steps,
-        stretch=None if reinforce else config.stretch or (128 if ppo else 16),
+        stretch=None if reinforce else config.n_steps or (128 if ppo else 16),
         baseline=config.baseline,
         gamma=config.gamma,
-        lam=config.lam if config.lam is not None else 1.0 if reinforce else 0.95,
+        lam=config.gae_lambda if config.gae_lambda is not None else 1.0 if reinforce else 0.95,
         objective=objective,
         learning_rate=config.learning_rate,
         value_learning_rate=config.value_learning_rate or config.learning_rate,
         schedule=config.schedule,
-        hidden=tuple(config.hidden),
+        hidden=tuple(config.hidden_sizes),
         activation=config.activation,
         distribution=config.distribution,
         normalize_observations=config.normalize_observations,
@@ -212,7 +212,7 @@ def _metrics(config: Control, done: Mapping[int, Mapping[str, Any]]) -> dict[str
     for seed, result in done.items():
         returns = torch.tensor(result["returns"], dtype=torch.float64)
         interval = bootstrap_interval(
-            returns, confidence=config.level, resamples=config.resamples, seed=seed
+            returns, confidence=config.confidence, resamples=config.resamples, seed=seed
         )
         rows.append(
             {

@@ -38,9 +38,9 @@ def run(
         config.judge, inputs.get("judge"), dtype=config.dtype, batch_size=config.batch_size
     )
     slope = None
-    if config.labels == "bradley_terry":
+    if config.label_noise == "bradley_terry":
         own = gold.LABEL_SLOPE if config.judge == "gold" else 1.0
-        slope = own if config.slope is None else config.slope
+        slope = own if config.label_noise_slope is None else config.label_noise_slope
     metrics: dict[str, Any] = {"rows": 0, "pairs": {}, "dropped": {}, "agreement": {}}
     for split, file in files.items():
         sampled = pq.read_table(file).to_pylist()

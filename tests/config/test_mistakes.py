@@ -855,8 +855,8 @@ LABELS = [
     ),
     mistake(
         "a slope for exact labels",
-        recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: gold, slope: 2.0}"),
-        "recipe.yaml:5: label: `slope` has no effect without `labels: bradley_terry`; remove it",
+        recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: gold, label_noise_slope: 2.0}"),
+        "recipe.yaml:5: label: `label_noise_slope` has no effect without `label_noise: bradley_terry`; remove it",
     ),
     mistake(
         "DPO on completions without labels",

@@ -35,8 +35,8 @@ stages:
     environment: CartPole-v1
     seeds: [3, 5]
     steps: 2_000
-    envs: 8
-    stretch: 16
+    n_envs: 8
+    n_steps: 16
     episodes: 20
     normalize_observations: true
 """
@@ -193,7 +193,7 @@ def test_the_algorithms_are_settings_of_one_update():
         assert (told.objective.epochs, told.objective.minibatches) == (1, 1)
         assert told.objective.clip_low == told.objective.clip_high == float("inf")
         assert (told.stretch, told.lam) == (stretch, lam)
-    assert control.plan(settings(lam=0.0)).lam == 0.0
+    assert control.plan(settings(gae_lambda=0.0)).lam == 0.0
     assert control.plan(settings(learning_rate=0.5)).value_learning_rate == 0.5
     assert control.plan(settings(value_learning_rate=0.1)).value_learning_rate == 0.1
 
@@ -207,10 +207,10 @@ MISTAKES = [
     ("a continuous world with a discrete distribution", "{environment: Pendulum-v1, distribution: categorical}", ["control.distribution: Pendulum-v1 has continuous actions", "gaussian or squashed"]),
     ("a world of cards", "environment: Blackjack-v1", ["control.environment: Blackjack-v1 shows Tuple", "one vector of numbers"]),
     ("a clip for A2C", "{algorithm: a2c, clip: 0.2}", ["control: `clip` has no effect with `algorithm: a2c`"]),
-    ("a stretch for REINFORCE", "{algorithm: reinforce, stretch: 5}", ["`algorithm: reinforce` collects whole episodes; remove `stretch`"]),
-    ("a lambda for REINFORCE", "{algorithm: reinforce, lam: 0.5}", ["remove `lam`"]),
+    ("a stretch for REINFORCE", "{algorithm: reinforce, n_steps: 5}", ["`algorithm: reinforce` collects whole episodes; remove `n_steps`"]),
+    ("a lambda for REINFORCE", "{algorithm: reinforce, gae_lambda: 0.5}", ["remove `gae_lambda`"]),
     ("no baseline for PPO", "baseline: none", ["`algorithm: ppo` requires values"]),
-    ("more minibatches than steps", "{envs: 4, stretch: 8, minibatches: 33}", ["control: `minibatches` (33) must not exceed `envs` times `stretch` (32)"]),
+    ("more minibatches than steps", "{n_envs: 4, n_steps: 8, minibatches: 33}", ["control: `minibatches` (33) must not exceed `n_envs` times `n_steps` (32)"]),
     ("a seed twice", "seeds: [1, 1]", ["`seeds` contains 1 more than once"]),
     ("a seed alone", "seeds: 1", ["control.seeds: expected a list, got 1"]),
     ("a text for steps", "steps: 1e5", ["control.steps: expected a whole number, got the text '1e5'"]),

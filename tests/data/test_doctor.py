@@ -236,7 +236,7 @@ def test_kept_columns_come_along_with_the_first_row_of_a_prompt(tmp_path: Path):
     rows.append({**rows[0], "rejected": "other", "tests": [99]})
     source = jsonl(tmp_path / "a.jsonl", rows)
     out = tmp_path / "out"
-    told = Prepare(source=source, keep=["tests", "meta"])
+    told = Prepare(source=source, keep_columns=["tests", "meta"])
     run(told, {}, out, Logger("prepare", out, NullDisplay(), main=True))
     found = [
         r
@@ -247,8 +247,10 @@ def test_kept_columns_come_along_with_the_first_row_of_a_prompt(tmp_path: Path):
         ([k], k) for k in range(40)
     ]
     assert pq.read_schema(out / "pairs-train.parquet").names[-1] == "prompt_id"
-    with pytest.raises(UserError, match=r"keep: .* has no column `test`; did you mean `tests`"):
-        prepared(source, keep=["test"])
+    with pytest.raises(
+        UserError, match=r"keep_columns: .* has no column `test`; did you mean `tests`"
+    ):
+        prepared(source, keep_columns=["test"])
 
 
 def test_the_split_is_the_same_in_another_process_and_unmoved_by_rows(tmp_path: Path):
@@ -381,7 +383,9 @@ def test_kept_objects_with_other_fields_in_later_rows_lose_nothing(
     metas = [{"level": k} if k < 30 else {"depth": [k]} for k in range(60)]
     rows = [{**row, "meta": meta} for row, meta in zip(clean(60), metas, strict=True)]
     out = tmp_path / "out"
-    told = Prepare(source=jsonl(tmp_path / "a.jsonl", rows), keep=["meta"], test_fraction=0.0)
+    told = Prepare(
+        source=jsonl(tmp_path / "a.jsonl", rows), keep_columns=["meta"], test_fraction=0.0
+    )
     run(told, {}, out, Logger("prepare", out, NullDisplay(), main=True))
     found = pq.read_table(out / "prompts-train.parquet")["meta"].to_pylist()
     assert [json.loads(text) for text in found] == metas

@@ -165,7 +165,7 @@ def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
         ({}, "set either `source` or `mixture`"),
         ({"mixture": [{"source": "b"}], "reader": "hh"}, "`reader` belongs into the entries"),
         ({"mixture": [{"source": "b", "weight": 1.0}, {"source": "c"}]}, "`weight` in every entry of `mixture`, or in none"),
-        ({"source": "a", "keep": ["prompt"]}, "must not contain `prompt`"),
+        ({"source": "a", "keep_columns": ["prompt"]}, "must not contain `prompt`"),
         ({"source": "a", "reader": "sph"}, "reader\n.*'columns', 'hh', 'ultrafeedback', 'shp'"),
         ({"source": "a", "test_fraction": -0.1}, "test_fraction\n.*greater than or equal to 0"),
         ({"source": "a", "test_fraction": 0.5, "validation_fraction": 0.5}, "`test_fraction` and `validation_fraction`"),

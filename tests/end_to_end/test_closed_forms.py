@@ -185,7 +185,7 @@ ON_POLICY: dict[str, Any] = {
     "kl_coef": BETA,
     "learning_rate": 3.0e-3,
     "epochs": 2,
-    "whiten_advantages": False,
+    "normalize_advantages": False,
     "max_grad_norm": 10.0,
     "prefix_sharing": False,
     "micro_batch_size": 384,
@@ -193,7 +193,7 @@ ON_POLICY: dict[str, Any] = {
 }
 GAE = {"critic_learning_rate": 1.0e-2, "value_clip": None, "value_coef": 0.5}
 RLOO = {"advantages": "rloo", "n_completions": 128}
-REINFORCE = {"advantages": "reinforce", "epochs": 1, "whiten_advantages": True}
+REINFORCE = {"advantages": "reinforce", "epochs": 1, "normalize_advantages": True}
 
 
 def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tensor:

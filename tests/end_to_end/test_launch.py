@@ -166,7 +166,7 @@ stages:
     model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
     trainer: {max_steps: 80, learning_rate: 1.0e-2, bf16: false, gradient_checkpointing: false} # until completions end with eos
   sample: {model: sft, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}
-  label: {judge: gold, pairing: all, labels: bradley_terry}
+  label: {judge: gold, pairing: all, label_noise: bradley_terry}
   kto:
     model: sft
     preferences: label
@@ -192,7 +192,7 @@ def test_two_processes_sample_and_label_the_same_rows_as_one_and_train_kto_on_th
     # Two processes train on other batches than one, so the policies differ: both now sample the same policy.
     (policy,) = (tmp_path / "one").glob("sft-*")
     (data,) = (tmp_path / "one").glob("prepare-*")
-    text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, labels: bradley_terry}}\n"
+    text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, label_noise: bradley_terry}}\n"
     (tmp_path / "again.yaml").write_text(text)
     done = call(*LAUNCH, *TWO, SCRIPT, "again.yaml", "--runs", "again", folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "temperature": 0.7,
     "max_new_tokens": 8,
     "missing_eos_penalty": 1.0,
-    "whiten_rewards": True,
+    "normalize_rewards": True,
     "kl_target": 0.1,
     "kl_horizon": 100,
     "learning_rate": 1.0,

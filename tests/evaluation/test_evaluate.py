@@ -79,7 +79,7 @@ def measured(world: tiny_models.World, policy: Path) -> Iterator[tuple[Path, dic
             n_completions=3,
             resamples=20_000,
             implicit_rewards=True,
-            level=0.9,
+            confidence=0.9,
         )
         yield folder, metrics
 

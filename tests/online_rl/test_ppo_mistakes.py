@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> ppo_fixtures.Cast:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"advantages": "rloo", "n_completions": 2, "lam": 0.9}, "`lam` has no effect with `advantages: rloo`"),
+        ({"advantages": "rloo", "n_completions": 2, "gae_lambda": 0.9}, "`gae_lambda` has no effect with `advantages: rloo`"),
         ({"advantages": "rloo", "n_completions": 2, "gamma": 0.9}, "`gamma` has no effect"),
         ({"advantages": "reinforce", "value_clip": 0.1}, "`value_clip` has no effect"),
         ({"advantages": "rloo"}, "set `n_completions` to at least 2"),

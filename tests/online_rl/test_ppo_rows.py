@@ -283,7 +283,7 @@ def test_row_18_value_clipping_is_half_the_greater_error_and_inside_the_range_no
 ):
     weights, losses = [], []
     for name, clip in (("none", None), ("wide", 1e6), ("narrow", 1e-3)):
-        settings = {"value_clip": clip, "whiten_advantages": False, "epochs": 2}
+        settings = {"value_clip": clip, "normalize_advantages": False, "epochs": 2}
         learner = ppo_fixtures.learner(made, tmp_path / name, **settings)
         learner.step(0)
         weights.append(learned(learner))
@@ -366,7 +366,7 @@ def test_row_20_a_token_weighs_the_same_in_a_long_completion_and_in_a_short_one(
     # Against the loss of all tokens by hand: sum of -advantage * log-probability / number of tokens.
     watch = Watch(monkeypatch)
     settings = {"micro_batch_size": 2, "epochs": 1, "max_new_tokens": 40, "advantages": "reinforce"}
-    learner = ppo_fixtures.learner(made, tmp_path, whiten_advantages=False, **settings)
+    learner = ppo_fixtures.learner(made, tmp_path, normalize_advantages=False, **settings)
     cast = learner.cast
     with gradients(monkeypatch) as taken:
         ppo_fixtures.frozen(learner)
@@ -473,7 +473,7 @@ def test_row_23_far_ratios_give_finite_steps_within_the_bounds(
     advantage: float,
     expected: float,
 ):
-    how = {"epochs": 1, "whiten_advantages": False, "advantages": "reinforce"} | settings
+    how = {"epochs": 1, "normalize_advantages": False, "advantages": "reinforce"} | settings
     learner = ppo_fixtures.learner(made, tmp_path, lora=True, max_new_tokens=8, **how)
     rollout = experience.make_rollout
     monkeypatch.setattr(

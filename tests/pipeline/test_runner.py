@@ -102,7 +102,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "test_fraction": 0.3, "validation_fraction": 0.1, "split_seed": 1, "max_rows": 7,
         "mixture": [MixtureSource(source="b", weight=1.0)], "pairing": "all", "margin": 1.0, "ratio": 2.0,
         "languages": ["en"], "near_duplicates": "keep", "near_duplicate_threshold": 0.7,
-        "decontaminate": ["b"], "ngram": 8, "keep": ["x"],
+        "decontaminate": ["b"], "decontamination_ngram": 8, "keep_columns": ["x"],
     },
     "sft": {
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
@@ -125,7 +125,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "label": {
         "completions": "sample_2", "judge": "reward", "pairing": "all", "margin": 0.1,
-        "labels": "bradley_terry", "slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
+        "label_noise": "bradley_terry", "label_noise_slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
     },
     "reward": {
         "model": "sft_2", "pairs": "prepare_2", "margin_coef": 0.5, "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
@@ -135,7 +135,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 3,
         "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
-        "advantages": "rloo", "gamma": 0.5, "lam": 0.5, "whiten_advantages": False, "whiten_rewards": True,
+        "advantages": "rloo", "gamma": 0.5, "gae_lambda": 0.5, "normalize_advantages": False, "normalize_rewards": True,
         "kl_coef": 0.5, "kl_estimator": "k3", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
         "critic_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 3, "critic_warmup_steps": 3,
         "epochs": 3, "minibatches": 3, "micro_batch_size": 3, "sample_batch_size": 3, "clip": 0.5,
@@ -148,16 +148,16 @@ OTHER: dict[str, dict[str, Any]] = {
         "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
         "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
-        "level": 0.9, "resamples": 500, "seed": 1, "prefix_sharing": False,
+        "confidence": 0.9, "resamples": 500, "seed": 1, "prefix_sharing": False,
     },
     "control": {
         "environment": "Acrobot-v1", "environment_options": {"x": 1}, "algorithm": "a2c",
-        "baseline": "none", "seeds": [1], "steps": 7, "envs": 3, "stretch": 3, "gamma": 0.5, "lam": 0.5,
+        "baseline": "none", "seeds": [1], "steps": 7, "n_envs": 3, "n_steps": 3, "gamma": 0.5, "gae_lambda": 0.5,
         "learning_rate": 0.5, "value_learning_rate": 0.5, "schedule": "constant", "epochs": 3,
         "minibatches": 3, "clip": 0.5, "clip_high": 0.5, "value_clip": 0.5, "target_kl": 0.5,
-        "entropy_coef": 0.5, "max_grad_norm": 0.5, "whiten": False, "hidden": [3], "activation": "relu",
+        "entropy_coef": 0.5, "max_grad_norm": 0.5, "normalize_advantages": False, "hidden_sizes": [3], "activation": "relu",
         "distribution": "gaussian", "normalize_observations": True, "normalize_rewards": True,
-        "episodes": 3, "level": 0.9, "resamples": 500, "keep_checkpoints": True,
+        "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True,
     },
 }  # fmt: skip
 BASE: dict[str, dict[str, Any]] = {

@@ -59,7 +59,7 @@ def completions(world: tiny_models.World, raw: Path) -> Path:
 
 
 def labelled(completions: Path, folder: Path, **changes: Any) -> Path:
-    given = {"judge": "gold", "pairing": "all", "labels": "bradley_terry"} | changes
+    given = {"judge": "gold", "pairing": "all", "label_noise": "bradley_terry"} | changes
     inputs = {"completions": completions}
     if given["judge"] != "gold":
         inputs["judge"] = Path(given["judge"])
@@ -174,8 +174,8 @@ def gaps(folder: Path) -> list[float]:
 def test_exact_labels_choose_the_higher_score_and_margins_keep_clear_pairs(
     given: Path, tmp_path: Path
 ):
-    all_of_them = gaps(labelled(given, tmp_path / "all", labels="exact"))
-    clear = gaps(labelled(given, tmp_path / "clear", labels="exact", margin=0.2))
+    all_of_them = gaps(labelled(given, tmp_path / "all", label_noise=None))
+    clear = gaps(labelled(given, tmp_path / "clear", label_noise=None, margin=0.2))
     assert len(all_of_them) > 20
     assert min(all_of_them) > 0
     assert sorted(clear) == sorted(gap for gap in all_of_them if gap >= 0.2)
@@ -183,14 +183,14 @@ def test_exact_labels_choose_the_higher_score_and_margins_keep_clear_pairs(
 
 
 def test_the_slope_and_the_seed_decide_noisy_labels(given: Path, tmp_path: Path):
-    sure = gaps(labelled(given, tmp_path / "sure", slope=1.0e6))
+    sure = gaps(labelled(given, tmp_path / "sure", label_noise_slope=1.0e6))
     assert min(sure) >= 0, "so steep a slope is no noise"
-    noisy = gaps(labelled(given, tmp_path / "noisy", slope=1.0e-3))
+    noisy = gaps(labelled(given, tmp_path / "noisy", label_noise_slope=1.0e-3))
     wrong = sum(gap < 0 for gap in noisy) / len(noisy)
     assert 0.2 < wrong < 0.8, "so flat a slope is a coin"
-    assert gaps(labelled(given, tmp_path / "other", slope=1.0e-3, seed=1)) != noisy
+    assert gaps(labelled(given, tmp_path / "other", label_noise_slope=1.0e-3, seed=1)) != noisy
     usual = gaps(labelled(given, tmp_path / "usual"))
-    assert usual == gaps(labelled(given, tmp_path / "same", slope=gold.LABEL_SLOPE))
+    assert usual == gaps(labelled(given, tmp_path / "same", label_noise_slope=gold.LABEL_SLOPE))
     assert 0 < sum(gap < 0 for gap in usual) / len(usual) < 0.35
 
 
@@ -283,7 +283,7 @@ def test_a_policy_is_no_reward_model(world: tiny_models.World):
 def test_pairs_of_a_reward_model_follow_its_scores(
     completions: Path, rewards: dict[str, Path], tmp_path: Path
 ):
-    folder = labelled(completions, tmp_path / "label", judge=str(rewards["reward"]), labels="exact", pairing="best_worst")  # fmt: skip
+    folder = labelled(completions, tmp_path / "label", judge=str(rewards["reward"]), label_noise=None, pairing="best_worst")  # fmt: skip
     some: dict[str, list[float]] = {}
     for row in tiny_models.rows(folder, "scores-train"):
         some.setdefault(row["prompt_id"], []).append(row["score"])
@@ -386,7 +386,7 @@ def test_a_recipe_names_a_judge_by_word_or_by_folder(
         f"""\
 stages:
   sample: {{model: {world.sft}, prompts: {world.data}, n_prompts: 8, n_completions: 3, max_new_tokens: 12}}
-  gold: {{stage: label, judge: gold, pairing: all, labels: bradley_terry}}
+  gold: {{stage: label, judge: gold, pairing: all, label_noise: bradley_terry}}
   rlaif: {{stage: label, judge: {rewards["reward"]}}}
 """
     )

@@ -159,7 +159,7 @@ def test_prepare_leaves_a_whole_folder_or_none(
     monkeypatch.chdir(tmp_path)
     rows_file(tmp_path / "a.jsonl", rows)
     told = ["data", "prepare", "a.jsonl", "--out", "out"]
-    assert command([*told, "keep=[note]"], monkeypatch) == 2
+    assert command([*told, "keep_columns=[note]"], monkeypatch) == 2
     assert "the values of a kept column differ in type" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
     assert command([*told[:-1], "a.jsonl/out"], monkeypatch) == 2

@@ -1,0 +1,48 @@
+"""Keys of recipes that were renamed: an old key is refused with the name of the new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.config.recipe import load_recipe
+from align.config.renamed_keys import RENAMED
+from align.config.stages import STAGES
+from align.errors import UserError
+
+KINDS = {cls.__name__: kind for kind, cls in STAGES.items()}
+STAGE: dict[str, dict[str, Any]] = {
+    "Control": {"environment": "CartPole-v1", "steps": 100},
+    "PPO": {"model": "a/b", "rewards": ["a/b"], "steps": 1, "batch_size": 1},
+    "Prepare": {"source": "embedded"},
+    "Evaluate": {"policies": ["a/b"], "baseline": "a/c", "judge": "gold"},
+    "Label": {"judge": "gold"},
+}
+
+
+@pytest.mark.parametrize(("cls", "old"), RENAMED, ids=".".join)
+def test_an_old_key_is_refused_with_the_new_one(cls: str, old: str, tmp_path: Path):
+    kind, path = KINDS[cls], tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"stages": {kind: {**STAGE[cls], old: 1}}}))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    (line,) = [line for line in error.value.lines if f": {kind}.{old}: " in line]
+    assert line.endswith(f": {kind}.{old}: unknown key; renamed to {RENAMED[cls, old]}")
+
+
+@pytest.mark.parametrize(("cls", "old"), RENAMED, ids=".".join)
+def test_the_new_key_exists_and_the_old_one_does_not(cls: str, old: str):
+    fields = STAGES[KINDS[cls]].model_fields
+    assert RENAMED[cls, old].split("`")[1] in fields
+    assert old not in fields
+
+
+def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"stages": {"control": STAGE["Control"]}}))
+    for override in ("control.envs=4", "all.envs=4"):
+        with pytest.raises(UserError, match=r"command line: .*renamed to `n_envs`"):
+            load_recipe(path, [override])
