@@ -1,7 +1,8 @@
-"""Check finished runs of `recipes/{dpo,kto,ppo}.yaml` against what the project set itself before it measured.
+"""Check the results of `recipes/{dpo,kto,ppo}.yaml` against bounds that were set before anything was measured.
 
-``python .ci/margins.py SUMMARY...``: win rate 0.80 with its interval above 0.75, 0.10 more gold, and a policy against itself that
-cannot be told from a coin. With ``--reused`` before them: that nothing ran.
+``python .ci/margins.py SUMMARY...``: a win rate of at least 0.80 whose interval lies above 0.75, a gold score that is
+higher by at least 0.10, and a policy against itself at a win rate that does not differ from 0.5. With ``--reused``, check
+only that every stage was reused.
 """
 
 import json
@@ -13,12 +14,14 @@ for file in [name for name in sys.argv[1:] if name != "--reused"]:
     if "--reused" in sys.argv:
         assert [stage["status"] for stage in stages] == ["reused"] * 4, stages
         continue
-    dpo, control = next(s for s in stages if s["name"] == "evaluate")["metrics"]["comparisons"]
-    gain = dpo["mean_score"]["policy"] - dpo["mean_score"]["baseline"]
-    assert dpo["win_rate"] >= 0.80, dpo
-    assert dpo["ci"][0] > 0.75, dpo
-    assert gain >= 0.10, dpo
-    # A 95 % interval misses the truth once in 20: one and a half times as wide is 99.7 %, and CI has three seeds.
-    half = (control["ci"][1] - control["ci"][0]) / 2
-    assert abs(control["win_rate"] - 0.5) <= 1.5 * half, control
-    print(f"win rate {dpo['win_rate']:.3f} {dpo['ci']}, gold +{gain:.3f}, itself {control['ci']}")
+    policy, itself = next(s for s in stages if s["name"] == "evaluate")["metrics"]["comparisons"]
+    gain = policy["mean_score"]["policy"] - policy["mean_score"]["baseline"]
+    assert policy["win_rate"] >= 0.80, policy
+    assert policy["ci"][0] > 0.75, policy
+    assert gain >= 0.10, policy
+    # A 95 % interval misses the true value once in 20 runs; one and a half times as wide is 99.7 %.
+    half_width = (itself["ci"][1] - itself["ci"][0]) / 2
+    assert abs(itself["win_rate"] - 0.5) <= 1.5 * half_width, itself
+    print(
+        f"win rate {policy['win_rate']:.3f} {policy['ci']}, gold +{gain:.3f}, itself {itself['ci']}"
+    )
