@@ -1,7 +1,7 @@
 """Commands ``align data prepare | doctor | show``.
 
-A source and its keys are read as in a recipe. Preparing, examining and tokenizing are done by :mod:`align.stages.prepare`,
-:mod:`align.data.doctor` and :mod:`align.training.token_view`.
+A source and its keys are read as in a recipe. Preparing, examining and tokenizing are done by
+:mod:`align.stages.prepare`, :mod:`align.data.doctor` and :mod:`align.training.token_view`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,10 @@ def data_doctor(
         Path | None, typer.Option(metavar="FILE", help="Also write the report as an HTML page.")
     ] = None,
 ) -> None:
-    """Examine a source: counts, lengths, margins, duplicates, leakage. Writes nothing without --html."""
+    """Examine a source: counts, lengths, margins, duplicates, leakage.
+
+    Nothing is written unless --html is given.
+    """
     config = prepare_config(source, keys)
     from align.data import doctor
 

@@ -1,1 +1,1 @@
-"""Preference data: read sources, check and deduplicate rows, split by prompt, and write Parquet tables."""
+"""Preference data: read sources, check and deduplicate rows, split by prompt, write tables."""

@@ -1,4 +1,8 @@
-"""Data card: the README.md of prepared data, from its statistics and the template ``data_card.md.jinja``."""
+"""Data card: the README.md of prepared data.
+
+Its layout is the template ``data_card.md.jinja``; its numbers are those of
+:mod:`align.data.statistics`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ _TEMPLATE = Path(__file__).with_name("data_card.md.jinja")
 
 
 def data_card(config: Prepare, report: Mapping[str, Any]) -> str:
-    """Render the card; its header lets ``datasets.load_dataset(folder, "pairs")`` read the tables."""
+    """Render the card.
+
+    Its header lets ``datasets.load_dataset(folder, "pairs")`` read the tables.
+    """
     import jinja2
 
     sources = [config.source, *(entry.source for entry in config.mixture), config.demonstrations]
@@ -46,7 +53,7 @@ def data_card(config: Prepare, report: Mapping[str, Any]) -> str:
 
 
 def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
-    """One sentence each on margins, the bag-of-words baseline, long rows, near-duplicates and leakage."""
+    """Sentences on margins, the bag-of-words baseline, long rows, near-duplicates and leakage."""
     if "margins" in report:
         margins = report["margins"]
         yield (
@@ -78,7 +85,9 @@ def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def displayed_path(file: Path) -> str:
-    """Path of a source file in the card; that of the embedded data set does not depend on the installation."""
-    return (
-        f"data/embedded/{file.name}" if file.parent == data_dir() / "embedded" else file.as_posix()
-    )
+    """Path of a source file in the card.
+
+    For the embedded data set, it does not depend on where Align is installed.
+    """
+    is_embedded = file.parent == data_dir() / "embedded"
+    return f"data/embedded/{file.name}" if is_embedded else file.as_posix()

@@ -1,8 +1,9 @@
 """Decontamination: find prompts that occur in a set of evaluation prompts.
 
-A prompt is contaminated if it has the same words as an evaluation prompt (letter case, punctuation and white space are
-ignored), or if both contain the same run of n words. Evaluation prompts of fewer than n words are only matched as a
-whole. Completions are not searched. Memory is one hash per run of words in the evaluation prompts.
+A prompt is contaminated if it has the same words as an evaluation prompt (letter case, punctuation
+and white space are ignored), or if both contain the same run of n words. Evaluation prompts of
+fewer than n words are only matched as a whole. Completions are not searched. Memory is one hash per
+run of words in the evaluation prompts.
 """
 
 from __future__ import annotations

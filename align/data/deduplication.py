@@ -1,8 +1,10 @@
-"""Deduplication: exact duplicates, contradictions, and near-duplicate prompts by MinHash (Broder 1997).
+"""Deduplication: exact duplicates, contradictions, and near-duplicate prompts.
 
-For MinHash, a prompt is the set of its character 5-grams. 128 hashes per prompt estimate the Jaccard similarity with a
-standard deviation of up to 0.044 (0.035 at a similarity of 0.8, where one estimate in twenty is off by more than 0.07);
-32 bands of four hashes select the candidate pairs. The peak is 950 bytes per distinct prompt, whatever its length.
+Near-duplicates are detected by MinHash (Broder 1997). A prompt is the set of its character 5-grams.
+128 hashes per prompt estimate the Jaccard similarity with a standard deviation of up to 0.044
+(0.035 at a similarity of 0.8, where one estimate in twenty is off by more than 0.07); 32 bands of
+four hashes select the candidate pairs. The peak is 950 bytes per distinct prompt, whatever its
+length.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ EVEN = np.uint64(2**64 - 2)  # clears the last bit, the direction of the prefere
 class NearDuplicates:
     """Prompts that are nearly equal to an earlier prompt.
 
-    ``representatives`` maps the id of a conversation to that of the conversation that decides its split.
+    ``representatives`` maps the id of a conversation to that of the conversation that decides its
+    split.
     """
 
     prompt_ids: set[int] = field(default_factory=set)
@@ -47,7 +50,8 @@ def deduplicate(
 ) -> NearDuplicates:
     """Set the status of all rows; near-duplicates are searched for if ``index`` is given.
 
-    Only prompts with a kept row are compared, and with ``near_duplicates: drop`` the later ones are dropped.
+    Only prompts with a kept row are compared, and with ``near_duplicates: drop`` the later ones are
+    dropped.
     """
     for table in tables:
         table.status = find_duplicates(as_digests(table.row_digests))
@@ -67,8 +71,9 @@ def deduplicate(
 def find_duplicates(digests: NDArray[np.uint64]) -> NDArray[np.uint8]:
     """Status of each row: ``KEPT``, ``DUPLICATE`` or ``CONTRADICTION``.
 
-    ``digests`` has shape (rows, 2); the last bit is the direction of the preference. Of equal rows the first is kept. Rows
-    that occur in both directions are all dropped, because nothing decides which direction is right.
+    ``digests`` has shape (rows, 2); the last bit is the direction of the preference. Of equal rows
+    the first is kept. Rows that occur in both directions are all dropped, because nothing decides
+    which direction is right.
     """
     status = np.full(len(digests), KEPT, dtype=np.uint8)
     if not len(digests):
@@ -126,7 +131,8 @@ class MinHashIndex:
     ) -> NearDuplicates:
         """Near-duplicates among ``prompt_ids``; all other prompts are ignored.
 
-        The first of near-duplicate prompts represents the others, and prompts of one conversation belong together.
+        The first of near-duplicate prompts represents the others, and prompts of one conversation
+        belong together.
         """
         places = np.flatnonzero(np.isin(as_numbers(self._prompt_ids), prompt_ids))
         ids = as_numbers(self._prompt_ids)[places]
@@ -148,7 +154,7 @@ class MinHashIndex:
 
 
 def _same_bucket(band: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-    """Pairs of rows whose hashes in a band are equal, each row with up to ``NEIGHBORS`` following ones."""
+    """Pairs of rows with equal hashes in a band, each row with up to ``NEIGHBORS`` later ones."""
     count = len(band)
     keys: Any = band.view("V16").ravel() if count else band
     _, bucket = np.unique(keys, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Doctor: examine a source as ``prepare`` would read it, and report in the terminal and as one HTML page.
+"""Doctor: examine a source as ``prepare`` reads it; report in the terminal and as an HTML page.
 
 Only the page is written; the prepared rows stay in temporary files.
 """
@@ -39,7 +39,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """Statistics of a source, as :meth:`align.data.statistics.DatasetStatistics.report` returns them."""
+    """Statistics of a source, as returned by ``DatasetStatistics.report``, and its histograms."""
 
     title: str
     statistics: dict[str, Any]
@@ -154,8 +154,8 @@ def margin_histogram(title: str, margins: NDArray[np.float64]) -> Histogram:
 def length_histogram(title: str, counts: Mapping[int, int]) -> Histogram:
     """Histogram of integers with up to 24 bars.
 
-    Every bar covers the same number of integers (the last one may cover fewer); otherwise uniform counts would give bars
-    of alternating height.
+    Every bar covers the same number of integers (the last one may cover fewer); otherwise uniform
+    counts would give bars of alternating height.
     """
     values: Sequence[int] = list(counts)
     low, high = float(min(values)), float(max(values))

@@ -1,7 +1,7 @@
 """Data files: raw rows from JSONL, JSON, CSV (each also gzipped) and Parquet.
 
-All formats except a JSON list are read row by row. Errors name the file and the line; the first ten malformed lines are
-listed, the others counted. Archives are not supported.
+All formats except a JSON list are read row by row. Errors name the file and the line; the first ten
+malformed lines are listed, the others counted. Archives are not supported.
 """
 
 from __future__ import annotations

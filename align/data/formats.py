@@ -1,9 +1,10 @@
 """Formats: a raw row to a conversational row, or the reason to drop it.
 
-A prompt is an optional system turn, then user and assistant turns in alternation, ending in a user turn; a completion is
-one assistant turn. Plain text becomes one turn. Whole conversations, and the transcripts of HH-RLHF, are divided where
-their common beginning ends. The columns of a part decide the kind of all its rows: pairs, demonstrations or labeled
-completions. Not supported: tool calls, images, the names of ShareGPT.
+A prompt is an optional system turn, then user and assistant turns in alternation, ending in a user
+turn; a completion is one assistant turn. Plain text becomes one turn. Whole conversations, and the
+transcripts of HH-RLHF, are divided where their common beginning ends. The columns of a part decide
+the kind of all its rows: pairs, demonstrations or labeled completions. Not supported: tool calls,
+images, the names of ShareGPT.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def read_row(raw: Raw, kind: str, reader: str) -> Row:
 
 
 def pair(raw: Raw) -> Row:
-    """Convert a row with ``chosen``, ``rejected`` and ``prompt``, which whole conversations may omit."""
+    """Convert a row with ``prompt``, ``chosen`` and ``rejected``.
+
+    The prompt may be missing if the other two are whole conversations.
+    """
     sides = {side: _turns(raw.get(side), "assistant") for side in ("chosen", "rejected")}
     return _check_distinct(_assemble(raw.get("prompt"), sides))
 
@@ -64,7 +68,10 @@ def _check_distinct(row: Row) -> Row:
 
 
 def demonstration(raw: Raw) -> Row:
-    """Convert a row with ``prompt`` and ``completion``, or with ``messages``, whose last turn is the completion."""
+    """Convert a row with ``prompt`` and ``completion``, or with ``messages``.
+
+    The last turn of ``messages`` is the completion.
+    """
     value = raw.get("completion") if "completion" in raw else raw.get("messages")
     if "completion" not in raw and isinstance(value, str):
         raise DroppedError("messages are not a list")
@@ -81,7 +88,10 @@ def labeled(raw: Raw) -> Row:
 
 
 def hh_turns(text: object) -> Messages:
-    r"""Turns of a transcript, as in HH-RLHF; a turn begins at "\n\nHuman:" or "\n\nAssistant:" only."""
+    r"""Turns of a transcript as in HH-RLHF.
+
+    A turn begins at "\n\nHuman:" or "\n\nAssistant:", and nowhere else.
+    """
     if not isinstance(text, str):
         raise DroppedError("missing value" if text is None else "content is not text")
     head, *rest = _HH_TURN.split("\n\n" + text.lstrip())
@@ -194,7 +204,10 @@ def columns_of(part: Part, columns: Mapping[str, str] | None = None) -> list[str
 
 
 def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
-    """Rename columns by a map from Align's names to the source's; a mapped column loses its old name."""
+    """Rename columns by a map from Align's names to those of the source.
+
+    A renamed column is not available under its old name.
+    """
     if not columns:
         return raw
     renamed = {own: raw[name] for own, name in columns.items() if name in raw}

@@ -86,7 +86,10 @@ def preference_sources(config: Prepare) -> list[MixtureSource]:
 
 
 def _demonstration_source(config: Prepare, first: MixtureSource) -> MixtureSource:
-    """The source ``demonstrations``: read like the first source, without its Hub configuration and revision."""
+    """The source ``demonstrations``.
+
+    It is read like the first source, but without its Hub configuration and revision.
+    """
     return MixtureSource.model_construct(
         source=config.demonstrations,
         reader=first.reader,
@@ -97,7 +100,9 @@ def _demonstration_source(config: Prepare, first: MixtureSource) -> MixtureSourc
 
 
 def evaluation_prompts(name: str, n: int) -> EvaluationPrompts:
-    """Read a set of evaluation prompts: a file, all files of a folder, or the split ``test`` of a Hub data set.
+    """Read a set of evaluation prompts.
+
+    It is a file, all files of a folder, or the split ``test`` of a Hub data set.
 
     Raises:
         UserError: A row has no prompt.
@@ -217,14 +222,17 @@ def _pairing_options(source: MixtureSource, seed: int) -> PairingOptions:
 
 
 def _convert(raw: Raw, reader: str, options: PairingOptions) -> Iterator[Raw | DroppedError]:
-    """Raw pairs of a row of a public data set; any other row as it is, except a column ``margin``."""
+    """Raw pairs of a row of a public data set; any other row, without a column ``margin``."""
     if reader in PUBLIC_FORMATS:
         return PUBLIC_FORMATS[reader](raw, options)
     return iter([{name: value for name, value in raw.items() if name != "margin"}])
 
 
 def _flatten(value: Any) -> Any:
-    """JSON text of a list or an object: Parquet would give all objects the fields of the first, and lose others."""
+    """Convert a list or an object to JSON text.
+
+    Parquet would give all objects the fields of the first row, and lose other fields.
+    """
     if not isinstance(value, (list, dict)):
         return value
     return json.dumps(value, default=str)

@@ -18,10 +18,10 @@ def mix(tables: Iterable[RowTable], config: Prepare) -> None:
 
 
 def apply_weights(table: RowTable, weights: Mapping[int, float], seed: int) -> None:
-    """Drop rows until the shares of the sources among the kept rows are proportional to ``weights``.
+    """Drop rows until the sources' shares of the kept rows are proportional to ``weights``.
 
-    No row is repeated: the source that is smallest relative to its weight keeps all rows. A hash of row and seed selects
-    the rows, so the selection does not depend on their order.
+    No row is repeated: the source that is smallest relative to its weight keeps all rows. A hash of
+    row and seed selects the rows, so the selection does not depend on their order.
     """
     sources = as_numbers(table.source_numbers, np.uint16)
     rows = {source: np.flatnonzero((sources == source) & table.kept) for source in weights}

@@ -1,8 +1,9 @@
 """Pairs from scored completions: best against worst, best against a random other, or all pairs.
 
-:func:`pairs_from_scores` pairs the sampled completions that a judge scored; :func:`pair_completions` pairs the scored
-completions in one row of a public data set. Both select candidates with :func:`candidate_pairs`. They differ in ties:
-sampled completions with equal scores are counted as ties, those of a public data set are never candidates.
+:func:`pairs_from_scores` pairs the sampled completions that a judge scored;
+:func:`pair_completions` pairs the scored completions in one row of a public data set. Both select
+candidates with :func:`candidate_pairs`. They differ in ties: sampled completions with equal scores
+are counted as ties, those of a public data set are never candidates.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class Scored(NamedTuple):
 def candidate_pairs(
     scored: Sequence[Scored], pairing: Pairing, random: Random
 ) -> Iterator[tuple[Scored, Scored]]:
-    """Completions to compare. For ``all``, pairs are in the order of ``scored``; otherwise the best comes first.
+    """Completions to compare.
 
-    Completions with equal scores keep their order. ``best_random`` takes one draw from ``random``.
+    For ``all``, pairs are in the order of ``scored``; otherwise the best comes first. Completions
+    with equal scores keep their order. ``best_random`` takes one draw from ``random``.
     """
     if pairing == "all":
         yield from itertools.combinations(scored, 2)
@@ -47,9 +49,10 @@ def candidate_pairs(
 
 @dataclass(frozen=True, slots=True)
 class PairingResult:
-    """Pairs, the number of candidates dropped by reason, and the agreement of the labels with the scores.
+    """Pairs, and the number of candidates dropped by reason.
 
-    ``agreement`` is the share of pairs whose chosen completion has the higher score; a tie counts half.
+    ``agreement`` is the share of pairs whose chosen completion has the higher score; a tie counts
+    half.
     """
 
     rows: list[Row]
@@ -69,9 +72,10 @@ def pairs_from_scores(
 ) -> PairingResult:
     """Pair the completions of each prompt; ``max_pairs`` limits the result to a random subset.
 
-    Completions with the same text count once, and pairs whose scores differ by less than ``margin`` are dropped. Without
-    ``slope`` the completion with the higher score is chosen, and ties are dropped. With ``slope`` the label is drawn from
-    the Bradley-Terry model of the scores, ``sigmoid(slope * difference)``, which models the noise of human labels.
+    Completions with the same text count once, and pairs whose scores differ by less than ``margin``
+    are dropped. Without ``slope`` the completion with the higher score is chosen, and ties are
+    dropped. With ``slope`` the label is drawn from the Bradley-Terry model of the scores,
+    ``sigmoid(slope * difference)``, which models the noise of human labels.
     """
     random = Random(seed)
     dropped: Counter[str] = Counter()

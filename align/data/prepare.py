@@ -7,8 +7,9 @@ Whatever the source, the rows are conversational and have the id of their prompt
 - ``unpaired``: prompt, completion, label, prompt_id
 - ``prompts``: prompt, prompt_id, one row for each prompt of the others
 
-Every row that cannot be used is dropped for a named reason, and all reasons are counted. Sources are read once, row by
-row. This module writes only temporary files; :mod:`align.stages.prepare` writes the tables.
+Every row that cannot be used is dropped for a named reason, and all reasons are counted. Sources
+are read once, row by row. This module writes only temporary files; :mod:`align.stages.prepare`
+writes the tables.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class SplitRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """The prepared data set. :meth:`rows` streams all tables from disk and can be called repeatedly."""
+    """The prepared data set.
+
+    :meth:`rows` streams all tables from disk and can be called repeatedly.
+    """
 
     kinds: dict[str, KindRows]
     splits: list[str]
@@ -83,9 +87,10 @@ class PreparedData:
         }
 
     def rows(self) -> Iterator[SplitRow]:
-        """Every row of every table, in the order of the sources; a prompt follows the first row that has it.
+        """Every row of every table, in the order of the sources.
 
-        If any source has scores, all pairs have a ``margin``, which is 0 for those without scores.
+        A prompt follows the first row that has it. If any source has scores, all pairs have a
+        ``margin``, which is 0 for those without scores.
         """
         for kind, rows in self.kinds.items():
             for part in rows.tables:
@@ -122,15 +127,17 @@ class PreparedData:
 
 
 def prepare(config: Prepare) -> PreparedData:
-    """Read, check and split the sources of a stage. Memory grows with the number of rows, not with their text.
+    """Read, check and split the sources of a stage.
+
+    Memory grows with the number of rows, not with the length of their text.
 
     Raises:
         UserError: One line for each problem with the sources.
     """
-    ingested = ingest(config)  # 1. ingest
-    near = deduplicate(ingested.tables, ingested.minhash, config)  # 2. deduplicate
-    mix(ingested.preferences.values(), config)  # 3. mix
-    return split(ingested, near, config)  # 4. split
+    ingested = ingest(config)  # 1. read sources, check rows
+    near = deduplicate(ingested.tables, ingested.minhash, config)  # 2. duplicates
+    mix(ingested.preferences.values(), config)  # 3. weights of a mixture
+    return split(ingested, near, config)  # 4. train, test, validation
 
 
 def split(ingested: Ingested, near: NearDuplicates, config: Prepare) -> PreparedData:
@@ -176,7 +183,7 @@ def check_usable(tables: Iterable[RowTable], source: str) -> None:
 def count_by_source(
     sources: Sequence[MixtureSource], tables: Mapping[str, RowTable]
 ) -> dict[str, dict[str, Any]]:
-    """Rows read, kept and dropped, by source and kind; a source that occurs again gets its number."""
+    """Rows read, kept and dropped, by source and kind; a repeated source gets its number."""
     counts: dict[str, dict[str, Any]] = {}
     for number, source in enumerate(sources):
         name = source.source if source.source not in counts else f"{source.source} ({number + 1})"

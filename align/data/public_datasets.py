@@ -1,8 +1,10 @@
-"""Public preference data sets: a raw row to raw pairs with ``prompt``, ``chosen``, ``rejected`` and ``margin``.
+"""Public preference data sets: convert a raw row to raw pairs.
 
-UltraFeedback (several scored completions), SHP (votes), TL;DR (a choice between two summaries), OpenAssistant (trees
-with ranked replies). One row gives any number of pairs and of reasons to drop it. The texts themselves are checked by
-:mod:`align.data.formats`. Not supported: UltraFeedback's scores of single aspects, TL;DR's axis evaluations.
+A raw pair has ``prompt``, ``chosen``, ``rejected`` and ``margin``. Supported are UltraFeedback
+(several scored completions), SHP (votes), TL;DR (a choice between two summaries), OpenAssistant
+(trees with ranked replies). One row gives any number of pairs and of reasons to drop it. The texts
+themselves are checked by :mod:`align.data.formats`. Not supported: UltraFeedback's scores of single
+aspects, TL;DR's axis evaluations.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 
 
 def ultrafeedback(raw: Raw, options: PairingOptions) -> PairsOrDrops:
-    """Pair the completions of ``instruction`` by the first of ``SCORES`` that all have, so by one scale per row."""
+    """Pair the completions of ``instruction`` by their scores.
+
+    The first of ``SCORES`` that all completions have is used, so that a row has one scale.
+    """
     completions = raw.get("completions")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         yield DroppedError("completions are not a list of objects")
@@ -72,7 +77,10 @@ def tldr(raw: Raw, options: PairingOptions) -> PairsOrDrops:
 
 
 def oasst(raw: Raw, options: PairingOptions) -> PairsOrDrops:
-    """Pair the ranked replies to every user message of a tree, whose root is ``prompt``; rank 0 is the best."""
+    """Pair the ranked replies to every user message of a tree; rank 0 is the best.
+
+    ``prompt`` is the root of the tree.
+    """
     root = raw.get("prompt")
     if not isinstance(root, dict):
         yield root if isinstance(root, DroppedError) else DroppedError("no tree of messages")
@@ -104,11 +112,12 @@ def oasst(raw: Raw, options: PairingOptions) -> PairsOrDrops:
 
 
 def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
-    """Convert flat messages to one row per tree, in the order of the roots; rows that are trees are passed through.
+    """Convert flat messages to one row per tree, in the order of the roots.
 
-    All flat messages are held in memory, because a reply may precede its parent. After the trees, each message that
-    belongs to no tree becomes a row with a reason instead of a tree, so that it is counted. If a parent is missing, its
-    direct replies are counted, further descendants are not.
+    Rows that are trees are passed through. All flat messages are held in memory, because a reply
+    may precede its parent. After the trees, each message that belongs to no tree becomes a row with
+    a reason instead of a tree, so that it is counted. If a parent is missing, its direct replies
+    are counted, further descendants are not.
     """
     nodes: dict[Any, Raw] = {}
     problems: list[DroppedError] = []

@@ -1,9 +1,9 @@
 """Row store: checked rows on disk, and a few numbers per row in memory.
 
-Rows are written to a spool, a temporary file, until duplicates and contradictions among all rows are known. In memory
-each row takes 58 bytes, whatever the length of its text: digests of the row and of its completion (16 bytes each), the
-ids of its prompt and of its conversation (8 each), its margin (8) and the number of its source (2). Sorting these arrays
-takes about as much again.
+Rows are written to a spool, a temporary file, until duplicates and contradictions among all rows
+are known. In memory each row takes 58 bytes, whatever the length of its text: digests of the row
+and of its completion (16 bytes each), the ids of its prompt and of its conversation (8 each), its
+margin (8) and the number of its source (2). Sorting these arrays takes about as much again.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class RowTable:
     n_read: Counter[int] = field(default_factory=Counter)
     """Rows read, by the number of their source."""
     n_invalid: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """Rows that failed a check, by the number of their source and the reason; they are not stored."""
+    """Rows that failed a check, by the number of their source and the reason; they are not
+    stored."""
     spool: Spool = field(default_factory=Spool)
     """The rows, each with the columns that ``keep`` copies."""
     row_digests: array[int] = field(default_factory=_ids)
@@ -90,7 +91,8 @@ class RowTable:
     """Difference of scores of a pair; NaN if its source has no scores."""
     source_numbers: array[int] = field(default_factory=lambda: array("H"))
     status: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
-    """``KEPT``, or the reason why a row is dropped; set by deduplication, once all rows are stored."""
+    """``KEPT``, or the reason why a row is dropped; set by deduplication, once all rows are
+    stored."""
 
     def add(self, row: Row, source: int, kept: Mapping[str, Any], margin: float | None) -> None:
         """Store a checked row of source number ``source``, with the columns that are copied."""

@@ -1,7 +1,8 @@
 """Types and identities of rows.
 
-A prompt is an optional system turn, then user and assistant turns, ending in a user turn; a completion is one assistant
-turn. Two prompts with the same normalized turns have the same ``prompt_id``, which decides duplicates and splits.
+A prompt is an optional system turn, then user and assistant turns, ending in a user turn; a
+completion is one assistant turn. Two prompts with the same normalized turns have the same
+``prompt_id``, which decides duplicates and splits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ Message = dict[str, str]
 Messages = list[Message]
 """The turns of a conversation, in order."""
 Row = dict[str, Any]
-"""A checked row: ``prompt`` and completions as :data:`Messages`, ``prompt_id``, and further columns."""
+"""A checked row: ``prompt`` and completions as :data:`Messages`, ``prompt_id``, and further
+columns."""
 Raw = dict[str, Any]
 """A row as the source has it, unchecked."""
 

@@ -1,8 +1,8 @@
 """Sources of preference data: the embedded data set, a file, a folder or a Hub id to raw rows.
 
-A source is read in parts, one per file, so that an error names its file and line, and so that a folder may contain pairs
-in one file and demonstrations in another. :mod:`align.data.formats` interprets the rows. Data sets on the Hub that
-require remote code are not supported.
+A source is read in parts, one per file, so that an error names its file and line, and so that a
+folder may contain pairs in one file and demonstrations in another. :mod:`align.data.formats`
+interprets the rows. Data sets on the Hub that require remote code are not supported.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def read_source(source: MixtureSource, *, max_rows: int | None = None) -> list[P
 def source_files(source: str, *, split: str = "train") -> list[Path]:
     """Local files of a source, in reading order; empty for a Hub id.
 
-    In a folder, these are the files with the word ``split`` in their names (``train-00000-of-00002.parquet``), or all
-    files if no name contains it or ``split`` is empty.
+    In a folder, these are the files with the word ``split`` in their names
+    (``train-00000-of-00002.parquet``), or all files if no name contains it or ``split`` is empty.
 
     Raises:
         UserError: The path does not exist, or the folder contains no data files.
     """
     if source == "embedded":
-        return _embedded_files()
+        return embedded_files()
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -83,7 +83,12 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     return []
 
 
-def _embedded_files() -> list[Path]:
+def embedded_files() -> list[Path]:
+    """Files of the embedded data set.
+
+    Raises:
+        UserError: A file is missing from the installation.
+    """
     files = [data_dir() / "embedded" / name for name in EMBEDDED_FILES]
     missing = [
         f"{file}: missing from the installation; install Align again"

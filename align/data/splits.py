@@ -1,4 +1,7 @@
-"""Splits: which rows of each kind are used, the split of each row, and the leakage that a split by row would have."""
+"""Splits: select the rows of each kind, and assign every prompt to a split.
+
+Also measured is the leakage that a split by row would have.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,12 @@ class TableSplit:
 
 @dataclass(slots=True)
 class KindRows:
-    """Rows of one kind; several tables if demonstrations come from pairs and from labeled completions."""
+    """Rows of one kind, from several tables if pairs and labeled completions are demonstrated."""
 
     tables: list[TableSplit]
     n_read: int = 0
-    """Rows read of this kind; 0 for demonstrations taken from the pairs, which are counted there."""
+    """Rows read of this kind; 0 for demonstrations taken from the pairs, which are counted
+    there."""
     dropped: Counter[str] = field(default_factory=Counter)
 
 
@@ -56,8 +60,8 @@ def split_of(
 ) -> str:
     """Split of a prompt, by a hash of seed and prompt id alone.
 
-    Adding rows never moves existing prompts, all ranks agree, and increasing the validation fraction does not change the
-    test split.
+    Adding rows never moves existing prompts, all ranks agree, and increasing the validation
+    fraction does not change the test split.
     """
     digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=8).digest()
     uniform = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: exactly a float below 1
@@ -71,8 +75,9 @@ def select_rows(
 ) -> dict[str, KindRows]:
     """Rows of each kind, sorted by kind.
 
-    Demonstrations are those of the source ``demonstrations`` if it is set, else those of the main sources. A source
-    without demonstrations gives its chosen and its desirable completions, each once.
+    Demonstrations are those of the source ``demonstrations`` if it is set, else those of the main
+    sources. A source without demonstrations gives its chosen and its desirable completions, each
+    once.
     """
     kinds = {kind: _kept_rows(table) for kind, table in preferences.items()}
     source = preferences if demonstrations is None else demonstrations
@@ -127,9 +132,9 @@ def assign_splits(
 ) -> None:
     """Set the split of every row, and mark the first row of each prompt.
 
-    The beginning of a prompt decides, up to and including its first user turn: in transcripts, one row's prompt is often
-    the beginning of another's, and a conversation must not be in two splits. Near-duplicates have the split of their
-    representative.
+    The beginning of a prompt decides, up to and including its first user turn: in transcripts, one
+    row's prompt is often the beginning of another's, and a conversation must not be in two splits.
+    Near-duplicates have the split of their representative.
 
     Raises:
         UserError: A split with a fraction above 0 is empty.
@@ -196,7 +201,10 @@ def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
 
 
 def leakage(kinds: Mapping[str, KindRows], fraction: float, seed: int) -> dict[str, int]:
-    """Test prompts that are also trained on: with a split by row, as ``train_test_split`` makes it, and with this split."""
+    """Count test prompts that are also trained on.
+
+    Once with a split by row, as ``train_test_split`` makes it, and once with this split.
+    """
     kind = next(kind for kind in ("pairs", "unpaired", "demonstrations") if kind in kinds)
     part = kinds[kind].tables[0]
     prompt_ids = part.prompt_ids

@@ -1,4 +1,7 @@
-"""Statistics of prepared data, counted one row at a time: rows, lengths in words, and the bag-of-words baseline."""
+"""Statistics of prepared data: numbers of rows, lengths in words, and a bag-of-words baseline.
+
+All are computed from one pass over the rows.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class DatasetStatistics:
         longest["long"] += words > LONG_ROW
 
     def lengths(self) -> dict[str, Counter[int]]:
-        """Histograms of lengths in words, by column: those of the pairs, and of the demonstrated completions."""
+        """Histograms of lengths in words, by column of the pairs and of the demonstrations."""
         kind = "pairs" if "pairs" in self._rows else "demonstrations"
         columns = [f"{kind}.{name}" for name in ("prompt", "chosen", "rejected")]
         columns.append("demonstrations.completion")
@@ -112,7 +115,7 @@ class DatasetStatistics:
         return summary
 
     def report(self) -> dict[str, Any]:
-        """The summary, with counts by source, near-duplicates, leakage, margins and the bag-of-words baseline."""
+        """The summary, counts by source, near-duplicates, leakage, margins and the baseline."""
         report = self.summary() | {"sources": self._prepared.sources} | self._prepared.findings
         if len(self._prepared.margins):
             low, median, high = np.percentile(self._prepared.margins, [5, 50, 95]).tolist()
@@ -145,9 +148,9 @@ def _value_at(counts: Mapping[int, int], position: int) -> int:
 class BagOfWordsBaseline:
     """Accuracy of a classifier that only counts words: the lower bound for a reward model.
 
-    Logistic regression on differences of log word counts, hashed to 32,768 buckets, on at most 10,000 pairs sampled with
-    a fixed seed. Five-fold cross-validation by conversation: each pair is predicted by a model that was fitted without
-    its conversation.
+    Logistic regression on differences of log word counts, hashed to 32,768 buckets, on at most
+    10,000 pairs sampled with a fixed seed. Five-fold cross-validation by conversation: each pair is
+    predicted by a model that was fitted without its conversation.
     """
 
     def __init__(self) -> None:
@@ -155,7 +158,7 @@ class BagOfWordsBaseline:
         self._pairs: list[tuple[int, array[int], array[float]]] = []
 
     def add(self, row: Row) -> None:
-        """Add a pair; beyond 10,000 pairs, each pair has the same probability of being kept (reservoir sampling)."""
+        """Add a pair; beyond 10,000, all are equally likely to be kept (reservoir sampling)."""
         self._n_seen += 1
         place = (
             len(self._pairs) if self._n_seen <= MAX_PAIRS else self._random.randrange(self._n_seen)
@@ -174,7 +177,7 @@ class BagOfWordsBaseline:
         self._pairs[place : place + 1] = [pair]
 
     def accuracy(self) -> dict[str, float] | None:
-        """``accuracy`` with its 95 % ``half_width``, and the number of ``pairs``; None below 50 pairs."""
+        """Accuracy, half-width of its 95 % interval, and number of pairs; None below 50 pairs."""
         if len(self._pairs) < MIN_PAIRS:
             return None
         folds = np.array([conversation % N_FOLDS for conversation, _, _ in self._pairs])
@@ -193,8 +196,8 @@ class BagOfWordsBaseline:
 def wilson_half_width(share: float, count: int) -> float:
     """Half-width of the 95 % Wilson score interval of a share.
 
-    Unlike the normal approximation, it is above 0 for a share of 0 or 1. It is defined here, because ``data`` starts
-    without torch and therefore does not import :mod:`align.functional`.
+    Unlike the normal approximation, it is above 0 for a share of 0 or 1. It is defined here,
+    because ``data`` starts without torch and therefore does not import :mod:`align.functional`.
     """
     z = 1.96
     variance = share * (1 - share) / count + z**2 / (4 * count**2)
@@ -207,9 +210,12 @@ def _fit_and_score(
     values: NDArray[np.float64],
     train: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
-    """Scores of all pairs, with weights fitted to the pairs ``train``: full-batch Adam with an L2 penalty.
+    """Scores of all pairs, with weights fitted to the pairs ``train``.
 
-    ``rows``, ``buckets`` and ``values`` are the entries of a sparse matrix of shape (pairs, buckets).
+    The fit is full-batch Adam with an L2 penalty.
+
+    ``rows``, ``buckets`` and ``values`` are the entries of a sparse matrix of shape (pairs,
+    buckets).
     """
     weights, first, second = np.zeros(N_BUCKETS), np.zeros(N_BUCKETS), np.zeros(N_BUCKETS)
     entries = train[rows]

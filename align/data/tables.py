@@ -1,7 +1,8 @@
-"""Parquet tables of a stage folder, such as ``pairs-train.parquet``: write them, and read them back.
+"""Parquet tables of a stage folder, such as ``pairs-train.parquet``: write and read them.
 
-A table is named by its kind (``demonstrations``, ``pairs``, ``unpaired``, ``prompts``) and its split. This module has
-the one error for a table that a folder lacks. What the rows contain is decided by the stages that write them.
+A table is named by its kind (``demonstrations``, ``pairs``, ``unpaired``, ``prompts``) and its
+split. This module has the one error for a table that a folder lacks. What the rows contain is
+decided by the stages that write them.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def read(
 ) -> list[Row]:
     """Rows of a table, in file order.
 
-    ``columns`` selects columns; ``most`` limits the number of rows, taken evenly spaced. ``required_by`` names the
-    setting that needs the table, for the error message.
+    ``columns`` selects columns; ``most`` limits the number of rows, taken evenly spaced.
+    ``required_by`` names the setting that needs the table, for the error message.
 
     Raises:
         UserError: The folder has no such table.
@@ -84,8 +85,8 @@ def count_rows(folder: Path, kind: str, split: str) -> int:
 def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Dataset | None:
     """A table as a data set for TRL; None for a held-out split that the folder does not contain.
 
-    The cache of ``datasets`` lies below ``output_dir``: all ranks share it, and it is deleted with the stage's other
-    temporary files.
+    The cache of ``datasets`` lies below ``output_dir``: all ranks share it, and it is deleted with
+    the stage's other temporary files.
 
     Raises:
         UserError: The folder has no table of the training split.
@@ -117,9 +118,10 @@ ROW_GROUP = 2_000  # rows of a table held in memory at once
 
 
 class TableWriter:
-    """Write conversational rows as Parquet, one row group at a time; turns are lists of ``{role, content}``.
+    """Write conversational rows as Parquet, one row group at a time.
 
-    Kept columns have the type of the first row group. A later value of another type raises :class:`UserError`.
+    Turns are stored as lists of ``{role, content}``. Kept columns have the type of the first row
+    group. A later value of another type raises :class:`UserError`.
     """
 
     def __init__(self, path: Path) -> None:

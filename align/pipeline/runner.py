@@ -81,7 +81,7 @@ def _run_or_reuse(
             if distributed.is_main():
                 _remove_working_files(step)
     display.end(step.name, status, made.seconds, made.headline or _headline(made.metrics))
-    for line in [*made.remarks, *_remarks(made.metrics)]:
+    for line in made.remarks or _remarks(made.metrics):
         display.info(f"{step.name}: {line}")
     if step.config.trains_model and made.world_size != distributed.world_size():
         now = distributed.world_size()

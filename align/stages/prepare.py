@@ -1,13 +1,13 @@
 """Prepare: write preference data as checked Parquet tables, split by prompt, with a data card.
 
-The tables are ``demonstrations-train.parquet``, ``pairs-test.parquet`` and so on, for the kinds of rows that the source
-contains and the splits with a fraction above 0; ``prompts-*.parquet`` always. The same source and configuration give the
-same bytes. :mod:`align.data.prepare` does the work.
+The tables are ``demonstrations-train.parquet``, ``pairs-test.parquet`` and so on, for the kinds of
+rows that the source contains and the splits with a fraction above 0; ``prompts-*.parquet`` always.
+The same source and configuration give the same bytes. :mod:`align.data.prepare` does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,4 +43,16 @@ def run(
     files = {displayed_path(file): artifacts.digest_file(file) for file in prepared.files}
     report["files"] = files
     (output_dir / "README.md").write_text(data_card(config, report), encoding="utf-8")
-    return StageResult(report)
+    return StageResult(report, remarks=tuple(_remarks(report)))
+
+
+def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    """Rows for training and held out, dropped rows by reason, and warnings."""
+    for kind in ("demonstrations", "pairs", "unpaired"):
+        if kind in report:
+            counts = report[kind]
+            n_held_out = sum(counts.values()) - counts["train"]
+            yield f"{counts['train']:,} {kind} for training, {n_held_out:,} held out"
+    if report["dropped"]:
+        yield "dropped " + "; ".join(f"{n:,} × {reason}" for reason, n in report["dropped"].items())
+    yield from (f"warning: {warning}" for warning in report["warnings"])
