@@ -126,7 +126,7 @@ class Prepare(Source, Stage):
     split_seed: int = 0
     """Seed of the split, of random pairs, and of subsampling by weight."""
     near_duplicates: Literal["keep", "drop"] | None = None
-    """Handling of near-duplicate prompts: ``keep_columns`` puts them into the same split, ``drop``
+    """Handling of near-duplicate prompts: ``keep`` puts them into the same split, ``drop``
     keeps the first. Default: near-duplicates are not searched for."""
     near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
     """Jaccard similarity of the 5-character shingles above which two prompts are near-duplicates.
