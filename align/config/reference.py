@@ -50,8 +50,8 @@ def text() -> str:
     for kind, cls in STAGES.items():
         parts.append(_section(kind, cls))
     parts.append("## Mappings\n\nMappings that are values of the keys above.\n")
-    for cls, anchor in _MAPPINGS.items():
-        parts.append(_section(anchor, cls, level=3))
+    for mapping, anchor in _MAPPINGS.items():
+        parts.append(_section(anchor, mapping, level=3))
     return "\n".join(parts)
 
 
