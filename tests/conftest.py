@@ -13,7 +13,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from jaxtyping import install_import_hook
 
 # Shapes and types in the signatures of tensor functions are checked at every call.
-install_import_hook(["align.functional", "align.rl"], "beartype.beartype")
+CHECKED = ["align.functional", "align.rl", "align.online_rl.experience"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 import signal
 import sys

@@ -1,1 +1,1 @@
-"""online_rl."""
+"""Online reinforcement learning of language models: PPO, RLOO and REINFORCE."""

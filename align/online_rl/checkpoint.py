@@ -1,17 +1,67 @@
-"""online_rl.checkpoint"""
+"""Checkpoints of a PPO run: trainable weights, optimizer state, KL coefficient and step.
+
+Nothing else changes between steps: all seeds are derived from the step number.
+"""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-TRAINABLE, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
+from align.online_rl.models import PPOModels
+from align.runtime import artifacts, checkpoints, distributed
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
+N_KEPT = 2
+"""Checkpoints that are kept; older ones are deleted."""
 
 
-def without_shared_memory(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tied weights once more: safetensors refuses to write two names for one memory."""
+def save(
+    output_dir: Path,
+    step: int,
+    models: PPOModels,
+    optimizer: torch.optim.Optimizer,
+    kl_coef: float,
+) -> None:
+    """Write the checkpoint after ``step`` steps. The main process writes, and all ranks wait."""
+    if distributed.is_main():
+        folder = output_dir / f"checkpoint-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        weights = {k: p.detach().contiguous() for k, p in models.weights().items()}
+        save_file(without_shared_memory(weights), folder / WEIGHTS)
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        artifacts.write_json(folder / STATE, {"step": step, "kl_coef": kl_coef})
+        checkpoints.mark_complete(folder, world_size=distributed.world_size())
+        for old in checkpoints.list_checkpoints(output_dir)[:-N_KEPT]:
+            shutil.rmtree(old)
+    distributed.barrier()
+
+
+def load(
+    checkpoint: Path, models: PPOModels, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Restore weights and optimizer; returns the steps done and the KL coefficient."""
+    state = artifacts.read_json(checkpoint / STATE)
+    weights = load_file(checkpoint / WEIGHTS)
+    with torch.no_grad():
+        for name, p in models.weights().items():
+            p.copy_(weights[name])
+    optimizer.load_state_dict(
+        torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    )
+    return int(state["step"]), float(state["kl_coef"])
+
+
+def without_shared_memory(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tied weights: safetensors refuses two names for the same memory."""
     seen: set[int] = set()
-    found = {}
+    unshared = {}
     for name, tensor in weights.items():
-        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        unshared[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
-    return found
+    return unshared

@@ -1,20 +1,23 @@
-"""Episodes of a language model: completions sampled, scored by all roles, and made a rollout to learn from.
+"""Experience of a language model: log-probabilities and values of completions, and the rollout.
 
-A row is prompt and completion without a gap, padded on the right: positions are those of the text alone, whatever stands
-beside it in the batch. Column t of a rollout is the choice of token t + 1; its mask is True where that token is of the
-completion, eos included. Lengths decide what is real, so pad may equal eos.
+A row is a prompt and its completion without a gap, padded on the right, so a token's position does
+not depend on the other rows of its batch. Column ``t`` of an experience is the choice of token
+``t + 1``; its mask is True where that token belongs to the completion, eos included.
+
+Left out: sampling (:mod:`align.online_rl.sampling`), scores (:mod:`align.online_rl.scoring`), and
+the update (:mod:`align.rl.update`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from align.config.ppo import PPO
 from align.functional import policy_gradient
 from align.functional.masked import masked_scale
 from align.functional.token_rewards import (
@@ -23,188 +26,145 @@ from align.functional.token_rewards import (
     rewards_to_go,
     token_rewards,
 )
-from align.models import generation, tokenization
-from align.models.adapters import active_adapter
-from align.online_rl.models import ModelView, PPOModels
+from align.online_rl.models import PPOModels
+from align.online_rl.sampling import IGNORED, Completions
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated
-
-IGNORED = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Completions:
-    """Prompts and what was said to them. ``completions`` end in the stop token where ``finished``."""
-
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    finished: list[bool]
-    sampler_logps: list[list[float]] | None = None
-    """By another engine than the policy; None where the policy itself sampled."""
-
-    @property
-    def rows(self) -> list[list[int]]:
-        """Tokens of prompt and completion."""
-        return [p + c for p, c in zip(self.prompts, self.completions, strict=True)]
-
-    def tensors(self, pad: int, device: Any) -> dict[str, Tensor]:
-        """``ids``, ``mask`` and ``labels`` (the completion's tokens, -100 elsewhere), ``[batch, time]``."""
-        ids, mask = tokenization.pad_rows(self.rows, pad=pad, side="right", device=device)
-        starts = torch.tensor([len(p) for p in self.prompts], device=device)
-        places = torch.arange(ids.shape[1], device=device)
-        said = mask.bool() & (places >= starts[:, None])
-        return {"ids": ids, "mask": mask, "labels": ids.masked_fill(~said, IGNORED)}
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What the roles say about episodes, without gradients: ``[batch, time - 1]``, on the policy's device."""
+    """Log-probabilities, entropies and values of the completions, without gradients."""
 
-    inputs: dict[str, Tensor]
-    logps: Tensor
-    ref_logps: Tensor
-    entropy: Tensor
-    values: Tensor | None
+    inputs: dict[str, Int[Tensor, "batch positions"]]
+    """``ids``, ``mask`` and ``labels`` of :meth:`Completions.tensors`."""
+    logps: Float[Tensor, "batch time"]
+    """Log-probabilities of the tokens under the policy before the update, in nats."""
+    ref_logps: Float[Tensor, "batch time"]
+    """The same under the reference."""
+    entropy: Float[Tensor, "batch time"]
+    """Entropy of the policy's distribution, in nats."""
+    values: Float[Tensor, "batch time"] | None
+    """The critic's values of the states before each token; None without a critic."""
+    sampler_logps: Float[Tensor, "batch time"] | None = None
+    """Log-probabilities of the tokens according to the sampler; None if the policy sampled."""
 
     @property
-    def mask(self) -> Tensor:
+    def mask(self) -> Bool[Tensor, "batch time"]:
         """True where a column is the choice of a completion's token."""
         return self.inputs["labels"][:, 1:] != IGNORED
 
 
-def derive_seed(seed: int, *what: object) -> int:
-    """A seed that depends on all it is given: of a step, a rank, a batch. Nothing random is kept between steps."""
-    text = ":".join(map(str, (seed, *what)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def sample_completions(
-    policy: ModelView,
-    prompts: Sequence[Sequence[int]],
-    stops: set[int],
-    *,
-    batch_size: int,
-    seed: int,
-) -> Completions:
-    """Sample one completion of each prompt from the policy, those of like length together."""
-    with active_adapter(policy.model, policy.adapter):
-        sampled = generation.generate(
-            policy.model,
-            prompts,
-            stops,
-            batch_size=batch_size,
-            batch_seed=lambda number: derive_seed(seed, number * batch_size),
-        )
-    completions = [rows[0] for rows in sampled]
-    return Completions(
-        [list(p) for p in prompts], completions, [row[-1] in stops for row in completions]
-    )
-
-
 def compute_experience(
-    roles: PPOModels, inputs: dict[str, Tensor], *, batch_size: int
+    models: PPOModels, completions: Completions, *, batch_size: int
 ) -> Experience:
-    """Ask policy, reference and critic about episodes, ``batch_size`` at a time."""
+    """Evaluate completions under policy, reference and critic, ``batch_size`` rows at a time."""
+    inputs = completions.tensors(models.tokenizer.pad_token_id, models.device)
     logps, entropies, ref_logps, values = [], [], [], []
     width = inputs["ids"].shape[1] - 1
     with torch.inference_mode():
         for first in range(0, len(inputs["ids"]), batch_size):
             part = trim_columns({k: v[first : first + batch_size] for k, v in inputs.items()})
-            logp, entropy = roles.policy.logps(part["ids"], part["mask"], part["labels"])
-            ref_logp, _ = roles.reference.logps(part["ids"], part["mask"], part["labels"])
+            logp, entropy = models.policy.logps(part["ids"], part["mask"], part["labels"])
+            ref_logp, _ = models.reference.logps(part["ids"], part["mask"], part["labels"])
             logps.append(pad_columns(logp, width))
             entropies.append(pad_columns(entropy, width))
             ref_logps.append(pad_columns(ref_logp, width))
-            if roles.critic is not None:
-                value = roles.critic.values(part["ids"], part["mask"])
+            if models.critic is not None:
+                value = models.critic.values(part["ids"], part["mask"])
                 values.append(pad_columns(value, width))
+    policy_logps = torch.cat(logps)
     return Experience(
         inputs,
-        logps=torch.cat(logps),
+        logps=policy_logps,
         ref_logps=torch.cat(ref_logps),
         entropy=torch.cat(entropies),
         values=torch.cat(values) if values else None,
+        sampler_logps=align_sampler_logps(completions, policy_logps),
     )
 
 
-def evaluators(
-    roles: PPOModels, *, frozen_policy: bool
-) -> list[Callable[[dict[str, Tensor]], Evaluated]]:
-    """What :func:`align.rl.update.update` asks about a piece of a batch: the policy, then the critic.
+def align_sampler_logps(
+    completions: Completions, logps: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"] | None:
+    """The sampler's log-probabilities in the columns of ``logps``; None if the policy sampled.
 
-    A frozen policy is asked without gradients.
+    Columns outside the completions are copied from ``logps``, so their importance weight is 1.
+    """
+    if completions.sampler_logps is None:
+        return None
+    aligned = logps.clone()
+    pairs = zip(completions.prompts, completions.sampler_logps, strict=True)
+    for row, (prompt, token_logps) in enumerate(pairs):
+        start = len(prompt) - 1
+        values = torch.tensor(token_logps, device=aligned.device)
+        aligned[row, start : start + len(token_logps)] = values
+    return aligned
+
+
+def make_rollout(
+    experience: Experience, scores: Float[Tensor, " batch"], config: PPO, *, kl_coef: float
+) -> Rollout:
+    """Token rewards from KL and scores, advantages, and the critic's targets.
+
+    ``kl_coef`` is the current coefficient, which may have been adapted from ``config.kl_coef``.
+    """
+    mask, logps = experience.mask, experience.logps
+    estimate = policy_gradient.kl_k1 if config.kl_estimator == "k1" else policy_gradient.kl_k3
+    kl = estimate(logps, experience.ref_logps)
+    rewards = token_rewards(scores.to(logps.device), kl, mask, kl_coef=kl_coef)
+    if config.normalize_rewards:
+        rewards = masked_scale(rewards, mask)
+    values = returns = None
+    if config.advantages == "gae":
+        assert experience.values is not None
+        values = experience.values.masked_fill(~mask, 0)
+        advantages = completion_gae(
+            rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda
+        )
+        returns = advantages + values
+    elif config.advantages == "rloo":
+        advantages = leave_one_out(rewards.sum(1), n=config.n_completions)[:, None] * mask
+    else:
+        advantages = rewards_to_go(rewards, mask, gamma=config.gamma)
+    weights = None
+    if experience.sampler_logps is not None:
+        weights = policy_gradient.importance_weights(
+            logps, experience.sampler_logps, cap=config.importance_cap
+        )
+    return Rollout(experience.inputs, logps, advantages, mask, values, returns, weights)
+
+
+def evaluators(
+    models: PPOModels, *, frozen_policy: bool
+) -> list[Callable[[dict[str, Tensor]], Evaluated]]:
+    """Functions for :func:`align.rl.update.update`: the policy, then the critic if it exists.
+
+    Each evaluates some rows of a rollout. With ``frozen_policy`` the policy has no gradients, so
+    only the critic learns.
     """
 
     def policy(inputs: dict[str, Tensor]) -> Evaluated:
         width, part = inputs["ids"].shape[1] - 1, trim_columns(inputs)
         with torch.set_grad_enabled(not frozen_policy):
-            logps, entropy = roles.policy.logps(part["ids"], part["mask"], part["labels"])
+            logps, entropy = models.policy.logps(part["ids"], part["mask"], part["labels"])
         return Evaluated(pad_columns(logps, width), pad_columns(entropy, width))
 
     def critic(inputs: dict[str, Tensor]) -> Evaluated:
-        assert roles.critic is not None
+        assert models.critic is not None
         width, part = inputs["ids"].shape[1] - 1, trim_columns(inputs)
-        return Evaluated(values=pad_columns(roles.critic.values(part["ids"], part["mask"]), width))
+        values = models.critic.values(part["ids"], part["mask"])
+        return Evaluated(values=pad_columns(values, width))
 
-    return [policy] if roles.critic is None else [policy, critic]
+    return [policy] if models.critic is None else [policy, critic]
 
 
 def trim_columns(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the columns that are padding in every row."""
+    """Remove the columns that are padding in every row."""
     width = int(inputs["mask"].sum(1).max())
     return {key: value[:, :width] for key, value in inputs.items()}
 
 
-def pad_columns(values: Tensor, width: int) -> Tensor:
-    """With columns of 0 on the right, up to ``width``."""
+def pad_columns(values: Float[Tensor, "batch time"], width: int) -> Float[Tensor, "batch width"]:
+    """Append columns of 0, up to ``width`` columns."""
     return torch.nn.functional.pad(values, (0, width - values.shape[1]))
-
-
-# Learning from them --------------------------------------------------------------------------------------------------
-
-
-def make_rollout(
-    spoken: Experience,
-    scores: Tensor,
-    *,
-    advantages: str,
-    n_completions: int,
-    kl_coef: float,
-    kl_estimator: str,
-    gamma: float,
-    lam: float,
-    whiten_rewards: bool,
-    sampler_logps: Tensor | None,
-    importance_cap: float,
-) -> Rollout:
-    """Rewards of tokens from the KL and the scores, their advantages, and a critic's targets."""
-    mask, logps = spoken.mask, spoken.logps
-    estimate = policy_gradient.kl_k1 if kl_estimator == "k1" else policy_gradient.kl_k3
-    rewards = token_rewards(scores, estimate(logps, spoken.ref_logps), mask, kl_coef=kl_coef)
-    if whiten_rewards:
-        rewards = masked_scale(rewards, mask)
-    values = returns = None
-    if advantages == "gae":
-        assert spoken.values is not None
-        values = spoken.values.masked_fill(~mask, 0)
-        found = completion_gae(rewards, values, mask, gamma=gamma, lam=lam)
-        returns = found + values
-    elif advantages == "rloo":
-        found = leave_one_out(rewards.sum(1), n=n_completions)[:, None] * mask
-    else:
-        found = rewards_to_go(rewards, mask, gamma=gamma)
-    weights = None
-    if sampler_logps is not None:
-        weights = policy_gradient.importance_weights(logps, sampler_logps, cap=importance_cap)
-    return Rollout(spoken.inputs, logps, found, mask, values, returns, weights)
-
-
-def align_sampler_logps(said: Completions, spoken: Experience) -> torch.Tensor | None:
-    """Another engine's log-probabilities, in the columns of ours."""
-    if said.sampler_logps is None:
-        return None
-    found = spoken.logps.clone()
-    for row, (prompt, logps) in enumerate(zip(said.prompts, said.sampler_logps, strict=True)):
-        start = len(prompt) - 1
-        found[row, start : start + len(logps)] = torch.tensor(logps, device=found.device)
-    return found

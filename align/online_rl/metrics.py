@@ -1,15 +1,85 @@
-"""online_rl.metrics"""
+"""Metrics of a training step: means over the completions and tokens of all ranks."""
 
 from __future__ import annotations
 
-from align.online_rl import experience
+import math
+
+import torch
+from torch import Tensor
+
+from align.functional.masked import sum_over_ranks
+from align.online_rl.experience import Experience
+from align.online_rl.sampling import Completions
+from align.online_rl.scoring import Scores
+from align.rl.update import Diagnostics
 
 
-def lengths_in_sampling_order(said: experience.Completions) -> list[int]:
-    """Lengths of completions in the order in which they were sampled."""
-    order = sorted(range(len(said.prompts)), key=lambda i: len(said.prompts[i]))
-    return [len(said.completions[i]) for i in order]
+def compute_metrics(
+    completions: Completions,
+    experience: Experience,
+    scores: Scores,
+    diagnostics: Diagnostics | None = None,
+    *,
+    sample_batch_size: int,
+) -> dict[str, float]:
+    """Metrics of a batch, and of its update if it had one. All ranks return the same numbers.
+
+    ``kl`` is in nats per completion, ``kl_per_token`` and ``entropy`` in nats per token.
+    ``wasted_tokens`` is the share of sampled tokens after the end of a completion: sampling
+    continues until the longest completion of its batch of ``sample_batch_size`` ends. Metrics that
+    do not exist, such as the critic's loss without a critic, are left out.
+    """
+    mask = experience.mask
+    logratio = (experience.logps - experience.ref_logps).masked_fill(~mask, 0)
+    lengths = torch.tensor([float(len(c)) for c in completions.completions])
+    finished = torch.tensor([float(f) for f in completions.finished])
+    per_completion: dict[str, Tensor | float] = {
+        "kl": logratio.sum(),
+        "tokens": lengths.sum(),
+        "missing_eos": len(lengths) - finished.sum(),
+    }
+    per_completion |= {key: column.sum() for key, column in scores.columns().items()}
+    counts: dict[str, Tensor | float] = {
+        "n": float(len(lengths)),
+        "entropy": experience.entropy.masked_fill(~mask, 0).sum(),
+        "sampled": float(_n_sampled_tokens(completions, sample_batch_size)),
+    }
+    total = _sum_over_ranks({**per_completion, **counts}, experience.logps.device)
+    n, tokens = total["n"], total["tokens"]
+    metrics = {key: total[key] / n for key in per_completion}
+    metrics |= {
+        "kl_per_token": total["kl"] / tokens,
+        "entropy": total["entropy"] / tokens,
+        "wasted_tokens": 1 - tokens / total["sampled"],
+    }
+    if diagnostics is not None:
+        metrics |= update_metrics(diagnostics)
+    return {key: value for key, value in metrics.items() if not math.isnan(value)}
 
 
-def chunks(values: list[int], size: int) -> list[list[int]]:
-    return [values[i : i + size] for i in range(0, len(values), size)]
+def update_metrics(diagnostics: Diagnostics) -> dict[str, float]:
+    """Metrics of an update; NaN where the update has none."""
+    return {
+        "policy_loss": diagnostics.policy_loss,
+        "value_loss": diagnostics.value_loss,
+        "kl_of_update": diagnostics.kl,
+        "clip_fraction": diagnostics.clip_fraction,
+        "ratio_max": diagnostics.ratio_max,
+        "explained_variance": diagnostics.explained_variance,
+        "grad_norm": diagnostics.grad_norm,
+        "optimizer_steps": float(diagnostics.steps),
+    }
+
+
+def _n_sampled_tokens(completions: Completions, batch_size: int) -> int:
+    """Tokens that the sampler generated, including those after the end of a completion."""
+    order = sorted(range(len(completions.prompts)), key=lambda i: len(completions.prompts[i]))
+    lengths = [len(completions.completions[i]) for i in order]
+    batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
+    return sum(max(batch) * len(batch) for batch in batches)
+
+
+def _sum_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    where = "cpu" if device.type == "mps" else device  # MPS has no float64
+    tensor = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=where)
+    return dict(zip(values, sum_over_ranks(tensor).tolist(), strict=True))

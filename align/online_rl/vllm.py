@@ -1,94 +1,115 @@
-"""Completions from a vLLM server, through TRL's own client; imported only where a recipe says ``sampler: vllm``.
+"""Completions from a vLLM server, through TRL's client; imported only for ``sampler: vllm``.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}'         --logprobs-mode processed_logprobs
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' \
+        --logprobs-mode processed_logprobs
 
-The server gets the policy's weights before each step (an adapter's merged into its base, on the way), and says how likely
-each token was to it. Those are not quite the policy's own figures, so the update weighs tokens by policy / server:
-``importance_cap``. Weights go over NCCL: on a CPU there is no way to send them.
+Before each step the server receives the policy's weights, with its adapter merged into the base. It
+returns the log-probability of each token with the completions. They differ slightly from the
+policy's, so the update weights tokens by policy / server, at most ``importance_cap``. Weights are
+sent over NCCL, which needs a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from align.config.ppo import PPO
 from align.errors import UserError
-from align.online_rl.experience import Completions, derive_seed
 from align.online_rl.models import POLICY, ModelView
+from align.online_rl.sampling import Completions
+from align.online_rl.seeds import derive_seed
 from align.runtime import distributed
 
-REQUESTS = 64  # at once
+MAX_REQUESTS = 64
+"""Requests to the server at the same time."""
 
 
-class VLLMServer:
-    """A connection to a server that samples. The main process sends weights; each process asks for its own completions."""
+def connect(url: str, device: Any) -> Any:
+    """TRL's client of a server; on the main process it can send weights from ``device``.
 
-    def __init__(self, url: str, device: Any) -> None:
-        try:
-            from trl.generation.vllm_client import VLLMClient
+    Raises:
+        UserError: vLLM is not installed, or the server cannot be reached.
+    """
+    try:
+        from trl.generation.vllm_client import VLLMClient
 
-            self.client: Any = VLLMClient(base_url=url)
-            if distributed.is_main():
-                self.client.init_communicator(device)
-        except ImportError as error:
-            raise UserError(f"sampler: vllm: {error}") from None
-        except (
-            Exception
-        ) as error:  # the client raises bare ones, and requests' are no ConnectionError
-            raise UserError(f"vllm_url: {url}: {' '.join(str(error).split())}") from error
-
-    def sample(
-        self,
-        policy: ModelView,
-        prompts: Sequence[Sequence[int]],
-        stops: set[int],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seed: int,
-    ) -> Completions:
-        """Send the weights, and sample one completion of each prompt."""
+        client: Any = VLLMClient(base_url=url)
         if distributed.is_main():
-            told = [  # a pass of its own: all merged weights at once would be the backbone once more
-                (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
-                for name, weight in merged_weights(policy.model)
-            ]
-            self.client.update_named_params(told, merged_weights(policy.model))
-            self.client.reset_prefix_cache()
-        distributed.barrier()
+            client.init_communicator(device)
+    except ImportError as error:
+        raise UserError(f"sampler: vllm: {error}") from None
+    except Exception as error:  # the client raises plain ones; requests' are no ConnectionError
+        raise UserError(f"vllm_url: {url}: {' '.join(str(error).split())}") from error
+    return client
 
-        def one(place: int) -> tuple[list[int], list[float]]:
-            # A request a completion: a request's seed is that of all its prompts, and equal prompts would be answered alike.
-            answer = self.client.generate(
-                [list(prompts[place])],
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_new_tokens,
+
+@dataclass(frozen=True, slots=True)
+class VLLMSampler:
+    """Samples with a vLLM server.
+
+    The main process sends weights; each process requests its own completions.
+    """
+
+    client: Any
+    policy: ModelView
+    stops: set[int]
+    """Tokens that end a completion."""
+    config: PPO
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Completions:
+        """Send the policy's weights, and sample one completion per prompt."""
+        self._send_weights()
+
+        def request(i: int) -> tuple[list[int], list[float]]:
+            # One request per completion: a request has one seed for all of its prompts, so equal
+            # prompts would get equal completions.
+            response = self.client.generate(
+                [list(prompts[i])],
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                max_tokens=self.config.max_new_tokens,
                 logprobs=0,
                 generation_kwargs={
-                    "stop_token_ids": sorted(stops),
-                    "seed": derive_seed(seed, place) % 2**31,
+                    "stop_token_ids": sorted(self.stops),
+                    "seed": derive_seed(seed, i) % 2**31,
                 },
             )
-            return list(answer["completion_ids"][0]), [t[0] for t in answer["logprobs"][0]]
+            logps = [token[0] for token in response["logprobs"][0]]
+            return list(response["completion_ids"][0]), logps
 
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            answers = list(pool.map(one, range(len(prompts))))
-        completions = [row for row, _ in answers]
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+            responses = list(pool.map(request, range(len(prompts))))
+        completions = [row for row, _ in responses]
         return Completions(
             [list(prompt) for prompt in prompts],
             completions,
-            [row[-1] in stops for row in completions],
-            [logps for _, logps in answers],
+            [row[-1] in self.stops for row in completions],
+            [logps for _, logps in responses],
         )
+
+    def _send_weights(self) -> None:
+        """Send the policy's weights to the server. The main process sends, and all ranks wait."""
+        if distributed.is_main():
+            # A separate pass: all merged weights at once would need the backbone's memory again.
+            shapes = [
+                (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
+                for name, weight in merged_weights(self.policy.model)
+            ]
+            self.client.update_named_params(shapes, merged_weights(self.policy.model))
+            self.client.reset_prefix_cache()
+        distributed.barrier()
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """A policy's weights by their plain names, its adapter added to what it stands on. The model stays as it is."""
+    """Weights of a policy under the base model's names, with its adapter added.
+
+    The model is not changed.
+    """
     for name, weight in model.named_parameters():
         if ".lora_" in name:
             continue

@@ -1,12 +1,11 @@
-"""PPO on two processes: the same batch gives the same step as on one, and each samples for itself.
+"""PPO on two processes: the same batch gives the same step as on one, and ranks sample separately.
 
-Ranks sample differently from one process, so where numbers
-are compared the completions are fixed ones, dealt out as the prompts are: the k-th to rank k mod 2.
+Two ranks sample other completions than one process. Where numbers are compared, the completions are
+therefore fixed and distributed like the prompts: the k-th to rank k mod 2.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -27,7 +26,9 @@ from torch.testing import assert_close
 from align.config.ppo import PPO
 from align.config.training import Reward
 from align.errors import UserError
-from align.online_rl import experience
+from align.online_rl.prompts import prompt_indices
+from align.online_rl.sampling import Completions
+from align.online_rl.trainer import PPOTrainer
 from align.runtime import distributed
 
 pytestmark = pytest.mark.filterwarnings(
@@ -59,128 +60,132 @@ KINDS: dict[str, dict[str, Any]] = {
     "gae": LORA,
     "rloo": LORA | {"advantages": "rloo", "n_completions": 2},
     "reinforce": {"advantages": "reinforce"},
-    "gae in full": {},
+    "gae, full fine-tuning": {},
 }
 
 
-def settings(kind: str, **own: Any) -> PPO:
-    chosen = SETTINGS | KINDS[kind] | own
-    if chosen.get("advantages", "gae") != "gae":
-        del chosen["value_coef"]  # it means nothing without a critic, and is refused
-    return PPO.model_validate(chosen)
+def config_of(kind: str, **own: Any) -> PPO:
+    """The configuration of a kind of run."""
+    fields = SETTINGS | KINDS[kind] | own
+    if fields.get("advantages", "gae") != "gae":
+        del fields["value_coef"]  # without a critic it has no effect and is rejected
+    return PPO.model_validate(fields)
 
 
-def built(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> Any:
-    """A learner whose optimizer is plain gradient descent: Adam would make a large step of a rounding error."""
-    from align.online_rl.trainer import build_trainer
-
+def build(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> PPOTrainer:
+    """A trainer with plain gradient descent: Adam would turn a rounding error into a large step."""
     folder.mkdir(parents=True, exist_ok=True)
     distributed.reset_process_state(0)
-    learner = build_trainer(settings(kind, **own), inputs, folder, logger("ppo", folder))
+    trainer = PPOTrainer(config_of(kind, **own), inputs, folder, logger("ppo", folder))
     groups = [
-        {key: group[key] for key in ("params", "base")} for group in learner.optimizer.param_groups
+        {key: group[key] for key in ("params", "base")} for group in trainer.optimizer.param_groups
     ]
-    learner.optimizer = torch.optim.SGD(groups, lr=0.0)
-    return learner
+    trainer.optimizer = torch.optim.SGD(groups, lr=0.0)
+    return trainer
 
 
-def said(learner: Any, step: int) -> list[tuple[list[int], list[int], bool]]:
-    """Prompts and completions of a whole batch that depend on nothing but the step: lengths 1 to 8, a third cut off."""
-    draw = torch.Generator().manual_seed(step)
-    (stop,) = learner.stops
-    per_step = learner.config.batch_size // learner.config.n_completions
-    found = []
-    for place in range(per_step):
-        prompt = learner.prompts[(step * per_step + place) % len(learner.prompts)]
-        for _ in range(learner.config.n_completions):
-            n = int(torch.randint(1, 9, (), generator=draw))
-            ids = torch.randint(10, 250, (n,), generator=draw).tolist()
-            finished = n < 8 and bool(torch.rand((), generator=draw) < 0.7)
-            found.append((prompt, [*ids, stop] if finished else ids, finished))
-    return found
+class FixedSampler:
+    """Returns this rank's share of completions that depend only on the step."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer, self.n_steps = trainer, 0
+        (self.stop,) = trainer.sampler.stops
+
+    def generate(self, prompts: Any, *, seed: int) -> Completions:
+        """The next step's completions, distributed over the ranks like the prompts."""
+        n = self.trainer.config.n_completions
+        rows = self.batch(self.n_steps)
+        self.n_steps += 1
+        groups = [rows[i : i + n] for i in range(0, len(rows), n)]
+        own = groups[distributed.rank() :: distributed.world_size()]
+        own_rows = [row for group in own for row in group]
+        return Completions(*(list(column) for column in zip(*own_rows, strict=True)))
+
+    def batch(self, step: int) -> list[tuple[list[int], list[int], bool]]:
+        """Prompts and completions of all ranks: lengths 1 to 8, a third cut off."""
+        config, prompts = self.trainer.config, self.trainer.prompts.tokens
+        draw = torch.Generator().manual_seed(step)
+        per_step = config.batch_size // config.n_completions
+        rows = []
+        for place in range(per_step):
+            prompt = prompts[(step * per_step + place) % len(prompts)]
+            for _ in range(config.n_completions):
+                n = int(torch.randint(1, 9, (), generator=draw))
+                ids = torch.randint(10, 250, (n,), generator=draw).tolist()
+                finished = n < 8 and bool(torch.rand((), generator=draw) < 0.7)
+                rows.append((prompt, [*ids, self.stop] if finished else ids, finished))
+        return rows
 
 
-def feed(learner: Any) -> None:
-    """Let a learner take this rank's share of :func:`said` for what its policy sampled."""
-
-    def sample(prompts: Any, what: str, step: int) -> experience.Completions:
-        n = learner.config.n_completions
-        all_said = said(learner, step)
-        groups = [all_said[i : i + n] for i in range(0, len(all_said), n)]
-        mine = groups[distributed.rank() :: distributed.world_size()]
-        told = [one for group in mine for one in group]
-        return experience.Completions(*(list(each) for each in zip(*told, strict=True)))
-
-    learner.sample = sample
+def flat_weights(trainer: PPOTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.models.weights().values()])
 
 
-def trained(kind: str, inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Weights, and what was told, after two steps on fixed completions."""
-    from align.online_rl.trainer import PPOTrainer
-
-    learner = built(kind, inputs, folder)
-    open_ended = type("Fed", (PPOTrainer,), {})  # without slots: `sample` can be put in its place
-    values = {f.name: getattr(learner, f.name) for f in dataclasses.fields(learner)}
-    learner = open_ended(**values)
-    feed(learner)
-    told: list[dict[str, float]] = []
-    learner.tell = lambda step, figures, *_: told.append(figures)
-    before = torch.cat([p.detach().flatten().clone() for p in learner.cast.weights().values()])
-    for step in range(learner.config.steps):
-        learner.step(step)
-    after = torch.cat([p.detach().flatten() for p in learner.cast.weights().values()])
-    return {"before": before, "after": after, "told": told, "kl_coef": learner.kl_coef}
+def train(kind: str, inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """Weights and metrics of two steps on fixed completions."""
+    trainer = build(kind, inputs, folder)
+    trainer.sampler = FixedSampler(trainer)
+    before, metrics = flat_weights(trainer), []
+    for step in range(trainer.config.steps):
+        trainer.step(step)
+        metrics.append(trainer.metrics)
+    after = flat_weights(trainer)
+    return {"before": before, "after": after, "metrics": metrics, "kl_coef": trainer.kl_coef}
 
 
-def sampled(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Which prompts and completions a rank has in a step; twice, to see that it repeats itself."""
-    learner = built("gae", inputs, folder, batch_size=24, max_new_tokens=12)
-    found = []
+def sample(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """Prompts and completions of a rank in two steps, computed twice."""
+    trainer = build("gae", inputs, folder, batch_size=24, max_new_tokens=12)
+    n, config = len(trainer.prompts), trainer.config
+    results = []
     for _ in range(2):
-        torch.rand(3)  # whatever was drawn before
-        drawn = learner.drawn(0)
-        same = [learner.prompts[0]] * 6
-        found.append(
+        torch.rand(3)  # the global random state must not matter
+        same = [trainer.prompts.tokens[0]] * 6
+        completions = [
+            trainer.sampler.generate(same, seed=trainer.seed("sample", step)).completions
+            for step in (0, 1)
+        ]
+        results.append(
             {
-                "drawn": drawn,
-                "later": learner.drawn(1),
-                "completions": learner.sample(same, "sample", 0).completions,
-                "next": learner.sample(same, "sample", 1).completions,
+                "indices": prompt_indices(0, n, config),
+                "next_indices": prompt_indices(1, n, config),
+                "completions": completions[0],
+                "next_completions": completions[1],
             }
         )
-    return {"first": found[0], "second": found[1]}
+    return {"first": results[0], "second": results[1]}
 
 
-def everything(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {kind: trained(kind, inputs, folder / kind) for kind in KINDS}
-    return found | {"sampled": sampled(inputs, folder / "sampled")}
+def train_and_sample(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {kind: train(kind, inputs, folder / kind) for kind in KINDS}
+    return results | {"sampled": sample(inputs, folder / "sampled")}
 
 
 def one_of_two(rank: int, inputs: dict[str, Path], folder: Path, port: int) -> None:
-    """What a launched process is, in a fork of this one: libraries are imported once."""
+    """A process of a launch of two, as a fork of this one: libraries are imported once."""
     from accelerate import PartialState
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     PartialState._reset_state()
     distributed.init_process_group()
-    torch.save(everything(inputs, folder / str(rank)), folder / f"{rank}.pt")
+    torch.save(train_and_sample(inputs, folder / str(rank)), folder / f"{rank}.pt")
     distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What a PPO stage reads: an SFT model, prompts, and a reward model on that same model."""
+    """Inputs of a PPO stage: an SFT model, prompts, and a reward model on the SFT model."""
     from align.stages import reward
 
-    made = world(tmp_path_factory.getbasetemp())
+    tiny = world(tmp_path_factory.getbasetemp())
     folder = tmp_path_factory.mktemp("reward") / "reward"
     trainer = {
         "per_device_train_batch_size": 8,
@@ -190,14 +195,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bf16": False,
         "gradient_checkpointing": False,
     }
-    found = Reward(model="sft", lora={"r": 4, "alpha": 8, "dropout": 0.0}, trainer=trainer)
-    stage(reward, found, {"model": made.sft, "pairs": made.data}, folder)
-    return {"model": made.sft, "prompts": made.data, "rewards.0": folder}
+    config = Reward(model="sft", lora={"r": 4, "alpha": 8, "dropout": 0.0}, trainer=trainer)
+    stage(reward, config, {"model": tiny.sft, "pairs": tiny.data}, folder)
+    return {"model": tiny.sft, "prompts": tiny.data, "rewards.0": folder}
 
 
 @pytest.fixture(scope="module")
 def one(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return everything(inputs, tmp_path_factory.mktemp("one"))
+    return train_and_sample(inputs, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +215,13 @@ def two(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 TIMES = ("seconds", "seconds_sampling", "seconds_scoring")
-OWN = ("wasted_tokens",)  # how rows stand together in a batch that is sampled
+PER_RANK = ("wasted_tokens",)  # depends on which rows are sampled in one batch
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_two_processes_take_the_steps_that_one_takes_with_the_whole_batch(one, two, kind):
-    # float32 sums in another order. A plain gradient step of length 0.1 * 1.0 (the clipped norm times the rate) in
-    # policy and critic each; a rank that forgot the other would be some 0.1 away.
+    # float32 sums in another order. Each step has length 0.1 * 1.0 (the clipped norm times the
+    # rate) in policy and critic; without the other rank's gradients it would be about 0.1 off.
     whole, halves = one[kind], [rank[kind] for rank in two]
     assert (whole["after"] - whole["before"]).norm() > 0.05
     assert torch.equal(halves[0]["after"], halves[1]["after"])
@@ -225,100 +230,102 @@ def test_two_processes_take_the_steps_that_one_takes_with_the_whole_batch(one, t
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_two_processes_tell_the_metrics_of_all_their_completions(one, two, kind):
-    # Means of scores, KL and entropy, losses on whitened advantages, gradient norms: all of the whole batch.
+def test_two_processes_log_the_metrics_of_all_completions(one, two, kind):
+    # Scores, KL, entropy, losses on whitened advantages and gradient norms are of the whole batch.
     for step in (0, 1):
-        expected = one[kind]["told"][step]
+        expected = one[kind]["metrics"][step]
         assert expected["grad_norm"] > 0
         assert 0 < expected["missing_eos"] < 1
         for rank in two:
-            found = rank[kind]["told"][step]
-            assert found.keys() == expected.keys()
-            for key in found.keys() - {*TIMES, *OWN}:
-                assert found[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-5), key
-        for key in two[0][kind]["told"][step].keys() - {*TIMES}:
-            assert two[0][kind]["told"][step][key] == two[1][kind]["told"][step][key], key
+            metrics = rank[kind]["metrics"][step]
+            assert metrics.keys() == expected.keys()
+            for key in metrics.keys() - {*TIMES, *PER_RANK}:
+                assert metrics[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-5), key
+        for key in two[0][kind]["metrics"][step].keys() - {*TIMES}:
+            assert two[0][kind]["metrics"][step][key] == two[1][kind]["metrics"][step][key], key
     assert one[kind]["kl_coef"] != 0.05
     for rank in two:
         assert rank[kind]["kl_coef"] == pytest.approx(one[kind]["kl_coef"], rel=1e-4)
 
 
-def test_two_ranks_take_other_prompts_and_sample_other_completions_of_the_same_one(one, two):
+def test_two_ranks_use_different_prompts_and_sample_different_completions_of_one_prompt(one, two):
     first, second = (rank["sampled"]["first"] for rank in two)
-    assert not set(first["drawn"]) & set(second["drawn"])
+    assert not set(first["indices"]) & set(second["indices"])
     assert first["completions"] != second["completions"]
-    # Together they have the prompts of one process, in its order: 24 a step, 12 a rank.
-    whole = one["sampled"]["first"]["drawn"]
+    # Together they use the prompts of one process, in its order: 24 per step, 12 per rank.
+    whole = one["sampled"]["first"]["indices"]
     assert len(whole) == 24
-    assert [whole[0::2], whole[1::2]] == [first["drawn"], second["drawn"]]
+    assert [whole[0::2], whole[1::2]] == [first["indices"], second["indices"]]
 
 
-def test_a_rank_repeats_itself_and_says_other_things_in_the_next_step(one, two):
-    for found in (one["sampled"], *(rank["sampled"] for rank in two)):
-        assert found["first"] == found["second"]
-        assert found["first"]["completions"] != found["first"]["next"]
-        assert len({tuple(row) for row in found["first"]["completions"]}) > 1
-        assert found["first"]["drawn"] != found["first"]["later"]
+def test_a_rank_repeats_itself_and_its_next_step_differs(one, two):
+    for results in (one["sampled"], *(rank["sampled"] for rank in two)):
+        first = results["first"]
+        assert first == results["second"]
+        assert first["completions"] != first["next_completions"]
+        assert len({tuple(row) for row in first["completions"]}) > 1
+        assert first["indices"] != first["next_indices"]
 
 
-def test_every_prompt_comes_once_an_epoch_in_orders_that_differ(inputs, tmp_path):
-    learner = built("gae", inputs, tmp_path, batch_size=len_of_prompts(inputs))
-    epochs = [learner.drawn(step) for step in range(3)]
-    everyone = list(range(len(learner.prompts)))
-    assert [sorted(epoch) for epoch in epochs] == [everyone] * 3
-    assert len({tuple(epoch) for epoch in [*epochs, everyone]}) == 4
+def test_every_epoch_uses_each_prompt_once_in_a_different_order(inputs):
+    n = n_prompts(inputs)
+    config = config_of("gae", batch_size=n)
+    epochs = [prompt_indices(step, n, config) for step in range(3)]
+    unshuffled = list(range(n))
+    assert [sorted(epoch) for epoch in epochs] == [unshuffled] * 3
+    assert len({tuple(epoch) for epoch in [*epochs, unshuffled]}) == 4
 
 
-def len_of_prompts(inputs: dict[str, Path]) -> int:
+def n_prompts(inputs: dict[str, Path]) -> int:
     import pyarrow.parquet as pq
 
     return pq.read_metadata(inputs["prompts"] / "prompts-train.parquet").num_rows
 
 
-@pytest.mark.parametrize("kind", ["gae", pytest.param("gae in full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["gae", pytest.param("gae, full fine-tuning", marks=pytest.mark.slow)]
+)
 def test_a_run_repeats_itself_to_the_bit_and_another_seed_does_not(inputs, tmp_path, kind):
     from align.stages import ppo
 
-    found = []
+    results = []
     for place, seed in enumerate((0, 0, 1)):
         folder = tmp_path / str(place)
         torch.rand(place)
-        own = {"seed": seed, "steps": 2, "learning_rate": 1e-2, "eval_steps": 2, "eval_split": "test", "n_eval_prompts": 4}  # fmt: skip
-        stage(ppo, settings(kind, **own), inputs, folder)
+        own = {"seed": seed, "steps": 2, "learning_rate": 1e-2}
+        own |= {"eval_steps": 2, "eval_split": "test", "n_eval_prompts": 4}
+        stage(ppo, config_of(kind, **own), inputs, folder)
         (file,) = folder.glob("*.safetensors")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        told = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-        found.append((file.read_bytes(), (folder / "samples.jsonl").read_text(), told))
-    assert found[0] == found[1]
-    assert all(a != b for a, b in zip(found[0], found[2], strict=True))
+        metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+        results.append((file.read_bytes(), (folder / "samples.jsonl").read_text(), metrics))
+    assert results[0] == results[1]
+    assert all(a != b for a, b in zip(results[0], results[2], strict=True))
 
 
-def test_prompts_that_two_processes_cannot_share_are_refused(monkeypatch, inputs, tmp_path):
-    from align.online_rl.trainer import build_trainer
-
+def test_prompts_that_two_processes_cannot_share_are_rejected(monkeypatch, inputs, tmp_path):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     own = {"batch_size": 10, "n_completions": 2, "advantages": "rloo"}
-    with pytest.raises(UserError, match=r"5 prompts are not shared by 2 .* multiple of 4"):
-        build_trainer(settings("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
+    with pytest.raises(UserError, match=r"5 prompts per step .* over 2 processes.* multiple of 4"):
+        PPOTrainer(config_of("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-def test_a_sharded_launch_is_refused_in_one_line_before_anything_is_loaded(
+def test_a_sharded_launch_is_rejected_in_one_line_before_any_model_is_loaded(
     monkeypatch, inputs, tmp_path, kind
 ):
     from accelerate.utils import DistributedType
 
     from align.online_rl import trainer
-    from align.online_rl.trainer import build_trainer
 
     class Sharded:
         distributed_type = DistributedType[kind]
 
     monkeypatch.setattr(trainer, "Accelerator", Sharded)
     monkeypatch.setattr(trainer, "build_models", None)
-    with pytest.raises(UserError) as refused:
-        build_trainer(settings("gae"), inputs, tmp_path, logger("ppo", tmp_path))
-    (line,) = refused.value.lines
+    with pytest.raises(UserError) as raised:
+        PPOTrainer(config_of("gae"), inputs, tmp_path, logger("ppo", tmp_path))
+    (line,) = raised.value.lines
     assert "accelerate_configs/multi_gpu.yaml" in line
     assert "\n" not in line
 
@@ -388,30 +395,32 @@ def test_reward_and_ppo_run_on_two_launched_processes_from_start_to_end(tmp_path
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ppo: ran") == 1
     runs = {path.name.rpartition("-")[0]: path for path in (tmp_path / "runs").glob("*-*")}
-    made = {
+    artifacts = {
         name: json.loads((runs[name] / "artifact.json").read_text()) for name in ("reward", "ppo")
     }
-    assert {name: each["world_size"] for name, each in made.items()} == {"reward": 2, "ppo": 2}
-    assert made["reward"]["metrics"]["held_out"]["pairs"] > 0
-    assert math.isfinite(made["reward"]["metrics"]["centre"]["score_mean"])
+    assert {name: each["world_size"] for name, each in artifacts.items()} == {"reward": 2, "ppo": 2}
+    assert artifacts["reward"]["metrics"]["held_out"]["pairs"] > 0
+    assert math.isfinite(artifacts["reward"]["metrics"]["centre"]["score_mean"])
     lines = [json.loads(line) for line in (runs["ppo"] / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "score" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]  # one process writes
     assert [line["step"] for line in lines if "eval_score" in line] == [0, 2, 4]
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-3)
-    said = [json.loads(line) for line in (runs["ppo"] / "samples.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in said} == {1, 2, 3, 4}
+    samples = [
+        json.loads(line) for line in (runs["ppo"] / "samples.jsonl").read_text().splitlines()
+    ]
+    assert {row["step"] for row in samples} == {1, 2, 3, 4}
     assert (runs["ppo"] / "adapter_model.safetensors").is_file()
     last = sorted(runs["ppo"].glob("checkpoint-*"))[-1]
     assert json.loads((last / "complete.json").read_text())["world_size"] == 2
 
-    # Taken away and done again from the last checkpoint: the same weights; by one process: refused.
+    # Removed and repeated from the last checkpoint: the same weights. With one process: rejected.
     weights = (runs["ppo"] / "adapter_model.safetensors").read_bytes()
     (runs["ppo"] / "artifact.json").unlink()
     (runs["ppo"] / "adapter_model.safetensors").unlink()
     again = launched(TWO[1], tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "going on from step 3" in again.stdout
+    assert "resuming from step 3" in again.stdout
     assert (runs["ppo"] / "adapter_model.safetensors").read_bytes() == weights
     (runs["ppo"] / "artifact.json").unlink()
     alone = subprocess.run(

@@ -1,11 +1,12 @@
-"""What the tests of PPO share: reward models on the tiny SFT model, learners on them, and plain models beside them."""
+"""Helpers of the tests of PPO: reward models, trainers, a recorder of a step, and plain models."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from torch import Tensor
 from align.config.ppo import PPO
 from align.config.training import Reward
 from align.models import tokenization
-from align.online_rl import experience, models, trainer
-from align.rl import update as rl_update
+from align.online_rl import build, experience, trainer
+from align.online_rl.experience import Experience
+from align.online_rl.models import ModelView, PPOModels
+from align.online_rl.sampling import Completions, LocalSampler
+from align.online_rl.scoring import Scorer, Scores
+from align.online_rl.trainer import PPOTrainer
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, Evaluated
 from align.runtime import distributed
@@ -29,21 +34,24 @@ FIVE = "helpers.ppo_fixtures:five"
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
-    """Folders. ``full`` and ``adapter`` are reward models, all weights and LoRA; of ``eos`` pad is eos."""
+class Folders:
+    """Folders of trained models. In ``eos`` and ``eos_reward`` the pad token is eos."""
 
     world: tiny_models.World
     full: Path
+    """A reward model with full fine-tuning."""
     adapter: Path
+    """A reward model trained with LoRA."""
     eos: Path
     eos_reward: Path
     gpt2: Path
+    """A random policy with absolute positions."""
 
 
 @functools.cache
-def cast(folder: Path) -> Cast:
-    """Make them below ``folder``; a second call finds them."""
-    world = tiny_models.world(folder)
+def folders(root: Path) -> Folders:
+    """Train the models below ``root``, once per process."""
+    world = tiny_models.world(root)
     full, adapter, eos, eos_reward, gpt2 = (
         world.folder / name for name in ("rm", "rm-lora", "sft-eos", "rm-eos", "gpt2")
     )
@@ -51,22 +59,22 @@ def cast(folder: Path) -> Cast:
     tokenizer = tokenization.load_tokenizer(eos)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(eos)
-    edit(eos / "generation_config.json", pad_token_id=tokenizer.eos_token_id)
-    edit(eos / "config.json", pad_token_id=tokenizer.eos_token_id)
+    edit_json(eos / "generation_config.json", pad_token_id=tokenizer.eos_token_id)
+    edit_json(eos / "config.json", pad_token_id=tokenizer.eos_token_id)
     for target, source, lora in (
         (full, world.sft, None),
         (adapter, world.sft, tiny_models.LORA),
         (eos_reward, eos, None),
     ):
         rate = 2.0e-2 if lora else 3.0e-3
-        settings = Reward(model="sft", lora=lora, trainer=TRAINER | {"learning_rate": rate})
-        tiny_models.stage(reward, settings, {"model": source, "pairs": world.data}, target)
+        config = Reward(model="sft", lora=lora, trainer=TRAINER | {"learning_rate": rate})
+        tiny_models.stage(reward, config, {"model": source, "pairs": world.data}, target)
     save_gpt2(world, gpt2)
-    return Cast(world, full, adapter, eos, eos_reward, gpt2)
+    return Folders(world, full, adapter, eos, eos_reward, gpt2)
 
 
 def save_gpt2(world: tiny_models.World, folder: Path) -> None:
-    """A random model with absolute positions, and dropout as GPT-2 has it."""
+    """Save a random model with absolute positions and GPT-2's dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = tokenization.load_tokenizer(world.sft)
@@ -86,29 +94,19 @@ def save_gpt2(world: tiny_models.World, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def edit(file: Path, **fields: Any) -> None:
+def edit_json(file: Path, **fields: Any) -> None:
     """Change fields of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def five(prompts: Any, completions: Sequence[str]) -> list[float]:
-    """A reward: 5 for whatever is said."""
+    """A reward function that gives 5 to every completion."""
     return [5.0] * len(completions)
 
 
-def learner(
-    made: Cast,
-    folder: Path,
-    *,
-    source: Path | None = None,
-    scorer: Path | None = None,
-    lora: bool = False,
-    **settings: Any,
-) -> trainer.PPOTrainer:
-    """A run of PPO before its first step: 8 completions of up to 24 tokens, all at once unless ``settings`` say else."""
-    source = source or made.world.sft
-    scorer = scorer or (made.adapter if lora else made.full)
-    asked = {
+def ppo_config(**settings: Any) -> PPO:
+    """8 completions of up to 24 tokens per step, in one batch, unless ``settings`` differ."""
+    defaults = {
         "model": "sft",
         "rewards": ["reward"],
         "steps": 4,
@@ -117,132 +115,174 @@ def learner(
         "temperature": 0.7,
         "schedule": "constant",
         "learning_rate": 1e-2,
-        "lora": tiny_models.LORA if lora else None,
         "missing_eos_penalty": 1.0,
-    } | settings
-    inputs = {"model": source, "prompts": made.world.data, "rewards.0": scorer}
-    folder.mkdir(parents=True, exist_ok=True)
-    distributed.reset_process_state(asked.get("seed", 0))  # as before every stage
-    return trainer.build_trainer(PPO(**asked), inputs, folder, tiny_models.logger("ppo", folder))
+    }
+    return PPO(**defaults | settings)
 
 
-def build(
+def build_trainer(
+    folders: Folders,
+    output_dir: Path,
+    *,
+    source: Path | None = None,
+    reward_model: Path | None = None,
+    lora: bool = False,
+    **settings: Any,
+) -> PPOTrainer:
+    """A PPO run before its first step, with :func:`ppo_config`."""
+    config = ppo_config(lora=tiny_models.LORA if lora else None, **settings)
+    inputs = {
+        "model": source or folders.world.sft,
+        "prompts": folders.world.data,
+        "rewards.0": reward_model or (folders.adapter if lora else folders.full),
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    distributed.reset_process_state(config.seed)  # as before every stage
+    return PPOTrainer(config, inputs, output_dir, tiny_models.logger("ppo", output_dir))
+
+
+def build_models(
     source: Path,
-    scorers: Sequence[Path],
+    reward_sources: Sequence[Path],
     *,
     lora: bool,
-    temperature: float = 1.0,
-    share: bool = False,
-    checkpointing: bool = False,
     dropout: float = 0.0,
-) -> models.PPOModels:
-    """The roles alone, as PPO's stage has them made."""
-    return models.build_models(
-        source,
-        scorers=scorers,
-        lora=tiny_models.LORA.model_dump() | {"dropout": dropout} if lora else None,
-        dtype="float32",
-        quantization=None,
-        revision=None,
-        critic=True,
-        temperature=temperature,
-        share=share,
-        checkpointing=checkpointing,
-        device="cpu",
-        say=lambda _: None,
-    )
+    share: bool = False,
+    **settings: Any,
+) -> PPOModels:
+    """The models of a PPO run at temperature 1, unless ``settings`` differ."""
+    adapter = tiny_models.LORA.model_copy(update={"dropout": dropout}) if lora else None
+    config = ppo_config(lora=adapter, prefix_sharing=share, **{"temperature": 1.0} | settings)
+    return build.build_models(config, source, reward_sources, device="cpu", info=lambda _: None)
 
 
-def move(
-    cast: models.PPOModels, role: models.ModelView | None = None, *, scale: float = 0.02
-) -> None:
-    """Bring the policy, or another role, away from where it began."""
+def perturb(models: PPOModels, view: ModelView | None = None, *, scale: float = 0.02) -> None:
+    """Add noise to the parameters of the policy, or of another view."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in cast.parameters(role or cast.policy):
+        for p in models.parameters(view or models.policy):
             p += scale * torch.randn(p.shape, generator=generator)
 
 
-def frozen(learner: trainer.PPOTrainer) -> None:
-    """Learning rates of 0: a step goes through everything and changes no weight."""
-    for group in learner.optimizer.param_groups:
+def set_learning_rates_to_0(trainer: PPOTrainer) -> None:
+    """Let steps run completely without changing a weight."""
+    for group in trainer.optimizer.param_groups:
         group["base"] = 0.0
 
 
-def weights(role: models.ModelView, cast: models.PPOModels) -> list[Tensor]:
-    """A copy of what a role learns."""
-    return [p.detach().clone() for p in cast.parameters(role)]
+def parameter_copies(view: ModelView, models: PPOModels) -> list[Tensor]:
+    """A copy of each trainable parameter of a view."""
+    return [p.detach().clone() for p in models.parameters(view)]
 
 
-def said(learner: trainer.PPOTrainer, n: int = 8, *, seed: int = 0) -> experience.Completions:
+def flat_weights(trainer: PPOTrainer) -> Tensor:
+    """A copy of all trainable parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in trainer.models.weights().values()])
+
+
+def sample(trainer: PPOTrainer, n: int = 8, *, seed: int = 0) -> Completions:
     """Completions of the first ``n`` prompts."""
-    return learner.sample(learner.prompts[:n], "test", seed)
+    trainer.set_train_mode(False)
+    return trainer.sampler.generate(trainer.prompts.tokens[:n], seed=trainer.seed("test", seed))
 
 
-def inputs_of(learner: trainer.PPOTrainer, of: experience.Completions) -> dict[str, Tensor]:
-    return of.tensors(learner.cast.tokenizer.pad_token_id, "cpu")
+def inputs_of(models: PPOModels, completions: Completions) -> dict[str, Tensor]:
+    """The padded tensors of completions."""
+    return completions.tensors(models.tokenizer.pad_token_id, "cpu")
 
 
-def evaluated(cast: models.PPOModels, inputs: dict[str, Tensor]) -> Evaluated:
-    """What the update hears of policy and critic, with gradients."""
-    given = {}
-    for ask in experience.evaluators(cast, frozen_policy=False):
-        given |= {k: v for k, v in ask(inputs)._asdict().items() if v is not None}
-    return Evaluated(**given)
+def evaluate(models: PPOModels, inputs: dict[str, Tensor]) -> Evaluated:
+    """Log-probabilities, entropy and values as the update computes them, with gradients."""
+    merged = {}
+    for evaluator in experience.evaluators(models, frozen_policy=False):
+        merged |= {k: v for k, v in evaluator(inputs)._asdict().items() if v is not None}
+    return Evaluated(**merged)
 
 
-class Watch:
-    """What passes through a step: completions, scores, what roles say, rollouts, and each piece of the update."""
+class Recorder:
+    """Records what passes through the five parts of a step, and each piece of the update."""
 
     def __init__(self, monkeypatch: Any) -> None:
-        self.said: list[experience.Completions] = []
-        self.told: list[dict[str, Any]] = []
-        self.spoken: list[experience.Experience] = []
+        self.completions: list[Completions] = []
+        self.scores: list[Scores] = []
+        self.experiences: list[Experience] = []
         self.rollouts: list[Rollout] = []
-        self.asked: list[tuple[dict[str, Tensor], Tensor]] = []
-        """Inputs of each piece that the policy was asked about, and its log-probabilities."""
-        self.valued: list[tuple[dict[str, Tensor], Tensor]] = []
-        """The same of the critic, and its values."""
+        self.policy_calls: list[tuple[dict[str, Tensor], Tensor]] = []
+        """Inputs and log-probabilities of each forward pass of the policy in the update."""
+        self.critic_calls: list[tuple[dict[str, Tensor], Tensor]] = []
+        """Inputs and values of each forward pass of the critic in the update."""
         self.diagnostics: list[Diagnostics] = []
-        for owner, name, into in (
-            (trainer.PPOTrainer, "sample", self.said),
-            (trainer.PPOTrainer, "judge", self.told),
-            (experience, "compute_experience", self.spoken),
-            (experience, "make_rollout", self.rollouts),
+        for owner, name, results in (
+            (LocalSampler, "generate", self.completions),
+            (Scorer, "score", self.scores),
+            (trainer, "compute_experience", self.experiences),
+            (trainer, "make_rollout", self.rollouts),
         ):
-            monkeypatch.setattr(owner, name, _kept(getattr(owner, name), into))
-        update = rl_update.update
+            monkeypatch.setattr(owner, name, _recording(getattr(owner, name), results))
+        update = trainer.update
 
-        def watched(evaluate: Any, rollout: Rollout, *args: Any, **kwargs: Any) -> Diagnostics:
-            asks = [self._asking(ask) for ask in evaluate]
-            return update(asks, rollout, *args, **kwargs)
+        def recorded(evaluators: Any, rollout: Rollout, *args: Any, **kwargs: Any) -> Diagnostics:
+            return update([self._record(e) for e in evaluators], rollout, *args, **kwargs)
 
-        monkeypatch.setattr(trainer, "update", _kept(watched, self.diagnostics))
+        monkeypatch.setattr(trainer, "update", _recording(recorded, self.diagnostics))
 
-    def _asking(self, ask: Any) -> Any:
-        def asking(inputs: dict[str, Tensor]) -> Evaluated:
-            found = ask(inputs)
-            for value, into in ((found.logps, self.asked), (found.values, self.valued)):
+    def _record(self, evaluator: Any) -> Any:
+        def recorded(inputs: dict[str, Tensor]) -> Evaluated:
+            result = evaluator(inputs)
+            for value, calls in (
+                (result.logps, self.policy_calls),
+                (result.values, self.critic_calls),
+            ):
                 if value is not None:
-                    into.append((inputs, value.detach().clone()))
-            return found
+                    calls.append((inputs, value.detach().clone()))
+            return result
 
-        return asking
-
-
-def _kept(call: Callable[..., Any], into: list[Any]) -> Callable[..., Any]:
-    def kept(*args: Any, **kwargs: Any) -> Any:
-        into.append(call(*args, **kwargs))
-        return into[-1]
-
-    return kept
+        return recorded
 
 
-# Other roads ------------------------------------------------------------------------------------------------------
+def _recording(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return recording
 
 
-def plain(folder: Path) -> Any:
-    """A policy as anyone loads it."""
+@contextlib.contextmanager
+def recorded_gradients(monkeypatch: Any) -> Iterator[list[list[Tensor]]]:
+    """The gradients of each optimizer step within the block, before averaging and clipping."""
+    gradients: list[list[Tensor]] = []
+    clip_gradients = trainer.clip_gradients
+
+    def recording(optimizer: Any, parameters: list[Tensor], max_norm: float) -> Tensor:
+        gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
+        return clip_gradients(optimizer, parameters, max_norm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "clip_gradients", recording)
+        yield gradients
+
+
+def tokenized_pairs(
+    folders: Folders, tokenizer: Any, n: int = 6
+) -> tuple[list[list[int]], list[Any]]:
+    """Prompts with chosen completions, tokenized as text: template, answer, eos; and their rows."""
+    rows = tiny_models.rows(folders.world.data, "pairs-train")[:n]
+    tokens = []
+    for row in rows:
+        head = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=False
+        )
+        text = head + row["chosen"][-1]["content"] + tokenizer.eos_token
+        tokens.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokens, rows
+
+
+# Independent computations: plain models, one row at a time, without padding
+
+
+def load_plain_policy(folder: Path) -> Any:
+    """A policy loaded with transformers or peft alone."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
@@ -251,8 +291,8 @@ def plain(folder: Path) -> Any:
     return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def plain_scorer(folder: Path) -> Any:
-    """A reward model as anyone loads it."""
+def load_plain_reward_model(folder: Path) -> Any:
+    """A reward model loaded with transformers or peft alone."""
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoModelForSequenceClassification
 
@@ -262,31 +302,31 @@ def plain_scorer(folder: Path) -> Any:
 
 
 def distribution(model: Any, row: Sequence[int], temperature: float) -> Tensor:
-    """Log-probabilities ``[time - 1, vocab]`` behind each token but the last: one row, no padding, in float64."""
+    """Log-probabilities ``[time - 1, vocab]`` after each token but the last, in float64."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([row])).logits[0, :-1]
     return (logits.double() / temperature).log_softmax(-1)
 
 
-def plain_logps(model: Any, of: experience.Completions, temperature: float) -> list[Tensor]:
+def plain_logps(model: Any, completions: Completions, temperature: float) -> list[Tensor]:
     """Log-probabilities of each completion's tokens."""
-    found = []
-    for prompt, row in zip(of.prompts, of.rows, strict=True):
-        taken = torch.tensor(row[1:])[:, None]
-        logps = distribution(model, row, temperature).gather(-1, taken)[:, 0]
-        found.append(logps[len(prompt) - 1 :])
-    return found
+    logps = []
+    for prompt, row in zip(completions.prompts, completions.rows, strict=True):
+        tokens = torch.tensor(row[1:])[:, None]
+        all_logps = distribution(model, row, temperature).gather(-1, tokens)[:, 0]
+        logps.append(all_logps[len(prompt) - 1 :])
+    return logps
 
 
 def plain_score(model: Any, row: Sequence[int]) -> float:
-    """What a classifier says of one row alone."""
+    """Output of a classifier for one row."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([list(row)])).logits.item()
 
 
-def columns(tensor: Tensor, of: experience.Completions) -> list[Tensor]:
-    """The columns in which each completion's tokens are chosen: token k stands behind column k - 1."""
+def columns(tensor: Tensor, completions: Completions) -> list[Tensor]:
+    """The columns of each completion's tokens: token k is chosen in column k - 1."""
     return [
         row[len(p) - 1 : len(p) - 1 + len(c)]
-        for row, p, c in zip(tensor, of.prompts, of.completions, strict=True)
+        for row, p, c in zip(tensor, completions.prompts, completions.completions, strict=True)
     ]

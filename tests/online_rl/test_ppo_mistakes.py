@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import ppo_fixtures, tiny_models
 from pydantic import ValidationError
 
 from align.config.ppo import PPO
 from align.errors import UserError
 from align.evaluation.reward_model import _fitting
-from align.models import tokenization
 from align.rewards import functions, reward_model
 from align.runtime import distributed
 from align.stages import ppo, reward
 
 BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> ppo_fixtures.Cast:
-    return ppo_fixtures.cast(tmp_path_factory.getbasetemp())
 
 
 # Settings ---------------------------------------------------------------------------------------------------------------
@@ -127,80 +120,38 @@ def test_columns_that_a_function_cannot_do_without_are_known_before_anything_tra
     assert "sft: running" not in done.out
 
 
-# Learning ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
-    made: ppo_fixtures.Cast, tmp_path: Path
-):
-    learner = ppo_fixtures.learner(made, tmp_path, batch_size=4, epochs=1)
-    before = [p.detach().clone() for p in learner.cast.weights().values()]
-    norm = torch.tensor(float("nan"))
-    for p in learner.cast.weights().values():
-        p.grad = torch.full_like(p, float("nan"))
-    assert not norm.isfinite()
-    with pytest.raises(UserError, match="a gradient is not finite"):
-        learner.clip(list(learner.cast.weights().values()), 1.0)
-    now = list(learner.cast.weights().values())
-    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+# Learning
 
 
 def test_a_run_with_an_absurd_learning_rate_writes_no_policy(
-    made: ppo_fixtures.Cast, tmp_path: Path
+    folders: ppo_fixtures.Folders, tmp_path: Path
 ):
     settings = PPO(
         model="sft", rewards=["reward"], lora=tiny_models.LORA, steps=8, batch_size=4, max_new_tokens=6,
         learning_rate=1.0e12, epochs=4, max_grad_norm=1.0e30,
     )  # fmt: skip
-    inputs = {"model": made.world.sft, "prompts": made.world.data, "rewards.0": made.adapter}
+    inputs = {
+        "model": folders.world.sft,
+        "prompts": folders.world.data,
+        "rewards.0": folders.adapter,
+    }
     with pytest.raises((UserError, RuntimeError)):
         ppo.run(settings, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
     assert not list(tmp_path.glob("adapter_model*"))
-
-
-def test_adapters_that_learn_are_in_float32_wherever_the_critic_stands(made: ppo_fixtures.Cast):
-    from align.online_rl import models
-
-    cast = models.build_models(
-        made.world.sft, scorers=[made.full], lora=tiny_models.LORA.model_dump(), dtype="bfloat16", quantization=None,
-        revision=None, critic=True, temperature=1.0, share=False, checkpointing=False, device="cpu", say=print,
-    )  # fmt: skip
-    assert cast.critic is not None
-    assert cast.critic.model is not cast.policy.model
-    for role in (cast.policy, cast.critic):
-        assert {p.dtype for p in cast.parameters(role)} == {torch.float32}
-
-
-def test_a_reward_model_with_another_template_is_read_in_its_own_words_on_one_backbone_too(
-    made: ppo_fixtures.Cast, tmp_path: Path
-):
-    import shutil
-
-    other = tmp_path / "reward"
-    shutil.copytree(made.adapter, other)
-    tokenizer = tokenization.load_tokenizer(other)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-    tokenizer.save_pretrained(str(other))
-    kinds = {"lora": True, "advantages": "rloo", "n_completions": 2, "batch_size": 4}
-    same = ppo_fixtures.learner(made, tmp_path / "a", scorer=made.adapter, **kinds)
-    differs = ppo_fixtures.learner(made, tmp_path / "b", scorer=other, **kinds)
-    assert same.cast.rewards[0].tokenizer is None
-    assert differs.cast.rewards[0].tokenizer is not None
-    assert differs.cast.rewards[0].model is differs.cast.policy.model
 
 
 # The reward stage, twice ------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_that_is_killed_after_centring_and_run_again_stores_the_same_mean(
-    made: ppo_fixtures.Cast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: ppo_fixtures.Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from align.config.training import Reward
 
     settings = Reward(
         model="sft", lora=tiny_models.LORA, trainer=tiny_models.TRAINER | {"max_steps": 4}
     )
-    inputs = {"model": made.world.sft, "pairs": made.world.data}
+    inputs = {"model": folders.world.sft, "pairs": folders.world.data}
     means = []
     for _ in range(2):
         distributed.reset_process_state(0)  # as the chain does before a stage
@@ -211,15 +162,15 @@ def test_a_stage_that_is_killed_after_centring_and_run_again_stores_the_same_mea
 
 
 def test_rows_longer_than_the_model_are_counted_and_not_scored(
-    made: ppo_fixtures.Cast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folders: ppo_fixtures.Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     model = reward_model.RewardModel.load(
-        made.adapter, dtype="float32", device="cpu", prefix_sharing=False
+        folders.adapter, dtype="float32", device="cpu", prefix_sharing=False
     )
     told: list[str] = []
     logger = tiny_models.logger("reward", tmp_path)
     monkeypatch.setattr(logger, "info", told.append)
-    rows = tiny_models.rows(made.world.data, "pairs-test")
+    rows = tiny_models.rows(folders.world.data, "pairs-test")
     long = rows[0] | {"chosen": [{"role": "assistant", "content": "word " * 400}]}
     kept = _fitting(model, [*rows, long], ["chosen", "rejected"], logger)
     assert kept == rows

@@ -1,0 +1,292 @@
+"""Loading of the models of PPO: on one frozen backbone, or separately.
+
+With LoRA, all models are adapters and heads on one base model. The policy is an adapter. The
+reference is the base with adapters switched off, or a frozen copy of the policy's adapter if the
+policy started as one. Reward models trained as adapters on the same base are attached to it, and
+the critic is a copy of the first of them with its own head. A reward model that does not share the
+base (full fine-tuning, another family) is loaded beside it. Without LoRA every model has its own
+weights.
+
+The critic starts as the first reward model: its layers, and its head with the score's mean as the
+bias. Without a reward model it starts as the policy's layers with a head from N(0, 1/(d+1)).
+
+Left out: DeepSpeed, FSDP, models over several devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from align.config.ppo import PPO
+from align.errors import UserError
+from align.models import adapters, loading, tokenization
+from align.models.prefix_sharing import wrapper
+from align.online_rl.models import (
+    POLICY,
+    REFERENCE,
+    VALUE,
+    ModelView,
+    PPOModels,
+    disable_dropout,
+    enable_gradient_checkpointing,
+)
+from align.rewards import reward_model
+from align.rewards.reward_model import RewardModel
+
+NF4_BLOCK = 64
+"""On a CPU, bitsandbytes needs layers whose width is a multiple of this."""
+
+
+def build_models(
+    config: PPO,
+    source: Path | str,
+    reward_sources: Sequence[Path | str],
+    *,
+    device: Any,
+    info: Callable[[str], None],
+) -> PPOModels:
+    """Load all models onto ``device``, without dropout, with gradients for policy and critic only.
+
+    ``source`` is the policy at the start; ``reward_sources`` are its reward models, in the
+    recipe's order. ``info`` receives the reasons why prefix sharing is not used.
+
+    Raises:
+        UserError: A model cannot be loaded, or models do not fit together.
+    """
+    loader = _Loader(
+        config,
+        source,
+        reward_sources,
+        tokenization.load_tokenizer(source, revision=config.revision),
+    )
+    models = loader.separate_models() if config.lora is None else loader.shared_backbone()
+    trainable = {
+        id(p) for view in (models.policy, models.critic) if view for p in models.parameters(view)
+    }
+    for model in models.models():
+        if not hasattr(model, "quantization_method") and not getattr(model, "is_quantized", False):
+            model.to(device)
+        disable_dropout(model)
+        for p in model.parameters():
+            p.requires_grad_(id(p) in trainable)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        if config.prefix_sharing:
+            # The sampler's forward passes use a cache and are never shared.
+            wrapper.enable_prefix_sharing(
+                model, say=lambda reason: None if "cache" in reason else info(reason)
+            )
+    for view in (models.critic, *models.rewards):
+        if view is not None and view.head is not None:
+            view.head.to(device)
+    for view in (models.policy, models.reference):
+        if not hasattr(view.model, "has_fused_head"):
+            view.model.has_fused_head = True
+            add_fused_lm_head(view.model, config.temperature, outputs=("log_probs", "entropy"))
+    return models
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Loads the models of a recipe."""
+
+    config: PPO
+    source: Path | str
+    reward_sources: Sequence[Path | str]
+    tokenizer: Any
+
+    @property
+    def has_critic(self) -> bool:
+        return self.config.advantages == "gae"
+
+    def separate_models(self) -> PPOModels:
+        """Every model with its own weights."""
+        policy, reference = self._merged_policy(), self._merged_policy()
+        rewards = [self._reward_model(source) for source in self.reward_sources]
+        critic = None
+        if self.has_critic and rewards:
+            model = reward_model.load_merged_reward_model(
+                self.reward_sources[0], dtype=self.config.dtype
+            )
+            self._check_critic_tokens(rewards[0])
+            critic = ModelView(model, head=_value_head(model.score, rewards[0].offset))
+        elif self.has_critic:
+            model = self._merged_policy()
+            critic = ModelView(model, head=_value_head(model.config.hidden_size))
+        return PPOModels(
+            ModelView(policy), ModelView(reference), rewards, critic, policy, self.tokenizer
+        )
+
+    def shared_backbone(self) -> PPOModels:
+        """Policy, reference, critic and suitable reward models on one frozen base model."""
+        base = loading.adapter_base(self.source, revision=self.config.revision)
+        wrapped, reference = self._wrapped_policy(base)
+        model = wrapped.get_base_model()
+        rewards = [
+            self._attached_reward_model(wrapped, k, source)
+            if _same_model(loading.adapter_base(source), base or self.source)
+            else self._reward_model(source)
+            for k, source in enumerate(self.reward_sources)
+        ]
+        critic = self._adapter_critic(wrapped, rewards, reference) if self.has_critic else None
+        return PPOModels(
+            ModelView(model, POLICY),
+            ModelView(model, reference),
+            rewards,
+            critic,
+            wrapped,
+            self.tokenizer,
+        )
+
+    def _merged_policy(self) -> Any:
+        return loading.load_merged(
+            self.source, dtype=self.config.dtype, revision=self.config.revision
+        )
+
+    def _wrapped_policy(self, base: str | None) -> tuple[Any, str | None]:
+        """Peft's wrapper of the policy, and the reference's adapter (None: no adapter)."""
+        config = self.config
+        if base is None:
+            from peft import get_peft_model
+
+            model = loading.load_base(
+                self.source,
+                dtype=config.dtype,
+                revision=config.revision,
+                quantization=config.quantization,
+            )
+            _check_quantized(self.source, model)
+            return get_peft_model(model, self._lora_config()), None
+        wrapped = loading.load_adapter(
+            self.source,
+            dtype=config.dtype,
+            revision=config.revision,
+            quantization=config.quantization,
+        )
+        adapters.check_lora(self.source, wrapped, self._lora())
+        wrapped.load_adapter(str(self.source), REFERENCE)
+        return wrapped, REFERENCE
+
+    def _attached_reward_model(self, wrapped: Any, k: int, source: Path | str) -> RewardModel:
+        """A reward model whose adapter is loaded onto the policy's base."""
+        name = f"reward{k}"
+        head = reward_model.attach_reward_model(wrapped, source, name=name)
+        return RewardModel(
+            wrapped.get_base_model(),
+            name,
+            head,
+            reward_model.score_mean(source),
+            self._own_tokenizer(tokenization.load_tokenizer(source)),
+        )
+
+    def _reward_model(self, source: Path | str) -> RewardModel:
+        """A reward model that shares no layers with the policy."""
+        model = RewardModel.load(
+            source, dtype=self.config.dtype, device="cpu", prefix_sharing=False
+        )
+        return replace(model, tokenizer=self._own_tokenizer(model.tokenizer))
+
+    def _own_tokenizer(self, tokenizer: Any) -> Any:
+        """The tokenizer of a reward model, or None if it gives the same ids as the policy's."""
+        return None if _same_tokens(tokenizer, self.tokenizer) else tokenizer
+
+    def _check_critic_tokens(self, first: RewardModel) -> None:
+        if first.tokenizer is not None:
+            raise UserError(
+                f"{self.reward_sources[0]}: its tokenizer differs from the policy's, so the critic "
+                "cannot start as this reward model; set `advantages: rloo`, or use a reward model "
+                "with the policy's tokenizer"
+            )
+
+    def _adapter_critic(
+        self, wrapped: Any, rewards: Sequence[RewardModel], reference: str | None
+    ) -> ModelView:
+        """An adapter that starts as the first reward model, on that model's layers."""
+        if not rewards:
+            model = wrapped.get_base_model()
+            wrapped.add_adapter(VALUE, self._adapter_config(wrapped, reference))
+            _copy_adapter(model, reference, VALUE)
+            return ModelView(model, VALUE, _value_head(model.config.hidden_size))
+        first = rewards[0]
+        self._check_critic_tokens(first)
+        if first.model is wrapped.get_base_model():
+            wrapped.add_adapter(VALUE, self._adapter_config(wrapped, first.adapter))
+            _copy_adapter(first.model, first.adapter, VALUE)
+            return ModelView(first.model, VALUE, _value_head(first.head, first.offset))
+        model = first.model
+        model.add_adapter(self._adapter_config(model, first.adapter), VALUE)
+        _copy_adapter(model, first.adapter, VALUE)
+        for name, p in model.named_parameters():
+            if f".{VALUE}." in name:
+                p.data = (
+                    p.data.float()
+                )  # peft keeps trainable adapters in float32; transformers not
+        head = _value_head(reward_model.score_head(model), first.offset)
+        return ModelView(model, VALUE, head)
+
+    def _lora(self) -> dict[str, Any]:
+        assert self.config.lora_dict is not None
+        return self.config.lora_dict
+
+    def _lora_config(self) -> Any:
+        return adapters.lora_config(self._lora())
+
+    def _adapter_config(self, model: Any, adapter: str | None) -> Any:
+        """Configuration of the critic's adapter: that of ``adapter``, or the recipe's."""
+        return model.peft_config[adapter] if adapter else self._lora_config()
+
+
+def _check_quantized(source: Path | str, model: Any) -> None:
+    """Reject layers that bitsandbytes cannot compute on a CPU."""
+    widths = {m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit"}
+    odd = sorted(width for width in widths if width % NF4_BLOCK)
+    if odd and next(model.parameters()).device.type == "cpu":
+        raise UserError(
+            f"{source}: has a layer of width {odd[0]}; on a CPU, 4-bit quantization needs "
+            f"multiples of {NF4_BLOCK}; remove `quantization`"
+        )
+
+
+def _value_head(like: Any, mean: float = 0.0) -> nn.Linear:
+    """A scalar head in float32: a copy of a score head, or a random one for a hidden size."""
+    if isinstance(like, int):
+        head = nn.Linear(like, 1)
+        nn.init.normal_(head.weight, std=(like + 1) ** -0.5)
+    else:
+        weight = reward_model.head_weight(like)
+        head = nn.Linear(weight.shape[1], 1)
+        head.weight.data.copy_(weight)
+    nn.init.constant_(head.bias, -mean)
+    return head
+
+
+def _copy_adapter(model: Any, source: str | None, target: str) -> None:
+    """Copy the weights of an adapter. A fresh target already equals no adapter."""
+    if source is None:
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if f".{target}." in name:
+                p.copy_(parameters[name.replace(f".{target}.", f".{source}.")])
+
+
+def _same_model(one: str | None, other: Path | str) -> bool:
+    """Whether two folders or Hub ids are the same."""
+    if one is None:
+        return False
+    paths = Path(one), Path(other)
+    return paths[0].resolve() == paths[1].resolve() if paths[0].exists() else str(one) == str(other)
+
+
+def _same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers turn a conversation into the same ids."""
+    first, second = ((t.get_vocab(), t.chat_template, t.eos_token_id) for t in (one, other))
+    return first == second

@@ -1,0 +1,120 @@
+"""Optimizer, learning rates, gradient clipping and objective of a PPO run.
+
+The update itself is :func:`align.rl.update.update`, the same for control and language models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from align.config.ppo import PPO
+from align.errors import UserError
+from align.functional.masked import sum_over_ranks
+from align.online_rl.models import PPOModels
+from align.rl.update import Objective
+from align.runtime import distributed
+
+ADAM_EPS = 1e-5
+"""As in the original PPO code (Huang et al. 2024, arXiv:2403.17031, section 3.1)."""
+
+
+def check_batch_sizes(config: PPO, world_size: int) -> None:
+    """Check that all ranks get the same number of prompts, and enough completions.
+
+    Raises:
+        UserError: The batch cannot be divided over the processes or into minibatches.
+    """
+    n_prompts = config.batch_size // config.n_completions
+    if n_prompts % world_size:
+        raise UserError(
+            f"batch_size ({config.batch_size}): {n_prompts} prompts per step cannot be divided "
+            f"evenly over {world_size} processes; set a multiple of "
+            f"{world_size * config.n_completions}"
+        )
+    rows = config.batch_size // world_size
+    if rows < config.minibatches:
+        raise UserError(
+            f"minibatches ({config.minibatches}) must not exceed the {rows} completions of each "
+            "process; lower it, or raise `batch_size`"
+        )
+
+
+def build_objective(config: PPO, n_rows: int) -> Objective:
+    """The update's objective for ``n_rows`` completions on this rank."""
+    pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)
+    return Objective(
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        micro_batches=min(pieces, n_rows // config.minibatches),
+        clip_low=config.clip,
+        clip_high=config.clip_high or config.clip,
+        dual_clip=config.dual_clip,
+        value_coef=config.value_coef,
+        value_clip=config.value_clip,
+        entropy_coef=config.entropy_coef,
+        target_kl=config.target_kl,
+        max_grad_norm=config.max_grad_norm,
+        whiten=config.normalize_advantages,
+    )
+
+
+def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.AdamW:
+    """AdamW with one parameter group for the policy and one for the critic.
+
+    ``base`` in a group is its peak learning rate; :func:`set_learning_rates` multiplies it.
+    """
+    groups = [{"params": models.parameters(models.policy), "base": config.learning_rate}]
+    if models.critic is not None:
+        rate = config.critic_learning_rate or config.learning_rate
+        groups.append({"params": models.parameters(models.critic), "base": rate})
+    return torch.optim.AdamW(groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: PPO, step: int) -> None:
+    """Set the learning rates of a step; they depend on nothing but its number."""
+    factor = schedule(step, config.steps, config.warmup_steps, config.schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
+
+
+def schedule(step: int, steps: int, warmup: int, kind: str) -> float:
+    """Factor of the learning rate: it rises over ``warmup`` steps, then follows ``kind``.
+
+    >>> [schedule(step, 4, 0, "linear") for step in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    if kind == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], max_norm: float
+) -> Tensor:
+    """Average gradients over ranks, then clip policy and critic separately.
+
+    Clipping them together would let a large gradient of the critic scale down the policy's.
+    Returns the norm of the policy's gradient before clipping.
+
+    Raises:
+        UserError: A gradient is not finite. All ranks raise, since gradients are equal by then.
+    """
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.copy_(sum_over_ranks(p.grad) / distributed.world_size())
+    norms = [
+        torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+        for group in optimizer.param_groups
+    ]
+    if not all(bool(n.isfinite()) for n in norms):
+        raise UserError(
+            "a gradient is not finite, so this step was not applied: lower `learning_rate` or "
+            "`critic_learning_rate`, or scale the rewards down with `weights`"
+        )
+    return norms[0]

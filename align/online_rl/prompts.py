@@ -1,0 +1,76 @@
+"""Prompts of online training: their rows, their tokens, and which of them a step uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import randperm
+
+from align.config.ppo import PPO
+from align.data.rows import Row
+from align.errors import UserError
+from align.models import tokenization
+from align.online_rl.models import PPOModels
+from align.online_rl.seeds import generator
+from align.runtime import distributed
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Rows of a table of prompts, and the tokens of each prompt up to the assistant's turn."""
+
+    rows: Sequence[Row]
+    tokens: Sequence[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> Prompts:
+        """The prompts at ``indices``, in their order."""
+        return Prompts([self.rows[i] for i in indices], [self.tokens[i] for i in indices])
+
+    def shard(self) -> Prompts:
+        """Every ``world_size``-th prompt, starting with this rank's."""
+        own = slice(distributed.rank(), None, distributed.world_size())
+        return Prompts(self.rows[own], self.tokens[own])
+
+
+def tokenize(rows: Sequence[Row], models: PPOModels, config: PPO) -> Prompts:
+    """Tokenize prompts for the policy.
+
+    Raises:
+        UserError: A prompt and ``max_new_tokens`` exceed the model's positions.
+    """
+    tokens = tokenization.tokenize_prompts(models.tokenizer, [row["prompt"] for row in rows])
+    limit = getattr(models.policy.model.config, "max_position_embeddings", None)
+    if limit is not None:
+        n_long = sum(len(ids) + config.max_new_tokens > limit for ids in tokens)
+        if n_long:
+            raise UserError(
+                f"max_new_tokens: {n_long:,} of {len(tokens):,} prompts plus "
+                f"{config.max_new_tokens} new tokens exceed the model's {limit} positions; lower "
+                "`max_new_tokens`, or drop long prompts in `prepare`"
+            )
+    return Prompts(rows, tokens)
+
+
+def prompt_indices(step: int, n_prompts: int, config: PPO) -> list[int]:
+    """Indices of the prompts of a step on this rank, each repeated ``n_completions`` times.
+
+    Every epoch visits each prompt once, in a fresh order. Ranks take turns, so the ranks together
+    use the same prompts as one process.
+    """
+    per_step = config.batch_size // config.n_completions
+    places = range(
+        step * per_step + distributed.rank(), (step + 1) * per_step, distributed.world_size()
+    )
+    indices: list[int] = []
+    orders: dict[int, list[int]] = {}
+    for place in places:
+        epoch, position = divmod(place, n_prompts)
+        if epoch not in orders:
+            shuffle = generator(config.seed, "prompts", epoch)
+            orders[epoch] = randperm(n_prompts, generator=shuffle).tolist()
+        indices += [orders[epoch][position]] * config.n_completions
+    return indices

@@ -1,0 +1,134 @@
+"""Scores of completions: the weighted sum of all rewards, minus a penalty without eos.
+
+A reward is a reward model or a Python function; both have one method, ``score(completions, texts,
+rows)``. Reward models are loaded in :mod:`align.online_rl.build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from align.config.ppo import PPO
+from align.config.validation import FUNCTION
+from align.data.rows import Row
+from align.models import tokenization
+from align.online_rl.models import PPOModels
+from align.online_rl.sampling import Completions
+from align.rewards import gold
+from align.rewards.functions import Score, call, load_function
+from align.rewards.reward_model import RewardModel
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of completions, on the CPU. Every tensor has one entry per completion."""
+
+    texts: list[str]
+    rewards: dict[str, Tensor]
+    """Score of each reward, by its name in the recipe, before weighting."""
+    reward: Tensor
+    """Weighted sum of the rewards."""
+    score: Tensor
+    """``reward`` minus the penalty of completions without eos. The policy is trained on this."""
+    gold: Tensor | None
+    """Exact score of the embedded task. It is logged and never trained on."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """All scores by metric key."""
+        columns = {f"rewards/{name}": scores for name, scores in self.rewards.items()}
+        columns |= {"reward": self.reward, "score": self.score}
+        return columns if self.gold is None else columns | {"gold": self.gold}
+
+
+class RewardSource(Protocol):
+    """Gives every completion a number."""
+
+    def score(self, completions: Completions, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """One score per completion, on the CPU. ``rows`` are the prompts' rows in the data."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReward:
+    """A reward model."""
+
+    model: RewardModel
+    batch_size: int
+
+    def score(self, completions: Completions, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """Scores of the sampled tokens, or of the texts if the model has another tokenizer."""
+        if self.model.tokenizer is None:
+            return self.model.score_tokens(completions.rows, batch_size=self.batch_size)
+        turns = [tokenization.assistant_turn(text) for text in texts]
+        prompts = [row["prompt"] for row in rows]
+        return self.model.score(prompts, turns, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionReward:
+    """A Python function of prompts, completion texts and columns of the prompts' rows."""
+
+    name: str
+    function: Score
+
+    def score(self, completions: Completions, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """Scores of the texts."""
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        messages = [row["prompt"] for row in rows]
+        return torch.tensor(call(self.name, self.function, messages, texts, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Scores completions by the rewards of a recipe."""
+
+    rewards: Mapping[str, RewardSource]
+    """Rewards by their names in the recipe, in its order."""
+    config: PPO
+    tokenizer: Any
+
+    def score(self, completions: Completions, rows: Sequence[Row]) -> Scores:
+        """Score completions of the prompts in ``rows``."""
+        config = self.config
+        texts = completions.texts(self.tokenizer)
+        weights = config.weights or [1.0] * len(self.rewards)
+        rewards = {name: r.score(completions, texts, rows) for name, r in self.rewards.items()}
+        total = torch.zeros(len(texts))
+        for scores, weight in zip(rewards.values(), weights, strict=True):
+            total += weight * scores
+        reward = total.clone()
+        if config.missing_eos_penalty:
+            total -= config.missing_eos_penalty * (~torch.tensor(completions.finished)).float()
+        gold_scores = _gold_scores(texts, rows) if config.judge == "gold" else None
+        return Scores(texts, rewards, reward, total, gold_scores)
+
+
+def _gold_scores(texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+    requests = [row["prompt"][-1]["content"] for row in rows]
+    return torch.tensor([gold.gold_score(r, t) for r, t in zip(requests, texts, strict=True)])
+
+
+def load_functions(config: PPO) -> dict[str, Score]:
+    """The reward functions of a recipe, by name.
+
+    Raises:
+        UserError: A function cannot be imported, or has the wrong signature.
+    """
+    return {name: load_function(name) for name in config.rewards if FUNCTION.match(name)}
+
+
+def build_scorer(config: PPO, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:
+    """The scorer of a recipe. Its reward models are ``models.rewards``, in the recipe's order."""
+    reward_models = iter(models.rewards)
+    rewards: dict[str, RewardSource] = {
+        name: FunctionReward(name, functions[name])
+        if name in functions
+        else ModelReward(next(reward_models), config.sample_batch_size)
+        for name in config.rewards
+    }
+    return Scorer(rewards, config, models.tokenizer)

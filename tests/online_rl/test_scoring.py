@@ -1,0 +1,156 @@
+"""Scores of completions: the penalty without eos, and reward models in training and in PPO.
+
+Rows are those of the checklist in the design notes on PPO.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ppo_fixtures, tiny_models
+from helpers.ppo_fixtures import Folders
+from torch.testing import assert_close
+
+from align.config.training import Reward
+from align.models import tokenization
+from align.online_rl.experience import compute_experience
+from align.online_rl.metrics import compute_metrics
+from align.online_rl.sampling import Completions
+from align.rewards import reward_model
+from align.rewards.reward_model import RewardModel
+from align.stages import reward
+
+
+def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contains_eos(
+    folders: Folders, tmp_path: Path
+):
+    trainer = ppo_fixtures.build_trainer(
+        folders,
+        tmp_path,
+        rewards=[ppo_fixtures.FIVE],
+        advantages="rloo",
+        n_completions=2,
+        missing_eos_penalty=1.5,
+    )
+    tokenizer = trainer.models.tokenizer
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    prompts = trainer.prompts.tokens[:4]
+    assert all(eos in prompt for prompt in prompts)  # ChatML ends the user's turn with it
+    # Ended; cut off; ended with the first token; ended with the last token.
+    answers = [[9, 8, eos, pad], [9, 8, 7, 6], [eos, pad, pad, pad], [9, 8, 7, eos]]
+    order = sorted(range(4), key=lambda i: len(prompts[i]))
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([answers[i] for i in order])], dim=1)
+
+    trainer.models.policy.model.generate = generate
+    completions = ppo_fixtures.sample(trainer, 4)
+    scores = trainer.scorer.score(completions, trainer.prompts.rows[:4])
+    assert completions.finished == [True, False, True, True]
+    assert scores.reward.tolist() == [5, 5, 5, 5]
+    assert scores.score.tolist() == [5, 3.5, 5, 5]  # 5 - 1.5
+    experience = compute_experience(trainer.models, completions, batch_size=4)
+    metrics = compute_metrics(completions, experience, scores, sample_batch_size=4)
+    assert metrics["missing_eos"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["sft", "eos"], ids=["pad is not eos", "pad is eos"])
+def test_row_09_a_reward_model_reads_the_same_tokens_in_training_evaluation_and_ppo(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    source = folders.eos if name == "eos" else folders.world.sft
+    folder = folders.eos_reward if name == "eos" else folders.full
+    tokenizer = tokenization.load_tokenizer(source)
+    expected, rows = ppo_fixtures.tokenized_pairs(folders, tokenizer)
+    calls = []
+    score_tokens = RewardModel.score_tokens
+
+    def recording(model: Any, ids: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append([list(row) for row in ids])
+        return score_tokens(model, ids, **kwargs)
+
+    monkeypatch.setattr(RewardModel, "score_tokens", recording)
+
+    # PPO: completions as a policy would sample them.
+    trainer = ppo_fixtures.build_trainer(
+        folders, tmp_path / "ppo", source=source, reward_model=folder
+    )
+    prompts = tokenization.tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
+    sampled = [row[len(p) :] for row, p in zip(expected, prompts, strict=True)]
+    completions = Completions(prompts, sampled, [True] * len(rows))
+    in_ppo = trainer.scorer.score(completions, [{"prompt": row["prompt"]} for row in rows]).reward
+
+    # Evaluation: texts.
+    model = RewardModel.load(folder, dtype="float32", device="cpu")
+    chosen = [row["chosen"] for row in rows]
+    evaluated = model.score([row["prompt"] for row in rows], chosen, batch_size=4)
+    assert calls == [expected, expected]
+
+    # Training: rows of the batches that TRL collates.
+    config = Reward(model="sft", trainer=ppo_fixtures.TRAINER)
+    inputs = {"model": source, "pairs": folders.world.data}
+    logger = tiny_models.logger("reward", tmp_path)
+    trl_trainer = reward.build(config, inputs, tmp_path / "rm", logger=logger)
+    collated, padding = [], []
+    for batch in trl_trainer.get_train_dataloader():
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True):
+            collated.append(ids[:length])
+            padding.append(ids[length:])
+    assert all(row in collated for row in expected)
+    assert any(padding)
+    assert all(token != tokenizer.eos_token_id for rest in padding for token in rest)
+
+    # A plain classifier on the same ids gives the score before its mean is subtracted.
+    plain = ppo_fixtures.load_plain_reward_model(folder)
+    mean = reward_model.score_mean(folder)
+    raw = torch.tensor([ppo_fixtures.plain_score(plain, row) for row in expected])
+    assert abs(mean) > 0.05
+    assert_close(in_ppo + mean, raw, rtol=1e-4, atol=1e-5)
+    assert_close(evaluated + mean, raw, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "adapter"])
+def test_row_10_a_reward_model_has_mean_0_on_sft_completions_also_after_a_copy(
+    folders: Folders, tmp_path: Path, name: str
+):
+    folder = getattr(folders, name)
+    rows = tiny_models.rows(folders.world.data, "demonstrations-train")
+    tokenizer = tokenization.load_tokenizer(folder)
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    plain = ppo_fixtures.load_plain_reward_model(copied)
+    ids = tokenization.tokenize_for_reward(
+        tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    )
+    raw = torch.tensor([ppo_fixtures.plain_score(plain, row) for row in ids])
+    assert raw.mean().abs() > 0.1, "the mean is 0 without centering"
+    assert (raw - reward_model.score_mean(copied)).mean().abs() < 1e-4
+
+    models = ppo_fixtures.build_models(folders.world.sft, [copied], lora=name == "adapter")
+    scores = models.rewards[0].score_tokens(ids, batch_size=16)
+    assert scores.mean().abs() < 0.05
+    assert scores.std() > 0.05
+    assert_close(scores, raw - raw.mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_with_another_template_keeps_its_tokenizer_on_one_backbone_too(
+    folders: Folders, tmp_path: Path
+):
+    other = tmp_path / "reward"
+    shutil.copytree(folders.adapter, other)
+    tokenizer = tokenization.load_tokenizer(other)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(str(other))
+    settings = {"lora": True, "advantages": "rloo", "n_completions": 2, "batch_size": 4}
+    same = ppo_fixtures.build_trainer(
+        folders, tmp_path / "a", reward_model=folders.adapter, **settings
+    )
+    differs = ppo_fixtures.build_trainer(folders, tmp_path / "b", reward_model=other, **settings)
+    assert same.models.rewards[0].tokenizer is None
+    assert differs.models.rewards[0].tokenizer is not None
+    assert differs.models.rewards[0].model is differs.models.policy.model
