@@ -1,1 +1,1 @@
-"""evaluation."""
+"""Measures policies and reward models: held-out win rates, implicit rewards, calibration."""

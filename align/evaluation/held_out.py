@@ -1,4 +1,8 @@
-"""evaluation.held_out"""
+"""Held-out rows of prepared data, and the check that no evaluated model was trained on them.
+
+The check follows the lineage of a model through the artifacts of its stages. Left out: models from
+elsewhere, whose training data is unknown.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +11,81 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from align.config.evaluate import Evaluate
+from align.config.stages import STAGES
 from align.data import tables
-from align.errors import UserError
+from align.errors import ArtifactError, DataError
 from align.runtime import artifacts
 
-_STAGE_FOLDER = re.compile(r"-[0-9a-f]{12}$")  # a stage's folder
-_TRAINING_TABLES = ("demonstrations", "pairs", "unpaired")
 Row = dict[str, Any]
+Sources = Mapping[str, Path | str]
+"""Folder or Hub id of each evaluated model, by name."""
+
+STAGE_FOLDER = re.compile(r"-[0-9a-f]{12}$")  # ends in the digest of a stage
 
 
-# Held out ------------------------------------------------------------------------------------------------------------
+def read_held_out(data: Path, kind: str, config: Evaluate, sources: Sources) -> list[Row]:
+    """Rows of the first ``config.n_prompts`` prompts of a held-out table, in file order.
 
-
-def read_held_out(data: Path, kind: str, config: Evaluate) -> list[Row]:
+    Raises:
+        DataError: The table is missing, or a model was trained on one of the prompts.
+        ArtifactError: The training data of a model is missing.
+    """
     rows = tables.read(data, kind, config.split)
-    ids = dict.fromkeys(row["prompt_id"] for row in rows)
-    kept = set(list(ids)[: config.n_prompts])
-    return [row for row in rows if row["prompt_id"] in kept]
+    prompt_ids = dict.fromkeys(row["prompt_id"] for row in rows)
+    selected = set(list(prompt_ids)[: config.n_prompts])
+    rows = [row for row in rows if row["prompt_id"] in selected]
+    check_not_trained_on(rows, data, sources)
+    return rows
 
 
-def refuse_trained_prompts(
-    rows: Sequence[Row], targets: Mapping[str, Path | str], data: Path
-) -> None:
-    """Refuse prompts that a policy, or any model it comes from, was trained on."""
+def check_not_trained_on(rows: Sequence[Row], data: Path, sources: Sources) -> None:
+    """Check that no model in the lineage of ``sources`` was trained on a prompt of ``rows``.
+
+    Raises:
+        DataError: A model was trained on at least one of the prompts.
+        ArtifactError: The training data of a model is missing.
+    """
     held_out = {row["prompt_id"] for row in rows}
-    for name, target in targets.items():
-        for file in sorted(trained_on(Path(target))):
-            seen = held_out & set(
-                pq.read_table(file, columns=["prompt_id"])["prompt_id"].to_pylist()
-            )
-            if seen:
-                raise UserError(
-                    f"{len(seen)} of {len(held_out)} held-out prompts of {data} were trained on by "
-                    f"`{name}` ({file}); evaluate on the `prepare` stage that it was trained on"
+    for name, source in sources.items():
+        for folder, kind in sorted(training_tables(Path(source))):
+            trained = tables.read(folder, kind, "train", columns=["prompt_id"])
+            shared = held_out & {row["prompt_id"] for row in trained}
+            if shared:
+                raise DataError(
+                    f"{len(shared)} of {len(held_out)} held-out prompts of {data} are in the "
+                    f"training data of `{name}` ({tables.table_file(folder, kind, 'train')}); "
+                    "evaluate on the `prepare` stage that the policy was trained on"
                 )
 
 
-def trained_on(folder: Path) -> set[Path]:
-    """The files that the training stages in the lineage of a folder read."""
-    found: set[Path] = set()
-    made = artifacts.read_artifact(folder) if folder.is_dir() else None
-    if made is None:
-        return found  # a model from elsewhere: nothing says what it saw
-    for role, given in made.inputs.items():
-        below = Path(given["folder"])
-        if not below.is_dir():
-            below = folder.parent / below.name  # the runs were moved together
-        if not below.is_dir() and _STAGE_FOLDER.search(below.name):
-            raise UserError(
-                f"{folder} was trained on {given['folder']}, which is gone: it cannot be told what was held "
-                "out from it; put it back, or run the whole recipe again with `--force all`"
+def training_tables(folder: Path) -> set[tuple[Path, str]]:
+    """Folder and kind of every training table in the lineage of a stage.
+
+    The lineage includes initial models, reward models, and the policy and judge behind labels. A
+    folder without an artifact is a model from elsewhere and has none.
+
+    Raises:
+        ArtifactError: The folder of a stage in the lineage is missing.
+    """
+    artifact = artifacts.read_artifact(folder) if folder.is_dir() else None
+    if artifact is None:
+        return set()
+    stage = STAGES[artifact.stage]
+    lineage: set[tuple[Path, str]] = set()
+    for name, entry in artifact.inputs.items():
+        source = Path(entry["folder"])
+        if not source.is_dir():
+            source = folder.parent / source.name  # the runs folder was moved
+        if not source.is_dir() and STAGE_FOLDER.search(source.name):
+            raise ArtifactError(
+                f"{folder}: its input {entry['folder']} is missing, so its training prompts are "
+                "unknown; restore that folder, or run the whole recipe again with `--force all`"
             )
-        if not below.is_dir():
-            continue
-        if role not in ("prompts", "demonstrations"):
-            # A policy comes from the model it began as and the rewards it earned, and labels from the policy and the judge
-            # that made them.
-            found |= trained_on(below)
-        kinds = {"preferences": ("unpaired", "pairs")}.get(role, (role,))
-        taught = (*_TRAINING_TABLES, "prompts") if made.stage == "ppo" else _TRAINING_TABLES
-        files = [below / f"{kind}-train.parquet" for kind in kinds if kind in taught]
-        found |= {file for file in files if file.is_file()}
-    return found
+        if not source.is_dir():
+            continue  # a Hub id
+        lineage |= training_tables(source)
+        if stage.trains_model:
+            kinds = [table.kind for table in stage.reads if table.input == name]
+            lineage |= {(source, kind) for kind in kinds if tables.has_table(source, kind, "train")}
+    return lineage

@@ -1,19 +1,25 @@
-"""evaluation.implicit_rewards"""
+"""Implicit rewards of policies on held-out pairs, with the baseline as the reference.
+
+Left out: the scale ``beta`` of the implicit reward, which changes no accuracy.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from align.config.evaluate import Evaluate
-from align.errors import UserError
-from align.evaluation.intervals import interval
+from align.errors import DataError
+from align.evaluation.intervals import Bootstrap, prompt_means
+from align.evaluation.policies import Policy
+from align.evaluation.results import ImplicitRewards
 from align.functional import winrate
-from align.models import loading, tokenization
 from align.models.logps import completion_logps
 from align.models.prefix_sharing import wrapper
 from align.runtime import distributed
@@ -23,77 +29,68 @@ if TYPE_CHECKING:
     from align.evaluation.held_out import Row
 
 
-# Implicit rewards ----------------------------------------------------------------------------------------------------
+def pair_logps(
+    policy: Policy, pairs: Sequence[Row], config: Evaluate, logger: Logger
+) -> Float[Tensor, "2 pairs"]:
+    """Log-probabilities of all chosen and of all rejected completions, in nats.
 
-
-def implicit_rewards(
-    config: Evaluate, rows: Sequence[Row], targets: Mapping[str, Path | str], logger: Logger
-) -> dict[str, Any]:
-    """How often ``log pi(y|x) - log pi_ref(y|x)`` is higher for the chosen completion; the baseline is the reference.
-
-    A tie counts one half. The interval resamples prompts; each prompt counts once, however many pairs it has. Pairs whose
-    prompt alone fills the model's length are ``invalid``: they are counted, and left out.
+    NaN where the prompt fills the model's positions. The ranks share the completions. With
+    ``config.prefix_sharing``, the policy computes shared prompts once from here on.
     """
-    sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
-    logps = {}
-    for done, (name, target) in enumerate(targets.items()):
-        logps[name] = _logps(config, target, sides, logger, (done, len(targets)))
-    found = []
-    for name in config.policies:
-        if name == config.baseline:
-            continue
-        chosen, rejected = (logps[name] - logps[config.baseline]).chunk(2)
-        right = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0].tolist()
-        by_prompt: dict[str, list[float]] = {}
-        for row, value in zip(rows, right, strict=True):
-            if not math.isnan(value):
-                by_prompt.setdefault(row["prompt_id"], []).append(value)
-        if not by_prompt:
-            raise UserError(
-                "every held-out prompt is longer than the model's length; nothing to measure"
-            )
-        values = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
-        found.append(
-            {
-                "policy": name,
-                "reference": config.baseline,
-                "accuracy": values.mean().item(),
-                "ci": interval(winrate.proportion_interval, values, config),
-                "mean_margin": (chosen - rejected).nanmean().item(),
-                "n_pairs": sum(map(len, by_prompt.values())),
-                "n_prompts": len(values),
-                "invalid": sum(map(math.isnan, right)),
-            }
-        )
-    return {"implicit_rewards": found}
-
-
-def _logps(
-    config: Evaluate,
-    target: Path | str,
-    sides: Sequence[tuple[Any, Any]],
-    logger: Logger,
-    part: tuple[int, int],
-) -> torch.Tensor:
-    from accelerate import PartialState
-
-    done, parts = part
-    tokenizer = tokenization.load_tokenizer(target)
-    model = loading.load_for_inference(target, dtype=config.dtype).to(PartialState().device)
     if config.prefix_sharing:
-        wrapper.enable_prefix_sharing(model, say=logger.info)
+        wrapper.enable_prefix_sharing(policy.model, say=logger.info)
+    sides = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     logps = distributed.map_rows(
         sides,
-        lambda part: completion_logps(
-            model,
-            tokenizer,
-            part,
+        lambda rows: completion_logps(
+            policy.model,
+            policy.tokenizer,
+            rows,
             batch_size=config.batch_size,
-            max_length=getattr(model.config, "max_position_embeddings", None),
-            progress=lambda at, of: logger.step(
-                done * of + at, parts * of, what="scored completion"
-            ),
+            max_length=getattr(policy.model.config, "max_position_embeddings", None),
+            progress=partial(logger.step, what=f"{policy.name}: scored completion"),
         ).tolist(),
         size=None,
     )
-    return torch.tensor(logps, dtype=torch.float64)
+    return torch.tensor(logps, dtype=torch.float64).view(2, -1)
+
+
+def implicit_rewards(
+    config: Evaluate, pairs: Sequence[Row], logps: Mapping[str, Float[Tensor, "2 pairs"]]
+) -> tuple[ImplicitRewards, ...]:
+    """How often the chosen completion of a pair has the higher log-ratio, for each policy.
+
+    ``logps`` has the log-probabilities of :func:`pair_logps` for each policy and the baseline. A
+    tie counts one half. Each prompt counts once, however many pairs it has. Pairs whose prompt
+    fills the model's positions are counted as ``invalid`` and left out.
+
+    Raises:
+        DataError: No pair is left.
+    """
+    bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
+    results = []
+    for policy in config.policies:
+        if policy == config.baseline:
+            continue
+        chosen, rejected = logps[policy] - logps[config.baseline]
+        outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0].tolist()
+        invalid = sum(map(math.isnan, outcomes))
+        accuracies = prompt_means(pairs, outcomes)
+        if not len(accuracies):
+            raise DataError(
+                f"all {len(pairs)} held-out pairs have a prompt that fills the positions of "
+                f"`{policy}`; evaluate on data with shorter prompts"
+            )
+        results.append(
+            ImplicitRewards(
+                policy=policy,
+                reference=config.baseline,
+                accuracy=accuracies.mean().item(),
+                ci=bootstrap.proportion(accuracies),
+                mean_margin=(chosen - rejected).nanmean().item(),
+                n_pairs=len(pairs) - invalid,
+                n_prompts=len(accuracies),
+                invalid=invalid,
+            )
+        )
+    return tuple(results)

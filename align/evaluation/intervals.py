@@ -1,18 +1,53 @@
-"""evaluation.intervals"""
+"""Bootstrap intervals with the settings of one stage, and means per prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from align.config.evaluate import Evaluate
+from align.evaluation.results import Interval
 from align.functional import winrate
 
 
-def interval(
-    of: Callable[..., winrate.Interval], values: torch.Tensor, config: Evaluate
-) -> list[float]:
-    return list(
-        of(values, confidence=config.confidence, resamples=config.resamples, seed=config.seed)
-    )
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Settings of every bootstrap interval of a stage."""
+
+    confidence: float = 0.95
+    """Confidence level of the intervals."""
+    resamples: int = 2000
+    """Number of bootstrap resamples."""
+    seed: int = 0
+    """Seed of the resamples."""
+
+    def mean(self, values: Float[Tensor, "prompts *rest"]) -> Interval:
+        """Interval of a mean, by :func:`align.functional.winrate.bootstrap_interval`."""
+        return Interval(*winrate.bootstrap_interval(values, **self._settings()))
+
+    def proportion(self, values: Float[Tensor, "prompts *rest"]) -> Interval:
+        """Interval of a mean in [0, 1], by :func:`align.functional.winrate.proportion_interval`."""
+        return Interval(*winrate.proportion_interval(values, **self._settings()))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
+
+
+def prompt_means(
+    rows: Sequence[Mapping[str, Any]], values: Sequence[float]
+) -> Float[Tensor, " prompts"]:
+    """Mean value of each prompt, in the order of the rows; NaN values are left out.
+
+    A prompt with several rows counts once. Prompts whose values are all NaN are left out, so the
+    result may be empty.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        if not math.isnan(value):
+            by_prompt.setdefault(row["prompt_id"], []).append(value)
+    return torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)

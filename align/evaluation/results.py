@@ -1,13 +1,15 @@
-"""Typed results of ``evaluate`` and ``reward``: frozen views of the metrics that ``artifact.json`` stores.
+"""Typed results of ``evaluate`` and ``reward``, as ``artifact.json`` stores them.
 
-Loads no heavy library, so that finished runs can be read in a moment. ``from_metrics`` accepts the dictionaries as
-they are stored and ignores keys that it does not know, so results of a later version stay readable.
+Loads no heavy library, so that finished runs can be read in a moment. ``from_metrics`` accepts the
+dictionaries as they are stored and ignores keys that it does not know, so results of a later
+version stay readable.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 
@@ -18,7 +20,8 @@ class Interval(NamedTuple):
     high: float
 
 
-class PerSide(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PerSide:
     """One number for the policy and one for its baseline."""
 
     policy: float
@@ -40,7 +43,7 @@ class Comparison:
     """Held-out win rate of a policy against a baseline, by one judge."""
 
     policy: str
-    """Name of the policy; the control, which is the baseline with other seeds, ends in `` again``."""
+    """Name of the policy. That of the control, the baseline with other seeds, ends in " again"."""
     baseline: str
     judge: str
     win_rate: float
@@ -64,7 +67,7 @@ class Comparison:
     finished: PerSide
     """Share of the completions that end in an end-of-sequence token."""
     consistency: float | None
-    """Share of equal verdicts in both orders; None for judges that score one completion at a time."""
+    """Share of equal verdicts in both orders; None for judges that score single completions."""
     invalid: int
     """Comparisons without a usable verdict, left out of all rates."""
 
@@ -107,10 +110,19 @@ class EvaluationMetrics:
 
     comparisons: tuple[Comparison, ...] = ()
     """One entry per policy, and the control last."""
-    implicit_rewards: tuple[ImplicitRewards, ...] = ()
-    """One entry per policy."""
     temperature: float | None = None
     """Sampling temperature of the compared completions."""
+    implicit_rewards: tuple[ImplicitRewards, ...] = ()
+    """One entry per policy."""
+
+    def to_metrics(self) -> dict[str, Any]:
+        """The metrics as ``artifact.json`` stores them; parts that were not measured are absent."""
+        metrics = json.loads(json.dumps(asdict(self)))
+        if not self.comparisons:
+            del metrics["comparisons"], metrics["temperature"]
+        if not self.implicit_rewards:
+            del metrics["implicit_rewards"]
+        return dict(metrics)
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> EvaluationMetrics:

@@ -1,21 +1,29 @@
-"""evaluation.win_rates"""
+"""Held-out win rates: sample completions, score them, compare policies with a baseline.
+
+The judge scores one completion at a time. Every evaluation includes a control, the baseline against
+itself with other seeds, whose interval must contain one half. Left out: judges that compare two
+completions.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from align.config.evaluate import Evaluate
-from align.evaluation.intervals import interval
+from align.evaluation.intervals import Bootstrap
+from align.evaluation.policies import Policy
+from align.evaluation.results import Comparison, PerSide
 from align.functional import winrate
-from align.judges.scores import build_judge
-from align.models import generation, loading, tokenization
+from align.judges.scores import Judge, score_rows
+from align.models import generation, tokenization
 from align.models.generation import Completion
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -23,155 +31,147 @@ from align.runtime.progress import Logger
 if TYPE_CHECKING:
     from align.evaluation.held_out import Row
 
-Samples = list[list[Completion]]  # by prompt, then by completion
+COMPARISONS = "comparisons.parquet"
 
 
-# Win rates -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Completions of one policy for the held-out prompts, with their scores."""
+
+    completions: list[list[Completion]]
+    """The completions of each prompt."""
+    scores: Float[Tensor, "prompts completions"]
+
+    @property
+    def lengths(self) -> Float[Tensor, "prompts completions"]:
+        """Lengths in tokens, without the stop token."""
+        lengths = [[c.n_tokens for c in row] for row in self.completions]
+        return torch.tensor(lengths, dtype=torch.float64)
+
+    @property
+    def finished(self) -> float:
+        """Share of the completions that end in a stop token."""
+        finished = [c.finished for row in self.completions for c in row]
+        return sum(finished) / len(finished)
 
 
-def win_rates(
-    config: Evaluate,
-    rows: Sequence[Row],
-    targets: Mapping[str, Path | str],
-    folder: Path,
-    logger: Logger,
-) -> dict[str, Any]:
-    prompts = [row["prompt"] for row in rows]
-    texts = [prompt[-1]["content"] for prompt in prompts]
-    judge = build_judge(str(config.judge), None, dtype=config.dtype, batch_size=config.batch_size)
-    judge.check_prompts(prompts, repair="set `implicit_rewards: true` and no `judge`")
-    again = f"{config.baseline} again"  # the control: the same policy, other seeds
-    seeds = dict.fromkeys(targets, config.seed) | {again: config.seed + 1}
-    samples: dict[str, Samples] = {}
-    scores: dict[str, torch.Tensor] = {}
-    for done, (name, seed) in enumerate(seeds.items()):
-        target = targets[config.baseline if name == again else name]
-        samples[name] = _sample(config, target, prompts, seed, logger, (done, len(seeds)))
-        flat_scores = judge.score(
-            [prompt for prompt in prompts for _ in range(config.n_completions)],
-            [tokenization.assistant_turn(c.text) for row in samples[name] for c in row],
+def control_name(config: Evaluate) -> str:
+    """Name of the control: the baseline, sampled with another seed."""
+    return f"{config.baseline} again"
+
+
+def compared_names(config: Evaluate) -> list[str]:
+    """Names of the policies that are compared with the baseline, the control last."""
+    policies = [name for name in config.policies if name != config.baseline]
+    return [*policies, control_name(config)]
+
+
+def sample_policy(
+    policy: Policy, prompts: Sequence[Row], judge: Judge, config: Evaluate, logger: Logger
+) -> dict[str, Samples]:
+    """Samples of a policy by its name; for the baseline, those of the control as well.
+
+    The ranks share the work. The completions depend on the seed, not on the number of ranks.
+    """
+    seeds = {policy.name: config.seed}
+    if policy.name == config.baseline:
+        seeds[control_name(config)] = config.seed + 1
+    samples = {}
+    for name, seed in seeds.items():
+        completions = generation.sample(
+            policy.model,
+            policy.tokenizer,
+            [row["prompt"] for row in prompts],
+            n_completions=config.n_completions,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            seed=seed,
+            map_batches=partial(
+                distributed.map_rows,
+                progress=partial(logger.step, what=f"{name}: sampled batch"),
+            ),
         )
-        scores[name] = torch.tensor(flat_scores, dtype=torch.float64).view(len(prompts), -1)
-    compared = [name for name in config.policies if name != config.baseline]
-    comparisons = [
-        _compare(config, name, config.baseline, samples, scores) for name in [*compared, again]
-    ]
-    if distributed.is_main():
-        _write_comparisons(folder, texts, [*compared, again], config.baseline, samples, scores)
-    return {"comparisons": comparisons, "temperature": config.temperature}
+        rows = [
+            {"prompt": row["prompt"], "completion": tokenization.assistant_turn(completion.text)}
+            for row, sampled in zip(prompts, completions, strict=True)
+            for completion in sampled
+        ]
+        scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
+        by_prompt = torch.tensor(scores, dtype=torch.float64).view(len(prompts), -1)
+        samples[name] = Samples(completions, by_prompt)
+    return samples
 
 
-def _sample(
-    config: Evaluate,
-    target: Path | str,
-    prompts: Sequence[Sequence[dict[str, str]]],
-    seed: int,
-    logger: Logger,
-    part: tuple[int, int],
-) -> Samples:
-    from accelerate import PartialState
+def compare_all(config: Evaluate, samples: Mapping[str, Samples]) -> tuple[Comparison, ...]:
+    """Compare every policy, and the control last, with the baseline."""
+    return tuple(compare(config, name, samples) for name in compared_names(config))
 
-    done, parts = part
-    model = loading.load_for_inference(target, dtype=config.dtype).to(PartialState().device)
-    return generation.sample(
-        model,
-        tokenization.load_tokenizer(target),
-        prompts,
-        n_completions=config.n_completions,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        seed=seed,
-        map_batches=functools.partial(
-            distributed.map_rows,
-            progress=lambda at, of: logger.step(done * of + at, parts * of, what="sampled batch"),
-        ),
+
+def compare(config: Evaluate, policy: str, samples: Mapping[str, Samples]) -> Comparison:
+    """Compare completion k of the policy with completion k of the baseline, for each prompt.
+
+    ``consistency`` and ``invalid`` describe judges that read two completions. For a judge that
+    scores one completion at a time, they are None and 0.
+    """
+    own, baseline = samples[policy], samples[config.baseline]
+    outcomes = winrate.outcomes(own.scores, baseline.scores)
+    try:
+        length_controlled = winrate.length_controlled_win_rate(
+            outcomes, own.lengths - baseline.lengths
+        ).item()
+    except ValueError:
+        length_controlled = None  # all lengths differ by the same amount
+    p_value = winrate.paired_permutation_p_value((outcomes - 0.5).mean(dim=1), seed=config.seed)
+    differences = (own.scores - baseline.scores).mean(dim=1)
+    bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
+    return Comparison(
+        policy=policy,
+        baseline=config.baseline,
+        judge=str(config.judge),
+        win_rate=winrate.win_rate(outcomes).item(),
+        ci=bootstrap.proportion(outcomes),
+        ties=(outcomes == 0.5).double().mean().item(),
+        n_prompts=outcomes.shape[0],
+        n_completions=outcomes.shape[1],
+        length_controlled_win_rate=length_controlled,
+        p_value=p_value.item(),
+        mean_tokens=PerSide(own.lengths.mean().item(), baseline.lengths.mean().item()),
+        mean_score=PerSide(own.scores.mean().item(), baseline.scores.mean().item()),
+        score_difference=differences.mean().item(),
+        score_difference_ci=bootstrap.mean(differences),
+        finished=PerSide(own.finished, baseline.finished),
+        consistency=None,
+        invalid=0,
     )
 
 
-def _compare(
-    config: Evaluate,
-    policy: str,
-    baseline: str,
-    samples: Mapping[str, Samples],
-    scores: Mapping[str, torch.Tensor],
-) -> dict[str, Any]:
-    """One row of ``comparisons``, as the interface lists it."""
-    outcomes = winrate.outcomes(scores[policy], scores[baseline])
-    lengths = {name: _lengths(samples[name]) for name in (policy, baseline)}
-    try:
-        controlled = winrate.length_controlled_win_rate(
-            outcomes, lengths[policy] - lengths[baseline]
-        ).item()
-    except ValueError:
-        controlled = None  # all lengths differ alike: nothing tells length from quality
-    gain = (scores[policy] - scores[baseline]).mean(dim=1)
-    return {
-        "policy": policy,
-        "baseline": baseline,
-        "judge": config.judge,
-        "win_rate": winrate.win_rate(outcomes).item(),
-        "ci": interval(winrate.proportion_interval, outcomes, config),
-        "ties": (outcomes == 0.5).double().mean().item(),
-        "n_prompts": outcomes.shape[0],
-        "n_completions": outcomes.shape[1],
-        "length_controlled_win_rate": controlled,
-        "p_value": winrate.paired_permutation_p_value(
-            (outcomes - 0.5).mean(dim=1), seed=config.seed
-        ).item(),
-        "mean_tokens": {
-            "policy": lengths[policy].mean().item(),
-            "baseline": lengths[baseline].mean().item(),
-        },
-        "mean_score": {
-            "policy": scores[policy].mean().item(),
-            "baseline": scores[baseline].mean().item(),
-        },
-        "score_difference": gain.mean().item(),
-        "score_difference_ci": interval(winrate.bootstrap_interval, gain, config),
-        "finished": {
-            "policy": _finished(samples[policy]),
-            "baseline": _finished(samples[baseline]),
-        },
-        "consistency": None,  # of a judge that reads both completions; this one reads one at a time
-        "invalid": 0,
-    }
-
-
-def _lengths(samples: Samples) -> torch.Tensor:
-    return torch.tensor([[c.n_tokens for c in some] for some in samples], dtype=torch.float64)
-
-
-def _finished(samples: Samples) -> float:
-    flat = [c.finished for some in samples for c in some]
-    return sum(flat) / len(flat)
-
-
-def _write_comparisons(
-    folder: Path,
-    texts: Sequence[str],
-    policies: Sequence[str],
-    baseline: str,
-    samples: Mapping[str, Samples],
-    scores: Mapping[str, torch.Tensor],
+def write_comparisons(
+    output_dir: Path, config: Evaluate, prompts: Sequence[Row], samples: Mapping[str, Samples]
 ) -> None:
-    rows = [
-        {
-            "prompt": text,
-            "policy": policy,
-            "baseline": baseline,
-            "policy_completion": ours.text,
-            "baseline_completion": theirs.text,
-            "policy_score": scores[policy][i, k].item(),
-            "baseline_score": scores[baseline][i, k].item(),
-            "policy_tokens": ours.n_tokens,
-            "baseline_tokens": theirs.n_tokens,
-        }
-        for policy in policies
-        for i, text in enumerate(texts)
-        for k, (ours, theirs) in enumerate(
-            zip(samples[policy][i], samples[baseline][i], strict=True)
-        )
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "comparisons.parquet")
+    """Write every compared pair of completions, with scores and lengths, to a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    baseline = samples[config.baseline]
+    rows = []
+    for policy in compared_names(config):
+        own = samples[policy]
+        for i, prompt in enumerate(prompts):
+            sides = zip(own.completions[i], baseline.completions[i], strict=True)
+            for k, (completion, baseline_completion) in enumerate(sides):
+                rows.append(
+                    {
+                        "prompt": prompt["prompt"][-1]["content"],
+                        "policy": policy,
+                        "baseline": config.baseline,
+                        "policy_completion": completion.text,
+                        "baseline_completion": baseline_completion.text,
+                        "policy_score": own.scores[i, k].item(),
+                        "baseline_score": baseline.scores[i, k].item(),
+                        "policy_tokens": completion.n_tokens,
+                        "baseline_tokens": baseline_completion.n_tokens,
+                    }
+                )
+    pq.write_table(pa.Table.from_pylist(rows), output_dir / COMPARISONS)

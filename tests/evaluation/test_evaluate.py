@@ -1,8 +1,8 @@
-"""Held-out win rates and implicit rewards, computed again from what is left; and refusals."""
+"""Evaluation: metrics recomputed from their raw data, refused prompts, tables."""
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import json
 import shutil
 import zlib
@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import tiny_models
-from rich.console import Console
+from rich.control import strip_control_codes
 from sklearn.linear_model import LogisticRegression
 
 from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.training import DPO
 from align.errors import UserError
-from align.evaluation.held_out import trained_on
+from align.evaluation import tables
+from align.evaluation.held_out import training_tables
 from align.models import generation, loading, tokenization
 from align.models.generation import Completion
 from align.models.prefix_sharing import wrapper
-from align.pipeline.summary import _show_samples, show_summary
 from align.rewards import gold
 from align.runtime import artifacts
 from align.stages import dpo, evaluate, prepare
@@ -49,32 +48,32 @@ def policy(world: tiny_models.World) -> Path:
     return folder
 
 
-def run(folder: Path, prompts: Path, targets: dict[str, Path], **more: Any) -> dict[str, Any]:
-    """Evaluate ``targets`` by name; ``sft`` among them is the baseline."""
-    names = [name for name in targets if name != "sft"]
+def run(folder: Path, prompts: Path, models: dict[str, Path], **more: Any) -> dict[str, Any]:
+    """Evaluate ``models`` by name; ``sft`` is the baseline."""
+    names = [name for name in models if name != "sft"]
     settings = Evaluate(policies=names or ["sft"], **SETTINGS | more)
-    inputs = {"baseline": targets["sft"], "prompts": prompts}
-    inputs |= {f"policies.{i}": targets[name] for i, name in enumerate(settings.policies)}
+    inputs = {"baseline": models["sft"], "prompts": prompts}
+    inputs |= {f"policies.{i}": models[name] for i, name in enumerate(settings.policies)}
     return tiny_models.stage(evaluate, settings, inputs, folder)
 
 
 def checksum(prompt: str, completion: str) -> float:
-    """In place of the gold score, which is 0 for all that a tiny model says: 0.0, 0.1, … 1.0."""
+    """Replaces the gold score, which is 0 for every text of a tiny model: 0.0, 0.1, … 1.0."""
     gold.parse_prompt(prompt)
     return round(zlib.crc32(completion.encode()) / 2**32, 1)
 
 
 @pytest.fixture(scope="module")
 def measured(world: tiny_models.World, policy: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A whole evaluation, and the folder that it left."""
+    """A finished evaluation: its folder and its metrics."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gold, "gold_score", checksum)
         folder = world.folder / "evaluate"
-        targets = {"sft": world.sft, "dpo": policy}
+        models = {"sft": world.sft, "dpo": policy}
         metrics = run(
             folder,
             world.data,
-            targets,
+            models,
             judge="gold",
             n_completions=3,
             resamples=20_000,
@@ -85,7 +84,7 @@ def measured(world: tiny_models.World, policy: Path) -> Iterator[tuple[Path, dic
 
 
 def table(folder: Path, policy: str) -> dict[str, np.ndarray]:
-    """The comparisons of one policy, one row a prompt and one column a completion."""
+    """The comparisons of one policy, with one row per prompt and one column per completion."""
     rows = [
         r
         for r in pq.read_table(folder / "comparisons.parquet").to_pylist()
@@ -98,16 +97,16 @@ def table(folder: Path, policy: str) -> dict[str, np.ndarray]:
     return {key: np.array([row[key] for row in rows]).reshape(n, -1) for key in rows[0]}
 
 
-def won(found: dict[str, np.ndarray]) -> np.ndarray:
-    return (np.sign(found["policy_score"] - found["baseline_score"]) + 1) / 2
+def won(rows: dict[str, np.ndarray]) -> np.ndarray:
+    return (np.sign(rows["policy_score"] - rows["baseline_score"]) + 1) / 2
 
 
 # Win rates ----------------------------------------------------------------------------------------
 
 
-def test_metrics_have_what_the_interface_promises_and_are_json(measured: Any):
+def test_metrics_have_the_documented_keys_and_are_json(measured: Any):
     _, metrics = measured
-    promised = {
+    documented = {
         "policy",
         "baseline",
         "judge",
@@ -124,7 +123,7 @@ def test_metrics_have_what_the_interface_promises_and_are_json(measured: Any):
     }
     assert [row["policy"] for row in metrics["comparisons"]] == ["dpo", "sft again"]
     for row in metrics["comparisons"]:
-        assert promised <= row.keys()
+        assert documented <= row.keys()
         assert (row["baseline"], row["judge"], row["invalid"]) == ("sft", "gold", 0)
         assert row["mean_tokens"].keys() == row["mean_score"].keys() == {"policy", "baseline"}
         assert row["ci"][0] <= row["win_rate"] <= row["ci"][1]
@@ -132,41 +131,41 @@ def test_metrics_have_what_the_interface_promises_and_are_json(measured: Any):
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["policy", "control"])
-def test_figures_come_out_again_from_the_comparisons(
+def test_metrics_are_recomputed_from_the_comparisons(
     measured: Any, world: tiny_models.World, place: int
 ):
     folder, metrics = measured
     row = metrics["comparisons"][place]
-    found = table(folder, row["policy"])
+    rows = table(folder, row["policy"])
     prompts = tiny_models.rows(world.data, "prompts-test")
-    assert found["prompt"].shape == (len(prompts), 3) == (row["n_prompts"], row["n_completions"])
-    assert found["prompt"][:, 0].tolist() == [p["prompt"][0]["content"] for p in prompts]
+    assert rows["prompt"].shape == (len(prompts), 3) == (row["n_prompts"], row["n_completions"])
+    assert rows["prompt"][:, 0].tolist() == [p["prompt"][0]["content"] for p in prompts]
 
-    outcomes = won(found)
+    outcomes = won(rows)
     assert len(np.unique(outcomes)) == 3, "wins, ties and losses"
     assert row["win_rate"] == pytest.approx(outcomes.mean(), abs=1e-12)
     assert row["ties"] == pytest.approx((outcomes == 0.5).mean(), abs=1e-12)
     for side in ("policy", "baseline"):
-        assert row["mean_score"][side] == pytest.approx(found[f"{side}_score"].mean(), abs=1e-12)
-        assert row["mean_tokens"][side] == pytest.approx(found[f"{side}_tokens"].mean(), abs=1e-12)
-    gain = (found["policy_score"] - found["baseline_score"]).mean(axis=1)
+        assert row["mean_score"][side] == pytest.approx(rows[f"{side}_score"].mean(), abs=1e-12)
+        assert row["mean_tokens"][side] == pytest.approx(rows[f"{side}_tokens"].mean(), abs=1e-12)
+    gain = (rows["policy_score"] - rows["baseline_score"]).mean(axis=1)
     assert row["score_difference"] == pytest.approx(gain.mean(), abs=1e-12)
 
-    # 90 % by bootstrap over prompts, with random numbers of numpy's
+    # 90 % intervals by bootstrap over prompts, with random numbers of numpy
     random = np.random.default_rng(0)
     drawn = random.integers(len(prompts), size=(20_000, len(prompts)))
     for key, by_prompt in (("ci", outcomes.mean(axis=1)), ("score_difference_ci", gain)):
         ends = np.quantile(by_prompt[drawn].mean(axis=1), [0.05, 0.95])
         assert row[key] == pytest.approx(ends, abs=0.01), key
-        assert ends[1] - ends[0] > 0.03, "narrow enough to be right by chance"
+        assert ends[1] - ends[0] > 0.03, "narrower, it could agree by chance"
 
     flips = random.choice([-1, 1], size=(20_000, len(prompts)))
-    centred = outcomes.mean(axis=1) - 0.5
-    p_value = (np.abs((flips * centred).sum(axis=1)) >= abs(centred.sum()) - 1e-9).mean()
+    centered = outcomes.mean(axis=1) - 0.5
+    p_value = (np.abs((flips * centered).sum(axis=1)) >= abs(centered.sum()) - 1e-9).mean()
     assert row["p_value"] == pytest.approx(p_value, abs=0.02)
 
-    # each comparison as a win and a loss, weighed by its outcome; 1 and tanh(difference / std)
-    lengths = (found["policy_tokens"] - found["baseline_tokens"]).flatten()
+    # each comparison as a win and a loss, weighted by its outcome; 1 and tanh(difference / std)
+    lengths = (rows["policy_tokens"] - rows["baseline_tokens"]).flatten()
     design = np.stack([np.ones(len(lengths)), np.tanh(lengths / lengths.std(ddof=1))], axis=1)
     fit = LogisticRegression(C=100.0, fit_intercept=False, tol=1e-10)
     labels = np.repeat([1, 0], len(lengths))
@@ -177,19 +176,19 @@ def test_figures_come_out_again_from_the_comparisons(
     assert abs(controlled - row["win_rate"]) > 1e-4
 
 
-def test_comparisons_hold_what_each_model_says_with_its_seed(
+def test_comparisons_hold_the_completions_of_each_model_with_its_seed(
     measured: Any, world: tiny_models.World, policy: Path
 ):
     folder, metrics = measured
     prompts = [row["prompt"] for row in tiny_models.rows(world.data, "prompts-test")]
-    ours, control = table(folder, "dpo"), table(folder, "sft again")
+    own, control = table(folder, "dpo"), table(folder, "sft again")
     for model, seed, texts in (
-        (world.sft, 0, ours["baseline_completion"]),
-        (policy, 0, ours["policy_completion"]),
+        (world.sft, 0, own["baseline_completion"]),
+        (policy, 0, own["policy_completion"]),
         (world.sft, 0, control["baseline_completion"]),
         (world.sft, 1, control["policy_completion"]),
     ):
-        found = generation.sample(
+        sampled = generation.sample(
             loading.load_merged(model, dtype="float32"),
             tokenization.load_tokenizer(model),
             prompts,
@@ -200,12 +199,14 @@ def test_comparisons_hold_what_each_model_says_with_its_seed(
             batch_size=32,
             seed=seed,
         )
-        assert [[c.text for c in found[i]] for i in range(len(prompts))] == texts.tolist()
-    finished = [c.finished for some in found.values() for c in some]
+        assert [[c.text for c in row] for row in sampled] == texts.tolist()
+    finished = [c.finished for row in sampled for c in row]
     assert metrics["comparisons"][1]["finished"]["policy"] == sum(finished) / len(finished)
 
 
-def test_the_control_is_the_baseline_with_other_seeds_and_comes_out_at_a_half(measured: Any):
+def test_the_control_is_the_baseline_with_another_seed_and_its_interval_contains_one_half(
+    measured: Any,
+):
     folder, metrics = measured
     control = table(folder, "sft again")
     same = control["policy_completion"] == control["baseline_completion"]
@@ -214,12 +215,12 @@ def test_the_control_is_the_baseline_with_other_seeds_and_comes_out_at_a_half(me
     assert low < 0.5 < high
 
 
-def test_a_copy_of_the_baseline_draws_with_it_on_every_prompt(
+def test_a_copy_of_the_baseline_ties_on_every_prompt(
     world: tiny_models.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(gold, "gold_score", checksum)
-    targets = {"sft": world.sft, "twin": world.sft}
-    metrics = run(tmp_path, world.data, targets, judge="gold", n_prompts=4)
+    models = {"sft": world.sft, "twin": world.sft}
+    metrics = run(tmp_path, world.data, models, judge="gold", n_prompts=4)
     twin, control = metrics["comparisons"]
     assert (twin["win_rate"], twin["ties"], twin["ci"], twin["p_value"]) == (
         0.5,
@@ -235,37 +236,38 @@ def test_the_judge_is_the_embedded_tasks_gold_score(
     world: tiny_models.World, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pairs = {row["prompt"][0]["content"]: row for row in tiny_models.rows(world.data, "pairs-test")}
-    asked = [row["prompt"][0]["content"] for row in tiny_models.rows(world.data, "prompts-test")]
-    sides = ("rejected", "chosen", "rejected")  # the baseline, the policy, the control
-    said = [
-        [pairs[text][side][0]["content"] if text in pairs else "" for text in asked]
+    prompts = [row["prompt"][0]["content"] for row in tiny_models.rows(world.data, "prompts-test")]
+    sides = ("rejected", "rejected", "chosen")  # the baseline, the control, the policy
+    texts = [
+        [pairs[text][side][0]["content"] if text in pairs else "" for text in prompts]
         for side in sides
     ]
-    calls = iter(said)
+    calls = iter(texts)
 
     def sample(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[list[Completion]]:
         return [[Completion(text, 1, True)] for text in next(calls)]
 
     monkeypatch.setattr(generation, "sample", sample)
     metrics = run(tmp_path, world.data, {"sft": world.sft, "dpo": policy}, judge="gold")
-    scores = [
-        [gold.gold_score(*given) for given in zip(asked, texts, strict=True)] for texts in said
-    ]
+    baseline, _, policy_scores = (
+        [gold.gold_score(*row) for row in zip(prompts, completions, strict=True)]
+        for completions in texts
+    )
     row = metrics["comparisons"][0]
-    assert row["mean_score"]["policy"] == pytest.approx(np.mean(scores[1]))
-    assert row["mean_score"]["baseline"] == pytest.approx(np.mean(scores[0]))
-    wins = np.mean([(a > b) + 0.5 * (a == b) for b, a in zip(*scores[:2], strict=True)])
+    assert row["mean_score"]["policy"] == pytest.approx(np.mean(policy_scores))
+    assert row["mean_score"]["baseline"] == pytest.approx(np.mean(baseline))
+    wins = np.mean([(a > b) + 0.5 * (a == b) for a, b in zip(policy_scores, baseline, strict=True)])
     assert row["win_rate"] == pytest.approx(wins)
-    assert abs(wins - 0.5) > 0.01, "at a half a swap would not show"
-    assert row["length_controlled_win_rate"] == pytest.approx(wins), "all lengths are alike"
+    assert abs(wins - 0.5) > 0.01, "at one half a swap would not show"
+    assert row["length_controlled_win_rate"] == pytest.approx(wins), "all lengths are equal"
 
 
-# Refusals -----------------------------------------------------------------------------------------
+# Refused prompts ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def other_split(world: tiny_models.World) -> Path:
-    """The same rows in another split: what is held out here was trained on there."""
+    """The same rows in another split: prompts held out here were trained on there."""
     folder = world.folder / "other"
     settings = Prepare(source="embedded", max_rows=60, test_fraction=0.25, split_seed=1)
     tiny_models.stage(prepare, settings, {}, folder)
@@ -273,35 +275,31 @@ def other_split(world: tiny_models.World) -> Path:
 
 
 @pytest.mark.parametrize("what", [{"judge": "gold"}, {"implicit_rewards": True}])
-def test_prompts_that_were_trained_on_are_refused(
+def test_prompts_in_the_training_data_of_a_policy_are_refused(
     world: tiny_models.World, policy: Path, other_split: Path, tmp_path: Path, what: dict[str, Any]
 ):
-    with pytest.raises(UserError, match=r"held-out prompts of .* were trained on by `sft`") as told:
+    with pytest.raises(UserError, match=r"held-out prompts of .* training data of `sft`") as error:
         run(tmp_path, other_split, {"sft": world.sft, "dpo": policy}, **what)
-    assert "demonstrations-train.parquet" in str(told.value)
+    assert "demonstrations-train.parquet" in str(error.value)
     kind = "prompts" if "judge" in what else "pairs"
     held_out = {row["prompt_id"] for row in tiny_models.rows(other_split, f"{kind}-test")}
     trained = {row["prompt_id"] for row in tiny_models.rows(world.data, "demonstrations-train")}
-    assert f"{len(held_out & trained)} of {len(held_out)} held-out" in str(told.value)
+    assert f"{len(held_out & trained)} of {len(held_out)} held-out" in str(error.value)
 
 
-def stranger(
+def copy_of(
     source: Path, folder: Path, inputs: dict[str, Path] | None = None, **changed: Any
 ) -> Path:
-    """A copy of a model that comes from elsewhere, or from the stages ``inputs``."""
-    made = artifacts.read_artifact(source)
-    assert made is not None
+    """A copy of a stage without its artifact, or with ``inputs`` and ``changed`` in it."""
+    artifact = artifacts.read_artifact(source)
+    assert artifact is not None
     shutil.copytree(source, folder)
     (folder / artifacts.FILE).unlink()
     if inputs is not None:
-        given = {role: {"folder": str(path), "digest": ""} for role, path in inputs.items()}
+        folders = {name: {"folder": str(path), "digest": ""} for name, path in inputs.items()}
         artifacts.write_artifact(
             folder,
-            type(made)(
-                **{f: getattr(made, f) for f in made.__dataclass_fields__}
-                | {"inputs": given}
-                | changed
-            ),
+            dataclasses.replace(artifact, inputs=folders, **changed),
         )
     return folder
 
@@ -309,50 +307,48 @@ def stranger(
 @pytest.mark.parametrize(
     "lineage",
     [
-        pytest.param(("sft",), id="through the model it was trained from"),
+        pytest.param(("sft",), id="through its initial model"),
         pytest.param(("lora", "sft"), id="through two models"),
     ],
 )
-def test_prompts_that_a_models_ancestors_were_trained_on_are_refused(
+def test_prompts_in_the_training_data_of_an_ancestor_are_refused(
     world: tiny_models.World, other_split: Path, tmp_path: Path, lineage: tuple[str, ...]
 ):
-    baseline = stranger(world.sft, tmp_path / "elsewhere")
-    model = stranger(
-        world.sft, tmp_path / "dpo", {"pairs": other_split, "model": getattr(world, lineage[0])}
-    )
-    assert {file.parent for file in trained_on(model)} == {other_split, world.data}
-    with pytest.raises(UserError, match="were trained on by `dpo`"):
+    baseline = copy_of(world.sft, tmp_path / "elsewhere")
+    inputs = {"pairs": other_split, "model": getattr(world, lineage[0])}
+    model = copy_of(world.sft, tmp_path / "dpo", inputs, stage="dpo")
+    assert {folder for folder, _ in training_tables(model)} == {other_split, world.data}
+    with pytest.raises(UserError, match="in the training data of `dpo`"):
         run(tmp_path / "out", other_split, {"sft": baseline, "dpo": model}, judge="gold")
 
 
-def test_a_ppo_policy_was_trained_on_its_prompts_and_on_what_its_reward_models_were(
+def test_the_training_tables_of_ppo_are_its_prompts_and_those_of_its_reward_models(
     world: tiny_models.World, other_split: Path, tmp_path: Path
 ):
-    reward = stranger(world.sft, tmp_path / "reward", {"pairs": other_split})
-    model = stranger(
+    reward = copy_of(world.sft, tmp_path / "reward", {"pairs": other_split}, stage="reward")
+    model = copy_of(
         world.sft, tmp_path / "ppo", {"prompts": world.data, "rewards.0": reward}, stage="ppo"
     )
-    files = {world.data / "prompts-train.parquet", other_split / "pairs-train.parquet"}
-    assert trained_on(model) == files
+    assert training_tables(model) == {(world.data, "prompts"), (other_split, "pairs")}
 
 
-def test_prompts_that_were_trained_on_are_refused_where_all_runs_were_moved(
+def test_prompts_are_refused_after_the_runs_folder_was_moved(
     world: tiny_models.World, other_split: Path, tmp_path: Path
 ):
     runs = tmp_path / "runs"
     shutil.copytree(world.data, runs / "data")
-    gone = tmp_path / "gone"
-    baseline = stranger(world.sft, runs / "sft", {"demonstrations": gone / "data"})
-    model = stranger(world.sft, runs / "dpo", {"model": gone / "sft"})
-    assert trained_on(model) == {runs / "data" / "demonstrations-train.parquet"}
-    with pytest.raises(UserError, match="were trained on by"):
+    missing = tmp_path / "missing"
+    baseline = copy_of(world.sft, runs / "sft", {"demonstrations": missing / "data"})
+    model = copy_of(world.sft, runs / "dpo", {"model": missing / "sft"})
+    assert training_tables(model) == {(runs / "data", "demonstrations")}
+    with pytest.raises(UserError, match="in the training data of"):
         run(tmp_path / "out", other_split, {"sft": baseline, "dpo": model}, judge="gold")
 
 
-def test_a_model_from_elsewhere_is_measured(
+def test_a_model_without_an_artifact_is_evaluated(
     world: tiny_models.World, other_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    baseline = stranger(world.sft, tmp_path / "elsewhere")
+    baseline = copy_of(world.sft, tmp_path / "elsewhere")
     metrics = run(tmp_path / "out", other_split, {"sft": baseline}, judge="gold", n_prompts=2)
     assert [row["policy"] for row in metrics["comparisons"]] == ["sft again"]
 
@@ -361,7 +357,7 @@ def test_a_model_from_elsewhere_is_measured(
     ("what", "file"),
     [({"judge": "gold"}, "prompts-test"), ({"implicit_rewards": True}, "pairs-test")],
 )
-def test_a_prepare_stage_that_held_nothing_out_is_a_users_mistake(
+def test_data_without_held_out_rows_is_refused(
     world: tiny_models.World, tmp_path: Path, what: dict[str, Any], file: str
 ):
     tiny_models.stage(
@@ -378,16 +374,16 @@ def test_a_prepare_stage_that_held_nothing_out_is_a_users_mistake(
 
 @pytest.fixture(scope="module")
 def foreign(world: tiny_models.World) -> Path:
-    """Prompts of another task, two pairs each, some longer than the model's positions."""
+    """Prompts of another task with two pairs each, some longer than the model's positions."""
     file = world.folder / "foreign.jsonl"
     rows = [
         {
             "prompt": f"Say {n}." if n % 4 else f"Say {n}. " + "and the sea " * 60,
-            "chosen": sides[(n + place) % 3 == 0],
-            "rejected": sides[(n + place) % 3 != 0],
+            "chosen": sides[(n + k) % 3 == 0],
+            "rejected": sides[(n + k) % 3 != 0],
         }
         for n in range(24)
-        for place, word in enumerate(("calm", "merry"))
+        for k, word in enumerate(("calm", "merry"))
         for sides in [(f"The {word} {n} sings.", f"The {n} gull {word}!")]
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -396,7 +392,7 @@ def foreign(world: tiny_models.World) -> Path:
     return folder
 
 
-def test_gold_scores_the_embedded_tasks_prompts_only(
+def test_gold_refuses_prompts_of_other_tasks(
     world: tiny_models.World, foreign: Path, tmp_path: Path
 ):
     with pytest.raises(UserError, match="`gold` scores only prompts of the embedded task"):
@@ -404,7 +400,7 @@ def test_gold_scores_the_embedded_tasks_prompts_only(
 
 
 def plain_logp(model: Any, tokenizer: Any, prompt: Any, completion: Any) -> float:
-    """One row, no padding, all logits; not a number where the prompt fills all positions."""
+    """Of one row without padding, from all logits; NaN where the prompt fills all positions."""
     start = len(
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     )
@@ -415,20 +411,20 @@ def plain_logp(model: Any, tokenizer: Any, prompt: Any, completion: Any) -> floa
         logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
     if start >= len(ids):
         return float("nan")
-    return sum(logps[place - 1, ids[place]].item() for place in range(start, len(ids)))
+    return sum(logps[i - 1, ids[i]].item() for i in range(start, len(ids)))
 
 
 def test_implicit_rewards_by_hand(
     world: tiny_models.World, policy: Path, foreign: Path, tmp_path: Path
 ):
-    targets = {"sft": world.sft, "dpo": policy, "lora": world.lora}
-    metrics = run(tmp_path, foreign, targets, implicit_rewards=True, resamples=20_000)
+    models = {"sft": world.sft, "dpo": policy, "lora": world.lora}
+    metrics = run(tmp_path, foreign, models, implicit_rewards=True, resamples=20_000)
     assert "comparisons" not in metrics
     assert not (tmp_path / "comparisons.parquet").exists()
     tokenizer = tokenization.load_tokenizer(world.sft)
     rows = tiny_models.rows(foreign, "pairs-test")
     loaded = {
-        name: loading.load_merged(path, dtype="float32").eval() for name, path in targets.items()
+        name: loading.load_merged(path, dtype="float32").eval() for name, path in models.items()
     }
     logps = {
         name: np.array(
@@ -449,7 +445,7 @@ def test_implicit_rewards_by_hand(
         for row, margin in zip(rows, margins, strict=True):
             if not np.isnan(margin):
                 by_prompt.setdefault(row["prompt_id"], []).append(margin > 0)
-        means = np.array([np.mean(right) for right in by_prompt.values()])
+        means = np.array([np.mean(correct) for correct in by_prompt.values()])
         assert (entry["policy"], entry["reference"]) == (name, "sft")
         assert entry["accuracy"] == pytest.approx(means.mean())
         assert 0 < means.mean() < 1
@@ -462,9 +458,9 @@ def test_implicit_rewards_by_hand(
         assert entry["ci"] == pytest.approx(ends, abs=0.03)
 
 
-@pytest.mark.parametrize("told", [{}, {"prefix_sharing": False}], ids=["by default", "not"])
-def test_scoring_shares_prefixes_unless_told_not_to(
-    world: tiny_models.World, foreign: Path, tmp_path: Path, told: dict[str, bool], monkeypatch
+@pytest.mark.parametrize("settings", [{}, {"prefix_sharing": False}], ids=["default", "off"])
+def test_scoring_shares_prefixes_by_default(
+    world: tiny_models.World, foreign: Path, tmp_path: Path, settings: dict[str, bool], monkeypatch
 ):
     shared = []
     share = wrapper.enable_prefix_sharing
@@ -473,59 +469,89 @@ def test_scoring_shares_prefixes_unless_told_not_to(
         "enable_prefix_sharing",
         lambda model, say: shared.append(model) or share(model, say=say),
     )
-    run(tmp_path, foreign, {"sft": world.sft, "lora": world.lora}, implicit_rewards=True, **told)
-    assert len(shared) == (0 if told else 2)
+    run(
+        tmp_path, foreign, {"sft": world.sft, "lora": world.lora}, implicit_rewards=True, **settings
+    )
+    assert len(shared) == (0 if settings else 2)
 
 
-def test_prompts_that_all_fill_the_models_positions_are_a_users_mistake(
+def test_prompts_that_all_fill_the_models_positions_are_refused(
     world: tiny_models.World, policy: Path, tmp_path: Path
 ):
     file = tmp_path / "long.jsonl"
     rows = [{"prompt": f"{n} " * 200, "chosen": "Yes.", "rejected": "No."} for n in range(12)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tiny_models.stage(prepare, Prepare(source=str(file), test_fraction=0.5), {}, tmp_path / "data")
-    targets = {"sft": world.sft, "dpo": policy}
-    with pytest.raises(UserError, match="longer than the model's length"):
-        run(tmp_path / "out", tmp_path / "data", targets, implicit_rewards=True)
+    models = {"sft": world.sft, "dpo": policy}
+    with pytest.raises(UserError, match="prompt that fills the positions"):
+        run(tmp_path / "out", tmp_path / "data", models, implicit_rewards=True)
 
 
-# What a person sees -------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
-def test_the_tables_show_win_rates_intervals_and_both_completions(measured: Any):
+def cells(folder: Path) -> list[list[list[str]]]:
+    """The rows of each table of a finished stage, headers first."""
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    return [[table["columns"], *table["rows"]] for table in artifact.tables]
+
+
+def test_the_tables_contain_win_rates_intervals_and_implicit_rewards(measured: Any):
     folder, metrics = measured
-    stage = {"name": "evaluate", "folder": str(folder), "status": "ran", "metrics": metrics}
-    reused = {"name": "sft", "folder": "", "status": "reused", "metrics": {"loss": 1.0}}
-    out = io.StringIO()
-    summary = {"stages": [reused, stage], "seconds": 12.34}
-    show_summary(summary, Console(file=out, width=40), Path("runs/dpo/summary.json"))
-    shown = out.getvalue()
-    lines = [line.strip() for line in shown.splitlines()]
-    assert "against sft" in shown
-    for row in metrics["comparisons"]:
-        line = next(line for line in lines if line.startswith(row["policy"]) and "%" in line)
-        cells = line.removeprefix(row["policy"]).replace("%", " ").replace("–", " ").split()
-        figures = (row["win_rate"], *row["ci"], row["ties"], row["length_controlled_win_rate"])
-        assert cells[:5] == [f"{100 * figure:.1f}" for figure in figures]
-    accuracy = metrics["implicit_rewards"][0]
-    assert f"{100 * accuracy['accuracy']:.1f} %" in shown
-    first = pq.read_table(folder / "comparisons.parquet").to_pylist()[0]
-    assert first["prompt"] in shown
-    words = " ".join(shown.replace("│", " ").split())
-    for side in ("policy", "baseline"):
-        assert f"{first[side]} ({first[f'{side}_score']:.2f})" in words
-        assert first[f"{side}_completion"].split()[0] in words
-    assert "2 stages, 1 reused, 12.3 s → runs/dpo/summary.json" in shown
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    *_, win_rates, rewards = cells(folder)
+    assert "against sft, judged by gold" in artifact.tables[-2]["title"]
+    for comparison, (name, *row) in zip(metrics["comparisons"], win_rates[1:], strict=True):
+        assert name == comparison["policy"]
+        shares = (
+            comparison["win_rate"],
+            *comparison["ci"],
+            comparison["ties"],
+            comparison["length_controlled_win_rate"],
+        )
+        texts = " ".join(row[:4]).replace("%", " ").replace("–", " ").split()
+        assert texts == [f"{100 * share:.1f}" for share in shares]
+        scores, tokens = comparison["mean_score"], comparison["mean_tokens"]
+        assert row[4:] == [
+            f"{scores['policy']:.3f}/{scores['baseline']:.3f}",
+            f"{tokens['policy']:.1f}/{tokens['baseline']:.1f}",
+        ]
+    (entry,) = metrics["implicit_rewards"]
+    assert rewards[1][:2] == ["dpo", f"{100 * entry['accuracy']:.1f} %"]
+    assert artifact.headline == {"win_rate": metrics["comparisons"][0]["win_rate"]}
 
 
-def test_text_of_a_model_is_shown_as_it_is(tmp_path: Path):
-    said = "[bold]no markup[/bold] [/] :smile:"
-    row = {"policy": "dpo", "baseline": "sft", "prompt": "[red]ask[/red]"}
-    for side, text in (("policy", said), ("baseline", "")):
-        row |= {f"{side}_completion": text, f"{side}_score": 0.5, f"{side}_tokens": 3}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "comparisons.parquet")
-    out = io.StringIO()
-    _show_samples(tmp_path / "comparisons.parquet", Console(file=out, width=110))
-    assert said in out.getvalue()
-    assert "[red]ask[/red]" in out.getvalue()
-    assert "(empty)" in out.getvalue()
+def test_the_tables_contain_the_first_completions_of_three_prompts(measured: Any):
+    folder, _ = measured
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    rows = pq.read_table(folder / "comparisons.parquet").to_pylist()[:9:3]  # 3 completions each
+    for row, shown in zip(rows, artifact.tables, strict=False):
+        assert row["prompt"].startswith(shown["title"])
+        for k, side in enumerate(("policy", "baseline")):
+            text = " ".join(" ".join(line[k] for line in shown["rows"]).split())
+            completion = strip_control_codes(row[f"{side}_completion"]) or "(empty)"
+            assert text == " ".join(completion.split())
+            assert shown["columns"][k] == f"{row[side]} ({row[f'{side}_score']:.2f})<"
+
+
+def test_every_table_fits_into_80_columns(measured: Any):
+    folder, _ = measured
+    for rows in cells(folder):
+        widths = [
+            max(len(line) for cell in column for line in cell.split("\n"))
+            for column in zip(*rows, strict=True)
+        ]
+        assert sum(widths) + len(widths) <= 80, rows[0]
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    assert all(len(line) <= 80 for t in artifact.tables for line in (t["title"], t["note"]))
+
+
+def test_completions_are_wrapped_by_their_width_in_the_terminal():
+    assert tables.wrapped("one two three", 8) == ["one two", "three"]
+    assert tables.wrapped("海" * 10, 8) == ["海" * 4, "海" * 4, "海" * 2]  # two cells each
+    assert tables.wrapped("[bold]a[/bold]", 40) == ["[bold]a[/bold]"]
+    assert tables.wrapped("") == ["(empty)"]

@@ -6,6 +6,7 @@ of them would be equal, and tests of which one is which would pass whatever the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import os
@@ -89,7 +90,7 @@ def stage(
     folder.mkdir(parents=True, exist_ok=True)
     seed = getattr(settings, "seed", 0)
     distributed.reset_process_state(seed)
-    metrics = module.run(settings, inputs, folder, logger(name, folder)).metrics
+    result = module.run(settings, inputs, folder, logger(name, folder))
     made = artifacts.Artifact(
         stage=name,
         name=folder.name,
@@ -99,17 +100,20 @@ def stage(
             role: {"folder": str(target), "digest": artifacts.digest_folder(Path(target))}
             for role, target in inputs.items()
         },
-        metrics=metrics,
+        metrics=result.metrics,
         versions={},
         commit=None,
         seed=seed,
         world_size=1,
         seconds=0.0,
         peak_memory_bytes=None,
+        headline=result.headline,
+        remarks=list(result.remarks),
+        tables=[dataclasses.asdict(table) for table in result.tables],
     )
     artifacts.write_artifact(folder, made)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return metrics
+    return result.metrics
 
 
 def logger(name: str, folder: Path) -> Logger:

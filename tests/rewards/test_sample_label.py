@@ -18,7 +18,7 @@ from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
 from align.config.training import DPO, KTO
 from align.errors import UserError
-from align.evaluation.held_out import trained_on
+from align.evaluation.held_out import training_tables
 from align.judges import scores
 from align.models import tokenization
 from align.rewards import gold, reward_model
@@ -331,15 +331,9 @@ def test_what_was_trained_on_labels_is_known_to_evaluate(
     cls = DPO if module is dpo else KTO
     settings = cls(model="sft", **{role: "label"}, trainer=tiny_models.TRAINER | {"max_steps": 1})
     tiny_models.stage(module, settings, {"model": world.sft, role: pairs}, tmp_path / "policy")
-    found = trained_on(tmp_path / "policy")
-    assert (
-        found
-        == {
-            pairs / "pairs-train.parquet",
-            world.data
-            / "demonstrations-train.parquet",  # of the policy's own beginning, and of the one that was sampled
-        }
-    )
+    # the demonstrations of the initial model, which is also the sampled policy
+    expected = {(pairs, "pairs"), (world.data, "demonstrations")}
+    assert training_tables(tmp_path / "policy") == expected
 
 
 def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
@@ -353,7 +347,7 @@ def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
     tiny_models.stage(dpo, settings, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
     asked = Evaluate(policies=["dpo"], baseline="sft", judge="gold")
     inputs = {"policies.0": tmp_path / "dpo", "baseline": world.sft, "prompts": world.data}
-    with pytest.raises(UserError, match=r"held-out prompts of .* were trained on by `dpo`"):
+    with pytest.raises(UserError, match=r"held-out prompts of .* training data of `dpo`"):
         tiny_models.stage(evaluate, asked, inputs, tmp_path / "evaluate")
 
 
@@ -365,7 +359,7 @@ def test_what_the_judge_was_trained_on_counts_too(
     try:
         settings = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
         tiny_models.stage(dpo, settings, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
-        assert world.data / "pairs-train.parquet" in trained_on(tmp_path / "dpo")
+        assert (world.data, "pairs") in training_tables(tmp_path / "dpo")
     finally:
         (rewards["reward"] / artifacts.FILE).unlink()
 
