@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from align import __version__
 from align.cli.data import data
+from align.cli.launcher import launch
+from align.cli.plan import check, plan
 from align.cli.run import Force, Overrides, RecipePath, Runs, Until
 from align.errors import RecipeError
 from align.runtime.environment import quiet_libraries
@@ -73,131 +71,12 @@ def run(
     options += ["--force", force] if force else []
     options += ["--until", until] if until else []
     script = str(Path(__file__).parents[1] / "run.py")
-    launch = ["--config_file", str(config)] if config else []
-    raise typer.Exit(_launch([*launch, script, str(recipe), *(overrides or []), *options]))
+    launcher_options = ["--config_file", str(config)] if config else []
+    raise typer.Exit(launch([*launcher_options, script, str(recipe), *(overrides or []), *options]))
 
 
-def _launch(arguments: list[str]) -> int:
-    """Run ``accelerate launch`` and return the exit code of the run.
-
-    The launcher itself exits with 1 and a traceback, whatever the run's exit code is.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # It advises to run `accelerate config`, even for one process.
-    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the run as well
-    signal.signal(signal.SIGTERM, _forward)
-    try:
-        launch_command(launch_command_parser().parse_args(arguments))
-    except subprocess.CalledProcessError as error:
-        return error.returncode if error.returncode > 0 else 128 - error.returncode
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    except SignalException:
-        return 130
-    return 0
-
-
-def _forward(number: int, frame: FrameType | None) -> None:
-    import psutil
-
-    for child in psutil.Process().children():
-        child.send_signal(number)
-
-
-@app.command()
-def plan(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    runs: Runs = Path("runs"),
-    until: Until = None,
-    processes: Annotated[int, typer.Option(help="Number of processes of the run.", min=1)] = 1,
-) -> None:
-    """Show what would run or be reused, with steps, tokens and memory; start nothing."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from align.config.recipe import ErrorCollector, load_recipe
-    from align.pipeline import estimates, preflight
-    from align.pipeline import plan as pipeline_plan
-
-    read = load_recipe(recipe, overrides or [])
-    steps = pipeline_plan.plan(read, runs, until=until)
-    pending = [step for step in steps if step.status != "reused"]
-    errors = ErrorCollector(read)
-    preflight.check_environments(errors, pending)
-    preflight.check_batch_sizes(errors, pending, processes)
-    errors.raise_any()
-    estimated = estimates.estimate(steps, world_size=processes)
-    table = Table(title=f"{recipe}: {len(steps)} stages", title_justify="left")
-    for title in ("stage", "status", "folder"):
-        table.add_column(title, overflow="fold")
-    for title in ("rows", "steps", "tokens", "memory"):
-        table.add_column(title, justify="right")
-    for step in steps:
-        figures = estimated[step.name]
-        table.add_row(
-            step.name,
-            {"reused": "reuse", "resume": "go on", "run": "run"}[step.status],
-            str(step.folder),
-            "" if figures.work.rows is None else f"{figures.work.rows:,}",
-            "" if figures.work.steps is None else f"{figures.work.steps:,}",
-            "" if figures.work.tokens is None else f"≈ {_short(figures.work.tokens)}",
-            "" if figures.memory_bytes is None else f"≥ {_short(figures.memory_bytes)}B",
-        )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    console.print(table)
-    console.print(
-        "steps: the optimizer's, or the environments' of all seeds; "
-        "memory: weights, gradients and Adam in a process; activations come on top",
-        style="dim",
-    )
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {unit}" if unit else f"{number:.0f} "
-        number /= 1000
-    return f"{number:.3g} T"
-
-
-@app.command()
-def check(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    runs: Runs = Path("runs"),
-) -> None:
-    """Check recipe, data, token lengths and chat template without training."""
-    from rich.console import Console
-
-    from align.config.recipe import ErrorCollector, load_recipe
-    from align.pipeline import estimates, preflight, token_lengths
-    from align.pipeline import plan as pipeline_plan
-
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    read = load_recipe(recipe, overrides or [])
-    console.print(f"{recipe}: {len(read.stages)} stages: {', '.join(read.stages)}")
-    steps = pipeline_plan.plan(read, runs)
-    errors = ErrorCollector(read)
-    preflight.check_environments(errors, steps)
-    errors.raise_any()
-    warnings = 0
-    for line in token_lengths.examine(read, steps):
-        console.print(line)
-        warnings += "warning:" in line
-    for name, figures in estimates.estimate(steps, world_size=1).items():
-        if figures.memory_bytes is not None:
-            memory = _short(figures.memory_bytes)
-            console.print(f"{name}: memory ≥ {memory}B: weights, gradients and Adam")
-    found = f"{warnings} warning{'s' * (warnings > 1)}, and " if warnings else ""
-    console.print(f"{found}nothing wrong found")
+app.command()(plan)
+app.command()(check)
 
 
 @app.command()

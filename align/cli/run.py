@@ -14,7 +14,10 @@ from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import guarded
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/dpo.yaml.")
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="A file, or the name of a shipped recipe: dpo, control/cartpole_ppo."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -45,10 +48,10 @@ def run_recipe(
     from align.pipeline.summary import show_summary
     from align.runtime import progress
 
-    read = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
     with progress.display() as display:
-        summary = runner.run_recipe(read, runs, display, force=force, until=until)
-    show_summary(summary, display.console, runs / read.name / "summary.json")
+        summary = runner.run_recipe(loaded, runs, display, force=force, until=until)
+    show_summary(summary, display.console, runs / loaded.name / "summary.json")
 
 
 def main() -> None:

@@ -213,6 +213,11 @@ class Stage(Config):
         return {}
 
     @property
+    def required_packages(self) -> dict[str, tuple[str, str]]:
+        """The package of an optional dependency, and the extra that installs it, by key."""
+        return {}
+
+    @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The Gymnasium environments that the stage makes."""
         return ()

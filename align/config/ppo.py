@@ -268,6 +268,12 @@ class PPO(TrainingStage):
         return {"vllm_url": self.vllm_url} if self.sampler == "vllm" else {}
 
     @property
+    def required_packages(self) -> dict[str, tuple[str, str]]:
+        """bitsandbytes, if the backbone is quantized."""
+        quantized = {"quantization": ("bitsandbytes", "quantization")}
+        return quantized if self.quantization else {}
+
+    @property
     def gold_prompts(self) -> GoldPrompts | None:
         """The training prompts, if the gold score is logged."""
         return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None

@@ -47,7 +47,7 @@ def inspect_env(environment: str, options: Mapping[str, Any], distribution: str 
         import gymnasium
     except ImportError:
         raise UnfitError(
-            "environment", "Gymnasium is not installed: pip install 'align[control]'"
+            "environment", "Gymnasium is not installed: pip install -e '.[control]'"
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium warns that newer versions of a world exist
@@ -87,7 +87,7 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
         text = " ".join(str(error).split())
         extra = next((e for word, e in _EXTRAS.items() if word in text.lower()), "control")
         raise UnfitError(
-            "environment", f"{name} needs more packages: pip install 'align[{extra}]'"
+            "environment", f"{name} needs more packages: pip install -e '.[{extra}]'"
         ) from None
     except (errors.UnregisteredEnv, errors.DeprecatedEnv, errors.Error, ImportError) as error:
         if isinstance(error, ImportError) and ":" not in name:

@@ -6,6 +6,7 @@ it exists.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_si
     """
     errors = ErrorCollector(recipe)
     check_hub_models(errors, pending)
+    check_packages(errors, pending)
     check_environments(errors, pending)
     check_reward_functions(errors, pending)
     check_servers(errors, pending)
@@ -78,6 +80,15 @@ def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
         if model in missing:
             message = "no such folder, not in the cache, and the Hub cannot be reached"
             errors.add(keys, f"{model}: {message}; name a folder, or download the model first")
+
+
+def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that the optional dependencies that settings require are installed."""
+    for stage in pending:
+        for key, (package, extra) in stage.config.required_packages.items():
+            if importlib.util.find_spec(package) is None:
+                repair = f"pip install -e '.[{extra}]'"
+                errors.add((stage.name, key), f"{package} is not installed: {repair}")
 
 
 def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

@@ -246,7 +246,7 @@ def test_an_extra_that_is_not_installed_is_named(environment, hidden, extra, mon
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, hidden, None)
-    with pytest.raises(spaces.UnfitError, match=rf"pip install 'align\[{extra}\]'"):
+    with pytest.raises(spaces.UnfitError, match=rf"pip install -e '.\[{extra}\]'"):
         spaces.inspect_env(environment, {}, None)
 
 
@@ -260,7 +260,7 @@ def test_plan_and_check_look_at_the_environment_too(tmp_path, monkeypatch, capsy
             command(Path("bad.yaml"))
     out = capsys.readouterr().out
     assert "4,000" in out  # steps of two seeds
-    assert "nothing wrong found" in out
+    assert "no errors" in out
     assert not (tmp_path / "runs").exists()
 
 

@@ -148,7 +148,7 @@ def test_help_plan_and_check_write_no_files(tmp_path):
     assert facts.keys() >= {"commit", "platform", "python", "torch", "trl", "deepspeed", "devices"}
     plan = align("plan", RECIPE).stdout
     assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "424"))
-    assert "nothing wrong found" in align("check", RECIPE).stdout
+    assert "no errors" in align("check", RECIPE).stdout
     assert list(tmp_path.iterdir()) == []
 
 

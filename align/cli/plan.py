@@ -1,0 +1,113 @@
+"""The commands `align plan` and `align check`: what a recipe would do, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from align.cli.run import Overrides, RecipePath, Runs, Until
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from align.pipeline.estimates import Estimate
+    from align.pipeline.plan import PlannedStage
+
+WIDTH = 100  # of the table if the output is not a terminal
+STATUS = {"reused": "reuse", "resume": "resume", "run": "run"}
+LEGEND = (
+    "steps: optimizer steps, or environment steps of all seeds; "
+    "memory: weights, gradients and Adam of one process, without activations"
+)
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    until: Until = None,
+    processes: Annotated[int, typer.Option(help="Number of processes of the run.", min=1)] = 1,
+) -> None:
+    """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
+    from rich.console import Console
+
+    from align.config.recipe import ErrorCollector, load_recipe
+    from align.pipeline import estimates, preflight
+    from align.pipeline import plan as pipeline_plan
+
+    loaded = load_recipe(recipe, overrides or [])
+    stages = pipeline_plan.plan(loaded, runs, until=until)
+    pending = [stage for stage in stages if stage.status != "reused"]
+    errors = ErrorCollector(loaded)
+    preflight.check_environments(errors, pending)
+    preflight.check_batch_sizes(errors, pending, processes)
+    errors.raise_any()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    title = f"{recipe}: {len(stages)} stages"
+    console.print(_plan_table(title, stages, estimates.estimate(stages, world_size=processes)))
+    console.print(LEGEND, style="dim")
+
+
+def _plan_table(
+    title: str, stages: Sequence[PlannedStage], estimates: Mapping[str, Estimate]
+) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "status", "folder"):
+        table.add_column(column, overflow="fold")
+    for column in ("rows", "steps", "tokens", "memory"):
+        table.add_column(column, justify="right")
+    for stage in stages:
+        work, memory = estimates[stage.name].work, estimates[stage.name].memory_bytes
+        table.add_row(
+            stage.name,
+            STATUS[stage.status],
+            str(stage.folder),
+            "" if work.rows is None else f"{work.rows:,}",
+            "" if work.steps is None else f"{work.steps:,}",
+            "" if work.tokens is None else f"≈ {_with_unit(work.tokens)}",
+            "" if memory is None else f"≥ {_with_unit(memory)}B",
+        )
+    return table
+
+
+def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
+    """Check recipe, data, token lengths and chat template without training."""
+    from rich.console import Console
+
+    from align.config.recipe import ErrorCollector, load_recipe
+    from align.pipeline import estimates, preflight, token_lengths
+    from align.pipeline import plan as pipeline_plan
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    loaded = load_recipe(recipe, overrides or [])
+    console.print(f"{recipe}: {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+    stages = pipeline_plan.plan(loaded, runs)
+    errors = ErrorCollector(loaded)
+    preflight.check_environments(errors, stages)
+    errors.raise_any()
+    warnings = 0
+    for line in token_lengths.examine(loaded, stages):
+        console.print(line)
+        warnings += "warning:" in line
+    for name, estimate in estimates.estimate(stages, world_size=1).items():
+        if estimate.memory_bytes is not None:
+            memory = _with_unit(estimate.memory_bytes)
+            console.print(f"{name}: memory ≥ {memory}B for weights, gradients and Adam")
+    counted = f", {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    console.print(f"no errors{counted}")
+
+
+def _with_unit(number: float) -> str:
+    """Three digits and a prefix: ``1.23 k``. Followed by B it is a size."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}" if prefix else f"{number:.0f} "
+        number /= 1000
+    return f"{number:.3g} T"
