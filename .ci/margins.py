@@ -1,8 +1,8 @@
-"""Check the results of `recipes/{dpo,kto,ppo}.yaml` against bounds that were set before anything was measured.
+"""Check the results of `recipes/{dpo,kto,ppo}.yaml` against bounds that were set beforehand.
 
-``python .ci/margins.py SUMMARY...``: a win rate of at least 0.80 whose interval lies above 0.75, a gold score that is
-higher by at least 0.10, and a policy against itself at a win rate that does not differ from 0.5. With ``--reused``, check
-only that every stage was reused.
+``python .ci/margins.py SUMMARY...``: a win rate of at least 0.80 whose interval lies above 0.75, a
+gold score that is higher by at least 0.10, and a policy against itself at a win rate that does not
+differ from 0.5. With ``--reused``, check only that every stage was reused.
 """
 
 import json

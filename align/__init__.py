@@ -1,3 +1,3 @@
-"""Align: supervised fine-tuning, preference optimization and held-out win rates, chained by recipe files."""
+"""Alignment of language models: SFT, preference optimization, PPO and win rates, by recipe."""
 
 __version__ = "0.2.0"

@@ -73,7 +73,7 @@ def shown(value: object) -> str:
 
 
 def nearest(word: str, known: Iterable[str], *, only_near: bool = False) -> str:
-    """``; did you mean `beta`?`` for the closest known word; without one, a list of all known words.
+    """``; did you mean `beta`?`` for a similar known word, or else a list of all known words.
 
     With ``only_near``, the list is left out.
     """

@@ -1,7 +1,8 @@
 """Run a recipe: ``accelerate launch align/run.py RECIPE [STAGE.KEY=VALUE ...]``.
 
-Python puts the folder of a script first on the module search path. That is ``align/`` here, where ``import align`` would
-fail and subpackages could shadow installed packages. The checkout takes its place before anything else is imported.
+Python puts the folder of a script first on the module search path. That is ``align/`` here, where
+``import align`` would fail and subpackages could shadow installed packages. The checkout takes its
+place before anything else is imported.
 """
 
 import os

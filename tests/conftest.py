@@ -47,7 +47,7 @@ class Finished(NamedTuple):
 def launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Finished]]:
-    """``launch("recipe.yaml", "dpo.beta=0.2")`` runs ``align/run.py`` in this process and in ``tmp_path``.
+    """``launch("recipe.yaml", "dpo.beta=0.2")`` runs ``align/run.py`` here, in ``tmp_path``.
 
     Environment, signal handlers and working directory are restored.
     """

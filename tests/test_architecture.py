@@ -1,4 +1,4 @@
-"""The architecture as tests: who may import whom, sizes, and words that the style guide rules out."""
+"""The architecture as tests: imports, sizes, and words that the style guide rules out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "align"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What each folder or top-level module may import from Align. `align/__init__.py` may import anything, in functions.
+# What each folder or top-level module may import from Align. `align/__init__.py` may import
+# anything, in functions.
 MAY_IMPORT = {
     "errors": "",
     "functional": "",

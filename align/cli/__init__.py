@@ -1,1 +1,4 @@
-"""The ``align`` command and the command line of ``align/run.py``. Only these modules parse arguments."""
+"""The ``align`` command and the command line of ``align/run.py``.
+
+Only these modules parse arguments.
+"""

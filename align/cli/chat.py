@@ -9,8 +9,8 @@ from pathlib import Path
 def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Read lines from standard input and print the policy's answers while they are sampled.
 
-    An empty line starts a new conversation; the end of the input ends the command. ``source`` is a model folder or a Hub
-    id.
+    An empty line starts a new conversation; the end of the input ends the command. ``source`` is a
+    model folder or a Hub id.
     """
     import torch
     from transformers import TextStreamer

@@ -18,7 +18,7 @@ def show_environment() -> None:
 
 
 def describe() -> dict[str, str]:
-    """Versions of Align, Python and libraries, the commit of the checkout, and the devices that torch can use."""
+    """Versions of Align and its libraries, the commit, and the devices that torch can use."""
     versions = artifacts.versions()
     facts = {
         "align": versions["align"],

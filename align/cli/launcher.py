@@ -1,4 +1,4 @@
-"""Run `accelerate launch` in this process, and return the exit code of the run instead of the launcher's.
+"""Run `accelerate launch` in this process and return the exit code of the run.
 
 The launcher itself exits with 1 and a traceback, whatever the run's exit code is.
 """
@@ -13,7 +13,10 @@ from types import FrameType
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run ``accelerate launch`` with these arguments. Returns the exit code of the first process that failed, or 0."""
+    """Run ``accelerate launch`` with these arguments.
+
+    Returns the exit code of the first process that failed, or 0.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,4 +1,4 @@
-"""The ``align`` command: run, plan and check recipes, chat with a policy, watch a control policy play."""
+"""The ``align`` command: run, plan and check recipes, chat with or watch a policy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def run(
     until: Until = None,
     config: Config = None,
 ) -> None:
-    """Run a recipe through accelerate's launcher. Exit codes: 0 success, 1 error, 2 invalid input, 130 interrupted."""
+    """Run a recipe through accelerate's launcher.
+
+    Exit codes: 0 success, 1 error, 2 invalid input, 130 interrupted.
+    """
     from align.config.recipe import load_recipe
 
     load_recipe(recipe, overrides or [])  # reports invalid input before the launcher starts

@@ -1,4 +1,4 @@
-"""The commands `align plan` and `align check`: what a recipe would do, and what is wrong with it."""
+"""The commands `align plan` and `align check`, which start no stage."""
 
 from __future__ import annotations
 

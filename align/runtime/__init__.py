@@ -1,1 +1,1 @@
-"""What a running stage needs: artifacts, checkpoints, locks, ranks, signals, progress, exit codes."""
+"""Services for running stages: artifacts, checkpoints, locks, ranks, signals, progress."""

@@ -1,4 +1,4 @@
-"""``artifact.json``, written last into a stage's folder; digests of data and files; versions and commit.
+"""``artifact.json``, which is written last into a stage's folder; digests, versions, commit.
 
 A folder without ``artifact.json`` is a stage that did not finish.
 """
@@ -29,9 +29,10 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 class Artifact:
     """The record of a finished stage.
 
-    ``inputs`` has the folder (or Hub id) and the digest of each input by its name. ``seconds`` is the duration of the run
-    that finished the stage, without earlier interrupted runs. ``peak_memory_bytes`` is GPU memory on a machine with a GPU
-    and resident memory otherwise. ``headline``, ``remarks`` and ``tables`` are those of the stage's result.
+    ``inputs`` has the folder (or Hub id) and the digest of each input by its name. ``seconds`` is
+    the duration of the run that finished the stage, without earlier interrupted runs.
+    ``peak_memory_bytes`` is GPU memory on a machine with a GPU and resident memory otherwise.
+    ``headline``, ``remarks`` and ``tables`` are those of the stage's result.
     """
 
     stage: str
@@ -78,7 +79,7 @@ def read_artifact(folder: Path) -> Artifact | None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON atomically: to a temporary file in the same folder, flushed to the disk, then renamed."""
+    """Write JSON atomically: to a temporary file, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
@@ -108,14 +109,18 @@ def digest_file(file: Path) -> str:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """SHA-256 of the names and contents of files in the given order, in hex. Their folders do not count."""
+    """SHA-256 of the names and contents of files in the given order, in hex.
+
+    Their folders do not count.
+    """
     return digest([[file.name, digest_file(file)] for file in files])
 
 
 def digest_folder(folder: Path) -> str:
     """The digest in the folder's artifact, or else a digest of the files directly in it.
 
-    The latter covers the base model of an adapter as well, if the base model is a folder on this disk.
+    The latter covers the base model of an adapter as well, if the base model is a folder on this
+    disk.
     """
     artifact = read_artifact(folder)
     if artifact is not None:
@@ -138,7 +143,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of this checkout, with ``+changes`` if tracked files were changed; None outside a checkout."""
+    """The git commit of this checkout, with ``+changes`` if tracked files differ from it.
+
+    None outside a checkout.
+    """
     package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -155,7 +163,10 @@ def commit() -> str | None:
 
 
 def make_readable(folder: Path) -> None:
-    """Give the weights in a folder the usual permissions; safetensors writes them readable by their owner only."""
+    """Give the weights in a folder the usual permissions.
+
+    safetensors writes files that only their owner can read.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: a checkpoint counts only once its mark is written and all of its files are there."""
+"""Checkpoints of a stage. One counts only if its mark and all of its files exist."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COMPLETE_MARK = "complete.json"
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints ``checkpoint-<step>`` in a folder, oldest first.
 
-    A checkpoint without a mark was interrupted while it was written; one that lacks a file of its mark, or has it with
-    another size, is damaged or was interrupted while it was removed.
+    A checkpoint without a mark was interrupted while it was written; one that lacks a file of its
+    mark, or has it with another size, is damaged or was interrupted while it was removed.
     """
     complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
     return sorted(complete, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -30,7 +30,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def mark_complete(checkpoint: Path, *, world_size: int) -> None:
-    """Mark a checkpoint as complete, with the sizes of its files and the number of processes that wrote it."""
+    """Mark a checkpoint as complete; the mark has the sizes of its files and the world size."""
     (checkpoint / COMPLETE_MARK).unlink(missing_ok=True)
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
@@ -41,7 +41,8 @@ def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     """The newest complete checkpoint, to resume from; None if there is none.
 
     Raises:
-        ArtifactError: Another number of processes wrote it, so a resumed run would end in other weights.
+        ArtifactError: Another number of processes wrote it, so a resumed run would end in other
+            weights.
     """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:

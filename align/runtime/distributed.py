@@ -1,4 +1,4 @@
-"""The ranks of a launch: who is rank 0, collectives, sharing rows, memory, and a clean state between stages.
+"""The ranks of a launch: collectives, sharing rows, memory, a clean state between stages.
 
 Importing this module does not import torch.
 """
@@ -40,8 +40,8 @@ def init_process_group() -> None:
     """Join the launcher's process group, and check that it is the one that was configured.
 
     Raises:
-        UserError: The launcher started several processes that would each run alone, or it was configured for FSDP or
-            DeepSpeed, and accelerate uses neither.
+        UserError: The launcher started several processes that would each run alone, or it was
+            configured for FSDP or DeepSpeed, and accelerate uses neither.
     """
     import torch
     from accelerate import PartialState
@@ -93,11 +93,14 @@ def map_rows(
     size: int | None = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[T]:
-    """``fn(rows)``, with the rows shared over the ranks. Every rank returns the results of all rows, in row order.
+    """``fn(rows)``, with the rows shared over the ranks.
 
-    ``fn`` maps a list of rows to as many results. It is called with ``size`` consecutive rows at a time; chunk k is computed
-    by rank k modulo the number of ranks. With ``size=None`` each rank makes one call with every ``world_size``-th row.
-    ``progress`` is called after each chunk with the number of finished chunks and of all chunks of this rank.
+    Every rank returns the results of all rows, in row order.
+
+    ``fn`` maps a list of rows to as many results. It is called with ``size`` consecutive rows at a
+    time; chunk k is computed by rank k modulo the number of ranks. With ``size=None`` each rank
+    makes one call with every ``world_size``-th row. ``progress`` is called after each chunk with
+    the number of finished chunks and of all chunks of this rank.
     """
     if size is None:
         chunks = [range(first, len(rows), world_size()) for first in range(world_size())]
@@ -117,9 +120,10 @@ def map_rows(
 
 
 def reset_process_state(seed: int) -> None:
-    """Free what the last stage held, so that the next one starts as if it were the first in this process.
+    """Free what the last stage held: the next one starts as if it were the first.
 
-    Resets random states, the state of accelerate, the process-wide configs of DeepSpeed and bitsandbytes, and memory.
+    Resets random states, the state of accelerate, the process-wide configs of DeepSpeed and
+    bitsandbytes, and memory.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState
@@ -151,7 +155,7 @@ def reset_process_state(seed: int) -> None:
 
 
 def peak_memory_bytes() -> int | None:
-    """Peak memory since :func:`reset_process_state`: of the GPU, else resident memory; None if unknown."""
+    """Peak GPU memory since :func:`reset_process_state`, else resident memory; None if unknown."""
     import torch
 
     if torch.cuda.is_available():

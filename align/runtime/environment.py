@@ -1,4 +1,4 @@
-"""Settings of other libraries: no telemetry, no progress bars, no warnings on which a user cannot act."""
+"""Settings of other libraries: no telemetry, progress bars or irrelevant warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _IRRELEVANT = {
 
 
 def quiet_libraries() -> None:
-    """Turn off telemetry, progress bars and advice of other libraries. Variables that the user has set keep their values.
+    """Turn off telemetry, progress bars and advice of other libraries.
+
+    Variables that the user has set keep their values.
 
     Call it before these libraries are imported: most read the environment at import.
     """
@@ -28,8 +30,8 @@ def quiet_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(variable, value)
-    # transformers 5.23 renamed gradient checkpointing to activation checkpointing, but TRL 1.16 and transformers itself
-    # still use the old name, at every step.
+    # transformers 5.23 renamed gradient checkpointing to activation checkpointing, but TRL 1.16 and
+    # transformers itself still use the old name, at every step.
     warnings.filterwarnings(
         "ignore", message=r".*gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )

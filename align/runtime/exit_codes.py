@@ -17,8 +17,8 @@ SECONDS_FOR_RANK_0 = 30
 def guarded(command: Callable[[], object]) -> None:
     """Run a command and exit with the code of its outcome.
 
-    Invalid input and interruptions are printed to stderr without a traceback. Any other exception passes through: Python
-    prints the traceback and exits with 1.
+    Invalid input and interruptions are printed to stderr without a traceback. Any other exception
+    passes through: Python prints the traceback and exits with 1.
     """
     signals.install()
     try:
@@ -32,7 +32,8 @@ def guarded(command: Callable[[], object]) -> None:
 def _exit(code: int, lines: Sequence[str]) -> None:
     """Print lines to stderr and exit.
 
-    The launcher kills all ranks once one of them has exited. Other ranks therefore wait, so that rank 0 can print first.
+    The launcher kills all ranks once one of them has exited. Other ranks therefore wait, so that
+    rank 0 can print first.
     """
     if not distributed.is_main() and code == 130:
         lines = []  # all ranks received the signal, and rank 0 prints the line

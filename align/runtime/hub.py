@@ -28,7 +28,8 @@ def is_offline() -> bool:
 def hub_is_reachable() -> bool:
     """Whether the Hub's endpoint accepts a connection; assumed behind a proxy.
 
-    Without this check, a machine without network spends 23 seconds in five retries of the Hub's client.
+    Without this check, a machine without network spends 23 seconds in five retries of the Hub's
+    client.
     """
     if urllib.request.getproxies():
         return True

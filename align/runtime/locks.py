@@ -1,4 +1,4 @@
-"""One writer per folder: a lock file that the operating system releases when its process ends, however it ends."""
+"""One writer per folder, by a lock that the operating system releases when its process ends."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from align.runtime import artifacts, distributed
 
 @contextmanager
 def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
-    """Hold ``folder`` for this run; create it if necessary. All ranks enter together, rank 0 holds the lock.
+    """Hold ``folder`` for this run; create it if necessary.
 
-    If another run holds the folder, ``announce`` is called with one line that names it, and this run waits. The lock file
-    is removed once the folder has an ``artifact.json``.
+    All ranks enter together, rank 0 holds the lock.
+
+    If another run holds the folder, ``announce`` is called with one line that names it, and this
+    run waits. The lock file is removed once the folder has an ``artifact.json``.
 
     Raises:
         ArtifactError: The folder cannot be created.

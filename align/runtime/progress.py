@@ -1,7 +1,7 @@
 """Progress of a run: ``metrics.jsonl`` in a stage's folder, and the display on the terminal.
 
-On a terminal the display is one live progress bar; elsewhere (CI, a log file) it is plain lines. Trackers such as
-TensorBoard or W&B are enabled with Hugging Face's own ``trainer: {report_to: …}``.
+On a terminal the display is one live progress bar; elsewhere (CI, a log file) it is plain lines.
+Trackers such as TensorBoard or W&B are enabled with Hugging Face's own ``trainer: {report_to: …}``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ LOGGER = logging.getLogger("align")
 
 
 def truncate_jsonl(path: Path, after_step: int) -> None:
-    """Keep the lines of a JSONL file whose ``step`` is at most ``after_step``; drop later and incomplete ones.
+    """Drop the lines of a JSONL file with a ``step`` after ``after_step``, and incomplete lines.
 
-    A resumed run writes the dropped lines again. The file is replaced atomically; a missing file stays missing.
+    A resumed run writes the dropped lines again. The file is replaced atomically; a missing file
+    stays missing.
     """
     if not path.exists():
         return
@@ -71,7 +72,8 @@ class _DisplayHandler(logging.Handler):
 class Display:
     """Plain lines: progress at most every few seconds. Base class of :class:`LiveDisplay`.
 
-    Between ``__enter__`` and ``__exit__`` it also shows the records of ``logging.getLogger("align")``.
+    Between ``__enter__`` and ``__exit__`` it also shows the records of
+    ``logging.getLogger("align")``.
     """
 
     def __init__(self, console: Console) -> None:
@@ -195,7 +197,7 @@ def display() -> Display:
 
 
 class Logger:
-    """Reports the progress of one stage: to ``metrics.jsonl`` in its folder (rank 0 only) and to the display."""
+    """Reports the progress of a stage to ``metrics.jsonl`` (rank 0 only) and to the display."""
 
     def __init__(self, name: str, folder: Path, display: Display, *, main: bool) -> None:
         self._name, self._display = name, display

@@ -9,9 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """A table for the summary at the end of a run. Cells are formatted text; numbers are right-aligned.
+    """A table for the summary at the end of a run.
 
-    ``columns`` are the headers; a header that ends in ``<`` is left-aligned. ``note`` is printed below the table.
+    Cells are formatted text; numbers are right-aligned.
+
+    ``columns`` are the headers; a header that ends in ``<`` is left-aligned. ``note`` is printed
+    below the table.
     """
 
     title: str
@@ -22,7 +25,10 @@ class ResultTable:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """The result of a stage. Everything is stored in ``artifact.json``, so a reused stage reports the same."""
+    """The result of a stage.
+
+    Everything is stored in ``artifact.json``, so a reused stage reports the same.
+    """
 
     metrics: dict[str, Any]
     """The stage's metrics, as JSON types."""

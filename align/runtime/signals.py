@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: an exception in most places; in a training loop, a request to stop after the current step.
+"""Ctrl-C and SIGTERM: an exception, or a request to stop after the current training step.
 
 A second signal raises at once everywhere.
 """
@@ -46,7 +46,7 @@ def requested() -> bool:
 
 @contextmanager
 def deferred() -> Iterator[_Stop]:
-    """Within this block, a first signal only sets ``requested``; the loop in the block checks it and ends."""
+    """A first signal within this block only sets ``requested``; the loop in it must check it."""
     _stop.deferred, _stop.requested = True, False
     try:
         yield _stop

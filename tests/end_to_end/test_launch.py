@@ -1,4 +1,4 @@
-"""The launcher as users call it: one and two processes, exit codes, signals, output, the `align` command."""
+"""The launcher and the `align` command as users call them: exit codes, signals, output."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     (reference_folder,) = (tmp_path / "runs").glob("reference-*")
     reference = pq.read_table(reference_folder / "logps.parquet")
 
-    # One process that evaluates the same policies samples the same completions: all metrics are equal.
+    # One process that evaluates the same policies samples the same completions: all metrics are
+    # equal.
     for folder in (tmp_path / "runs").glob("evaluate-*"):
         shutil.rmtree(folder)
     again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, folder=tmp_path)
@@ -189,7 +190,8 @@ def test_two_processes_sample_and_label_the_same_rows_as_one_and_train_kto_on_th
         batches_of_a_process = -(-batches // 2) if name == "two" else batches
         assert artifacts["kto"]["metrics"]["steps"] == 2 * batches_of_a_process
         assert artifacts["sample"]["metrics"]["rows"] == 90
-    # Two processes train on other batches than one, so the policies differ: both now sample the same policy.
+    # Two processes train on other batches than one, so the policies differ: both now sample the
+    # same policy.
     (policy,) = (tmp_path / "one").glob("sft-*")
     (data,) = (tmp_path / "one").glob("prepare-*")
     text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, label_noise: bradley_terry}}\n"

@@ -1,4 +1,4 @@
-"""Kill PPO or a reward stage, start it again: the same weights, metrics and samples to the last bit.
+"""PPO and reward stages that were killed and started again give the same results, bit for bit.
 
 Metrics are compared except for durations.
 """
@@ -18,7 +18,8 @@ from helpers import recipe_runs
 
 from align.runtime import artifacts, checkpoints
 
-# One backbone has an adaptive coefficient and a warm-up of the critic; the separate models have a held-out evaluation.
+# One backbone has an adaptive coefficient and a warm-up of the critic; the separate models have a
+# held-out evaluation.
 RECIPE = """\
 stages:
   prepare: {source: embedded, max_rows: 60, test_fraction: 0.2}
@@ -86,7 +87,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def beside(whole: Path, folder: Path, stage: str) -> Path:
-    """New runs that have what comes before ``stage``: the same folders, as adapters stand on the path of their base."""
+    """A new runs folder in which everything before ``stage`` is finished.
+
+    The folders are links, because adapters name the path of their base model.
+    """
     (folder / "recipe.yaml").write_text(RECIPE)
     runs = folder / "runs"
     runs.mkdir()
@@ -289,7 +293,8 @@ def test_with_all_checkpoints_damaged_it_starts_at_the_beginning(whole, tmp_path
 
 
 def test_the_adaptive_kl_coefficient_lies_in_the_checkpoint_and_goes_on_from_there(whole, tmp_path):
-    # beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon), with target 0.05, n = 8 and horizon 20
+    # beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon), with target 0.05, n = 8 and
+    # horizon 20
     lines = metrics(one(whole, "ppo"))
     expected = [0.05]
     for line in lines[:-1]:

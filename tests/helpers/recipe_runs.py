@@ -52,7 +52,10 @@ def stop(
     number: signal.Signals = signal.SIGKILL,
     delay: float = 0.0,
 ) -> int:
-    """Run until ``when()`` is true and ``delay`` seconds longer, then send a signal. Returns the exit code."""
+    """Run until ``when()`` is true and ``delay`` seconds longer, then send a signal.
+
+    Returns the exit code.
+    """
     with running(runs, *arguments) as process:
         wait_until(when, process, runs)
         time.sleep(delay)

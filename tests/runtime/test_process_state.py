@@ -1,4 +1,4 @@
-"""Tests of the state of a process between two stages, and of the checks when the process group starts."""
+"""Tests of a process's state between stages, and of the checks of the process group."""
 
 from __future__ import annotations
 
