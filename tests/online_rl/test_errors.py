@@ -1,0 +1,93 @@
+"""PPO with invalid input: settings that contradict each other, and runs that diverge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ppo_fixtures, tiny_models
+from helpers.ppo_fixtures import Folders
+from pydantic import ValidationError
+
+from align.config.ppo import PPO
+from align.errors import UserError
+from align.online_rl import trainer
+from align.stages import ppo
+
+BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"advantages": "rloo", "n_completions": 2, "gae_lambda": 0.9},
+            "`gae_lambda` has no effect with `advantages: rloo`",
+        ),
+        ({"advantages": "rloo", "n_completions": 2, "gamma": 0.9}, "`gamma` has no effect"),
+        ({"advantages": "reinforce", "value_clip": 0.1}, "`value_clip` has no effect"),
+        ({"advantages": "rloo"}, "set `n_completions` to at least 2"),
+        ({"vllm_url": "http://x"}, "has no effect without `sampler: vllm`"),
+        ({"kl_horizon": 100}, "has no effect without `kl_target`"),
+        ({"n_eval_prompts": 3}, "has no effect without `eval_steps`"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "must therefore be greater than 0"),
+        ({"kl_target": 1.0, "kl_horizon": 1}, "could change the sign of `kl_coef`"),
+        ({"critic_warmup_steps": 8}, "must be less than `steps` (8), got 8"),
+        ({"rewards": ["reward", "reward"]}, "more than once"),
+        ({"weights": [1.0, 2.0]}, "one entry for each of `rewards` (1), got 2"),
+        ({"n_completions": 3}, "(8) must be a multiple of `n_completions` (3)"),
+        ({"minibatches": 9}, "`minibatches` (9) must not exceed `batch_size` (8)"),
+        ({"quantization": "nf4"}, "set `lora`"),
+        ({"dtype": "bfloat16"}, "rounds small updates to zero"),
+        ({"sampler": "vllm", "quantization": "nf4", "lora": {}}, "needs unquantized weights"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_rejected(changes: dict[str, Any], message: str):
+    with pytest.raises(ValidationError) as raised:
+        PPO.model_validate(BASE | changes)
+    assert message in str(raised.value)
+
+
+def test_a_run_that_diverges_writes_no_policy(folders: Folders, tmp_path: Path):
+    config = PPO(
+        model="sft",
+        rewards=["reward"],
+        lora=tiny_models.LORA,
+        steps=8,
+        batch_size=4,
+        max_new_tokens=6,
+        learning_rate=1.0e12,
+        epochs=4,
+        max_grad_norm=1.0e30,
+    )
+    inputs = {
+        "model": folders.world.sft,
+        "prompts": folders.world.data,
+        "rewards.0": folders.adapter,
+    }
+    with pytest.raises((UserError, RuntimeError)):
+        ppo.run(config, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
+    assert not list(tmp_path.glob("adapter_model*"))
+
+
+def test_out_of_memory_names_the_settings_that_reduce_it(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+
+    monkeypatch.setattr(trainer, "build_models", fail)
+    inputs = {"model": folders.world.sft, "prompts": folders.world.data, "rewards.0": folders.full}
+    config = ppo_fixtures.ppo_config()
+    with pytest.raises(UserError) as raised:
+        ppo.run(config, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
+    (line,) = raised.value.lines
+    assert "lower `micro_batch_size` (results stay the same)" in line
+    assert "Tried to allocate 2 GiB" in line
+
+
+def test_prompts_that_leave_no_room_for_a_completion_are_rejected(folders: Folders, tmp_path: Path):
+    with pytest.raises(UserError, match=r"max_new_tokens: .* exceed the model's 192 positions"):
+        ppo_fixtures.build_trainer(folders, tmp_path, max_new_tokens=190)
