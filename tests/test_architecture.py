@@ -143,7 +143,6 @@ def test_top_level_modules_shadow_nothing_and_are_few():
     assert {path.stem for path in entries if path.name != "py.typed"} & taken == set()
 
 
-@pytest.mark.xfail(strict=False, reason="the split of long modules has not landed")
 def test_files_have_at_most_400_lines_and_functions_60():
     too_long = []
     for path in MODULES:
