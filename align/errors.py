@@ -72,13 +72,13 @@ def shown(value: object) -> str:
     return str(value)
 
 
-def nearest(word: str, known: Iterable[str], *, only_near: bool = False) -> str:
-    """``; did you mean `beta`?`` for a similar known word, or else a list of all known words.
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean `beta`?`` for the most similar known word; empty if none is similar."""
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{similar[0]}`?" if similar else ""
 
-    With ``only_near``, the list is left out.
-    """
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean `beta`?`` for a similar known word, or else a list of all known words."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean `{close[0]}`?"
-    return "" if only_near else f"; known: {', '.join(known)}"
+    return did_you_mean(word, known) or f"; known: {', '.join(known)}"

@@ -29,7 +29,7 @@ from align.config.overrides import (
 from align.config.shipped import recipes_dir
 from align.config.stages import STAGES
 from align.config.yaml_loader import Document, read_yaml
-from align.errors import RecipeError, UserError, mismatch, nearest, shown
+from align.errors import RecipeError, UserError, did_you_mean, mismatch, nearest, shown
 
 _TOP_KEYS = ("needs", "stages")
 _STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*$")
@@ -216,7 +216,7 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
     shipped = shipped_recipes()
     name = file.as_posix()
     if name not in shipped:
-        hint = nearest(name, shipped, only_near=True)
+        hint = did_you_mean(name, shipped)
         raise RecipeError(
             f"{name}: no such recipe{hint}; name a file, or a shipped recipe: {', '.join(shipped)}"
         )
@@ -341,7 +341,7 @@ def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -
             message = f"expected {context['expected']}, got {shown(value)}"
             if isinstance(value, str):
                 choices = re.findall(r"'([^']+)'", context["expected"])
-                message += nearest(value, choices, only_near=True)
+                message += did_you_mean(value, choices)
         case "value_error":
             message = str(context["error"])
         case kind if kind in _EXPECTED:

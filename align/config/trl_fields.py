@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from align.errors import mismatch, nearest, shown
+from align.errors import did_you_mean, mismatch, nearest, shown
 
 FILE = Path(__file__).with_name("trl_fields.json")
 COMMON = "common"  # the key of the fields that all classes share
@@ -91,7 +91,7 @@ def check(config: str, name: str, value: object, text: str | None) -> Iterator[t
     """
     field = trl_fields(config).get(name)
     if field is None:
-        hint = nearest(name, trl_fields(config), only_near=True)
+        hint = did_you_mean(name, trl_fields(config))
         yield (), f"no field of TRL's {config}{hint}"
     elif name in RESERVED:
         yield (), f"cannot be set under `trainer`; {RESERVED[name]}"

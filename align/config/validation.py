@@ -14,7 +14,7 @@ from typing import Any
 
 from align.config.base import FUNCTION, Input, Stage, input_names
 from align.config.stages import STAGES
-from align.errors import nearest, shown
+from align.errors import did_you_mean, shown
 
 __all__ = ["FUNCTION", "validate_inputs", "validate_stage"]
 
@@ -68,7 +68,7 @@ def _input_error(
     if "/" not in target and "\\" not in target:
         order = list(classes)
         earlier = order[: order.index(name)]
-        hint = nearest(target, earlier, only_near=True)
+        hint = did_you_mean(target, earlier)
         hint = hint or f"; earlier stages: {', '.join(earlier) or 'none'}"
         note = (
             " (a folder is a path that exists; a Hub id is owner/name)" if expected.models else ""

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from align.errors import nearest
+from align.errors import did_you_mean
 
 if TYPE_CHECKING:
     import gymnasium
@@ -93,7 +93,7 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
         if isinstance(error, ImportError) and ":" not in name:
             raise UnfitError("environment", f"{name} needs a package: {error}") from None
         known = sorted(key for key in gymnasium.registry if "/" not in key)
-        hint = nearest(name, known, only_near=True) or "; gymnasium.pprint_registry() lists them"
+        hint = did_you_mean(name, known) or "; gymnasium.pprint_registry() lists them"
         raise UnfitError("environment", f"no such environment: {name}{hint}") from None
     except (TypeError, ValueError) as error:
         told = " ".join(str(error).split())

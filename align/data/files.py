@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from align.data.rows import Raw
-from align.errors import UserError
+from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 BATCH = 1000  # Parquet rows in memory at once
@@ -30,10 +30,10 @@ def read_file(path: Path, *, max_rows: int | None = None) -> Iterator[Raw]:
     """Rows of a file, in the format of its suffix.
 
     Raises:
-        UserError: The suffix is unknown; while iterating, the file is malformed or unreadable.
+        DataError: The suffix is unknown; while iterating, the file is malformed or unreadable.
     """
     if not path.name.lower().endswith(SUFFIXES):
-        raise UserError(f"{path}: unknown file format; expected one of {', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: unknown file format; expected one of {', '.join(SUFFIXES)}")
     return _iter_rows(path, max_rows)
 
 
@@ -50,12 +50,12 @@ def _iter_rows(path: Path, max_rows: int | None) -> Iterator[Raw]:
                 yield from _read_json(path, stream)[:max_rows]
             else:
                 yield from _read_csv(path, stream, max_rows)
-    except UserError:
+    except DataError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: truncated gzip file ({error}); download it again") from None
+        raise DataError(f"{path}: truncated gzip file ({error}); download it again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _open(path: Path) -> ByteStream:
@@ -65,7 +65,7 @@ def _open(path: Path) -> ByteStream:
     stream.seek(0)
     if not is_gzip and path.name.lower().endswith(".gz"):
         stream.close()
-        raise UserError(f"{path}: not a gzip file; rename it, or download it again")
+        raise DataError(f"{path}: not a gzip file; rename it, or download it again")
     if not is_gzip:
         return stream
     stream.close()
@@ -102,18 +102,18 @@ def _read_json(path: Path, stream: ByteStream) -> list[Raw]:
     try:
         rows = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         repair = (
             "; a file with one object per line is JSONL: name it .jsonl"
             if error.msg == "Extra data"
             else ""
         )
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}{repair}") from None
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}{repair}") from None
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: unreadable JSON: {_json_limit(error)}") from None
+        raise DataError(f"{path}: unreadable JSON: {_json_limit(error)}") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of objects, got {_json_type(rows)}")
+        raise DataError(f"{path}: expected a list of objects, got {_json_type(rows)}")
     _raise_problems(
         path,
         [
@@ -134,7 +134,7 @@ def _read_csv(path: Path, stream: ByteStream, max_rows: int | None) -> Iterator[
             header = next(reader, [])
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
-                raise UserError(f"{path}:1: two columns are named `{repeated[0]}`; rename one")
+                raise DataError(f"{path}:1: two columns are named `{repeated[0]}`; rename one")
             for cells in islice(reader, max_rows):
                 if len(cells) == len(header):
                     yield dict(zip(header, cells, strict=True))
@@ -160,14 +160,14 @@ def _read_parquet(path: Path, max_rows: int | None) -> Iterator[Raw]:
             yield from islice((row for batch in batches for row in batch.to_pylist()), max_rows)
     except pa.ArrowException as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: not Parquet: {first_line}") from None
+        raise DataError(f"{path}: not Parquet: {first_line}") from None
 
 
 def _raise_problems(path: Path, problems: list[str]) -> None:
     if problems:
         n_more = len(problems) - MAX_PROBLEMS
         more = [f"{path}: and {n_more} more such lines"] if n_more > 0 else []
-        raise UserError(*problems[:MAX_PROBLEMS], *more)
+        raise DataError(*problems[:MAX_PROBLEMS], *more)
 
 
 def _json_type(value: object) -> str:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from align.config.data import FORMATS, REQUIRED_COLUMNS, columns_read
 from align.data.rows import ROLES, DroppedError, Messages, Raw, Row, prompt_id
 from align.data.sources import Part
-from align.errors import UserError, nearest
+from align.errors import DataError, did_you_mean, nearest
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_FORMATS = (("chosen", "rejected"),)
@@ -219,7 +219,7 @@ def check_column_map(reader: str, columns: Mapping[str, str]) -> None:
     """Check the keys of ``columns`` for a reader, before the source is read.
 
     Raises:
-        UserError: A key is not a column that the reader uses, or one column is mapped twice.
+        DataError: A key is not a column that the reader uses, or one column is mapped twice.
     """
     known = columns_read(reader)
     problems = [
@@ -233,24 +233,24 @@ def check_column_map(reader: str, columns: Mapping[str, str]) -> None:
         if count > 1
     ]
     if problems:
-        raise UserError(*problems)
+        raise DataError(*problems)
 
 
 def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) -> None:
     """Check the columns of all parts of a source.
 
     Raises:
-        UserError: One line for each part, or each key of ``columns``, that lacks a column.
+        DataError: One line for each part, or each key of ``columns``, that lacks a column.
     """
     parts = [part for part in parts if part.head]
     names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
     problems = []
     for own, name in columns.items():
         if names and name not in names:
-            hint = nearest(name, names, only_near=True) or f"; found {_quoted(names)}"
+            hint = did_you_mean(name, names) or f"; found {_quoted(names)}"
             problems.append(f"columns: {{{own}: {name}}}: no column `{name}`{hint}")
     if problems:
-        raise UserError(*problems)
+        raise DataError(*problems)
     for part in parts:
         if reader in REQUIRED_COLUMNS:
             problems += _public_problems(part, reader, columns)
@@ -259,7 +259,7 @@ def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) ->
         else:
             problems += _column_problems(part, columns)
     if problems:
-        raise UserError(*problems)
+        raise DataError(*problems)
 
 
 def _public_problems(part: Part, reader: str, columns: Mapping[str, str]) -> list[str]:

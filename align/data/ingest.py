@@ -25,7 +25,7 @@ from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_store import RowTable
 from align.data.rows import DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, read_source, source_files
-from align.errors import UserError, nearest
+from align.errors import DataError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def ingest(config: Prepare) -> Ingested:
     """Read and check all sources of a stage.
 
     Raises:
-        UserError: One line for each problem with the sources.
+        DataError: One line for each problem with the sources.
     """
     sources = preference_sources(config)
     for source in sources:
@@ -69,7 +69,7 @@ def ingest(config: Prepare) -> Ingested:
         demonstrations = ingester.read([_demonstration_source(config, sources[0])])
         preferences.pop("demonstrations", None)
         if not preferences:
-            raise UserError(
+            raise DataError(
                 f"{names}: contains only demonstrations, and `demonstrations` names another source;"
                 " set `source` to one of the two, and remove `demonstrations`"
             )
@@ -105,7 +105,7 @@ def evaluation_prompts(name: str, n: int) -> EvaluationPrompts:
     It is a file, all files of a folder, or the split ``test`` of a Hub data set.
 
     Raises:
-        UserError: A row has no prompt.
+        DataError: A row has no prompt.
     """
     files = source_files(name, split="")
     parts: list[Part] = []
@@ -118,7 +118,7 @@ def evaluation_prompts(name: str, n: int) -> EvaluationPrompts:
             texts += prompt or []
             n_unread += prompt is None
     if n_unread or not texts:
-        raise UserError(
+        raise DataError(
             f"decontaminate: {name}: {n_unread} rows have no text in `prompt`, `messages`, `question` or"
             " `instruction`; rename the column that contains the prompt"
         )
@@ -159,13 +159,13 @@ class _Ingester:
         rows = [row for part in parts for row in part.head]
         if not rows:
             files = "1 empty file" if len(parts) == 1 else f"{len(parts)} empty files"
-            raise UserError(f"{source.source}: no rows; found {files}")
+            raise DataError(f"{source.source}: no rows; found {files}")
         missing = [
             name for name in self._config.keep_columns if not any(name in row for row in rows)
         ]
         if missing:
             names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
-            raise UserError(
+            raise DataError(
                 *(
                     f"keep_columns: {source.source} has no column `{m}`{nearest(m, names)}"
                     for m in missing

@@ -38,7 +38,7 @@ from align.data.splits import (
     leakage,
     select_rows,
 )
-from align.errors import UserError
+from align.errors import DataError
 
 
 class SplitRow(NamedTuple):
@@ -132,7 +132,7 @@ def prepare(config: Prepare) -> PreparedData:
     Memory grows with the number of rows, not with the length of their text.
 
     Raises:
-        UserError: One line for each problem with the sources.
+        DataError: One line for each problem with the sources.
     """
     ingested = ingest(config)  # 1. read sources, check rows
     near = deduplicate(ingested.tables, ingested.minhash, config)  # 2. duplicates
@@ -144,13 +144,13 @@ def split(ingested: Ingested, near: NearDuplicates, config: Prepare) -> Prepared
     """Select the rows of each kind and assign each prompt to a split.
 
     Raises:
-        UserError: No row of a kind is usable, or a split is empty.
+        DataError: No row of a kind is usable, or a split is empty.
     """
     check_usable(ingested.preferences.values(), ingested.name)
     check_usable((ingested.demonstrations or {}).values(), str(config.demonstrations))
     kinds = select_rows(ingested.preferences, ingested.demonstrations)
     if not any(part.take.any() for part in kinds["demonstrations"].tables):
-        raise UserError(
+        raise DataError(
             f"{config.demonstrations or ingested.name}: no completion is labeled true, so no completion can be"
             " demonstrated; set `demonstrations` to another source"
         )
@@ -175,7 +175,7 @@ def check_usable(tables: Iterable[RowTable], source: str) -> None:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             transcripts = "not an HH transcript" in reasons
             repair = "try `reader: columns`" if transcripts else "fix its rows, or map `columns:`"
-            raise UserError(
+            raise DataError(
                 f"{source}: none of {table.n_read.total()} {table.kind} is usable: {counts}; {repair}"
             )
 

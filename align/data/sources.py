@@ -17,7 +17,7 @@ from align.config.data import MixtureSource
 from align.config.shipped import data_dir
 from align.data.files import SUFFIXES, read_file
 from align.data.rows import Raw
-from align.errors import UserError, nearest
+from align.errors import DataError, did_you_mean
 from align.runtime import hub
 
 EMBEDDED_FILES = ("demonstrations.jsonl.gz", "pairs.jsonl.gz")
@@ -47,7 +47,7 @@ def read_source(source: MixtureSource, *, max_rows: int | None = None) -> list[P
     """Parts of a source, each with at most ``max_rows`` rows.
 
     Raises:
-        UserError: The source does not exist or cannot be read.
+        DataError: The source does not exist or cannot be read.
     """
     files = source_files(source.source, split=source.data_split)
     if files:
@@ -62,7 +62,7 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     (``train-00000-of-00002.parquet``), or all files if no name contains it or ``split`` is empty.
 
     Raises:
-        UserError: The path does not exist, or the folder contains no data files.
+        DataError: The path does not exist, or the folder contains no data files.
     """
     if source == "embedded":
         return embedded_files()
@@ -70,16 +70,14 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # name too long, unknown user
-        raise UserError(f"{source[:80]!r}: invalid path: {error}") from None
+        raise DataError(f"{source[:80]!r}: invalid path: {error}") from None
     if is_folder:
         return _folder_files(path, split)
     if is_file:
         return [path]
     if _is_path(source):
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(
-            f"{source}: no such file or folder{nearest(path.name, siblings, only_near=True)}"
-        )
+        raise DataError(f"{source}: no such file or folder{did_you_mean(path.name, siblings)}")
     return []
 
 
@@ -87,7 +85,7 @@ def embedded_files() -> list[Path]:
     """Files of the embedded data set.
 
     Raises:
-        UserError: A file is missing from the installation.
+        DataError: A file is missing from the installation.
     """
     files = [data_dir() / "embedded" / name for name in EMBEDDED_FILES]
     missing = [
@@ -96,7 +94,7 @@ def embedded_files() -> list[Path]:
         if not file.is_file()
     ]
     if missing:
-        raise UserError(*missing)
+        raise DataError(*missing)
     return files
 
 
@@ -110,7 +108,7 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     files = [file for file in visible_files() if file.name.lower().endswith(SUFFIXES)]
     if not files:
         others = ", ".join(f"`{file.name}`" for file in islice(visible_files(), 5)) or "no files"
-        raise UserError(f"{folder}: no data files ({', '.join(SUFFIXES)}); found {others}")
+        raise DataError(f"{folder}: no data files ({', '.join(SUFFIXES)}); found {others}")
     if not split:
         return files
     matching = [
@@ -130,11 +128,11 @@ def _is_path(source: str) -> bool:
 
 def _read_hub(source: MixtureSource, max_rows: int | None) -> Iterator[Raw]:
     name = source.source
-    suggestion = nearest(name, ["embedded"], only_near=True)
+    suggestion = did_you_mean(name, ["embedded"])
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name!r}: not a file, a folder, or a Hub id (owner/name){suggestion}")
+        raise DataError(f"{name!r}: not a file, a folder, or a Hub id (owner/name){suggestion}")
     if not hub.is_offline() and not hub.hub_is_reachable():
-        raise UserError(
+        raise DataError(
             f"{name}: no such file or folder, and the Hub cannot be reached"
             f"{suggestion or '; name a local file, or set HF_HUB_OFFLINE=1 to use the cache'}"
         )
@@ -158,7 +156,7 @@ def _read_hub(source: MixtureSource, max_rows: int | None) -> Iterator[Raw]:
         else:
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             reason = f"cannot be loaded from the Hub: {first_line}"
-        raise UserError(f"{name}: no such file or folder, and {reason}{suggestion}") from None
+        raise DataError(f"{name}: no such file or folder, and {reason}{suggestion}") from None
     return (
         row
         for start in range(0, len(rows), BATCH)  # memory-mapped: batches are loaded lazily

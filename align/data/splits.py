@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from align.config.data import Prepare
 from align.data.deduplication import first_occurrences
 from align.data.row_store import RowTable, as_digests, as_numbers
-from align.errors import UserError
+from align.errors import DataError
 
 SPLITS = ("train", "test", "validation")
 
@@ -137,7 +137,7 @@ def assign_splits(
     Near-duplicates have the split of their representative.
 
     Raises:
-        UserError: A split with a fraction above 0 is empty.
+        DataError: A split with a fraction above 0 is empty.
     """
     parts = [part for kind in kinds.values() for part in kind.tables]
     codes: dict[int, int] = {}
@@ -197,7 +197,7 @@ def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
             f" {repair}, add prompts or change `split_seed`"
         )
     if problems:
-        raise UserError(*problems)
+        raise DataError(*problems)
 
 
 def leakage(kinds: Mapping[str, KindRows], fraction: float, seed: int) -> dict[str, int]:

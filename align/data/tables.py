@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.rows import Row
-from align.errors import UserError
+from align.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ def read(
     ``required_by`` names the setting that needs the table, for the error message.
 
     Raises:
-        UserError: The folder has no such table.
+        DataError: The folder has no such table.
     """
     import pyarrow.parquet as pq
 
@@ -66,7 +66,7 @@ def column_names(folder: Path, kind: str, split: str, *, required_by: str = "") 
     """Names of the columns of a table, in order.
 
     Raises:
-        UserError: The folder has no such table.
+        DataError: The folder has no such table.
     """
     import pyarrow.parquet as pq
 
@@ -89,7 +89,7 @@ def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Datas
     the stage's other temporary files.
 
     Raises:
-        UserError: The folder has no table of the training split.
+        DataError: The folder has no table of the training split.
     """
     from datasets import Dataset
 
@@ -109,7 +109,7 @@ def _existing_file(folder: Path, kind: str, split: str, required_by: str) -> Pat
         repair = f"the source of this stage contains no {kind}: use another source"
     else:
         repair = f"set `{split}_fraction` of its `prepare` stage above 0"
-    raise UserError(
+    raise DataError(
         f"{folder}: no {file.name}{required}; found {', '.join(names) or 'no tables'}; {repair}"
     )
 
@@ -121,7 +121,7 @@ class TableWriter:
     """Write conversational rows as Parquet, one row group at a time.
 
     Turns are stored as lists of ``{role, content}``. Kept columns have the type of the first row
-    group. A later value of another type raises :class:`UserError`.
+    group. A later value of another type raises :class:`DataError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,7 +151,7 @@ class TableWriter:
                 self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
             self._writer.write_table(pa.Table.from_pylist(self._rows, self._writer.schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise UserError(
+            raise DataError(
                 f"keep_columns: the values of a kept column differ in type ({error}); convert them to one type, such as text"
             ) from None
         self._rows = []
