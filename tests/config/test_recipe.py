@@ -23,7 +23,7 @@ from align.config.recipe import Recipe, load_recipe
 from align.config.stages import STAGES, stage_kind
 from align.config.training import DPO, SFT, TRLStage
 from align.config.yaml_loader import read_yaml
-from align.errors import UserError, mismatch, nearest
+from align.errors import UserError, did_you_mean, mismatch, nearest
 
 N_RECIPES = 24
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -191,7 +191,7 @@ def test_the_nearest_key_is_named_and_all_are_where_none_is_near(
     word: str, known: list[str], hint: str
 ):
     assert nearest(word, known) == hint
-    assert nearest(word, known, only_near=True) == ("" if "known" in hint else hint)
+    assert did_you_mean(word, known) == ("" if "known" in hint else hint)
 
 
 # Needs ----------------------------------------------------------------------------------------------------------------
