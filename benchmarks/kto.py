@@ -92,8 +92,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {side: [] for side in args.sides}
     for seed in args.seeds:
         read = recipe.load_recipe(RECIPE, [f"all.seed={seed}", *args.overrides])
-        done = runner.run_recipe(read, args.runs, display, until="sft")["stages"]
-        data, sft = (Path(stage["folder"]) for stage in done)
+        done = runner.run_recipe(read, args.runs, display, until="sft").stages
+        data, sft = (stage.folder for stage in done)
         settings, asked = read.stages["kto"], read.stages["evaluate"]
         assert isinstance(settings, KTO)
         assert isinstance(asked, Evaluate)

@@ -1,4 +1,4 @@
-"""pipeline.lookup"""
+"""Finished stages by their names, for the commands that use a trained policy."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.config.base import POLICY_STAGES
-from align.errors import UserError, nearest
+from align.errors import ArtifactError, nearest
 from align.models import files
 from align.runtime import artifacts
 
+CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
+POLICY_RECIPE = "recipes/sft.yaml"
+
 
 def find_policy(policy: str, runs: Path) -> Path | str:
-    """The folder of a policy: one named, or the newest finished stage of a name under ``runs``;
-    else a Hub id.
+    """The folder of a policy: a folder, or the newest finished stage of that name; else a Hub id.
 
     Raises:
-        UserError: There is no such stage, or it did not finish.
+        UserError: The folder has no model, or no finished stage in ``runs`` has this name.
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
@@ -24,42 +26,40 @@ def find_policy(policy: str, runs: Path) -> Path | str:
         return folder
     if "/" in policy:
         return policy
-    return newest_run(policy, runs, POLICY_STAGES, recipe="recipes/sft.yaml")
-
-
-def newest_run(name: str, runs: Path, stages: Sequence[str], *, recipe: str) -> Path:
-    """The newest finished stage called ``name`` of these kinds; ``recipe`` is told to whoever has
-    none.
-
-    Raises:
-        UserError: There is no such stage, or it did not finish.
-    """
-    made = [(p, artifacts.read_artifact(p)) for p in runs.glob("*-????????????")]
-    finished = [(p, a) for p, a in made if a is not None and a.stage in stages]
-    mine = [p for p, a in finished if a.name == name]
-    unfinished = any(a is None and p.name.startswith(f"{name}-") for p, a in made)
-    if not mine:
-        names = sorted({a.name for _, a in finished})
-        raise UserError(
-            f"{runs}: no finished policy `{name}`{' (it did not finish yet)' if unfinished else ''}"
-            f"{nearest(name, names) if names else f'; run a recipe first, such as {recipe}'}"
-        )
-    return max(mine, key=lambda p: (p / artifacts.FILE).stat().st_mtime)
-
-
-CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
+    return newest_run(policy, runs, POLICY_STAGES, recipe=POLICY_RECIPE)
 
 
 def find_control_policy(policy: str, runs: Path) -> Path:
-    """The folder of trained policies: one named, or the newest finished stage of a name under
-    ``runs``.
+    """The folder of the policies of a ``control`` stage, or of the newest of that name.
 
     Raises:
-        UserError: There is no such stage, it did not finish, or the folder has none.
+        UserError: The folder has no policy, or no finished stage in ``runs`` has this name.
     """
     folder = Path(policy).expanduser()
     if not folder.is_dir():
         return newest_run(policy, runs, ("control",), recipe=CONTROL_RECIPE)
     if not (folder / "policy.json").is_file():
-        raise UserError(f"{folder}: no policy.json; name a `control` stage, or its folder")
+        raise ArtifactError(f"{folder}: no policy.json; name a `control` stage, or its folder")
     return folder
+
+
+def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> Path:
+    """The folder of the newest finished stage called ``name``, of one of these kinds.
+
+    ``recipe`` is suggested if there is no finished stage at all.
+
+    Raises:
+        ArtifactError: No finished stage has this name.
+    """
+    folders = [(path, artifacts.read_artifact(path)) for path in runs.glob("*-????????????")]
+    finished = [(path, artifact) for path, artifact in folders if artifact is not None]
+    policies = [(path, artifact) for path, artifact in finished if artifact.stage in kinds]
+    matching = [path for path, artifact in policies if artifact.name == name]
+    if matching:
+        return max(matching, key=lambda path: (path / artifacts.FILE).stat().st_mtime)
+    started = any(a is None and path.name.startswith(f"{name}-") for path, a in folders)
+    names = sorted({artifact.name for _, artifact in policies})
+    hint = nearest(name, names) if names else f"; run a recipe first, such as {recipe}"
+    raise ArtifactError(
+        f"{runs}: no finished policy `{name}`{' (it is not finished yet)' if started else ''}{hint}"
+    )

@@ -62,7 +62,7 @@ def call(runs: Path, text: str = SMALL, *overrides: str) -> dict[str, Any]:
     """Run a recipe in this process; its only stage in the summary."""
     (runs.parent / "recipe.yaml").write_text(text)
     read = recipe.load_recipe(runs.parent / "recipe.yaml", overrides)
-    return runner.run_recipe(read, runs, Display(Console(quiet=True)))["stages"][0]
+    return runner.run_recipe(read, runs, Display(Console(quiet=True))).as_json()["stages"][0]
 
 
 @pytest.fixture(scope="module")

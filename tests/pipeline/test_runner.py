@@ -77,7 +77,7 @@ def plan(*overrides: str) -> dict[str, PlannedStage]:
 def run(*overrides: str, **options: Any) -> dict[str, str]:
     display = Display(Console(quiet=True))
     summary = runner.run_recipe(read(*overrides), Path("runs"), display, **options)
-    return {stage["name"]: stage["status"] for stage in summary["stages"]}
+    return {stage.name: stage.status for stage in summary.stages}
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -358,16 +358,13 @@ def test_a_run_killed_before_it_tidied_is_tidied_by_the_next(here):
     assert list(folder.glob("checkpoint-*")) == []
 
 
-def test_what_was_trained_by_another_number_of_processes_is_said(here):
+def test_reuse_of_a_model_trained_by_another_number_of_processes_is_logged(here, caplog):
     run()
     folder = plan()["sft"].folder
     made = json.loads((folder / artifacts.FILE).read_text())
     (folder / artifacts.FILE).write_text(json.dumps(made | {"world_size": 8}))
-    said: list[str] = []
-    display = Display(Console(quiet=True))
-    display.info = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
-    runner.run_recipe(read(), Path("runs"), display)
-    assert "sft: trained by 8 processes; this run has 1" in said
+    run()
+    assert "sft: trained by 8 processes; this run has 1" in caplog.messages
 
 
 def test_data_that_a_later_stage_cannot_use_are_told_before_anything_trains(here):
@@ -462,9 +459,9 @@ def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys
     said: list[str] = []
     display = Display(Console(quiet=True))
     display.info = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
-    result: dict[str, Any] = {}
+    results: list[runner.RunSummary] = []
     thread = threading.Thread(
-        target=lambda: result.update(runner.run_recipe(read(), Path("runs"), display, until="sft"))
+        target=lambda: results.append(runner.run_recipe(read(), Path("runs"), display, until="sft"))
     )
     thread.start()
     deadline = time.monotonic() + 20
@@ -477,7 +474,7 @@ def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys
     artifacts.write_artifact(folder, donor)  # the holder finishes
     lock.release()
     thread.join(20)
-    assert [stage["status"] for stage in result["stages"]] == ["reused", "reused"]
+    assert [stage.status for stage in results[0].stages] == ["reused", "reused"]
 
 
 def test_the_lock_of_a_killed_run_is_free(here):
