@@ -1,6 +1,7 @@
 """The key reference, ``docs/configuration.md``, generated from the configuration classes.
 
-After a change of the configuration, write it again: ``python -m align.config.reference > docs/configuration.md``.
+After a change of the configuration, write it again:
+``python -m align.config.reference > docs/configuration.md``.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def _remove_working_files(stage: PlannedStage) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove the files of a stage. An interruption leaves an unfinished stage without checkpoint."""
+    """Remove the files of a stage, first those that mark it as finished or resumable."""
     (folder / artifacts.FILE).unlink(missing_ok=True)
     for mark in folder.glob(f"checkpoint-*/{checkpoints.COMPLETE_MARK}"):
         mark.unlink()

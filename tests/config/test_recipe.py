@@ -1,4 +1,4 @@
-"""Recipes: strict reading with lines, overrides by declared type, needs, references, TRL's own keys, the schema."""
+"""Loading of recipes: line numbers, overrides, needs, inputs, fields of TRL, schema."""
 
 from __future__ import annotations
 
@@ -63,29 +63,29 @@ def read_text(write: Any, text: str, *overrides: str) -> Recipe:
     return load_recipe(write("recipe.yaml", text), overrides)
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
+# Reading
 
 
-def test_a_recipe_becomes_typed_settings_in_the_order_of_its_stages(write: Any):
-    found = read_text(write, CHAIN)
-    assert list(found.stages) == ["prepare", "sft", "dpo"]
-    assert found.stages["sft"] == SFT(
+def test_a_recipe_becomes_typed_configurations_in_the_order_of_its_stages(write: Any):
+    recipe = read_text(write, CHAIN)
+    assert list(recipe.stages) == ["prepare", "sft", "dpo"]
+    assert recipe.stages["sft"] == SFT(
         model=NewModel(vocab_size=512), trainer={"learning_rate": 0.001}
     )
-    assert found.stages["dpo"] == DPO(model="sft", beta=0.1, pairs="prepare")
-    assert [stage_kind(stage) for stage in found.stages.values()] == ["prepare", "sft", "dpo"]
+    assert recipe.stages["dpo"] == DPO(model="sft", beta=0.1, pairs="prepare")
+    assert [stage_kind(stage) for stage in recipe.stages.values()] == ["prepare", "sft", "dpo"]
 
 
-def test_settings_are_frozen(write: Any):
+def test_configurations_are_frozen(write: Any):
     stage = read_text(write, CHAIN).stages["dpo"]
     with pytest.raises(ValueError, match="frozen"):
         stage.beta = 0.5  # type: ignore[attr-defined]
 
 
-def test_two_stages_of_one_kind_carry_names_of_their_own(write: Any):
-    found = read_text(write, CHAIN + "  low_beta: {stage: dpo, model: dpo, beta: 0.01}\n")
-    assert stage_kind(found.stages["low_beta"]) == "dpo"
-    assert found.stages["low_beta"].beta == 0.01  # type: ignore[attr-defined]
+def test_two_stages_of_one_kind_have_different_names(write: Any):
+    recipe = read_text(write, CHAIN + "  low_beta: {stage: dpo, model: dpo, beta: 0.01}\n")
+    assert stage_kind(recipe.stages["low_beta"]) == "dpo"
+    assert recipe.stages["low_beta"].beta == 0.01  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def test_a_recipe_is_named_by_its_path_below_the_folder_recipes(path: str, name:
     assert load_recipe(write(path, CHAIN)).name == name
 
 
-def test_every_key_knows_its_line(write: Any):
-    found = read_text(write, CHAIN, "dpo.beta=0.2")
-    assert found.at("sft", "trainer", "learning_rate") == (
+def test_the_line_of_every_key_is_known(write: Any):
+    recipe = read_text(write, CHAIN, "dpo.beta=0.2")
+    assert recipe.at("sft", "trainer", "learning_rate") == (
         "recipe.yaml:5: sft.trainer.learning_rate"
     )
-    assert found.at("sft", "model", "hidden_size") == "recipe.yaml:4: sft.model.hidden_size"
-    assert found.at("sft", "seed") == "recipe.yaml:3: sft.seed"
-    assert found.at("dpo", "beta") == "command line: dpo.beta"
-    assert found.at("dpo", "model") == "recipe.yaml:7: dpo.model"
-    assert found.at("nothing") == "recipe.yaml: nothing"
+    assert recipe.at("sft", "model", "hidden_size") == "recipe.yaml:4: sft.model.hidden_size"
+    assert recipe.at("sft", "seed") == "recipe.yaml:3: sft.seed"
+    assert recipe.at("dpo", "beta") == "command line: dpo.beta"
+    assert recipe.at("dpo", "model") == "recipe.yaml:7: dpo.model"
+    assert recipe.at("nothing") == "recipe.yaml: nothing"
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_a_document_gives_the_line_of_a_key_or_of_the_nearest_above(
     assert read_yaml(Path(write("recipe.yaml", CHAIN))).line(keys) == line
 
 
-def test_mistakes_come_all_at_once_in_the_order_of_their_lines(write: Any):
+def test_all_errors_are_raised_at_once_in_the_order_of_their_lines(write: Any):
     text = CHAIN.replace("vocab_size", "vocab_sise").replace("0.1", "much") + "    bta: 1\n"
-    told = problems(write("recipe.yaml", text), "dpo.sede=1")
-    assert [line.split(": ")[:2] for line in told] == [
+    errors = problems(write("recipe.yaml", text), "dpo.sede=1")
+    assert [line.split(": ")[:2] for line in errors] == [
         ["recipe.yaml:4", "sft.model.vocab_sise"],
         ["recipe.yaml:8", "dpo.beta"],
         ["recipe.yaml:9", "dpo.bta"],
@@ -136,45 +136,45 @@ def test_mistakes_come_all_at_once_in_the_order_of_their_lines(write: Any):
     ]
 
 
-def test_a_duplicate_key_names_both_of_its_lines(write: Any):
-    told = problems(write("recipe.yaml", CHAIN + "    model: prepare\n"))
-    assert told == (
+def test_a_duplicate_key_is_reported_with_both_lines(write: Any):
+    errors = problems(write("recipe.yaml", CHAIN + "    model: prepare\n"))
+    assert errors == (
         "recipe.yaml:9: stages.dpo: duplicate key `model`, first in line 7; remove one",
     )
 
 
-def test_a_stage_that_stands_twice_in_one_file_is_a_duplicate_key(write: Any):
-    told = problems(write("recipe.yaml", CHAIN + "  sft: {model: {}}\n"))
-    assert told == ("recipe.yaml:9: stages: duplicate key `sft`, first in line 3; remove one",)
+def test_a_duplicate_stage_in_one_file_is_a_duplicate_key(write: Any):
+    errors = problems(write("recipe.yaml", CHAIN + "  sft: {model: {}}\n"))
+    assert errors == ("recipe.yaml:9: stages: duplicate key `sft`, first in line 3; remove one",)
 
 
 @pytest.mark.parametrize(
     ("written", "repair"),
     [("5e-7", "5.0e-7"), ("1e3", "1.0e+3"), ("2.5e4", "2.5e+4"), ("-1E-2", "-1.0e-2")],
 )
-def test_the_repair_of_a_number_that_yaml_reads_as_text_is_read_as_that_number(
+def test_the_repair_of_a_number_that_yaml_reads_as_text_is_that_number(
     written: str, repair: str, write: Any
 ):
     assert yaml.safe_load(written) == written
     assert yaml.safe_load(repair) == float(written)
-    told = problems(write("recipe.yaml", CHAIN.replace("0.1", written)))
-    assert told == (
+    errors = problems(write("recipe.yaml", CHAIN.replace("0.1", written)))
+    assert errors == (
         f"recipe.yaml:8: dpo.beta: expected a number, got the text '{written}' "
         f"(YAML reads {written} as text: write {repair})",
     )
 
 
 @pytest.mark.parametrize("word", ["no", "off", "No", "yes", "on"])
-def test_a_word_that_yaml_reads_as_true_or_false_is_told_as_written(word: str, write: Any):
-    told = problems(write("recipe.yaml", CHAIN + f"    revision: {word}\n"))
+def test_a_word_that_yaml_reads_as_true_or_false_is_reported_as_written(word: str, write: Any):
+    errors = problems(write("recipe.yaml", CHAIN + f"    revision: {word}\n"))
     read_as = str(yaml.safe_load(word)).lower()
-    assert told == (
+    assert errors == (
         f"recipe.yaml:9: dpo.revision: expected text, got {word}, which YAML reads as {read_as}: "
         f"write '{word}' in quotes",
     )
 
 
-def test_true_and_false_themselves_are_told_plainly():
+def test_true_and_false_are_reported_as_values():
     assert mismatch("text", True, "true") == "expected text, got true"
     assert mismatch("a number", False, None) == "expected a number, got false"
 
@@ -187,17 +187,17 @@ def test_true_and_false_themselves_are_told_plainly():
         ("zzz", ["beta", "model"], "; known: beta, model"),
     ],
 )
-def test_the_nearest_key_is_named_and_all_are_where_none_is_near(
+def test_the_nearest_key_is_suggested_or_else_all_keys_are_listed(
     word: str, known: list[str], hint: str
 ):
     assert nearest(word, known) == hint
     assert did_you_mean(word, known) == ("" if "known" in hint else hint)
 
 
-# Needs ----------------------------------------------------------------------------------------------------------------
+# Needs
 
 
-def test_needed_stages_come_first_and_a_recipe_needed_twice_is_read_once(write: Any):
+def test_needed_stages_come_first_and_a_recipe_that_is_needed_twice_is_read_once(write: Any):
     write("base/prepare.yaml", "stages:\n  prepare: {source: embedded}\n")
     write("base/sft.yaml", "needs: [prepare.yaml]\nstages:\n  sft: {model: {}}\n")
     write("other.yaml", "needs: base/prepare.yaml\nstages:\n  other: {stage: sft, model: {}}\n")
@@ -205,9 +205,9 @@ def test_needed_stages_come_first_and_a_recipe_needed_twice_is_read_once(write: 
         "dpo.yaml",
         "needs: [base/sft.yaml, other.yaml, ./base/../base/prepare.yaml]\nstages:\n  dpo: {model: sft}\n",
     )
-    found = load_recipe(top)
-    assert list(found.stages) == ["prepare", "sft", "other", "dpo"]
-    assert found.at("sft", "model") == "base/sft.yaml:3: sft.model"
+    recipe = load_recipe(top)
+    assert list(recipe.stages) == ["prepare", "sft", "other", "dpo"]
+    assert recipe.at("sft", "model") == "base/sft.yaml:3: sft.model"
 
 
 def test_a_recipe_of_needs_alone_is_a_recipe(write: Any):
@@ -220,7 +220,7 @@ def test_a_recipe_of_needs_alone_is_a_recipe(write: Any):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_cycle_of_needs_is_told_with_its_way(length: int, write: Any):
+def test_a_cycle_of_needs_is_reported_with_its_path(length: int, write: Any):
     for n in range(length):
         write(f"r{n}.yaml", f"\nneeds: [r{(n + 1) % length}.yaml]\n")
     way = " → ".join([*(f"r{n}.yaml" for n in range(length)), "r0.yaml"])
@@ -229,20 +229,20 @@ def test_a_cycle_of_needs_is_told_with_its_way(length: int, write: Any):
     )
 
 
-def test_a_needed_recipe_that_is_not_there_is_told_at_the_line_that_names_it(write: Any):
+def test_a_missing_needed_recipe_is_reported_at_the_line_that_names_it(write: Any):
     path = write("recipe.yaml", "needs:\n- recipe2.yaml\n" + CHAIN)
     assert problems(path) == (
         "recipe.yaml:2: needs: recipe2.yaml: no such recipe; there are recipe.yaml",
     )
 
 
-def test_a_stage_in_two_recipes_is_told_with_both_places(write: Any):
+def test_a_stage_in_two_recipes_is_reported_with_both_places(write: Any):
     write("sft.yaml", "stages:\n  prepare: {source: embedded}\n")
-    told = problems(write("dpo.yaml", "needs: [sft.yaml]\n" + CHAIN))
-    assert told[0].startswith("dpo.yaml:3: prepare: sft.yaml:2 already has a stage of this name")
+    errors = problems(write("dpo.yaml", "needs: [sft.yaml]\n" + CHAIN))
+    assert errors[0].startswith("dpo.yaml:3: prepare: sft.yaml:2 already has a stage of this name")
 
 
-# Overrides ------------------------------------------------------------------------------------------------------------
+# Overrides
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,9 @@ def test_a_stage_in_two_recipes_is_told_with_both_places(write: Any):
 def test_an_override_is_read_by_the_type_of_its_key(override: str, value: object, write: Any):
     text = CHAIN + "  evaluate: {policies: [dpo], baseline: sft, judge: gold}\n"
     name, key = override.partition("=")[0].split(".")[:2]
-    found = getattr(read_text(write, text, override).stages[name], key)
-    assert found == value
-    assert type(found) is type(value)
+    result = getattr(read_text(write, text, override).stages[name], key)
+    assert result == value
+    assert type(result) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -297,31 +297,31 @@ def test_an_override_is_read_by_the_type_of_its_key(override: str, value: object
 def test_an_override_of_a_trainer_field_is_read_by_the_type_that_trl_declares(
     override: str, value: object, write: Any
 ):
-    found = read_text(write, CHAIN, f"dpo.trainer.{override}").stages["dpo"]
-    assert found.trainer == {override.partition("=")[0]: value}  # type: ignore[attr-defined]
+    stage = read_text(write, CHAIN, f"dpo.trainer.{override}").stages["dpo"]
+    assert stage.trainer == {override.partition("=")[0]: value}  # type: ignore[attr-defined]
 
 
 def test_all_sets_a_key_in_every_stage_that_has_it(write: Any):
-    found = read_text(write, CHAIN, "all.seed=7", "all.trainer.max_steps=3", "dpo.seed=8")
-    assert [getattr(stage, "seed", None) for stage in found.stages.values()] == [None, 7, 8]
-    trained = [stage for stage in found.stages.values() if isinstance(stage, TRLStage)]
+    recipe = read_text(write, CHAIN, "all.seed=7", "all.trainer.max_steps=3", "dpo.seed=8")
+    assert [getattr(stage, "seed", None) for stage in recipe.stages.values()] == [None, 7, 8]
+    trained = [stage for stage in recipe.stages.values() if isinstance(stage, TRLStage)]
     assert [stage.trainer["max_steps"] for stage in trained] == [3, 3]
 
 
-def test_all_leaves_out_stages_whose_value_has_no_such_key_below_it(write: Any):
-    found = read_text(write, CHAIN, "all.model.vocab_size=300")
-    assert found.stages["sft"].model == NewModel(vocab_size=300)  # type: ignore[attr-defined]
-    assert found.stages["dpo"].model == "sft"  # type: ignore[attr-defined]
+def test_all_skips_stages_whose_value_has_no_such_key_below_it(write: Any):
+    recipe = read_text(write, CHAIN, "all.model.vocab_size=300")
+    assert recipe.stages["sft"].model == NewModel(vocab_size=300)  # type: ignore[attr-defined]
+    assert recipe.stages["dpo"].model == "sft"  # type: ignore[attr-defined]
 
 
-def test_the_last_override_of_a_key_holds_and_the_file_stays_as_it_is(write: Any):
-    found = read_text(write, CHAIN, "dpo.beta=0.2", "dpo.beta=0.3")
-    assert found.stages["dpo"].beta == 0.3  # type: ignore[attr-defined]
+def test_the_last_override_of_a_key_applies_and_the_file_is_unchanged(write: Any):
+    recipe = read_text(write, CHAIN, "dpo.beta=0.2", "dpo.beta=0.3")
+    assert recipe.stages["dpo"].beta == 0.3  # type: ignore[attr-defined]
     assert Path("recipe.yaml").read_text(encoding="utf-8") == CHAIN
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("dpo.beta=-1", "dpo.beta: must be greater than 0, got -1"),
         ("dpo.beta=no", "dpo.beta: expected a number, got false"),
@@ -337,15 +337,17 @@ def test_the_last_override_of_a_key_holds_and_the_file_stays_as_it_is(write: Any
         ("dpo.stage=dop", "dpo.stage: expected a kind of stage, got the text 'dop'; did you mean `dpo`?"),
     ],
 )  # fmt: skip
-def test_a_wrong_override_is_told_as_one_of_the_command_line(override: str, told: str, write: Any):
+def test_an_invalid_override_is_reported_as_one_of_the_command_line(
+    override: str, expected: str, write: Any
+):
     lines = problems(write("recipe.yaml", CHAIN), override)
-    assert any(line.startswith(f"command line: {told}") for line in lines), lines
+    assert any(line.startswith(f"command line: {expected}") for line in lines), lines
 
 
-# What stages name -----------------------------------------------------------------------------------------------------
+# Inputs
 
 
-def test_references_go_by_role_and_items_of_a_list_by_number(write: Any):
+def test_inputs_are_named_by_key_and_items_of_a_list_by_number(write: Any):
     text = CHAIN + "  evaluate: {policies: [dpo, a/b], baseline: sft, judge: gold}\n"
     stages = read_text(write, text).stages
     assert stages["prepare"].input_names() == {}
@@ -363,12 +365,12 @@ def test_references_go_by_role_and_items_of_a_list_by_number(write: Any):
 def test_a_model_is_an_earlier_stage_or_a_hub_id_or_a_folder_that_is_there(model: str, write: Any):
     write("folder/config.json", "{}")
     write("a/folder/config.json", "{}")
-    found = read_text(write, CHAIN.replace("model: sft", f"model: {model}"))
-    assert found.stages["dpo"].model == model  # type: ignore[attr-defined]
+    recipe = read_text(write, CHAIN.replace("model: sft", f"model: {model}"))
+    assert recipe.stages["dpo"].model == model  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "expected"),
     [
         ("model: dpo", "dpo.model: stage `dpo` does not precede `dpo`"),
         ("model: later", "dpo.model: stage `later` does not precede `dpo`"),
@@ -380,7 +382,7 @@ def test_a_model_is_an_earlier_stage_or_a_hub_id_or_a_folder_that_is_there(model
         ("pairs: a/b", "dpo.pairs: no such folder: a/b; name an earlier `prepare` or `label` stage"),
     ],
 )  # fmt: skip
-def test_a_reference_to_what_is_not_there_is_told(key: str, told: str, write: Any):
+def test_an_input_that_does_not_exist_is_reported(key: str, expected: str, write: Any):
     write("near/README.md", "a folder of this name makes `near/tiny` a path, not a Hub id")
     name, _, target = key.partition(": ")
     text = CHAIN if name == "pairs" else CHAIN.replace("    model: sft\n", "")
@@ -388,23 +390,23 @@ def test_a_reference_to_what_is_not_there_is_told(key: str, told: str, write: An
     text += "  later: {stage: sft, model: {}}\n"
     lines = problems(write("recipe.yaml", text))
     line = text.splitlines().index(f"    {key}") + 1
-    assert [told in entry and entry.startswith(f"recipe.yaml:{line}: ") for entry in lines] == [
+    assert [expected in entry and entry.startswith(f"recipe.yaml:{line}: ") for entry in lines] == [
         True
     ], lines
 
 
-def test_an_item_of_a_list_is_told_at_its_own_line(write: Any):
+def test_an_item_of_a_list_is_reported_at_its_line(write: Any):
     evaluate = (
         "  evaluate:\n    baseline: sft\n    judge: gold\n    policies:\n    - dpo\n    - dop\n"
     )
-    told = problems(write("recipe.yaml", CHAIN + evaluate))
-    assert told == (
+    errors = problems(write("recipe.yaml", CHAIN + evaluate))
+    assert errors == (
         "recipe.yaml:14: evaluate.policies.1: no earlier stage `dop`; did you mean `dpo`? "
         "(a folder is a path that exists; a Hub id is owner/name)",
     )
 
 
-# What keys mean together ----------------------------------------------------------------------------------------------
+# Keys that depend on each other
 
 
 def together(
@@ -431,12 +433,12 @@ def together(
         together(dpo="{loss_type: [sigmoid, sft]}"),
     ],
 )
-def test_keys_that_fit_together_are_no_mistake(text: str, write: Any):
+def test_compatible_keys_are_accepted(text: str, write: Any):
     assert list(read_text(write, text).stages) == ["prepare", "sft", "dpo", "evaluate"]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         (
             together(dpo="{eval_strategy: epoch}"),
@@ -472,13 +474,11 @@ def test_keys_that_fit_together_are_no_mistake(text: str, write: Any):
         ),
     ],
 )
-def test_keys_that_do_not_fit_together_are_told_before_anything_runs(
-    text: str, told: str, write: Any
-):
-    assert problems(write("recipe.yaml", text)) == (told,)
+def test_incompatible_keys_are_reported_before_anything_runs(text: str, expected: str, write: Any):
+    assert problems(write("recipe.yaml", text)) == (expected,)
 
 
-# TRL's own keys -------------------------------------------------------------------------------------------------------
+# Fields of TRL
 
 CONFIGS = sorted({cls.trainer_config for cls in STAGES.values() if cls.trainer_config})
 
@@ -490,18 +490,18 @@ def fields(config: str) -> dict[str, dataclasses.Field[Any]]:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_trainer_keys_are_the_fields_of_the_class_of_trl(config: str):
+def test_the_fields_are_those_of_the_class_of_trl(config: str):
     own = {name for name, field in fields(config).items() if field.init}
     assert set(trl_fields.trl_fields(config)) == own
     assert len(own) > 100
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_default_of_trl_fits_the_type_and_the_choices_read_off_its_source(config: str):
+def test_every_default_of_trl_fits_the_type_and_the_choices_of_its_field(config: str):
     keys = trl_fields.trl_fields(config)
     for name, field in fields(config).items():
-        made = field.default_factory
-        default = field.default if made is dataclasses.MISSING else made()
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         if isinstance(default, enum.Enum):
             default = default.value
         if field.init and default is not dataclasses.MISSING:
@@ -518,7 +518,7 @@ def test_the_choices_are_those_that_the_class_of_trl_declares(config: str):
             assert list(keys[name].choices) == declared
 
 
-def test_the_losses_of_dpo_are_those_that_its_trainer_knows():
+def test_the_losses_of_dpo_are_those_of_its_trainer():
     # Independent of the help text: the trainer compares `loss_type` with each in an if chain.
     import inspect
 
@@ -532,7 +532,7 @@ def test_the_losses_of_dpo_are_those_that_its_trainer_knows():
     assert set(trl_fields.trl_fields("DPOConfig")["f_divergence_type"].choices) == known
 
 
-def test_what_a_chain_decides_itself_are_fields_of_trl():
+def test_the_reserved_fields_are_fields_of_trl():
     known = {name for config in CONFIGS for name in trl_fields.trl_fields(config)}
     assert set(trl_fields.RESERVED) <= known
 
@@ -568,7 +568,7 @@ def test_a_trainer_value_must_have_the_type_that_trl_declares(key: str, value: o
     ("key", "value"),
     [("learning_rate", -1.0e-3), ("learning_rate", float("nan")), ("per_device_train_batch_size", 0)],
 )  # fmt: skip
-def test_a_trainer_value_below_its_least_is_told(key: str, value: float, write: Any):
+def test_a_trainer_value_below_the_minimum_is_reported(key: str, value: float, write: Any):
     text = CHAIN + f"    trainer: {json.dumps({key: value}).replace('NaN', '.nan')}\n"
     least = trl_fields.MINIMUM[key]
     assert problems(write("recipe.yaml", text)) == (
@@ -577,13 +577,13 @@ def test_a_trainer_value_below_its_least_is_told(key: str, value: float, write: 
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_lower_bound_is_one_of_a_field_of_trl_and_its_default_is_above_it(config: str):
+def test_every_minimum_belongs_to_a_field_of_trl_with_a_larger_default(config: str):
     known = fields(config)
     for word in trl_fields.MINIMUM:
         assert not trl_fields.too_small(word, known[word].default)
 
 
-def test_trainer_keys_are_read_without_importing_trl():
+def test_the_fields_of_trl_are_read_without_importing_it():
     code = (
         "import sys; from align.config import trl_fields as t; t.trl_fields('DPOConfig');"
         "print([m for m in ('trl', 'transformers', 'torch') if m in sys.modules])"
@@ -606,18 +606,18 @@ def test_trainer_keys_are_read_without_importing_trl():
         ("None | str | list[str]", "text or a list"),
     ],
 )
-def test_a_declared_type_is_told_in_words(annotation: str, words: str):
+def test_a_declared_type_is_described_in_words(annotation: str, words: str):
     assert trl_fields.expected(trl_fields.TRLField(annotation, None)) == words
 
 
-# The schema, and the recipes of this tree -----------------------------------------------------------------------------
+# The schema and the shipped recipes
 
 
-def test_every_recipe_in_the_tree_is_read_and_fits_the_schema():
-    found = sorted(RECIPES.rglob("*.yaml"))
-    assert len(found) >= N_RECIPES
+def test_every_shipped_recipe_is_valid_and_matches_the_schema():
+    paths = sorted(RECIPES.rglob("*.yaml"))
+    assert len(paths) >= N_RECIPES
     validator = jsonschema.Draft202012Validator(json_schema.json_schema())
-    for path in found:
+    for path in paths:
         assert load_recipe(path).stages, path
         assert [*validator.iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))] == [], (
             path
@@ -643,7 +643,7 @@ def test_every_recipe_in_the_tree_is_read_and_fits_the_schema():
         ({"kto": {"model": "sft", "desirable_weight": "1"}}, False),
     ],
 )
-def test_the_schema_and_the_reader_agree(stages: dict[str, Any], valid: bool, write: Any):
+def test_the_schema_and_the_loader_agree(stages: dict[str, Any], valid: bool, write: Any):
     validator = jsonschema.Draft202012Validator(json_schema.json_schema())
     assert validator.is_valid({"stages": stages}) is valid
     before = {"prepare": {"source": "embedded"}, "sft": {"model": {}}}
@@ -654,7 +654,7 @@ def test_the_schema_and_the_reader_agree(stages: dict[str, Any], valid: bool, wr
         problems(write("recipe.yaml", text))
 
 
-# However wrong --------------------------------------------------------------------------------------------------------
+# Arbitrary values
 
 ODD = st.sampled_from(
     [None, True, 0, -1, 1.5, float("inf"), "", "sft", "a/b", "\0", "~nobody-here/x", "x" * 300,
@@ -689,7 +689,7 @@ PLACES = [
     derandomize=True,
 )
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=3))
-def test_no_value_anywhere_ends_in_anything_but_a_line_for_the_user(
+def test_no_value_of_any_key_raises_anything_but_user_errors(
     changes: list[tuple[tuple[str, ...], Any]], tmp_path: Path
 ):
     data: dict[str, Any] = {"stages": json.loads(json.dumps(WHOLE))}
@@ -702,9 +702,9 @@ def test_no_value_anywhere_ends_in_anything_but_a_line_for_the_user(
             below[keys[-1]] = value
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
-    told: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
     try:
         assert load_recipe(path).stages
     except UserError as error:
-        told = error.lines
-    assert all(line.startswith(f"{path}:") for line in told)
+        errors = error.lines
+    assert all(line.startswith(f"{path}:") for line in errors)

@@ -1,4 +1,4 @@
-"""The generated files are those of the code: the key reference, the schema and the fields of TRL."""
+"""Generated files are up to date: the key reference, the schema, the fields of TRL."""
 
 from __future__ import annotations
 

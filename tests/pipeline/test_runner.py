@@ -1,4 +1,4 @@
-"""Digests, reuse, lineage, locks and atomic writes. The stages here are stand-ins that only write a file."""
+"""Digests, reuse, lineage, locks and atomic writes, with stages that only write a file."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(distributed, "reset_process_state", lambda seed: None)
     monkeypatch.setattr(preflight, "check_trainer_arguments", lambda recipe, due: None)
 
-    def train(settings: Any, inputs: Any, folder: Path, logger: Any) -> StageResult:
-        (folder / "model.safetensors").write_text(repr(settings))
+    def train(config: Any, inputs: Any, folder: Path, logger: Any) -> StageResult:
+        (folder / "model.safetensors").write_text(repr(config))
         return StageResult({"loss": 1.0})
 
     class Stub:
@@ -182,12 +182,12 @@ BASE: dict[str, dict[str, Any]] = {
 
 
 def digest_with(stage: str, **changes: Any) -> str:
-    """The digest of a stage whose inputs are digested as the name that they go by."""
+    """The digest of a stage, with digests of its inputs that depend on their names."""
     cls = STAGES[stage]
     base = cls.model_validate(BASE[stage])
     values = {name: getattr(base, name) for name in cls.model_fields} | changes
     settings = cls.model_construct(**values)
-    # What an input's name stands for is given here; that a name alone decides nothing is another test.
+    # The digest of an input is derived from its name here.
     inputs = {role: f"digest of {target}" for role, target in settings.input_names().items()}
     if stage == "prepare":
         inputs = {
@@ -206,7 +206,7 @@ def test_a_change_of_any_setting_changes_the_digest(stage, key):
     assert digest_with(stage, **{key: OTHER[stage][key]}) != digest_with(stage)
 
 
-def test_the_code_version_of_a_stage_is_in_its_digest_and_in_those_that_follow(here, monkeypatch):
+def test_the_code_version_of_a_stage_is_in_its_digest_and_in_later_ones(here, monkeypatch):
     before = plan()
     monkeypatch.setattr(STAGES["sft"], "code_version", 99)
     after = plan()
@@ -227,7 +227,7 @@ def test_comments_layout_output_folder_and_names_of_stages_do_not_change_a_diges
     ]
 
 
-def test_files_of_one_name_in_two_folders_both_count(here):
+def test_files_of_the_same_name_in_two_folders_both_change_the_digest(here):
     for folder in ("a", "b"):
         (here / "source" / folder).mkdir(parents=True)
         (here / "source" / folder / "train.jsonl").write_text(ROWS)
@@ -236,7 +236,7 @@ def test_files_of_one_name_in_two_folders_both_count(here):
     assert plan("prepare.source=source")["prepare"].digest != before
 
 
-def test_the_content_of_a_file_that_a_trainer_is_told_of_counts(here):
+def test_the_content_of_a_file_in_trainer_changes_the_digest(here):
     template = here / "template.jinja"
     template.write_text("{{ messages }}")
     override = "sft.trainer.chat_template_path=template.jinja"
@@ -245,7 +245,7 @@ def test_the_content_of_a_file_that_a_trainer_is_told_of_counts(here):
     assert plan(override)["sft"].digest != before
 
 
-def test_the_digest_of_an_adapter_from_elsewhere_is_that_of_its_base_too(tmp_path):
+def test_the_digest_of_an_external_adapter_includes_its_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
@@ -256,7 +256,7 @@ def test_the_digest_of_an_adapter_from_elsewhere_is_that_of_its_base_too(tmp_pat
     assert artifacts.digest_folder(adapter) != before
 
 
-def test_the_names_in_an_evaluation_label_its_results_and_count(here):
+def test_the_names_in_an_evaluation_label_its_results_and_change_its_digest(here):
     text = RECIPE.replace("SOURCE", "rows.jsonl")
     text += "  evaluate: {policies: [dpo], baseline: sft, implicit_rewards: true}\n"
     (here / "recipe.yaml").write_text(text)
@@ -269,7 +269,7 @@ def test_the_names_in_an_evaluation_label_its_results_and_count(here):
     assert plan()["evaluate"].digest != before
 
 
-def test_the_content_of_a_source_counts_and_its_place_does_not(here):
+def test_the_content_of_a_source_changes_the_digest_and_its_path_does_not(here):
     before = plan()
     (here / "moved").mkdir()
     (here / "rows.jsonl").rename(here / "moved" / "rows.jsonl")
@@ -296,7 +296,7 @@ def test_another_beta_reuses_sft_and_runs_dpo(here):
     assert len(list((here / "runs").glob("dpo-*"))) == 2
 
 
-def test_force_runs_one_stage_anew_and_keeps_the_others(here):
+def test_force_runs_one_stage_again_and_reuses_the_others(here):
     run()
     folder = plan()["sft"].folder
     (folder / "left over").write_text("from before")
@@ -309,7 +309,7 @@ def test_until_stops_after_a_stage(here):
     assert run(until="sft") == {"prepare": "ran", "sft": "ran"}
 
 
-def test_force_and_until_name_stages_that_exist(here):
+def test_force_and_until_must_name_existing_stages(here):
     with pytest.raises(UserError, match="--force sfd: no such stage; did you mean `sft`"):
         run(force="sfd")
     with pytest.raises(UserError, match="--until"):
@@ -317,10 +317,10 @@ def test_force_and_until_name_stages_that_exist(here):
 
 
 def test_a_stage_that_crashes_leaves_no_artifact_and_runs_again(here, monkeypatch):
-    def crash(folder: Path, made: artifacts.Artifact) -> None:
-        if made.stage == "sft":
+    def crash(folder: Path, artifact: artifacts.Artifact) -> None:
+        if artifact.stage == "sft":
             raise RuntimeError("the power went")
-        original(folder, made)
+        original(folder, artifact)
 
     original = artifacts.write_artifact
     with monkeypatch.context() as m:
@@ -332,7 +332,7 @@ def test_a_stage_that_crashes_leaves_no_artifact_and_runs_again(here, monkeypatc
     assert run() == {"prepare": "reused", "sft": "ran", "dpo": "ran"}
 
 
-def test_a_broken_artifact_is_told_with_a_repair_that_works(here):
+def test_a_broken_artifact_is_reported_with_a_repair_that_works(here):
     run()
     (plan()["sft"].folder / artifacts.FILE).write_text("{}")
     with pytest.raises(UserError, match=r"not an artifact of this version.*--force"):
@@ -340,7 +340,7 @@ def test_a_broken_artifact_is_told_with_a_repair_that_works(here):
     assert run(force="sft") == {"prepare": "reused", "sft": "ran", "dpo": "reused"}
 
 
-def test_a_signal_in_the_last_step_ends_the_chain_after_the_stage(here, monkeypatch):
+def test_a_signal_in_the_last_step_ends_the_run_after_the_stage(here, monkeypatch):
     monkeypatch.setattr(signals._stop, "requested", True)
     with pytest.raises(signals.Interrupted):
         run()
@@ -348,7 +348,7 @@ def test_a_signal_in_the_last_step_ends_the_chain_after_the_stage(here, monkeypa
     assert plan()["sft"].status == "run"
 
 
-def test_a_run_killed_before_it_tidied_is_tidied_by_the_next(here):
+def test_the_next_run_removes_the_working_files_of_a_killed_run(here):
     run()
     folder = plan()["sft"].folder
     checkpoint(folder, 3)
@@ -361,13 +361,13 @@ def test_a_run_killed_before_it_tidied_is_tidied_by_the_next(here):
 def test_reuse_of_a_model_trained_by_another_number_of_processes_is_logged(here, caplog):
     run()
     folder = plan()["sft"].folder
-    made = json.loads((folder / artifacts.FILE).read_text())
-    (folder / artifacts.FILE).write_text(json.dumps(made | {"world_size": 8}))
+    artifact = json.loads((folder / artifacts.FILE).read_text())
+    (folder / artifacts.FILE).write_text(json.dumps(artifact | {"world_size": 8}))
     run()
     assert "sft: trained by 8 processes; this run has 1" in caplog.messages
 
 
-def test_data_that_a_later_stage_cannot_use_are_told_before_anything_trains(here):
+def test_data_that_a_later_stage_cannot_use_are_reported_before_anything_trains(here):
     (here / "rows.jsonl").write_text(
         "".join(
             json.dumps({"prompt": f"Say {i}.", "completion": f"{i}!"}) + "\n" for i in range(40)
@@ -395,25 +395,25 @@ def test_the_gold_judge_is_refused_for_other_prompts_before_anything_trains(here
 def test_the_artifact_is_written_after_everything_else(here):
     run()
     for step in plan().values():
-        made = (step.folder / artifacts.FILE).stat().st_mtime_ns
-        assert all(p.stat().st_mtime_ns <= made for p in step.folder.iterdir())
+        artifact = (step.folder / artifacts.FILE).stat().st_mtime_ns
+        assert all(p.stat().st_mtime_ns <= artifact for p in step.folder.iterdir())
 
 
 def test_lineage_names_inputs_by_folder_and_digest(here):
     run()
     steps = plan()
-    made = artifacts.read_artifact(steps["dpo"].folder)
-    assert made is not None
-    assert made.inputs == {
+    artifact = artifacts.read_artifact(steps["dpo"].folder)
+    assert artifact is not None
+    assert artifact.inputs == {
         "model": {"folder": str(steps["sft"].folder), "digest": steps["sft"].digest},
         "pairs": {"folder": str(steps["prepare"].folder), "digest": steps["prepare"].digest},
     }
-    assert made.digest == steps["dpo"].digest
-    assert made.recipe["beta"] == 0.1
-    assert {"torch", "trl", "transformers", "align"} <= made.versions.keys()
+    assert artifact.digest == steps["dpo"].digest
+    assert artifact.recipe["beta"] == 0.1
+    assert {"torch", "trl", "transformers", "align"} <= artifact.versions.keys()
 
 
-def test_the_summary_has_what_the_interface_lists(here):
+def test_the_summary_has_the_documented_keys(here):
     run()
     summary = json.loads((here / "runs" / "recipe" / "summary.json").read_text())
     assert summary.keys() == {"recipe", "seconds", "stages"}
@@ -432,7 +432,7 @@ def test_a_finished_stage_can_be_named_by_its_folder_in_another_recipe(here):
     assert again[0].status == "reused"
 
 
-def test_an_unfinished_folder_is_no_input(here):
+def test_an_unfinished_folder_is_refused_as_input(here):
     run()
     folder = plan()["sft"].folder
     (folder / artifacts.FILE).unlink()
@@ -447,7 +447,7 @@ def test_an_unfinished_folder_is_no_input(here):
 # Locks
 
 
-def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys):
+def test_a_second_run_of_a_stage_reports_the_holder_waits_and_reuses(here, capsys):
     run(until="prepare")
     folder = plan()["sft"].folder
     folder.mkdir()
@@ -456,18 +456,18 @@ def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys
     (folder / artifacts.WORKING).write_text(
         json.dumps({"pid": 4711, "host": "elsewhere", "since": "noon"})
     )
-    said: list[str] = []
+    lines: list[str] = []
     display = Display(Console(quiet=True))
-    display.info = lambda line, style=None: said.append(line)  # type: ignore[method-assign]
+    display.info = lambda line, style=None: lines.append(line)  # type: ignore[method-assign]
     results: list[runner.RunSummary] = []
     thread = threading.Thread(
         target=lambda: results.append(runner.run_recipe(read(), Path("runs"), display, until="sft"))
     )
     thread.start()
     deadline = time.monotonic() + 20
-    while not any("held by" in line for line in said) and time.monotonic() < deadline:
+    while not any("held by" in line for line in lines) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert any("process 4711 on elsewhere since noon" in line for line in said)
+    assert any("process 4711 on elsewhere since noon" in line for line in lines)
     assert thread.is_alive()
     donor = artifacts.read_artifact(plan()["prepare"].folder)
     assert donor is not None
@@ -477,7 +477,7 @@ def test_a_second_run_of_a_stage_says_who_holds_it_waits_and_reuses(here, capsys
     assert [stage.status for stage in results[0].stages] == ["reused", "reused"]
 
 
-def test_the_lock_of_a_killed_run_is_free(here):
+def test_the_lock_of_a_killed_run_is_released(here):
     run(until="prepare")
     folder = plan()["sft"].folder
     folder.mkdir()
@@ -496,7 +496,7 @@ def test_the_lock_of_a_killed_run_is_free(here):
 # Files
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_json_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     artifacts.write_json(path, {"a": 1})
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
@@ -514,7 +514,7 @@ def checkpoint(folder: Path, step: int, *, complete: bool = True, world_size: in
     return path
 
 
-def test_a_half_written_checkpoint_is_passed_over_and_the_last_is_by_number(tmp_path):
+def test_an_incomplete_checkpoint_is_skipped_and_the_last_one_has_the_highest_number(tmp_path):
     checkpoint(tmp_path, 9)
     checkpoint(tmp_path, 100)
     checkpoint(tmp_path, 110, complete=False)
@@ -522,7 +522,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_the_last_is_by_number(tmp_
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut off"])
-def test_a_checkpoint_that_was_half_removed_is_passed_over_though_its_mark_stands(tmp_path, damage):
+def test_a_partly_removed_checkpoint_is_skipped_although_it_is_marked_complete(tmp_path, damage):
     checkpoint(tmp_path, 3)
     last = checkpoint(tmp_path, 6)
     (last / "optimizer.pt").write_text("moments")
@@ -535,7 +535,7 @@ def test_a_checkpoint_that_was_half_removed_is_passed_over_though_its_mark_stand
     assert checkpoints.last_checkpoint(tmp_path, world_size=1) == tmp_path / "checkpoint-3"
 
 
-def test_a_force_that_is_killed_leaves_no_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+def test_a_killed_force_leaves_no_checkpoint_to_resume_from(tmp_path, monkeypatch):
     checkpoint(tmp_path, 3)
     monkeypatch.setattr(
         runner.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("killed"))
@@ -551,7 +551,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
         checkpoints.last_checkpoint(tmp_path, world_size=1)
 
 
-def test_an_artifact_that_is_none_of_ours_is_told_with_its_repair(tmp_path):
+def test_an_unreadable_artifact_is_reported_with_its_repair(tmp_path):
     (tmp_path / artifacts.FILE).write_text("{}")
     with pytest.raises(UserError, match="not an artifact of this version"):
         artifacts.read_artifact(tmp_path)
@@ -566,7 +566,7 @@ def test_the_name_of_a_recipe_is_its_path_below_recipes(tmp_path):
     assert name("elsewhere/mine.yaml") == "mine"
 
 
-def test_every_setting_has_another_value_in_this_file():
+def test_every_setting_has_a_second_value_in_this_file():
     assert {stage: set(settings_of(stage)) for stage in STAGES} == {
         stage: set(values) for stage, values in OTHER.items()
     }

@@ -1,4 +1,4 @@
-"""A user's mistakes: each ends with exit code 2 and a line that names the place, the key and the repair."""
+"""Invalid input: each case exits with code 2 and a line with the place, the key and the repair."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DPO = "dpo: {model: sft}"
 
 
 def recipe(*stages: str) -> str:
-    """A recipe: ``stages:`` is line 1, and each stage takes one line."""
+    """A recipe with ``stages:`` in line 1, and one line for each stage."""
     return "\n".join(["stages:", *(f"  {stage}" for stage in stages)]) + "\n"
 
 
@@ -30,22 +30,22 @@ def jsonl(*rows: Mapping[str, Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def mistake(
+def invalid(
     phrase: str,
     text: str | bytes,
-    *told: str,
+    *expected: str,
     files: Files | None = None,
     arguments: tuple[str, ...] = (),
 ) -> Any:
-    """One case. ``told`` stands, piece by piece, in one line of the answer: place, key, what, repair."""
+    """One case: one line of the output contains all of ``expected`` (place, key, error, repair)."""
     files = {"recipe.yaml": text, **(files or {})}
-    return pytest.param(files, ("recipe.yaml", *arguments), told, id=phrase)
+    return pytest.param(files, ("recipe.yaml", *arguments), expected, id=phrase)
 
 
-def check(code: int, out: str, err: str, told: tuple[str, ...]) -> None:
+def check(code: int, out: str, err: str, expected: tuple[str, ...]) -> None:
     assert code == 2, out + err
     assert "Traceback" not in out + err
-    assert any(all(piece in line for piece in told) for line in err.splitlines()), err
+    assert any(all(piece in line for piece in expected) for line in err.splitlines()), err
 
 
 def write(folder: Path, files: Files) -> None:
@@ -55,178 +55,178 @@ def write(folder: Path, files: Files) -> None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-# What a recipe says ---------------------------------------------------------------------------------------------------
+# Keys and values
 
 KEYS = [
-    mistake(
-        "a misspelt key",
+    invalid(
+        "a misspelled key",
         recipe(PREPARE, SFT, "dpo: {model: sft, bta: 0.2}"),
         "recipe.yaml:4: dpo.bta: unknown key; did you mean `beta`?",
     ),
-    mistake(
-        "a misspelt key in a mapping below a stage",
+    invalid(
+        "a misspelled key in a mapping below a stage",
         recipe(PREPARE, "sft: {model: {vocab_sise: 512}}"),
         "recipe.yaml:3: sft.model.vocab_sise: unknown key; did you mean `vocab_size`?",
     ),
-    mistake(
-        "a key like no other",
+    invalid(
+        "a key without a similar one",
         recipe(PREPARE, SFT, "dpo: {model: sft, lora: {zzz: 1}}"),
         "recipe.yaml:4: dpo.lora.zzz: unknown key; known: r, alpha, dropout, target_modules",
     ),
-    mistake(
-        "a trainer's field set on the stage",
+    invalid(
+        "a field of the trainer on the stage",
         recipe(PREPARE, SFT, "dpo: {model: sft, learning_rate: 0.1}"),
         "recipe.yaml:4: dpo.learning_rate: unknown key",
         "TRL's DPOConfig; put it under `trainer:`",
     ),
-    mistake(
-        "a misspelt trainer's field",
+    invalid(
+        "a misspelled field of the trainer",
         recipe(PREPARE, "sft:", "  model: {}", "  trainer:", "    learning_rat: 0.1"),
         "recipe.yaml:6: sft.trainer.learning_rat: no field of TRL's SFTConfig",
         "did you mean `learning_rate`?",
     ),
-    mistake(
-        "a DPO field given to SFT",
+    invalid(
+        "a field of DPO on SFT",
         recipe(PREPARE, "sft: {model: {}, trainer: {label_smoothing: 0.1}}"),
         "recipe.yaml:3: sft.trainer.label_smoothing: no field of TRL's SFTConfig",
         "did you mean `label_smoothing_factor`?",
     ),
-    mistake(
-        "a stage's key under trainer",
+    invalid(
+        "a key of the stage under trainer",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {lora: {r: 8}}}"),
         "recipe.yaml:4: dpo.trainer.lora: no field of TRL's DPOConfig",
         "`lora` is a key of the stage",
     ),
-    mistake(
+    invalid(
         "the seed under trainer",
         recipe(PREPARE, "sft: {model: {}, trainer: {seed: 1}}"),
         "recipe.yaml:3: sft.trainer.seed: cannot be set under `trainer`; set `seed` on the stage",
     ),
-    mistake(
-        "an output folder of one's own",
+    invalid(
+        "an output folder",
         recipe(PREPARE, "sft: {model: {}, trainer: {output_dir: out}}"),
         "recipe.yaml:3: sft.trainer.output_dir: cannot be set under `trainer`",
         "`--runs`",
     ),
-    mistake(
+    invalid(
         "an unknown key at the top",
         "stage:\n  prepare: {source: embedded}\n",
         "recipe.yaml:1: stage: unknown key; did you mean `stages`?",
     ),
-    mistake(
+    invalid(
         "a stage at the top",
         recipe(PREPARE) + "dpo: {model: sft}\n",
         "recipe.yaml:3: dpo: unknown key; a stage goes under `stages:`",
     ),
-    mistake(
-        "a key that stands twice",
+    invalid(
+        "a duplicate key",
         recipe("prepare:", "  source: embedded", "  test_fraction: 0.1", "  source: other"),
         "recipe.yaml:5: stages.prepare: duplicate key `source`, first in line 3; remove one",
     ),
-    mistake(
-        "a required key left out",
+    invalid(
+        "a missing required key",
         recipe(PREPARE, SFT, "dpo: {beta: 0.2}"),
         "recipe.yaml:4: dpo.model: missing; it has no default",
     ),
-    mistake(
-        "a column name that is none of ours",
+    invalid(
+        "an unknown column name",
         recipe("prepare: {source: embedded, columns: {choosen: better}}"),
         "recipe.yaml:2: prepare.columns.choosen: not a column of Align; did you mean `chosen`?",
     ),
 ]
 
 VALUES = [
-    mistake(
+    invalid(
         "a number that YAML reads as text",
         recipe(PREPARE, SFT, "dpo: {model: sft, beta: 5e-2}"),
         "recipe.yaml:4: dpo.beta: expected a number, got the text '5e-2'",
         "write 5.0e-2",
     ),
-    mistake(
+    invalid(
         "a learning rate that YAML reads as text",
         recipe(PREPARE, "sft: {model: {}, trainer: {learning_rate: 5e-7}}"),
         "recipe.yaml:3: sft.trainer.learning_rate: expected a number, got the text '5e-7'",
         "write 5.0e-7",
     ),
-    mistake(
+    invalid(
         "a number in quotes",
         recipe(PREPARE, "sft: {model: {vocab_size: '512'}}"),
         "recipe.yaml:3: sft.model.vocab_size: expected a whole number, got the text '512'",
         "write it without quotes",
     ),
-    mistake(
+    invalid(
         "a fraction for a whole number",
         recipe("prepare: {source: embedded, max_rows: 1.5}"),
         "recipe.yaml:2: prepare.max_rows: expected a whole number, got 1.5",
     ),
-    mistake(
-        "no as a text",
+    invalid(
+        "no where text is expected",
         recipe(PREPARE, SFT, "dpo: {model: no}"),
         "recipe.yaml:4: dpo.model: expected text, got no, which YAML reads as false",
         "write 'no' in quotes",
     ),
-    mistake(
+    invalid(
         "no as an evaluation strategy",
         recipe(PREPARE, "sft: {model: {}, trainer: {eval_strategy: no}}"),
         "recipe.yaml:3: sft.trainer.eval_strategy: expected text, got no",
         "write 'no' in quotes",
     ),
-    mistake(
-        "a word for true or false",
+    invalid(
+        "text for true or false",
         recipe(PREPARE, "sft: {model: {}, trainer: {bf16: please}}"),
         "recipe.yaml:3: sft.trainer.bf16: expected true or false, got the text 'please'",
     ),
-    mistake(
+    invalid(
         "true for a mapping",
         recipe(PREPARE, SFT, "dpo: {model: sft, lora: true}"),
         "recipe.yaml:4: dpo.lora: expected a mapping (key: value), got true",
     ),
-    mistake(
+    invalid(
         "a text for a list",
         recipe(PREPARE, SFT, "evaluate: {policies: sft, baseline: sft, judge: gold}"),
         "recipe.yaml:4: evaluate.policies: expected a list, got the text 'sft'",
     ),
-    mistake(
+    invalid(
         "a list for a stage",
         recipe("prepare: [embedded]"),
         "recipe.yaml:2: prepare: expected a mapping (key: value), got a list",
     ),
-    mistake(
+    invalid(
         "a number that is too small",
         recipe(PREPARE, SFT, "dpo: {model: sft, beta: 0}"),
         "recipe.yaml:4: dpo.beta: must be greater than 0, got 0",
     ),
-    mistake(
+    invalid(
         "a negative learning rate",
         recipe(PREPARE, "sft: {model: {}, trainer: {learning_rate: -0.1}}"),
         "recipe.yaml:3: sft.trainer.learning_rate: must be at least 0, got -0.1",
     ),
-    mistake(
-        "fractions that leave nothing to train on",
+    invalid(
+        "fractions that leave no training rows",
         recipe("prepare: {source: embedded, test_fraction: 0.5, validation_fraction: 0.5}"),
         "recipe.yaml:2: prepare: `test_fraction` and `validation_fraction`",
         "must sum to less than 1",
     ),
-    mistake(
-        "a choice that is none",
+    invalid(
+        "an unknown choice",
         recipe(PREPARE, "sft: {model: {}, dtype: bf16}"),
         "recipe.yaml:3: sft.dtype: expected 'float32' or 'bfloat16', got the text 'bf16'",
         "did you mean `bfloat16`?",
     ),
-    mistake(
-        "a loss that TRL does not have",
+    invalid(
+        "an unknown loss",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {loss_type: sigmod}}"),
         "recipe.yaml:4: dpo.trainer.loss_type: no such loss_type: sigmod",
         "did you mean `sigmoid`?",
     ),
-    mistake(
-        "one wrong loss among several",
+    invalid(
+        "an unknown loss in a list",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {loss_type: [sft, bco_par]}}"),
         "recipe.yaml:4: dpo.trainer.loss_type.1: no such loss_type: bco_par",
         "did you mean `bco_pair`?",
     ),
-    mistake(
-        "a divergence that TRL does not have",
+    invalid(
+        "an unknown divergence",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {f_divergence_type: kl}}"),
         "recipe.yaml:4: dpo.trainer.f_divergence_type: no such f_divergence_type: kl",
         "known: reverse_kl, forward_kl, js_divergence, alpha_divergence",
@@ -234,19 +234,19 @@ VALUES = [
 ]
 
 MEANING = [
-    mistake(
+    invalid(
         "exo_pair without label smoothing",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {loss_type: exo_pair}}"),
         "recipe.yaml:4: dpo.trainer.loss_type: `exo_pair`",
         "set `label_smoothing` above 0",
     ),
-    mistake(
-        "evaluation while training without rows for it",
+    invalid(
+        "evaluation during training without a validation split",
         recipe(PREPARE, "sft: {model: {}, trainer: {eval_strategy: steps}}"),
         "recipe.yaml:3: sft.trainer.eval_strategy: `prepare` has no validation split",
         "set `prepare.validation_fraction` above 0",
     ),
-    mistake(
+    invalid(
         "evaluate on a split that is not held out",
         recipe(
             PREPARE,
@@ -256,69 +256,69 @@ MEANING = [
         "recipe.yaml:4: evaluate.split: `prepare` has no validation split",
         "set `prepare.validation_fraction` above 0",
     ),
-    mistake(
+    invalid(
         "evaluate with nothing to measure",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft], baseline: sft}"),
         "recipe.yaml:4: evaluate: nothing to measure; set `judge: gold`",
     ),
-    mistake(
-        "a policy twice",
+    invalid(
+        "a duplicate policy",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft, sft], baseline: sft, judge: gold}"),
         "recipe.yaml:4: evaluate.policies: `sft` is listed more than once; list it once",
     ),
-    mistake(
+    invalid(
         "adapters on a new model",
         recipe(PREPARE, "sft: {model: {}, lora: {r: 8}}"),
         "recipe.yaml:3: sft: `lora` freezes the weights, which are random in a new model; remove `lora`",
     ),
-    mistake(
-        "another shape for an adapter that is trained on",
+    invalid(
+        "another shape for an adapter that is trained further",
         recipe(
             PREPARE, "sft: {model: a/b, lora: {r: 8}}", "dpo: {model: sft, lora: {r: 4, alpha: 8}}"
         ),
         "recipe.yaml:4: dpo.lora: training continues with the adapter of `sft`",
         "without `lora` the adapter is merged",
     ),
-    mistake(
-        "heads that do not divide the width",
+    invalid(
+        "attention heads that do not divide the width",
         recipe(PREPARE, "sft: {model: {hidden_size: 100}}"),
         "recipe.yaml:3: sft.model: `hidden_size` (100) must be a multiple of twice",
     ),
 ]
 
 REFERENCES = [
-    mistake(
-        "a misspelt stage as input",
+    invalid(
+        "a misspelled stage as input",
         recipe(PREPARE, SFT, "dpo: {model: stf}"),
         "recipe.yaml:4: dpo.model: no earlier stage `stf`; did you mean `sft`?",
     ),
-    mistake(
+    invalid(
         "an input that runs later",
         recipe(PREPARE, "dpo: {model: sft}", SFT),
         "recipe.yaml:3: dpo.model: stage `sft` does not precede `dpo`",
     ),
-    mistake(
+    invalid(
         "an input of the wrong kind",
         recipe(PREPARE, SFT, "dpo: {model: sft, pairs: sft}"),
         "recipe.yaml:4: dpo.pairs: stage `sft` is of kind `sft`; expected prepare",
     ),
-    mistake(
-        "a default input that is not there",
+    invalid(
+        "a missing default input",
         recipe(SFT),
         "recipe.yaml:2: sft.demonstrations: no earlier stage `prepare`",
     ),
-    mistake(
-        "a model folder that is not there",
+    invalid(
+        "a missing model folder",
         recipe(PREPARE, "sft: {model: ./models/tiny}"),
         "recipe.yaml:3: sft.model: no such folder: ./models/tiny; name an earlier stage",
     ),
-    mistake(
-        "a second policy that is not there",
+    invalid(
+        "a missing second policy",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft, dpo], baseline: sft, judge: gold}"),
         "recipe.yaml:4: evaluate.policies.1: no earlier stage `dpo`; earlier stages: prepare, sft",
     ),
-    mistake(
-        "the home folder of nobody",
+    invalid(
+        "the home folder of an unknown user",
         recipe(PREPARE, "sft: {model: ~nobody-of-this-name/model}"),
         "recipe.yaml:3: sft.model: invalid path",
         "name an earlier stage, or a folder",
@@ -326,73 +326,75 @@ REFERENCES = [
 ]
 
 RECIPES = [
-    mistake(
-        "a kind of stage that does not exist",
+    invalid(
+        "an unknown kind of stage",
         recipe(PREPARE, "dop: {model: sft}"),
         "recipe.yaml:3: dop: no kind of stage is called `dop`; did you mean `dpo`?",
     ),
-    mistake(
-        "a name of one's own without its kind",
+    invalid(
+        "another name without a kind",
         recipe(PREPARE, SFT, "low_beta: {model: sft}"),
         "recipe.yaml:4: low_beta: no kind of stage is called `low_beta`",
         "needs `stage: KIND`",
     ),
-    mistake(
-        "a wrong kind for a name of one's own",
+    invalid(
+        "another name with an unknown kind",
         recipe(PREPARE, SFT, "low_beta: {stage: DPO, model: sft}"),
         "recipe.yaml:4: low_beta.stage: expected a kind of stage, got the text 'DPO'",
         "known: prepare, sft, dpo, reward, kto, ppo, sample, label, evaluate",
     ),
-    mistake(
+    invalid(
         "a stage's name in capitals",
         recipe("Prepare: {source: embedded}"),
         "recipe.yaml:2: Prepare: the name of a stage must consist of lower-case letters, digits and _",
     ),
-    mistake("an empty file", "", "recipe.yaml:1: expected a mapping with `stages:`, got nothing"),
-    mistake(
+    invalid("an empty file", "", "recipe.yaml:1: expected a mapping with `stages:`, got nothing"),
+    invalid(
         "a list for a recipe",
         "- prepare\n",
         "recipe.yaml:1: expected a mapping with `stages:`, got a list",
     ),
-    mistake(
+    invalid(
         "no stages", "stages:\n", "recipe.yaml:1: stages: expected a mapping of stages, got nothing"
     ),
-    mistake(
-        "a bracket that is not closed",
+    invalid(
+        "an unclosed bracket",
         recipe("prepare: {source: embedded"),
         "recipe.yaml:3: not YAML: expected ',' or '}'",
     ),
-    mistake("a tab for spaces", "stages:\n\tprepare: {}\n", "recipe.yaml:2: not YAML: ", "'\\t'"),
-    mistake(
+    invalid(
+        "a tab instead of spaces", "stages:\n\tprepare: {}\n", "recipe.yaml:2: not YAML: ", "'\\t'"
+    ),
+    invalid(
         "a merge key",
         "stages:\n  prepare: &a {source: embedded}\n  other: {<<: *a, stage: prepare}\n",
         "recipe.yaml:3: stages.other: `<<` is not supported; write the keys out",
     ),
-    mistake("a recipe that is not text", b"\xff\xfe\x00", "recipe.yaml: cannot be read"),
-    mistake(
-        "a needed recipe that is not there",
+    invalid("a recipe that is not text", b"\xff\xfe\x00", "recipe.yaml: cannot be read"),
+    invalid(
+        "a missing needed recipe",
         "needs: [stf.yaml]\n" + recipe(PREPARE),
         "recipe.yaml:1: needs: stf.yaml: no such recipe; there are recipe.yaml",
     ),
-    mistake(
-        "a mistake in a needed recipe",
+    invalid(
+        "an error in a needed recipe",
         "needs: [first.yaml]\nstages: {}\n",
         "first.yaml:2: prepare.sorce: unknown key; did you mean `source`?",
         files={"first.yaml": recipe("prepare: {sorce: embedded}")},
     ),
-    mistake(
+    invalid(
         "recipes that need each other",
         "needs: [other.yaml]\n" + recipe(PREPARE),
         "other.yaml:1: needs: a cycle: recipe.yaml → other.yaml → recipe.yaml",
         "remove one of these `needs`",
         files={"other.yaml": "needs: [recipe.yaml]\n"},
     ),
-    mistake(
+    invalid(
         "a mapping for needs",
         "needs: {sft: true}\n" + recipe(PREPARE),
         "recipe.yaml:1: needs: expected a list of recipes, such as [sft.yaml], got a mapping",
     ),
-    mistake(
+    invalid(
         "one stage in two recipes",
         "needs: [first.yaml]\n" + recipe(PREPARE),
         "recipe.yaml:3: prepare: first.yaml:2 already has a stage of this name",
@@ -401,82 +403,82 @@ RECIPES = [
     ),
 ]
 
-# What the command line says -------------------------------------------------------------------------------------------
+# The command line
 
 WHOLE = recipe(PREPARE, SFT, DPO)
 COMMANDS = [
-    mistake(
-        "an override of a stage that is not there",
+    invalid(
+        "an override of an unknown stage",
         WHOLE,
         "command line: dop.beta=0.2: no stage `dop`; did you mean `dpo`?",
         arguments=("dop.beta=0.2",),
     ),
-    mistake(
-        "an override of a key that is not there",
+    invalid(
+        "an override of an unknown key",
         WHOLE,
         "command line: dpo.bet: unknown key; did you mean `beta`?",
         arguments=("dpo.bet=0.2",),
     ),
-    mistake(
+    invalid(
         "an override of the wrong type",
         WHOLE,
         "command line: dpo.beta: expected a number, got the text 'much'",
         arguments=("dpo.beta=much",),
     ),
-    mistake(
-        "an override of a trainer's field that is not there",
+    invalid(
+        "an override of an unknown field of the trainer",
         WHOLE,
         "command line: dpo.trainer.max_step: no field of TRL's DPOConfig",
         "did you mean `max_steps`?",
         arguments=("dpo.trainer.max_step=3",),
     ),
-    mistake(
+    invalid(
         "an override without a value",
         WHOLE,
         "command line: dpo.beta: expected STAGE.KEY=VALUE, such as dpo.beta=0.2",
         arguments=("dpo.beta",),
     ),
-    mistake(
-        "an override of no stage's key",
+    invalid(
+        "an override of a key that no stage has",
         WHOLE,
         "command line: all.sede=1: no stage has a key `sede`",
         arguments=("all.sede=1",),
     ),
-    mistake(
+    invalid(
         "an override below a number",
         WHOLE,
         "command line: prepare.test_fraction.x: `prepare.test_fraction` has no keys below it",
         arguments=("prepare.test_fraction.x=1",),
     ),
-    mistake(
-        "until a stage that is not there",
+    invalid(
+        "until an unknown stage",
         WHOLE,
         "--until dop: no such stage; did you mean `dpo`?",
         arguments=("--until", "dop"),
     ),
-    mistake(
-        "force a stage that is not there",
+    invalid(
+        "force an unknown stage",
         WHOLE,
         "--force stf: no such stage; did you mean `sft`?",
         arguments=("--force", "stf"),
     ),
-    mistake(
-        "an option that does not exist",
+    invalid(
+        "an unknown option",
         WHOLE,
         "No such option: --frce",
         "--force",
         arguments=("--frce", "all"),
     ),
-    mistake(
-        "a file where the results go",
+    invalid(
+        "a file instead of the runs folder",
         WHOLE,
         "taken: cannot be written (",
         "choose another folder with --runs",
         files={"taken": ""},
         arguments=("--runs", "taken"),
     ),
-    mistake(
-        "results where nobody may write",
+    invalid(
+        "a runs folder that is not writable",
         WHOLE,
         "/proc/runs: cannot be written (",
         "choose another folder with --runs",
@@ -484,32 +486,34 @@ COMMANDS = [
     ),
 ]
 
-# What the data says ---------------------------------------------------------------------------------------------------
+# Data
 
 ROWS = [{"prompt": f"p{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(20)]
 
 
-def data(phrase: str, source: str, *told: str, files: Files | None = None, more: str = "") -> Any:
-    """A case of one ``prepare`` stage, which stands in line 2."""
+def data(
+    phrase: str, source: str, *expected: str, files: Files | None = None, more: str = ""
+) -> Any:
+    """A case of one ``prepare`` stage, in line 2."""
     text = recipe(f"prepare: {{source: {source}{more}}}")
-    return mistake(phrase, text, "recipe.yaml:2: prepare", *told, files=files)
+    return invalid(phrase, text, "recipe.yaml:2: prepare", *expected, files=files)
 
 
 DATA = [
     data(
-        "a data file that is not there",
+        "a missing data file",
         "pairs.jsonl",
         ".source: pairs.jsonl: no such file or folder; did you mean `pair.jsonl`?",
         files={"pair.jsonl": jsonl(*ROWS)},
     ),
     data(
-        "demonstrations that are not there",
+        "missing demonstrations",
         "embedded",
         "demos.jsonl: no such file or folder",
         more=", demonstrations: demos.jsonl",
     ),
     data(
-        "a misspelt embedded",
+        "a misspelled embedded",
         "embeded",
         "embeded: no such file or folder",
         "did you mean `embedded`?",
@@ -521,12 +525,12 @@ DATA = [
         "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or name a local file",
     ),
     data(
-        "no data set by any name",
+        "an invalid name of a data set",
         "what is this",
         "'what is this': not a file, a folder, or a Hub id (owner/name)",
     ),
     data(
-        "a kind of file that nobody reads",
+        "an unknown kind of file",
         "pairs.txt",
         "pairs.txt: unknown file format; expected one of .jsonl",
         files={"pairs.txt": "hello"},
@@ -539,21 +543,21 @@ DATA = [
         files={"folder/notes.md": "hello"},
     ),
     data(
-        "a column by another name",
+        "a missing column",
         "pairs.jsonl",
         "pairs.jsonl: no column `rejected`; found `prompt`, `chosen`, `reject`",
         "map it with `columns: {rejected: reject}`",
         files={"pairs.jsonl": jsonl({"prompt": "p", "chosen": "c", "reject": "r"})},
     ),
     data(
-        "columns mapped to what is not there",
+        "columns mapped to a missing column",
         "pairs.jsonl",
         "columns: {rejected: wors}: no column `wors`; did you mean `worse`?",
         files={"pairs.jsonl": jsonl({"prompt": "p", "chosen": "c", "worse": "r"})},
         more=", columns: {rejected: wors}",
     ),
     data(
-        "columns of no known format",
+        "columns of an unknown format",
         "pairs.jsonl",
         "pairs.jsonl: found `a`; expected `prompt`, `chosen`, `rejected`",
         "map them with `columns: {prompt: ...}`",
@@ -572,7 +576,7 @@ DATA = [
         files={"pairs.jsonl": jsonl(*({**row, "rejected": row["chosen"]} for row in ROWS))},
     ),
     data(
-        "whole transcripts read as completions",
+        "transcripts read as completions",
         "pairs.jsonl",
         "pairs.jsonl: the rows are whole transcripts; read them with `reader: hh`",
         files={"pairs.jsonl": jsonl(dict.fromkeys(["chosen", "rejected"], "\n\nHuman: a"))},
@@ -592,7 +596,7 @@ DATA = [
         files={"labels.jsonl": jsonl({"prompt": "p", "completion": "c", "label": False})},
     ),
     data(
-        "too few prompts to hold any out",
+        "too few prompts to hold one out",
         "pairs.jsonl",
         "test_fraction: 0.001: none of 20 prompts is in split `test`",
         "raise it, set it to 0, add prompts or change `split_seed`",
@@ -600,20 +604,20 @@ DATA = [
         more=", test_fraction: 0.001",
     ),
     data(
-        "a line that is no JSON",
+        "a line that is not JSON",
         "pairs.jsonl",
         "pairs.jsonl:2: not JSON: ",
         "at column 1",
         files={"pairs.jsonl": jsonl(ROWS[0]) + "chosen,rejected\n"},
     ),
     data(
-        "a line that is no object",
+        "a line that is not an object",
         "pairs.jsonl",
         "pairs.jsonl:2: expected an object, got a list",
         files={"pairs.jsonl": jsonl(ROWS[0]) + "[1]\n"},
     ),
     data(
-        "JSONL named JSON",
+        "JSONL in a file named .json",
         "pairs.json",
         "pairs.json:2: not JSON: Extra data; a file with one object per line is JSONL: name it .jsonl",
         files={"pairs.json": jsonl(*ROWS)},
@@ -631,44 +635,44 @@ DATA = [
         files={"pairs.jsonl": ""},
     ),
     data(
-        "a download cut off",
+        "an incomplete download",
         "pairs.jsonl.gz",
         "pairs.jsonl.gz: truncated gzip file",
         "download it again",
         files={"pairs.jsonl.gz": gzip.compress(jsonl(*ROWS).encode())[:-20]},
     ),
     data(
-        "a file named gzip that is not",
+        "a plain file named .gz",
         "pairs.jsonl.gz",
         "pairs.jsonl.gz: not a gzip file; rename it",
         files={"pairs.jsonl.gz": jsonl(*ROWS)},
     ),
     data(
-        "a comma that is not quoted",
+        "an unquoted comma",
         "pairs.csv",
         "pairs.csv:2: expected 3 cells, got 4; put text with commas in double quotes",
         files={"pairs.csv": "prompt,chosen,rejected\na,b,c,d\n"},
     ),
     data(
-        "a column twice",
+        "a duplicate column",
         "pairs.csv",
         "pairs.csv:1: two columns are named `chosen`; rename one",
         files={"pairs.csv": "prompt,chosen,chosen\na,b,c\n"},
     ),
     data(
-        "a file that is no Parquet",
+        "a file that is not Parquet",
         "pairs.parquet",
         "pairs.parquet: not Parquet: ",
         files={"pairs.parquet": b"PAR1" * 4},
     ),
     data(
-        "a source whose name is too long",
+        "a source with a name that is too long",
         "x" * 300,
         "invalid path",
     ),
 ]
 
-# What folders hold ----------------------------------------------------------------------------------------------------
+# Folders
 
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
 WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(32)
@@ -699,27 +703,27 @@ def finished(stage: str) -> str:
     )
 
 
-def model(phrase: str, changed: Mapping[str, str | bytes | None], *told: str) -> Any:
+def model(phrase: str, changed: Mapping[str, str | bytes | None], *expected: str) -> Any:
     """A case of SFT on the folder ``base``, which differs from a whole one in some files."""
     files = {name: content for name, content in {**MODEL, **changed}.items() if content is not None}
     text = recipe(PREPARE, "sft: {model: ./base}")
-    return mistake(phrase, text, "recipe.yaml:3: sft.model: ", *told, files=files)
+    return invalid(phrase, text, "recipe.yaml:3: sft.model: ", *expected, files=files)
 
 
 FOLDERS = [
     model(
-        "a folder that holds no model",
+        "a folder without a model",
         {"base/config.json": None},
         "base: no config.json, so it holds no model; name a folder in Hugging Face layout",
     ),
     model(
-        "weights cut off",
+        "truncated weights",
         {"base/model.safetensors": WEIGHTS[:-8]},
         f"base/model.safetensors: {len(WEIGHTS) - 8} bytes, and its header says {len(WEIGHTS)}",
         "fetch or save the model again",
     ),
     model(
-        "weights that are a pointer to them",
+        "a Git LFS pointer instead of weights",
         {"base/model.safetensors": "version https://git-lfs.github.com/spec/v1\n"},
         "base/model.safetensors: not a safetensors file; fetch or save the model again",
     ),
@@ -737,18 +741,18 @@ FOLDERS = [
         "base/m-1-of-1.st: missing, and model.safetensors.index.json names it",
     ),
     model(
-        "an index of weights that lists none",
+        "an index without weights",
         {"base/model.safetensors.index.json": "{}"},
         "base/model.safetensors.index.json: no `weight_map`; fetch or save the model again",
     ),
     model(
-        "a model's configuration cut off",
+        "a truncated model configuration",
         {"base/config.json": '{"model_type": '},
         "base/config.json: cannot be read as JSON",
         "fetch or save the model again",
     ),
     model(
-        "a model's configuration that is a list",
+        "a model configuration that is a list",
         {"base/config.json": "[]"},
         "base/config.json: no JSON object; save the model again",
     ),
@@ -757,27 +761,27 @@ FOLDERS = [
         {"base/tokenizer.json": None},
         "base: no tokenizer; expected tokenizer.json",
     ),
-    mistake(
+    invalid(
         "an unfinished stage as data",
         recipe("sft: {model: {}, demonstrations: ./runs/prepare-0123}"),
         "recipe.yaml:2: sft.demonstrations: runs/prepare-0123: no artifact.json",
         "so its stage is not finished; run its recipe again",
         files={"runs/prepare-0123/README.md": ""},
     ),
-    mistake(
+    invalid(
         "an unfinished stage as a model",
         recipe(PREPARE, "dpo: {model: ./base}"),
         "recipe.yaml:3: dpo.model: base: no artifact.json",
         "so its stage is not finished; run its recipe again",
         files={**MODEL, "base/.working": "{}"},
     ),
-    mistake(
+    invalid(
         "a finished stage of the wrong kind",
         recipe(PREPARE, "sft: {model: {}, demonstrations: ./base}"),
         "recipe.yaml:3: sft.demonstrations: base is a finished `dpo` stage; expected prepare",
         files={**MODEL, "base/artifact.json": finished("dpo")},
     ),
-    mistake(
+    invalid(
         "an artifact of another version",
         recipe(PREPARE, "dpo: {model: ./base}"),
         "recipe.yaml:3: dpo.model: base/artifact.json: not an artifact of this version of Align",
@@ -786,109 +790,109 @@ FOLDERS = [
     ),
 ]
 
-# Labels and samples ---------------------------------------------------------------------------------------------------
+# Labels and samples
 
 LABELS = [
-    mistake(
+    invalid(
         "batches of one for KTO",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {per_device_train_batch_size: 1}}"),
         "recipe.yaml:4: kto.trainer.per_device_train_batch_size: must be at least 2, because every batch holds both labels, got 1",
     ),
-    mistake(
+    invalid(
         "a sampling strategy for KTO",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {train_sampling_strategy: random}}"),
         "recipe.yaml:4: kto.trainer.train_sampling_strategy: rows are shuffled with `seed` in every epoch",
         "remove this key",
     ),
-    mistake(
-        "workers that live on for KTO",
+    invalid(
+        "persistent workers for KTO",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {dataloader_persistent_workers: true}}"),
         "recipe.yaml:4: kto.trainer.dataloader_persistent_workers: its workers would keep the order of the first epoch",
     ),
-    mistake(
+    invalid(
         "a weight of KTO under trainer",
         recipe(PREPARE, SFT, "kto: {model: sft, trainer: {desirable_weight: 2.0}}"),
         "recipe.yaml:4: kto.trainer.desirable_weight: cannot be set under `trainer`; set `desirable_weight` on the stage",
     ),
-    mistake(
-        "a weight of nothing",
+    invalid(
+        "a weight of zero",
         recipe(PREPARE, SFT, "kto: {model: sft, undesirable_weight: 0.0}"),
         "recipe.yaml:4: kto.undesirable_weight: must be greater than 0, got 0.0",
     ),
-    mistake(
+    invalid(
         "KTO on demonstrations alone",
         recipe("prepare: {source: rows.jsonl}", SFT, "kto: {model: sft}"),
         "recipe.yaml:4: kto.preferences: the prepared data have no table unpaired-train or pairs-train",
         files={"rows.jsonl": jsonl(*({"prompt": f"Say {i}.", "completion": f"{i}!"} for i in range(40)))},
     ),
-    mistake(
+    invalid(
         "too few rejected completions for KTO",
         recipe("prepare: {source: rows.jsonl}", SFT, "kto: {model: sft}"),
         "recipe.yaml:4: kto.preferences: 2 undesirable completions of 38 are not enough for 5 batches",
         "set `per_device_train_batch_size` to 19 or more",
         files={"rows.jsonl": jsonl(*({"prompt": f"Say {i}.", "completion": f"{i}!", "label": i not in (0, 2)} for i in range(46)))},
     ),
-    mistake(
+    invalid(
         "several completions at temperature 0",
         recipe(PREPARE, SFT, "sample: {model: sft, temperature: 0.0}"),
         "recipe.yaml:4: sample: `temperature: 0.0` samples the same completion every time; raise it",
     ),
-    mistake(
-        "samples of a split that nobody held out",
+    invalid(
+        "samples of a split that is not held out",
         recipe(PREPARE, SFT, "sample: {model: sft, split: validation}"),
         "recipe.yaml:4: sample.split: `prepare` has no validation split; set `prepare.validation_fraction` above 0",
     ),
-    mistake(
+    invalid(
         "labels without completions",
         recipe(PREPARE, SFT, "label: {judge: gold}"),
         "recipe.yaml:4: label.completions: no earlier stage `sample`",
     ),
-    mistake(
-        "a judge that is nothing",
+    invalid(
+        "an unknown judge",
         recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: god}"),
         "recipe.yaml:5: label.judge: no earlier stage `god`",
     ),
-    mistake(
+    invalid(
         "a policy as the judge",
         recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: sft}"),
         "recipe.yaml:5: label.judge: stage `sft` is of kind `sft`; expected reward",
     ),
-    mistake(
-        "a slope for exact labels",
+    invalid(
+        "a slope without label noise",
         recipe(PREPARE, SFT, "sample: {model: sft}", "label: {judge: gold, label_noise_slope: 2.0}"),
         "recipe.yaml:5: label: `label_noise_slope` has no effect without `label_noise: bradley_terry`; remove it",
     ),
-    mistake(
+    invalid(
         "DPO on completions without labels",
         recipe(PREPARE, SFT, "sample: {model: sft}", "dpo: {model: sft, pairs: sample}"),
         "recipe.yaml:5: dpo.pairs: stage `sample` is of kind `sample`; expected prepare or label",
     ),
 ]  # fmt: skip
 
-# What TRL says --------------------------------------------------------------------------------------------------------
+# TRL
 
 TRL = [
-    mistake(
+    invalid(
         "two precisions at once",
         recipe(PREPARE, "sft: {model: {}, trainer: {fp16: true, bf16: true}}"),
         "recipe.yaml:3: sft.trainer: SFTConfig refuses: ",
         "At most one of fp16 and bf16 can be True",
     ),
-    mistake(
-        "an evaluation strategy that does not exist",
+    invalid(
+        "an unknown evaluation strategy",
         recipe(
             "prepare: {source: embedded, validation_fraction: 0.1}",
             "sft: {model: {}, trainer: {bf16: false, eval_strategy: sometimes}}",
         ),
         "recipe.yaml:3: sft.trainer.eval_strategy: no such eval_strategy: sometimes; known: no, steps",
     ),
-    mistake(
-        "a model that no Hub can give",
+    invalid(
+        "a model that is not available",
         recipe(PREPARE, "sft: {model: owner/name}"),
         "recipe.yaml:3: sft.model: owner/name: no such folder, not in the cache, and the Hub cannot be reached",
         "name a folder",
     ),
-    mistake(
+    invalid(
         "more weights than losses",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {loss_weights: [1.0, 1.0]}}"),
         "recipe.yaml:4: dpo.trainer: DPOConfig refuses: `loss_weights` must have the same length",
@@ -898,43 +902,49 @@ TRL = [
 ALL = KEYS + VALUES + MEANING + REFERENCES + RECIPES + COMMANDS + DATA + FOLDERS + LABELS + TRL
 
 
-@pytest.mark.parametrize(("files", "arguments", "told"), ALL)
-def test_a_mistake_is_told_with_its_place_and_its_repair(
-    files: Files, arguments: tuple[str, ...], told: tuple[str, ...], tmp_path: Path, launch: Launch
+@pytest.mark.parametrize(("files", "arguments", "expected"), ALL)
+def test_invalid_input_is_reported_with_its_place_and_its_repair(
+    files: Files,
+    arguments: tuple[str, ...],
+    expected: tuple[str, ...],
+    tmp_path: Path,
+    launch: Launch,
 ):
     write(tmp_path, files)
-    check(*launch(*arguments), told)
+    check(*launch(*arguments), expected)
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("path", "expected"),
     [
         ("recipes/dop.yaml", "recipes/dop.yaml: no such recipe; there are recipes/dpo.yaml"),
         ("recipes", "recipes: a folder, not a recipe; there are recipes/dpo.yaml"),
     ],
 )
-def test_a_recipe_that_is_not_there_is_told_with_those_that_are(
-    asked: str, told: str, tmp_path: Path, launch: Launch
+def test_a_missing_recipe_is_reported_with_the_existing_ones(
+    path: str, expected: str, tmp_path: Path, launch: Launch
 ):
     write(tmp_path, {"recipes/dpo.yaml": WHOLE})
-    check(*launch(asked), (told,))
+    check(*launch(path), (expected,))
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines(tmp_path: Path, launch: Launch):
+def test_all_errors_are_reported_at_once_in_the_order_of_their_lines(
+    tmp_path: Path, launch: Launch
+):
     stages = recipe(
         "prepare: {sorce: embedded}", "sft: {model: {}, seed: x}", "dpo: {model: stf, bta: 1}"
     )
     write(tmp_path, {"recipe.yaml": stages})
     code, _, err = launch("recipe.yaml", "dpo.beta=much")
-    told = [tuple(line.split(": ")[:2]) for line in err.splitlines()]
+    errors = [tuple(line.split(": ")[:2]) for line in err.splitlines()]
     assert code == 2
-    assert [place for place, _ in told] == [
+    assert [place for place, _ in errors] == [
         "recipe.yaml:2",
         "recipe.yaml:3",
         *["recipe.yaml:4"] * 2,
         "command line",
     ]
-    assert {key for _, key in told} == {
+    assert {key for _, key in errors} == {
         "prepare.sorce",
         "sft.seed",
         "dpo.model",
@@ -944,13 +954,13 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("files", "arguments", "told"), [KEYS[0], VALUES[0], COMMANDS[9], FOLDERS[1]]
+    ("files", "arguments", "expected"), [KEYS[0], VALUES[0], COMMANDS[9], FOLDERS[1]]
 )
 def test_the_script_itself_exits_with_2_and_no_traceback(
-    files: Files, arguments: tuple[str, ...], told: tuple[str, ...], tmp_path: Path
+    files: Files, arguments: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path
 ):
     write(tmp_path, files)
     command = [sys.executable, str(ROOT / "align" / "run.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    check(done.returncode, done.stdout, done.stderr, told)
+    check(done.returncode, done.stdout, done.stderr, expected)
     assert done.stdout == ""
