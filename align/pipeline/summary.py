@@ -1,8 +1,7 @@
-"""The tables on the console: the plan of a recipe, and the results of its stages after a run."""
+"""The tables on the console at the end of a run: those of its stages, and one last line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -10,17 +9,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from align.pipeline.estimates import Estimate
-from align.pipeline.plan import PlannedStage
 from align.pipeline.runner import RunSummary
 from align.runtime.results import ResultTable
 
 WIDTH = 100  # of an output that is not a terminal
-PLAN_LEGEND = (
-    "steps: optimizer steps, or environment steps of all seeds; memory per process: weights, "
-    "gradients, optimizer states; activations not included"
-)
-_STATUS = {"reused": "reuse", "resume": "resume", "run": "run"}
 LEFT = "<"  # at the end of the header of a left-aligned column
 
 
@@ -51,36 +43,3 @@ def render_table(table: ResultTable, stage: str) -> Group:
     if table.note:
         parts.append(Text(table.note, style="dim"))
     return Group(*parts)
-
-
-def plan_table(
-    recipe: str, planned: Sequence[PlannedStage], estimates: Mapping[str, Estimate]
-) -> Table:
-    """The stages of a plan with their folders and estimates; an unknown number is left empty."""
-    table = Table(title=f"{recipe}: {len(planned)} stages", title_justify="left")
-    for title in ("stage", "status", "folder"):
-        table.add_column(title, overflow="fold")
-    for title in ("rows", "steps", "tokens", "memory"):
-        table.add_column(title, justify="right")
-    for stage in planned:
-        estimate = estimates[stage.name]
-        work, memory = estimate.work, estimate.memory_bytes
-        table.add_row(
-            stage.name,
-            _STATUS[stage.status],
-            str(stage.folder),
-            "" if work.rows is None else f"{work.rows:,}",
-            "" if work.steps is None else f"{work.steps:,}",
-            "" if work.tokens is None else f"≈ {short_number(work.tokens)}",
-            "" if memory is None else f"≥ {short_number(memory)}B",
-        )
-    return table
-
-
-def short_number(number: float) -> str:
-    """Three significant digits and a unit: ``4.1 M``."""
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {unit}" if unit else f"{number:.0f} "
-        number /= 1000
-    return f"{number:.3g} T"
