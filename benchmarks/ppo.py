@@ -55,10 +55,17 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     tokenizer.add_tokens(tokens)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.width * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=max(2, args.width // 64), max_position_embeddings=4096,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, num_labels=1,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(2, args.width // 64),
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        num_labels=1,
+    )
     for name, kind in (
         ("policy", LlamaForCausalLM),
         ("reward", LlamaForSequenceClassification),
@@ -97,12 +104,27 @@ def make(folder: Path, args: argparse.Namespace) -> None:
 def peer_settings(folder: Path, args: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
     """Settings of both sides, by TRL's names."""
     return {
-        "policy": str(folder / "policy"), "reward": str(folder / "reward"), "prompts": str(folder / "prompts.json"),
-        "response_length": args.response, "temperature": 0.7, "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1,
-        "gamma": 1.0, "lam": 0.95, "num_ppo_epochs": 4, "num_mini_batches": 1, "batch_size": args.batch,
-        "micro_batch_size": args.micro, "rollout_batch_size": args.batch, "updates": args.updates,
-        "learning_rate": 3e-6, "seed": 0, "lora": LORA if lora else None, "per_prompt": args.per_prompt,
-    }  # fmt: skip
+        "policy": str(folder / "policy"),
+        "reward": str(folder / "reward"),
+        "prompts": str(folder / "prompts.json"),
+        "response_length": args.response,
+        "temperature": 0.7,
+        "kl_coef": 0.05,
+        "cliprange": 0.2,
+        "vf_coef": 0.1,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "num_ppo_epochs": 4,
+        "num_mini_batches": 1,
+        "batch_size": args.batch,
+        "micro_batch_size": args.micro,
+        "rollout_batch_size": args.batch,
+        "updates": args.updates,
+        "learning_rate": 3e-6,
+        "seed": 0,
+        "lora": LORA if lora else None,
+        "per_prompt": args.per_prompt,
+    }
 
 
 def run_align(settings: dict[str, Any]) -> dict[str, Any]:

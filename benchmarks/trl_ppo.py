@@ -1,21 +1,24 @@
-"""TRL's PPOTrainer, timed on CPU: the peer's side of our PPO benchmark, run inside an environment of its own.
+"""Benchmark of TRL's PPOTrainer on a CPU, for ``benchmarks/ppo.py``, in a separate environment.
 
-TRL 1.12.0 (26 August 2026) is the last release that has one, as ``trl.experimental.ppo``; 1.13.0 is without it
-(huggingface/trl#7020). The other packages are the newest of that day, but for torch, which is ours:
+TRL 1.12.0 (26 August 2026) is the last release with a PPO trainer, ``trl.experimental.ppo``; 1.13.0
+removed it (huggingface/trl#7020). The other packages are the newest of that day, except torch,
+which is the version that Align uses:
 
     python3 -m venv trl-ppo
     trl-ppo/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.16.1 accelerate==1.14.0 \
         datasets==5.0.1 peft==0.20.0
     OMP_NUM_THREADS=1 trl-ppo/bin/python benchmarks/trl_ppo.py settings.json
 
-Nothing of Align is imported. ``settings.json`` holds the fields of ``Settings`` below; ``policy`` and ``reward`` are
-folders that ``save_pretrained`` wrote, with one tokenizer, that of ``policy``. The value model starts as a copy of the
-reward model, as in TRL's example; the reference is a copy of the policy, and under LoRA the policy without its
-adapter. Everything is float32, with a constant learning rate, dropout off, and nothing evaluated, sampled or saved.
+This file imports nothing from Align. ``settings.json`` holds the fields of ``Settings``. ``policy``
+and ``reward`` are folders written by ``save_pretrained``; both use the tokenizer of ``policy``. The
+value model starts as a copy of the reward model, as in TRL's example. The reference is a copy of
+the policy; with LoRA it is the policy without its adapter. Everything is float32, with a constant
+learning rate and without dropout; nothing is evaluated or saved.
 
-The last line of stdout is JSON. ``seconds`` runs from the end of the warm-up to the end of the last update;
-``peak_bytes`` is the highest resident size within ``train()``, warm-up and libraries included, and ``start_bytes`` the
-size on entering it. Lengths, scores and KL are means over the timed updates.
+The last line of stdout is JSON. ``seconds`` is the time from the end of the warm-up to the end of
+the last update. ``peak_bytes`` is the peak resident size within ``train()``, including warm-up and
+libraries, and ``start_bytes`` the size when it starts. Lengths, scores and KL are means over the
+timed updates.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ PACKAGES = ("trl", "transformers", "accelerate", "datasets", "peft", "torch")
 
 @dataclass(frozen=True)
 class Settings:
-    """One run; the fields below ``lora`` may be left out."""
+    """Settings of a run; the fields after ``lora`` are optional."""
 
     policy: str
     reward: str
@@ -70,61 +73,64 @@ class Settings:
     num_ppo_epochs: int
     num_mini_batches: int
     batch_size: int
-    """Episodes an update."""
+    """Episodes per update."""
     micro_batch_size: int
-    """Episodes a forward and backward pass."""
+    """Episodes per forward and backward pass."""
     updates: int
-    """Those timed, after the warm-up."""
+    """Timed updates, after the warm-up."""
     learning_rate: float
     seed: int
     lora: dict[str, Any] | None
-    """``{"r": 8, "alpha": 16}``, and ``target_modules`` if not ``all-linear``; of the policy alone."""
+    """LoRA of the policy, such as ``{"r": 8, "alpha": 16}``; ``target_modules`` is optional."""
     warm_up: int = 1
     missing_eos_penalty: float | None = None
     cliprange_value: float = 0.2
     rollout_batch_size: int = 64
-    """Episodes generated and scored at once."""
+    """Episodes that are generated and scored at once."""
     step_each_mini_batch: bool = False
-    """TRL takes one optimizer step an epoch, however many mini-batches; True has it take one each."""
+    """Take an optimizer step per mini-batch. TRL takes one per epoch, for any number of them."""
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.num_mini_batches * self.micro_batch_size):
-            raise ValueError("batch_size is no multiple of num_mini_batches * micro_batch_size")
+            raise ValueError("batch_size must be a multiple of num_mini_batches * micro_batch_size")
         if self.warm_up < 1 or self.updates < 1:
-            raise ValueError("warm_up and updates are at least 1")
+            raise ValueError("warm_up and updates must be at least 1")
 
 
 class Meter(TrainerCallback):
-    """Times of the updates and of their parts, lengths of the responses, and TRL's logs."""
+    """Records times of the updates and their parts, response lengths, and TRL's logs."""
 
     def __init__(self, eos: int) -> None:
         self.eos = eos
         self.ends: list[float] = []
-        self.busy: list[float] = []
+        self.cpu: list[float] = []
         self.generated: list[tuple[float, float]] = []
         self.scored: list[float] = []
         self.lengths: list[torch.Tensor] = []
         self.widths: list[int] = []
         self.logs: list[dict[str, float]] = []
         self.steps: list[int] = []
-        self.taken = 0
+        self.n_steps = 0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """TRL calls it at the end of an update, not of an optimizer step."""
+        """Record an update; TRL calls this once per update, not per optimizer step."""
         self.ends.append(time.perf_counter())
-        self.busy.append(time.process_time())
-        self.steps.append(self.taken)
+        self.cpu.append(time.process_time())
+        self.steps.append(self.n_steps)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Once an update."""
+        """Record the logs of an update."""
         self.logs.append(logs)
 
-    def stepped(self, *_: Any) -> None:
-        """After a step of the optimizer."""
-        self.taken += 1
+    def count_step(self, *_: Any) -> None:
+        """Count a step of the optimizer."""
+        self.n_steps += 1
 
     def watch(self, trainer: PPOTrainer) -> None:
-        """Note when generation starts and ends, and when advantages are whitened: what follows is the update."""
+        """Record when generation starts and ends, and when advantages are whitened.
+
+        The update follows the whitening.
+        """
         generate, whiten = ppo_trainer.batch_generation, ppo_trainer.masked_whiten
 
         def timed_generation(model: Any, queries: torch.Tensor, *rest: Any) -> Any:
@@ -143,10 +149,10 @@ class Meter(TrainerCallback):
 
         ppo_trainer.batch_generation = timed_generation
         ppo_trainer.masked_whiten = timed_whitening
-        trainer.optimizer.optimizer.register_step_post_hook(self.stepped)
+        trainer.optimizer.optimizer.register_step_post_hook(self.count_step)
 
     def report(self, warm_up: int, batch_size: int) -> dict[str, Any]:
-        """What the updates after the warm-up took and gave."""
+        """Times and results of the updates after the warm-up."""
         timed = range(warm_up, len(self.ends))
         seconds = self.ends[-1] - self.ends[warm_up - 1]
         parts = {
@@ -154,16 +160,16 @@ class Meter(TrainerCallback):
             "scoring": sum(self.scored[i] - self.generated[i][1] for i in timed),
             "update": sum(self.ends[i] - self.scored[i] for i in timed),
         }
-        each = [self.ends[i] - self.ends[i - 1] for i in timed]
-        kept = torch.cat(self.lengths[warm_up:]).double()
+        seconds_each = [self.ends[i] - self.ends[i - 1] for i in timed]
+        response_lengths = torch.cat(self.lengths[warm_up:]).double()
         return {
             "seconds": seconds,
-            "cpu_seconds": self.busy[-1] - self.busy[warm_up - 1],
+            "cpu_seconds": self.cpu[-1] - self.cpu[warm_up - 1],
             "episodes_per_second": len(timed) * batch_size / seconds,
-            "seconds_each": each,
+            "seconds_each": seconds_each,
             "parts": parts | {"other": seconds - sum(parts.values())},
             "optimizer_steps_per_update": (self.steps[-1] - self.steps[warm_up - 1]) / len(timed),
-            "response_tokens": kept.mean().item(),
+            "response_tokens": response_lengths.mean().item(),
             "generated_positions": mean(self.widths[warm_up:]),
             "score": mean([logs["objective/scores"] for logs in self.logs[warm_up:]]),
             "kl": mean([logs["objective/kl"] for logs in self.logs[warm_up:]]),
@@ -176,29 +182,29 @@ def mean(numbers: list[float]) -> float:
 
 
 def lengths(responses: torch.Tensor, eos: int) -> torch.Tensor:
-    """Tokens up to the first eos, which counts; all of them where there is none."""
-    ended = responses == eos
-    first = ended.int().argmax(dim=1) + 1
-    return torch.where(ended.any(dim=1), first, responses.shape[1])
+    """Number of tokens up to and including the first eos; all tokens without one."""
+    is_eos = responses == eos
+    first = is_eos.int().argmax(dim=1) + 1
+    return torch.where(is_eos.any(dim=1), first, responses.shape[1])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """From ``tokenizer.json`` and two names: no class or key that a newer transformers wrote is needed."""
-    written: dict[str, Any] = {}
+    """Load ``tokenizer.json`` without the classes and keys of newer versions of transformers."""
+    config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            written |= json.loads((folder / name).read_text(encoding="utf-8"))
-    tokens = {key: written[key] for key in ("eos_token", "pad_token")}
+            config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    tokens = {key: config[key] for key in ("eos_token", "pad_token")}
     tokens = {key: t["content"] if isinstance(t, dict) else t for key, t in tokens.items()}
     if tokens["eos_token"] == tokens["pad_token"]:
-        raise ValueError("eos is pad: TRL would read every response as one without an end")
+        raise ValueError("eos equals pad: TRL would treat every response as unfinished")
     return PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **tokens
     )
 
 
 def load_policy(folder: str, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The policy in float32, with no wishes of its own for sampling."""
+    """The policy in float32, without the sampling settings of its folder."""
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     policy.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -206,7 +212,7 @@ def load_policy(folder: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     return policy
 
 
-def load_scorer(folder: str) -> Any:
+def load_classifier(folder: str) -> Any:
     """A reward or value model in float32."""
     return AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=torch.float32
@@ -214,16 +220,16 @@ def load_scorer(folder: str) -> Any:
 
 
 def load_prompts(path: str, episodes: int) -> Dataset:
-    """The prompts, repeated until the run ends before they do.
+    """The prompts, repeated so that the run ends within the first pass over them.
 
-    In the last batch of a pass over the data, accelerate has every micro-batch take an optimizer step.
+    In the last batch of a pass, accelerate takes an optimizer step for every micro-batch.
     """
     prompts = json.loads(Path(path).read_text(encoding="utf-8"))
     return Dataset.from_dict({"input_ids": prompts * (1 + episodes // len(prompts))})
 
 
 def configure(settings: Settings, folder: str) -> PPOConfig:
-    """TRL's arguments."""
+    """Arguments of TRL's trainer."""
     return PPOConfig(
         output_dir=folder,
         response_length=settings.response_length,
@@ -257,7 +263,7 @@ def configure(settings: Settings, folder: str) -> PPOConfig:
 
 
 def adapter(lora: dict[str, Any] | None) -> LoraConfig | None:
-    """LoRA as peft takes it, without dropout."""
+    """peft's configuration of LoRA, without dropout."""
     if lora is None:
         return None
     modules = lora.get("target_modules", "all-linear")
@@ -267,7 +273,7 @@ def adapter(lora: dict[str, Any] | None) -> LoraConfig | None:
 
 
 def build(settings: Settings, folder: str) -> tuple[PPOTrainer, Meter]:
-    """The trainer and what measures it."""
+    """The trainer and its meter."""
     set_seed(settings.seed)
     tokenizer = load_tokenizer(Path(settings.policy))
     meter = Meter(tokenizer.eos_token_id)
@@ -277,8 +283,8 @@ def build(settings: Settings, folder: str) -> tuple[PPOTrainer, Meter]:
         processing_class=tokenizer,
         model=load_policy(settings.policy, tokenizer),
         ref_model=None,
-        reward_model=load_scorer(settings.reward),
-        value_model=load_scorer(settings.reward),
+        reward_model=load_classifier(settings.reward),
+        value_model=load_classifier(settings.reward),
         train_dataset=load_prompts(settings.prompts, episodes),
         callbacks=[meter],
         peft_config=adapter(settings.lora),
@@ -299,12 +305,12 @@ def resident(field: str) -> int:
 
 
 def main(path: str) -> None:
-    """Train and print."""
+    """Train, and print the report."""
     settings = Settings(**json.loads(Path(path).read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory() as folder:
         trainer, meter = build(settings, folder)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         start_bytes = resident("VmRSS")
         trainer.train()
         peak_bytes = resident("VmHWM")

@@ -36,7 +36,7 @@ class ModelView:
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def logps(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each label given the tokens before it, and the entropy there.
+        """Log-probability of each label after the tokens before it, and the entropy there.
 
         Both are ``[batch, time - 1]`` in float32, and 0 where there is no label. TRL's fused head
         computes them one tile of logits at a time.

@@ -1,12 +1,14 @@
-"""A world small enough to list every completion: PPO, DPO and the reward model arrive where algebra says.
+"""Closed forms: a task small enough to list every completion, where the optimal policy is known.
 
-The policy that maximises E[r] - beta * KL(policy, reference) is p* = reference * exp(r / beta) / Z, and its objective is
-beta * log Z, a prompt at a time. PPO is given r itself, DPO labels that the Bradley-Terry model draws from r, and a reward
-model learns r from such labels up to a constant for each prompt.
+The policy that maximizes E[r] - beta * KL(policy, reference) is p* = reference * exp(r / beta) / Z
+for each prompt, with the objective beta * log Z. PPO trains on r itself, DPO on labels drawn from
+the Bradley-Terry model of r; both must reach p*. A reward model must recover r from such labels, up
+to a constant for each prompt.
 
-Six words and eos, at most two tokens: eos alone, 6 words and eos, and 36 pairs that are cut off by the limit: 43
-completions. The template writes eos behind those that say it and nothing behind a pair, so for PPO and for DPO a completion
-is the same tokens. Prompts begin with eos, which no penalty and no length may take for a completion's.
+There are 43 completions of at most two tokens: eos alone, 6 words with eos, and 36 pairs of words
+that the length limit cuts off. The template writes eos after one word and not after two, so a
+completion has the same tokens in PPO and in DPO. Prompts begin with eos; it must not count as the
+eos of a completion.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ SEEDS = (0, 1, 2)
 EOS, PAD = "<eos>", "<pad>"
 TEMPLATE = (
     "{{ '<eos> ' }}{% for message in messages %}{{ message['content'] + ' ' }}"
-    "{% if message['role'] == 'assistant' and message['content'].split() | length < 2 %}{{ '<eos>' }}{% endif %}"
+    "{% if message['role'] == 'assistant' and message['content'].split() | length < 2 %}"
+    "{{ '<eos>' }}{% endif %}"
     "{% endfor %}"
 )
 TEXTS = tuple(
-    " ".join(said) for n in range(LIMIT + 1) for said in itertools.product(WORDS, repeat=n)
+    " ".join(words) for n in range(LIMIT + 1) for words in itertools.product(WORDS, repeat=n)
 )
 
 
@@ -58,7 +61,7 @@ def assistant(text: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A reference in a folder, and the reward of every completion."""
+    """Folders of the reference and the data, and the reward of every completion."""
 
     model: Path
     data: Path
@@ -67,7 +70,7 @@ class World:
 
     @property
     def rewards(self) -> Tensor:
-        """``[prompt, completion]``"""
+        """Rewards, ``[prompt, completion]``."""
         return torch.tensor([list(row.values()) for row in self.table.values()]).double()
 
     @property
@@ -79,47 +82,49 @@ class World:
         return (self.reference + self.rewards / BETA).log_softmax(1)
 
     def objective(self, policy: Tensor) -> float:
-        """E[r] - beta * KL(policy, reference), a mean over the prompts."""
+        """E[r] - beta * KL(policy, reference), averaged over the prompts."""
         gains = self.rewards - BETA * (policy - self.reference)
         return (policy.exp() * gains).sum(1).mean().item()
 
     def distance(self, policy: Tensor) -> float:
-        """KL(policy, p*), in nats a completion, a mean over the prompts."""
+        """KL(policy, p*) in nats per completion, averaged over the prompts."""
         return (policy.exp() * (policy - self.optimum)).sum(1).mean().item()
 
     def share(self, policy: Tensor) -> float:
-        """How much of what there is to gain over the reference was gained."""
+        """Share of the possible gain over the reference that the policy achieves."""
         least, most = self.objective(self.reference), self.objective(self.optimum)
         return (self.objective(policy) - least) / (most - least)
 
-    def told(self, policy: Tensor) -> str:
+    def summary(self, policy: Tensor) -> str:
         return f"KL {self.distance(policy):.4f}, share {self.share(policy):.4f}"
 
 
 def distribution(folder: Path) -> Tensor:
-    """Log-probabilities of all completions of all prompts, in float64, from the logits of transformers alone."""
+    """Log-probabilities of all completions of all prompts, in float64, by transformers alone."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = {word: n for n, word in enumerate((EOS, *WORDS))}
-    found = torch.zeros(len(PROMPTS), len(TEXTS), dtype=torch.float64)
+    result = torch.zeros(len(PROMPTS), len(TEXTS), dtype=torch.float64)
     for i, prompt in enumerate(PROMPTS):
         head = [ids[word] for word in (EOS, *prompt.split())]
         for n in range(LIMIT + 1):
             places = [j for j, text in enumerate(TEXTS) if len(text.split()) == n]
-            said = [[ids[word] for word in TEXTS[j].split()] for j in places]
-            said = [[*row, ids[EOS]] if n < LIMIT else row for row in said]
+            rows = [[ids[word] for word in TEXTS[j].split()] for j in places]
+            rows = [[*row, ids[EOS]] if n < LIMIT else row for row in rows]
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([head + row for row in said])).logits
+                logits = model(input_ids=torch.tensor([head + row for row in rows])).logits
             logps = logits[:, len(head) - 1 : -1].double().log_softmax(-1)
-            taken = logps.gather(2, torch.tensor(said)[..., None])[..., 0]
-            found[i, places] = taken.sum(1)
-    assert torch.allclose(found.exp().sum(1), torch.ones(len(PROMPTS)).double(), atol=1e-5)
-    return found
+            token_logps = logps.gather(2, torch.tensor(rows)[..., None])[..., 0]
+            result[i, places] = token_logps.sum(1)
+    assert torch.allclose(result.exp().sum(1), torch.ones(len(PROMPTS)).double(), atol=1e-5)
+    return result
 
 
-def make(folder: Path, seed: int, *, pad: str = EOS, layers: int = 1, spread: float = 1.4) -> World:
-    """A random reference that is far from uniform, a table of rewards, and the prompts as ``prepare`` writes them."""
+def make_world(
+    folder: Path, seed: int, *, pad: str = EOS, layers: int = 1, spread: float = 1.4
+) -> World:
+    """A random reference far from uniform, random rewards, and prompts as from ``prepare``."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     environment.quiet_libraries()
@@ -144,16 +149,16 @@ def make(folder: Path, seed: int, *, pad: str = EOS, layers: int = 1, spread: fl
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    table = tabulated(random.Random(seed), spread)
+    table = random_rewards(random.Random(seed), spread)
     rows = [{"prompt": user(prompt), "prompt_id": str(n)} for n, prompt in enumerate(PROMPTS)]
     write(rows, folder / "data" / "prompts-train.parquet")
     return World(folder / "model", folder / "data", table, folder)
 
 
-def tabulated(draw: random.Random, spread: float) -> dict[str, dict[str, float]]:
-    """Rewards of texts: how the first word suits the prompt, and the second the first. None is 0 by itself."""
+def random_rewards(generator: random.Random, spread: float) -> dict[str, dict[str, float]]:
+    """Rewards: a random number per prompt and first word, plus one per first and second word."""
     after = {
-        (*pair,): draw.gauss(0, spread)
+        (*pair,): generator.gauss(0, spread)
         for pair in itertools.product((*PROMPTS, *WORDS), ("", *WORDS))
     }
     return {
@@ -175,7 +180,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     writer.close()
 
 
-# PPO -----------------------------------------------------------------------------------------------------------------
+# PPO
 
 ON_POLICY: dict[str, Any] = {
     "prompts": "data",
@@ -197,22 +202,22 @@ REINFORCE = {"advantages": "reinforce", "epochs": 1, "normalize_advantages": Tru
 
 
 def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tensor:
-    """Run the stage on a reward function in the working directory; the policy's distribution at the end."""
+    """Run PPO on a reward function in the working directory; returns the policy's distribution."""
     from align.stages import ppo as stages_ppo
 
     name = "world_" + "".join(c for c in world.folder.name if c.isalnum())
     (world.folder / f"{name}.py").write_text(
         f"TABLE = {world.table!r}\n\n\n"
         "def score(prompts, completions):\n"
-        "    said = zip(prompts, completions)\n"
-        "    return [TABLE[prompt[-1]['content']][text] for prompt, text in said]\n"
+        "    pairs = zip(prompts, completions)\n"
+        "    return [TABLE[prompt[-1]['content']][text] for prompt, text in pairs]\n"
     )
     monkeypatch.chdir(world.folder)
-    found = PPO.model_validate(
+    config = PPO.model_validate(
         {"model": "model", "rewards": [f"{name}:score"], **ON_POLICY, **settings}
     )
     inputs = {"model": world.model, "prompts": world.data}
-    stage(stages_ppo, found, inputs, world.folder / "ppo")
+    stage(stages_ppo, config, inputs, world.folder / "ppo")
     return distribution(world.folder / "ppo")
 
 
@@ -229,59 +234,64 @@ def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tenso
 def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(
     tmp_path, monkeypatch, seed, settings, share
 ):
-    """The share is (J - J_ref) / (J* - J_ref), and as J* - J = beta * KL(policy, p*) it is a distance as well.
+    """The share is (J - J_ref) / (J* - J_ref); J* - J = beta * KL(policy, p*), so it is a distance.
 
-    At the optimum r - beta * log(policy / reference) is the same for all completions, so leave-one-out advantages and
-    those of an exact critic are 0 and cease to shake the policy. REINFORCE's are not, and it stays farther off.
+    At the optimum, r - beta * log(policy / reference) is equal for all completions, so the
+    advantages of RLOO and of an exact critic are 0 and no longer change the policy. Those of
+    REINFORCE are not, and its policy stays farther from the optimum.
     """
-    world = make(tmp_path, seed)
+    world = make_world(tmp_path, seed)
     policy = ppo(world, monkeypatch, seed=seed, **settings)
     assert world.share(world.reference) == 0
     assert world.share(world.optimum) == 1
     assert world.distance(world.reference) > 1
-    print(world.told(policy))  # `pytest -rP` shows it
-    assert world.share(policy) >= share, world.told(policy)
+    print(world.summary(policy))  # `pytest -rP` shows it
+    assert world.share(policy) >= share, world.summary(policy)
     if share == 0.99:
-        assert world.distance(policy) <= 0.02, world.told(policy)
+        assert world.distance(policy) <= 0.02, world.summary(policy)
 
 
-def test_ppo_goes_most_of_the_way_to_the_optimal_policy_in_a_few_steps(tmp_path, monkeypatch):
-    world = make(tmp_path, 0)
+def test_ppo_comes_close_to_the_optimal_policy_in_a_few_steps(tmp_path, monkeypatch):
+    world = make_world(tmp_path, 0)
     policy = ppo(world, monkeypatch, **RLOO | {"steps": 30, "batch_size": 192, "n_completions": 64})
-    assert world.share(policy) >= 0.8, world.told(policy)
+    assert world.share(policy) >= 0.8, world.summary(policy)
 
 
-def test_the_objective_of_the_optimum_is_beta_times_the_log_of_its_normaliser(tmp_path):
-    # J* = beta * log E_ref[exp(r / beta)], and J* - J = beta * KL(policy, p*) for any policy: here the reference
-    world = make(tmp_path, 0)
+def test_the_optimal_objective_is_beta_times_the_log_of_its_normalizer(tmp_path):
+    # J* = beta * log E_ref[exp(r / beta)], and J* - J = beta * KL(policy, p*) for any policy, such
+    # as the reference
+    world = make_world(tmp_path, 0)
     weights = world.reference.exp() * (world.rewards / BETA).exp()
     best = (BETA * weights.sum(1).log()).mean().item()
     assert world.objective(world.optimum) == pytest.approx(best)
-    lost = best - world.objective(world.reference)
-    assert lost == pytest.approx(BETA * world.distance(world.reference))
+    difference = best - world.objective(world.reference)
+    assert difference == pytest.approx(BETA * world.distance(world.reference))
     assert len(TEXTS) == 1 + 6 + 36
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels
 
 
-def labelled(world: World, n: int, seed: int, chances: Tensor) -> list[dict[str, Any]]:
-    """``n`` pairs a prompt, both sides drawn by ``chances``, the chosen one by sigmoid of the reward difference.
+def labeled_pairs(world: World, n: int, seed: int, chances: Tensor) -> list[dict[str, Any]]:
+    """``n`` pairs per prompt: completions drawn with ``chances``, labels from Bradley-Terry.
 
-    Labels are drawn systematically, over the pairs in order and from one random offset: each is 1 with just its
-    probability, and how often a completion wins is what is expected to within a label or so, not to within a root.
+    Labels are drawn by systematic sampling over the sorted pairs, with one random offset. Each is 1
+    with exactly its probability, and a completion's number of wins differs from its expectation by
+    about one label instead of the square root of their number.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     rows = []
     for i, prompt in enumerate(PROMPTS):
-        sides = torch.multinomial(chances[i], 2 * n, replacement=True, generator=draw).view(n, 2)
+        sides = torch.multinomial(chances[i], 2 * n, replacement=True, generator=generator).view(
+            n, 2
+        )
         pairs = sorted(sides.tolist())
         r = world.rewards[i]
-        total = float(torch.rand((), generator=draw))
+        total = float(torch.rand((), generator=generator))
         for one, other in pairs:
             before, total = total, total + float(torch.sigmoid(r[one] - r[other]))
-            won = math.floor(total) > math.floor(before)
-            chosen, rejected = (one, other) if won else (other, one)
+            first_wins = math.floor(total) > math.floor(before)
+            chosen, rejected = (one, other) if first_wins else (other, one)
             rows.append(
                 {
                     "prompt": user(prompt),
@@ -309,46 +319,48 @@ TRAINER = {
 def test_dpo_on_bradley_terry_labels_reaches_the_optimal_policy(tmp_path, seed):
     from align.stages import dpo
 
-    world = make(tmp_path, seed, spread=0.8)
-    rows = labelled(world, 4000, seed, world.reference.exp())
+    world = make_world(tmp_path, seed, spread=0.8)
+    rows = labeled_pairs(world, 4000, seed, world.reference.exp())
     write(rows, world.data / "pairs-train.parquet")
-    found = DPO(
+    config = DPO(
         model="model",
         beta=BETA,
         seed=seed,
         prefix_sharing=False,
         trainer=TRAINER | {"num_train_epochs": 3},
     )
-    stage(dpo, found, {"model": world.model, "pairs": world.data}, tmp_path / "dpo")
+    stage(dpo, config, {"model": world.model, "pairs": world.data}, tmp_path / "dpo")
     policy = distribution(tmp_path / "dpo")
     assert world.distance(world.reference) > 0.2
-    print(world.told(policy))
-    assert world.distance(policy) <= 0.05, world.told(policy)
+    print(world.summary(policy))
+    assert world.distance(policy) <= 0.05, world.summary(policy)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_reward_model_recovers_the_reward_up_to_a_constant_for_each_prompt(tmp_path, seed):
-    """Correlation over all completions of a prompt, each counting the same; so pairs are drawn evenly too."""
+    """The correlation weights all completions equally, so pairs are drawn uniformly as well."""
     from align.stages import reward
 
-    world = make(tmp_path, seed, pad=PAD, layers=3)
+    world = make_world(tmp_path, seed, pad=PAD, layers=3)
     even = torch.ones(len(PROMPTS), len(TEXTS))
-    rows = labelled(world, 6000, seed, even)
+    rows = labeled_pairs(world, 6000, seed, even)
     write(rows, world.data / "pairs-train.parquet")
-    said = [
+    demonstrations = [
         {"prompt": row["prompt"], "completion": row["chosen"], "prompt_id": row["prompt_id"]}
         for row in rows[::10]
     ]
-    write(said, world.data / "demonstrations-train.parquet")
-    found = Reward(
+    write(demonstrations, world.data / "demonstrations-train.parquet")
+    config = Reward(
         model="model",
         seed=seed,
         prefix_sharing=False,
         trainer=TRAINER
         | {"num_train_epochs": 6, "learning_rate": 1.5e-3, "per_device_train_batch_size": 128},
     )
-    metrics = stage(reward, found, {"model": world.model, "pairs": world.data}, tmp_path / "reward")
+    metrics = stage(
+        reward, config, {"model": world.model, "pairs": world.data}, tmp_path / "reward"
+    )
     model = reward_model.RewardModel.load(
         tmp_path / "reward", dtype="float32", device="cpu", prefix_sharing=False
     )
@@ -365,8 +377,11 @@ def test_the_reward_model_recovers_the_reward_up_to_a_constant_for_each_prompt(t
         # A difference of scores is a log-odds, so the scale is r's too.
         slope = (both.cov()[0, 1] / both[1].var()).item()
         assert slope == pytest.approx(1, abs=0.1), (prompt, slope)
-    centred = torch.cat(
-        [scores(row["prompt"][0]["content"], [row["completion"][0]["content"]]) for row in said]
+    centered = torch.cat(
+        [
+            scores(row["prompt"][0]["content"], [row["completion"][0]["content"]])
+            for row in demonstrations
+        ]
     )
-    assert centred.mean().item() == pytest.approx(0, abs=1e-3)
-    assert metrics["centre"]["demonstrations"] == len(said)
+    assert centered.mean().item() == pytest.approx(0, abs=1e-3)
+    assert metrics["centre"]["demonstrations"] == len(demonstrations)

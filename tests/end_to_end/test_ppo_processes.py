@@ -330,13 +330,18 @@ def test_a_sharded_launch_is_rejected_in_one_line_before_any_model_is_loaded(
     assert "\n" not in line
 
 
-# Launched ------------------------------------------------------------------------------------------------------------
+# Launched by accelerate
 
 RECIPE = """\
 stages:
   prepare: {source: embedded, max_rows: 60, test_fraction: 0.2}
   sft:
-    model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+    model:
+      vocab_size: 300
+      hidden_size: 32
+      intermediate_size: 64
+      num_hidden_layers: 2
+      num_attention_heads: 2
     trainer: &trainer
       learning_rate: 1.0e-2
       max_steps: 6
@@ -366,16 +371,18 @@ stages:
 """
 
 
-def launched(
+def launch_recipe(
     configuration: str, folder: Path, *more: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     (folder / "recipe.yaml").write_text(RECIPE)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")
+    }
     command = [*LAUNCH, "--config_file", configuration, SCRIPT, "recipe.yaml", *more]
     with subprocess.Popen(
         command,
         cwd=folder,
-        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -383,7 +390,7 @@ def launched(
     ) as process:
         try:
             out, err = process.communicate(timeout=300)
-        except BaseException:  # processes that wait for each other outlive their launcher
+        except BaseException:  # ranks that wait for each other outlive their launcher
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -391,14 +398,17 @@ def launched(
 
 @pytest.mark.slow
 def test_reward_and_ppo_run_on_two_launched_processes_from_start_to_end(tmp_path):
-    done = launched(TWO[1], tmp_path)
+    done = launch_recipe(TWO[1], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ppo: ran") == 1
     runs = {path.name.rpartition("-")[0]: path for path in (tmp_path / "runs").glob("*-*")}
     artifacts = {
         name: json.loads((runs[name] / "artifact.json").read_text()) for name in ("reward", "ppo")
     }
-    assert {name: each["world_size"] for name, each in artifacts.items()} == {"reward": 2, "ppo": 2}
+    assert {name: artifact["world_size"] for name, artifact in artifacts.items()} == {
+        "reward": 2,
+        "ppo": 2,
+    }
     assert artifacts["reward"]["metrics"]["held_out"]["pairs"] > 0
     assert math.isfinite(artifacts["reward"]["metrics"]["centre"]["score_mean"])
     lines = [json.loads(line) for line in (runs["ppo"] / "metrics.jsonl").read_text().splitlines()]
@@ -418,7 +428,7 @@ def test_reward_and_ppo_run_on_two_launched_processes_from_start_to_end(tmp_path
     weights = (runs["ppo"] / "adapter_model.safetensors").read_bytes()
     (runs["ppo"] / "artifact.json").unlink()
     (runs["ppo"] / "adapter_model.safetensors").unlink()
-    again = launched(TWO[1], tmp_path)
+    again = launch_recipe(TWO[1], tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resuming from step 3" in again.stdout
     assert (runs["ppo"] / "adapter_model.safetensors").read_bytes() == weights

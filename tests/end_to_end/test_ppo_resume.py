@@ -24,7 +24,12 @@ RECIPE = """\
 stages:
   prepare: {source: embedded, max_rows: 60, test_fraction: 0.2}
   sft:
-    model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+    model:
+      vocab_size: 300
+      hidden_size: 32
+      intermediate_size: 64
+      num_hidden_layers: 2
+      num_attention_heads: 2
     trainer: &trainer
       learning_rate: 1.0e-2
       max_steps: 12
@@ -78,7 +83,7 @@ LATEST = {"ppo": 8, "ppo_whole": 8, "reward": 12, "reward_whole": 12}  # steps
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The runs of a chain that nothing stopped."""
+    """The runs of an uninterrupted recipe."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "recipe.yaml").write_text(RECIPE)
     assert recipe_runs.run(folder / "runs") == 0, recipe_runs.log(folder / "runs")
@@ -86,7 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def beside(whole: Path, folder: Path, stage: str) -> Path:
+def runs_before(whole: Path, folder: Path, stage: str) -> Path:
     """A new runs folder in which everything before ``stage`` is finished.
 
     The folders are links, because adapters name the path of their base model.
@@ -106,7 +111,7 @@ def one(runs: Path, stage: str) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """All that was logged, without how long it took."""
+    """All logged metrics except durations."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {
@@ -120,28 +125,28 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(runs: Path, whole: Path, stage: str) -> None:
-    """The stage is done, and nothing in it tells that it was stopped."""
-    mine, other = one(runs, stage), one(whole, stage)
-    made, expected = artifacts.read_artifact(mine), artifacts.read_artifact(other)
-    assert made is not None, recipe_runs.log(runs)
+    """Assert that the stage is complete and equals that of the uninterrupted run."""
+    resumed, other = one(runs, stage), one(whole, stage)
+    artifact, expected = artifacts.read_artifact(resumed), artifacts.read_artifact(other)
+    assert artifact is not None, recipe_runs.log(runs)
     assert expected is not None
-    assert made.digest == expected.digest
+    assert artifact.digest == expected.digest
     names = {path.name for path in other.iterdir()}
-    assert {path.name for path in mine.iterdir()} == names
+    assert {path.name for path in resumed.iterdir()} == names
     for name in names & {
         "model.safetensors",
         "adapter_model.safetensors",
         "samples.jsonl",
         "reward.json",
     }:
-        assert (mine / name).read_bytes() == (other / name).read_bytes(), name
+        assert (resumed / name).read_bytes() == (other / name).read_bytes(), name
     if stage.startswith("ppo"):
-        assert metrics(mine) == metrics(other)
-        told = [line["step"] for line in metrics(mine) if "score" in line]
-        assert told == list(range(1, LATEST[stage] + 1))
+        assert metrics(resumed) == metrics(other)
+        steps = [line["step"] for line in metrics(resumed) if "score" in line]
+        assert steps == list(range(1, LATEST[stage] + 1))
     else:
-        assert made.metrics["held_out"] == expected.metrics["held_out"]
-        assert made.metrics["centre"] == expected.metrics["centre"]
+        assert artifact.metrics["held_out"] == expected.metrics["held_out"]
+        assert artifact.metrics["centre"] == expected.metrics["centre"]
 
 
 def finish(runs: Path, stage: str) -> None:
@@ -149,7 +154,7 @@ def finish(runs: Path, stage: str) -> None:
 
 
 def kill_at_random_moments(whole: Path, folder: Path, stage: str, kills: int) -> None:
-    runs = beside(whole, folder, stage)
+    runs = runs_before(whole, folder, stage)
     artifact = artifacts.read_artifact(one(whole, stage))
     assert artifact is not None
     generator = random.Random(stage)
@@ -171,20 +176,22 @@ def stop_after(
     return recipe_runs.stop(runs, "--until", until or stage, when=marked, number=number)
 
 
-# What follows would pass if nothing were learnt.
+# Without learning, the tests below would pass whatever the code does.
 @pytest.mark.parametrize("stage", ["ppo", "ppo_whole"])
-def test_the_undisturbed_run_moves_its_policy_and_says_other_things_from_step_to_step(whole, stage):
+def test_an_uninterrupted_run_changes_its_policy_and_samples_differently_in_every_step(
+    whole, stage
+):
     lines = [line for line in metrics(one(whole, stage)) if "score" in line]
     assert len({line["score"] for line in lines}) > 4
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert abs(lines[-1]["kl"]) > 0.01
-    said = (one(whole, stage) / "samples.jsonl").read_text().splitlines()
-    assert len(said) == 8 * 4  # every step's first four
-    assert len({json.loads(line)["completion"] for line in said}) > 10
+    samples = (one(whole, stage) / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 8 * 4  # the first four of every step
+    assert len({json.loads(line)["completion"] for line in samples}) > 10
 
 
-def test_killed_in_every_stage_a_chain_is_the_same_run(whole, tmp_path):
-    runs = beside(whole, tmp_path, "reward")
+def test_a_recipe_that_is_killed_in_every_stage_gives_the_same_run(whole, tmp_path):
+    runs = runs_before(whole, tmp_path, "reward")
     for stage, step in (("reward", 4), ("ppo", 2), ("ppo", 6), ("ppo_whole", 6)):
         assert stop_after(runs, stage, step, until="ppo_whole") == -signal.SIGKILL
     finish(runs, "ppo_whole")
@@ -195,13 +202,13 @@ def test_killed_in_every_stage_a_chain_is_the_same_run(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ppo", "ppo_whole"])
-def test_killed_at_five_random_moments_it_is_the_same_run(whole, tmp_path, stage):
+def test_a_stage_that_is_killed_at_five_random_moments_gives_the_same_run(whole, tmp_path, stage):
     kill_at_random_moments(whole, tmp_path, stage, kills=5)
 
 
 @pytest.mark.slow
-def test_a_killed_reward_stage_ends_in_the_same_weights_and_the_same_mean(whole, tmp_path):
-    runs = beside(whole, tmp_path, "reward_whole")
+def test_a_killed_reward_stage_ends_with_the_same_weights_and_mean(whole, tmp_path):
+    runs = runs_before(whole, tmp_path, "reward_whole")
     assert stop_after(runs, "reward_whole", 4) == -signal.SIGKILL
     finish(runs, "reward_whole")
     assert "from step" in recipe_runs.log(runs)
@@ -209,10 +216,8 @@ def test_a_killed_reward_stage_ends_in_the_same_weights_and_the_same_mean(whole,
 
 
 @pytest.mark.slow
-def test_a_reward_stage_killed_after_its_training_is_centred_and_measured_all_the_same(
-    whole, tmp_path
-):
-    runs = beside(whole, tmp_path, "reward")
+def test_a_reward_stage_that_is_killed_after_training_is_centered_and_evaluated(whole, tmp_path):
+    runs = runs_before(whole, tmp_path, "reward")
     written = recipe_runs.file_exists(runs, "reward-*/adapter_model.safetensors")
     recipe_runs.stop(runs, "--until", "reward", when=written)
     (one(runs, "reward") / artifacts.FILE).unlink(missing_ok=True)
@@ -228,50 +233,50 @@ def test_a_reward_stage_killed_after_its_training_is_centred_and_measured_all_th
         pytest.param("ppo", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on_there(
+def test_a_signal_saves_a_checkpoint_from_which_the_same_command_resumes(
     whole, tmp_path, stage, number
 ):
-    runs = beside(whole, tmp_path, stage)
+    runs = runs_before(whole, tmp_path, stage)
     assert stop_after(runs, stage, 2, number) == 130, recipe_runs.log(runs)
     folder = one(runs, stage)
     assert artifacts.read_artifact(folder) is None
     step = int(checkpoints.list_checkpoints(folder)[-1].name.rpartition("-")[2])
-    # It ends with the step that runs when the signal comes: no step that was told is lost.
+    # The run ends after the step during which the signal arrives: no logged step is lost.
     assert [line["step"] for line in metrics(folder)][-1] == step
     finish(runs, stage)
     assert f"from step {step}" in recipe_runs.log(runs)
     assert_same(runs, whole, stage)
 
 
-def unmarked(checkpoint: Path) -> None:
+def remove_mark(checkpoint: Path) -> None:
     (checkpoint / checkpoints.COMPLETE_MARK).unlink()
     (checkpoint / "optimizer.pt").unlink()
 
 
-def shortened(checkpoint: Path) -> None:
+def truncate_weights(checkpoint: Path) -> None:
     file = checkpoint / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def lost(checkpoint: Path) -> None:
+def remove_state(checkpoint: Path) -> None:
     (checkpoint / "state.json").unlink()
 
 
-def garbled(checkpoint: Path) -> None:
+def truncate_mark(checkpoint: Path) -> None:
     (checkpoint / checkpoints.COMPLETE_MARK).write_text('{"world_size": 1, "fil')
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(unmarked, id="cut off while it was written", marks=pytest.mark.slow),
-        pytest.param(shortened, id="weights cut short", marks=pytest.mark.slow),
-        pytest.param(lost, id="a file lost", marks=pytest.mark.slow),
-        pytest.param(garbled, id="its mark cut short", marks=pytest.mark.slow),
+        pytest.param(remove_mark, id="no mark: killed while writing", marks=pytest.mark.slow),
+        pytest.param(truncate_weights, id="truncated weights", marks=pytest.mark.slow),
+        pytest.param(remove_state, id="a missing file", marks=pytest.mark.slow),
+        pytest.param(truncate_mark, id="truncated mark", marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, tmp_path, damage):
-    runs = beside(whole, tmp_path, "ppo")
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, damage):
+    runs = runs_before(whole, tmp_path, "ppo")
     stop_after(runs, "ppo", 4)
     *_, before, last = checkpoints.list_checkpoints(one(runs, "ppo"))
     damage(last)
@@ -282,17 +287,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, tmp_path,
 
 
 @pytest.mark.slow
-def test_with_all_checkpoints_damaged_it_starts_at_the_beginning(whole, tmp_path):
-    runs = beside(whole, tmp_path, "ppo")
+def test_a_run_without_a_complete_checkpoint_starts_at_the_beginning(whole, tmp_path):
+    runs = runs_before(whole, tmp_path, "ppo")
     stop_after(runs, "ppo", 4)
     for checkpoint in checkpoints.list_checkpoints(one(runs, "ppo")):
-        shortened(checkpoint)
+        truncate_weights(checkpoint)
     finish(runs, "ppo")
     assert "from step" not in recipe_runs.log(runs)
     assert_same(runs, whole, "ppo")
 
 
-def test_the_adaptive_kl_coefficient_lies_in_the_checkpoint_and_goes_on_from_there(whole, tmp_path):
+def test_the_adaptive_kl_coefficient_is_restored_from_the_checkpoint(whole, tmp_path):
     # beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon), with target 0.05, n = 8 and
     # horizon 20
     lines = metrics(one(whole, "ppo"))
@@ -303,7 +308,7 @@ def test_the_adaptive_kl_coefficient_lies_in_the_checkpoint_and_goes_on_from_the
     assert [line["kl_coef"] for line in lines] == pytest.approx(expected, rel=1e-12)
     assert len(set(expected)) == 8
 
-    runs = beside(whole, tmp_path, "ppo")
+    runs = runs_before(whole, tmp_path, "ppo")
     stop_after(runs, "ppo", 4)
     last = checkpoints.list_checkpoints(one(runs, "ppo"))[-1]
     state = json.loads((last / "state.json").read_text())
@@ -311,16 +316,14 @@ def test_the_adaptive_kl_coefficient_lies_in_the_checkpoint_and_goes_on_from_the
     (last / "state.json").write_text(json.dumps(state | {"kl_coef": 9.0}))
     checkpoints.mark_complete(last, world_size=1)
     finish(runs, "ppo")
-    found = [line["kl_coef"] for line in metrics(one(runs, "ppo"))]
-    assert found[: state["step"]] == [line["kl_coef"] for line in lines[: state["step"]]]
-    assert found[state["step"]] == 9.0
+    resumed = [line["kl_coef"] for line in metrics(one(runs, "ppo"))]
+    assert resumed[: state["step"]] == [line["kl_coef"] for line in lines[: state["step"]]]
+    assert resumed[state["step"]] == 9.0
 
 
 @pytest.mark.slow
-def test_a_complete_stage_has_no_checkpoints_left_and_lines_cut_in_the_middle_are_forgotten(
-    whole, tmp_path
-):
-    runs = beside(whole, tmp_path, "ppo")
+def test_a_complete_stage_has_no_checkpoints_and_no_incomplete_lines(whole, tmp_path):
+    runs = runs_before(whole, tmp_path, "ppo")
     stop_after(runs, "ppo", 4)
     folder = one(runs, "ppo")
     for name in ("metrics.jsonl", "samples.jsonl"):

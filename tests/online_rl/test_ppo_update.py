@@ -203,7 +203,7 @@ def test_row_20_gradients_are_equal_for_micro_batches_of_1_2_4_and_8(
 def test_row_20_a_token_has_the_same_weight_in_long_and_short_completions(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ):
-    # Against the loss of all tokens by hand: sum of -advantage * log-probability / number of tokens.
+    # The loss of all tokens by hand: sum of -advantage * log-probability / number of tokens.
     settings = {"micro_batch_size": 2, "epochs": 1, "max_new_tokens": 40, "advantages": "reinforce"}
     ppo = ppo_fixtures.build_trainer(folders, tmp_path, normalize_advantages=False, **settings)
     with recorded_gradients(monkeypatch) as gradients:
