@@ -38,7 +38,7 @@ def pair_logps(
     ``config.prefix_sharing``, the policy computes shared prompts once from here on.
     """
     if config.prefix_sharing:
-        wrapper.enable_prefix_sharing(policy.model, say=logger.info)
+        wrapper.enable_prefix_sharing(policy.model)
     sides = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     logps = distributed.map_rows(
         sides,

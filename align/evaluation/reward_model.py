@@ -1,170 +1,219 @@
-"""evaluation.reward_model"""
+"""Evaluation of a reward model: its mean score, and accuracy and calibration on held-out pairs.
+
+Left out: training, which is the ``reward`` stage, and loading, which is
+:mod:`align.rewards.reward_model`."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.data import tables
-from align.errors import UserError
+from align.errors import DataError
 from align.functional import winrate
 from align.models import tokenization
 from align.rewards import gold, reward_model
+from align.rewards.reward_model import RewardModel
 from align.runtime import artifacts, distributed
 from align.runtime.progress import Logger
+from align.runtime.results import ResultTable
 
-N_CENTER = 2048  # demonstrations whose mean is 0
-N_BINS = 10  # of the calibration
-LEVEL, RESAMPLES = 0.95, 2000
-BATCH = 64
+LOGGER = logging.getLogger("align.reward")
+N_CENTER = 2048
+"""Number of demonstrations whose mean score becomes 0."""
+N_BINS = 10
+"""Number of bins of the calibration."""
+CONFIDENCE, RESAMPLES = 0.95, 2000
+BATCH_SIZE = 64
 
 
 def center(
-    model: reward_model.RewardModel, data: Path, folder: Path, logger: Logger
+    model: RewardModel, data: Path, output_dir: Path, logger: Logger
 ) -> dict[str, float | int]:
-    """Store the mean score of SFT's demonstrations, and take it off from now on.
+    """Store the mean score of the demonstrations in ``reward.json``, as the offset of the reward
+    model.
 
-    Labelled completions come without any: there it is the mean of the chosen ones.
-    """
-    shown = tables.has_table(data, "demonstrations", "train")
-    rows = tables.read(data, "demonstrations" if shown else "pairs", "train", most=N_CENTER)
-    side = "completion" if shown else "chosen"
-    rows = _fitting(model, rows, [side], logger)
-    scores = _scores(model, rows, side, logger)
+    Labeled completions come without demonstrations; their chosen completions are scored instead.
+    ``model`` must have an offset of 0."""
+    has_demonstrations = tables.has_table(data, "demonstrations", "train")
+    kind, column = ("demonstrations", "completion") if has_demonstrations else ("pairs", "chosen")
+    rows = rows_that_fit(model, tables.read(data, kind, "train", most=N_CENTER), [column])
+    scores = _score_column(model, rows, column, logger)
     mean = scores.mean().item()
     if distributed.is_main():
-        artifacts.write_json(folder / reward_model.FILE, {reward_model.MEAN: mean})
+        artifacts.write_json(output_dir / reward_model.FILE, {reward_model.MEAN: mean})
     return {"score_mean": mean, "score_std": scores.std().item(), "demonstrations": len(rows)}
 
 
-def measure(
-    model: reward_model.RewardModel, data: Path, folder: Path, logger: Logger
-) -> dict[str, Any] | None:
-    """Accuracy, calibration and ceiling on held-out pairs; None where no prompt was held out.
+def measure(model: RewardModel, data: Path, logger: Logger) -> dict[str, Any] | None:
+    """Measure accuracy and calibration on the held-out pairs; None if no pair is held out.
 
-    A pair's reward difference d says that the chosen one wins with probability sigmoid(d). ``calibration`` has, in bins of
-    the likelier side's probability, how likely it was said to be and how often it was right.
-    """
-    split = next((s for s in ("test", "validation") if tables.has_table(data, "pairs", s)), "")
-    if not split:
-        logger.info("no held-out pairs: accuracy and calibration are not known")
+    The result has the fields of :class:`align.evaluation.results.RewardModelReport`. A difference d
+    of scores predicts that the completion with the higher score is preferred with probability
+    sigmoid(d)."""
+    split = next((s for s in ("test", "validation") if tables.has_table(data, "pairs", s)), None)
+    if split is None:
         return None
-    rows = _fitting(model, tables.read(data, "pairs", split), ["chosen", "rejected"], logger)
+    rows = rows_that_fit(model, tables.read(data, "pairs", split), ["chosen", "rejected"])
     chosen, rejected = (
-        _scores(model, rows, side, logger).double() for side in ("chosen", "rejected")
+        _score_column(model, rows, side, logger).double() for side in ("chosen", "rejected")
     )
-    right = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
-    by_prompt: dict[str, list[float]] = {}
-    for row, value in zip(rows, right.tolist(), strict=True):
-        by_prompt.setdefault(row["prompt_id"], []).append(value)
-    values = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
-    interval = winrate.proportion_interval(values, confidence=LEVEL, resamples=RESAMPLES, seed=0)
-    found = {
+    outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
+    prompt_ids = [row["prompt_id"] for row in rows]
+    accuracies = _means_by_prompt(prompt_ids, outcomes.tolist())
+    interval = winrate.proportion_interval(
+        accuracies, confidence=CONFIDENCE, resamples=RESAMPLES, seed=0
+    )
+    report = {
         "split": split,
         "pairs": len(rows),
-        "accuracy": values.mean().item(),
+        "accuracy": accuracies.mean().item(),
         "ci": list(interval),
         "mean_margin": (chosen - rejected).mean().item(),
         "calibration": calibration(chosen - rejected),
         "expected_calibration_error": calibration_error(chosen - rejected),
     }
-    return found | _ceiling(rows, by_prompt, chosen - rejected)
+    return report | gold_agreement(rows, chosen - rejected)
 
 
-def calibration(margins: torch.Tensor) -> list[dict[str, float]]:
-    """Bins of the likelier side's probability: mean of what was said, how often it was right, how many pairs."""
-    said, right, place = _said(margins)
+def result_table(report: Mapping[str, Any]) -> ResultTable:
+    """Format the result of :func:`measure` as a table for the summary of a run."""
+    low, high = report["ci"]
+    cells = {
+        "accuracy": _percent(report["accuracy"]),
+        "interval": f"{100 * low:.1f}–{100 * high:.1f} %",
+        "upper bound": _percent(report.get("accuracy_upper_bound")),
+        "agrees with gold": _percent(report.get("agreement_with_gold")),
+        "calibration error": f"{report['expected_calibration_error']:.3f}",
+    }
+    title = f"reward model on {report['pairs']:,} held-out pairs"
+    return ResultTable(title, tuple(cells), [tuple(cells.values())])
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def calibration(margins: Tensor) -> list[dict[str, float]]:
+    """Calibration of score differences ``[pairs]``, in bins of the predicted probability of the
+    likelier completion.
+
+    ``confidence`` is the mean predicted probability of a bin, ``accuracy`` the share of its
+    ``pairs`` in which the likelier completion is the chosen one. Empty bins are left out."""
+    confidence = torch.sigmoid(margins.double().abs())
+    correct = torch.where(margins == 0, 0.5, (margins > 0).double())  # a tie counts one half
+    bin_of_pair = ((confidence - 0.5) * 2 * N_BINS).long().clamp(max=N_BINS - 1)
     return [
         {
-            "said": said[place == k].mean().item(),
-            "right": right[place == k].mean().item(),
-            "pairs": int((place == k).sum()),
+            "confidence": confidence[bin_of_pair == k].mean().item(),
+            "accuracy": correct[bin_of_pair == k].mean().item(),
+            "pairs": int((bin_of_pair == k).sum()),
         }
         for k in range(N_BINS)
-        if (place == k).any()
+        if (bin_of_pair == k).any()
     ]
 
 
-def calibration_error(margins: torch.Tensor) -> float:
-    """Mean distance between what was said and how often it was right, over bins weighed by their pairs.
+def calibration_error(margins: Tensor) -> float:
+    """Expected calibration error: mean of ``|confidence - accuracy|`` over bins, weighted by their
+    pairs.
 
-    Source: Naeini et al. 2015, Obtaining well calibrated probabilities using Bayesian binning, eq. 3.
-    """
+    Source: Naeini et al. 2015, Obtaining well calibrated probabilities using Bayesian binning, eq.
+    3."""
     return sum(
-        each["pairs"] * abs(each["said"] - each["right"]) for each in calibration(margins)
+        each["pairs"] * abs(each["confidence"] - each["accuracy"]) for each in calibration(margins)
     ) / len(margins)
 
 
-def _said(margins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Probability of the likelier side, whether it was the chosen one (one half for a tie), and the bin."""
-    said = torch.sigmoid(margins.double().abs())
-    right = torch.where(margins == 0, 0.5, (margins > 0).double())
-    place = ((said - 0.5) * 2 * N_BINS).long().clamp(max=N_BINS - 1)
-    return said, right, place
+def gold_agreement(rows: Sequence[Mapping[str, Any]], margins: Tensor) -> dict[str, float]:
+    """Compare score differences ``[pairs]`` with the gold scores of the embedded task; empty for
+    any other task.
 
-
-def _ceiling(
-    rows: Sequence[Mapping[str, Any]], by_prompt: Mapping[str, Any], margins: torch.Tensor
-) -> dict[str, float]:
-    """What is known of the embedded task's labels: the best accuracy there is, and the agreement with gold itself."""
+    ``accuracy_upper_bound`` is the expected accuracy of the best classifier, since the labels are
+    noisy. ``agreement_with_gold`` is the share of pairs that the reward model orders as the gold
+    score does; ties in the gold score are left out."""
     try:
-        gaps, best = [], {key: [] for key in by_prompt}  # type: list[float], dict[str, list[float]]
-        for row in rows:
-            prompt = row["prompt"][-1]["content"]
-            sides = (row["chosen"][-1]["content"], row["rejected"][-1]["content"])
-            p = gold.preference_probability(prompt, *sides)
-            best[row["prompt_id"]].append(max(p, 1 - p))
-            gaps.append(p - 0.5)
+        probabilities = [
+            gold.preference_probability(
+                row["prompt"][-1]["content"],
+                row["chosen"][-1]["content"],
+                row["rejected"][-1]["content"],
+            )
+            for row in rows
+        ]
     except ValueError:
-        return {}  # not the embedded task
-    truth = torch.tensor(gaps, dtype=torch.float64)
-    found = {"ceiling": sum(sum(v) / len(v) for v in best.values()) / len(best)}
-    apart = truth != 0
-    if apart.any():
-        agree = ((margins > 0) == (truth > 0))[apart]
-        found["agreement_with_gold"] = agree.double().mean().item()
-    return found
+        return {}  # not prompts of the embedded task
+    prompt_ids = [row["prompt_id"] for row in rows]
+    best = _means_by_prompt(prompt_ids, [max(p, 1 - p) for p in probabilities])
+    agreement: dict[str, float] = {"accuracy_upper_bound": sum(best.tolist()) / len(best)}
+    gaps = torch.tensor([p - 0.5 for p in probabilities], dtype=torch.float64)
+    untied = gaps != 0
+    if untied.any():
+        agrees = ((margins > 0) == (gaps > 0))[untied]
+        agreement["agreement_with_gold"] = agrees.double().mean().item()
+    return agreement
 
 
-def _fitting(
-    model: reward_model.RewardModel,
-    rows: list[dict[str, Any]],
-    sides: Sequence[str],
-    logger: Logger,
+def rows_that_fit(
+    model: RewardModel, rows: list[dict[str, Any]], columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The rows that fit into the model's positions; how many do not is said."""
+    """Rows whose prompt with each of the completions fits into the model's positions. Logs the
+    number of other rows.
+
+    Raises:
+        DataError: No row fits.
+    """
     limit = getattr(model.model.config, "max_position_embeddings", None)
     if limit is None:
         return rows
+    assert model.tokenizer is not None
 
     def longest(row: Mapping[str, Any]) -> int:
-        prompts, said = [row["prompt"]] * len(sides), [row[side] for side in sides]
-        return max(map(len, tokenization.tokenize_for_reward(model.tokenizer, prompts, said)))
+        prompts, completions = [row["prompt"]] * len(columns), [row[column] for column in columns]
+        ids = tokenization.tokenize_for_reward(model.tokenizer, prompts, completions)
+        return max(map(len, ids))
 
-    kept = [row for row in rows if longest(row) <= limit]
-    if len(kept) < len(rows):
-        cut = len(rows) - len(kept)
-        logger.info(f"{cut:,} of {len(rows):,} rows are longer than the model: not scored")
-    if not kept:
-        raise UserError(
-            f"every row is longer than the model's {limit} positions; nothing to measure"
+    fitting = [row for row in rows if longest(row) <= limit]
+    if not fitting:
+        raise DataError(
+            f"every row is longer than the reward model's {limit} positions, so none can be scored; "
+            "train on a model with more positions"
         )
-    return kept
+    if len(fitting) < len(rows):
+        LOGGER.warning(
+            "%d of %d rows are longer than the reward model's %d positions and are not scored",
+            len(rows) - len(fitting),
+            len(rows),
+            limit,
+        )
+    return fitting
 
 
-def _scores(
-    model: reward_model.RewardModel, rows: Sequence[Mapping[str, Any]], side: str, logger: Logger
-) -> torch.Tensor:
-    """Scores of a column, each process scoring its share."""
+def _means_by_prompt(prompt_ids: Sequence[str], values: Sequence[float]) -> Tensor:
+    """Mean value of each prompt, float64, in the order of their first rows."""
+    by_prompt: dict[str, list[float]] = {}
+    for prompt_id, value in zip(prompt_ids, values, strict=True):
+        by_prompt.setdefault(prompt_id, []).append(value)
+    return torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
+
+
+def _score_column(
+    model: RewardModel, rows: Sequence[Mapping[str, Any]], column: str, logger: Logger
+) -> Tensor:
+    """Scores of one column of completions, ``[rows]``. The rows are shared over the ranks."""
     scores = distributed.map_rows(
         rows,
-        lambda part: model.score(
-            [row["prompt"] for row in part], [row[side] for row in part], batch_size=BATCH
+        lambda share: model.score(
+            [row["prompt"] for row in share],
+            [row[column] for row in share],
+            batch_size=BATCH_SIZE,
         ).tolist(),
         size=None,
     )
-    logger.step(len(rows), len(rows), what=f"scored {side}")
+    logger.step(len(rows), len(rows), what=f"scored {column}")
     return torch.tensor(scores)

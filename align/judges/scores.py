@@ -1,4 +1,5 @@
-"""Judges that score one completion at a time: the exact score of the embedded task, or a reward model.
+"""Judges that score one completion at a time: the exact score of the embedded task, or a reward
+model.
 
 Left out: judges that compare two completions.
 """
@@ -51,7 +52,8 @@ class RewardModelJudge:
     """A reward model, on the device of this process."""
 
     def __init__(self, source: Path | str, *, dtype: str, batch_size: int) -> None:
-        """Load the model from a folder or the Hub; ``batch_size`` is the number of completions per forward pass.
+        """Load the model from a folder or the Hub; ``batch_size`` is the number of completions per
+        forward pass.
 
         Raises:
             UserError: The model cannot be loaded, or is not a reward model.

@@ -15,7 +15,7 @@ Left out: DeepSpeed, FSDP, models over several devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,11 @@ def build_models(
     reward_sources: Sequence[Path | str],
     *,
     device: Any,
-    info: Callable[[str], None],
 ) -> PPOModels:
     """Load all models onto ``device``, without dropout, with gradients for policy and critic only.
 
     ``source`` is the policy at the start; ``reward_sources`` are its reward models, in the
-    recipe's order. ``info`` receives the reasons why prefix sharing is not used.
+    recipe's order.
 
     Raises:
         UserError: A model cannot be loaded, or models do not fit together.
@@ -79,10 +78,7 @@ def build_models(
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.prefix_sharing:
-            # The sampler's forward passes use a cache and are never shared.
-            wrapper.enable_prefix_sharing(
-                model, say=lambda reason: None if "cache" in reason else info(reason)
-            )
+            wrapper.enable_prefix_sharing(model)
     for view in (models.critic, *models.rewards):
         if view is not None and view.head is not None:
             view.head.to(device)

@@ -80,7 +80,7 @@ class PPOTrainer:
         ]
         self.config, self.output_dir, self.logger = config, output_dir, logger
         self.models = build_models(
-            config, inputs["model"], reward_sources, device=accelerator.device, info=logger.info
+            config, inputs["model"], reward_sources, device=accelerator.device
         )
         self.generation_config = (
             self.models.policy.model.generation_config

@@ -271,4 +271,4 @@ def _check_labels(errors: ErrorCollector, stage: PlannedStage, data: Path) -> No
     paired = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
     desirable, undesirable = sum(labels) + paired, labels.count(False) + paired
     with errors.at(stage.name, stage.config.reads[0].input):
-        kto_batches.check(desirable, undesirable, batch_size=size)
+        kto_batches.check_label_counts(desirable, undesirable, batch_size=size)

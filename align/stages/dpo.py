@@ -1,8 +1,11 @@
-"""DPO: pairs and an SFT model in, an aligned model out. TRL does the training."""
+"""DPO: train a policy on preference pairs with TRL's DPOTrainer.
+
+TRL tokenizes the rows when the trainer is built; ``align data show --stage dpo`` prints the result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +24,40 @@ def run(
     config: DPO, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
 ) -> StageResult:
     """Train ``config.model`` to prefer the chosen completions of ``config.pairs``."""
-    trainer = build(config, inputs, output_dir, say=logger.info)
-    found: dict[str, Any] = {}
-    if reference_logps.can_precompute(trainer):
+    trainer = build(config, inputs, output_dir)
+    metrics: dict[str, Any] = {}
+    if reference_logps.can_precompute(trainer):  # 5. reference log-probabilities
         with logps.small_vocabulary_tiles():
-            found["reference"] = reference_logps.add_reference_logps(
+            metrics["reference"] = reference_logps.add_reference_logps(
                 trainer,
-                model=inputs["model"],
-                pairs=Path(inputs["pairs"]),
+                inputs={"model": inputs["model"], "pairs": Path(inputs["pairs"])},
                 runs=output_dir.parent,
                 logger=logger,
             )
-    found |= trl_trainer.train(trainer, output_dir, logger)
-    return StageResult(found | {"parameters": sum(p.numel() for p in trainer.model.parameters())})
+    metrics |= trl_trainer.train(trainer, output_dir, logger)  # 6. train
+    metrics["parameters"] = trl_trainer.count_parameters(trainer)
+    return StageResult(metrics, trl_trainer.headline(metrics))
 
 
-def build(
-    config: DPO,
-    inputs: Mapping[str, Path | str],
-    folder: Path,
-    say: Callable[[str], None] | None = None,
-) -> DPOTrainer:
-    """The trainer, with the policy and its reference: equal to the last bit before the first step."""
-    source, data = inputs["model"], Path(inputs["pairs"])
+def build(config: DPO, inputs: Mapping[str, Path | str], output_dir: Path) -> DPOTrainer:
+    """Build the trainer. Before the first step, the policy equals its reference to the last bit."""
+    data = Path(inputs["pairs"])
     arguments = trl_trainer.trl_arguments(
-        DPOConfig, folder, seed=config.seed, trainer=config.trainer, beta=config.beta
+        DPOConfig, output_dir, seed=config.seed, trainer=config.trainer, beta=config.beta
     )
-    rows = tables.load_dataset(data, "pairs", "train", folder)
-    held_out = tables.load_dataset(data, "pairs", "validation", folder)
-    models = adapters.load_policy_and_reference(config, source)
+    train_rows = tables.load_dataset(data, "pairs", "train", output_dir)  # 1. data
+    held_out_rows = tables.load_dataset(data, "pairs", "validation", output_dir)
+    models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
     with trl_trainer.trl_errors_as_user_errors():
-        trainer = DPOTrainer(
+        trainer = DPOTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,
             args=arguments,
-            train_dataset=rows,
-            eval_dataset=held_out,
+            train_dataset=train_rows,
+            eval_dataset=held_out_rows,
             processing_class=models.tokenizer,
             peft_config=models.new_adapter,
         )
-    if config.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
-        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)
+    if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
+        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
     return trainer

@@ -1,18 +1,20 @@
-"""KTO: completions labelled desirable or undesirable and an SFT model in, an aligned model out. TRL does the training.
+"""KTO: train a policy on completions that are labeled desirable or undesirable, with TRL's KTOTrainer.
 
-The batches are ours (:mod:`align.training.kto_batches`): both labels in each, a fresh order every epoch, and a KL completion that is
-never of its own prompt. TRL's trainer reads its rows in sequence because it pairs KL completions ahead; here they are
-paired when a batch is put together, so any order will do.
+TRL tokenizes the rows when the trainer is built; ``align data show --stage kto`` prints the result.
+
+Align builds the batches (:mod:`align.training.kto_batches`): each has both labels, every epoch has another order, and the
+KL completion of a row belongs to another prompt. TRL reads its rows sequentially because it pairs KL completions in
+advance. Here they are paired when a batch is collated, so any order works.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from trl import KTOConfig, KTOTrainer
 from trl.data_utils import unpair_preference_dataset
 
@@ -25,36 +27,33 @@ from align.runtime.results import StageResult
 from align.training import trl_trainer
 from align.training.kto_batches import MixedLabels, label_weights, weights_warning, with_kl_partners
 
+COLUMNS = ["prompt", "completion", "label"]
+
 
 def run(
     config: KTO, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
 ) -> StageResult:
     """Train ``config.model`` towards desirable completions and away from undesirable ones."""
-    trainer = build(config, inputs, output_dir, say=logger.info)
+    trainer = build(config, inputs, output_dir)
     weights = label_weights(config, trainer.train_dataset.labels)
-    found = trl_trainer.train(trainer, output_dir, logger)
-    return StageResult(
-        found
-        | {
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "desirable_weight": weights.desirable,
-            "undesirable_weight": weights.undesirable,
-            "weight_ratio": weights.ratio,
-            "warnings": [] if weights.advised else [weights_warning(weights)],
-        }
-    )
+    warnings = () if weights.is_recommended else (weights_warning(weights),)
+    metrics = trl_trainer.train(trainer, output_dir, logger)  # 6. train
+    metrics |= {
+        "parameters": trl_trainer.count_parameters(trainer),
+        "desirable_weight": weights.desirable,
+        "undesirable_weight": weights.undesirable,
+        "weight_ratio": weights.ratio,
+        "warnings": list(warnings),
+    }
+    remarks = tuple(f"warning: {warning}" for warning in warnings)
+    return StageResult(metrics, trl_trainer.headline(metrics), remarks)
 
 
-def build(
-    config: KTO,
-    inputs: Mapping[str, Path | str],
-    folder: Path,
-    say: Callable[[str], None] | None = None,
-) -> KTOTrainer:
-    """The trainer, with batches of ours, and the policy and its reference: equal to the last bit before the first step."""
-    trainer = as_trl_feeds_it(config, inputs, folder, say=say)
+def build(config: KTO, inputs: Mapping[str, Path | str], output_dir: Path) -> KTOTrainer:
+    """Build the trainer. Before the first step, the policy equals its reference to the last bit."""
+    trainer = build_with_trl_batches(config, inputs, output_dir)
+    # 5. batches; each rank receives `size` consecutive rows as its batch
     size = trainer.args.per_device_train_batch_size
-    # Sharded over processes, each stretch of `size` rows goes to one of them as a batch.
     trainer.train_dataset = MixedLabels(trainer.train_dataset, batch_size=size, seed=config.seed)
     if trainer.eval_dataset is not None and _evaluates(trainer.args):
         size = trainer.args.per_device_eval_batch_size
@@ -64,54 +63,54 @@ def build(
     return trainer
 
 
-def _evaluates(arguments: Any) -> bool:
-    return str(arguments.eval_strategy).rpartition(".")[2].lower() != "no" or bool(
-        arguments.eval_on_start
-    )
-
-
-def as_trl_feeds_it(
-    config: KTO,
-    inputs: Mapping[str, Path | str],
-    folder: Path,
-    say: Callable[[str], None] | None = None,
+def build_with_trl_batches(
+    config: KTO, inputs: Mapping[str, Path | str], output_dir: Path
 ) -> KTOTrainer:
-    """TRL's trainer with its own order of rows: all desirable, then all undesirable, by blocks of 1,000."""
-    source, data = inputs["model"], Path(inputs["preferences"])
-    rows = _labelled(data, "train", folder)
-    assert rows is not None
-    weights = label_weights(config, rows["label"])
+    """Build the trainer with TRL's order of rows: in blocks of 1,000, first all desirable rows, then all others."""
+    data = Path(inputs["preferences"])
+    train_rows = labeled_rows(data, "train", output_dir)  # 1. data
+    assert train_rows is not None
+    weights = label_weights(config, train_rows["label"])
     arguments = trl_trainer.trl_arguments(
         KTOConfig,
-        folder,
+        output_dir,
         seed=config.seed,
         trainer=config.trainer,
         beta=config.beta,
         desirable_weight=weights.desirable,
         undesirable_weight=weights.undesirable,
     )
-    models = adapters.load_policy_and_reference(config, source)
+    models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
     with trl_trainer.trl_errors_as_user_errors():
-        trainer = KTOTrainer(
+        trainer = KTOTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,
             args=arguments,
-            train_dataset=rows,
-            eval_dataset=_labelled(data, "validation", folder),
+            train_dataset=train_rows,
+            eval_dataset=labeled_rows(data, "validation", output_dir),
             processing_class=models.tokenizer,
             peft_config=models.new_adapter,
         )
-    if config.prefix_sharing:  # the trainer's own: it has put a new adapter around the policy
-        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model, say=say)
+    if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
+        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
     return trainer
 
 
-def _labelled(data: Path, split: str, folder: Path) -> Any:
-    """The rows of a split that have labels of their own, and both sides of those that come in pairs."""
-    parts: list[Any] = []
+def _evaluates(arguments: KTOConfig) -> bool:
+    strategy: Any = arguments.eval_strategy
+    return str(strategy).rpartition(".")[2].lower() != "no" or bool(arguments.eval_on_start)
+
+
+def labeled_rows(data: Path, split: str, output_dir: Path) -> Dataset | None:
+    """The labeled completions of a split, followed by both completions of each pair; None without rows.
+
+    Raises:
+        UserError: The training split has neither.
+    """
+    parts: list[Dataset] = []
     if tables.has_table(data, "unpaired", split):
-        parts.append(tables.load_dataset(data, "unpaired", split, folder))
+        parts.append(tables.load_dataset(data, "unpaired", split, output_dir))
     if tables.has_table(data, "pairs", split) or (split == "train" and not parts):
-        parts.append(unpair_preference_dataset(tables.load_dataset(data, "pairs", split, folder)))
-    wanted = ["prompt", "completion", "label"]
-    return concatenate_datasets([part.select_columns(wanted) for part in parts]) if parts else None
+        pairs = tables.load_dataset(data, "pairs", split, output_dir)
+        parts.append(unpair_preference_dataset(pairs))
+    return concatenate_datasets([part.select_columns(COLUMNS) for part in parts]) if parts else None

@@ -1,13 +1,14 @@
-"""Label: a judge scores the completions of a ``sample`` stage, and they become pairs, in the files that DPO and KTO read.
+"""Label: score the completions of a ``sample`` stage with a judge, and write them as pairs for DPO and KTO.
 
-``pairs-train.parquet`` is as ``prepare`` leaves it; ``scores-train.parquet`` has every completion with its score.
+``pairs-<split>.parquet`` has the columns of prepared data; ``scores-<split>.parquet`` has every completion with its score.
 Left out: judges that compare two completions, and judges behind an API.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.config.data import Label
-from align.data import pairing
-from align.errors import UserError
-from align.judges.scores import build_judge, score_rows
+from align.data import pairing, tables
+from align.data.rows import Row
+from align.errors import DataError
+from align.judges.scores import Judge, build_judge, score_rows
 from align.rewards import gold
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledSplit:
+    """Finished completions of a split with their scores, and the pairs made of them."""
+
+    rows: list[Row]
+    scores: list[float]
+    pairs: list[Row]
+    agreement: float
+    dropped: dict[str, int]
 
 
 def run(
@@ -29,84 +42,103 @@ def run(
 ) -> StageResult:
     """Score, pair and write every split that ``config.completions`` has."""
     data = Path(inputs["completions"])
-    files = {
-        file.stem.partition("-")[2]: file for file in sorted(data.glob("completions-*.parquet"))
-    }
-    if not files:
-        raise UserError(f"{data}: no completions-*.parquet; name a finished `sample` stage")
-    judge = build_judge(
+    names = [name.partition("-") for name in tables.table_names(data)]
+    splits = [split for kind, _, split in names if kind == "completions"]
+    if not splits:
+        raise DataError(f"{data}: no completions-*.parquet; set `completions` to a `sample` stage")
+    judge = build_judge(  # 1. judge
         config.judge, inputs.get("judge"), dtype=config.dtype, batch_size=config.batch_size
     )
+    labeled: dict[str, LabeledSplit] = {}
+    for split in splits:
+        labeled[split] = _label(config, judge, data, split, logger)  # 2. score and pair
+        if distributed.is_main():
+            _write(output_dir, split, labeled[split])  # 3. write
+    metrics = _metrics(labeled)
+    return StageResult(metrics, headline={"rows": metrics["rows"]}, remarks=_remarks(metrics))
+
+
+def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) -> LabeledSplit:
+    """Score the completions of a split and make pairs of them.
+
+    Raises:
+        DataError: No completion ends in a stop token, no pair is left, or the judge cannot score the prompts.
+    """
+    sampled = tables.read(data, "completions", split)
+    # A completion that the length limit cut off is left out: as a chosen one, it would teach to stop within a sentence.
+    rows = [row for row in sampled if row.get("finished", True)]
+    file = tables.table_file(data, "completions", split)
+    if not rows:
+        raise DataError(
+            f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with a larger "
+            "`max_new_tokens`"
+        )
+    judge.check_prompts([row["prompt"] for row in rows], repair="set `judge` to a reward model")
     slope = None
     if config.label_noise == "bradley_terry":
-        own = gold.LABEL_SLOPE if config.judge == "gold" else 1.0
-        slope = own if config.label_noise_slope is None else config.label_noise_slope
-    metrics: dict[str, Any] = {"rows": 0, "pairs": {}, "dropped": {}, "agreement": {}}
-    for split, file in files.items():
-        sampled = pq.read_table(file).to_pylist()
-        # A text that the length limit cut off is no answer: chosen, it would teach to end in the middle of a sentence.
-        rows = [row for row in sampled if row.get("finished", True)]
-        if len(rows) < len(sampled):
-            metrics["dropped"][f"{split}: completion cut off"] = len(sampled) - len(rows)
-        if not rows:
-            raise UserError(
-                f"{file}: none of {len(sampled)} completions ends by itself; sample anew with more `max_new_tokens`"
-            )
-        judge.check_prompts([row["prompt"] for row in rows], repair="set `judge` to a reward model")
-        scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
-        found = pairing.pairs_from_scores(
-            rows,
-            scores,
-            pairing=config.pairing,
-            margin=config.margin,
-            slope=slope,
-            max_pairs=config.max_pairs,
-            seed=config.seed,
+        slope = config.label_noise_slope or (gold.LABEL_SLOPE if config.judge == "gold" else 1.0)
+    scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
+    result = pairing.pairs_from_scores(
+        rows,
+        scores,
+        pairing=config.pairing,
+        margin=config.margin,
+        slope=slope,
+        max_pairs=config.max_pairs,
+        seed=config.seed,
+    )
+    if not result.rows:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in result.dropped.items())
+        raise DataError(
+            f"{file}: {len(rows)} completions give no pair: {reasons}; sample more completions per prompt, at a higher "
+            "temperature, or lower `margin`"
         )
-        if not found.rows:
-            why = ", ".join(f"{number} × {reason}" for reason, number in found.dropped.items())
-            raise UserError(
-                f"{file}: no pair is left of {len(rows)} completions: {why}; sample more a prompt, at a higher "
-                "temperature, or lower `margin`"
-            )
-        if distributed.is_main():
-            _write(output_dir, split, rows, scores, found.rows)
-        metrics["rows"] += len(found.rows)
-        metrics["pairs"][split] = len(found.rows)
-        metrics["agreement"][split] = found.agreement
-        for reason, number in found.dropped.items():
-            metrics["dropped"][f"{split}: {reason}"] = number
-        metrics |= {"mean_score": statistics.fmean(scores), "words": _words(found.rows)}
-    # What reads pairs expects those to train on among them.
-    metrics["pairs"] = {"train": 0} | metrics["pairs"]
-    return StageResult(metrics)
+    cut_off = {"completion cut off": len(sampled) - len(rows)} if len(rows) < len(sampled) else {}
+    return LabeledSplit(rows, scores, result.rows, result.agreement, cut_off | result.dropped)
 
 
-def _write(
-    folder: Path,
-    split: str,
-    rows: Sequence[dict[str, Any]],
-    scores: Sequence[float],
-    pairs: Sequence[dict[str, Any]],
-) -> None:
-    tables = {
-        "scores": [row | {"score": score} for row, score in zip(rows, scores, strict=True)],
+def _write(output_dir: Path, split: str, labeled: LabeledSplit) -> None:
+    contents = {
+        "scores": [
+            row | {"score": score} for row, score in zip(labeled.rows, labeled.scores, strict=True)
+        ],
         "pairs": [
-            {k: v for k, v in pair.items() if not k.endswith("_score")}
+            {key: value for key, value in pair.items() if not key.endswith("_score")}
             | {"margin": pair["chosen_score"] - pair["rejected_score"]}
-            for pair in pairs
+            for pair in labeled.pairs
         ],
     }
-    for kind, table in tables.items():
-        file = folder / f"{kind}-{split}.parquet"
-        pq.write_table(pa.Table.from_pylist(table), file, compression="zstd")
+    for kind, rows in contents.items():
+        file = tables.table_file(output_dir, kind, split)
+        pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
 
 
-def _words(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Median lengths, as prepared data tell them."""
+def _metrics(labeled: Mapping[str, LabeledSplit]) -> dict[str, Any]:
+    """Counts by split, and the mean score and median lengths of the last split."""
+    *_, last = labeled.values()
     return {
-        f"{column}_median": statistics.median(
-            sum(len(turn["content"].split()) for turn in pair[column]) for pair in pairs
-        )
-        for column in ("prompt", "chosen", "rejected")
+        "rows": sum(len(each.pairs) for each in labeled.values()),
+        # Stages that read pairs expect a number for the training split.
+        "pairs": {"train": 0} | {split: len(each.pairs) for split, each in labeled.items()},
+        "dropped": {
+            f"{split}: {reason}": count
+            for split, each in labeled.items()
+            for reason, count in each.dropped.items()
+        },
+        "agreement": {split: each.agreement for split, each in labeled.items()},
+        "mean_score": statistics.fmean(last.scores),
+        "words": {
+            f"{column}_median": statistics.median(
+                sum(len(turn["content"].split()) for turn in pair[column]) for pair in last.pairs
+            )
+            for column in ("prompt", "chosen", "rejected")
+        },
     }
+
+
+def _remarks(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    splits = metrics["pairs"]
+    held_out = sum(splits.values()) - splits["train"]
+    counts = f"{splits['train']:,} pairs, and {held_out:,} held out"
+    dropped = "; ".join(f"{count} × {reason}" for reason, count in metrics["dropped"].items())
+    return (counts, f"dropped {dropped}") if dropped else (counts,)

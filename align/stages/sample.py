@@ -1,14 +1,15 @@
-"""Sample: a policy and prompts in, n completions of each prompt out; :mod:`align.stages.label` makes pairs of them.
+"""Sample: draw completions of a policy for the prompts of a split; :mod:`align.stages.label` makes pairs of them.
 
-``completions-train.parquet`` has prompt, completion and prompt_id as prepared data have them, so a prompt stays in its
-split, and ``evaluate`` finds what was trained on.
+``completions-<split>.parquet`` has the columns ``prompt``, ``completion`` and ``prompt_id`` of prepared data. A prompt
+therefore stays in its split, and ``evaluate`` recognizes prompts that were trained on.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,16 +25,19 @@ from align.runtime.results import StageResult
 def run(
     config: Sample, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
 ) -> StageResult:
-    """Draw ``config.n_completions`` for each prompt of ``config.split``."""
+    """Draw ``config.n_completions`` completions for each prompt of ``config.split``."""
     from accelerate import PartialState
 
     data, source = Path(inputs["prompts"]), inputs["model"]
-    rows = tables.read(data, "prompts", config.split)[: config.n_prompts]
-    model = loading.load_for_inference(source, dtype=config.dtype, revision=config.revision)
-    samples = generation.sample(
+    prompts = tables.read(data, "prompts", config.split, required_by="split")  # 1. data
+    prompts = prompts[: config.n_prompts]
+    model = loading.load_for_inference(  # 2. model
+        source, dtype=config.dtype, revision=config.revision
+    )
+    samples = generation.sample(  # 3. sample
         model.to(PartialState().device),
         tokenization.load_tokenizer(source, revision=config.revision),
-        [row["prompt"] for row in rows],
+        [row["prompt"] for row in prompts],
         n_completions=config.n_completions,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -45,30 +49,33 @@ def run(
             progress=lambda done, total: logger.step(done, total, what="sampled batch"),
         ),
     )
-    found = [
+    rows = [
         {
             "prompt": row["prompt"],
-            "completion": tokenization.assistant_turn(each.text),
+            "completion": tokenization.assistant_turn(completion.text),
             "prompt_id": row["prompt_id"],
-            "n_tokens": each.n_tokens,
-            "finished": each.finished,
+            "n_tokens": completion.n_tokens,
+            "finished": completion.finished,
         }
-        for row, some in zip(rows, samples, strict=True)
-        for each in some
+        for row, completions in zip(prompts, samples, strict=True)
+        for completion in completions
     ]
-    if distributed.is_main():
-        table = pa.Table.from_pylist(found)
-        pq.write_table(
-            table, output_dir / f"completions-{config.split}.parquet", compression="zstd"
-        )
-    distinct = {(row["prompt_id"], row["completion"][0]["content"]) for row in found}
-    return StageResult(
-        {
-            "rows": len(found),
-            "completions": {config.split: len(found)},
-            "prompts": {config.split: len(rows)},
-            "mean_tokens": sum(row["n_tokens"] for row in found) / len(found),
-            "finished": sum(row["finished"] for row in found) / len(found),
-            "distinct": len(distinct) / len(found),
-        }
-    )
+    if distributed.is_main():  # 4. write
+        file = tables.table_file(output_dir, "completions", config.split)
+        pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+    metrics = _metrics(config.split, len(prompts), rows)
+    headline = {key: metrics[key] for key in ("rows", "mean_tokens", "finished")}
+    return StageResult(metrics, headline)
+
+
+def _metrics(split: str, n_prompts: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts, the mean length in tokens, and the shares of finished and of distinct completions."""
+    distinct = {(row["prompt_id"], row["completion"][0]["content"]) for row in rows}
+    return {
+        "rows": len(rows),
+        "completions": {split: len(rows)},
+        "prompts": {split: n_prompts},
+        "mean_tokens": sum(row["n_tokens"] for row in rows) / len(rows),
+        "finished": sum(row["finished"] for row in rows) / len(rows),
+        "distinct": len(distinct) / len(rows),
+    }

@@ -1,8 +1,11 @@
-"""SFT: demonstrations and a model in, a policy out. TRL does the training."""
+"""SFT: train a policy on demonstrations with TRL's SFTTrainer.
+
+TRL tokenizes the rows when the trainer is built; ``align data show --stage sft`` prints the result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from align.config.base import NewModel
 from align.config.training import SFT
 from align.data import tables
 from align.models import adapters, loading, tokenization
+from align.models.adapters import PolicyAndReference
 from align.models.prefix_sharing import wrapper
 from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
@@ -23,41 +27,55 @@ def run(
     config: SFT, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
 ) -> StageResult:
     """Train ``config.model`` on the completions of ``config.demonstrations``."""
+    trainer = build(config, inputs, output_dir)
+    metrics = trl_trainer.train(trainer, output_dir, logger)  # 5. train
+    metrics["parameters"] = trl_trainer.count_parameters(trainer)
+    return StageResult(metrics, trl_trainer.headline(metrics))
+
+
+def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SFTTrainer:
+    """Build the trainer."""
     data = Path(inputs["demonstrations"])
     arguments = trl_trainer.trl_arguments(
         SFTConfig, output_dir, seed=config.seed, trainer=config.trainer
     )
-    rows = tables.load_dataset(data, "demonstrations", "train", output_dir)
-    held_out = tables.load_dataset(data, "demonstrations", "validation", output_dir)
-    adapter = None
-    if isinstance(config.model, NewModel):
-        tokenizer = _new_tokenizer(config.model, rows, output_dir)
-        shape = config.model.model_dump(exclude={"vocab_size"})
-        model = loading.new_model(tokenizer, dtype=config.dtype, **shape)
-    else:
-        source = inputs["model"]
-        tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
-        model, adapter = adapters.load_for_training(
-            source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
-        )
+    train_rows = tables.load_dataset(data, "demonstrations", "train", output_dir)  # 1. data
+    held_out_rows = tables.load_dataset(data, "demonstrations", "validation", output_dir)
+    model = _load(config, inputs, train_rows, output_dir)  # 2. model
     with trl_trainer.trl_errors_as_user_errors():
-        trainer = SFTTrainer(
-            model=model,
+        trainer = SFTTrainer(  # 3. trainer
+            model=model.policy,
             args=arguments,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=adapter,
+            train_dataset=train_rows,
+            eval_dataset=held_out_rows,
+            processing_class=model.tokenizer,
+            peft_config=model.new_adapter,
         )
     if config.prefix_sharing:
-        wrapper.enable_prefix_sharing(trainer.model, say=logger.info)
-    metrics = trl_trainer.train(trainer, output_dir, logger)
-    return StageResult(metrics | {"parameters": sum(p.numel() for p in trainer.model.parameters())})
+        wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
+    return trainer
 
 
-def _new_tokenizer(new: NewModel, rows: Any, folder: Path) -> Any:
-    """Train the tokenizer once: other processes, and a resumed run, read what the first one wrote."""
-    checkpoint = checkpoints.last_checkpoint(folder, world_size=distributed.world_size())
+def _load(
+    config: SFT, inputs: Mapping[str, Path | str], rows: Any, output_dir: Path
+) -> PolicyAndReference:
+    """Load the policy, or create it with random weights; SFT has no reference."""
+    if isinstance(config.model, NewModel):
+        tokenizer = _train_tokenizer(config.model, rows, output_dir)
+        shape = config.model.model_dump(exclude={"vocab_size"})
+        policy = loading.new_model(tokenizer, dtype=config.dtype, **shape)
+        return PolicyAndReference(policy, None, None, tokenizer)
+    source = inputs["model"]
+    tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
+    policy, new_adapter = adapters.load_for_training(
+        source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
+    )
+    return PolicyAndReference(policy, None, new_adapter, tokenizer)
+
+
+def _train_tokenizer(new: NewModel, rows: Iterable[Mapping[str, Any]], output_dir: Path) -> Any:
+    """Train the tokenizer on the main rank; other ranks, and a resumed run, load the saved one."""
+    checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
     if checkpoint is not None:
         return tokenization.load_tokenizer(checkpoint)
     if distributed.is_main():
@@ -67,6 +85,6 @@ def _new_tokenizer(new: NewModel, rows: Any, folder: Path) -> Any:
             vocab_size=new.vocab_size,
             max_length=new.max_position_embeddings,
         )
-        tokenizer.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(output_dir))
     distributed.barrier()
-    return tokenization.load_tokenizer(folder)
+    return tokenization.load_tokenizer(output_dir)

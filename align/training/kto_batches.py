@@ -1,8 +1,8 @@
-"""Completions that carry a label each, as KTO wants them: their order, their partners for the KL term, their weights.
+"""Batches of labeled completions for KTO: their order, their partners for the KL term, and the weights of both labels.
 
-TRL 1.16 unpairs pairs into all chosen, then all rejected completions, by blocks of 1,000, and its KTO trainer reads them
-in that order in every epoch: batches hold one label for hundreds of steps. Here the two labels are interleaved in their
-proportion and every epoch has an order of its own, drawn from the seed.
+TRL 1.16 unpairs pairs into all chosen, then all rejected completions, in blocks of 1,000, and its KTO trainer reads them in
+that order in every epoch: for hundreds of steps, a batch has a single label. Here both labels are interleaved in their
+proportion, and every epoch has another order, derived from the seed.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle, islice
+from itertools import cycle, islice
 from random import Random
 from typing import Any
 
 import torch
 
 from align.config.training import KTO
-from align.errors import UserError
+from align.errors import DataError
 
-RATIO = (1.0, 4 / 3)
+RECOMMENDED_RATIO = (1.0, 4 / 3)
+"""Range of the ratio of the summed weights of desirable and undesirable completions, from the KTO paper."""
+COLUMNS = ("prompt_ids", "completion_ids", "label")
+"""Columns of a tokenized row that TRL's collator reads."""
 
 
 # Order -------------------------------------------------------------------------------------------
@@ -35,150 +38,170 @@ def interleaved(
     seed: int,
     epoch: int,
 ) -> list[int]:
-    """Places of all rows in an order whose every stretch of ``batch_size`` is a good batch.
+    """Order of the rows in an epoch, as row indices; every ``batch_size`` of them form a batch.
 
-    Each batch has both labels, in the proportion of the whole, and no prompt fills more than half of it, so that every row
-    finds a completion of another prompt. A prompt's k-th desirable and k-th undesirable row (both sides of a pair) go to
-    the same batch where these rules let them: what they share then cancels in the gradient, and is computed once. The last
-    batch is filled up with rows from the beginning: fewer than a batch are seen twice, others in each epoch.
+    Each batch has both labels in the proportion of the whole data, and no prompt has more than half of a batch, so that
+    every row can get the completion of another prompt for the KL term. The k-th desirable and the k-th undesirable row of a
+    prompt (both sides of a pair) share a batch if these rules allow it: then their common part cancels in the gradient and
+    is computed once. The last batch is filled with the first rows, fewer than a batch, which differ between epochs.
 
     Raises:
-        UserError: No such order exists.
+        DataError: No such order exists.
     """
     rows = len(labels)
-    check(sum(labels), rows - sum(labels), batch_size=batch_size)
-    batches = math.ceil(rows / batch_size)
-    total = batches * batch_size if batches > 1 else rows
+    check_label_counts(sum(labels), rows - sum(labels), batch_size=batch_size)
+    n_batches = math.ceil(rows / batch_size)
+    total = n_batches * batch_size if n_batches > 1 else rows
     sides = _shuffled(labels, prompts, Random(f"{seed}:{epoch}"))
     desirable = round(total * len(sides[True]) / rows)
     slots = {True: desirable, False: total - desirable}
     queues = {label: deque(islice(cycle(side), slots[label])) for label, side in sides.items()}
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     for start in range(0, total, batch_size):
         size = min(batch_size, total - start)
-        # A label's slots are spread evenly: by slot t it has had its share of t, rounded down.
-        wanted = [
+        # The slots of a label are spread evenly: the first t slots include its share of t, rounded down.
+        batch_labels = [
             (slot + 1) * desirable // total > slot * desirable // total
             for slot in range(start, start + size)
         ]
-        found.append(_batch(wanted, queues, prompts, room=size // 2))
-    _repair(found, labels, prompts)
-    return [row for batch in found for row in batch]
+        batches.append(_take_batch(batch_labels, queues, prompts, limit=size // 2))
+    _repair(batches, labels, prompts)
+    return [row for batch in batches for row in batch]
 
 
-def check(desirable: int, undesirable: int, *, batch_size: int) -> None:
-    """Make sure that there is one completion of each label for every batch.
+def check_label_counts(desirable: int, undesirable: int, *, batch_size: int) -> None:
+    """Check that there is at least one completion of each label per batch.
 
     Raises:
-        UserError: There is not.
+        DataError: A label has too few completions.
     """
     rows = desirable + undesirable
     batches = math.ceil(rows / batch_size)
-    for have, word in ((desirable, "desirable"), (undesirable, "undesirable")):
-        if have == 0:
-            raise UserError(
-                f"no completion is {word}; KTO learns from both labels: name a source that has both"
+    for count, label in ((desirable, "desirable"), (undesirable, "undesirable")):
+        if count == 0:
+            raise DataError(
+                f"no completion is {label}, but KTO needs both labels; use a source that has both"
             )
-        if have < batches:
-            raise UserError(
-                f"{have:,} {word} completions of {rows:,} are not enough for {batches:,} batches: every batch holds both "
-                f"labels; set `per_device_train_batch_size` to {math.ceil(rows / have)} or more"
+        if count < batches:
+            raise DataError(
+                f"{count:,} {label} of {rows:,} completions are not enough for {batches:,} batches, which "
+                f"all need both labels; set `per_device_train_batch_size` to {math.ceil(rows / count)} or more"
             )
 
 
 def _shuffled(
     labels: Sequence[bool], prompts: Sequence[Hashable], generator: Random
 ) -> dict[bool, list[int]]:
-    """The rows of each label, shuffled alike: the k-th row of a prompt has one place under both labels."""
+    """Shuffle the rows of each label; the k-th row of a prompt has the same sort key under both labels."""
     keys: dict[tuple[Hashable, int], float] = {}
     seen: Counter[tuple[Hashable, bool]] = Counter()
     sides: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
     for row, (label, prompt) in enumerate(zip(labels, prompts, strict=True)):
-        name = (prompt, seen[prompt, label])
+        pair = (prompt, seen[prompt, label])
         seen[prompt, label] += 1
-        if name not in keys:
-            keys[name] = generator.random()
-        sides[label].append((keys[name], row))
+        if pair not in keys:
+            keys[pair] = generator.random()
+        sides[label].append((keys[pair], row))
     return {label: [row for _, row in sorted(side)] for label, side in sides.items()}
 
 
-def _batch(
-    wanted: Sequence[bool],
+def _take_batch(
+    labels: Sequence[bool],
     queues: dict[bool, deque[int]],
     prompts: Sequence[Hashable],
     *,
-    room: int,
+    limit: int,
 ) -> list[int]:
-    """Take the next rows with these labels, passing over prompts that have no room left in this batch."""
+    """Take the next row of each label in ``labels``, skipping prompts that already have ``limit`` rows in this batch."""
     batch: list[int] = []
-    held: Counter[Hashable] = Counter()
-    for label in wanted:
+    counts: Counter[Hashable] = Counter()
+    for label in labels:
         queue = queues[label]
-        fits = (i for i, row in enumerate(queue) if held[prompts[row]] < room)
-        place = next(fits, 0)  # none fits: `_repair` will exchange it
-        row = queue[place]
-        del queue[place]
-        held[prompts[row]] += 1
+        candidates = (i for i, row in enumerate(queue) if counts[prompts[row]] < limit)
+        index = next(candidates, 0)  # without a candidate, `_repair` swaps the row later
+        row = queue[index]
+        del queue[index]
+        counts[prompts[row]] += 1
         batch.append(row)
     return batch
 
 
 def _repair(batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[Hashable]) -> None:
-    """Where the end of an epoch left a prompt with more than half a batch, exchange rows with other batches."""
+    """Swap rows between batches until no prompt has more than half of a batch, which only the end of an epoch causes.
 
-    def crowded(batch: Sequence[int]) -> Iterator[int]:
-        held: Counter[Hashable] = Counter()
-        for place, row in enumerate(batch):
-            held[prompts[row]] += 1
-            if held[prompts[row]] > len(batch) // 2:
-                yield place
-
-    def swaps(batch: list[int], place: int) -> bool:
-        for other in batches:
-            for there, row in enumerate(other):
-                if other is batch or labels[row] != labels[batch[place]]:
-                    continue
-                if prompts[row] == prompts[batch[place]]:
-                    continue
-                before = [len(list(crowded(each))) for each in (batch, other)]
-                batch[place], other[there] = other[there], batch[place]
-                after = [len(list(crowded(each))) for each in (batch, other)]
-                if after[0] < before[0] and after[1] <= before[1]:
-                    return True
-                batch[place], other[there] = other[there], batch[place]
-        return False
-
+    Raises:
+        DataError: No swap helps.
+    """
     for batch in batches:
-        while (place := next(crowded(batch), None)) is not None:
-            if not swaps(batch, place):
-                raise UserError(
-                    "one prompt has more than half of a batch's completions, so some find none of another prompt for "
-                    "the KL term; add prompts, or set another `per_device_train_batch_size`"
+        while (index := next(_surplus(batch, prompts), None)) is not None:
+            if not _swap(batch, index, batches, labels, prompts):
+                raise DataError(
+                    "one prompt has more than half of the completions of a batch, so some of them get no completion of "
+                    "another prompt for the KL term; add prompts, or set another `per_device_train_batch_size`"
                 )
+
+
+def _surplus(batch: Sequence[int], prompts: Sequence[Hashable]) -> Iterator[int]:
+    """Indices of the rows by which a prompt exceeds half of the batch."""
+    counts: Counter[Hashable] = Counter()
+    for index, row in enumerate(batch):
+        counts[prompts[row]] += 1
+        if counts[prompts[row]] > len(batch) // 2:
+            yield index
+
+
+def _swap(
+    batch: list[int],
+    index: int,
+    batches: list[list[int]],
+    labels: Sequence[bool],
+    prompts: Sequence[Hashable],
+) -> bool:
+    """Swap a row with one of the same label in another batch, if that reduces the surplus and adds none there."""
+
+    def surplus(other: list[int]) -> tuple[int, int]:
+        own, others = (len(list(_surplus(each, prompts))) for each in (batch, other))
+        return own, others
+
+    for other in batches:
+        for k, row in enumerate(other):
+            if other is batch or labels[row] != labels[batch[index]]:
+                continue
+            if prompts[row] == prompts[batch[index]]:
+                continue
+            before = surplus(other)
+            batch[index], other[k] = other[k], batch[index]
+            after = surplus(other)
+            if after[0] < before[0] and after[1] <= before[1]:
+                return True
+            batch[index], other[k] = other[k], batch[index]
+    return False
 
 
 # Partners ----------------------------------------------------------------------------------------
 
 
 def mismatched(prompts: Sequence[Hashable]) -> list[int]:
-    """For each row of a batch the row whose completion it gets for the KL term: one of another prompt, each used once.
+    """For each row of a batch, the row whose completion it gets for the KL term: one of another prompt, each used once.
 
-    Rows are laid in a ring, those of a prompt side by side, and turned by the largest such group. Where all prompts differ
-    that is TRL's own rotation by one. Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (the estimate of z0).
+    Rows are arranged in a ring, grouped by prompt, and rotated by the size of the largest group. If all prompts differ, this
+    is TRL's rotation by one.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (the estimate of z0).
 
     >>> mismatched(["a", "b", "c"])
     [2, 0, 1]
     >>> mismatched(["a", "a", "b", "b"])
     [2, 3, 0, 1]
     """
-    held = Counter(prompts)
-    most = max(held.values())
-    assert 2 * most <= len(prompts), "one prompt has more than half of the batch"
-    places = dict(zip(held, count(), strict=False))  # of a prompt, by its first row
-    ring = sorted(range(len(prompts)), key=lambda row: places[prompts[row]])
+    counts = Counter(prompts)
+    largest = max(counts.values())
+    assert 2 * largest <= len(prompts), "one prompt has more than half of the batch"
+    rank = {prompt: k for k, prompt in enumerate(counts)}  # prompts by their first row
+    ring = sorted(range(len(prompts)), key=lambda row: rank[prompts[row]])
     partners = [0] * len(ring)
     for place, row in enumerate(ring):
-        partners[row] = ring[place - most]
+        partners[row] = ring[place - largest]
     return partners
 
 
@@ -187,54 +210,59 @@ def mismatched(prompts: Sequence[Hashable]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the losses of either label are multiplied by, and the ratio of the two labels' sums."""
+    """Factors of the losses of both labels."""
 
     desirable: float
     undesirable: float
     ratio: float
+    """Summed weights of the desirable completions, divided by those of the undesirable ones."""
 
     @property
-    def advised(self) -> bool:
-        """Whether the ratio is in the range that the paper advises, up to rounding."""
-        return RATIO[0] - 1e-6 <= self.ratio <= RATIO[1] + 1e-6
+    def is_recommended(self) -> bool:
+        """Whether the ratio is in the range that the paper recommends, up to rounding."""
+        return RECOMMENDED_RATIO[0] - 1e-6 <= self.ratio <= RECOMMENDED_RATIO[1] + 1e-6
 
 
-def weights(
+def complete_weights(
     n_desirable: int,
     n_undesirable: int,
     *,
     desirable: float | None = None,
     undesirable: float | None = None,
 ) -> Weights:
-    """Complete the weights so that ``desirable * n_desirable / (undesirable * n_undesirable)`` is in 1:1 to 4:3.
+    """Choose missing weights so that ``desirable * n_desirable / (undesirable * n_undesirable)`` is in 1:1 to 4:3.
 
-    What is given stays. Without either, the label with too little weight is raised to the nearer end of the range, and the
-    other's weight is 1. Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8.
+    A weight that is set does not change. If neither is set, the weight of the label with too little total weight is raised
+    to the nearer end of the range, and the other weight is 1.
 
-    >>> weights(100, 100)
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8.
+
+    >>> complete_weights(100, 100)
     Weights(desirable=1.0, undesirable=1.0, ratio=1.0)
-    >>> weights(100, 400)
+    >>> complete_weights(100, 400)
     Weights(desirable=4.0, undesirable=1.0, ratio=1.0)
     """
     counts = n_desirable / n_undesirable
     ratio = counts * (desirable or 1.0) / (undesirable or 1.0)
-    wanted = min(max(ratio, RATIO[0]), RATIO[1])
-    if desirable is None and (undesirable is not None or ratio <= wanted):
-        desirable = (undesirable or 1.0) * wanted / counts
+    target = min(max(ratio, RECOMMENDED_RATIO[0]), RECOMMENDED_RATIO[1])
+    if desirable is None and (undesirable is not None or ratio <= target):
+        desirable = (undesirable or 1.0) * target / counts
     if undesirable is None:
         desirable = desirable or 1.0
-        undesirable = desirable * counts / wanted
+        undesirable = desirable * counts / target
     assert desirable is not None
     return Weights(desirable, undesirable, counts * desirable / undesirable)
 
 
-COLUMNS = ("prompt_ids", "completion_ids", "label")  # that a batch is made of
+def label_weights(config: KTO, labels: Sequence[bool]) -> Weights:
+    """The weights of a stage: those of its config, completed for the numbers of its labels.
 
-
-def label_weights(config: KTO, labels: Any) -> Weights:
+    Raises:
+        DataError: A label has no completion.
+    """
     desirable = sum(labels)
-    check(desirable, len(labels) - desirable, batch_size=len(labels))  # both are there
-    return weights(
+    check_label_counts(desirable, len(labels) - desirable, batch_size=len(labels))
+    return complete_weights(
         desirable,
         len(labels) - desirable,
         desirable=config.desirable_weight,
@@ -243,39 +271,45 @@ def label_weights(config: KTO, labels: Any) -> Weights:
 
 
 def weights_warning(weights: Weights) -> str:
+    """The warning for weights outside of the recommended range."""
     return (
-        f"the desirable side weighs {weights.ratio:.2f} times the undesirable one, and the KTO paper advises 1 to 1.33; "
-        "without `desirable_weight` and `undesirable_weight` they are set so"
+        f"the desirable completions have {weights.ratio:.2f} times the weight of the undesirable ones, but the KTO paper "
+        "recommends 1 to 1.33; remove `desirable_weight` and `undesirable_weight` to stay in this range"
     )
 
 
+# Batches -----------------------------------------------------------------------------------------
+
+
 class MixedLabels(torch.utils.data.Dataset[dict[str, Any]]):
-    """Labelled rows in an order of each epoch's own. accelerate's loader calls ``set_epoch`` before it begins one."""
+    """Labeled rows in the order of the current epoch. accelerate's loader calls ``set_epoch`` before each epoch."""
 
     def __init__(self, rows: Any, *, batch_size: int, seed: int) -> None:
         self.rows = rows.select_columns(list(COLUMNS))
         self.labels: list[bool] = self.rows["label"][:]
-        prompts = [hash(tuple(ids)) for ids in self.rows["prompt_ids"]]  # a tenth of the memory
+        prompts = [
+            hash(tuple(ids)) for ids in self.rows["prompt_ids"]
+        ]  # a tenth of the ids' memory
         self._order = functools.partial(
             interleaved, self.labels, prompts, batch_size=batch_size, seed=seed
         )
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch."""
+        """Compute the order of an epoch."""
         self.order = self._order(epoch=epoch)
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.rows[self.order[place]]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[self.order[index]]
 
 
 def with_kl_partners(
     collate: Callable[[list[dict[str, Any]]], Any], rows: list[dict[str, Any]]
 ) -> Any:
-    """A batch of TRL's, in which the KL completion of each row is another prompt's."""
+    """Collate a batch as TRL does; the KL completion of each row belongs to another prompt."""
     partners = mismatched([tuple(row["prompt_ids"]) for row in rows])
     return collate(
         [

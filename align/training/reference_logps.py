@@ -1,12 +1,12 @@
-"""Log-probabilities of pairs under the reference: computed once, kept beside the runs, and never again in a sweep over beta.
+"""Log-probabilities of preference pairs under DPO's reference model: computed once, cached, and reused by later runs.
 
-``runs/reference-<digest>/`` holds them, with an ``artifact.json`` of its own. The digest covers the token ids (so data,
-template and tokenizer), the reference's weights and shape as they are in memory, and what else changes a sum: truncation
-and number types. While it trains, the trainer then holds no second model. Values kept were found in other batches than
-those of training: up to rounding they are what the reference says in each step.
+They are stored in ``runs/reference-<digest>/`` with an ``artifact.json``. The digest covers the token ids (and with them
+data, template and tokenizer), the weights and the config of the reference in memory, and all other settings that change a
+sum: truncation and number types. While DPO trains, its trainer then holds no second model. The cached values come from
+other batches than those of training, so they equal the values of each step up to rounding.
 
-Left out: DeepSpeed and FSDP, where the policy is not in one piece before training; TRL's reference then runs in each step.
-A run that is stopped while it scores scores anew.
+Left out: DeepSpeed and FSDP, which shard the policy before training; there TRL's reference runs in every step. A run that is
+interrupted while it computes the values computes all of them again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor, nn
 
 from align.errors import UserError
 from align.runtime import artifacts, distributed
@@ -36,36 +37,38 @@ FILE = "logps.parquet"
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 CODE_VERSION = 1
-UNREAD = ("_name_or_path", "architectures", "transformers_version", "use_cache")
+IRRELEVANT_CONFIG = ("_name_or_path", "architectures", "transformers_version", "use_cache")
 
 
 def can_precompute(trainer: Any) -> bool:
-    """Whether the reference is the same in every step, can be asked before the first, and is asked for all rows."""
+    """Whether the reference never changes, is available before training, and is needed for every row."""
     arguments = trainer.args
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    seen = arguments.max_steps * batch * distributed.world_size()
-    return not (sharded or arguments.sync_ref_model or 0 < seen < len(trainer.train_dataset))
+    rows_seen = arguments.max_steps * batch * distributed.world_size()
+    limited = 0 < rows_seen < len(trainer.train_dataset)
+    return not (sharded or arguments.sync_ref_model or limited)
 
 
 def add_reference_logps(
-    trainer: Any, *, model: Path | str, pairs: Path, runs: Path, logger: Logger
+    trainer: Any, *, inputs: Mapping[str, Path | str], runs: Path, logger: Logger
 ) -> dict[str, Any]:
-    """Give a built DPO trainer, before its first step, the reference's log-probabilities as columns of its rows.
+    """Add the reference's log-probabilities as columns to the rows of a DPO trainer, before its first step.
 
-    ``model`` is where policy and reference come from. What was computed before is read. Returns what was done: pairs, how
-    many of them were computed now, and where they lie.
+    Values that an earlier run has computed are read from ``runs``. ``inputs`` are the folders of the model and the pairs,
+    for the artifact. Returns the number of ``pairs``, how many of them were ``computed`` now, the ``folders`` of the values
+    and the ``seconds`` taken.
     """
     started = time.monotonic()
     report: dict[str, Any] = {"pairs": 0, "computed": 0, "folders": []}
-    config = distributed.broadcast_from_main(_settings(trainer))
+    settings = distributed.broadcast_from_main(_settings(trainer))
     evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start
     for name in ("train_dataset", "eval_dataset") if evaluates else ("train_dataset",):
         rows = getattr(trainer, name)
         if rows is None:
             continue
         digest = distributed.broadcast_from_main(
-            artifacts.digest({"tokens": _digest(rows), **config})
+            artifacts.digest({"tokens": digest_tokens(rows), **settings})
         )
         folder = runs / f"reference-{digest[:12]}"
         with folder_lock(folder, logger.info):
@@ -73,41 +76,41 @@ def add_reference_logps(
                 logger.info(f"reference log-probabilities of {len(rows):,} pairs: reused, {folder}")
             else:
                 logger.info(
-                    f"reference log-probabilities of {len(rows):,} pairs: computed now, kept for other runs"
+                    f"reference log-probabilities of {len(rows):,} pairs: computed and cached"
                 )
-                found = _score(trainer, rows, logger)
+                values = compute_logps(trainer, rows, logger)
                 if distributed.is_main():
-                    _write(folder, found, digest, config, {"model": model, "pairs": pairs}, started)
+                    _write(folder, values, digest, settings, inputs, started)
                 distributed.barrier()
                 report["computed"] += len(rows)
         setattr(trainer, name, _with_columns(rows, pq.read_table(folder / FILE)))
         report["pairs"] += len(rows)
         report["folders"].append(folder.name)
-    trainer.precompute_ref_logps = True  # what TRL reads in each step
+    trainer.precompute_ref_logps = True  # TRL then reads the columns in each step
     if trainer.ref_model is not None:
-        trainer.ref_model.to("meta")  # accelerate holds on to it: this gives its memory back
+        trainer.ref_model.to("meta")  # frees the memory although accelerate keeps a reference
         trainer.ref_model = None
     return report | {"seconds": round(time.monotonic() - started, 3)}
 
 
 def is_cached(folder: Path, pairs: int) -> bool:
-    """Whether the log-probabilities of so many pairs are there, whole."""
+    """Whether the folder has the complete log-probabilities of this number of pairs."""
     try:
         rows = pq.read_metadata(folder / FILE).num_rows
         return artifacts.read_artifact(folder) is not None and rows == pairs
     except (OSError, pa.ArrowInvalid, UserError):
-        return False  # damaged: what it held is found again
+        return False  # damaged files are computed again
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
-    """What a log-probability depends on, besides the tokens."""
+    """Everything besides the tokens that a log-probability depends on."""
     policy, arguments = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     adapter = getattr(policy, "peft_config", {}).get("ref")
-    shape = policy.config.to_dict()
+    config = policy.config.to_dict()
     return {
         "code_version": CODE_VERSION,
         "weights": _digest_weights(trainer.ref_model or policy),
-        "config": {k: v for k, v in shape.items() if k not in UNREAD},
+        "config": {key: value for key, value in config.items() if key not in IRRELEVANT_CONFIG},
         "adapter": adapter
         and [adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora],
         "mixed_precision": trainer.accelerator.mixed_precision,
@@ -117,103 +120,105 @@ def _settings(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _digest_weights(model: torch.nn.Module) -> str:
-    """SHA-256 of names, types and numbers of what the reference computes with, in hex.
+def _digest_weights(model: nn.Module) -> str:
+    """SHA-256 of the names, types and values of the reference's weights, in hex.
 
-    A stage's own digest names its config, and these may give other weights on another number of processes. The policy's
-    adapter is not the reference's, and peft's way to name what stands under one tells nothing.
+    The digest of the stage that wrote the model is not enough: the same settings give other weights on another number of
+    ranks. The adapter of the policy is skipped, and the names that peft gives to the layers below an adapter are undone.
     """
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if ".default." not in name:
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            found.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+            sha256.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha256.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
-def _digest(rows: Dataset) -> str:
-    """SHA-256 of all token ids and of where each list ends, in hex."""
-    found = hashlib.sha256()
+def digest_tokens(rows: Dataset) -> str:
+    """SHA-256 of all token ids and of the length of each list, in hex."""
+    sha256 = hashlib.sha256()
     table = rows.select_columns(list(TOKENS)).with_format("arrow")[:]
     for column in TOKENS:
         lists = table[column].combine_chunks()
         for part in (lists.value_lengths(), lists.flatten()):
-            found.update(part.cast(pa.int64()).to_numpy().tobytes())
-    return found.hexdigest()
+            sha256.update(part.cast(pa.int64()).to_numpy().tobytes())
+    return sha256.hexdigest()
 
 
-def _order(rows: Dataset) -> list[int]:
-    """Rows of like length together, and those with the same prompt, which sharing then computes once."""
+def computation_order(rows: Dataset) -> list[int]:
+    """Order in which rows are computed: rows of one prompt together, prompts with the longest row first.
+
+    Prefix sharing then computes each prompt once, and a batch that does not fit into memory fails first.
+    """
     table = rows.select_columns(list(TOKENS)).with_format("arrow")[:]
     prompts = [bytes(p.values.to_numpy()) for p in table["prompt_ids"]]
-    sizes = {c: table[c].combine_chunks().value_lengths().to_pylist() for c in TOKENS}
-    whole = [p + max(c, r) for p, c, r in zip(*sizes.values(), strict=True)]
+    lengths = {c: table[c].combine_chunks().value_lengths().to_pylist() for c in TOKENS}
+    totals = [p + max(c, r) for p, c, r in zip(*lengths.values(), strict=True)]
     longest: dict[bytes, int] = {}
-    for prompt, size in zip(prompts, whole, strict=True):
-        longest[prompt] = max(size, longest.get(prompt, 0))
-    # The longest first: a batch that does not fit into memory fails at once.
-    return sorted(range(len(whole)), key=lambda i: (-longest[prompts[i]], prompts[i], -whole[i]))
+    for prompt, total in zip(prompts, totals, strict=True):
+        longest[prompt] = max(total, longest.get(prompt, 0))
+    return sorted(range(len(totals)), key=lambda i: (-longest[prompts[i]], prompts[i], -totals[i]))
 
 
-def _score(trainer: Any, rows: Dataset, logger: Logger) -> torch.Tensor:
-    """``[rows, 2]``, float32: of the chosen and of the rejected completion, summed over tokens as TRL sums them."""
+def compute_logps(trainer: Any, rows: Dataset, logger: Logger) -> Tensor:
+    """Log-probabilities of chosen and rejected completions, ``[rows, 2]``, float32, summed over tokens as TRL does."""
     from accelerate.utils import send_to_device
 
     arguments = trainer.args
     size = arguments.precompute_ref_batch_size or arguments.per_device_train_batch_size
-    order = _order(rows)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
     tokens = rows.select_columns(list(TOKENS))
     model = trainer.ref_model or trainer.model
     model.eval()
 
-    def score(batch: list[int]) -> torch.Tensor:
+    def compute_batch(batch: list[int]) -> list[Tensor]:
         inputs = trainer.data_collator([tokens[i] for i in batch])
         logps = trainer.compute_ref_log_probs(
             model, send_to_device(inputs, trainer.accelerator.device)
         )
-        return torch.stack(logps, 1).float().cpu()
+        return list(torch.stack(logps, 1).float().cpu())
 
-    logps = distributed.map_rows(
-        batches,
-        lambda part: [score(batch) for batch in part],
+    order = computation_order(rows)
+    values = distributed.map_rows(
+        order,
+        compute_batch,
+        size=size,
         progress=lambda done, total: logger.step(done, total, what="reference"),
     )
     result = torch.empty(len(rows), len(LOGPS))
-    result[torch.tensor(order)] = torch.cat(logps)
+    result[torch.tensor(order)] = torch.stack(values)
     return result
 
 
 def _write(
     folder: Path,
-    found: torch.Tensor,
+    values: Tensor,
     digest: str,
-    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
     inputs: Mapping[str, Path | str],
     started: float,
 ) -> None:
-    """Keep them, whole or not at all."""
-    columns = {name: found[:, k].numpy() for k, name in enumerate(LOGPS)}
+    """Write the values atomically, then the artifact."""
+    columns = {name: values[:, k].numpy() for k, name in enumerate(LOGPS)}
     temporary = folder / f".{FILE}"
     with temporary.open("wb") as file:
         pq.write_table(pa.table(columns), file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / FILE)
-    made = artifacts.Artifact(
+    artifact = artifacts.Artifact(
         stage="reference",
         name="reference",
         digest=digest,
-        recipe=dict(config),
+        recipe=dict(settings),
         inputs={
-            role: {
+            name: {
                 "folder": str(target),
                 "digest": artifacts.digest_folder(target) if isinstance(target, Path) else target,
             }
-            for role, target in inputs.items()
+            for name, target in inputs.items()
         },
-        metrics={"pairs": len(found)},
+        metrics={"pairs": len(values)},
         versions=artifacts.versions(),
         commit=artifacts.commit(),
         seed=None,
@@ -221,10 +226,10 @@ def _write(
         seconds=round(time.monotonic() - started, 3),
         peak_memory_bytes=distributed.peak_memory_bytes(),
     )
-    artifacts.write_artifact(folder, made)
+    artifacts.write_artifact(folder, artifact)
 
 
-def _with_columns(rows: Dataset, found: pa.Table) -> Dataset:
+def _with_columns(rows: Dataset, columns: pa.Table) -> Dataset:
     from datasets import Dataset, concatenate_datasets
 
-    return concatenate_datasets([rows, Dataset(found)], axis=1)
+    return concatenate_datasets([rows, Dataset(columns)], axis=1)

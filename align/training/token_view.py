@@ -1,20 +1,22 @@
-"""Token streams: what a stage trains on, token by token, with the trained ones marked.
+"""The tokens that a stage trains on, for ``align data show``.
 
-SFT, DPO and KTO are tokenised by TRL itself: its trainer is built around a model of a few weights that never runs, and its
-collator makes the batch. PPO and the reward model see the prompt under the chat template, and a completion up to and
-including the first end-of-sequence token.
+SFT, DPO and KTO are tokenized by TRL: its trainer is built around a tiny model that never runs, and its collator makes the
+batch. The reward stage and PPO tokenize with :mod:`align.models.tokenization`. Left out: packing, and fields under
+``trainer`` that change the tokens, since only a source and a model are known here.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from align.config.data import Prepare
 from align.data.prepare import prepare
-from align.errors import UserError
+from align.data.rows import Row
+from align.errors import DataError
 
 KINDS = {
     "sft": "demonstrations",
@@ -23,91 +25,84 @@ KINDS = {
     "reward": "pairs",
     "ppo": "prompts",
 }
+"""The table that each stage trains on."""
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "label")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """One sequence of a batch: its tokens as text, which of them are trained on, and what it ends in."""
+    """A sequence of token ids, or a row that the stage leaves out."""
 
     title: str
+    """Number of the row, and which of its completions this is."""
     ids: list[int]
     tokens: list[str]
+    """Text of each token."""
     trained: list[bool]
+    """Whether the loss includes the token."""
     remark: str
+    """Whether eos is trained, or the reason for which the row is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch that TRL has collated."""
+
+    tensors: Mapping[str, Any] | None
+    """None if TRL leaves out all rows."""
+    row_indices: list[int]
+    """Indices of the rows that are not left out."""
+    max_length: int | None
 
 
 def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[TokenizedRow]:
-    """The first ``n`` training rows of a source as ``stage`` would see them, under the tokenizer of ``model``.
+    """Tokenize the first ``n`` training rows of a source as ``stage`` does, with the tokenizer of ``model``.
 
     Raises:
-        UserError: The source has no such rows, or the tokenizer no chat template.
+        UserError: The source has no such rows, or the tokenizer has no chat template.
     """
     from align.models import tokenization
     from align.training import trl_trainer
 
     tokenizer = tokenization.load_tokenizer(model)
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{model}: its tokenizer has no chat template; name a model that was tuned to follow instructions"
+        raise DataError(
+            f"{model}: its tokenizer has no chat template; set a model that was trained to follow instructions"
         )
-    rows = _rows(config, KINDS[stage], n)
-    if stage in ("reward", "ppo"):
-        return _plain(rows, stage, tokenizer)
+    rows = _training_rows(config, KINDS[stage], n)
+    if stage == "ppo":
+        return _prompts(rows, tokenizer)
+    if stage == "reward":
+        return _reward_rows(rows, tokenizer)
     with trl_trainer.trl_errors_as_user_errors():
-        batch, places, limit = _batch(rows, stage, tokenizer)
-    found = [
-        _left_out(f"row {i + 1}", f"left out by TRL: its prompt alone fills `max_length` {limit}")
-        for i in range(len(rows))
-        if i not in places
-    ]
-    if not places:
-        return found
-    masks = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"] == 1
-    inside = batch["attention_mask"] == 1
-    for i, (ids, mask, real) in enumerate(zip(batch["input_ids"], masks, inside, strict=True)):
-        side = {"sft": "demonstration", "kto": "completion"}.get(
-            stage, "chosen" if i < len(places) else "rejected"
-        )
-        place = places[i % len(places)]
-        if stage == "kto":
-            side = f"completion, {'desirable' if rows[place]['label'] else 'undesirable'}"
-        found.append(
-            _stream(
-                f"row {place + 1}, {side}",
-                ids[real].tolist(),
-                mask[real].tolist(),
-                tokenizer,
-                limit,
-            )
-        )
-    return found
+        batch = _collate(rows, stage, tokenizer)
+    return _trl_rows(rows, stage, batch, tokenizer)
 
 
-def _rows(config: Prepare, kind: str, n: int) -> list[dict[str, Any]]:
+def _training_rows(config: Prepare, kind: str, n: int) -> list[Row]:
+    """The first ``n`` training rows of a kind; without labeled completions, both sides of pairs."""
     prepared = prepare(config)
-    wanted = "pairs" if kind == "unpaired" and kind not in prepared.kinds else kind
-    if wanted not in prepared.table_kinds:
-        raise UserError(f"the source gives no {kind}; found {', '.join(prepared.kinds)}")
-    found: list[dict[str, Any]] = []
-    for placed in prepared.rows():
-        if placed.kind == wanted and placed.split == "train":
-            row = dict(placed.row)
-            if wanted == kind:
-                found.append(row)
-            else:  # both sides of a pair, each with its label
-                found += [
+    read_kind = "pairs" if kind == "unpaired" and kind not in prepared.kinds else kind
+    if read_kind not in prepared.table_kinds:
+        raise DataError(f"the source contains no {kind}; found {', '.join(prepared.kinds)}")
+    rows: list[Row] = []
+    for split_row in prepared.rows():
+        if split_row.kind == read_kind and split_row.split == "train":
+            row = dict(split_row.row)
+            if read_kind == kind:
+                rows.append(row)
+            else:
+                rows += [
                     {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
                     for side in ("chosen", "rejected")
                 ]
-        if len(found) >= n:
+        if len(rows) >= n:
             break
-    return found[:n]
+    return rows[:n]
 
 
-def _batch(
-    rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any
-) -> tuple[Any, list[int], int | None]:
-    """The batch that TRL makes, the places of the rows that are in it, and the length at which it cuts."""
+def _collate(rows: Sequence[Row], stage: str, tokenizer: Any) -> _Batch:
+    """Collate the rows as the TRL trainer of a stage does."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -119,77 +114,117 @@ def _batch(
         num_attention_heads=1, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     trainer_class = getattr(trl, f"{stage.upper()}Trainer")
-    keep = ("prompt", "completion", "chosen", "rejected", "label")
-    data = Dataset.from_list(
-        [{k: row[k] for k in keep if k in row} | {"place": i} for i, row in enumerate(rows)]
+    dataset = Dataset.from_list(
+        [
+            {column: row[column] for column in COLUMNS if column in row} | {"index": i}
+            for i, row in enumerate(rows)
+        ]
     )
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl_trainer.trl_arguments(
             getattr(trl, f"{stage.upper()}Config"),
-            folder,  # type: ignore[arg-type]
+            Path(folder),
             seed=0,
             trainer={"bf16": False, "gradient_checkpointing": False},
         )
-        # without a reference, TRL would look for one under the model's name, and this one has none
+        # Without a reference, TRL would load one by the name of the model, and this model has none.
         reference = {} if stage == "sft" else {"ref_model": AutoModelForCausalLM.from_config(shape)}
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_config(shape),
             **reference,
             args=arguments,
-            train_dataset=data,
+            train_dataset=dataset,
             processing_class=tokenizer,
         )
-        left = list(trainer.train_dataset)
-        batch = trainer.data_collator(left) if left else None
-        return batch, [row["place"] for row in left], arguments.max_length
+        kept = list(trainer.train_dataset)
+        tensors = trainer.data_collator(kept) if kept else None
+        return _Batch(tensors, [row["index"] for row in kept], arguments.max_length)
 
 
-def _plain(rows: Sequence[dict[str, Any]], stage: str, tokenizer: Any) -> list[TokenizedRow]:
+def _trl_rows(rows: Sequence[Row], stage: str, batch: _Batch, tokenizer: Any) -> list[TokenizedRow]:
+    """The rows that TRL leaves out, then the sequences of its batch."""
+    limit = batch.max_length
+    tokenized = [
+        _left_out(i, f"left out by TRL: its prompt alone fills `max_length` {limit}")
+        for i in range(len(rows))
+        if i not in batch.row_indices
+    ]
+    if batch.tensors is None:
+        return tokenized
+    tensors = batch.tensors
+    trained = tensors["labels"] != -100 if "labels" in tensors else tensors["completion_mask"] == 1
+    real = tensors["attention_mask"] == 1
+    for i, (ids, mask, tokens) in enumerate(zip(tensors["input_ids"], trained, real, strict=True)):
+        # DPO's batch has all chosen, then all rejected completions.
+        index = batch.row_indices[i % len(batch.row_indices)]
+        if stage == "kto":
+            side = f"completion, {'desirable' if rows[index]['label'] else 'undesirable'}"
+        elif stage == "sft":
+            side = "demonstration"
+        else:
+            side = "chosen" if i < len(batch.row_indices) else "rejected"
+        title = f"row {index + 1}, {side}"
+        tokenized.append(
+            _tokenized_row(title, ids[tokens].tolist(), mask[tokens].tolist(), tokenizer, limit)
+        )
+    return tokenized
+
+
+def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
+    """Prompts as PPO tokenizes them."""
+    from align.models import tokenization
+
+    remark = "the policy continues here; the tokens that it samples, eos included, are trained"
+    prompts = tokenization.tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
+    return [
+        TokenizedRow(
+            f"row {i + 1}, prompt",
+            ids,
+            [tokenizer.decode([token]) for token in ids],
+            [False] * len(ids),
+            remark,
+        )
+        for i, ids in enumerate(prompts)
+    ]
+
+
+def _reward_rows(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
+    """Pairs as the reward stage tokenizes them; the token at which the score is read is marked as trained."""
     from trl import RewardConfig
 
     from align.models import tokenization
 
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RewardConfig)}
     limit = defaults["max_length"]
-    found = []
+    tokenized = []
     for i, row in enumerate(rows):
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        if stage == "ppo":
-            stream = _stream(f"row {i + 1}, prompt", prompt, [False] * len(prompt), tokenizer)
-            words = "the policy writes on from here; what it samples, eos included, is trained on"
-            found.append(
-                TokenizedRow(stream.title, stream.ids, stream.tokens, stream.trained, words)
-            )
-            continue
-        both = tokenization.tokenize_for_reward(
+        sides = tokenization.tokenize_for_reward(
             tokenizer, [row["prompt"]] * 2, [row["chosen"], row["rejected"]]
         )
-        longest = max(map(len, both))
+        longest = max(map(len, sides))
         if limit is not None and longest > limit:
-            words = f"left out by the reward stage: its longer side has {longest} tokens, `max_length` is {limit}"
-            found.append(_left_out(f"row {i + 1}", words))
+            reason = f"left out by the reward stage: its longer side has {longest} tokens, `max_length` is {limit}"
+            tokenized.append(_left_out(i, reason))
             continue
-        for side, ids in zip(("chosen", "rejected"), both, strict=True):
-            mask = [False] * (len(ids) - 1) + [True]  # the score is read there
-            found.append(_stream(f"row {i + 1}, {side}", ids, mask, tokenizer))
-    return found
+        for side, ids in zip(("chosen", "rejected"), sides, strict=True):
+            trained = [False] * (len(ids) - 1) + [True]
+            tokenized.append(_tokenized_row(f"row {i + 1}, {side}", ids, trained, tokenizer))
+    return tokenized
 
 
-def _left_out(title: str, why: str) -> TokenizedRow:
-    return TokenizedRow(title, [], [], [], why)
+def _left_out(index: int, reason: str) -> TokenizedRow:
+    return TokenizedRow(f"row {index + 1}", [], [], [], reason)
 
 
-def _stream(
+def _tokenized_row(
     title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any, limit: int | None = None
 ) -> TokenizedRow:
     trained = [bool(flag) for flag in mask]
-    marked = [token for token, flag in zip(ids, trained, strict=True) if flag]
+    trained_ids = [token for token, flag in zip(ids, trained, strict=True) if flag]
     eos = tokenizer.eos_token
-    if not marked:
+    if not trained_ids:
         remark = "no token is trained: the prompt alone fills `max_length`"
-    elif tokenizer.eos_token_id in marked:
+    elif tokenizer.eos_token_id in trained_ids:
         remark = f"eos {eos!r} is included and trained"
     elif len(ids) == limit:
         remark = f"cut at `max_length` {limit}: eos {eos!r} is lost"

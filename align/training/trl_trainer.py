@@ -1,117 +1,145 @@
-"""What the stages that train with TRL share: arguments, checkpoints, interruption, and metrics as they come."""
+"""What the stages with a TRL trainer share: arguments, the training run, checkpoints, interruption and metrics.
+
+Each stage builds its trainer itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from align.errors import UserError
 from align.models.logps import small_vocabulary_tiles
 from align.runtime import checkpoints, distributed, signals
 from align.runtime.artifacts import make_readable
-from align.runtime.distributed import any_rank
 from align.runtime.progress import Logger
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
+"""Logged metrics that the progress display shows and that the stage returns."""
+HEADLINE = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps")
 
 
 def trl_arguments(
-    config: type[Any], folder: Path, *, seed: int, trainer: dict[str, Any], **own: Any
+    config_class: type[Any], output_dir: Path, *, seed: int, trainer: dict[str, Any], **keys: Any
 ) -> Any:
-    """TRL's own configuration: our defaults, then the recipe's ``trainer``, then what the chain decides.
+    """Build TRL's training arguments: defaults, then the recipe's ``trainer``, then keys of the stage, then fixed values.
 
-    Ten checkpoints a run are the default, of which two stay: one may be cut off while it is written.
+    By default ten checkpoints are written per run and the last two are kept, because one of them may be incomplete.
 
     Raises:
-        UserError: The configuration class refuses a value.
+        UserError: TRL's class rejects a value.
     """
     from accelerate import PartialState
 
     cpu = PartialState().device.type == "cpu"
-    # A launch configuration's `mixed_precision` would overrule the recipe, under the same digest.
+    # The `mixed_precision` of a launch config would override the recipe without changing its digest.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     defaults = {
         "save_steps": 0.1,
         "save_total_limit": 2,
         "report_to": "none",
         "log_level": "error",
-        "log_level_replica": "error",  # on resuming, transformers warns of tied weights and of its own rounding
-        "ddp_find_unused_parameters": False,  # a causal language model uses all of them
+        # On resuming, transformers would warn about tied weights and its rounding.
+        "log_level_replica": "error",
+        # A causal language model uses all of its parameters.
+        "ddp_find_unused_parameters": False,
     }
-    decided = {
-        "output_dir": str(folder),
+    fixed = {
+        "output_dir": str(output_dir),
         "seed": seed,
         "use_cpu": cpu,
         "disable_tqdm": True,
         **({"dataloader_pin_memory": False} if cpu else {}),
     }
     try:
-        return config(**{**defaults, **trainer, **own, **decided})
+        return config_class(**{**defaults, **trainer, **keys, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(
-            f"trainer: {config.__name__} refuses: {' '.join(str(error).split())}"
+            f"trainer: {config_class.__name__} rejects these values: {' '.join(str(error).split())}"
         ) from None
 
 
 @contextlib.contextmanager
 def trl_errors_as_user_errors() -> Iterator[None]:
-    """Building a trainer checks what its arguments mean together; what it refuses is the user's to mend."""
+    """Re-raise configuration errors from TRL's trainer constructors as ``UserError``."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
         if type(error) is RuntimeError and "install" not in str(error):
-            raise  # a tracker that is not installed is the user's; any other is ours
-        raise UserError(f"trainer: TRL refuses: {' '.join(str(error).split())}") from error
+            raise  # a RuntimeError is the user's only if it names a tracker to install
+        message = " ".join(str(error).split())
+        raise UserError(f"trainer: TRL rejects this configuration: {message}") from error
 
 
-def train(trainer: Trainer, folder: Path, logger: Logger) -> dict[str, Any]:
-    """Train from the last complete checkpoint on, and save the model. Returns the metrics that were logged last.
+def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
+    """Train from the last complete checkpoint, or from the start, and save the model. Returns the last logged metrics.
 
     Raises:
-        Interrupted: After a signal; a checkpoint of the last step is complete by then.
+        Interrupted: A signal arrived; a complete checkpoint of the last step exists.
     """
     trainer.remove_callback(PrinterCallback)
-    # TRL's template knows neither the data nor where the model came from: artifact.json does.
+    # TRL's model card does not name the data or the initial model; artifact.json does.
     trainer.create_model_card = lambda *_, **__: None
-    follow = _Follow(logger)
-    trainer.add_callback(follow)
-    checkpoint = checkpoints.last_checkpoint(folder, world_size=distributed.world_size())
+    callback = _ProgressCallback(logger)
+    trainer.add_callback(callback)
+    checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     logger.rewind(step)
     if checkpoint:
-        logger.info(f"going on from step {step}: {checkpoint}")
-    with signals.deferred() as follow.stop, small_vocabulary_tiles():
+        logger.info(f"resuming from step {step}: {checkpoint}")
+    with signals.deferred() as callback.stop, small_vocabulary_tiles():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if follow.stopped:
+    if callback.stopped:
         raise signals.Interrupted
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if "ref" in getattr(model, "peft_config", {}):
-        model.delete_adapter("ref")  # TRL's frozen copy: the reference is the input, and lies there
-    trainer.save_model(str(folder))
+        model.delete_adapter("ref")  # TRL's frozen copy of the input adapter
+    trainer.save_model(str(output_dir))
     if distributed.is_main():
-        make_readable(folder)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    last = history[-1] if history else {}
-    found = {key: last[key] for key in KEY_METRICS if key in last}
-    found |= {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
-    for entry in trainer.state.log_history:
-        found |= {
-            key: value
-            for key, value in entry.items()
-            if key in ("eval_loss", "eval_rewards/accuracies")
-        }
-    return found
+        make_readable(output_dir)
+    return _last_metrics(trainer)
 
 
-class _Follow(TrainerCallback):
-    """Tells how far training is, declares checkpoints complete, and stops at the end of a step when asked to."""
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are shown when a training stage ends."""
+    return {key: metrics[key] for key in HEADLINE if key in metrics}
+
+
+def count_parameters(trainer: Trainer) -> int:
+    """Number of parameters of the trained model, frozen ones included."""
+    model: Any = trainer.model
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _last_metrics(trainer: Trainer) -> dict[str, Any]:
+    history = trainer.state.log_history
+    training_entries = [entry for entry in history if "loss" in entry]
+    last = training_entries[-1] if training_entries else {}
+    metrics: dict[str, Any] = {key: last[key] for key in KEY_METRICS if key in last}
+    metrics |= {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
+    for entry in history:
+        for key in ("eval_loss", "eval_rewards/accuracies"):
+            if key in entry:
+                metrics[key] = entry[key]
+    return metrics
+
+
+class _ProgressCallback(TrainerCallback):
+    """Reports progress, marks checkpoints complete, and stops training at the end of a step after a signal."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -119,22 +147,31 @@ class _Follow(TrainerCallback):
         self.stop: Any = None
         self.stopped = False
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._logger.step(state.global_step, state.max_steps, self._latest)
-        if any_rank(self.stop.requested):
+        if distributed.any_rank(self.stop.requested):
             self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
 
     def on_log(
-        self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         logs = logs or {}
         self._latest |= {key: logs[key] for key in KEY_METRICS if key in logs}
         self._logger.log(state.global_step, logs)
 
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         distributed.barrier()  # every rank has written its part
-        # Resumed from the very last step, transformers takes one more: that checkpoint is never gone on from.
+        # A checkpoint of the very last step is never resumed: transformers would train one more step.
         if state.is_world_process_zero and state.global_step < state.max_steps:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             checkpoints.mark_complete(folder, world_size=distributed.world_size())

@@ -384,4 +384,4 @@ def test_the_reward_model_recovers_the_reward_up_to_a_constant_for_each_prompt(t
         ]
     )
     assert centered.mean().item() == pytest.approx(0, abs=1e-3)
-    assert metrics["centre"]["demonstrations"] == len(demonstrations)
+    assert metrics["center"]["demonstrations"] == len(demonstrations)

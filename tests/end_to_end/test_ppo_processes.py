@@ -410,7 +410,7 @@ def test_reward_and_ppo_run_on_two_launched_processes_from_start_to_end(tmp_path
         "ppo": 2,
     }
     assert artifacts["reward"]["metrics"]["held_out"]["pairs"] > 0
-    assert math.isfinite(artifacts["reward"]["metrics"]["centre"]["score_mean"])
+    assert math.isfinite(artifacts["reward"]["metrics"]["center"]["score_mean"])
     lines = [json.loads(line) for line in (runs["ppo"] / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "score" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]  # one process writes

@@ -146,7 +146,7 @@ def assert_same(runs: Path, whole: Path, stage: str) -> None:
         assert steps == list(range(1, LATEST[stage] + 1))
     else:
         assert artifact.metrics["held_out"] == expected.metrics["held_out"]
-        assert artifact.metrics["centre"] == expected.metrics["centre"]
+        assert artifact.metrics["center"] == expected.metrics["center"]
 
 
 def finish(runs: Path, stage: str) -> None:

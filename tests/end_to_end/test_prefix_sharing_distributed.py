@@ -1,4 +1,4 @@
-"""Two processes train with prefix sharing and learn what they learn without it, however the model is divided."""
+"""Two ranks learn the same with and without prefix sharing, under DDP, ZeRO and FSDP."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ FSDP2 = TWO | {
 
 
 class Expected(NamedTuple):
-    """How a launch must turn out: none may silently be another."""
+    """Observations that identify the kind of a launch: accelerate may silently replace one by another."""
 
     type: str
-    wrapper: str  # how its name starts: FSDP2 adds that of the model
+    wrapper: str  # start of the class name: FSDP2 appends that of the model
     layer: str
     stage: int | None
-    kept: float  # of the weights, by each process
+    held: float  # share of the weights that each rank holds
 
 
 HOW = {
@@ -56,13 +56,13 @@ HOW = {
     "ZeRO-3": Expected("DEEPSPEED", "DeepSpeedEngine", "LlamaDecoderLayer", 3, 0.5),
     "FSDP2": Expected("FSDP", "FSDP", "FSDPLlamaDecoderLayer", None, 0.5),
 }
-# Passes of a first layer in each step, of the policy and of a reference: with an adapter the reference is the policy
-# without it, and checkpointing runs the policy again.
+# Passes of the first layer per step, of the policy and of a reference. With an adapter, the reference is the policy with
+# the adapter disabled; checkpointing runs the policy twice.
 PASSES = {"sft": [1], "dpo": [1, 1], "lora": [2], "dpo checkpointing": [2, 1], "lora checkpointing": [3]}  # fmt: skip
 NO_DEEPSPEED = next(
     (
-        why
-        for why, missing in {
+        reason
+        for reason, missing in {
             "DeepSpeed is for Linux": sys.platform != "linux",
             "no ninja: DeepSpeed compiles its communication": not shutil.which("ninja"),
             "no C++ compiler: DeepSpeed compiles its communication": not shutil.which(
@@ -77,20 +77,20 @@ DEEPSPEED = [pytest.mark.slow, pytest.mark.skipif(NO_DEEPSPEED is not None, reas
 
 
 class Outcome(NamedTuple):
-    """What the two processes saw, and the weights at the end, of each run."""
+    """Observations of both ranks and the final weights of each run."""
 
-    seen: list[dict[str, dict[str, Any]]]
+    ranks: list[dict[str, dict[str, Any]]]
     weights: dict[str, dict[str, torch.Tensor]]
 
 
 def configuration(how: str, folder: Path) -> Path:
     if how == "DDP":
         return ROOT / "accelerate_configs" / "cpu.yaml"
-    chosen: dict[str, Any] = FSDP2
+    config: dict[str, Any] = FSDP2
     if how.startswith("ZeRO"):
         stage = int(how[-1])
         zero: dict[str, Any] = {"stage": stage}
-        if stage == 3:  # by default it keeps weights as small as these in every process
+        if stage == 3:  # by default, every rank keeps weights as small as these
             zero |= {
                 "stage3_param_persistence_threshold": 0,
                 "stage3_gather_16bit_weights_on_model_save": True,
@@ -100,13 +100,13 @@ def configuration(how: str, folder: Path) -> Path:
             "deepspeed_config_file": str(folder / "zero.json"),
             "zero3_init_flag": stage == 3,
         }
-        chosen = TWO | {"distributed_type": "DEEPSPEED", "deepspeed_config": settings}
-    (folder / "launch.json").write_text(json.dumps(chosen))
+        config = TWO | {"distributed_type": "DEEPSPEED", "deepspeed_config": settings}
+    (folder / "launch.json").write_text(json.dumps(config))
     return folder / "launch.json"
 
 
 def launch(how: str, folder: Path) -> Outcome:
-    # What other tests tell accelerate would turn DeepSpeed and FSDP into DDP.
+    # Variables that other tests set for accelerate would replace DeepSpeed and FSDP by DDP.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -122,11 +122,11 @@ def launch(how: str, folder: Path) -> Outcome:
         start_new_session=True,
     ) as process:
         try:
-            said, _ = process.communicate(timeout=300)
-        except BaseException:  # processes that wait for each other outlive their launcher
+            output, _ = process.communicate(timeout=300)
+        except BaseException:  # ranks that wait for each other outlive their launcher
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    assert (folder / "weights.pt").is_file(), said
+    assert (folder / "weights.pt").is_file(), output
     return Outcome(
         [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)],
         torch.load(folder / "weights.pt"),
@@ -147,40 +147,42 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcom
         pytest.param("FSDP2", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_learn_the_same_with_prefix_sharing(how, launched):
-    mine, plain = launched(how), launched("DDP")
+def test_two_ranks_learn_the_same_with_prefix_sharing(how, launched):
+    outcome, ddp = launched(how), launched("DDP")
     expected = HOW[how]
     for kind in KINDS:
         padded, shared = f"{kind}, padded", f"{kind}, shared"
-        for seen in mine.seen:
+        for seen in outcome.ranks:
             for run in (seen[padded], seen[shared]):
                 assert run["processes"] == 2
                 assert run["type"] == f"DistributedType.{expected.type}"
                 assert run["wrapper"].startswith(expected.wrapper)
                 assert (run["layer"], run["stage"]) == (expected.layer, expected.stage)
-                assert run["kept"] == pytest.approx(expected.kept, abs=0.01)
-                assert run["said"] == []
-            assert_it_shared(kind, seen[padded], seen[shared])
-        # Process 1 has nothing to share in SFT: it runs padded while process 0 runs packed.
-        first, second = (seen[shared] for seen in mine.seen)
+                assert run["held"] == pytest.approx(expected.held, abs=0.01)
+                assert run["fallbacks"] == []
+            assert_shared(kind, seen[padded], seen[shared])
+        # In SFT, rank 1 has nothing to share: it runs padded while rank 0 runs packed.
+        first, second = (seen[shared] for seen in outcome.ranks)
         assert sum(first["distinct"]) < 0.6 * sum(first["padded"])
         assert (second["distinct"] == second["padded"]) == (kind == "sft")
 
-        # The same sums in another order: float32 differs by about 1e-6 after six steps, however the model is divided.
-        # With half the gradient of one process missing they differ by 2e-2.
-        curve = plain.seen[0][padded]
+        # The same sums in another order: float32 values differ by about 1e-6 after six steps. With half of the gradient of
+        # one rank missing, they would differ by 2e-2.
+        curve = ddp.ranks[0][padded]
         assert len(curve["losses"]) == STEPS
-        assert max(curve["losses"]) - min(curve["losses"]) > 0.01, "a flat curve shows nothing"
-        for seen in mine.seen:
+        assert max(curve["losses"]) - min(curve["losses"]) > 0.01, (
+            "a flat curve would prove nothing"
+        )
+        for seen in outcome.ranks:
             for run in (seen[padded], seen[shared]):
                 assert run["losses"] == pytest.approx(curve["losses"], abs=1e-4, rel=0)
                 assert run["margins"] == pytest.approx(curve["margins"], abs=1e-4, rel=0)
-        for run in (mine.weights[padded], mine.weights[shared]):
-            assert_close(run, plain.weights[padded], rtol=0, atol=1e-4)
+        for run in (outcome.weights[padded], outcome.weights[shared]):
+            assert_close(run, ddp.weights[padded], rtol=0, atol=1e-4)
 
 
-def assert_it_shared(kind: str, padded: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Whether the layers saw distinct tokens alone, in every pass of every model."""
+def assert_shared(kind: str, padded: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Check that the layers computed distinct tokens only, in every pass of every model."""
     for run, tokens in ((padded, padded["padded"]), (shared, padded["distinct"])):
         assert run["padded"] == padded["padded"]
         assert len(tokens) == STEPS

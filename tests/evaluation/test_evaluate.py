@@ -467,7 +467,7 @@ def test_scoring_shares_prefixes_by_default(
     monkeypatch.setattr(
         wrapper,
         "enable_prefix_sharing",
-        lambda model, say: shared.append(model) or share(model, say=say),
+        lambda model: shared.append(model) or share(model),
     )
     run(
         tmp_path, foreign, {"sft": world.sft, "lora": world.lora}, implicit_rewards=True, **settings

@@ -1,28 +1,88 @@
-"""Evaluation of a reward model: rows that it can score."""
+"""Evaluation of a reward model: rows that fit, calibration, and the comparison with gold scores."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import pytest
+import torch
 from helpers import ppo_fixtures, tiny_models
+from torch.testing import assert_close
 
-from align.evaluation.reward_model import _fitting
-from align.rewards import reward_model
+from align.evaluation import reward_model
+from align.rewards import gold
+from align.rewards.reward_model import RewardModel
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
 
 
 def test_rows_longer_than_the_model_are_counted_and_not_scored(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ):
     folders = ppo_fixtures.folders(tmp_path_factory.getbasetemp())
-    model = reward_model.RewardModel.load(
-        folders.adapter, dtype="float32", device="cpu", prefix_sharing=False
-    )
-    lines: list[str] = []
-    logger = tiny_models.logger("reward", tmp_path)
-    monkeypatch.setattr(logger, "info", lines.append)
+    model = RewardModel.load(folders.adapter, dtype="float32", device="cpu", prefix_sharing=False)
     rows = tiny_models.rows(folders.world.data, "pairs-test")
     long = rows[0] | {"chosen": [{"role": "assistant", "content": "word " * 400}]}
-    kept = _fitting(model, [*rows, long], ["chosen", "rejected"], logger)
-    assert kept == rows
-    assert lines == [f"1 of {len(rows) + 1} rows are longer than the model: not scored"]
+    fitting = reward_model.rows_that_fit(model, [*rows, long], ["chosen", "rejected"])
+    assert fitting == rows
+    (record,) = [record for record in caplog.records if record.name == "align.reward"]
+    assert record.getMessage() == (
+        f"1 of {len(rows) + 1} rows are longer than the reward model's {tiny_models.POSITIONS} "
+        "positions and are not scored"
+    )
+
+
+def test_calibration_by_hand():
+    # sigmoid(log 3) = 0.75 and sigmoid(log 9) = 0.9: bins 0.75-0.8 and 0.9-0.95 (a little above, for rounding)
+    three, nine = math.log(3.001), math.log(9.01)
+    margins = torch.tensor([three, three, three, -three, nine, -nine])
+    bins = reward_model.calibration(margins)
+    assert [(round(b["confidence"], 2), b["accuracy"], b["pairs"]) for b in bins] == [
+        (0.75, 0.75, 4),
+        (0.9, 0.5, 2),
+    ]
+    # (4 * |0.75 - 0.75| + 2 * |0.9 - 0.5|) / 6
+    assert_close(reward_model.calibration_error(margins), 0.8 / 6, rtol=1e-3, atol=1e-4)
+    assert reward_model.calibration(torch.zeros(3)) == [
+        {"confidence": 0.5, "accuracy": 0.5, "pairs": 3}
+    ]
+
+
+def test_gold_agreement_of_the_gold_score(world: tiny_models.World):
+    rows = tiny_models.rows(world.data, "pairs-test")
+    gaps = [
+        gold.gold_score(r["prompt"][-1]["content"], r["chosen"][-1]["content"])
+        - gold.gold_score(r["prompt"][-1]["content"], r["rejected"][-1]["content"])
+        for r in rows
+    ]
+    agreement = reward_model.gold_agreement(rows, torch.tensor(gaps))
+    assert agreement["agreement_with_gold"] == 1.0
+    by_prompt: dict[str, list[float]] = {}
+    for row, gap in zip(rows, gaps, strict=True):
+        p = 1 / (1 + math.exp(-gold.LABEL_SLOPE * abs(gap)))  # of the better completion
+        by_prompt.setdefault(row["prompt_id"], []).append(p)
+    expected = sum(sum(v) / len(v) for v in by_prompt.values()) / len(by_prompt)
+    assert_close(agreement["accuracy_upper_bound"], expected)
+    reversed_scores = -torch.tensor(gaps)
+    assert reward_model.gold_agreement(rows, reversed_scores)["agreement_with_gold"] == 0.0
+
+
+def test_gold_agreement_of_another_task_is_empty(world: tiny_models.World):
+    rows = tiny_models.rows(world.data, "pairs-test")[:1]
+    rows[0]["prompt"] = [{"role": "user", "content": "How are you?"}]
+    assert reward_model.gold_agreement(rows, torch.tensor([1.0])) == {}
+
+
+def test_the_result_table_fits_into_80_columns():
+    report = {
+        "pairs": 12_345, "accuracy": 0.7612, "ci": [0.74, 0.7812], "accuracy_upper_bound": 0.8351,
+        "expected_calibration_error": 0.0312,
+    }  # fmt: skip
+    table = reward_model.result_table(report)
+    (row,) = table.rows
+    assert row == ("76.1 %", "74.0–78.1 %", "83.5 %", "–", "0.031")
+    assert table.title == "reward model on 12,345 held-out pairs"
+    assert sum(len(column) + 2 for column in table.columns) <= 80

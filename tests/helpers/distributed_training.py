@@ -1,15 +1,16 @@
-"""One process of a launch: trains tiny models with TRL's trainers, each without prefix sharing and with it.
+"""One rank of a launch: trains tiny models with TRL's trainers, each with and without prefix sharing.
 
-    accelerate launch --config_file … tests/distributed_training.py folder
+    accelerate launch --config_file … tests/helpers/distributed_training.py FOLDER
 
-It leaves what every process saw in ``folder/<rank>.json``, and all weights at the end in ``folder/weights.pt``;
-:mod:`test_prefix_sharing_distributed` launches it and judges.
+Each rank writes its observations to ``FOLDER/<rank>.json``, and rank 0 the final weights to ``FOLDER/weights.pt``.
+:mod:`test_prefix_sharing_distributed` launches this script and compares the files.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import random
 import sys
@@ -27,15 +28,15 @@ from transformers import (
     PrinterCallback,
 )
 
-STEPS, ROWS = 6, 4  # rows a step in each process
+STEPS, ROWS = 6, 4  # rows per step and rank
 WORDS = [str(n) for n in range(38)]
 SHAPE = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
     "bos_token_id": None, "eos_token_id": 1,
 }  # fmt: skip
-# Adam divides a gradient by its size: with its usual epsilon, 1e-8, rounding errors of a gradient that should be zero
-# move a weight as far as any gradient does.
+# Adam divides a gradient by its size: with the default epsilon of 1e-8, the rounding error of a gradient of zero changes a
+# weight as much as any other gradient.
 ARGUMENTS = {
     "max_steps": STEPS, "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "adam_epsilon": 1e-4,
     "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0,
@@ -45,9 +46,20 @@ ARGUMENTS = {
 KINDS = ("sft", "dpo", "lora", "dpo checkpointing", "lora checkpointing")
 
 
+class Recorder(logging.Handler):
+    """Collects log messages: the reasons for which prefix sharing fell back to the padded forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reasons.append(record.getMessage())
+
+
 def text(seed: int, low: int, high: int) -> str:
-    draw = random.Random(seed)
-    return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+    generator = random.Random(seed)
+    return " ".join(generator.choices(WORDS, k=generator.randint(low, high)))
 
 
 def pairs() -> list[dict[str, str]]:
@@ -62,7 +74,7 @@ def pairs() -> list[dict[str, str]]:
 
 
 def demonstrations() -> list[dict[str, str]]:
-    """Batches of process 0 share a prompt; those of process 1 have no pads and no prefix in common."""
+    """Rows of which rank 0 gets batches with a shared prompt, and rank 1 batches without pads or shared prefixes."""
     shared = [
         {"prompt": text(3000 + k // ROWS, 8, 8), "completion": " " + text(k, 1, 9)}
         for k in range(ROWS * STEPS)
@@ -79,7 +91,7 @@ def demonstrations() -> list[dict[str, str]]:
 
 
 def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What this process saw of a run, and in the main process the weights at its end."""
+    """Train one model. Returns the observations of this rank, and on the main rank the final weights."""
     import trl
     from datasets import Dataset
 
@@ -87,10 +99,10 @@ def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict
 
     sft, lora = kind == "sft", "lora" in kind
     name = "SFT" if sft else "DPO"
-    # Before a model is loaded: these say to ZeRO-3 that it loads in parts.
+    # Built before a model is loaded, because ZeRO-3 then loads it in parts.
     args = getattr(trl, f"{name}Config")(
         output_dir=str(folder / "trainer"),
-        use_cpu=not asked("FSDP"),
+        use_cpu=not is_enabled("FSDP"),
         activation_checkpointing="checkpointing" in kind,
         **ARGUMENTS,
     )
@@ -107,9 +119,10 @@ def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict
         **({} if sft else {"ref_model": reference}),
     )
     reference = getattr(trainer, "ref_model", None)
-    said: list[str] = []
+    recorder = Recorder()
+    wrapper.LOGGER.addHandler(recorder)
     if share:
-        wrapper.enable_prefix_sharing(trainer.model, reference, say=said.append)
+        wrapper.enable_prefix_sharing(trainer.model, reference)
     batches = sizes_of_batches(trainer)
     computed = [tokens_computed(each) for each in (trainer.model, reference) if each is not None]
     trainer.remove_callback(PrinterCallback)
@@ -123,14 +136,14 @@ def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict
         "wrapper": type(wrapped).__name__,
         "stage": getattr(wrapped, "zero_optimization_stage", lambda: None)(),
         "layer": type(first_layer(trainer.model)).__name__,
-        "kept": kept(trainer.model),
-        "kept of the reference": None if reference is None else kept(reference),
+        "held": held_share(trainer.model),
+        "held of the reference": None if reference is None else held_share(reference),
         "losses": [entry["loss"] for entry in log],
         "margins": [] if sft else [entry["rewards/margins"] for entry in log],
         "computed": computed,
         "padded": [padded for padded, _ in batches],
         "distinct": [distinct for _, distinct in batches],
-        "said": said,
+        "fallbacks": recorder.reasons,
     }, accelerator.get_state_dict(wrapped)
 
 
@@ -146,7 +159,7 @@ def first_layer(model: Any) -> Any:
 
 
 def tokens_computed(model: Any) -> list[int]:
-    """How many positions each pass of the first layer saw; a module within it, for checkpointing runs those again."""
+    """Positions in each pass of the first layer, at a module inside of it, which checkpointing runs again."""
     seen: list[int] = []
     first_layer(model).self_attn.q_proj.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[:2].numel())
@@ -155,15 +168,15 @@ def tokens_computed(model: Any) -> list[int]:
 
 
 def sizes_of_batches(trainer: Any) -> list[tuple[int, int]]:
-    """Of each batch as it is collated: how many positions it has, and how many distinct prefixes."""
+    """Numbers of positions and of distinct prefixes of each collated batch."""
     sizes: list[tuple[int, int]] = []
     collate = trainer.data_collator
 
     def counted(rows: Any) -> Any:
         batch = collate(rows)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        real = [row[some].tolist() for row, some in zip(ids, mask, strict=True)]
-        distinct = {tuple(row[:k]) for row in real for k in range(1, len(row) + 1)}
+        unpadded = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        distinct = {tuple(row[:k]) for row in unpadded for k in range(1, len(row) + 1)}
         sizes.append((ids.numel(), len(distinct)))
         return batch
 
@@ -171,26 +184,26 @@ def sizes_of_batches(trainer: Any) -> list[tuple[int, int]]:
     return sizes
 
 
-def kept(model: Any) -> float:
-    """Which share of the weights lies in this process."""
-    held = whole = 0
+def held_share(model: Any) -> float:
+    """Share of the weights that this rank holds."""
+    held = total = 0
     for weight in model.parameters():
         if hasattr(weight, "to_local"):  # FSDP2
-            held, whole = held + weight.to_local().numel(), whole + weight.numel()
-        elif hasattr(weight, "ds_numel"):  # ZeRO-3; empty where the rest is elsewhere
+            held, total = held + weight.to_local().numel(), total + weight.numel()
+        elif hasattr(weight, "ds_numel"):  # ZeRO-3; empty unless it is gathered
             held += weight.numel() or weight.ds_tensor.numel()
-            whole += weight.ds_numel
+            total += weight.ds_numel
         else:
-            held, whole = held + weight.numel(), whole + weight.numel()
-    return held / whole
+            held, total = held + weight.numel(), total + weight.numel()
+    return held / total
 
 
-def asked(what: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+def is_enabled(plugin: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true"
 
 
 def fsdp_without_gpus() -> None:
-    """Make accelerate take gloo for a GPU's backend: without one it silently turns FSDP into DDP."""
+    """Make accelerate use gloo as a GPU backend: without one, it silently replaces FSDP by DDP."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -204,26 +217,26 @@ def main(folder: Path) -> None:
     from align.runtime import distributed
 
     rank = int(os.environ["RANK"])
-    own = folder / str(rank)
+    rank_folder = folder / str(rank)
     for seed, name in enumerate(("policy", "reference")):  # in a process group only rank 0 saves
         torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(own / name)
-    if asked("FSDP"):
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(rank_folder / name)
+    if is_enabled("FSDP"):
         fsdp_without_gpus()
-    elif asked("DEEPSPEED"):
+    elif is_enabled("DEEPSPEED"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     gc.collect()
-    gc.freeze()  # accelerate collects garbage whenever a training starts, over imported modules too
-    found: dict[str, Any] = {}
+    gc.freeze()  # accelerate collects garbage at the start of each training, imported modules included
+    observations: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     for kind in KINDS:
         for share in (False, True):
             distributed.reset_process_state(0)
             run = f"{kind}, {'shared' if share else 'padded'}"
-            found[run], weights[run] = train(kind, own, share=share)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+            observations[run], weights[run] = train(kind, rank_folder, share=share)
+    (folder / f"{rank}.json").write_text(json.dumps(observations))
     if rank == 0:
         torch.save(weights, folder / "weights.pt")
     torch.distributed.barrier()

@@ -153,7 +153,7 @@ def build_models(
     """The models of a PPO run at temperature 1, unless ``settings`` differ."""
     adapter = tiny_models.LORA.model_copy(update={"dropout": dropout}) if lora else None
     config = ppo_config(lora=adapter, prefix_sharing=share, **{"temperature": 1.0} | settings)
-    return build.build_models(config, source, reward_sources, device="cpu", info=lambda _: None)
+    return build.build_models(config, source, reward_sources, device="cpu")
 
 
 def perturb(models: PPOModels, view: ModelView | None = None, *, scale: float = 0.02) -> None:

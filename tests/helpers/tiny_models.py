@@ -1,7 +1,7 @@
-"""A tiny world for the tests of models: prepared data, an SFT model, an adapter on it; made once.
+"""Tiny data and models for tests: prepared data, an SFT model and an adapter on it, built once per session.
 
-The SFT model is trained with a learning rate that moves it far, and so is the adapter: at zero all
-of them would be equal, and tests of which one is which would pass whatever the code does.
+Both are trained with a learning rate that moves them far. Near their initial weights they would be equal, and a test could
+not detect that one was used in place of the other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from align.config.base import Lora, NewModel, Stage
@@ -28,6 +29,14 @@ from align.runtime.progress import Logger, NullDisplay
 
 POSITIONS = 192
 LORA = Lora(r=4, alpha=8)
+LOG_2 = torch.tensor(2.0).log().item()  # float32, as the loss is
+FOUR_WAYS = [
+    pytest.param("sft", None, id="SFT full, then full"),
+    pytest.param("sft", LORA, id="SFT full, then adapter"),
+    pytest.param("lora", LORA, id="SFT adapter, trained further"),
+    pytest.param("lora", None, id="SFT adapter, merged, then full"),
+]
+"""Policy and adapter settings of a preference stage: full fine-tuning or an adapter, in SFT and in the stage."""
 TRAINER = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1.0e-2,
@@ -43,7 +52,7 @@ TRAINER = {
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Folders of finished stages. ``sft`` has all its weights, ``lora`` is an adapter on it."""
+    """Folders of finished stages. ``sft`` has full weights, ``lora`` is an adapter on it."""
 
     folder: Path
     data: Path
@@ -53,7 +62,7 @@ class World:
 
 @functools.cache
 def world(folder: Path) -> World:
-    """Make the world below ``folder``, about five seconds; a second call finds it."""
+    """Build the data and models below ``folder`` in about five seconds; later calls return the same folders."""
     environment.quiet_libraries()
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     distributed.init_process_group()
@@ -61,7 +70,7 @@ def world(folder: Path) -> World:
     from align.stages import sft as stages_sft
 
     gc.collect()
-    # accelerate collects garbage whenever a training starts: half a second over imported modules
+    # accelerate collects garbage at the start of each training: half a second for imported modules
     gc.freeze()
     data, full, lora = (folder / "world" / name for name in ("data", "sft", "lora"))
     stage(prepare, Prepare(source="embedded", max_rows=60, test_fraction=0.25), {}, data)
@@ -85,13 +94,13 @@ def world(folder: Path) -> World:
 def stage(
     module: ModuleType, settings: Stage, inputs: Mapping[str, Path | str], folder: Path
 ) -> dict[str, Any]:
-    """Run a stage as the chain does, and leave its ``artifact.json``. Returns its metrics."""
+    """Run a stage as the pipeline does and write its ``artifact.json``. Returns its metrics."""
     name = module.__name__.rpartition(".")[2]
     folder.mkdir(parents=True, exist_ok=True)
     seed = getattr(settings, "seed", 0)
     distributed.reset_process_state(seed)
     result = module.run(settings, inputs, folder, logger(name, folder))
-    made = artifacts.Artifact(
+    artifact = artifacts.Artifact(
         stage=name,
         name=folder.name,
         digest=artifacts.digest(str(folder)),
@@ -111,13 +120,13 @@ def stage(
         remarks=list(result.remarks),
         tables=[dataclasses.asdict(table) for table in result.tables],
     )
-    artifacts.write_artifact(folder, made)
+    artifacts.write_artifact(folder, artifact)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return result.metrics
 
 
 def logger(name: str, folder: Path) -> Logger:
-    """A logger that shows nothing."""
+    """A logger that displays nothing."""
     display = NullDisplay()
     display.start(name, folder, "running")
     return Logger(name, folder, display, main=True)
@@ -129,7 +138,7 @@ def rows(data: Path, table: str) -> list[dict[str, Any]]:
 
 
 def slow_logps(model: Any, ids: list[int], start: int) -> float:
-    """Log-probability of ``ids[start:]`` given what is before: a forward pass for every token."""
+    """Log-probability of ``ids[start:]`` given the tokens before: one forward pass per token."""
     total = 0.0
     with torch.no_grad():
         for place in range(start, len(ids)):

@@ -93,8 +93,7 @@ def test_row_09_a_reward_model_reads_the_same_tokens_in_training_evaluation_and_
     # Training: rows of the batches that TRL collates.
     config = Reward(model="sft", trainer=ppo_fixtures.TRAINER)
     inputs = {"model": source, "pairs": folders.world.data}
-    logger = tiny_models.logger("reward", tmp_path)
-    trl_trainer = reward.build(config, inputs, tmp_path / "rm", logger=logger)
+    trl_trainer = reward.build(config, inputs, tmp_path / "rm")
     collated, padding = [], []
     for batch in trl_trainer.get_train_dataloader():
         lengths = batch["attention_mask"].sum(1).tolist()

@@ -1,4 +1,4 @@
-"""Order, KL partners and weights of labelled completions, by counting."""
+"""Order, KL partners and weights of labeled completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.training import kto_batches
 
 
 def pairs(prompts: Sequence[int]) -> tuple[list[bool], list[int]]:
-    """Both sides of one pair a prompt, as TRL unpairs them: all chosen, then all rejected."""
+    """Labels and prompts of pairs, as TRL unpairs them: all chosen, then all rejected completions."""
     return [True] * len(prompts) + [False] * len(prompts), [*prompts, *prompts]
 
 
@@ -23,8 +23,8 @@ def batches(order: Sequence[int], size: int) -> list[list[int]]:
 
 RANDOM = random.Random(0)
 MIXES = [
-    pytest.param(*pairs(range(40)), 8, id="pairs, one a prompt"),
-    pytest.param(*pairs([i // 3 for i in range(60)]), 16, id="pairs, three a prompt"),
+    pytest.param(*pairs(range(40)), 8, id="pairs, one per prompt"),
+    pytest.param(*pairs([i // 3 for i in range(60)]), 16, id="pairs, three per prompt"),
     pytest.param(*pairs(range(7)), 2, id="pairs in batches of two"),
     pytest.param(*pairs(range(23)), 5, id="pairs in batches of an odd size"),
     pytest.param(*pairs([0, 0, 0, 0, 1, 1, 1, 1]), 4, id="two prompts"),
@@ -34,7 +34,7 @@ MIXES = [
         [RANDOM.random() < 0.7 for _ in range(333)],
         [RANDOM.randrange(60) for _ in range(333)],
         12,
-        id="unpaired, several a prompt",
+        id="unpaired, several per prompt",
     ),
     pytest.param([True, False, True, False], [0, 1, 2, 3], 32, id="less than a batch"),
 ]
@@ -64,13 +64,13 @@ def test_every_row_is_seen_and_fewer_than_a_batch_twice(labels, prompts, size):
     assert len(order) % size == 0 or len(order) == len(labels) < size
 
 
-def test_batches_are_right_at_the_first_go_but_for_the_end_of_an_epoch(monkeypatch):
-    # exchanging rows afterwards looks through all batches: it must stay the exception
+def test_only_the_last_batch_of_an_epoch_needs_repair(monkeypatch):
+    # the repair searches all batches, so it must remain an exception
     monkeypatch.setattr(kto_batches, "_repair", lambda *_: None)
     labels, prompts = pairs(range(400))
     order = kto_batches.interleaved(labels, prompts, batch_size=2, seed=0, epoch=0)
-    wrong = [place for place, (a, b) in enumerate(batches(order, 2)) if prompts[a] == prompts[b]]
-    assert wrong in ([], [399])
+    invalid = [place for place, (a, b) in enumerate(batches(order, 2)) if prompts[a] == prompts[b]]
+    assert invalid in ([], [399])
 
 
 def test_both_sides_of_a_pair_go_to_one_batch():
@@ -80,17 +80,17 @@ def test_both_sides_of_a_pair_go_to_one_batch():
         assert sorted(Counter(prompts[row] for row in batch).values()) == [2, 2, 2, 2]
 
 
-def test_an_epoch_has_an_order_of_its_own_that_seed_and_epoch_give():
+def test_the_order_depends_on_seed_and_epoch():
     labels, prompts = pairs(range(40))
 
     def order(**changes: int) -> list[int]:
-        given = {"batch_size": 8, "seed": 1, "epoch": 2} | changes
-        return kto_batches.interleaved(labels, prompts, **given)
+        options = {"batch_size": 8, "seed": 1, "epoch": 2} | changes
+        return kto_batches.interleaved(labels, prompts, **options)
 
     assert order() == order()
     orders = [order(), order(epoch=3), order(seed=2), order(seed=12, epoch=0), order(seed=1, epoch=20)]  # fmt: skip
     assert len({tuple(each) for each in orders}) == 5
-    # neighbours of one epoch are strangers in the next
+    # prompts that share a batch in one epoch do not share one in the next
     together = [{frozenset(prompts[r] for r in b) for b in batches(o, 8)} for o in orders[:2]]
     assert not together[0] & together[1]
 
@@ -106,24 +106,24 @@ def test_rows_that_fill_the_last_batch_differ_between_epochs():
 
 
 @pytest.mark.parametrize(
-    ("labels", "prompts", "size", "told"),
+    ("labels", "prompts", "size", "message"),
     [
         pytest.param([True] * 8, range(8), 4, "no completion is undesirable", id="one label"),
         pytest.param([False] * 8, range(8), 4, "no completion is desirable", id="the other"),
         pytest.param([True] * 3 + [False] * 97, range(100), 10,
-                     r"3 desirable completions of 100 are not enough for 10 batches.*to 34 or more", id="too few"),
+                     r"3 desirable of 100 completions are not enough for 10 batches.*to 34 or more", id="too few"),
         pytest.param([True, False] * 4, [0] * 8, 4, "one prompt has more than half", id="one prompt"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_mixed_is_a_users_mistake(labels, prompts, size, told):
-    with pytest.raises(UserError, match=told):
+def test_labels_that_give_no_valid_batches_are_a_user_error(labels, prompts, size, message):
+    with pytest.raises(UserError, match=message):
         kto_batches.interleaved(labels, list(prompts), batch_size=size, seed=0, epoch=0)
 
 
-def test_the_batch_size_that_is_told_is_enough_and_no_larger():
+def test_the_suggested_batch_size_is_the_smallest_that_works():
     labels = [True] * 3 + [False] * 97
     with pytest.raises(UserError):
-        kto_batches.check(3, 97, batch_size=33)
+        kto_batches.check_label_counts(3, 97, batch_size=33)
     for epoch in range(3):
         kto_batches.interleaved(labels, list(range(100)), batch_size=34, seed=0, epoch=epoch)
 
@@ -131,17 +131,17 @@ def test_the_batch_size_that_is_told_is_enough_and_no_larger():
 # Partners
 
 
-def test_where_all_prompts_differ_partners_are_trls_rotation():
+def test_if_all_prompts_differ_the_partners_equal_those_of_trl():
     # (x1, y1), (x2, y2), (x3, y3) -> (x1, y3), (x2, y1), (x3, y2)
     assert kto_batches.mismatched(["x1", "x2", "x3"]) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_partner_is_of_another_prompt_and_every_completion_is_used_once(seed):
-    drawn = random.Random(seed)
-    prompts = [drawn.randrange(6) for _ in range(12)]
+def test_a_partner_has_another_prompt_and_every_completion_is_used_once(seed):
+    generator = random.Random(seed)
+    prompts = [generator.randrange(6) for _ in range(12)]
     while 2 * max(Counter(prompts).values()) > len(prompts):
-        prompts = [drawn.randrange(6) for _ in range(12)]
+        prompts = [generator.randrange(6) for _ in range(12)]
     partners = kto_batches.mismatched(prompts)
     assert sorted(partners) == list(range(12))
     assert all(prompts[row] != prompts[partner] for row, partner in enumerate(partners))
@@ -151,21 +151,21 @@ def test_a_partner_is_of_another_prompt_and_every_completion_is_used_once(seed):
 
 
 @pytest.mark.parametrize(
-    ("counts", "given", "expected", "ratio"),
+    ("counts", "options", "expected", "ratio"),
     [
-        pytest.param((100, 100), {}, (1, 1), 1, id="pairs stay as they are"),
+        pytest.param((100, 100), {}, (1, 1), 1, id="pairs"),
         pytest.param((120, 100), {}, (1, 1), 1.2, id="within the range"),
         pytest.param((100, 400), {}, (4, 1), 1, id="few desirable: raised to 1:1"),
         pytest.param((400, 100), {}, (1, 3), 4 / 3, id="few undesirable: raised to 4:3"),
-        pytest.param((100, 400), {"undesirable": 0.5}, (2, 0.5), 1, id="one is given"),
-        pytest.param((400, 100), {"desirable": 2.0}, (2, 6), 4 / 3, id="the other is given"),
-        pytest.param((100, 100), {"desirable": 2.0}, (2, 1.5), 4 / 3, id="given above the range"),
-        pytest.param((100, 100), {"undesirable": 2.0}, (2, 2), 1, id="given below the range"),
-        pytest.param((100, 400), {"desirable": 1.0, "undesirable": 1.0}, (1, 1), 0.25, id="both: as they are"),
+        pytest.param((100, 400), {"undesirable": 0.5}, (2, 0.5), 1, id="undesirable is set"),
+        pytest.param((400, 100), {"desirable": 2.0}, (2, 6), 4 / 3, id="desirable is set"),
+        pytest.param((100, 100), {"desirable": 2.0}, (2, 1.5), 4 / 3, id="set above the range"),
+        pytest.param((100, 100), {"undesirable": 2.0}, (2, 2), 1, id="set below the range"),
+        pytest.param((100, 400), {"desirable": 1.0, "undesirable": 1.0}, (1, 1), 0.25, id="both are set"),
     ],
 )  # fmt: skip
-def test_weights_by_hand(counts, given, expected, ratio):
-    found = kto_batches.weights(*counts, **given)
-    assert (found.desirable, found.undesirable) == pytest.approx(expected)
-    assert found.ratio == pytest.approx(ratio)
-    assert found.advised == (1 <= round(ratio, 9) <= 4 / 3 + 1e-9)
+def test_weights_by_hand(counts, options, expected, ratio):
+    weights = kto_batches.complete_weights(*counts, **options)
+    assert (weights.desirable, weights.undesirable) == pytest.approx(expected)
+    assert weights.ratio == pytest.approx(ratio)
+    assert weights.is_recommended == (1 <= round(ratio, 9) <= 4 / 3 + 1e-9)

@@ -1,4 +1,4 @@
-"""`align data`: its commands, and token streams that agree with TRL's own batches."""
+"""The commands of ``align data``, and tokenized rows that agree with TRL's batches."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""models/prefix_sharing."""
+"""Prefix sharing: one forward pass without padding, in which every shared prefix is computed once."""

@@ -1,8 +1,8 @@
-"""Attention over a trie of prefixes, in the place of transformers' own where a layout is given.
+"""Attention over a packed trie of prefixes, registered with transformers' attention interface.
 
-On CPU one call of torch's a row. On CUDA one variable-length call for all rows where the type is 16 bits wide and torch or
-flash-attn has it, and FlexAttention otherwise; neither was run on a GPU here: the tests put a stand-in for the first, and
-run the second's forward uncompiled.
+On CPU, torch's attention is called once per row. On CUDA, one variable-length call computes all rows if the data type has
+16 bits and torch or flash-attn provides the function; otherwise FlexAttention is used. The tests replace the
+variable-length function by an equivalent one on the CPU and run FlexAttention uncompiled.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from transformers import AttentionInterface
 
 from align.models.prefix_sharing.trie import Layout, Row
 
-# What a backbone, and an attention function, may be told without a change to what they compute.
+# Arguments of a backbone or an attention function that do not change the result.
 IGNORED_ARGUMENTS = {
     "num_items_in_batch", "position_ids", "position_embeddings", "use_cache", "cache_position", "past_key_values",
     "past_key_value", "layer_past", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 }  # fmt: skip
 
 
-class CannotShare(Exception):  # noqa: N818 (no error: the padded forward runs)
-    """Why a batch is not shared."""
+class CannotShare(Exception):  # noqa: N818 (not an error: the padded forward pass runs instead)
+    """The reason for which a batch, or any batch of a model, is not computed with prefix sharing."""
 
 
 def intercept(implementation: str) -> None:
-    """Let transformers' attention function of this name attend by a layout where it is given one.
+    """Extend transformers' attention function of this name: with a ``prefix_layout``, it attends along the layout.
 
-    The name in the configuration stays, and with it masks, generation, and what is saved. The layout comes as an argument
-    of the layers, so gradient checkpointing brings it back when it runs a layer again.
+    The name in the model's config does not change, and therefore neither do masks, generation and saved files. The layout
+    is an argument of the layers, so gradient checkpointing passes it again when it recomputes a layer.
     """
     original = AttentionInterface._global_mapping[implementation]
     if hasattr(original, "shares_prefixes"):
@@ -53,7 +53,7 @@ def intercept(implementation: str) -> None:
         if prefix_layout is None:
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         if args or attention_mask.shape != (1, 1, 1, 1):
-            raise CannotShare("a model that changes its attention mask")
+            raise CannotShare("the model changes its attention mask")
         return _attend(module, query, key, value, prefix_layout, **kwargs), None
 
     attend.shares_prefixes = True  # type: ignore[attr-defined]
@@ -73,19 +73,23 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention of ``[1, heads, N, size]`` over the paths of a layout: ``[1, N, heads, size]``."""
-    layout.readers += 1
-    if sliding_window == 0:  # not told
+    """Attention of ``[1, heads, N, size]`` along the paths of a layout; returns ``[1, N, heads, size]``.
+
+    Raises:
+        CannotShare: The attention function has an argument or property that a layout cannot represent.
+    """
+    layout.layers_run += 1
+    if sliding_window == 0:  # the argument is missing
         if getattr(getattr(module, "config", None), "sliding_window", None):
-            raise CannotShare("a sliding window in the mask alone")
+            raise CannotShare("the sliding window is only in the attention mask")
         sliding_window = None
     unknown = [k for k, v in kwargs.items() if k not in IGNORED_ARGUMENTS and v is not None]
     if unknown:
-        raise CannotShare(f"attention with `{unknown[0]}`")
+        raise CannotShare(f"the attention function has the argument `{unknown[0]}`")
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise CannotShare("attention that is not causal")
+        raise CannotShare("the attention is not causal")
     if query.shape[2] != key.shape[2]:
-        raise CannotShare("keys from elsewhere")
+        raise CannotShare("keys and queries have different lengths")
     if query.device.type != "cuda" or dropout:
         return _by_row(query, key, value, layout, scaling, dropout, sliding_window)
     if query.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
@@ -102,7 +106,11 @@ def _by_row(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """One call a row. Splitting at segments keeps the backward a concatenation: slices would each add a zero tensor of size N."""
+    """Attention with one call per row.
+
+    Keys are split at the segments, so that the backward pass concatenates gradients; slices would each add a zero tensor
+    of size N.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -112,27 +120,27 @@ def _by_row(
         plain = row.shared == 0 and (window is None or window >= row.new)
         output = scaled_dot_product_attention(
             new,
-            _joined([keys[i] for i in row.segments]),
-            _joined([values[i] for i in row.segments]),
+            _concatenate([keys[i] for i in row.segments]),
+            _concatenate([values[i] for i in row.segments]),
             attn_mask=None if plain else _mask(layout, row, window, query),
             dropout_p=dropout,
             is_causal=plain,
             scale=scaling,
         )
         outputs.append(output.transpose(1, 2))
-    return _joined(outputs, 1)
+    return _concatenate(outputs, 1)
 
 
-def _joined(pieces: list[Tensor], dim: int = 2) -> Tensor:
+def _concatenate(pieces: list[Tensor], dim: int = 2) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor | None:
-    """Causal with both ends aligned, ``[new, shared + new]``, as a summand; None where everything is seen."""
+    """Additive causal mask aligned at the bottom right, ``[new, shared + new]``; None if nothing is masked."""
     if row.new == 1 and (window is None or window > row.shared):
         return None
 
-    def make() -> Tensor:
+    def compute() -> Tensor:
         distance = torch.arange(row.shared, row.shared + row.new)[:, None] - torch.arange(
             row.shared + row.new
         )
@@ -140,14 +148,15 @@ def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor 
         return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill(hidden, -torch.inf)
 
     key = (row.shared, row.new, window, like.dtype)
-    return layout.once(key, lambda: make().to(like.device))
+    return layout.cached(key, lambda: compute().to(like.device))
 
 
 @functools.cache
 def _varlen() -> Callable[..., Any] | None:
     """Variable-length attention ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``, causal from the bottom right.
 
-    torch's own from 2.11 on, or else the flash-attn package from 2.1 on (before, it aligned at the top left).
+    torch provides it from version 2.11 on, the flash-attn package from version 2.1 on: before, it aligned the mask at the
+    top left. None if neither is available.
     """
     import importlib.util
     import inspect
@@ -179,21 +188,21 @@ def _by_varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """All rows in one call: queries are the new tokens of each, keys are gathered along its path."""
+    """Attention in one call for all rows: queries are the new tokens of a row, keys are gathered along its path."""
     call = _varlen()
     assert call is not None
     new = [row.new for row in layout.rows]
-    seen = [row.shared + row.new for row in layout.rows]
-    ends = layout.once(
+    lengths = [row.shared + row.new for row in layout.rows]
+    ends = layout.cached(
         "ends",
         lambda: [
             pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(query.device, torch.int32)
-            for sizes in (new, seen)
+            for sizes in (new, lengths)
         ],
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = k.index_select(0, layout.path), v.index_select(0, layout.path)
-    return call(q.contiguous(), k, v, *ends, max(new), max(seen), scaling, window)[None]
+    return call(q.contiguous(), k, v, *ends, max(new), max(lengths), scaling, window)[None]
 
 
 def _by_flex(
@@ -204,18 +213,18 @@ def _by_flex(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """FlexAttention over the packed sequence itself: who sees whom is two comparisons."""
+    """FlexAttention over the packed sequence: the mask is computed from two comparisons per pair of tokens."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     last, positions = layout.last, layout.positions
 
-    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         ancestor = (j <= i) & (i <= last[j])
         return ancestor if window is None else ancestor & (positions[i] - positions[j] < window)
 
     n = query.shape[2]
-    blocks = layout.once(
-        ("flex", window), lambda: create_block_mask(sees, None, None, n, n, device=query.device)
+    blocks = layout.cached(
+        ("flex", window), lambda: create_block_mask(attends, None, None, n, n, device=query.device)
     )
     flex: Any = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
     grouped = query.shape[1] != key.shape[1]

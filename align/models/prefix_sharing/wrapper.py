@@ -1,24 +1,26 @@
-"""One forward without padding, every shared prompt computed once: a preference batch holds each prompt twice.
+"""Prefix sharing for a model: its forward pass runs without padding and computes every shared prefix once.
 
-:func:`share` wraps the forward of a model's backbone. A padded batch ``[batch, time]`` becomes one sequence ``[1, N]`` of
-its distinct prefixes, the layers run once, and the hidden states go back to ``[batch, time, hidden]``. The losses and the
-metrics on top stay TRL's own code. TRL's fused LM head gets the labelled positions alone, on every device.
+:func:`enable_prefix_sharing` wraps the forward pass of a model's backbone. A padded batch ``[batch, time]`` becomes one
+sequence ``[1, N]`` of its distinct prefixes, the layers run once, and the hidden states are scattered back to
+``[batch, time, hidden]``. Losses and metrics above the backbone remain TRL's code. TRL's fused LM head receives the labeled
+positions only, on every device.
 
-Attention of a row's new tokens runs over its path, causal from the bottom right (see :mod:`align.models.prefix_sharing.trie`). Gradients
-of a shared token sum over the rows that share it, as they must.
+The new tokens of a row attend along its path, causal from the bottom right (see :mod:`align.models.prefix_sharing.trie`).
+The gradient of a shared token is the sum over the rows that share it.
 
-Where the result would not be exact (a key/value cache, soft-capping, layers other than softmax attention, prompt tuning, a
-mask with holes) the padded forward runs instead, and that is said once. Dropout draws other numbers than in a padded
-batch, and one for all rows that share a token. Left out: several models a device (``device_map``), ``torch.compile`` of
-the whole model, per-row adapters.
+If the result would not be exact (a key/value cache, soft-capping, layers other than softmax attention, prompt tuning, a
+mask with holes), the padded forward pass runs instead, and the reason is logged once. Dropout draws other random numbers
+than in a padded batch, and the same ones for all rows that share a token. Left out: models on several devices
+(``device_map``), ``torch.compile`` of the whole model, adapters that differ between rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,101 +29,141 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from align.models.prefix_sharing.attention import IGNORED_ARGUMENTS, CannotShare, intercept
-from align.models.prefix_sharing.trie import Layout, lay_out
+from align.models.prefix_sharing.trie import Layout, build_layout
 
-KINDS = {"full_attention", "sliding_attention"}  # of layers that are shared
-LENGTH_DEPENDENT_ROPE = {
-    "dynamic",
-    "longrope",
-}  # rotary embeddings that look at a batch's longest row
+LOGGER = logging.getLogger("align.prefix_sharing")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Types of layers that can be shared."""
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+"""Rotary embeddings that depend on the longest row of a batch."""
 IGNORED_LABEL = -100
+KEY_VALUE_CACHE = "the call uses a key/value cache"
+"""Reason of a fallback that is expected in every generation, and therefore logged at level DEBUG."""
+
+
+class _State:
+    """State of a wrapped backbone: its fallbacks, and the positions that the current call has to return."""
+
+    def __init__(self) -> None:
+        self.logged: set[str] = set()
+        self.obstacle: str | None = None
+        """The reason for which the model can never share; None if there is none, or none is known yet."""
+        self.proven = False
+        """Whether a packed forward pass has succeeded."""
+        self.positions: Tensor | None = None
+        """Positions of the flattened batch whose hidden states the next call returns; None for all."""
+        self.labeled: Tensor | None = None
+        """Mask ``[batch, time - 1]`` of labels; None outside a call with labels."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        copy = _State()
+        copy.obstacle = self.obstacle
+        return copy
+
+    def log_fallback(self, reason: str) -> None:
+        """Log the reason of a fallback to the padded forward pass, once per reason."""
+        if reason not in self.logged:
+            self.logged.add(reason)
+            level = logging.DEBUG if reason == KEY_VALUE_CACHE else logging.WARNING
+            LOGGER.log(level, "prefix sharing is off, the padded forward pass runs: %s", reason)
 
 
 # The model ---------------------------------------------------------------------------------------
 
 
-class _Sharing:
-    """What a backbone remembers: what it said, and which positions the call in progress is asked for."""
+def enable_prefix_sharing(*models: nn.Module | None) -> None:
+    """Enable prefix sharing for causal language models, sequence classifiers, or peft's wrappers of one.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.said: set[str] = set()
-        self.never: str | None = None
-        self.proven = False  # a packed forward came through
-        self.wanted: Tensor | None = None
-        self.scored: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Sharing:
-        return _Sharing(self.say)
-
-    def tell(self, reason: str) -> None:
-        if reason not in self.said:
-            self.said.add(reason)
-            self.say(f"prefix sharing steps aside: {reason}")
-
-
-def enable_prefix_sharing(
-    *models: nn.Module | None, say: Callable[[str], None] | None = None
-) -> None:
-    """Share prefixes in the forward of each model: a causal language model, a classifier, or peft's wrapper of one.
-
-    Call it on what is called: on ``trainer.model``, after peft has wrapped it. A second call changes nothing; None is no
-    model. ``say`` hears why sharing steps aside, once for each reason.
+    Call it with the object that is called in training: ``trainer.model``, after peft has wrapped it. A second call has no
+    effect, and None is ignored. If a batch cannot be shared, its padded forward pass runs, and a warning of the logger
+    ``align.prefix_sharing`` gives the reason, once per reason and model.
     """
     model: Any
     for model in filter(None, models):
-        # What stands under an adapter has a `peft_config` as well, and no base of its own.
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        backbone = inner.base_model
+        backbone = _backbone(model)
         if not hasattr(backbone, "prefix_sharing"):
-            backbone.prefix_sharing = _Sharing(say or logging.getLogger(__name__).warning)
+            backbone.prefix_sharing = _State()
             backbone.padded_forward = backbone.forward
-            kind: Any = type(backbone)
-            backbone.forward = types.MethodType(_wrapper(kind), backbone)
-            backbone.prefix_sharing.never = _obstacle(model, backbone)
-            if backbone.prefix_sharing.never is None:
+            backbone_class: Any = type(backbone)
+            backbone.forward = types.MethodType(_wrapper(backbone_class), backbone)
+            backbone.prefix_sharing.obstacle = _obstacle(model, backbone)
+            if backbone.prefix_sharing.obstacle is None:
                 intercept(backbone.config._attn_implementation)
-        if not hasattr(model, "scores_labelled_positions") and not _learns_prompts(model):
-            model.scores_labelled_positions = True
-            model.register_forward_pre_hook(
-                functools.partial(_keep_labelled, backbone.prefix_sharing), with_kwargs=True
-            )
-            model.register_forward_hook(functools.partial(_spread, backbone.prefix_sharing))
+        if not hasattr(model, "prefix_sharing_hooks") and not _has_prompt_learning(model):
+            state = backbone.prefix_sharing
+            model.prefix_sharing_hooks = [
+                model.register_forward_pre_hook(
+                    functools.partial(_select_labeled, state), with_kwargs=True
+                ),
+                model.register_forward_hook(functools.partial(_scatter_labeled, state)),
+            ]
+
+
+def disable_prefix_sharing(*models: nn.Module | None) -> None:
+    """Undo :func:`enable_prefix_sharing`. A model without prefix sharing is not changed; None is ignored."""
+    model: Any
+    for model in filter(None, models):
+        backbone = _backbone(model)
+        if hasattr(backbone, "prefix_sharing"):
+            del backbone.prefix_sharing, backbone.padded_forward, backbone.forward
+        for hook in getattr(model, "prefix_sharing_hooks", ()):
+            hook.remove()
+        if hasattr(model, "prefix_sharing_hooks"):
+            del model.prefix_sharing_hooks
+
+
+@contextlib.contextmanager
+def prefix_sharing(*models: nn.Module | None) -> Iterator[None]:
+    """Enable prefix sharing inside the block."""
+    enable_prefix_sharing(*models)
+    try:
+        yield
+    finally:
+        disable_prefix_sharing(*models)
+
+
+def _backbone(model: Any) -> Any:
+    """The decoder layers below the head of a model; peft's wrapper is removed first."""
+    # The model below an adapter also has a `peft_config`, but no `get_base_model`.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
 
 
 def _obstacle(model: Any, backbone: Any) -> str | None:
-    """What about a model makes sharing inexact; None where nothing does."""
+    """The property of a model that makes prefix sharing inexact; None if there is none."""
     config = backbone.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - KINDS
+    layer_types = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     adapters = getattr(model, "peft_config", {}).values()
-    if kinds:
-        return f"layers of {', '.join(sorted(kinds))}"
+    if layer_types:
+        return f"the model has layers of type {', '.join(sorted(layer_types))}"
     if getattr(config, "attn_logit_softcapping", None):
-        return "soft-capped attention"
+        return "the attention logits are soft-capped"
     if not (hasattr(backbone, "rotary_emb") or hasattr(backbone, "wpe")):
-        return "positions that are neither rotary nor those of GPT-2"
+        return "the positions are neither rotary nor embedded as in GPT-2"
     if any(each.get("rope_type") in LENGTH_DEPENDENT_ROPE for each in ropes):
-        return "rotary embeddings that depend on the batch"
+        return "the rotary embeddings depend on the longest row of a batch"
     if config.get_text_config() is not config:
-        return "a model of more than text"
-    if _learns_prompts(model) or any(getattr(a, "alora_invocation_tokens", 0) for a in adapters):
-        return "an adapter that depends on the row"
+        return "the model has other inputs than text"
+    if _has_prompt_learning(model) or any(
+        getattr(adapter, "alora_invocation_tokens", 0) for adapter in adapters
+    ):
+        return "the adapter depends on the row"
     if not backbone._can_set_attn_implementation():
-        return "layers that do not attend through transformers' interface"
+        return "the layers do not use transformers' attention interface"
     if config._attn_implementation not in AttentionInterface._global_mapping:
-        return f"`{config._attn_implementation}` attention"
+        return f"the attention implementation is `{config._attn_implementation}`"
     return None
 
 
-def _learns_prompts(model: Any) -> bool:
-    return any(each.is_prompt_learning for each in getattr(model, "peft_config", {}).values())
+def _has_prompt_learning(model: Any) -> bool:
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 @functools.cache
-def _wrapper(kind: Any) -> Callable[..., Any]:
-    @functools.wraps(kind.forward)
+def _wrapper(backbone_class: Any) -> Callable[..., Any]:
+    @functools.wraps(backbone_class.forward)
     def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, input_ids, args, kwargs)
 
@@ -129,113 +171,124 @@ def _wrapper(kind: Any) -> Callable[..., Any]:
 
 
 def _forward(self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    sharing: _Sharing = self.prefix_sharing
-    wanted, sharing.wanted = sharing.wanted, None
+    """Run the packed forward pass of a backbone, or the padded one if the batch cannot be shared."""
+    state: _State = self.prefix_sharing
+    positions, state.positions = state.positions, None
     try:
         layout = _layout(self, ids, args, kwargs)
         if layout is not None:
-            return _packed(self, layout, kwargs, wanted, ids.shape)  # type: ignore[union-attr]
-    except CannotShare as why:
-        sharing.tell(str(why))
+            return _packed(self, layout, kwargs, positions, ids.shape)  # type: ignore[union-attr]
+    except CannotShare as reason:
+        state.log_fallback(str(reason))
     outputs = self.padded_forward(ids, *args, **kwargs)
-    if wanted is not None:
-        flat = outputs.last_hidden_state.flatten(0, 1)
-        outputs.last_hidden_state = flat.index_select(0, wanted)[None]
+    if positions is not None:
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        outputs.last_hidden_state = hidden.index_select(0, positions)[None]
     return outputs
 
 
 def _layout(
     self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Layout | None:
-    """The layout of a call; None where packing would gain nothing."""
+    """The layout of a call; None if packing would save nothing.
 
-    def asked(name: str) -> Any:
-        given = kwargs.get(name)
-        return getattr(self.config, name, None) if given is None else given
+    Raises:
+        CannotShare: The model, or an argument of the call, does not allow it.
+    """
 
-    if self.prefix_sharing.never:
-        raise CannotShare(self.prefix_sharing.never)
-    if kwargs.get("past_key_values") is not None or asked("use_cache"):
-        raise CannotShare("a key/value cache")
+    def argument(name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(self.config, name, None) if value is None else value
+
+    if self.prefix_sharing.obstacle:
+        raise CannotShare(self.prefix_sharing.obstacle)
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise CannotShare(KEY_VALUE_CACHE)
+    if argument("use_cache"):
+        raise CannotShare("the model's config enables a key/value cache; pass `use_cache=False`")
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
-        if asked(name):
-            raise CannotShare(f"`{name}`")
+        if argument(name):
+            raise CannotShare(f"the call has `{name}`")
     mask = kwargs.get("attention_mask")
-    odd = [
-        k
-        for k, v in kwargs.items()
-        if v is not None and k not in (IGNORED_ARGUMENTS | {"attention_mask"}) - {"position_ids"}
-    ]
-    if ids is None or args or odd or kwargs.get("return_dict") is False:
-        raise CannotShare(f"a call with `{odd[0]}`" if odd else "a call without token ids")
+    known = (IGNORED_ARGUMENTS | {"attention_mask"}) - {"position_ids"}
+    unknown = [key for key, value in kwargs.items() if value is not None and key not in known]
+    if unknown:
+        raise CannotShare(f"the call has the argument `{unknown[0]}`")
+    if ids is None or args or kwargs.get("return_dict") is False:
+        raise CannotShare("the call has no token ids, positional arguments, or `return_dict=False`")
     if mask is not None and mask.shape != ids.shape:
-        raise CannotShare("an attention mask that is not [batch, time]")
-    layout = lay_out(ids, mask, absolute=not hasattr(self, "rotary_emb"))
+        raise CannotShare("the shape of the attention mask is not [batch, time]")
+    layout = build_layout(ids, mask, absolute=not hasattr(self, "rotary_emb"))
     if layout is None:
-        raise CannotShare("an attention mask with holes")
-    # Several processes must run the layers equally often, or those that gather weights wait for each other. So while a
-    # model may yet turn out to be one that cannot share, all of them find out in the same call.
-    finding_out = not self.prefix_sharing.proven and _several_processes()
-    gains = len(layout.tokens) < ids.numel()
-    return layout if len(layout.tokens) and (gains or finding_out) else None
+        raise CannotShare("the attention mask has holes")
+    # All ranks must run the layers equally often, or those that gather sharded weights wait for each other. So until a model
+    # has proven that it can share, every rank packs every batch, and all of them learn about an obstacle in the same call.
+    must_prove = not self.prefix_sharing.proven and _several_processes()
+    saves_tokens = len(layout.tokens) < ids.numel()
+    return layout if len(layout.tokens) and (saves_tokens or must_prove) else None
 
 
 def _several_processes() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return initialized and torch.distributed.get_world_size() > 1
 
 
 def _packed(
-    self: Any, layout: Layout, kwargs: dict[str, Any], wanted: Tensor | None, shape: torch.Size
+    self: Any, layout: Layout, kwargs: dict[str, Any], positions: Tensor | None, shape: torch.Size
 ) -> Any:
-    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.tokens.device)  # goes by unread
+    """Run the layers on the packed sequence and scatter the hidden states back.
+
+    Raises:
+        CannotShare: A layer did not attend along the layout; the model will not share again.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.tokens.device)  # never read
     packed = {
-        "attention_mask": seen,
+        "attention_mask": mask,
         "position_ids": layout.positions[None],
         "prefix_layout": layout,
     }
     try:
         outputs = self.padded_forward(layout.tokens[None], **kwargs | packed)
-        if layout.readers != self.config.num_hidden_layers:
-            raise CannotShare("layers that do not attend through transformers' interface")
-    except CannotShare as why:
-        self.prefix_sharing.never = str(why)  # a trait of the model: do not try again
+        if layout.layers_run != self.config.num_hidden_layers:
+            raise CannotShare("the layers do not use transformers' attention interface")
+    except CannotShare as reason:
+        self.prefix_sharing.obstacle = str(reason)
         raise
     self.prefix_sharing.proven = True
-    hidden = pad(outputs.last_hidden_state[0], (0, 0, 0, 1))  # a row of zeros for the pads
-    places = layout.places if wanted is None else layout.places[wanted]
-    chosen = hidden.index_select(0, places)
-    outputs.last_hidden_state = chosen[None] if wanted is not None else chosen.view(*shape, -1)
+    hidden = pad(outputs.last_hidden_state[0], (0, 0, 0, 1))  # [N + 1, hidden]; zeros for the pads
+    places = layout.places if positions is None else layout.places[positions]
+    selected = hidden.index_select(0, places)
+    outputs.last_hidden_state = selected.view(*shape, -1) if positions is None else selected[None]
     return outputs
 
 
 # The head ----------------------------------------------------------------------------------------
 
 
-def _keep_labelled(
-    sharing: _Sharing, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _select_labeled(
+    state: _State, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Ask the backbone for labelled positions alone, and give TRL's fused head their labels, already shifted.
+    """Request the hidden states of labeled positions only, and pass their shifted labels to TRL's fused head.
 
-    TRL 1.16 scores every position where there is no Triton; labels that are already shifted it takes as they come.
+    Without Triton, TRL 1.16 scores every position. It accepts labels that are already shifted.
     """
     if kwargs.get("shift_labels") is not None:
         return None
-    sharing.wanted = sharing.scored = None
+    state.positions = state.labeled = None
     labels = kwargs.get("labels")
     if not kwargs.get("fused_lm_head") or labels is None:
         return None
-    scored = labels[:, 1:] != IGNORED_LABEL
-    sharing.scored = scored
-    sharing.wanted = pad(scored, (0, 1)).flatten().nonzero()[:, 0]
-    return args, kwargs | {"labels": None, "shift_labels": labels[:, 1:][scored][None]}
+    labeled = labels[:, 1:] != IGNORED_LABEL
+    state.labeled = labeled
+    state.positions = pad(labeled, (0, 1)).flatten().nonzero()[:, 0]
+    return args, kwargs | {"labels": None, "shift_labels": labels[:, 1:][labeled][None]}
 
 
-def _spread(sharing: _Sharing, model: nn.Module, args: Any, outputs: Any) -> Any:
-    """Put what the head found back to ``[batch, time - 1]``, zero where there is no label."""
-    scored, sharing.scored = sharing.scored, None
-    if scored is not None:
+def _scatter_labeled(state: _State, model: nn.Module, args: Any, outputs: Any) -> Any:
+    """Scatter the outputs of the head back to ``[batch, time - 1]``, with zeros where there is no label."""
+    labeled, state.labeled = state.labeled, None
+    if labeled is not None:
         for name, value in outputs.items():
             if isinstance(value, Tensor) and value.dim() == 2:
-                outputs[name] = value.new_zeros(scored.shape).masked_scatter(scored, value)
+                outputs[name] = value.new_zeros(labeled.shape).masked_scatter(labeled, value)
     return outputs

@@ -1,4 +1,4 @@
-"""A policy's own completions, labelled, become pairs that DPO trains on; prompts stay in their splits."""
+"""The sample and label stages: completions of a policy become pairs for DPO and KTO; prompts stay in their splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
 from align.config.training import DPO, KTO
 from align.errors import UserError
-from align.evaluation.held_out import training_tables
 from align.judges import scores
 from align.models import tokenization
 from align.rewards import gold, reward_model
@@ -32,18 +31,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 
 
 def sampled(world: tiny_models.World, folder: Path, **changes: Any) -> Path:
-    given = {"n_completions": 3, "n_prompts": 10, "max_new_tokens": 24} | changes
-    settings = Sample(model="sft", **given)
-    tiny_models.stage(sample, settings, {"model": world.sft, "prompts": world.data}, folder)
+    """A `sample` stage of the SFT model."""
+    keys = {"n_completions": 3, "n_prompts": 10, "max_new_tokens": 24} | changes
+    config = Sample(model="sft", **keys)
+    tiny_models.stage(sample, config, {"model": world.sft, "prompts": world.data}, folder)
     return folder
 
 
-def finished(source: Path, folder: Path, *, but: int = 0) -> Path:
-    """A copy in which all completions ended by themselves but the first few: the tiny model hardly ever does."""
+def finished(source: Path, folder: Path, *, except_first: int = 0) -> Path:
+    """A copy whose completions, except the first ones, end in a stop token: the tiny model rarely samples one."""
     shutil.copytree(source, folder)
     for file in folder.glob("completions-*.parquet"):
         rows = pq.read_table(file).to_pylist()
-        changed = [row | {"finished": k >= but} for k, row in enumerate(rows)]
+        changed = [row | {"finished": k >= except_first} for k, row in enumerate(rows)]
         pq.write_table(pa.Table.from_pylist(changed), file)
     return folder
 
@@ -58,26 +58,28 @@ def completions(world: tiny_models.World, raw: Path) -> Path:
     return finished(raw, world.folder / "finished")
 
 
-def labelled(completions: Path, folder: Path, **changes: Any) -> Path:
-    given = {"judge": "gold", "pairing": "all", "label_noise": "bradley_terry"} | changes
+def labeled(completions: Path, folder: Path, **changes: Any) -> Path:
+    """A `label` stage on completions."""
+    keys = {"judge": "gold", "pairing": "all", "label_noise": "bradley_terry"} | changes
     inputs = {"completions": completions}
-    if given["judge"] != "gold":
-        inputs["judge"] = Path(given["judge"])
-    tiny_models.stage(label, Label(**given), inputs, folder)
+    if keys["judge"] != "gold":
+        inputs["judge"] = Path(keys["judge"])
+    tiny_models.stage(label, Label(**keys), inputs, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pairs(world: tiny_models.World, completions: Path) -> Path:
-    return labelled(completions, world.folder / "label")
+    return labeled(completions, world.folder / "label")
 
 
 # Sample
 
 
-def test_completions_keep_the_prompts_ids_and_their_split(world: tiny_models.World, raw: Path):
-    completions = raw
-    rows = tiny_models.rows(completions, "completions-train")
+def test_completions_keep_the_ids_and_the_split_of_their_prompts(
+    world: tiny_models.World, raw: Path
+):
+    rows = tiny_models.rows(raw, "completions-train")
     prompts = tiny_models.rows(world.data, "prompts-train")[:10]
     assert [(row["prompt"], row["prompt_id"]) for row in rows[::3]] == [
         (row["prompt"], row["prompt_id"]) for row in prompts
@@ -86,29 +88,28 @@ def test_completions_keep_the_prompts_ids_and_their_split(world: tiny_models.Wor
     assert len({row["completion"][0]["content"] for row in rows}) > 20
     assert all(row["completion"][0]["role"] == "assistant" for row in rows)
     assert all(0 <= row["n_tokens"] <= 24 and row["finished"] in (True, False) for row in rows)
-    made = artifacts.read_artifact(completions)
-    assert made is not None
-    assert made.metrics["completions"] == {"train": 30}
-    assert made.metrics["prompts"] == {"train": 10}
-    assert made.metrics["finished"] == sum(row["finished"] for row in rows) / 30
+    artifact = artifacts.read_artifact(raw)
+    assert artifact is not None
+    assert artifact.metrics["completions"] == {"train": 30}
+    assert artifact.metrics["prompts"] == {"train": 10}
+    assert artifact.metrics["finished"] == sum(row["finished"] for row in rows) / 30
 
 
-def test_the_seed_and_the_temperature_decide_what_is_sampled(
-    world: tiny_models.World, tmp_path: Path
-):
-    def found(name: str, **changes: Any) -> list[Any]:
+def test_completions_depend_on_seed_and_temperature(world: tiny_models.World, tmp_path: Path):
+    def rows(name: str, **changes: Any) -> list[Any]:
         return tiny_models.rows(sampled(world, tmp_path / name, **changes), "completions-train")
 
-    first = found("a")
-    assert found("b") == first
-    assert found("c", seed=1) != first
-    cold = found("d", temperature=0.0, n_completions=1)
-    assert cold == found("e", temperature=0.0, n_completions=1, seed=5)
+    first = rows("a")
+    assert rows("b") == first
+    assert rows("c", seed=1) != first
+    greedy = rows("d", temperature=0.0, n_completions=1)
+    assert greedy == rows("e", temperature=0.0, n_completions=1, seed=5)
 
 
-def test_a_split_that_was_not_held_out_is_a_users_mistake(world: tiny_models.World, tmp_path: Path):
+def test_a_split_that_does_not_exist_is_a_user_error(world: tiny_models.World, tmp_path: Path):
     with pytest.raises(
-        UserError, match=r"no prompts-validation.parquet; found .*; set `validation_fraction` of"
+        UserError,
+        match=r"no prompts-validation.parquet, which `split` requires; .*set `validation_fraction` of",
     ):
         sampled(world, tmp_path / "sample", split="validation")
 
@@ -116,7 +117,7 @@ def test_a_split_that_was_not_held_out_is_a_users_mistake(world: tiny_models.Wor
 # Label
 
 
-def test_scores_are_the_gold_ones_and_pairs_are_as_prepared_ones(
+def test_gold_scores_are_exact_and_pairs_have_the_columns_of_prepared_data(
     world: tiny_models.World, completions: Path, pairs: Path
 ):
     rows = tiny_models.rows(pairs, "scores-train")
@@ -126,11 +127,11 @@ def test_scores_are_the_gold_ones_and_pairs_are_as_prepared_ones(
     for row in rows:
         text = row["completion"][0]["content"]
         assert row["score"] == gold.gold_score(row["prompt"][-1]["content"], text)
-    ours, theirs = (
+    schema, prepared = (
         pq.read_schema(folder / "pairs-train.parquet") for folder in (pairs, world.data)
     )
-    assert set(ours.names) == {*theirs.names, "margin"}
-    assert all(ours.field(name).type.equals(theirs.field(name).type) for name in theirs.names)
+    assert set(schema.names) == {*prepared.names, "margin"}
+    assert all(schema.field(name).type.equals(prepared.field(name).type) for name in prepared.names)
     score = {
         (row["prompt_id"], row["completion"][0]["content"]): row["score"]
         for row in tiny_models.rows(pairs, "scores-train")
@@ -138,15 +139,15 @@ def test_scores_are_the_gold_ones_and_pairs_are_as_prepared_ones(
     for row in tiny_models.rows(pairs, "pairs-train"):
         sides = (score[row["prompt_id"], row[s][0]["content"]] for s in ("chosen", "rejected"))
         assert row["margin"] == next(sides) - next(sides)
-    made = artifacts.read_artifact(pairs)
-    assert made is not None
-    assert made.metrics["pairs"] == {"train": len(tiny_models.rows(pairs, "pairs-train"))}
-    assert made.metrics["words"].keys() == {"prompt_median", "chosen_median", "rejected_median"}
+    artifact = artifacts.read_artifact(pairs)
+    assert artifact is not None
+    assert artifact.metrics["pairs"] == {"train": len(tiny_models.rows(pairs, "pairs-train"))}
+    assert artifact.metrics["words"].keys() == {"prompt_median", "chosen_median", "rejected_median"}
 
 
 @pytest.fixture
-def given(world: tiny_models.World, tmp_path: Path) -> Path:
-    """Completions of a known worth: the tiny policy's own all score nothing, those of the embedded pairs differ."""
+def embedded(world: tiny_models.World, tmp_path: Path) -> Path:
+    """Both completions of the embedded pairs: their scores differ, while those of the tiny policy are all 0."""
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "prompt_id": row["prompt_id"], "n_tokens": 9, "finished": True}
         for row in tiny_models.rows(world.data, "pairs-train")
@@ -159,68 +160,70 @@ def given(world: tiny_models.World, tmp_path: Path) -> Path:
 
 
 def gaps(folder: Path) -> list[float]:
-    """Of each pair: how much higher the chosen completion scores."""
-    found = {
+    """Score of the chosen minus score of the rejected completion, for each pair."""
+    score = {
         (row["prompt_id"], row["completion"][0]["content"]): row["score"]
         for row in tiny_models.rows(folder, "scores-train")
     }
     return [
-        found[row["prompt_id"], row["chosen"][0]["content"]]
-        - found[row["prompt_id"], row["rejected"][0]["content"]]
+        score[row["prompt_id"], row["chosen"][0]["content"]]
+        - score[row["prompt_id"], row["rejected"][0]["content"]]
         for row in tiny_models.rows(folder, "pairs-train")
     ]
 
 
 def test_exact_labels_choose_the_higher_score_and_margins_keep_clear_pairs(
-    given: Path, tmp_path: Path
+    embedded: Path, tmp_path: Path
 ):
-    all_of_them = gaps(labelled(given, tmp_path / "all", label_noise=None))
-    clear = gaps(labelled(given, tmp_path / "clear", label_noise=None, margin=0.2))
-    assert len(all_of_them) > 20
-    assert min(all_of_them) > 0
-    assert sorted(clear) == sorted(gap for gap in all_of_them if gap >= 0.2)
-    assert len(clear) < len(all_of_them)
+    all_gaps = gaps(labeled(embedded, tmp_path / "all", label_noise=None))
+    clear = gaps(labeled(embedded, tmp_path / "clear", label_noise=None, margin=0.2))
+    assert len(all_gaps) > 20
+    assert min(all_gaps) > 0
+    assert sorted(clear) == sorted(gap for gap in all_gaps if gap >= 0.2)
+    assert len(clear) < len(all_gaps)
 
 
-def test_the_slope_and_the_seed_decide_noisy_labels(given: Path, tmp_path: Path):
-    sure = gaps(labelled(given, tmp_path / "sure", label_noise_slope=1.0e6))
-    assert min(sure) >= 0, "so steep a slope is no noise"
-    noisy = gaps(labelled(given, tmp_path / "noisy", label_noise_slope=1.0e-3))
+def test_noisy_labels_depend_on_slope_and_seed(embedded: Path, tmp_path: Path):
+    sure = gaps(labeled(embedded, tmp_path / "sure", label_noise_slope=1.0e6))
+    assert min(sure) >= 0, "with this slope there is no noise"
+    noisy = gaps(labeled(embedded, tmp_path / "noisy", label_noise_slope=1.0e-3))
     wrong = sum(gap < 0 for gap in noisy) / len(noisy)
-    assert 0.2 < wrong < 0.8, "so flat a slope is a coin"
-    assert gaps(labelled(given, tmp_path / "other", label_noise_slope=1.0e-3, seed=1)) != noisy
-    usual = gaps(labelled(given, tmp_path / "usual"))
-    assert usual == gaps(labelled(given, tmp_path / "same", label_noise_slope=gold.LABEL_SLOPE))
+    assert 0.2 < wrong < 0.8, "with this slope labels are random"
+    assert gaps(labeled(embedded, tmp_path / "other", label_noise_slope=1.0e-3, seed=1)) != noisy
+    usual = gaps(labeled(embedded, tmp_path / "usual"))
+    assert usual == gaps(labeled(embedded, tmp_path / "same", label_noise_slope=gold.LABEL_SLOPE))
     assert 0 < sum(gap < 0 for gap in usual) / len(usual) < 0.35
 
 
-def test_nothing_to_pair_is_a_users_mistake(world: tiny_models.World, tmp_path: Path):
+def test_one_completion_per_prompt_is_a_user_error(world: tiny_models.World, tmp_path: Path):
     one = finished(sampled(world, tmp_path / "sample", n_completions=1), tmp_path / "finished")
     with pytest.raises(
-        UserError, match="no pair is left of 10 completions: 10 × prompt with one completion"
+        UserError, match="10 completions give no pair: 10 × prompt with one completion"
     ):
-        labelled(one, tmp_path / "label")
+        labeled(one, tmp_path / "label")
 
 
-def test_a_folder_without_completions_is_a_users_mistake(world: tiny_models.World, tmp_path: Path):
-    with pytest.raises(UserError, match="name a finished `sample` stage"):
-        labelled(world.data, tmp_path / "label")
+def test_a_folder_without_completions_is_a_user_error(world: tiny_models.World, tmp_path: Path):
+    with pytest.raises(UserError, match="set `completions` to a `sample` stage"):
+        labeled(world.data, tmp_path / "label")
 
 
 def test_completions_that_were_cut_off_are_counted_and_left_out(raw: Path, tmp_path: Path):
-    some = finished(raw, tmp_path / "some", but=6)  # all three of two prompts
-    folder = labelled(some, tmp_path / "label")
-    left = {row["prompt_id"] for row in tiny_models.rows(some, "completions-train")[6:]}
+    partly = finished(
+        raw, tmp_path / "some", except_first=6
+    )  # all three completions of two prompts
+    folder = labeled(partly, tmp_path / "label")
+    left = {row["prompt_id"] for row in tiny_models.rows(partly, "completions-train")[6:]}
     assert {row["prompt_id"] for row in tiny_models.rows(folder, "pairs-train")} <= left
-    made = artifacts.read_artifact(folder)
-    assert made is not None
-    assert made.metrics["dropped"]["train: completion cut off"] == 6
-    none = finished(raw, tmp_path / "none", but=30)
-    with pytest.raises(UserError, match="none of 30 completions ends by itself"):
-        labelled(none, tmp_path / "label_none")
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    assert artifact.metrics["dropped"]["train: completion cut off"] == 6
+    none = finished(raw, tmp_path / "none", except_first=30)
+    with pytest.raises(UserError, match="none of 30 completions ends in a stop token"):
+        labeled(none, tmp_path / "label_none")
 
 
-# A reward model as the judge
+# A reward model as judge
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +249,7 @@ def test_a_reward_is_the_logit_at_eos_one_row_at_a_time(
 ):
     rows = tiny_models.rows(completions, "completions-train")[:7]
     judge = scores.RewardModelJudge(rewards[kind], dtype="float32", batch_size=3)
-    found = judge.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    values = judge.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
     tokenizer = tokenization.load_tokenizer(rewards["reward"])
     model = reward_model.load_merged_reward_model(rewards[kind], dtype="float32").eval()
     expected = []
@@ -259,21 +262,23 @@ def test_a_reward_is_the_logit_at_eos_one_row_at_a_time(
         assert ids[0, -1] == tokenizer.eos_token_id
         with torch.no_grad():
             expected.append(model(input_ids=ids).logits[0, 0].item())
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert values == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1
 
 
-def test_an_adapter_of_a_reward_model_counts(completions: Path, rewards: dict[str, Path]):
+def test_the_adapter_of_a_reward_model_changes_its_scores(
+    completions: Path, rewards: dict[str, Path]
+):
     rows = tiny_models.rows(completions, "completions-train")[:4]
-    given = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    arguments = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     one, other = (
-        scores.RewardModelJudge(folder, dtype="float32", batch_size=4).score(*given)
+        scores.RewardModelJudge(folder, dtype="float32", batch_size=4).score(*arguments)
         for folder in rewards.values()
     )
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.01
 
 
-def test_a_policy_is_no_reward_model(world: tiny_models.World):
+def test_a_policy_is_not_a_reward_model(world: tiny_models.World):
     with pytest.raises(
         UserError, match=r"weights are missing, such as score.weight; a reward model is"
     ):
@@ -283,23 +288,23 @@ def test_a_policy_is_no_reward_model(world: tiny_models.World):
 def test_pairs_of_a_reward_model_follow_its_scores(
     completions: Path, rewards: dict[str, Path], tmp_path: Path
 ):
-    folder = labelled(completions, tmp_path / "label", judge=str(rewards["reward"]), label_noise=None, pairing="best_worst")  # fmt: skip
-    some: dict[str, list[float]] = {}
+    folder = labeled(completions, tmp_path / "label", judge=str(rewards["reward"]), label_noise=None, pairing="best_worst")  # fmt: skip
+    by_prompt: dict[str, list[float]] = {}
     for row in tiny_models.rows(folder, "scores-train"):
-        some.setdefault(row["prompt_id"], []).append(row["score"])
-    found = {
+        by_prompt.setdefault(row["prompt_id"], []).append(row["score"])
+    score = {
         (row["prompt_id"], row["completion"][0]["content"]): row["score"]
         for row in tiny_models.rows(folder, "scores-train")
     }
     pairs = tiny_models.rows(folder, "pairs-train")
     assert len(pairs) == 10
     for row in pairs:
-        scores = some[row["prompt_id"]]
-        assert found[row["prompt_id"], row["chosen"][0]["content"]] == max(scores)
-        assert found[row["prompt_id"], row["rejected"][0]["content"]] == min(scores)
+        values = by_prompt[row["prompt_id"]]
+        assert score[row["prompt_id"], row["chosen"][0]["content"]] == max(values)
+        assert score[row["prompt_id"], row["rejected"][0]["content"]] == min(values)
 
 
-def test_gold_on_other_prompts_is_told_before_anything_trains(tmp_path: Path, launch: Any):
+def test_gold_on_other_prompts_is_an_error_before_anything_trains(tmp_path: Path, launch: Any):
     rows = "".join(
         f'{{"prompt": "Question {k}?", "chosen": "Yes, {k}.", "rejected": "No."}}\n'
         for k in range(40)
@@ -320,60 +325,62 @@ stages:
     assert "sft: running" not in done.out
 
 
-# Onwards
+# Lineage
 
 
 @pytest.mark.parametrize("module", [dpo, kto])
-def test_what_was_trained_on_labels_is_known_to_evaluate(
+def test_evaluate_traces_labels_to_their_training_data(
     world: tiny_models.World, pairs: Path, tmp_path: Path, module: Any
 ):
     role = "pairs" if module is dpo else "preferences"
     cls = DPO if module is dpo else KTO
-    settings = cls(model="sft", **{role: "label"}, trainer=tiny_models.TRAINER | {"max_steps": 1})
-    tiny_models.stage(module, settings, {"model": world.sft, role: pairs}, tmp_path / "policy")
-    # the demonstrations of the initial model, which is also the sampled policy
-    expected = {(pairs, "pairs"), (world.data, "demonstrations")}
-    assert training_tables(tmp_path / "policy") == expected
+    config = cls(model="sft", **{role: "label"}, trainer=tiny_models.TRAINER | {"max_steps": 1})
+    tiny_models.stage(module, config, {"model": world.sft, role: pairs}, tmp_path / "policy")
+    # the SFT model is both the initial and the sampled policy
+    assert trained_on(tmp_path / "policy") == {
+        pairs / "pairs-train.parquet",
+        world.data / "demonstrations-train.parquet",
+    }
 
 
 def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
     world: tiny_models.World, tmp_path: Path
 ):
-    # Somebody samples the test split and calls its pairs those to train on.
+    # completions of the test split, renamed to training pairs
     held_out = finished(sampled(world, tmp_path / "sample", split="test"), tmp_path / "finished")
-    folder = labelled(held_out, tmp_path / "label")
+    folder = labeled(held_out, tmp_path / "label")
     (folder / "pairs-test.parquet").rename(folder / "pairs-train.parquet")
-    settings = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
-    tiny_models.stage(dpo, settings, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
-    asked = Evaluate(policies=["dpo"], baseline="sft", judge="gold")
+    config = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
+    tiny_models.stage(dpo, config, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
+    evaluation = Evaluate(policies=["dpo"], baseline="sft", judge="gold")
     inputs = {"policies.0": tmp_path / "dpo", "baseline": world.sft, "prompts": world.data}
-    with pytest.raises(UserError, match=r"held-out prompts of .* training data of `dpo`"):
-        tiny_models.stage(evaluate, asked, inputs, tmp_path / "evaluate")
+    with pytest.raises(UserError, match=r"held-out prompts of .* were trained on by `dpo`"):
+        tiny_models.stage(evaluate, evaluation, inputs, tmp_path / "evaluate")
 
 
-def test_what_the_judge_was_trained_on_counts_too(
+def test_the_training_data_of_the_judge_count_as_trained_on(
     world: tiny_models.World, completions: Path, rewards: dict[str, Path], tmp_path: Path
 ):
-    folder = labelled(completions, tmp_path / "label", judge=str(rewards["reward"]))
-    artifacts.write_artifact(rewards["reward"], made_from(world))
+    folder = labeled(completions, tmp_path / "label", judge=str(rewards["reward"]))
+    artifacts.write_artifact(rewards["reward"], artifact_on_pairs(world))
     try:
-        settings = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
-        tiny_models.stage(dpo, settings, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
-        assert (world.data, "pairs") in training_tables(tmp_path / "dpo")
+        config = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
+        tiny_models.stage(dpo, config, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
+        assert world.data / "pairs-train.parquet" in trained_on(tmp_path / "dpo")
     finally:
         (rewards["reward"] / artifacts.FILE).unlink()
 
 
-def made_from(world: tiny_models.World) -> artifacts.Artifact:
-    """The artifact of a stage that read the world's pairs."""
-    donor = artifacts.read_artifact(world.sft)
-    assert donor is not None
-    given = {name: getattr(donor, name) for name in donor.__slots__}
+def artifact_on_pairs(world: tiny_models.World) -> artifacts.Artifact:
+    """Artifact of a `reward` stage that was trained on the prepared pairs."""
+    sft = artifacts.read_artifact(world.sft)
+    assert sft is not None
+    fields = {name: getattr(sft, name) for name in sft.__slots__}
     pairs = {"folder": str(world.data), "digest": ""}
-    return artifacts.Artifact(**given | {"stage": "reward", "inputs": {"pairs": pairs}})
+    return artifacts.Artifact(**fields | {"stage": "reward", "inputs": {"pairs": pairs}})
 
 
-def test_a_recipe_names_a_judge_by_word_or_by_folder(
+def test_the_judge_of_a_recipe_is_gold_or_the_folder_of_a_reward_model(
     world: tiny_models.World, rewards: dict[str, Path], tmp_path: Path, launch: Any
 ):
     (tmp_path / "recipe.yaml").write_text(
@@ -386,20 +393,20 @@ stages:
     )
     done = launch("recipe.yaml")
     assert done.code == 0, done.err
-    made = {}
+    by_name = {}
     for folder in (tmp_path / "runs").glob("*-????????????"):
-        found = artifacts.read_artifact(folder)
-        assert found is not None
-        made[found.name] = found
-    assert set(made["gold"].inputs) == {"completions"}
-    assert set(made["rlaif"].inputs) == {"completions", "judge"}
-    assert made["rlaif"].inputs["judge"]["folder"] == str(rewards["reward"])
+        artifact = artifacts.read_artifact(folder)
+        assert artifact is not None
+        by_name[artifact.name] = artifact
+    assert set(by_name["gold"].inputs) == {"completions"}
+    assert set(by_name["rlaif"].inputs) == {"completions", "judge"}
+    assert by_name["rlaif"].inputs["judge"]["folder"] == str(rewards["reward"])
     (sample_folder,) = (tmp_path / "runs").glob("sample-*")
     ended: dict[str, set[str]] = {}
     for row in tiny_models.rows(sample_folder, "completions-train"):
         if row["finished"]:
             ended.setdefault(row["prompt_id"], set()).add(row["completion"][0]["content"])
-    assert made["rlaif"].metrics["pairs"]["train"] == sum(
+    assert by_name["rlaif"].metrics["pairs"]["train"] == sum(
         len(texts) > 1 for texts in ended.values()
     )
     again = launch("recipe.yaml")

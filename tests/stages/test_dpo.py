@@ -1,7 +1,7 @@
-"""DPO after SFT, whichever way each was trained: the policy starts as its reference, which stays.
+"""The DPO stage: the policy starts as its reference, which does not change, for full fine-tuning and adapters.
 
-The four ways are {all weights, adapter} twice. A wrong reference is silent: it is the base without
-the adapter, or the policy itself, and the loss still looks like a loss.
+A wrong reference raises no error: with the base without its adapter, or the policy itself, as the reference, the loss still
+looks plausible.
 """
 
 from __future__ import annotations
@@ -30,12 +30,8 @@ from align.models.logps import completion_logps
 from align.runtime import artifacts
 from align.stages import dpo
 
-FOUR_WAYS = [
-    pytest.param("sft", None, id="SFT full, DPO full"),
-    pytest.param("sft", tiny_models.LORA, id="SFT full, DPO adapter"),
-    pytest.param("lora", tiny_models.LORA, id="SFT adapter, trained on"),
-    pytest.param("lora", None, id="SFT adapter, merged, DPO full"),
-]
+FOUR_WAYS = tiny_models.FOUR_WAYS
+LOG_2 = tiny_models.LOG_2
 LOSSES = trl_fields("DPOConfig")["loss_type"].choices
 Build = Callable[..., Any]
 
@@ -48,11 +44,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 @pytest.fixture
 def build(world: tiny_models.World, tmp_path: Path) -> Build:
     def call(source: str, lora: Lora | None, *, name: str = "dpo", **trainer: Any) -> Any:
-        settings = DPO(
+        config = DPO(
             model=source, lora=lora, trainer=tiny_models.TRAINER | {"max_steps": 4} | trainer
         )
         inputs = {"model": getattr(world, source), "pairs": world.data}
-        return dpo.build(settings, inputs, tmp_path / name)
+        return dpo.build(config, inputs, tmp_path / name)
 
     return call
 
@@ -62,13 +58,12 @@ def first_batch(trainer: Any) -> Any:
 
 
 def reference_logps(trainer: Any, batch: Any) -> torch.Tensor:
-    """Chosen, then rejected, by TRL's own way to its reference."""
-    found = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-    return torch.cat(found)
+    """Reference log-probabilities of the chosen, then the rejected completions, as TRL computes them."""
+    return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
 
 
 def policy_logps(trainer: Any, batch: Any) -> torch.Tensor:
-    """The policy's forward pass, without a word about references."""
+    """Log-probabilities of the chosen, then the rejected completions, by a forward pass of the policy."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
         output = trainer.model(
@@ -82,17 +77,17 @@ def policy_logps(trainer: Any, batch: Any) -> torch.Tensor:
 
 
 def rows_of(trainer: Any, batch: Any) -> list[tuple[Any, Any]]:
-    """The rows of the data set that a batch was made of: chosen, then rejected."""
+    """Prompts and completions of the rows in a batch: chosen, then rejected."""
     by_ids = {
         tuple(row["prompt_ids"] + row[f"{side}_ids"]): (row["prompt"], row[side])
         for row in trainer.train_dataset
         for side in ("chosen", "rejected")
     }
-    wholes = [
+    sequences = [
         tuple(ids[mask.bool()].tolist())
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    return [by_ids[whole] for whole in wholes]
+    return [by_ids[sequence] for sequence in sequences]
 
 
 def logps(folder_or_model: Any, tokenizer: Any, rows: Any) -> torch.Tensor:
@@ -107,14 +102,11 @@ def loss_of(trainer: Any, batch: Any) -> float:
         return trainer.compute_loss(trainer.model, batch).item()
 
 
-LOG_2 = torch.tensor(2.0).log().item()  # float32, as the loss is
-
-
 # The four ways ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
-def test_a_fresh_policy_is_its_reference_to_the_last_bit_and_its_reference_is_the_sft_model(
+def test_before_training_the_policy_equals_its_reference_and_the_reference_is_the_sft_model(
     build: Build, world: tiny_models.World, source: str, lora: Lora | None
 ):
     trainer = build(source, lora)
@@ -131,8 +123,8 @@ def test_a_fresh_policy_is_its_reference_to_the_last_bit_and_its_reference_is_th
     sft = logps(getattr(world, source), tokenizer, rows)
     assert_close(reference.double(), sft, rtol=1e-4, atol=1e-4)
     if source == "lora":
-        below = logps(world.sft, tokenizer, rows)
-        assert (reference - below).abs().min() > 0.1, "the base without its adapter"
+        base = logps(world.sft, tokenizer, rows)
+        assert (reference - base).abs().min() > 0.1, "the base without its adapter"
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
@@ -147,20 +139,19 @@ def test_training_moves_the_policy_and_not_the_reference(
     policy = policy_logps(trainer, batch)
     assert (policy - before).abs().min() > 0.01
 
-    # by hand, from log-probabilities of the policy and of the SFT model: eq. 7 of arXiv:2305.18290
-    # with beta 0.1
+    # eq. 7 of arXiv:2305.18290 with beta 0.1, from log-probabilities of the policy and the SFT model
     rows = rows_of(trainer, batch)
     tokenizer = tokenization.load_tokenizer(world.sft)
     now = logps(trainer.model, tokenizer, rows)
     assert_close(now, policy.double(), rtol=1e-4, atol=1e-4)
     chosen, rejected = (now - logps(getattr(world, source), tokenizer, rows)).chunk(2)
     expected = -logsigmoid(0.1 * (chosen - rejected)).mean().item()
-    assert abs(expected - LOG_2) > 0.01, "at log 2 any formula would do"
+    assert abs(expected - LOG_2) > 0.01, "at log 2 a wrong formula could pass"
     assert loss_of(trainer, batch) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
-def test_only_what_is_trained_has_gradients(build: Build, source: str, lora: Lora | None):
+def test_only_trained_parameters_have_gradients(build: Build, source: str, lora: Lora | None):
     trainer = build(source, lora)
     trainer.compute_loss(trainer.model, first_batch(trainer)).backward()
     for name, parameter in trainer.model.named_parameters():
@@ -171,7 +162,7 @@ def test_only_what_is_trained_has_gradients(build: Build, source: str, lora: Lor
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
-def test_with_trls_own_precision_and_checkpointing_the_first_loss_is_log_2_too(
+def test_with_mixed_precision_and_checkpointing_the_first_loss_is_log_2(
     build: Build, source: str, lora: Lora | None
 ):
     trainer = build(source, lora, bf16=True, gradient_checkpointing=True, max_steps=1)
@@ -185,44 +176,44 @@ def test_with_trls_own_precision_and_checkpointing_the_first_loss_is_log_2_too(
 
 @pytest.fixture(scope="module")
 def finished(world: tiny_models.World) -> Callable[[str, Lora | None], Path]:
-    """The folder of a whole stage of four steps, run once."""
+    """The folder of a finished stage of four steps, run once."""
 
     @functools.cache
     def call(source: str, lora: Lora | None) -> Path:
         folder = world.folder / f"dpo-{source}-{'full' if lora is None else 'lora'}"
-        settings = DPO(model=source, lora=lora, trainer=tiny_models.TRAINER | {"max_steps": 4})
+        config = DPO(model=source, lora=lora, trainer=tiny_models.TRAINER | {"max_steps": 4})
         inputs = {"model": getattr(world, source), "pairs": world.data}
-        tiny_models.stage(dpo, settings, inputs, folder)
+        tiny_models.stage(dpo, config, inputs, folder)
         return folder
 
     return lambda source, lora: call(source, lora)
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
-def test_what_a_stage_leaves_is_the_policy_that_was_trained(
+def test_a_stage_saves_the_policy_that_it_trained(
     world: tiny_models.World, build: Build, finished: Any, source: str, lora: Lora | None
 ):
     folder = finished(source, lora)
     again = build(source, lora)  # the same seed, trained by TRL alone
     again.train()
     batch = first_batch(again)
-    left = logps(folder, tokenization.load_tokenizer(folder), rows_of(again, batch))
-    assert_close(left, policy_logps(again, batch).double(), rtol=1e-4, atol=1e-4)
+    saved = logps(folder, tokenization.load_tokenizer(folder), rows_of(again, batch))
+    assert_close(saved, policy_logps(again, batch).double(), rtol=1e-4, atol=1e-4)
 
-    made = artifacts.read_artifact(folder)
-    assert made is not None
-    wanted = {"loss", "rewards/accuracies", "rewards/margins", "steps", "epochs", "parameters"}
-    assert wanted <= made.metrics.keys()
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    keys = {"loss", "rewards/accuracies", "rewards/margins", "steps", "epochs", "parameters"}
+    assert keys <= artifact.metrics.keys()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    # the stage has computed its reference ahead, in other batches: float32's last digits
+    # the stage has computed its reference before training, in other batches: equal up to rounding
     expected = [e["loss"] for e in again.state.log_history if "loss" in e]
     assert losses == pytest.approx(expected, abs=1e-4)
-    assert (made.metrics["steps"], made.metrics["loss"]) == (4, losses[-1])
+    assert (artifact.metrics["steps"], artifact.metrics["loss"]) == (4, losses[-1])
     assert (folder / "adapter_config.json").is_file() == (lora is not None)
 
 
-def test_an_adapter_trained_on_leaves_no_copy_of_its_reference(
+def test_an_adapter_that_is_trained_further_saves_no_copy_of_its_reference(
     world: tiny_models.World, finished: Any
 ):
     folder = finished("lora", tiny_models.LORA)
@@ -230,15 +221,15 @@ def test_an_adapter_trained_on_leaves_no_copy_of_its_reference(
     weights = load_file(folder / "adapter_model.safetensors")
     assert weights.keys() == load_file(world.lora / "adapter_model.safetensors").keys()
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(world.sft), "it stands on the SFT model's base"
+    assert config["base_model_name_or_path"] == str(world.sft), "its base is the SFT model"
 
 
-def test_a_second_dpo_on_an_adapter_takes_the_first_as_its_reference(
+def test_a_second_dpo_stage_on_an_adapter_has_the_first_as_its_reference(
     world: tiny_models.World, finished: Any, tmp_path: Path
 ):
     first = finished("lora", tiny_models.LORA)
-    settings = DPO(model="first", lora=tiny_models.LORA, trainer=tiny_models.TRAINER)
-    trainer = dpo.build(settings, {"model": first, "pairs": world.data}, tmp_path)
+    config = DPO(model="first", lora=tiny_models.LORA, trainer=tiny_models.TRAINER)
+    trainer = dpo.build(config, {"model": first, "pairs": world.data}, tmp_path)
     batch = first_batch(trainer)
     reference = reference_logps(trainer, batch)
     assert torch.equal(policy_logps(trainer, batch), reference)
@@ -248,14 +239,15 @@ def test_a_second_dpo_on_an_adapter_takes_the_first_as_its_reference(
     assert (reference - logps(world.lora, tokenizer, rows)).abs().min() > 0.01
 
 
-def test_an_adapter_of_another_shape_is_a_users_mistake(build: Build):
+def test_an_adapter_of_another_shape_is_a_user_error(build: Build):
     with pytest.raises(
-        UserError, match=r"r=4, alpha=8, dropout=0.0, and `lora` asks for r=16, alpha=32"
+        UserError,
+        match=r"this adapter has r=4, alpha=8, dropout=0.0, but `lora` has r=16, alpha=32",
     ):
         build("lora", Lora())
 
 
-def test_demonstrations_alone_are_a_users_mistake(world: tiny_models.World, tmp_path: Path):
+def test_missing_pairs_are_a_user_error(world: tiny_models.World, tmp_path: Path):
     with pytest.raises(UserError, match=r"no pairs-train.parquet"):
         dpo.build(
             DPO(model="sft", trainer=tiny_models.TRAINER),
@@ -267,13 +259,13 @@ def test_demonstrations_alone_are_a_users_mistake(world: tiny_models.World, tmp_
 # Losses -------------------------------------------------------------------------------------------
 
 
-def test_all_of_trls_losses_are_tried_here():
+def test_all_losses_of_trl_are_tested_here():
     assert len(set(LOSSES)) == 15
     assert {"sigmoid", "hinge", "ipo", "exo_pair", "apo_zero", "sigmoid_norm"} <= set(LOSSES)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_every_loss_of_trl_is_one_field_away(build: Build, loss_type: str):
+def test_every_loss_of_trl_trains(build: Build, loss_type: str):
     smoothing = {"label_smoothing": 1e-3} if loss_type == "exo_pair" else {}
     trainer = build("sft", None, loss_type=loss_type, max_steps=2, **smoothing)
     assert trainer.loss_types == [loss_type]
@@ -282,8 +274,8 @@ def test_every_loss_of_trl_is_one_field_away(build: Build, loss_type: str):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
-    moved = [not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()]
-    assert any(moved)
+    changed = [not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()]
+    assert any(changed)
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
@@ -291,24 +283,26 @@ def test_losses_combine_with_their_weights(build: Build):
     both = build("sft", None, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
     only = build("sft", None, loss_type="sft", name="only")
     batch = first_batch(both)
-    # the policy is its reference: sigmoid's part is log 2
+    # the policy equals its reference, so the sigmoid loss is log 2
     expected = LOG_2 + 0.5 * loss_of(only, batch)
     assert loss_of(both, batch) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_trl_refuses_is_a_users_mistake(build: Build):
-    with pytest.raises(UserError, match=r"trainer: TRL refuses: Label smoothing must be greater"):
+def test_a_configuration_that_trl_rejects_is_a_user_error(build: Build):
+    with pytest.raises(
+        UserError, match=r"trainer: TRL rejects this configuration: Label smoothing must"
+    ):
         build("sft", None, loss_type="exo_pair")
-    with pytest.raises(UserError, match=r"trainer: TRL refuses: .*sync_ref_model"):
+    with pytest.raises(UserError, match=r"TRL rejects this configuration: .*sync_ref_model"):
         build("sft", tiny_models.LORA, sync_ref_model=True)
 
 
 def test_beta_scales_the_implicit_rewards(world: tiny_models.World, tmp_path: Path):
     margins = []
     for beta in (0.1, 0.3):
-        settings = DPO(model="sft", beta=beta, trainer=tiny_models.TRAINER)
+        config = DPO(model="sft", beta=beta, trainer=tiny_models.TRAINER)
         inputs = {"model": world.sft, "pairs": world.data}
-        trainer = dpo.build(settings, inputs, tmp_path)
+        trainer = dpo.build(config, inputs, tmp_path)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter.mul_(1.1)

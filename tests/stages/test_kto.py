@@ -1,4 +1,4 @@
-"""KTO: TRL's own loss on better batches, and the same reference whichever way each stage was trained."""
+"""The KTO stage: TRL's loss on batches with both labels, and the reference for full fine-tuning and adapters."""
 
 from __future__ import annotations
 
@@ -28,12 +28,7 @@ from align.runtime import artifacts
 from align.stages import kto
 from align.training import trl_trainer
 
-FOUR_WAYS = [
-    pytest.param("sft", None, id="SFT full, KTO full"),
-    pytest.param("sft", tiny_models.LORA, id="SFT full, KTO adapter"),
-    pytest.param("lora", tiny_models.LORA, id="SFT adapter, trained on"),
-    pytest.param("lora", None, id="SFT adapter, merged, KTO full"),
-]
+FOUR_WAYS = tiny_models.FOUR_WAYS
 Build = Callable[..., Any]
 
 
@@ -45,17 +40,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 @pytest.fixture
 def build(world: tiny_models.World, tmp_path: Path) -> Build:
     def call(
-        source: str = "sft", lora: Lora | None = None, *, how: Any = kto.build,
-        data: Path | None = None, own: dict[str, Any] | None = None, **trainer: Any,
+        source: str = "sft", lora: Lora | None = None, *, builder: Any = kto.build,
+        data: Path | None = None, keys: dict[str, Any] | None = None, **trainer: Any,
     ) -> Any:  # fmt: skip
-        settings = KTO(
+        config = KTO(
             model=source,
             lora=lora,
             trainer=tiny_models.TRAINER | {"max_steps": 4} | trainer,
-            **own or {},
+            **keys or {},
         )
         inputs = {"model": getattr(world, source), "preferences": data or world.data}
-        return how(settings, inputs, tmp_path / "kto")
+        return builder(config, inputs, tmp_path / "kto")
 
     return call
 
@@ -70,16 +65,15 @@ def loss_of(trainer: Any, batch: Any) -> float:
 
 
 def texts(trainer: Any, batch: Any, prefix: str = "") -> list[list[Any]]:
-    """Of each row of a batch: its prompt and its completion, in words."""
-    found = []
-    for ids, seen, ours in zip(
+    """Text of the prompt and of the completion of each row of a batch."""
+    rows = []
+    for ids, real, is_completion in zip(
         *(batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "completion_mask")),
         strict=True,
     ):
-        head = ids[seen.bool() & ~ours.bool()]
-        parts = (head, ids[ours.bool()])
-        found.append([trainer.processing_class.decode(part.tolist()) for part in parts])
-    return found
+        parts = (ids[real.bool() & ~is_completion.bool()], ids[is_completion.bool()])
+        rows.append([trainer.processing_class.decode(part.tolist()) for part in parts])
+    return rows
 
 
 def logps(model: Any, trainer: Any, batch: Any, prefix: str = "") -> torch.Tensor:
@@ -87,28 +81,28 @@ def logps(model: Any, trainer: Any, batch: Any, prefix: str = "") -> torch.Tenso
     if isinstance(model, Path):
         model = loading.load_merged(model, dtype="float32")
     model.eval()
-    found = []
-    for ids, seen, ours in zip(
+    sums = []
+    for ids, real, is_completion in zip(
         *(batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "completion_mask")),
         strict=True,
     ):
-        start, row = int(ours.bool().nonzero()[0]), ids[seen.bool()]
+        start, row = int(is_completion.bool().nonzero()[0]), ids[real.bool()]
         with torch.no_grad():
             logits = model(input_ids=row[None]).logits[0, start - 1 : -1].double()
-        found.append(logits.log_softmax(-1).gather(1, row[start:, None]).sum())
-    return torch.stack(found)
+        sums.append(logits.log_softmax(-1).gather(1, row[start:, None]).sum())
+    return torch.stack(sums)
 
 
 # The four ways ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("source", "lora"), FOUR_WAYS)
-def test_a_fresh_policy_is_its_reference_to_the_last_bit_and_its_reference_is_the_sft_model(
+def test_before_training_the_policy_equals_its_reference_and_the_reference_is_the_sft_model(
     build: Build, world: tiny_models.World, source: str, lora: Lora | None
 ):
     trainer = build(source, lora, learning_rate=1e-3, max_steps=3)
     batch = first_batch(trainer)
-    # log-ratios and their KL are 0, so every row loses 1 - sigmoid(0)
+    # log-ratios and KL are 0, so the loss of every row is 1 - sigmoid(0)
     assert loss_of(trainer, batch) == 0.5
     model = trainer.ref_model or trainer.model
     reference, partners = trainer.compute_ref_log_probs(model, batch)
@@ -132,8 +126,8 @@ def test_a_fresh_policy_is_its_reference_to_the_last_bit_and_its_reference_is_th
 # The loss -----------------------------------------------------------------------------------------
 
 
-def moved(trainer: Any) -> Any:
-    """The trainer with its policy away from the reference: at equality any formula would do."""
+def perturbed(trainer: Any) -> Any:
+    """Move the policy of a trainer away from its reference: if they are equal, a wrong formula could pass."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -142,8 +136,8 @@ def moved(trainer: Any) -> Any:
 
 
 def test_the_loss_of_a_batch_by_hand(build: Build, world: tiny_models.World):
-    own = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.9}
-    trainer = moved(build(own=own, per_device_train_batch_size=4))
+    keys = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.9}
+    trainer = perturbed(build(keys=keys, per_device_train_batch_size=4))
     batch = first_batch(trainer)
     ratios, kls = (
         logps(trainer.model, trainer, batch, prefix) - logps(world.sft, trainer, batch, prefix)
@@ -159,29 +153,32 @@ def test_the_loss_of_a_batch_by_hand(build: Build, world: tiny_models.World):
     assert loss_of(trainer, batch) == pytest.approx(sum(losses) / 4, abs=1e-4)
 
 
-def test_the_loss_of_a_batch_is_trls_own(build: Build, world: tiny_models.World, tmp_path: Path):
-    # The rows of our first batches, in order, through TRL's trainer as it comes: no sharing, its own KL partners.
-    # In batches of two both partners are the other row, so the batches are the same.
-    ours = build(per_device_train_batch_size=2)
-    rows = kto._labelled(world.data, "train", tmp_path).select(ours.train_dataset.order[:8])
+def test_the_loss_of_a_batch_equals_that_of_trl(
+    build: Build, world: tiny_models.World, tmp_path: Path
+):
+    # The rows of the stage's first batches, in order, in TRL's unmodified trainer: no prefix sharing, TRL's KL partners.
+    # In batches of two, the partner of each row is the other row, so the batches are equal.
+    stage_trainer = build(per_device_train_batch_size=2)
+    order = stage_trainer.train_dataset.order[:8]
+    rows = kto.labeled_rows(world.data, "train", tmp_path).select(order)
     trainer = tiny_models.TRAINER | {"per_device_train_batch_size": 2, "max_steps": 4}
-    theirs = KTOTrainer(
+    trl_only = KTOTrainer(
         model=loading.load_merged(world.sft, dtype="float32"),
         ref_model=loading.load_merged(world.sft, dtype="float32"),
         args=trl_trainer.trl_arguments(KTOConfig, tmp_path, seed=0, beta=0.1, trainer=trainer),
         train_dataset=rows,
         processing_class=tokenization.load_tokenizer(world.sft),
     )
-    found, expected = (
+    losses, expected = (
         [
             loss_of(each, each._prepare_inputs(batch))
             for _, batch in zip(range(4), each.get_train_dataloader(), strict=False)
         ]
-        for each in (moved(ours), moved(theirs))
+        for each in (perturbed(stage_trainer), perturbed(trl_only))
     )
     assert len(expected) == 4
     assert max(abs(loss - 0.5) for loss in expected) > 0.01
-    assert found == pytest.approx(expected, abs=2e-6)
+    assert losses == pytest.approx(expected, abs=2e-6)
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -191,7 +188,7 @@ def test_every_batch_of_the_loader_has_both_labels_and_kl_completions_of_other_p
     build: Build,
 ):
     trainer = build(per_device_train_batch_size=6, num_train_epochs=2, max_steps=-1)
-    own = {
+    true_pairs = {
         (tuple(row["prompt_ids"]), tuple(row["completion_ids"]))
         for row in trainer.train_dataset.rows
     }
@@ -204,23 +201,23 @@ def test_every_batch_of_the_loader_has_both_labels_and_kl_completions_of_other_p
             assert 0 < batch["label"].sum() < len(batch["label"])
             true, partners = texts(trainer, batch), texts(trainer, batch, "KL_")
             assert [prompt for prompt, _ in true] == [prompt for prompt, _ in partners]
-            # the completions are those of the batch, each once, none with a prompt that it answers
+            # each completion of the batch is used once, and never with the prompt that it answers
             assert Counter(c for _, c in true) == Counter(c for _, c in partners)
             pairs = {tuple(map(tuple, (trainer.processing_class.encode(p), trainer.processing_class.encode(c)))) for p, c in partners}  # fmt: skip
-            assert not pairs & own
+            assert not pairs & true_pairs
             epochs[-1].append(batch["input_ids"])
-    assert len(epochs[0]) == math.ceil(len(own) / 6)
+    assert len(epochs[0]) == math.ceil(len(true_pairs) / 6)
     assert not any(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
 
 
-def test_the_seed_of_the_stage_decides_the_order(build: Build):
-    one, same, other = (build(own={"seed": seed}).train_dataset.order for seed in (0, 0, 1))
+def test_the_order_depends_on_the_seed_of_the_stage(build: Build):
+    one, same, other = (build(keys={"seed": seed}).train_dataset.order for seed in (0, 0, 1))
     assert one == same != other
 
 
-def test_trls_own_order_holds_batches_of_one_label(build: Build):
-    # What this stage is for. Should TRL mix labels one day, this fails and much of the stage can go.
-    trainer = build(how=kto.as_trl_feeds_it, per_device_train_batch_size=4)
+def test_the_order_of_trl_has_batches_of_a_single_label(build: Build):
+    # The reason for `kto_batches`. If TRL mixes labels one day, this test fails and most of that module can be deleted.
+    trainer = build(builder=kto.build_with_trl_batches, per_device_train_batch_size=4)
     labels = [set(batch["label"].tolist()) for batch in trainer.get_train_dataloader()]
     assert sum(len(both) == 1 for both in labels) >= len(labels) - 1
 
@@ -229,13 +226,13 @@ def test_trls_own_order_holds_batches_of_one_label(build: Build):
 def test_every_process_gets_batches_of_both_labels(build: Build, processes: int):
     trainer = build(per_device_train_batch_size=4)
     rows = trainer.train_dataset
-    places = BatchSampler(SequentialSampler(rows), batch_size=4, drop_last=False)
+    batches = BatchSampler(SequentialSampler(rows), batch_size=4, drop_last=False)
     for rank in range(processes):
-        for batch in BatchSamplerShard(places, processes, rank):
+        for batch in BatchSamplerShard(batches, processes, rank):
             assert len({rows[place]["label"] for place in batch}) == 2
 
 
-def test_training_takes_the_orders_of_all_epochs(build: Build, world: tiny_models.World):
+def test_every_epoch_of_a_training_has_its_order(build: Build, world: tiny_models.World):
     trainer = build(per_device_train_batch_size=20, max_steps=-1, num_train_epochs=3)
     seen: list[int] = []
     collate = trainer.data_collator
@@ -254,17 +251,17 @@ def test_training_takes_the_orders_of_all_epochs(build: Build, world: tiny_model
 
 def unpaired_rows(world: tiny_models.World, folder: Path, desirable: int, undesirable: int) -> Path:
     rows = tiny_models.rows(world.data, "pairs-train")
-    labelled = [
+    labeled = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen", "prompt_id": row["prompt_id"]}
         for side, count in (("chosen", desirable), ("rejected", undesirable))
         for row in rows[:count]
     ]  # fmt: skip
     folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(labelled), folder / "unpaired-train.parquet")
+    pq.write_table(pa.Table.from_pylist(labeled), folder / "unpaired-train.parquet")
     return folder
 
 
-def test_labels_of_their_own_are_taken_and_weighed(
+def test_labeled_completions_are_used_and_weighted(
     build: Build, world: tiny_models.World, tmp_path: Path
 ):
     data = unpaired_rows(world, tmp_path / "unpaired", 6, 24)
@@ -274,15 +271,17 @@ def test_labels_of_their_own_are_taken_and_weighed(
     assert (trainer.desirable_weight, trainer.undesirable_weight) == (4.0, 1.0)
 
 
-def test_weights_that_the_paper_advises_against_are_told(world: tiny_models.World, tmp_path: Path):
-    settings = KTO(model="sft", desirable_weight=3.0, undesirable_weight=1.0, trainer=tiny_models.TRAINER | {"max_steps": 1})  # fmt: skip
+def test_weights_outside_of_the_recommended_range_give_a_warning(
+    world: tiny_models.World, tmp_path: Path
+):
+    config = KTO(model="sft", desirable_weight=3.0, undesirable_weight=1.0, trainer=tiny_models.TRAINER | {"max_steps": 1})  # fmt: skip
     inputs = {"model": world.sft, "preferences": world.data}
-    metrics = tiny_models.stage(kto, settings, inputs, tmp_path / "kto")
+    metrics = tiny_models.stage(kto, config, inputs, tmp_path / "kto")
     assert metrics["weight_ratio"] == 3.0
-    assert ["weighs 3.00 times" in line for line in metrics["warnings"]] == [True]
+    assert ["have 3.00 times the weight" in line for line in metrics["warnings"]] == [True]
 
 
-def test_held_out_labels_are_mixed_as_well(build: Build, world: tiny_models.World, tmp_path: Path):
+def test_held_out_batches_have_both_labels(build: Build, world: tiny_models.World, tmp_path: Path):
     data = unpaired_rows(world, tmp_path / "unpaired", 12, 12)
     shutil.copy(data / "unpaired-train.parquet", data / "unpaired-validation.parquet")
     trainer = build(data=data, per_device_eval_batch_size=6, eval_on_start=True)
@@ -292,23 +291,23 @@ def test_held_out_labels_are_mixed_as_well(build: Build, world: tiny_models.Worl
 
 
 @pytest.mark.parametrize(
-    ("counts", "told"),
+    ("counts", "message"),
     [((8, 0), "no completion is undesirable"), ((0, 8), "no completion is desirable"),
-     ((1, 20), "1 desirable completions of 21 are not enough for 3 batches")],
+     ((1, 20), "1 desirable of 21 completions are not enough for 3 batches")],
 )  # fmt: skip
-def test_labels_that_cannot_be_mixed_are_a_users_mistake(
-    build: Build, world: tiny_models.World, tmp_path: Path, counts: tuple[int, int], told: str
+def test_too_few_completions_of_a_label_are_a_user_error(
+    build: Build, world: tiny_models.World, tmp_path: Path, counts: tuple[int, int], message: str
 ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         build(data=unpaired_rows(world, tmp_path / "unpaired", *counts))
 
 
-def test_demonstrations_alone_are_a_users_mistake(build: Build, tmp_path: Path):
+def test_missing_preferences_are_a_user_error(build: Build, tmp_path: Path):
     with pytest.raises(UserError, match=r"no pairs-train.parquet"):
         build(data=tmp_path)
 
 
-def test_the_loss_without_kl_needs_no_partners(build: Build):
+def test_a_loss_without_kl_has_no_kl_completions(build: Build):
     trainer = build(loss_type="apo_zero_unpaired")
     batch = first_batch(trainer)
     assert not [key for key in batch if key.startswith("KL_")]
@@ -318,27 +317,27 @@ def test_the_loss_without_kl_needs_no_partners(build: Build):
 # Whole stages -------------------------------------------------------------------------------------
 
 
-def test_what_a_stage_leaves_is_the_policy_that_was_trained(
+def test_a_stage_saves_the_policy_that_it_trained(
     build: Build, world: tiny_models.World, tmp_path: Path
 ):
-    settings = KTO(
+    config = KTO(
         model="lora",
         lora=tiny_models.LORA,
         trainer=tiny_models.TRAINER | {"max_steps": 4, "learning_rate": 1e-3},
     )
     folder = tmp_path / "stage"
-    tiny_models.stage(kto, settings, {"model": world.lora, "preferences": world.data}, folder)
+    tiny_models.stage(kto, config, {"model": world.lora, "preferences": world.data}, folder)
     again = build("lora", tiny_models.LORA, learning_rate=1e-3)
     again.train()
     batch = {k: v[:2] for k, v in first_batch(again).items()}
     rows = logps(folder, again, batch)
     assert_close(rows, logps(again.model, again, batch), rtol=1e-4, atol=1e-4)
 
-    made = artifacts.read_artifact(folder)
-    assert made is not None
-    wanted = {"loss", "rewards/margins", "steps", "epochs", "parameters", "weight_ratio"}
-    assert wanted <= made.metrics.keys()
-    assert made.metrics["warnings"] == []
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    keys = {"loss", "rewards/margins", "steps", "epochs", "parameters", "weight_ratio"}
+    assert keys <= artifact.metrics.keys()
+    assert artifact.metrics["warnings"] == []
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     expected = [e["loss"] for e in again.state.log_history if "loss" in e]
