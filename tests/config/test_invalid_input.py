@@ -828,7 +828,7 @@ LABELS = [
     invalid(
         "too few rejected completions for KTO",
         recipe("prepare: {source: rows.jsonl}", SFT, "kto: {model: sft}"),
-        "recipe.yaml:4: kto.preferences: 2 undesirable completions of 38 are not enough for 5 batches",
+        "recipe.yaml:4: kto.preferences: 2 undesirable of 38 completions are not enough for 5 batches",
         "set `per_device_train_batch_size` to 19 or more",
         files={"rows.jsonl": jsonl(*({"prompt": f"Say {i}.", "completion": f"{i}!", "label": i not in (0, 2)} for i in range(46)))},
     ),

@@ -18,6 +18,7 @@ from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
 from align.config.training import DPO, KTO
 from align.errors import UserError
+from align.evaluation.held_out import training_tables
 from align.judges import scores
 from align.models import tokenization
 from align.rewards import gold, reward_model
@@ -337,10 +338,8 @@ def test_evaluate_traces_labels_to_their_training_data(
     config = cls(model="sft", **{role: "label"}, trainer=tiny_models.TRAINER | {"max_steps": 1})
     tiny_models.stage(module, config, {"model": world.sft, role: pairs}, tmp_path / "policy")
     # the SFT model is both the initial and the sampled policy
-    assert trained_on(tmp_path / "policy") == {
-        pairs / "pairs-train.parquet",
-        world.data / "demonstrations-train.parquet",
-    }
+    expected = {(pairs, "pairs"), (world.data, "demonstrations")}
+    assert training_tables(tmp_path / "policy") == expected
 
 
 def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
@@ -354,7 +353,9 @@ def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
     tiny_models.stage(dpo, config, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
     evaluation = Evaluate(policies=["dpo"], baseline="sft", judge="gold")
     inputs = {"policies.0": tmp_path / "dpo", "baseline": world.sft, "prompts": world.data}
-    with pytest.raises(UserError, match=r"held-out prompts of .* were trained on by `dpo`"):
+    with pytest.raises(
+        UserError, match=r"held-out prompts of .* are in the training data of `dpo`"
+    ):
         tiny_models.stage(evaluate, evaluation, inputs, tmp_path / "evaluate")
 
 
@@ -366,7 +367,7 @@ def test_the_training_data_of_the_judge_count_as_trained_on(
     try:
         config = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
         tiny_models.stage(dpo, config, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
-        assert world.data / "pairs-train.parquet" in trained_on(tmp_path / "dpo")
+        assert (world.data, "pairs") in training_tables(tmp_path / "dpo")
     finally:
         (rewards["reward"] / artifacts.FILE).unlink()
 
