@@ -1,49 +1,56 @@
-"""Watch a policy of ``control`` play: in a window, or as a GIF."""
+"""``align play``: show a policy of a ``control`` stage in a window, or write a GIF."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 
 
 def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> None:
-    """Play episodes of the policy that ``seed`` trained, and say what each returned.
+    """Play greedy episodes of one policy and print their returns.
+
+    ``seed`` selects the policy that was trained with it; None selects the first. With ``gif``, the
+    episodes are written to that file.
 
     Raises:
-        UserError: There is no such seed, the environment cannot be made or drawn, or the file cannot be written.
+        UserError: The folder has no policy of this seed, the environment cannot be built or
+            rendered, or the file cannot be written.
     """
-    config = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-    seeds = [s for s in config["seeds"] if (folder / f"policy-{s}.safetensors").is_file()]
-    if not seeds or seed not in (None, *seeds):
-        found = ", ".join(map(str, seeds)) or "none"
-        raise UserError(f"{folder}: no policy of seed {seed}; found {found}")
-    chosen = seeds[0] if seed is None else seed
-    if gif is not None and (gif.suffix.lower() != ".gif" or not gif.absolute().parent.is_dir()):
-        raise UserError(f"--gif {gif}: expected a file that ends in .gif, in a folder that exists")
     from align.control import policy_files, spaces
 
-    render = "human" if gif is None else "rgb_array"
-    options = {**config["options"], "render_mode": render}
+    seeds = policy_files.seeds(folder)
+    if not seeds or seed not in (None, *seeds):
+        listed = ", ".join(map(str, seeds)) or "none"
+        raise ArtifactError(f"{folder}: no policy of seed {seed}; found {listed}")
+    selected = seeds[0] if seed is None else seed
+    if gif is not None and (gif.suffix.lower() != ".gif" or not gif.absolute().parent.is_dir()):
+        raise UserError(f"--gif {gif}: expected a file name ending in .gif, in an existing folder")
+    trained = policy_files.load(folder, selected)
+    render_mode = "human" if gif is None else "rgb_array"
     try:
-        spaces.inspect_env(config["environment"], options, config["distribution"])
+        spaces.inspect_env(
+            trained.environment, {**trained.options, "render_mode": render_mode}, None
+        )
     except spaces.UnfitError as error:
         raise UserError(f"{folder}: {error}") from None
 
-    frames: list[Any] = []
-    trained = policy_files.load(folder, chosen)
+    images: list[Any] = []
     try:
-        for played in policy_files.watch(trained, render=render, episodes=episodes, seed=chosen):
-            frames += [played.frame] if gif is not None else []
-            if played.returned is not None:
-                print(f"{config['environment']}, seed {chosen}: return {played.returned:.1f}")
-    except policy_files.cannot_render() as error:
-        told = " ".join(str(error).split())
+        frames = policy_files.play_episodes(
+            trained, render_mode=render_mode, episodes=episodes, seed=selected
+        )
+        for frame in frames:
+            if gif is not None:
+                images.append(frame.image)
+            if frame.episode_return is not None:
+                print(f"{trained.environment}, seed {selected}: return {frame.episode_return:.1f}")
+    except policy_files.render_errors() as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"nothing can be drawn here ({told}); write a file with --gif FILE"
+            f"{trained.environment}: cannot open a window ({reason}); write a file with --gif FILE"
         ) from None
     if gif is not None:
-        policy_files.write_gif(frames, gif, fps=policy_files.frames_a_second(trained))
-        print(f"{gif}: {len(frames)} frames, {gif.stat().st_size / 1e6:.1f} MB")
+        policy_files.write_gif(images, gif, fps=policy_files.frames_per_second(trained))
+        print(f"{gif}: {len(images)} frames, {gif.stat().st_size / 1e6:.1f} MB")

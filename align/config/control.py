@@ -105,10 +105,10 @@ class Control(Stage):
 
     @model_validator(mode="after")
     def _check_batch_sizes(self) -> Control:
-        collected = self.n_envs * (self.n_steps or 128)
-        if self.algorithm == "ppo" and (self.minibatches or 4) > collected:
+        collected = self.n_envs * (self.rollout_steps or 1)
+        if self.update_minibatches > collected:
             raise ValueError(
-                f"`minibatches` ({self.minibatches or 4}) must not exceed `n_envs` times `n_steps` "
+                f"`minibatches` ({self.update_minibatches}) must not exceed `n_envs` times `n_steps` "
                 f"({collected}); lower it, or raise `n_steps`"
             )
         return self
@@ -119,6 +119,40 @@ class Control(Stage):
         if repeated:
             raise ValueError(f"`seeds` contains {repeated[0]} more than once; list it once")
         return self
+
+    @property
+    def collects_episodes(self) -> bool:
+        """Whether an update collects whole episodes instead of ``rollout_steps``."""
+        return self.algorithm == "reinforce"
+
+    @property
+    def rollout_steps(self) -> int | None:
+        """Steps of each environment between updates, with the default of the algorithm."""
+        if self.collects_episodes:
+            return None
+        return self.n_steps or (128 if self.algorithm == "ppo" else 16)
+
+    @property
+    def advantage_lambda(self) -> float:
+        """Lambda of generalized advantage estimation, with the default of the algorithm."""
+        if self.gae_lambda is not None:
+            return self.gae_lambda
+        return 1.0 if self.collects_episodes else 0.95
+
+    @property
+    def critic_learning_rate(self) -> float:
+        """Learning rate of the critic; by default that of the policy."""
+        return self.value_learning_rate or self.learning_rate
+
+    @property
+    def update_epochs(self) -> int:
+        """Passes over the steps of an update: 1 unless the algorithm is PPO."""
+        return (self.epochs or 4) if self.algorithm == "ppo" else 1
+
+    @property
+    def update_minibatches(self) -> int:
+        """Optimizer steps per pass: 1 unless the algorithm is PPO."""
+        return (self.minibatches or 4) if self.algorithm == "ppo" else 1
 
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:

@@ -1,1 +1,1 @@
-"""Classic control on Gymnasium: the small worlds in which the shared policy-gradient core is proven."""
+"""Classic control: Gymnasium environments trained with the policy-gradient update of PPO."""

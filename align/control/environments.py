@@ -1,8 +1,9 @@
-"""Gymnasium environments in step with each other: no phantom steps, ends told apart, observations normalised.
+"""Vector environments with normalized observations, whose state can be saved.
 
-Every environment resets itself in the step that ends its episode (``AutoresetMode.SAME_STEP``), so each step is a step of
-the world, and what the ended episode led to comes beside it. Left out: dictionary and image observations, several
-discrete actions at once, and worker processes: a step of these worlds is shorter than the way to another process.
+Environments reset in the step that ends an episode (``AutoresetMode.SAME_STEP``), so that no step
+is a phantom step with reward 0; the final observation is returned beside the first one of the next
+episode. Left out: worker processes, because a step of these environments takes less time than the
+communication with another process.
 """
 
 from __future__ import annotations
@@ -21,37 +22,39 @@ from numpy.typing import NDArray
 from align.control.spaces import silence_mujoco
 
 Array = NDArray[Any]
-CLIP = 10.0  # normalised observations and rewards beyond it say nothing more, and upset a network
+CLIP = 10.0
+"""Bound of the absolute values of normalized observations and rewards."""
 
 
 class Step(NamedTuple):
     """One step of all environments."""
 
     observations: Array
-    """``[envs, features]``: what each goes on from; after an end, the first of the next episode."""
+    """``[envs, features]``: the next observations; after an episode, the first of the next one."""
     rewards: Array
-    """``[envs]``, scaled where that was asked for."""
+    """``[envs]``: rewards, scaled if the environments were built with ``reward_gamma``."""
     terminated: Array
-    """``[envs]``: the episode came to its end, nothing follows."""
+    """``[envs]``: the episode reached a terminal state."""
     ended: Array
-    """``[envs]``: terminated, or cut by the time limit."""
-    finals: Array
-    """``[ended, features]``: what the ended episodes led to, normalised like the others."""
+    """``[envs]``: the episode terminated or was truncated by the time limit."""
+    final_observations: Array
+    """``[ended, features]``: last observations of the ended episodes, normalized as well."""
     returns: Array
-    """``[ended]``: their undiscounted, unscaled returns."""
+    """``[ended]``: undiscounted, unscaled returns of the ended episodes."""
 
 
 class CartPole(CartPoleVectorEnv):
-    """All carts in one array, each reset in the step that ends its episode.
+    """CartPole environments in one array, reset in the step that ends an episode.
 
-    Gymnasium 1.4's own class knows ``NEXT_STEP`` only: after each end it takes a step that ignores the action and is
-    worth 0. So its step is followed by the reset that it would do one step later.
+    The class of Gymnasium 1.4 supports ``NEXT_STEP`` only: after each episode it takes a step that
+    ignores the action and has reward 0. Here each step is followed by the reset that it would do
+    one step later.
     """
 
     metadata = CartPoleVectorEnv.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def step(self, action: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Step all carts."""
+        """Step all environments."""
         observations, rewards, terminated, truncated, info = super().step(action)
         ended = self.prev_done
         if ended.any():
@@ -66,20 +69,22 @@ class CartPole(CartPoleVectorEnv):
         return observations, rewards, terminated, truncated, info
 
 
-def make(environment: str, options: Mapping[str, Any], envs: int) -> VectorEnv[Any, Any, Any]:
-    """``envs`` environments that reset themselves in the same step."""
+def make_vector_env(
+    environment: str, options: Mapping[str, Any], n_envs: int
+) -> VectorEnv[Any, Any, Any]:
+    """``n_envs`` environments that reset in the step that ends an episode."""
     silence_mujoco(environment)
     spec = gymnasium.spec(environment)
     if spec.vector_entry_point == "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv":
         limit = options.get("max_episode_steps", spec.max_episode_steps)
         others = {key: value for key, value in options.items() if key != "max_episode_steps"}
-        return CartPole(envs, max_episode_steps=limit, **others)
+        return CartPole(n_envs, max_episode_steps=limit, **others)
     same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    return gymnasium.make_vec(environment, envs, "sync", same_step, **options)
+    return gymnasium.make_vec(environment, n_envs, "sync", same_step, **options)
 
 
-class _Raw(VectorWrapper[Any, Any, Any, Any, Any]):
-    """Remembers the rewards as the world gave them, below the wrapper that scales them."""
+class _UnscaledRewards(VectorWrapper[Any, Any, Any, Any, Any]):
+    """Keeps the rewards of the last step, before another wrapper scales them."""
 
     rewards: Array
 
@@ -91,97 +96,106 @@ class _Raw(VectorWrapper[Any, Any, Any, Any, Any]):
 
 
 class Environments:
-    """Vectorised environments with running statistics, whose state can be written down.
+    """Vector environments with running statistics, whose state can be saved and restored.
 
-    Gymnasium 1.4's ``NormalizeObservation`` refuses environments that reset in the same step, and knows nothing of
-    final observations; its ``RunningMeanStd`` does the counting here. Rewards are scaled by its ``NormalizeReward``.
+    ``NormalizeObservation`` of Gymnasium 1.4 supports neither same-step resets nor final
+    observations, so observations are normalized here with its ``RunningMeanStd``. Rewards are
+    scaled by its ``NormalizeReward``.
 
-    A world's state can often not be copied: pickling a MuJoCo world keeps its construction only, and Box2D's refuses.
-    So :meth:`state` is the seed of the last :meth:`fresh` start and the actions since, and :meth:`restore` takes them
-    again: exact wherever seeds and actions decide what happens.
+    The state of many environments cannot be copied: a pickled MuJoCo environment loses it, and
+    Box2D environments cannot be pickled. :meth:`state` therefore contains the seed of the last
+    :meth:`reset` and the actions since, and :meth:`restore` repeats them. This is exact for
+    environments that are deterministic given seed and actions.
     """
 
     def __init__(
         self,
         environment: str,
         options: Mapping[str, Any],
-        envs: int,
+        n_envs: int,
         *,
         statistics: RunningMeanStd | None = None,
         reward_gamma: float | None = None,
     ) -> None:
-        """With ``statistics`` observations are normalised; with ``reward_gamma`` rewards are scaled."""
-        self._raw = _Raw(make(environment, options, envs))
-        self._scaled = None if reward_gamma is None else NormalizeReward(self._raw, reward_gamma)
-        self._env: VectorEnv[Any, Any, Any] = self._raw if self._scaled is None else self._scaled
+        """Normalize observations with ``statistics``, and scale rewards with ``reward_gamma``.
+
+        Without them, observations and rewards are returned as they are.
+        """
+        self._unscaled = _UnscaledRewards(make_vector_env(environment, options, n_envs))
+        self._scaled = (
+            None if reward_gamma is None else NormalizeReward(self._unscaled, reward_gamma)
+        )
+        self._env: VectorEnv[Any, Any, Any] = (
+            self._unscaled if self._scaled is None else self._scaled
+        )
         self.statistics = statistics
-        self.learning = True
-        """Whether the statistics take in what is seen."""
-        self.count = envs
-        self._returns = np.zeros(envs)
+        self.update_statistics = True
+        """Whether new observations update the statistics."""
+        self.n_envs = n_envs
+        self._returns = np.zeros(n_envs)
         self._seed = 0
         self._actions: list[Array] = []
 
-    def fresh(self, seed: int) -> Array:
-        """Begin new episodes everywhere. Returns the first observations ``[envs, features]``."""
+    def reset(self, seed: int) -> Array:
+        """Start new episodes in all environments. Returns observations ``[envs, features]``."""
         self._seed, self._actions = seed, []
         self._returns[:] = 0
         observations, _ = self._env.reset(seed=seed)
         return self._normalized(_flat(observations))
 
     def step(self, actions: Array) -> Step:
-        """Step all environments by ``actions`` ``[envs, ...]``, as the action space has them."""
+        """Step all environments with ``actions`` ``[envs, ...]`` of the action space."""
         self._actions.append(actions)
-        seen, rewards, terminated, truncated, info = self._env.step(actions)
-        self._returns += self._raw.rewards
-        observations = _flat(seen)
+        raw, rewards, terminated, truncated, info = self._env.step(actions)
+        self._returns += self._unscaled.rewards
+        observations = _flat(raw)
         ended = terminated | truncated
         finals, returns = observations[:0], self._returns[:0]
         if ended.any():
-            led_to = info["final_obs"][ended]
-            finals = _flat(led_to if led_to.dtype != object else np.stack(list(led_to)))
+            last = info["final_obs"][ended]
+            finals = _flat(last if last.dtype != object else np.stack(list(last)))
             returns = self._returns[ended]
             self._returns[ended] = 0
         if self._scaled is not None:
             rewards = rewards.clip(-CLIP, CLIP)
         normalized = self._normalized(observations)
-        finals = scaled(finals, self.statistics)  # with the same statistics as what comes after it
+        finals = normalize(finals, self.statistics)  # by the statistics that the next step uses
         return Step(normalized, rewards, terminated, ended, finals, returns)
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs, as numbers and arrays."""
-        kept = {
+        """Seed, actions and statistics, for :meth:`restore`."""
+        statistics = {
             "observations": self.statistics,
             "rewards": self._scaled and self._scaled.return_rms,
         }
         return {
             "seed": self._seed,
             "actions": np.stack(self._actions) if self._actions else np.zeros(0),
-            "statistics": {k: vars(v).copy() for k, v in kept.items() if v is not None},
+            "statistics": {k: vars(v).copy() for k, v in statistics.items() if v is not None},
         }
 
     def restore(self, state: Mapping[str, Any]) -> Array:
-        """Come to the same point again. Returns the observations there ``[envs, features]``."""
-        observations = self.fresh(state["seed"])
+        """Repeat the actions of a saved state. Returns observations ``[envs, features]``."""
+        observations = self.reset(state["seed"])
         for actions in state["actions"]:
             observations = self.step(actions).observations
-        for name, kept in state["statistics"].items():
-            scaled = self._scaled and self._scaled.return_rms
-            vars(self.statistics if name == "observations" else scaled).update(kept)
+        for name, values in state["statistics"].items():
+            returns = self._scaled and self._scaled.return_rms
+            vars(self.statistics if name == "observations" else returns).update(values)
         return observations
 
     def close(self) -> None:
-        """Give back what the environments hold."""
+        """Release the resources of the environments."""
         self._env.close()
 
     def _normalized(self, observations: Array) -> Array:
-        if self.statistics is not None and self.learning:
+        if self.statistics is not None and self.update_statistics:
             self.statistics.update(observations)
-        return scaled(observations, self.statistics)
+        return normalize(observations, self.statistics)
 
 
-def scaled(observations: Array, statistics: RunningMeanStd | None) -> Array:
-    """Observations ``[..., features]`` less their running mean, by their running deviation."""
+def normalize(observations: Array, statistics: RunningMeanStd | None) -> Array:
+    """Observations ``[..., features]`` minus their running mean, divided by their deviation."""
     if statistics is None:
         return observations
     deviation = np.sqrt(statistics.var + 1e-8)

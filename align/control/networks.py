@@ -1,8 +1,9 @@
-"""Policies and critics: small perceptrons, and the three distributions over actions that stand on them.
+"""Policies and critics: small perceptrons with a distribution over actions.
 
-A policy is a body and a head. The body turns observations into the head's parameters; the head is a distribution:
-:class:`Categorical`, :class:`Gaussian` or :class:`SquashedGaussian`, with the same five methods and nothing in common but
-those. Noise is drawn for a whole stretch at once and then used step by step: drawing costs more than a forward here.
+A policy has a body, which maps observations to the parameters of its head, a distribution:
+:class:`Categorical`, :class:`Gaussian` or :class:`SquashedGaussian`. Noise is drawn for many steps
+at once: drawing it for each step would take longer than a forward pass. Left out: networks that
+policy and critic share.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 class Categorical(nn.Module):
-    """One of several actions, by logits."""
+    """A distribution over discrete actions, by logits."""
 
-    def __init__(self, world: EnvSpec) -> None:
+    def __init__(self, spec: EnvSpec) -> None:
         super().__init__()
-        self.actions = world.actions
+        self.n_actions = spec.n_actions
 
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
-        """Gumbel noise: the greatest of logits plus it is a sample."""
-        uniform = torch.empty(*shape, self.actions).exponential_(generator=generator)
+        """Gumbel noise ``[*shape, n_actions]``: the argmax of logits plus noise is a sample."""
+        uniform = torch.empty(*shape, self.n_actions).exponential_(generator=generator)
         return -uniform.log_()
 
     def act(self, logits: Float[Tensor, "*b k"], noise: Float[Tensor, "*b k"] | float) -> Tensor:
-        """Sample; with noise 0 take the likeliest."""
+        """Sample; with noise 0, the most likely action."""
         return (logits + noise).argmax(-1)
 
     def logps(self, logits: Float[Tensor, "*b k"], actions: Shaped[Tensor, "*b"]) -> Tensor:
@@ -47,37 +48,38 @@ class Categorical(nn.Module):
         """Entropy in nats."""
         return entropy(logits)
 
-    def to_world(self, actions: Shaped[Tensor, "*b"]) -> np.ndarray:
-        """Actions as the environment takes them."""
+    def env_actions(self, actions: Shaped[Tensor, "*b"]) -> np.ndarray:
+        """Actions for the environment."""
         return actions.numpy()
 
 
 class Gaussian(nn.Module):
-    """Independent normal distributions around the body's means; their deviations do not depend on what is seen.
+    """Independent normal distributions with learned deviations that no observation changes.
 
-    An action beyond the bounds is taken at the bound, and counts as what was drawn.
+    The body computes the means. The environment receives actions clipped to its bounds; densities
+    are those of the unclipped actions.
     """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, world: EnvSpec) -> None:
+    def __init__(self, spec: EnvSpec) -> None:
         super().__init__()
-        self.actions = world.actions
-        self.log_std = nn.Parameter(torch.zeros(world.actions))
-        self.register_buffer("low", torch.tensor(world.low), persistent=False)
-        self.register_buffer("high", torch.tensor(world.high), persistent=False)
+        self.n_actions = spec.n_actions
+        self.log_std = nn.Parameter(torch.zeros(spec.n_actions))
+        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
+        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
 
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
-        """Standard normal noise."""
-        return torch.empty(*shape, self.actions).normal_(generator=generator)
+        """Standard normal noise ``[*shape, n_actions]``."""
+        return torch.empty(*shape, self.n_actions).normal_(generator=generator)
 
     def act(self, means: Float[Tensor, "*b k"], noise: Float[Tensor, "*b k"] | float) -> Tensor:
-        """Sample; with noise 0 take the mean."""
+        """Sample; with noise 0, the mean."""
         return means + self.log_std.exp() * noise
 
     def logps(self, means: Float[Tensor, "*b k"], actions: Float[Tensor, "*b k"]) -> Tensor:
-        """Log-densities of ``actions`` as drawn."""
+        """Log-densities of the unclipped ``actions``."""
         return _normal_logps(means, self.log_std, actions).sum(-1)
 
     def entropy(self, means: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
@@ -85,40 +87,23 @@ class Gaussian(nn.Module):
         total = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
         return total.expand(means.shape[:-1])
 
-    def to_world(self, actions: Float[Tensor, "*b k"]) -> np.ndarray:
-        """Actions as the environment takes them."""
+    def env_actions(self, actions: Float[Tensor, "*b k"]) -> np.ndarray:
+        """Actions for the environment, clipped to its bounds."""
         return actions.clamp(self.low, self.high).numpy()
 
 
-class SquashedGaussian(nn.Module):
-    """:class:`Gaussian` numbers u, of which the environment takes ``tanh(u)``, stretched to its bounds.
+class SquashedGaussian(Gaussian):
+    """:class:`Gaussian` values u; the environment receives ``tanh(u)``, scaled to its bounds.
 
-    What is stored and scored is u: taking u back from a saturated tanh would lose it. Densities are those of what the
-    environment takes.
+    Actions are stored as u, which cannot be recovered from a saturated tanh. Densities are those of
+    the action that the environment receives; the entropy is that of u, because that of ``tanh(u)``
+    has no closed form.
 
     Source: Haarnoja et al. 2018, arXiv:1801.01290, appendix C.
     """
 
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, world: EnvSpec) -> None:
-        super().__init__()
-        self.actions = world.actions
-        self.log_std = nn.Parameter(torch.zeros(world.actions))
-        self.register_buffer("low", torch.tensor(world.low), persistent=False)
-        self.register_buffer("high", torch.tensor(world.high), persistent=False)
-
-    def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
-        """Standard normal noise."""
-        return torch.empty(*shape, self.actions).normal_(generator=generator)
-
-    def act(self, means: Float[Tensor, "*b k"], noise: Float[Tensor, "*b k"] | float) -> Tensor:
-        """Sample u; with noise 0 take its mean."""
-        return means + self.log_std.exp() * noise
-
     def logps(self, means: Float[Tensor, "*b k"], actions: Float[Tensor, "*b k"]) -> Tensor:
-        """Log-densities: the normal one of u, less the logarithm of the slope from u to the environment's action.
+        """Log-densities: that of u minus the logarithm of the slope from u to the action.
 
         ``log(1 - tanh(u)**2)`` is ``2 (log 2 - u - softplus(-2 u))``, which does not overflow.
         """
@@ -126,13 +111,8 @@ class SquashedGaussian(nn.Module):
         slope = slope + ((self.high - self.low) / 2).log()
         return (_normal_logps(means, self.log_std, actions) - slope).sum(-1)
 
-    def entropy(self, means: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
-        """Entropy of u in nats; that of ``tanh(u)`` has no closed form."""
-        total = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return total.expand(means.shape[:-1])
-
-    def to_world(self, actions: Float[Tensor, "*b k"]) -> np.ndarray:
-        """Actions as the environment takes them."""
+    def env_actions(self, actions: Float[Tensor, "*b k"]) -> np.ndarray:
+        """Actions for the environment, within its bounds."""
         return (self.low + (self.high - self.low) * (actions.tanh() + 1) / 2).numpy()
 
 
@@ -141,7 +121,7 @@ def _normal_logps(means: Tensor, log_std: Tensor, values: Tensor) -> Tensor:
     return -0.5 * scaled.square() - log_std - 0.5 * math.log(2 * math.pi)
 
 
-Head = Categorical | Gaussian | SquashedGaussian
+Head = Categorical | Gaussian
 _HEADS: dict[str, type[Head]] = {
     "categorical": Categorical,
     "gaussian": Gaussian,
@@ -150,34 +130,42 @@ _HEADS: dict[str, type[Head]] = {
 
 
 class Policy(nn.Module):
-    """A body and a head."""
+    """A body, which maps observations to parameters, and a head, the distribution of actions."""
 
     def __init__(
-        self, world: EnvSpec, *, hidden: Sequence[int], activation: str, distribution: str | None
+        self,
+        spec: EnvSpec,
+        *,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        distribution: str | None,
     ) -> None:
         super().__init__()
-        kind = distribution or ("categorical" if world.low is None else "gaussian")
-        self.head: Head = _HEADS[kind](world)
-        # A last layer near 0: all actions are likely at first, and the first advantages decide.
-        self.body = perceptron(world.features, hidden, world.actions, activation, gain=0.01)
+        name = distribution or ("categorical" if spec.low is None else "gaussian")
+        self.head: Head = _HEADS[name](spec)
+        # The small last layer makes all actions about equally likely at first.
+        self.body = perceptron(spec.n_features, hidden_sizes, spec.n_actions, activation, gain=0.01)
 
 
-def critic(world: EnvSpec, *, hidden: Sequence[int], activation: str) -> nn.Sequential:
-    """The value of what is seen, ``[..., 1]``."""
-    return perceptron(world.features, hidden, 1, activation, gain=1.0)
+def build_critic(spec: EnvSpec, *, hidden_sizes: Sequence[int], activation: str) -> nn.Sequential:
+    """A network that maps observations ``[..., n_features]`` to values ``[..., 1]``."""
+    return perceptron(spec.n_features, hidden_sizes, 1, activation, gain=1.0)
 
 
 def perceptron(
-    features: int, hidden: Sequence[int], outputs: int, activation: str, *, gain: float
+    n_inputs: int, hidden_sizes: Sequence[int], n_outputs: int, activation: str, *, gain: float
 ) -> nn.Sequential:
-    """Linear layers with orthogonal weights and no bias at first; ``gain`` is the last one's, the others have sqrt(2).
+    """Linear layers, initialized with orthogonal weights and zero biases.
 
-    Source: Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, detail 2.
+    The last layer has ``gain``, the others sqrt(2).
+
+    Source: Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, detail
+    2.
     """
     layers: list[nn.Module] = []
-    for before, after in itertools.pairwise([features, *hidden]):
+    for before, after in itertools.pairwise([n_inputs, *hidden_sizes]):
         layers += [_linear(before, after, math.sqrt(2)), _ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers, _linear([features, *hidden][-1], outputs, gain))
+    return nn.Sequential(*layers, _linear([n_inputs, *hidden_sizes][-1], n_outputs, gain))
 
 
 def _linear(before: int, after: int, gain: float) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Learning curves of several seeds in one picture: returns, losses and diagnostics of the updates."""
+"""Learning curves of several seeds in one picture: returns, losses, diagnostics."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ PANELS = (
 )
 VARIANCE = "gradient_variance/without"
 VARIANCE_WITH_BASELINE = "gradient_variance/with_baseline"
+FILE = "curves.png"
 N_GRID = 200
 """Points to which the seeds' curves are interpolated, for their mean and their range."""
 

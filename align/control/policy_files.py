@@ -1,11 +1,11 @@
-"""A trained policy as files: its weights, its statistics, and what it takes to build it again; and how to watch it."""
+"""Files of a trained policy: save and load weights and statistics, play episodes, write GIFs."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +17,18 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from align.control.environments import scaled
+from align.config.control import Control
+from align.control.environments import normalize
 from align.control.networks import Policy
 from align.control.spaces import EnvSpec
 
 CONFIG = "policy.json"
-FRAMES_A_SECOND = 25
+GIF_FRAMES_PER_SECOND = 25
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPolicy:
-    """A policy that can be asked for actions, with the statistics that it was trained on."""
+    """A trained policy with its environment and the statistics of its observations."""
 
     environment: str
     options: Mapping[str, Any]
@@ -35,17 +36,19 @@ class LoadedPolicy:
     statistics: RunningMeanStd | None
 
 
-class Played(NamedTuple):
-    """One frame (None where a window shows it); at an episode's end its return too."""
+class Frame(NamedTuple):
+    """One frame of an episode."""
 
-    frame: Any
-    returned: float | None
+    image: Any
+    """``[height, width, 3]``; None if a window shows it."""
+    episode_return: float | None
+    """The return of the episode, at its last frame."""
 
 
 def save(
     file: Path, policy: Policy, critic: nn.Module | None, statistics: RunningMeanStd | None
 ) -> None:
-    """Write weights and statistics."""
+    """Write the weights of policy and critic, and the statistics, to a safetensors file."""
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
     if critic is not None:
         tensors |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
@@ -58,99 +61,108 @@ def save(
     temporary.replace(file)
 
 
-def describe(
-    folder: Path,
-    *,
-    environment: str,
-    options: Mapping[str, Any],
-    world: EnvSpec,
-    hidden: Sequence[int],
-    activation: str,
-    distribution: str | None,
-    seeds: Sequence[int],
-) -> None:
-    """Write down what it takes to build the policies in a folder again."""
-    config = {
-        "environment": environment,
-        "options": dict(options),
-        "world": world._asdict(),
-        "hidden": list(hidden),
-        "activation": activation,
-        "distribution": distribution,
-        "seeds": list(seeds),
+def describe(folder: Path, config: Control, spec: EnvSpec) -> None:
+    """Write ``policy.json``: what :func:`load` needs to build the policies of a folder."""
+    description = {
+        "environment": config.environment,
+        "options": config.environment_options,
+        "spec": spec._asdict(),
+        "hidden_sizes": config.hidden_sizes,
+        "activation": config.activation,
+        "distribution": config.distribution,
+        "seeds": config.seeds,
     }
     temporary = folder / f".{CONFIG}"
-    temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / CONFIG)
 
 
+def seeds(folder: Path) -> list[int]:
+    """The seeds whose policies are in a folder."""
+    return [s for s in read_description(folder)["seeds"] if policy_file(folder, s).is_file()]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Content of ``policy.json``, as :func:`describe` writes it."""
+    return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+
+
+def policy_file(folder: Path, seed: int) -> Path:
+    """Path of the weights of a seed."""
+    return folder / f"policy-{seed}.safetensors"
+
+
 def load(folder: Path, seed: int) -> LoadedPolicy:
-    """Build the policy of a seed again, from ``policy.json`` and ``policy-<seed>.safetensors``."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    world = EnvSpec(**config["world"])
-    shape = {key: config[key] for key in ("hidden", "activation", "distribution")}
-    policy = Policy(world, **shape)
-    tensors = load_file(folder / f"policy-{seed}.safetensors")
-    mine = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
-    policy.load_state_dict(mine)
+    """Build the policy of a seed from ``policy.json`` and ``policy-<seed>.safetensors``."""
+    description = read_description(folder)
+    spec = EnvSpec(**description["spec"])
+    shape = {key: description[key] for key in ("hidden_sizes", "activation", "distribution")}
+    policy = Policy(spec, **shape)
+    tensors = load_file(policy_file(folder, seed))
+    prefix = "policy."
+    policy.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    )
     statistics = None
     if "statistics.mean" in tensors:
-        statistics = RunningMeanStd(shape=(world.features,))
+        statistics = RunningMeanStd(shape=(spec.n_features,))
         statistics.mean = tensors["statistics.mean"].numpy()
         statistics.var = tensors["statistics.var"].numpy()
         statistics.count = float(tensors["statistics.count"])
-    return LoadedPolicy(config["environment"], config["options"], policy, statistics)
+    return LoadedPolicy(description["environment"], description["options"], policy, statistics)
 
 
-def watch(trained: LoadedPolicy, *, render: str, episodes: int, seed: int) -> Iterator[Played]:
-    """Play episodes greedily, in an environment of its own, and render what is seen before each action and at the end."""
-    env = gymnasium.make(trained.environment, render_mode=render, **trained.options)
+def play_episodes(
+    trained: LoadedPolicy, *, render_mode: str, episodes: int, seed: int
+) -> Iterator[Frame]:
+    """Play greedy episodes in a new environment, with a frame before each action and at the end."""
+    env = gymnasium.make(trained.environment, render_mode=render_mode, **trained.options)
     policy = trained.policy
     try:
         for episode in range(episodes):
             observation, _ = env.reset(seed=seed + episode)
-            total, over = 0.0, False
-            while not over:
-                yield Played(env.render(), None)
-                seen = scaled(np.asarray(observation).reshape(1, -1), trained.statistics)
+            total, ended = 0.0, False
+            while not ended:
+                yield Frame(env.render(), None)
+                row = normalize(np.asarray(observation).reshape(1, -1), trained.statistics)
                 with torch.no_grad():
-                    outputs = policy.body(torch.from_numpy(seen.astype(np.float32)))
-                    actions = policy.head.to_world(policy.head.act(outputs, 0.0))
+                    outputs = policy.body(torch.from_numpy(row.astype(np.float32)))
+                    actions = policy.head.env_actions(policy.head.act(outputs, 0.0))
                 observation, reward, terminated, truncated, _ = env.step(actions[0])
                 total += float(reward)
-                over = terminated or truncated
-            yield Played(env.render(), total)
+                ended = terminated or truncated
+            yield Frame(env.render(), total)
     finally:
         env.close()
 
 
-def cannot_render() -> tuple[type[Exception], ...]:
-    """What is raised where there is no screen, or no OpenGL."""
-    kinds: list[type[Exception]] = [gymnasium.error.Error]
+def render_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that rendering raises without a screen or without OpenGL."""
+    errors: list[type[Exception]] = [gymnasium.error.Error]
     for module, name in (("pygame", "error"), ("mujoco", "FatalError"), ("glfw", "GLFWError")):
         with contextlib.suppress(ImportError, AttributeError):
-            kinds.append(getattr(importlib.import_module(module), name))
-    return tuple(kinds)
+            errors.append(getattr(importlib.import_module(module), name))
+    return tuple(errors)
 
 
-def frames_a_second(trained: LoadedPolicy) -> int:
-    """How many frames of the environment are a second of its time."""
-    found = gymnasium.make(trained.environment, **trained.options)
+def frames_per_second(trained: LoadedPolicy) -> int:
+    """Number of frames of the environment per second of its simulated time."""
+    env = gymnasium.make(trained.environment, **trained.options)
     try:
-        return int(found.metadata.get("render_fps", 30))
+        return int(env.metadata.get("render_fps", 30))
     finally:
-        found.close()
+        env.close()
 
 
 def write_gif(frames: list[Any], file: Path, *, fps: int) -> None:
-    """Write frames ``[height, width, 3]`` as a GIF of 25 frames a second at most, in true time."""
+    """Write frames ``[height, width, 3]`` as a GIF in real time, at most 25 frames per second."""
     from PIL import Image
 
-    every = max(1, round(fps / FRAMES_A_SECOND))
-    pictures = [
+    every = max(1, round(fps / GIF_FRAMES_PER_SECOND))
+    images = [
         Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames[::every]
     ]
-    first, *others = pictures
-    # GIF counts in hundredths of a second.
+    first, *others = images
+    # GIF durations are in hundredths of a second.
     duration = max(2, round(100 * every / fps)) * 10
     first.save(file, save_all=True, append_images=others, duration=duration, loop=0, optimize=False)

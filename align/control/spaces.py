@@ -1,4 +1,8 @@
-"""What can be known of an environment before anything runs: that it is there, and that a policy fits it."""
+"""Observation and action spaces of an environment, checked before anything runs.
+
+Imports Gymnasium only when an environment is inspected. Left out: dictionary and image
+observations, and several discrete actions at once.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,20 @@ _EXTRAS = {"box2d": "box2d", "swig": "box2d", "mujoco": "mujoco", "pygame": "con
 
 
 class EnvSpec(NamedTuple):
-    """The shapes of an environment. ``low`` and ``high`` bound continuous actions; None for discrete ones."""
+    """The sizes of the spaces of an environment, and the bounds of its actions."""
 
-    features: int
-    actions: int
-    """How many actions there are to choose from, or how many numbers an action is."""
+    n_features: int
+    """Length of the flattened observation."""
+    n_actions: int
+    """Number of discrete actions, or the length of a continuous action."""
     low: list[float] | None
+    """Lower bounds of continuous actions; None for discrete ones."""
     high: list[float] | None
+    """Upper bounds of continuous actions; None for discrete ones."""
 
 
 class UnfitError(Exception):
-    """An environment that cannot be used: the key that is wrong, and what is."""
+    """An environment cannot be used; ``key`` is the key of the recipe that is wrong."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -40,8 +47,8 @@ class UnfitError(Exception):
 def inspect_env(environment: str, options: Mapping[str, Any], distribution: str | None) -> EnvSpec:
     """Make one environment and read its spaces.
 
-    Raises:
-        UnfitError: It is not there, not installed, refuses its options, or has spaces that no policy here fits.
+    Raises: UnfitError: The environment does not exist, is not installed, does not accept its
+    options, or has spaces that no policy supports.
     """
     try:
         import gymnasium
@@ -50,18 +57,19 @@ def inspect_env(environment: str, options: Mapping[str, Any], distribution: str 
             "environment", "Gymnasium is not installed: pip install -e '.[control]'"
         ) from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gymnasium warns that newer versions of a world exist
+        warnings.simplefilter("ignore")  # that a newer version of the environment exists
         env = _make(gymnasium, environment, options)
     try:
-        return _shapes(env, environment, distribution)
+        return _spec(env, environment, distribution)
     finally:
         env.close()
 
 
 def silence_mujoco(environment: str) -> None:
-    """Keep MuJoCo from saying for each world made that Gymnasium's own model file is out of date; the rest is told.
+    """Suppress MuJoCo's warning about Gymnasium's outdated model files; print all others.
 
-    Left alone, it says so on the terminal and in a file MUJOCO_LOG.TXT wherever the command was started.
+    By default MuJoCo prints it for each environment, and writes it to MUJOCO_LOG.TXT in the working
+    directory.
     """
     import gymnasium
 
@@ -70,10 +78,10 @@ def silence_mujoco(environment: str) -> None:
         return
     with contextlib.suppress(ImportError):
         mujoco: Any = importlib.import_module("mujoco")
-        mujoco.set_mju_user_warning(_hear)
+        mujoco.set_mju_user_warning(_print_warning)
 
 
-def _hear(text: str) -> None:
+def _print_warning(text: str) -> None:
     if "settotalmass" not in text:
         print(f"MuJoCo: {text}", file=sys.stderr)
 
@@ -94,41 +102,45 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
             raise UnfitError("environment", f"{name} needs a package: {error}") from None
         known = sorted(key for key in gymnasium.registry if "/" not in key)
         hint = did_you_mean(name, known) or "; gymnasium.pprint_registry() lists them"
-        raise UnfitError("environment", f"no such environment: {name}{hint}") from None
+        raise UnfitError("environment", f"unknown environment {name}{hint}") from None
     except (TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise UnfitError("environment_options", f"{name} refuses: {told}") from None
+        text = " ".join(str(error).split())
+        raise UnfitError(
+            "environment_options", f"{name} does not accept {dict(options)}: {text}"
+        ) from None
 
 
-def _shapes(env: gymnasium.Env[Any, Any], name: str, distribution: str | None) -> EnvSpec:
+def _spec(env: gymnasium.Env[Any, Any], name: str, distribution: str | None) -> EnvSpec:
     from gymnasium.spaces import Box, Discrete
 
-    seen, actions = env.observation_space, env.action_space
-    if not isinstance(seen, Box) or len(seen.shape) > 1:
+    observations, actions = env.observation_space, env.action_space
+    if not isinstance(observations, Box) or len(observations.shape) > 1:
         raise UnfitError(
             "environment",
-            f"{name} shows {seen}; expected one vector of numbers (no image, no dictionary)",
+            f"{name} has observations {observations}; expected one vector of numbers, a Box of one "
+            "dimension",
         )
-    features = math.prod(seen.shape)
+    n_features = math.prod(observations.shape)
     if isinstance(actions, Discrete) and actions.start == 0:
         if distribution not in (None, "categorical"):
             raise UnfitError(
                 "distribution",
-                f"{name} has {actions.n} discrete actions: expected categorical, or leave it out",
+                f"{name} has {actions.n} discrete actions; expected categorical, or remove the key",
             )
-        return EnvSpec(features, int(actions.n), None, None)
+        return EnvSpec(n_features, int(actions.n), None, None)
     if not isinstance(actions, Box):
         raise UnfitError(
-            "environment", f"{name} takes {actions}; expected Discrete from 0, or a Box"
+            "environment", f"{name} has actions {actions}; expected Discrete from 0, or a Box"
         )
     if distribution == "categorical":
         raise UnfitError(
             "distribution",
-            f"{name} has continuous actions, {actions}: expected gaussian or squashed, or leave it out",
+            f"{name} has continuous actions, {actions}; expected gaussian or squashed, or remove "
+            "the key",
         )
     low, high = actions.low.ravel().tolist(), actions.high.ravel().tolist()
     if distribution == "squashed" and not all(map(math.isfinite, low + high)):
         raise UnfitError(
-            "distribution", f"{name} has unbounded actions, {actions}: expected gaussian"
+            "distribution", f"{name} has unbounded actions, {actions}; expected gaussian"
         )
-    return EnvSpec(features, math.prod(actions.shape), low, high)
+    return EnvSpec(n_features, math.prod(actions.shape), low, high)

@@ -1,11 +1,12 @@
-"""Collect, estimate, update: one loop for REINFORCE, A2C and PPO, which differ in settings and in what is collected.
+"""Policy-gradient training on environments: collect, estimate advantages, update.
 
-A2C and PPO collect a stretch of steps from environments that go on; REINFORCE one whole episode from each. All end in
-:func:`align.rl.update.update`, the one that trains language models too.
+One loop serves REINFORCE, A2C and PPO, which differ in their settings and in how they collect: A2C
+and PPO a fixed number of steps from environments that continue, REINFORCE one whole episode of
+each. :func:`align.rl.update.update` also trains language models.
 
-A :class:`Learner` is one seed. Between two updates its whole state can be written down, and one that goes on from there
-ends in the same weights to the bit. So that an environment's state stays short (see :class:`Environments`), all of them
-begin new episodes after every 200,000 steps, whether or not the run is ever stopped.
+Between two updates the whole state can be saved, and a trainer restored from it reaches bitwise the
+same weights. To keep that state short (see :class:`Environments`), all environments are reset after
+every 200,000 steps, whether or not the run is interrupted.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,211 +25,230 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from align.config.control import Control
 from align.control.environments import Environments, Step
-from align.control.networks import Policy, critic
+from align.control.networks import Policy, build_critic
 from align.control.spaces import EnvSpec
 from align.functional.returns import discounted_returns, gae
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated, Objective, update
 
-RESET_INTERVAL = 200_000  # steps after which all environments begin new episodes
-N_VARIANCES = 20  # times in a run that the variance of the gradient is measured
-RECENT = 100  # episodes in the learning curve's running mean
-NOISE = 64  # steps whose noise is drawn at once
-EVALUATED_AT_ONCE = 100  # episodes, each in an environment of its own
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a seed's training is told. ``stretch`` None collects whole episodes; ``baseline`` none has no critic."""
-
-    environment: str
-    options: Mapping[str, Any]
-    envs: int
-    steps: int
-    stretch: int | None
-    baseline: Literal["value", "none"]
-    gamma: float
-    lam: float
-    objective: Objective
-    learning_rate: float
-    value_learning_rate: float
-    schedule: Literal["linear", "constant"]
-    hidden: tuple[int, ...]
-    activation: str
-    distribution: str | None
-    normalize_observations: bool
-    normalize_rewards: bool
+RESET_INTERVAL = 200_000
+"""Steps after which all environments are reset."""
+N_VARIANCES = 20
+"""Number of measurements of the gradient variance in a run."""
+RECENT = 100
+"""Episodes in the running mean of the learning curve."""
+NOISE = 64
+"""Steps whose noise is drawn at once."""
 
 
 class Experience(NamedTuple):
-    """What environments and policy did, time first: ``[time, envs, ...]``."""
+    """Collected steps of all environments, time first."""
 
     observations: Float[Tensor, "time+1 envs features"]
     actions: Shaped[Tensor, "time envs ..."]
     rewards: Float[Tensor, "time envs"]
     terminated: Bool[Tensor, "time envs"]
     ended: Bool[Tensor, "time envs"]
-    finals: Float[Tensor, "ends features"]
-    """What the ended episodes led to, by time, then by environment."""
+    """Terminated or truncated by the time limit."""
+    final_observations: Float[Tensor, "ends features"]
+    """Last observations of the ended episodes, by time, then by environment."""
     returns: list[float]
-    """Of the episodes that ended."""
+    """Returns of the ended episodes."""
+    valid: Bool[Tensor, "time envs"]
+    """Steps to learn from. Of whole episodes, the first of each environment: afterwards it only
+    waits for the others."""
 
 
 class GradientVariance(NamedTuple):
-    """Trace of the covariance of one episode's policy gradient, over the episodes of a rollout."""
+    """Trace of the covariance of the policy gradients of single episodes."""
 
     with_baseline: float
     without: float
 
 
-class PolicyGradientTrainer:
-    """The training of one seed."""
+def build_objective(config: Control) -> Objective:
+    """The objective of an update. REINFORCE and A2C take one step without clipping."""
+    is_ppo = config.algorithm == "ppo"
+    clip = (config.clip or 0.2) if is_ppo else math.inf
+    return Objective(
+        epochs=config.update_epochs,
+        minibatches=config.update_minibatches,
+        clip_low=clip,
+        clip_high=config.clip_high or clip,
+        value_clip=config.value_clip,
+        entropy_coef=config.entropy_coef,
+        max_grad_norm=config.max_grad_norm or math.inf,
+        target_kl=config.target_kl,
+        whiten=config.normalize_advantages,
+    )
 
-    def __init__(self, plan: Plan, world: EnvSpec, seed: int) -> None:
-        self.plan, self.seed = plan, seed
+
+class PolicyGradientTrainer:
+    """Trains the policy of one seed."""
+
+    def __init__(self, config: Control, spec: EnvSpec, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.objective = build_objective(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.policy = Policy(
-                world,
-                hidden=plan.hidden,
-                activation=plan.activation,
-                distribution=plan.distribution,
+                spec,
+                hidden_sizes=config.hidden_sizes,
+                activation=config.activation,
+                distribution=config.distribution,
             )
             self.critic = None
-            if plan.baseline == "value":
-                self.critic = critic(world, hidden=plan.hidden, activation=plan.activation)
-        groups = [{"params": [*self.policy.parameters()], "lr": plan.learning_rate}]
+            if config.baseline == "value":
+                self.critic = build_critic(
+                    spec, hidden_sizes=config.hidden_sizes, activation=config.activation
+                )
+        self._learning_rates = [config.learning_rate]
+        groups = [{"params": [*self.policy.parameters()], "lr": config.learning_rate}]
         if self.critic is not None:
-            groups += [{"params": [*self.critic.parameters()], "lr": plan.value_learning_rate}]
-        self._rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+            self._learning_rates.append(config.critic_learning_rate)
+            groups += [{"params": [*self.critic.parameters()], "lr": config.critic_learning_rate}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
         self.statistics = (
-            RunningMeanStd(shape=(world.features,)) if plan.normalize_observations else None
+            RunningMeanStd(shape=(spec.n_features,)) if config.normalize_observations else None
         )
         self.environments = Environments(
-            plan.environment,
-            plan.options,
-            plan.envs,
+            config.environment,
+            config.environment_options,
+            config.n_envs,
             statistics=self.statistics,
-            reward_gamma=plan.gamma if plan.normalize_rewards else None,
+            reward_gamma=config.gamma if config.normalize_rewards else None,
         )
         self.steps = 0
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._observations: Any = None
+        self._recent_returns: deque[float] = deque(maxlen=RECENT)
+        self._observations: Any = None  # None: reset the environments first
 
     @property
     def done(self) -> bool:
         """Whether all steps are taken."""
-        return self.steps >= self.plan.steps
+        return self.steps >= self.config.steps
 
-    def advance(self) -> dict[str, Any]:
-        """Collect and learn once. Returns the new point of the learning curve."""
-        started, before, plan = time.perf_counter(), self.steps, self.plan
-        experience, valid = self._collect()
-        self.steps += int(valid.sum())
-        self._recent.extend(experience.returns)
-        point: dict[str, Any] = {"steps": self.steps, "episodes": len(experience.returns)}
-        point["return"] = sum(self._recent) / len(self._recent) if self._recent else None
-        rollout = self._rollout(experience, valid)
-        if plan.stretch is None and plan.baseline == "value" and self._passed(before, N_VARIANCES):
-            point |= _told("gradient_variance", self._variance(experience, valid))
-        if plan.schedule == "linear":
-            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * max(0.0, 1 - before / plan.steps)
-        told = update(
-            self._evaluate, rollout, plan.objective, self.optimizer, generator=self.generator
+    def train_step(self) -> dict[str, Any]:
+        """Collect experience and update once. Returns the new point of the learning curve."""
+        started, steps_before = time.perf_counter(), self.steps
+        experience = self.collect()
+        self.steps += int(experience.valid.sum())
+        self._recent_returns.extend(experience.returns)
+        recent = self._recent_returns
+        point: dict[str, Any] = {
+            "steps": self.steps,
+            "episodes": len(experience.returns),
+            "return": sum(recent) / len(recent) if recent else None,
+        }
+        rollout = self.make_rollout(experience)
+        if self._measures_variance(steps_before):
+            variance = self.gradient_variance(experience)
+            point |= {f"gradient_variance/{k}": value for k, value in variance._asdict().items()}
+        if self.config.schedule == "linear":
+            for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+                group["lr"] = rate * max(0.0, 1 - steps_before / self.config.steps)
+        diagnostics = update(
+            self.evaluate_policy, rollout, self.objective, self.optimizer, generator=self.generator
         )
         with torch.no_grad():
             inputs = rollout.inputs["observations"]
             point["entropy"] = float(self.policy.head.entropy(self.policy.body(inputs)).mean())
-        point |= {k: v for k, v in asdict(told).items() if k not in point}
+        point |= {k: v for k, v in asdict(diagnostics).items() if k not in point}
         self.seconds += time.perf_counter() - started
         point["seconds"] = round(self.seconds, 4)
-        point = {k: None if v != v else v for k, v in point.items()}  # JSON knows no NaN
+        point = {k: None if v != v else v for k, v in point.items()}  # JSON has no NaN
         self.curve.append(point)
         return point
 
-    def _passed(self, before: int, parts: int) -> bool:
-        """Whether the run has come into another of its ``parts`` since ``before``."""
-        total = self.plan.steps
-        return before == 0 or before * parts // total != self.steps * parts // total
+    def _measures_variance(self, steps_before: int) -> bool:
+        """Whether to measure the gradient variance: with each twentieth of the run."""
+        if not self.config.collects_episodes or self.critic is None:
+            return False
+        total = self.config.steps
+        return steps_before == 0 or (
+            steps_before * N_VARIANCES // total != self.steps * N_VARIANCES // total
+        )
 
-    def _collect(self) -> tuple[Experience, Bool[Tensor, "time envs"]]:
-        """Experience, and which of its steps count: after its first end, an environment only waits for the others."""
-        plan = self.plan
-        if plan.stretch is None or self._observations is None:
-            self._observations = self.environments.fresh(derive_seed(self.seed, 2, self.steps))
-        if plan.stretch is None:
-            experience = self._take(lambda time, ended: bool(ended.all()))
-            earlier = experience.ended.cumsum(0) - experience.ended.long()
-            first = experience.ended & (earlier == 0)
-            kept = first[experience.ended]
-            returns = [r for r, keep in zip(experience.returns, kept, strict=True) if keep]
-            return experience._replace(returns=returns), earlier == 0
-        experience = self._take(lambda time, ended: time == plan.stretch)
-        here, then = self.steps, self.steps + experience.rewards.numel()
-        if here // RESET_INTERVAL != then // RESET_INTERVAL:
+    # Collecting -----------------------------------------------------------------------------------
+
+    def collect(self) -> Experience:
+        """Step the environments as far as the algorithm needs for an update."""
+        if self.config.collects_episodes or self._observations is None:
+            self._observations = self.environments.reset(derive_seed(self.seed, 2, self.steps))
+        if self.config.collects_episodes:
+            experience = self._step_until(lambda n_steps, ended: bool(ended.all()))
+            ends_before = experience.ended.cumsum(0) - experience.ended.long()
+            is_first = (experience.ended & (ends_before == 0))[experience.ended]
+            returns = [r for r, first in zip(experience.returns, is_first, strict=True) if first]
+            return experience._replace(returns=returns, valid=ends_before == 0)
+        n_steps = self.config.rollout_steps
+        experience = self._step_until(lambda n, ended: n == n_steps)
+        steps_after = self.steps + experience.rewards.numel()
+        if self.steps // RESET_INTERVAL != steps_after // RESET_INTERVAL:
             self._observations = None
-        return experience, torch.ones_like(experience.ended)
+        return experience
 
     @torch.no_grad()
-    def _take(self, enough: Callable[[int, Any], bool]) -> Experience:
-        """Step until there is enough: ``enough(steps taken, which environments have had an end)``."""
+    def _step_until(self, is_enough: Callable[[int, Any], bool]) -> Experience:
+        """Step until ``is_enough(number of steps, which environments have ended an episode)``."""
         environments, head = self.environments, self.policy.head
-        seen = [np.asarray(self._observations, np.float32)]
+        observations = [np.asarray(self._observations, np.float32)]
         steps: list[Step] = []
-        taken: list[Tensor] = []
-        ended = np.zeros(environments.count, dtype=bool)
-        while not enough(len(steps), ended):
+        actions: list[Tensor] = []
+        ended = np.zeros(environments.n_envs, dtype=bool)
+        while not is_enough(len(steps), ended):
             if len(steps) % NOISE == 0:
-                noise = head.noise(NOISE, environments.count, generator=self.generator)
-            outputs = self.policy.body(torch.from_numpy(seen[-1]))
-            taken.append(head.act(outputs, noise[len(steps) % NOISE]))
-            step = environments.step(head.to_world(taken[-1]))
-            seen.append(np.asarray(step.observations, np.float32))
+                noise = head.noise(NOISE, environments.n_envs, generator=self.generator)
+            outputs = self.policy.body(torch.from_numpy(observations[-1]))
+            actions.append(head.act(outputs, noise[len(steps) % NOISE]))
+            step = environments.step(head.env_actions(actions[-1]))
+            observations.append(np.asarray(step.observations, np.float32))
             steps.append(step)
             ended |= step.ended
         self._observations = steps[-1].observations
-        finals = np.concatenate([step.finals for step in steps]).astype(np.float32)
+        finals = np.concatenate([step.final_observations for step in steps]).astype(np.float32)
+        all_ended = torch.from_numpy(np.stack([s.ended for s in steps]))
         return Experience(
-            observations=torch.from_numpy(np.stack(seen)),
-            actions=torch.stack(taken),
+            observations=torch.from_numpy(np.stack(observations)),
+            actions=torch.stack(actions),
             rewards=torch.from_numpy(np.stack([s.rewards for s in steps]).astype(np.float32)),
             terminated=torch.from_numpy(np.stack([s.terminated for s in steps])),
-            ended=torch.from_numpy(np.stack([s.ended for s in steps])),
-            finals=torch.from_numpy(finals),
+            ended=all_ended,
+            final_observations=torch.from_numpy(finals),
             returns=[float(r) for s in steps for r in s.returns],
+            valid=torch.ones_like(all_ended),
         )
 
+    # Advantages -----------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def _rollout(self, experience: Experience, valid: Bool[Tensor, "time envs"]) -> Rollout:
-        """Advantages and targets; rows of one step each, of the steps that count."""
-        e, plan = experience, self.plan
+    def make_rollout(self, experience: Experience) -> Rollout:
+        """Advantages and targets of the critic; one row per valid step."""
 
         def rows(values: Tensor) -> Tensor:
-            return values[valid].unsqueeze(1)
+            return values[experience.valid].unsqueeze(1)
 
-        observations, actions = e.observations[:-1][valid], e.actions[valid]
+        observations = experience.observations[:-1][experience.valid]
+        actions = experience.actions[experience.valid]
         logps = self.policy.head.logps(self.policy.body(observations), actions)
         values = returns = None
-        if (
-            self.critic is None
-        ):  # what the time limit hides cannot be known without a critic: it counts as nothing
-            advantages = self._returns(e, torch.zeros_like(e.rewards))
+        if self.critic is None:
+            # The value after the time limit is unknown and counts as 0.
+            advantages = self._returns(experience, torch.zeros_like(experience.rewards))
         else:
-            values, following = self._values(e)
+            values, next_values = self.values(experience)
             advantages = gae(
-                e.rewards.T,
+                experience.rewards.T,
                 values.T,
-                following.T,
-                e.terminated.T,
-                e.ended.T,
-                gamma=plan.gamma,
-                lam=plan.lam,
+                next_values.T,
+                experience.terminated.T,
+                experience.ended.T,
+                gamma=self.config.gamma,
+                lam=self.config.advantage_lambda,
             ).T
             returns = rows(advantages + values)
             values = rows(values)
@@ -241,54 +261,60 @@ class PolicyGradientTrainer:
             returns=returns,
         )
 
-    def _returns(self, e: Experience, following: Tensor) -> Tensor:
-        gamma = self.plan.gamma
+    def _returns(
+        self, experience: Experience, next_values: Float[Tensor, "time envs"]
+    ) -> Float[Tensor, "time envs"]:
         return discounted_returns(
-            e.rewards.T, following.T, e.terminated.T, e.ended.T, gamma=gamma
+            experience.rewards.T,
+            next_values.T,
+            experience.terminated.T,
+            experience.ended.T,
+            gamma=self.config.gamma,
         ).T
 
-    def _values(self, e: Experience) -> tuple[Tensor, Tensor]:
-        """Values of what was seen, and of what each step led to, ``[time, envs]``: one pass for all of them."""
+    def values(
+        self, experience: Experience
+    ) -> tuple[Float[Tensor, "time envs"], Float[Tensor, "time envs"]]:
+        """Values of the states before and after each step, in one forward pass of the critic."""
         assert self.critic is not None
-        time, envs = e.rewards.shape
-        known = torch.cat([e.observations.flatten(0, 1), e.finals])
-        values = self.critic(known).squeeze(-1)
-        following = values[envs : (time + 1) * envs].view(time, envs).clone()
-        following[e.ended] = values[(time + 1) * envs :]
-        return values[: time * envs].view(time, envs), following
+        time_steps, n_envs = experience.rewards.shape
+        states = [experience.observations.flatten(0, 1), experience.final_observations]
+        values = self.critic(torch.cat(states)).squeeze(-1)
+        next_values = values[n_envs : (time_steps + 1) * n_envs].view(time_steps, n_envs).clone()
+        next_values[experience.ended] = values[(time_steps + 1) * n_envs :]
+        return values[: time_steps * n_envs].view(time_steps, n_envs), next_values
 
-    def _evaluate(self, inputs: dict[str, Tensor]) -> Evaluated:
+    def evaluate_policy(self, inputs: dict[str, Tensor]) -> Evaluated:
+        """Log-probabilities, entropies and values of the steps of a rollout."""
         observations = inputs["observations"]
         outputs = self.policy.body(observations)
         logps = self.policy.head.logps(outputs, inputs["actions"]).unsqueeze(1)
         values = None if self.critic is None else self.critic(observations)
         entropy = None
-        if self.plan.objective.entropy_coef:
+        if self.objective.entropy_coef:
             entropy = self.policy.head.entropy(outputs).unsqueeze(1)
         return Evaluated(logps, entropy, values)
 
-    def _variance(self, e: Experience, valid: Bool[Tensor, "time envs"]) -> GradientVariance:
-        """Of the same episodes, with the critic's values taken off the returns and without."""
+    def gradient_variance(self, experience: Experience) -> GradientVariance:
+        """Variance of the policy gradient over episodes, with the critic as baseline and without."""
         with torch.no_grad():
-            values, following = self._values(e)
-            returns = self._returns(e, following)
+            values, next_values = self.values(experience)
+            returns = self._returns(experience, next_values)
         parameters = [*self.policy.parameters()]
-        gradients: dict[str, list[Tensor]] = {"with_baseline": [], "without": []}
-        for env in range(valid.shape[1]):
-            mine = valid[:, env]
-            outputs = self.policy.body(e.observations[:-1, env][mine])
-            logps = self.policy.head.logps(outputs, e.actions[:, env][mine])
-            for name, baseline in (
-                ("with_baseline", values),
-                ("without", torch.zeros_like(values)),
-            ):
-                loss = -(logps * (returns - baseline)[:, env][mine]).sum()
-                found = torch.autograd.grad(loss, parameters, retain_graph=True)
-                gradients[name].append(nn.utils.parameters_to_vector(found))
-        spread = {name: float(torch.stack(g).var(0).sum()) for name, g in gradients.items()}
-        return GradientVariance(**spread)
+        baselines = {"with_baseline": values, "without": torch.zeros_like(values)}
+        gradients: dict[str, list[Tensor]] = {name: [] for name in baselines}
+        for env in range(experience.valid.shape[1]):
+            steps = experience.valid[:, env]
+            outputs = self.policy.body(experience.observations[:-1, env][steps])
+            logps = self.policy.head.logps(outputs, experience.actions[:, env][steps])
+            for name, baseline in baselines.items():
+                loss = -(logps * (returns - baseline)[:, env][steps]).sum()
+                gradient = torch.autograd.grad(loss, parameters, retain_graph=True)
+                gradients[name].append(nn.utils.parameters_to_vector(gradient))
+        traces = {name: float(torch.stack(g).var(0).sum()) for name, g in gradients.items()}
+        return GradientVariance(**traces)
 
-    # What a checkpoint holds ------------------------------------------------------------------------------------------
+    # State ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on, and the curve so far."""
@@ -299,65 +325,29 @@ class PolicyGradientTrainer:
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
                 "environments": self.environments.state(),
-                "between": self._observations is None,
+                "needs_reset": self._observations is None,
                 "steps": self.steps,
                 "seconds": self.seconds,
                 "curve": self.curve,
-                "recent": list(self._recent),
+                "recent_returns": list(self._recent_returns),
             }
         )
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state that :meth:`state` returned."""
         self.policy.load_state_dict(state["policy"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         observations = self.environments.restore(state["environments"])
-        self._observations = None if state["between"] else observations
+        self._observations = None if state["needs_reset"] else observations
         self.steps, self.seconds = state["steps"], state["seconds"]
         self.curve = list(state["curve"])
-        self._recent.extend(state["recent"])
-
-
-def _told(name: str, values: NamedTuple) -> dict[str, float]:
-    return {f"{name}/{key}": value for key, value in values._asdict().items()}
+        self._recent_returns.extend(state["recent_returns"])
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed for one purpose, unlike those of other purposes and of neighbouring seeds."""
-    # Vector environments count up from their seed: room is left between.
+    """A seed for one purpose, different from those of other purposes and of other seeds."""
+    # Vector environments use consecutive seeds from the one that they receive.
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] // 2)
-
-
-@torch.no_grad()
-def evaluate(
-    policy: Policy,
-    environment: str,
-    options: Mapping[str, Any],
-    *,
-    statistics: RunningMeanStd | None,
-    episodes: int,
-    seed: int,
-) -> Float[Tensor, " episodes"]:
-    """Unscaled, undiscounted returns of the greedy policy; the statistics stay as they are.
-
-    Each environment gives its first episode: taking whichever end first would favour the short ones.
-    """
-    returns: list[float] = []
-    while len(returns) < episodes:
-        envs = min(EVALUATED_AT_ONCE, episodes - len(returns))
-        environments = Environments(environment, options, envs, statistics=statistics)
-        environments.learning = False
-        observations = environments.fresh(derive_seed(seed, 3, len(returns)))
-        found = np.full(envs, math.nan)
-        while np.isnan(found).any():
-            outputs = policy.body(torch.from_numpy(np.asarray(observations, np.float32)))
-            step = environments.step(policy.head.to_world(policy.head.act(outputs, 0.0)))
-            first = np.isnan(found) & step.ended
-            found[first] = step.returns[np.isnan(found)[step.ended]]
-            observations = step.observations
-        environments.close()
-        returns += found.tolist()
-    return torch.tensor(returns, dtype=torch.float64)
