@@ -34,11 +34,10 @@ def render_table(table: ResultTable, stage: str) -> Group:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(table.columns):
         left = number == 0 or column.endswith(LEFT)
-        grid.add_column(
-            column.removesuffix(LEFT), justify="left" if left else "right", no_wrap=not left
-        )
+        header = Text(column.removesuffix(LEFT))
+        grid.add_column(header, justify="left" if left else "right", no_wrap=not left)
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # not markup: a completion may contain brackets
     parts: list[RenderableType] = [Text(f"{stage}: {table.title}", style="bold"), grid]
     if table.note:
         parts.append(Text(table.note, style="dim"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import zlib
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import tiny_models
+from rich.console import Console
 from rich.control import strip_control_codes
 from sklearn.linear_model import LogisticRegression
 
@@ -24,9 +26,11 @@ from align.config.training import DPO
 from align.errors import UserError
 from align.evaluation import tables
 from align.evaluation.held_out import training_tables
+from align.evaluation.win_rates import Samples
 from align.models import generation, loading, tokenization
 from align.models.generation import Completion
 from align.models.prefix_sharing import wrapper
+from align.pipeline.summary import render_table
 from align.rewards import gold
 from align.runtime import artifacts
 from align.stages import dpo, evaluate, prepare
@@ -555,3 +559,17 @@ def test_completions_are_wrapped_by_their_width_in_the_terminal():
     assert tables.wrapped("海" * 10, 8) == ["海" * 4, "海" * 4, "海" * 2]  # two cells each
     assert tables.wrapped("[bold]a[/bold]", 40) == ["[bold]a[/bold]"]
     assert tables.wrapped("") == ["(empty)"]
+
+
+def test_completions_are_printed_without_interpreting_markup():
+    prompts = [{"prompt": [{"role": "user", "content": "[red]Write[/red] a line."}]}]
+    text = "[bold]b[/bold] [/] :smile:"
+    samples = {
+        name: Samples([[Completion(text, 3, True)]], torch.tensor([[0.5]])) for name in ("a", "b")
+    }
+    (table,) = tables.sample_tables(prompts, "a", "b", samples)
+    out = io.StringIO()
+    Console(file=out, width=100).print(render_table(table, "evaluate"))
+    assert out.getvalue().count(text) == 2
+    assert "evaluate: [red]Write[/red] a line." in out.getvalue()
+    assert "a (0.50)" in out.getvalue()
