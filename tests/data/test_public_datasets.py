@@ -1,4 +1,4 @@
-"""The catalogue and its readers: each sample into rows written by hand; options that pair, thin and refuse."""
+"""Public data sets and the catalog: each sample gives rows written by hand; options and errors."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def test_a_sample_is_read_into_rows_written_by_hand(name: str):
     file = str(FOLDER / f"{name}.sample.jsonl")
     config = Prepare(source=name, test_fraction=0.0)
     prepared = prepare(config.model_copy(update={"source": file, "config": None}))
-    found = [
+    pairs = [
         ("|".join(turn["content"] for turn in row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
         for row in prepared.tables()["pairs"]["train"]
     ]  # fmt: skip
     rows, dropped = EXPECTED[name]
-    assert found == rows
+    assert pairs == rows
     assert prepared.dropped == {f"pairs: {reason}": count for reason, count in dropped.items()}
-    assert prepared.read["pairs"] == len(found) + sum(prepared.dropped.values())
+    assert prepared.read["pairs"] == len(pairs) + sum(prepared.dropped.values())
 
 
-def test_every_entry_says_what_it_is_and_no_key_is_unknown():
+def test_every_entry_has_a_license_and_a_citation_and_no_unknown_key():
     files = sorted(FOLDER.glob("*.yaml"))
     assert {file.stem for file in files} == {*EXPECTED, "embedded"}
     for file in files:
@@ -76,10 +76,10 @@ def test_every_entry_says_what_it_is_and_no_key_is_unknown():
         assert Prepare(source=file.stem).source == entry["source"]
 
 
-def test_a_recipe_s_own_keys_win_over_the_catalogue():
+def test_keys_of_the_recipe_take_precedence_over_the_catalog():
     assert Prepare(source="shp").ratio == 2.0
-    told = Prepare(source="shp", ratio=3.0, revision="abc")
-    assert (told.source, told.reader, told.ratio, told.revision) == (
+    config = Prepare(source="shp", ratio=3.0, revision="abc")
+    assert (config.source, config.reader, config.ratio, config.revision) == (
         "stanfordnlp/SHP", "shp", 3.0, "abc",
     )  # fmt: skip
     assert Prepare(source="shp", reader="columns").ratio is None
@@ -92,13 +92,13 @@ SCORED = {
 }  # fmt: skip
 
 
-def sides(found: Any) -> list[Any]:
-    return [str(f) if isinstance(f, DroppedError) else f["chosen"] + f["rejected"] for f in found]
+def sides(pairs: Any) -> list[Any]:
+    return [str(p) if isinstance(p, DroppedError) else p["chosen"] + p["rejected"] for p in pairs]
 
 
 def test_the_ways_of_pairing_by_hand():
     assert sides(ultrafeedback(SCORED, PairingOptions())) == ["ba"]
-    # scores b 9, c 5, d 5, a 1: c and d are equal, so they are no pair
+    # scores b 9, c 5, d 5, a 1: c and d are equal and give no pair
     assert sides(ultrafeedback(SCORED, PairingOptions(pairing="all"))) == [
         "bc",
         "bd",
@@ -117,7 +117,7 @@ def test_the_ways_of_pairing_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "expected"),
     [
         ({}, ["ab"]),
         ({"labels": 0, "score_B": 16}, ["ba"]),
@@ -128,7 +128,7 @@ def test_the_ways_of_pairing_by_hand():
         ({"score_A": 4}, ["ab"]),
     ],
 )
-def test_votes_by_hand(change: dict[str, Any], found: list[str]):
+def test_votes_by_hand(change: dict[str, Any], expected: list[str]):
     row = {
         "history": "h",
         "human_ref_A": "a",
@@ -137,7 +137,7 @@ def test_votes_by_hand(change: dict[str, Any], found: list[str]):
         "score_A": 8,
         "score_B": 2,
     }
-    assert sides(shp(row | change, PairingOptions(ratio=2.0))) == found
+    assert sides(shp(row | change, PairingOptions(ratio=2.0))) == expected
 
 
 def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
@@ -148,14 +148,14 @@ def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
     assert [sides(oasst(row, PairingOptions())) for row in trees(iter(nested))] == flat
     random.Random(1).shuffle(messages)
     assert [sorted(sides(oasst(row, PairingOptions()))) for row in trees(iter(messages))] == [
-        sorted(found) for found in flat
+        sorted(pairs) for pairs in flat
     ]
     other = PairingOptions(languages=("de",))
     assert sides(oasst(nested[0], other)) == ["another language"] * 2
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("keys", "message"),
     [
         ({"source": "a", "ratio": 2.0}, "`ratio` has no effect with `reader: columns`"),
         ({"source": "a", "reader": "shp", "pairing": "all"}, "`pairing` has no effect with"),
@@ -171,9 +171,9 @@ def test_flat_messages_nested_trees_and_any_order_give_the_same_pairs():
         ({"source": "a", "test_fraction": 0.5, "validation_fraction": 0.5}, "`test_fraction` and `validation_fraction`"),
     ],
 )  # fmt: skip
-def test_options_that_mean_nothing_are_refused(told: dict[str, Any], message: str):
+def test_options_without_effect_are_rejected(keys: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
-        Prepare.model_validate(told)
+        Prepare.model_validate(keys)
 
 
 def scored(*completions: dict[str, Any]) -> dict[str, Any]:
@@ -181,9 +181,9 @@ def scored(*completions: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("row", "found"),
+    ("row", "expected"),
     [
-        (  # two scales are none: 7.5 of 10 is no worse than 8 of another
+        (  # scores on two scales cannot be compared
             scored(
                 {"response": "a", "overall_score": 7.5}, {"response": "b", "fine-grained_score": 8}
             ),
@@ -208,11 +208,11 @@ def scored(*completions: dict[str, Any]) -> dict[str, Any]:
          ["completions have no score in common"]),
     ],
 )  # fmt: skip
-def test_completions_of_a_row_are_compared_by_one_score(row: dict[str, Any], found: list[str]):
-    assert sides(ultrafeedback(row, PairingOptions())) == found
+def test_completions_of_a_row_are_compared_by_one_score(row: dict[str, Any], expected: list[str]):
+    assert sides(ultrafeedback(row, PairingOptions())) == expected
 
 
-def test_a_choice_that_is_a_float_is_one():
+def test_a_choice_may_be_a_float():
     row = {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1.0}
     assert sides(tldr(row, PairingOptions())) == ["ba"]
 
@@ -221,7 +221,7 @@ def message(name: object, parent: object, role: str = "prompter", **more: Any) -
     return {"message_id": name, "parent_id": parent, "role": role, "text": str(name)} | more
 
 
-def test_messages_that_are_in_no_tree_are_counted():
+def test_messages_outside_of_trees_are_counted():
     tree = [
         message("q", None),
         message("a", "q", "assistant", rank=0),
@@ -237,8 +237,8 @@ def test_messages_that_are_in_no_tree_are_counted():
         message("s", None, "assistant"),
     ]
     rows = list(trees(iter([*odd, *tree])))
-    found = [reason for row in rows for reason in sides(oasst(row, PairingOptions()))]
-    assert sorted(found) == sorted([
+    reasons = [reason for row in rows for reason in sides(oasst(row, PairingOptions()))]
+    assert sorted(reasons) == sorted([
         "ab", "repeated message_id", "message_id is not a text or a number", "parent_id is not a text or a number",
         "no tree of messages", *["parents go round in a circle"] * 3, "no user's message in the tree",
     ])  # fmt: skip
@@ -247,7 +247,7 @@ def test_messages_that_are_in_no_tree_are_counted():
     ]
 
 
-def test_a_cap_counts_trees_and_not_their_messages(tmp_path: Path):
+def test_max_rows_counts_trees_and_not_their_messages(tmp_path: Path):
     rows = [message(f"q{k}", None) for k in range(20)]
     for k in range(20):
         rows += [message(f"{side}{k}", f"q{k}", "assistant", rank=i) for i, side in enumerate("ab")]
@@ -261,16 +261,18 @@ def test_the_columns_of_a_reader_can_be_mapped(tmp_path: Path):
     row = {"human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 8, "score_B": 2}
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"post": "h", **row}) + "\n", encoding="utf-8")
-    told = recipe.load_stage(
+    config = recipe.load_stage(
         "prepare", [f"source={file}", "reader=shp", "columns={history: post}", "test_fraction=0.0"]
     )
-    prepared = prepare(told)
+    prepared = prepare(config)
     assert prepared.tables()["pairs"]["train"][0]["prompt"][0]["content"] == "h"
     with pytest.raises(UserError, match="columns: history: not a column of"):
         prepare(Prepare(source=str(file), columns={"history": "post"}))
 
 
-def test_a_file_or_folder_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_or_folder_takes_precedence_over_the_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     assert Prepare(source="shp").source == "stanfordnlp/SHP"
     for name in ("shp", "embedded"):

@@ -1,0 +1,111 @@
+"""Formats: a raw row becomes a conversational row, or is dropped for a named reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers.preference_data import PAIR, assistant, user
+
+from align.data.formats import demonstration, hh_pair, hh_turns, pair
+from align.data.rows import DroppedError, prompt_id
+
+
+def test_plain_text_becomes_one_turn_each():
+    assert pair(PAIR) == {
+        "prompt": [user("Say a word.")],
+        "chosen": [assistant("Hello.")],
+        "rejected": [assistant("No.")],
+        "prompt_id": prompt_id([user("Say a word.")]),
+    }
+
+
+def test_the_common_beginning_of_two_conversations_is_the_prompt():
+    start = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hm?"), user("Go")]
+    row = pair({"chosen": [*start, assistant("A")], "rejected": [*start, assistant("B")]})
+    assert row["prompt"] == start
+    assert (row["chosen"], row["rejected"]) == ([assistant("A")], [assistant("B")])
+
+
+def test_a_prompt_column_next_to_whole_conversations_must_repeat_one_of_their_turns():
+    sides = {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant("B")]}
+    assert pair({"prompt": "Hi", **sides})["prompt"] == [user("Hi")]
+    with pytest.raises(DroppedError, match="prompt is not in the transcripts"):
+        pair({"prompt": "Bye", **sides})
+
+
+def test_the_last_turn_of_messages_is_the_completion():
+    turns = [user("Hi"), assistant("Hm?"), user("Go"), assistant("A")]
+    row = demonstration({"messages": turns})
+    assert (row["prompt"], row["completion"]) == (turns[:3], turns[3:])
+
+
+def test_fields_of_a_turn_other_than_role_and_content_are_removed():
+    row = demonstration({"prompt": [{**user("Hi"), "tool_calls": None}], "completion": "A"})
+    assert row["prompt"] == [user("Hi")]
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        pytest.param("\n\nHuman: a\n\nAssistant: b", [user("a"), assistant("b")], id="plain"),
+        pytest.param(
+            "\n\nHuman: say Human: or\nAssistant: x\n\nAssistant: b",
+            [user("say Human: or\nAssistant: x"), assistant("b")],
+            id="a name inside a text is text",
+        ),
+        pytest.param(
+            "Human: a\n\nAssistant: one\n\ntwo\n\nHuman: c",
+            [user("a"), assistant("one\n\ntwo"), user("c")],
+            id="no leading newlines, paragraphs, a last user turn",
+        ),
+        pytest.param(
+            "\n\nHuman: a\n\nAssistant:", [user("a"), assistant("")], id="empty last turn"
+        ),
+    ],
+)
+def test_transcripts_by_hand(text: str, turns: list[dict[str, str]]):
+    assert hh_turns(text) == turns
+
+
+H, A = "\n\nHuman: ", "\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("reader", "raw", "reason"),
+    [
+        (pair, {**PAIR, "prompt": " \n"}, "blank prompt"),
+        (pair, {**PAIR, "prompt": []}, "blank prompt"),
+        (pair, {**PAIR, "prompt": None}, "no prompt"),
+        (pair, {**PAIR, "prompt": 3}, "content is not text"),
+        (pair, {**PAIR, "prompt": [user("a"), user("b")]}, "two turns in a row by one speaker"),
+        (pair, {**PAIR, "prompt": [user("a"), assistant("b")]}, "in a row by one speaker"),
+        (pair, {**PAIR, "prompt": [assistant("a"), user("b")]}, "wrong roles"),
+        (pair, {**PAIR, "prompt": [{"role": "human", "content": "a"}]}, "wrong roles"),
+        (pair, {**PAIR, "prompt": [{"role": "system", "content": "a"}]}, "wrong roles"),
+        (pair, {**PAIR, "chosen": ""}, "blank completion"),
+        (pair, {**PAIR, "rejected": "  "}, "blank completion"),
+        (pair, {**PAIR, "rejected": []}, "blank completion"),
+        (pair, {**PAIR, "rejected": None}, "missing value"),
+        (pair, {**PAIR, "rejected": 1.5}, "content is not text"),
+        (pair, {**PAIR, "chosen": "\ud83d"}, "content is not Unicode text"),
+        (pair, {**PAIR, "chosen": [assistant("a"), assistant("b")]}, "not one assistant turn"),
+        (pair, {**PAIR, "chosen": [user("a")]}, "completion is not one assistant turn"),
+        (pair, {**PAIR, "chosen": [{"role": "assistant"}]}, "content is not text"),
+        (pair, {**PAIR, "rejected": "Hello. "}, "chosen equals rejected"),
+        (hh_pair, {"chosen": f"{H}a{A}b", "rejected": f"{H}a{A}b"}, "chosen equals rejected"),
+        (hh_pair, {"chosen": f"{H}a{A}b", "rejected": f"{H}a{A}"}, "blank completion"),
+        (hh_pair, {"chosen": f"{H}a{A}b", "rejected": f"{H}a{A}b{H}c"}, "ends in a user turn"),
+        (hh_pair, {"chosen": f"{H}a{A}b{H}c{A}d", "rejected": f"{H}a{A}x{H}c{A}d"}, "part before"),
+        (hh_pair, {"chosen": f"{H}a{A}b{H}c{A}d", "rejected": f"{H}x{A}b{H}c{A}d"}, "no beginning"),
+        (hh_pair, {"chosen": f"{H}a{A}b{A}c", "rejected": f"{H}a{A}b{A}d"}, "in a row by one"),
+        (hh_pair, {"chosen": f"{A}a{H}b{A}c", "rejected": f"{A}a{H}b{A}d"}, "not an HH transcript"),
+        (hh_pair, {"chosen": "a", "rejected": "b"}, "not an HH transcript"),
+        (hh_pair, {"chosen": f"{H}a{A}b"}, "missing value"),
+    ],
+)
+def test_an_unusable_row_is_dropped_for_a_named_reason(
+    reader: Any, raw: dict[str, Any], reason: str
+):
+    with pytest.raises(DroppedError, match=reason):
+        reader(raw)

@@ -1,0 +1,92 @@
+"""Tables: rows are written and read back, and a missing table gives one error with its repair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.preference_data import random_pairs, run_prepare, write_jsonl
+
+from align.config.data import Prepare
+from align.data import tables
+from align.data.rows import Row
+from align.errors import UserError
+
+
+def write(folder: Path, kind: str, split: str, rows: list[Row]) -> None:
+    writer = tables.TableWriter(tables.table_file(folder, kind, split))
+    for row in rows:
+        writer.add(row)
+    writer.close()
+
+
+def numbered_rows(n: int) -> list[Row]:
+    return [
+        {"prompt": [{"role": "user", "content": str(k)}], "prompt_id": str(k)} for k in range(n)
+    ]
+
+
+def test_rows_are_read_in_file_order_with_all_or_some_columns(tmp_path: Path):
+    rows = numbered_rows(5000)  # three row groups
+    write(tmp_path, "prompts", "train", rows)
+    assert tables.read(tmp_path, "prompts", "train") == rows
+    ids = tables.read(tmp_path, "prompts", "train", columns=["prompt_id"])
+    assert ids == [{"prompt_id": str(k)} for k in range(5000)]
+    assert tables.column_names(tmp_path, "prompts", "train") == ["prompt", "prompt_id"]
+    assert tables.table_names(tmp_path) == ["prompts-train"]
+    assert tables.count_rows(tmp_path, "prompts", "train") == 5000
+    assert tables.count_rows(tmp_path, "prompts", "test") == 0
+
+
+def test_a_limited_number_of_rows_is_evenly_spaced(tmp_path: Path):
+    write(tmp_path, "prompts", "train", numbered_rows(10))
+    rows = tables.read(tmp_path, "prompts", "train", most=4)
+    # k * 10 // 4 for k = 0, 1, 2, 3
+    assert [row["prompt_id"] for row in rows] == ["0", "2", "5", "7"]
+    assert len(tables.read(tmp_path, "prompts", "train", most=11)) == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "repair"),
+    [
+        pytest.param(
+            "pairs", "validation", "set `validation_fraction` of its `prepare` stage above 0",
+            id="no prompt was held out",
+        ),
+        pytest.param(
+            "unpaired", "train", "the source of this stage contains no unpaired: use another source",
+            id="the source has no such rows",
+        ),
+        pytest.param(
+            "unpaired", "test", "the source of this stage contains no unpaired: use another source",
+            id="the source has no such rows in any split",
+        ),
+    ],
+)  # fmt: skip
+def test_a_missing_table_is_an_error_with_its_repair(
+    tmp_path: Path, kind: str, split: str, repair: str
+):
+    source = write_jsonl(tmp_path / "a.jsonl", random_pairs(60))
+    folder = tmp_path / "out"
+    run_prepare(Prepare(source=source), folder)
+    existing = [f"{k}-{s}" for k in ("demonstrations", "pairs", "prompts")
+                for s in ("test", "train")]  # fmt: skip
+    with pytest.raises(UserError) as error:
+        tables.read(folder, kind, split, required_by="implicit_rewards")
+    assert error.value.lines == (
+        f"{folder}: no {kind}-{split}.parquet, which `implicit_rewards` requires;"
+        f" found {', '.join(existing)}; {repair}",
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # from importing `datasets`
+def test_trl_gets_a_data_set_none_without_a_held_out_split_and_an_error_without_training_rows(
+    tmp_path: Path,
+):
+    write(tmp_path, "prompts", "train", numbered_rows(3))
+    dataset = tables.load_dataset(tmp_path, "prompts", "train", tmp_path)
+    assert dataset is not None
+    assert dataset["prompt_id"][:] == ["0", "1", "2"]
+    assert tables.load_dataset(tmp_path, "prompts", "validation", tmp_path) is None
+    with pytest.raises(UserError, match=r"no pairs-train.parquet; found prompts-train; the source"):
+        tables.load_dataset(tmp_path, "pairs", "train", tmp_path)
