@@ -1,9 +1,9 @@
-"""How fast, and in how much memory, `prepare` takes a large file: made pairs, one core.
+"""Throughput and memory of `prepare` on a large file of generated pairs, on one core.
 
     OMP_NUM_THREADS=1 python benchmarks/prepare.py --rows 1000000
 
-Memory is the peak of a process of its own, above what a run on 1,000 rows takes. `--words` makes longer completions: rows
-cost memory, their text does not.
+Memory is the peak of a separate process, minus that of a run on 1,000 rows. With `--words`,
+completions are longer: memory grows with the number of rows, not with their text.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", 
 RUN = """
 import resource, sys, time
 from pathlib import Path
-from align.config.stages import Prepare
+from align.config.data import Prepare
+from align.runtime.progress import Logger, NullDisplay
 from align.stages import prepare
-from align.runtime.progress import Silent, Track
-source, out = sys.argv[1], Path(sys.argv[2])
+source, output_dir = sys.argv[1], Path(sys.argv[2])
+logger = Logger("prepare", output_dir, NullDisplay(), main=True)
 started = time.perf_counter()
-figures = prepare.run(Prepare(source=source), {}, out, Track("prepare", out, Silent(), main=True))
-print(figures["rows"]["pairs"], sum(figures["dropped"].values()), time.perf_counter() - started,
-      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+metrics = prepare.run(Prepare(source=source), {}, output_dir, logger).metrics
+seconds = time.perf_counter() - started
+mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+print(metrics["rows"]["pairs"], sum(metrics["dropped"].values()), seconds, mib)
 """
 
 
-def make(path: Path, rows: int, words: int) -> None:
-    """Write pairs; two rows a prompt, and one row in a hundred that repeats the one before."""
+def write_pairs(path: Path, rows: int, words: int) -> None:
+    """Write pairs, two rows per prompt; one row in a hundred repeats the one before it."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         line = ""
@@ -46,34 +48,35 @@ def make(path: Path, rows: int, words: int) -> None:
 
 
 def measure(rows: int, words: int) -> tuple[float, float]:
-    """Rows a second, and the peak in MiB."""
+    """Rows per second, and the peak memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "pairs.jsonl"
-        make(source, rows, words)
+        write_pairs(source, rows, words)
         command = [sys.executable, "-c", RUN, str(source), str(Path(folder) / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        read, dropped, seconds, peak = map(float, done.stdout.split())
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+        n_read, n_dropped, seconds, peak = map(float, process.stdout.split())
+        size = source.stat().st_size / 2**20
         print(
-            f"{rows:>9,} rows of {words:>4} words, {source.stat().st_size / 2**20:,.0f} MiB: {read / seconds:,.0f} rows/s,"
-            f" peak {peak:,.0f} MiB, {dropped:,.0f} dropped",
+            f"{rows:>9,} rows of {words:>4} words, {size:,.0f} MiB: {n_read / seconds:,.0f} rows/s,"
+            f" peak {peak:,.0f} MiB, {n_dropped:,.0f} dropped",
             flush=True,
         )
-        return read / seconds, peak
+        return n_read / seconds, peak
 
 
 def main() -> None:
-    """Measure a small file, the file asked for, and one with four times the text."""
+    """Measure a small file, one with `--rows` rows, and one with four times the text."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--words", type=int, default=40, help="mean length of a completion")
-    given = parser.parse_args()
-    base = measure(1000, given.words)[1]
-    peak = measure(given.rows, given.words)[1]
-    print(f"{(peak - base) * 2**20 / given.rows:,.0f} bytes a row")
-    measure(given.rows // 4, given.words)
-    measure(given.rows // 4, 4 * given.words)
+    arguments = parser.parse_args()
+    base = measure(1000, arguments.words)[1]
+    peak = measure(arguments.rows, arguments.words)[1]
+    print(f"{(peak - base) * 2**20 / arguments.rows:,.0f} bytes per row")
+    measure(arguments.rows // 4, arguments.words)
+    measure(arguments.rows // 4, 4 * arguments.words)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from align.config.shipped import data_dir
 
-DOCUMENTATION = ("licence", "citation")  # keys of an entry that no reader needs
+DOCUMENTATION = ("license", "citation")  # keys of an entry that no reader needs
 
 
 @functools.cache
@@ -56,6 +56,6 @@ def license_of(source: str) -> tuple[str, str]:
             word, source.lower()
         )  # a file named after the set
         if source in (name, entry["source"]) or is_copy:
-            identifier, text = entry["licence"]["id"], entry["licence"]["text"]
+            identifier, text = entry["license"]["id"], entry["license"]["text"]
             return identifier, text if name == "embedded" else f"{text} ({entry['citation']})"
-    return "", "not known here; see the source"
+    return "", "unknown; see the source"

@@ -1,6 +1,6 @@
-"""Writes the embedded data set: demonstrations of mixed quality and noisily labelled pairs.
+"""Write the embedded data set: demonstrations of mixed quality, and pairs with noisy labels.
 
-The same files byte for byte on every run. Launch from anywhere with `align` installed::
+Every run writes the same bytes. It needs `align` to be installed::
 
     python data/embedded/make.py
 """
@@ -23,7 +23,7 @@ PAIRS: Final = 4000
 
 @dataclass(frozen=True, slots=True)
 class Slips:
-    """How likely the writer of the data makes each slip on an average day."""
+    """Probability of each slip on an average day of the simulated writer."""
 
     count: float = 0.4
     mention: float = 0.5
@@ -37,12 +37,12 @@ class Slips:
 
 
 SLIPS: Final = Slips()
-# A careful day, an average one, a careless one: slips come together, as with people.
+# Factors of a careful, an average and a careless day: slips are correlated, as with people.
 DAYS: Final = (0.4, 1.0, 1.6)
 
 
 def all_prompts(rng: Random) -> dict[str, gold.Request]:
-    """Every combination once, in a phrasing drawn for it, so an unseen prompt is unseen in full."""
+    """Every combination once, in one random phrasing: a held-out prompt is a new combination."""
     choices = itertools.product(gold.COUNTS.values(), gold.TONES, gold.TOPICS, gold.THINGS)
     requests = itertools.starmap(gold.Request, choices)
     return {
@@ -52,7 +52,7 @@ def all_prompts(rng: Random) -> dict[str, gold.Request]:
 
 
 def write_completion(rng: Random, request: gold.Request) -> str:
-    """Answer ``request`` as the writer would today, slips included."""
+    """An answer to ``request`` by the simulated writer on a random day, with slips."""
     day = rng.choice(DAYS)
 
     def slips(chance: float) -> bool:
@@ -76,8 +76,9 @@ def write_completion(rng: Random, request: gold.Request) -> str:
         used.append(word)
         return word
 
-    def stray(right: str, names: Iterable[str], chance: float) -> str:
-        return rng.choice([name for name in names if name != right]) if slips(chance) else right
+    def stray(correct: str, names: Iterable[str], chance: float) -> str:
+        others = [name for name in names if name != correct]
+        return rng.choice(others) if slips(chance) else correct
 
     for number in range(count):
         if sentences and number != holder and slips(SLIPS.repeat_sentence):
@@ -108,7 +109,7 @@ def write_completion(rng: Random, request: gold.Request) -> str:
 
 
 def make_demonstrations(rng: Random, prompts: dict[str, gold.Request]) -> list[dict[str, str]]:
-    """The same number of answers to every prompt, in random order."""
+    """Three answers to every prompt, in random order."""
     rows = [
         {"prompt": prompt, "completion": write_completion(rng, request)}
         for prompt, request in prompts.items()
@@ -119,7 +120,7 @@ def make_demonstrations(rng: Random, prompts: dict[str, gold.Request]) -> list[d
 
 
 def make_pairs(rng: Random, prompts: dict[str, gold.Request]) -> list[dict[str, str]]:
-    """Two different answers to a random prompt, the label drawn by how far their gold differs."""
+    """Two different answers to a random prompt, labeled by the Bradley-Terry model of gold."""
     names = list(prompts)
     rows: list[dict[str, str]] = []
     while len(rows) < PAIRS:
@@ -134,13 +135,13 @@ def make_pairs(rng: Random, prompts: dict[str, gold.Request]) -> list[dict[str, 
 
 
 def encode(rows: list[dict[str, str]]) -> bytes:
-    """JSON lines, compressed without name or time, so that equal rows are equal bytes."""
+    """JSONL, compressed without file name and time, so that equal rows give equal bytes."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     return gzip.compress(text.encode(), compresslevel=9, mtime=0)
 
 
 def make_files() -> dict[str, bytes]:
-    """Return the content of each file by its name."""
+    """Content of each file, by its name."""
     prompts = all_prompts(Random(SEED))
     return {
         "demonstrations.jsonl.gz": encode(make_demonstrations(Random(SEED + 1), prompts)),
@@ -149,7 +150,7 @@ def make_files() -> dict[str, bytes]:
 
 
 def main() -> None:
-    """Write the files beside this script."""
+    """Write the files into the folder of this script."""
     for name, content in make_files().items():
         Path(__file__).with_name(name).write_bytes(content)
 

@@ -1,4 +1,4 @@
-"""The embedded data set: made by its script, labelled as it says, described by its datasheet."""
+"""The embedded data set: its script reproduces it, its labels are noisy as documented, its datasheet is correct."""
 
 import gzip
 import json
@@ -6,14 +6,14 @@ import math
 import re
 import runpy
 from functools import cache
-from pathlib import Path
 from statistics import mean
 
 import pytest
+from helpers.preference_data import CHECKOUT
 
 from align.rewards import gold
 
-FOLDER = Path(__file__).parents[2] / "data" / "embedded"
+FOLDER = CHECKOUT / "data" / "embedded"
 FILES = ("demonstrations.jsonl.gz", "pairs.jsonl.gz")
 
 
@@ -24,7 +24,7 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 @cache
-def made() -> dict[str, bytes]:
+def generated() -> dict[str, bytes]:
     files: dict[str, bytes] = runpy.run_path(str(FOLDER / "make.py"))["make_files"]()
     return files
 
@@ -37,7 +37,7 @@ def demonstration_scores() -> list[float]:
 
 @cache
 def label_probabilities() -> list[float]:
-    """How likely each label came out as it did."""
+    """Probability of each label."""
     rows = read("pairs.jsonl.gz")
     return [
         gold.preference_probability(row["prompt"], row["chosen"], row["rejected"]) for row in rows
@@ -45,20 +45,20 @@ def label_probabilities() -> list[float]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_script_makes_the_file_again(name: str) -> None:
-    # The text is compared, since builds of zlib may compress the same text to different bytes.
+def test_the_script_reproduces_the_file(name: str) -> None:
+    # Text is compared, because builds of zlib may compress the same text to different bytes.
     checked_in = (FOLDER / name).read_bytes()
-    assert gzip.decompress(made()[name]) == gzip.decompress(checked_in)
-    # Bytes 3 to 7 of gzip: no flags, so no name; no time.
-    assert made()[name][3:8] == checked_in[3:8] == bytes(5)
+    assert gzip.decompress(generated()[name]) == gzip.decompress(checked_in)
+    # Bytes 3 to 7 of a gzip header are flags and time: no file name, no time.
+    assert generated()[name][3:8] == checked_in[3:8] == bytes(5)
 
 
 def test_the_files_are_small() -> None:
-    assert set(made()) == set(FILES)
+    assert set(generated()) == set(FILES)
     assert sum((FOLDER / name).stat().st_size for name in FILES) < 1_000_000
 
 
-def test_every_combination_is_asked_once_and_answered_three_times() -> None:
+def test_every_combination_occurs_once_and_has_three_answers() -> None:
     rows = read("demonstrations.jsonl.gz")
     prompts = {row["prompt"] for row in rows}
     # 3 counts * 3 tones * 12 topics * 14 things
@@ -85,7 +85,7 @@ def test_demonstrations_are_of_mixed_quality_and_mostly_readable() -> None:
     assert mean(part.readable for part in parts) > 0.95
 
 
-def test_labels_agree_with_gold_as_often_as_their_noise_allows() -> None:
+def test_labels_agree_with_gold_as_often_as_their_noise_implies() -> None:
     chances = label_probabilities()
     agree = sum(1.0 if chance > 0.5 else 0.5 if chance == 0.5 else 0.0 for chance in chances)
     expected = sum(max(chance, 1 - chance) for chance in chances)
@@ -94,12 +94,12 @@ def test_labels_agree_with_gold_as_often_as_their_noise_allows() -> None:
     assert 0.82 < expected / len(chances) < 0.85
 
 
-def test_the_longer_answer_is_not_the_better_one() -> None:
+def test_the_longer_answer_is_not_preferred() -> None:
     rows = [row for row in read("pairs.jsonl.gz") if len(row["chosen"]) != len(row["rejected"])]
     assert 0.4 < mean(len(row["chosen"]) > len(row["rejected"]) for row in rows) < 0.6
 
 
-def figures() -> dict[str, str]:
+def datasheet_figures() -> dict[str, str]:
     """The figures of the datasheet, recomputed."""
     demonstrations, pairs = (read(name) for name in FILES)
     texts = [row["completion"] for row in demonstrations]
@@ -119,6 +119,9 @@ def figures() -> dict[str, str]:
     }
 
 
-def test_the_figures_of_the_datasheet_are_true() -> None:
+def test_the_figures_of_the_datasheet_are_correct() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert dict(re.findall(r"^\| ([^|]+?) +\| ([\d.,]+) \|$", text, re.MULTILINE)) == figures()
+    assert (
+        dict(re.findall(r"^\| ([^|]+?) +\| ([\d.,]+) \|$", text, re.MULTILINE))
+        == datasheet_figures()
+    )

@@ -83,7 +83,7 @@ def test_the_data_card_contains_counts_drops_configuration_and_digests(tmp_path:
     assert "| pairs: exact duplicate | 1 |" in card
     assert hashlib.sha256(source.read_bytes()).hexdigest() in card
     assert "| validation_fraction | `0.2` |" in card
-    assert "License: not known here; see the source." in card
+    assert "License: unknown; see the source." in card
     # "It is 7." has three words, "No." one: the chosen completion is always the longer one
     assert "**Warning:** always preferring the longer completion is right for 100.0%" in card
     assert "The demonstrations are the chosen" in card

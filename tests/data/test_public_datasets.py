@@ -72,7 +72,7 @@ def test_every_entry_has_a_license_and_a_citation_and_no_unknown_key():
     assert {file.stem for file in files} == {*EXPECTED, "embedded"}
     for file in files:
         entry = yaml.safe_load(file.read_text(encoding="utf-8"))
-        assert entry["citation"] and entry["licence"]["text"]
+        assert entry["citation"] and entry["license"]["text"]
         assert Prepare(source=file.stem).source == entry["source"]
 
 
