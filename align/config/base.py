@@ -24,8 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A key whose value names what a stage reads: an earlier stage of one of ``stages``, or its
-    folder.
+    """A key that names what a stage reads: an earlier stage of ``stages``, or its folder.
 
     With ``models``, the value may also name a model: a folder in Hugging Face layout or a Hub id.
     With ``functions``, it may be a Python function, written ``module:function``. The values in
@@ -38,8 +37,7 @@ class Input:
     words: tuple[str, ...] = ()
 
     def names_no_input(self, value: str) -> bool:
-        """Whether ``value`` is one of the fixed words or a function, rather than a stage, a folder
-        or a model."""
+        """Whether ``value`` is a fixed word or a function, not a stage, folder or model."""
         return value in self.words or (self.functions and FUNCTION.match(value) is not None)
 
 
@@ -108,8 +106,7 @@ class GymEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class GoldPrompts:
-    """Prompts that the gold score must be able to parse, because the stage scores their completions
-    with it."""
+    """Prompts whose completions a stage scores with the gold score, which must parse them."""
 
     input: str
     """The key that names where the prompts come from: prepared data, or a stage that samples them.
@@ -144,8 +141,7 @@ class Config(BaseModel):
 
 
 class Stage(Config):
-    """The keys and declarations of all stages. The defaults describe a stage that reads and needs
-    nothing."""
+    """The keys and declarations of all stages; by default, a stage reads nothing."""
 
     code_version: ClassVar[int] = 1
     """Part of the digest. It is raised when the same settings give other results than before."""
@@ -184,8 +180,7 @@ class Stage(Config):
         return {}
 
     def required_tables(self) -> tuple[Table, ...]:
-        """The tables that must exist before the stage can run. Of several with the same key, one
-        must exist."""
+        """The tables that the stage requires; of several with the same key, any one."""
         return self.reads
 
     def held_out(self) -> Iterator[HeldOut]:
@@ -193,13 +188,11 @@ class Stage(Config):
         yield from ()
 
     def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
-        """The error message if this stage, called ``name``, does not write ``split``; None if it
-        does or may."""
+        """The error if this stage, called ``name``, does not write ``split``, else None."""
         return None
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Errors between the keys of this stage, and between them and the other ``stages`` of the
-        recipe."""
+        """Errors between the keys of this stage, and with the ``stages`` of the recipe."""
         yield from ()
 
     @property
@@ -246,8 +239,7 @@ class Stage(Config):
         return {}
 
     def trl_value(self, field: str) -> Any:
-        """The value of a field of ``trainer_config``: that of the recipe, else the default of the
-        class."""
+        """The value of a field of ``trainer_config``: of the recipe, else the default."""
         raise NotImplementedError(f"{type(self).__name__} has no `trainer`")
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
@@ -259,8 +251,7 @@ class Stage(Config):
         return Workload()
 
     def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
-        """Estimate the memory that does not depend on the batch: weights, gradients, optimizer
-        states.
+        """Estimate the memory of weights, gradients and optimizer states, without activations.
 
         ``parameters`` counts those of the trained model; with ``sharded``, FSDP or DeepSpeed is in
         use.
@@ -269,8 +260,7 @@ class Stage(Config):
 
 
 def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]:
-    """The named inputs of a stage by key, from raw ``values``; items of a list go by
-    ``key.number``."""
+    """The named inputs of a stage by key, from raw ``values``; in a list, ``key.number``."""
     candidates: dict[str, Any] = {}
     for key in stage.inputs:
         value = values.get(key, stage.model_fields[key].default)
@@ -284,8 +274,7 @@ def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]
 
 
 class NewModel(Config):
-    """A Llama model with random weights, and a byte-level BPE tokenizer trained on the
-    demonstrations."""
+    """A new Llama model, and a byte-level BPE tokenizer trained on the demonstrations."""
 
     vocab_size: int = Field(512, ge=264)
     """Upper bound on the size of the vocabulary, including the 256 bytes and the special tokens."""

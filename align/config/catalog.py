@@ -1,5 +1,4 @@
-"""The catalog of public preference data sets: one YAML file for each under ``data/catalog``, found
-by its name.
+"""The catalog of public preference data sets: a YAML file for each in ``data/catalog``.
 
 An entry gives the Hub id of a data set, how it is read, its license and its citation. Keys in the
 recipe take precedence.
@@ -48,8 +47,7 @@ def with_catalog_entry(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def license_of(source: str) -> tuple[str, str]:
-    """The identifier of a source's license (empty if unknown), and its description with the
-    citation."""
+    """The license of a source: its identifier (empty if unknown) and its description."""
     for name, entry in entries().items():
         word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
         is_copy = name != "embedded" and re.search(

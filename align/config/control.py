@@ -13,12 +13,11 @@ PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_
 
 
 class Control(Stage):
-    """REINFORCE, A2C or PPO on a Gymnasium environment, with the update that language models are
-    trained with."""
+    """REINFORCE, A2C or PPO on a Gymnasium environment, with the update of language models."""
 
     environment: str = Field(min_length=1)
     """Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""
-    environment_options: dict[str, Any] = {}
+    environment_options: dict[str, Any] = Field({})
     """Keyword arguments of ``gymnasium.make``."""
     algorithm: Literal["reinforce", "a2c", "ppo"] = "ppo"
     """Algorithm."""
@@ -62,7 +61,7 @@ class Control(Stage):
     clipping."""
     normalize_advantages: bool = True
     """Normalize advantages to mean 0 and variance 1 in each update."""
-    hidden_sizes: list[Annotated[int, Field(ge=1)]] = [64, 64]
+    hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([64, 64])
     """Widths of the hidden layers of the policy, and of the separate critic."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation function of the hidden layers."""

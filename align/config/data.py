@@ -62,7 +62,7 @@ class Source(Config):
     """Split of a Hub data set that is read."""
     revision: str | None = None
     """Commit, branch or tag of a Hub data set."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field({})
     """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For
     ``ultrafeedback``, ``shp`` and ``tldr``, the columns that they require: ``{history: post}``."""
     pairing: Literal["best_worst", "best_random", "all"] | None = None
@@ -72,7 +72,7 @@ class Source(Config):
     """Smallest difference of the scores of a pair; for ``oasst``, of the ranks."""
     ratio: float | None = Field(None, ge=1.0)
     """Smallest ratio of the votes of a pair, for ``shp``."""
-    languages: list[str] = []
+    languages: list[str] = Field([])
     """Languages that are kept, for ``oasst``. Default: all."""
     max_rows: int | None = Field(None, ge=1)
     """Number of rows that are read from the start of the source; for ``oasst``, conversation trees.
@@ -114,7 +114,7 @@ class Prepare(Source, Stage):
     source: str | None = Field(None, min_length=1)
     """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name in the catalog, or a
     Hub id."""
-    mixture: list[MixtureSource] = []
+    mixture: list[MixtureSource] = Field([])
     """Several sources instead of one, each with its own reader, ``max_rows`` and ``weight``."""
     demonstrations: str | None = None
     """Separate source of demonstrations for SFT; names in the catalog are not allowed. Default: the
@@ -131,13 +131,13 @@ class Prepare(Source, Stage):
     near_duplicate_threshold: float = Field(0.8, ge=0.5, le=1.0)
     """Jaccard similarity of the 5-character shingles above which two prompts are near-duplicates.
     It is estimated from 128 hashes, with a standard error of 0.035 at 0.8."""
-    decontaminate: list[str] = []
+    decontaminate: list[str] = Field([])
     """Sources of evaluation prompts: files, folders (all of their files) or Hub ids (their split
     ``test``). Rows that contain one of these prompts are dropped."""
     decontamination_ngram: int = Field(13, ge=3)
     """Number of consecutive words, shared with an evaluation prompt, that count as contamination.
     Shorter prompts are matched as a whole."""
-    keep_columns: list[str] = []
+    keep_columns: list[str] = Field([])
     """Columns of the source that are copied into ``prompts-*.parquet``, from the first row of each
     prompt. Lists and objects are stored as JSON text."""
 

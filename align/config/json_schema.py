@@ -17,8 +17,7 @@ from align.config.stages import STAGES
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of what :func:`align.config.recipe.load_recipe` accepts, as far as JSON Schema can
-    express it."""
+    """The schema of recipes, as far as JSON Schema can express it."""
     _, schema = models_json_schema(
         [(cls, "validation") for cls in STAGES.values()], title="Align recipe"
     )

@@ -21,8 +21,7 @@ COMMAND_LINE = "command line"
 
 
 def apply_override(text: str, recipe: RawRecipe) -> None:
-    """Set one key in the raw settings of a stage, or of all stages that have it; errors go into the
-    recipe."""
+    """Set a key of one stage, or of all stages that have it; add errors to the recipe."""
     address, equals, value = text.partition("=")
     name, *keys = address.split(".")
     if not equals or not keys or not all(keys):
@@ -88,8 +87,7 @@ def nested_models(declared: Any) -> Iterator[type[BaseModel]]:
 
 
 def parse_value(text: str, declared: Any) -> Any:
-    """The first interpretation of ``text`` that has the declared type: as YAML, as a number, as
-    text.
+    """The first interpretation of ``text`` that fits its type: YAML, a number, text.
 
     Where the declared type is text, the text itself is the value.
     """

@@ -279,8 +279,7 @@ class PPO(TrainingStage):
         return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None
 
     def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
-        """Prompts that do not divide over the processes, and processes with fewer completions than
-        minibatches."""
+        """Prompts or minibatches that cannot be divided over the processes."""
         prompts = self.batch_size // self.n_completions
         if prompts % world_size:
             yield Problem(

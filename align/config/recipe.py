@@ -47,8 +47,7 @@ _EXPECTED = {  # by pydantic's type of error
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loaded recipe, including the recipes that it needs: its stages by name, in the order in
-    which they run."""
+    """A loaded recipe, with those that it needs: its stages by name, in running order."""
 
     path: Path
     stages: Mapping[str, Stage]
@@ -56,8 +55,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The path below the folder ``recipes``, joined by ``-``: ``hh-dpo`` for
-        ``recipes/hh/dpo.yaml``."""
+        """The path below the folder ``recipes``, joined by ``-``: ``hh-dpo``, say."""
         parts = self.path.resolve().with_suffix("").parts
         for folder in ("recipes", "_recipes"):
             if folder in parts[:-1]:
@@ -74,8 +72,7 @@ class Recipe:
 
 
 class ErrorCollector:
-    """Collects user errors, each with its place in the recipe, so that all of them are raised as
-    one."""
+    """Collects user errors with their places in the recipe, and raises them as one."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -106,8 +103,7 @@ class ErrorCollector:
 
 @dataclass
 class RawRecipe:
-    """Recipes while they are read: the raw settings of each stage, their places, and the errors so
-    far."""
+    """Recipes while they are read: raw settings of the stages, places, errors so far."""
 
     documents: dict[Path, Document] = field(default_factory=dict)
     stages: dict[str, tuple[Document, dict[str, Any]]] = field(default_factory=dict)

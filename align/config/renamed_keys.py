@@ -29,8 +29,7 @@ RENAMED: dict[tuple[str, str], str] = {
 
 
 def hint(classes: Iterable[type[Stage] | None], key: str) -> str:
-    """``; renamed to `n_steps``` if ``key`` is the old name of a key of one of these stages, else
-    nothing."""
+    """The end of an error message if ``key`` is the old name of a key, else nothing."""
     for cls in classes:
         new = RENAMED.get((cls.__name__, key)) if cls else None
         if new:

@@ -1,5 +1,4 @@
-"""Configuration of the stages that train a language model with a TRL trainer: ``sft``, ``dpo``,
-``reward`` and ``kto``.
+"""Configuration of the stages that train with TRL: ``sft``, ``dpo``, ``reward``, ``kto``.
 
 Align defines only the keys that the pipeline itself uses. All other training options are fields of
 TRL's configuration class, under ``trainer``.
@@ -86,8 +85,7 @@ class TrainingStage(Stage):
             )
 
     def model_copies(self, *, sharded: bool) -> int:
-        """Copies of the weights that are held in memory, where a gradient or a moment of Adam
-        counts as one.
+        """Copies of the weights in memory; a gradient and a moment of Adam count as one each.
 
         With adapters, which are a few percent of the weights, only the frozen weights count.
         """
@@ -105,7 +103,7 @@ class TRLStage(TrainingStage):
     row_columns: ClassVar[tuple[str, ...]] = ("completion",)
     """The columns of a row, besides its prompt, that the trainer reads."""
 
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field({})
     """Fields of TRL's configuration class, passed on unchanged."""
 
     @property
@@ -144,8 +142,7 @@ class TRLStage(TrainingStage):
             yield HeldOut(keys, self.data_input, "validation")
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Losses that TRL refuses only when it builds the trainer, after all earlier stages have
-        been trained."""
+        """Losses that TRL refuses only when it builds the trainer, after earlier stages."""
         yield from super().problems(stages)
         losses = self.trainer.get("loss_type")
         smoothing = self.trainer.get("label_smoothing", 0)
@@ -215,8 +212,10 @@ class SFT(TRLStage):
 
 
 class DPO(TRLStage):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), and the other losses
-    of TRL's trainer."""
+    """Direct preference optimization, and the other losses of TRL's trainer.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290.
+    """
 
     trainer_config: ClassVar[str | None] = "DPOConfig"
     inputs: ClassVar = {
@@ -235,10 +234,10 @@ class DPO(TRLStage):
     """Strength of the implicit KL penalty towards the reference."""
 
     def model_copies(self, *, sharded: bool) -> int:
-        """One copy more if the reference stays: if it changes during training, or if weights are
-        sharded.
+        """One copy more if the reference stays in memory.
 
-        Otherwise its log-probabilities are computed before training.
+        It stays if it changes during training, or if weights are sharded; otherwise its
+        log-probabilities are computed before training.
         """
         copies = super().model_copies(sharded=sharded)
         if self.lora is None and (sharded or self.trainer.get("sync_ref_model")):
@@ -247,8 +246,10 @@ class DPO(TRLStage):
 
 
 class Reward(TRLStage):
-    """A Bradley-Terry reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155,
-    eq. 1)."""
+    """A Bradley-Terry reward model.
+
+    Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
+    """
 
     trainer_config: ClassVar[str | None] = "RewardConfig"
     inputs: ClassVar = {
@@ -276,8 +277,10 @@ class Reward(TRLStage):
 
 
 class KTO(TRLStage):
-    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306): labels instead of
-    pairs."""
+    """Kahneman-Tversky optimization: labels instead of pairs.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306.
+    """
 
     trainer_config: ClassVar[str | None] = "KTOConfig"
     inputs: ClassVar = {

@@ -133,8 +133,7 @@ def expected(field: TRLField) -> str:
 
 
 def invalid_choices(field: TRLField, value: object) -> list[tuple[int | None, str]]:
-    """The texts in ``value`` that the field does not accept, each with its position if ``value`` is
-    a list."""
+    """The texts in ``value`` that the field does not accept, with their positions in a list."""
     items: list[tuple[int | None, object]] = [(None, value)]
     if isinstance(value, list):
         items = list(enumerate(value))

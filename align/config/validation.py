@@ -1,5 +1,4 @@
-"""Checks between the stages of a recipe: inputs that name nothing, splits that no stage writes,
-keys that conflict.
+"""Checks between the stages of a recipe: missing inputs, missing splits, conflicting keys.
 
 The stages declare what they need (:mod:`align.config.base`). No training library is imported, so
 errors that TRL would raise after an hour are reported within a second.
@@ -43,8 +42,7 @@ def validate_inputs(
 
 
 def validate_stage(name: str, stage: Stage, stages: Mapping[str, Stage], report: Report) -> None:
-    """Report errors between keys that are each valid: within a stage, and with the stages that it
-    reads."""
+    """Report errors between keys that are valid by themselves, within and between stages."""
     for problem in stage.problems(stages):
         report(name, problem.keys, problem.message)
     for held_out in stage.held_out():

@@ -1,5 +1,4 @@
-"""YAML with line numbers: plain data, the line and the text of each key, and the syntax errors of
-the file.
+"""YAML with line numbers: plain data, lines and texts of the keys, syntax errors.
 
 Merge keys (``<<``) are not supported: a recipe is complete as written, and ``needs:`` joins
 recipes.

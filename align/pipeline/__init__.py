@@ -1,2 +1,1 @@
-"""From a recipe to finished artifacts: plan, check before training, run or reuse each stage,
-summarize."""
+"""From a recipe to finished artifacts: plan, check, run or reuse stages, summarize."""

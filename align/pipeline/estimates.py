@@ -30,7 +30,7 @@ _SHARDING = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"}
 class Estimate:
     """The estimated work and memory of one stage; None is unknown."""
 
-    work: Workload = Workload()
+    work: Workload
     memory_bytes: int | None = None
     """Weights, gradients, optimizer states and frozen models of one process."""
 
@@ -58,8 +58,7 @@ def estimate(stages: Sequence[PlannedStage], *, world_size: int) -> dict[str, Es
 
 
 def _data_statistics(stage: PlannedStage) -> Mapping[str, Any]:
-    """The statistics of a ``prepare`` stage: of its artifact, else of a small local source, which
-    is read."""
+    """The statistics of a ``prepare`` stage: of its artifact, or of its small local source."""
     artifact = artifacts.read_artifact(stage.folder)
     if artifact is not None:
         return artifact.metrics

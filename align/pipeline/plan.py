@@ -133,8 +133,7 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
 
 
 def _file_digests(name: str, config: Stage, errors: ErrorCollector) -> dict[str, str]:
-    """Digests of external data and of the other files that the settings name; a Hub id counts by
-    its revision."""
+    """Digests of external data (of a Hub id, its revision) and of files in the settings."""
     digests: dict[str, str] = {}
     for source in config.external_sources():
         with errors.at(name, source.key.partition(".")[0]):

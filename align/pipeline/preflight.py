@@ -50,8 +50,7 @@ def check_writable(runs: Path) -> None:
 
 
 def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_size: int) -> None:
-    """Check the models, functions, servers, environments and batch sizes of the stages that will
-    run.
+    """Check models, functions, servers, environments and batch sizes of pending stages.
 
     Raises:
         UserError: One line for each error.
@@ -67,8 +66,7 @@ def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_si
 
 
 def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Check that models on the Hub are cached or reachable: loading gives up only after a minute of
-    retries."""
+    """Check that models on the Hub are cached or reachable; loading retries for a minute."""
     models = {
         (stage.name, *key.split(".")): target
         for stage in pending
@@ -92,8 +90,7 @@ def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
 
 
 def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Make each Gymnasium environment once: it must exist, be installed, and have spaces that a
-    policy fits."""
+    """Make each Gymnasium environment once, to check that it exists and has usable spaces."""
     for stage in pending:
         for environment in stage.config.gym_environments:
             from align.control import spaces
@@ -134,8 +131,7 @@ def check_batch_sizes(
 
 
 def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> None:
-    """Build the TRL configurations of all stages that will run, so that TRL's own checks come
-    before training.
+    """Build the TRL configurations of all pending stages, so that TRL checks them now.
 
     Raises:
         UserError: One line for each error.
@@ -164,8 +160,7 @@ def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> 
 
 
 def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) -> None:
-    """Check that a finished ``prepare`` folder has the tables and columns that the stages which
-    will run need.
+    """Check that finished prepared data have the tables and columns of pending stages.
 
     Raises:
         UserError: One line for each error.
@@ -190,8 +185,7 @@ def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) ->
 def check_contents(
     errors: ErrorCollector, data: Path, tables: PreparedTables, pending: Sequence[PlannedStage]
 ) -> None:
-    """Check the tables, and the prompts that the gold score must parse, of the prepared data that
-    belong in ``data``."""
+    """Check tables and gold prompts of the prepared data that belong in ``data``."""
     for stage in pending:
         if data in stage.inputs.values() and not _tables_exist(errors, stage, data, tables):
             continue

@@ -1,5 +1,4 @@
-"""Lengths of the rows of a recipe in tokens, and what its stages would truncate, before anything is
-trained.
+"""Token lengths of the rows of a recipe, and how many rows its stages would truncate.
 
 Only the ``tokenizers`` library is used, without chat templates: a fixed number of tokens is added
 for each message, so a length may be wrong by a token or two for each message. ``align data show``
@@ -30,8 +29,7 @@ Tables = Mapping[str, Mapping[str, Sequence[Any]]]  # kind → split → rows
 
 
 def examine(recipe: Recipe, stages: Sequence[PlannedStage]) -> Iterator[str]:
-    """Read the data of the ``prepare`` stages, and measure the rows of the training stages; one
-    line per finding.
+    """Prepare the data in memory and measure the rows of training stages; yield lines.
 
     Raises:
         UserError: The data are invalid, or a tokenizer has no chat template.

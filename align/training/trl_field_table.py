@@ -1,8 +1,8 @@
-"""Write ``align/config/trl_fields.json``, the fields of TRL's configuration classes: ``python -m
-align.training.trl_field_table``.
+"""Write ``align/config/trl_fields.json``, the fields of TRL's configuration classes.
 
-Importing TRL takes seconds, and ``align plan`` answers in one, so :mod:`align.config.trl_fields`
-reads this file instead. A test compares it with the installed TRL.
+Run ``python -m align.training.trl_field_table`` after an upgrade of TRL. Importing TRL takes
+seconds, and ``align plan`` should take one, so :mod:`align.config.trl_fields` reads this file
+instead. A test compares it with the installed TRL.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def _type_name(part: Any) -> str:
 
 
 def _choices(field: dataclasses.Field[Any], parts: tuple[Any, ...]) -> list[str]:
-    """The values that the metadata declares, else those in the help text, else those of an
-    enumeration."""
+    """The values in the metadata, else those in the help text, else those of an enumeration."""
     declared = field.metadata.get("choices")
     if isinstance(declared, list):
         return declared
