@@ -1,0 +1,88 @@
+"""Tests of `align chat`, `align env` and the options of `align run` that need no launcher."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from helpers import tiny_models
+
+from align import __version__
+from align.cli import chat, env, main
+from align.errors import RecipeError
+from align.models import tokenization
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return tiny_models.world(tmp_path_factory.getbasetemp()).sft
+
+
+def chat_with(policy, lines, monkeypatch, capsys):
+    """The conversations before each answer, and what is printed."""
+    conversations = []
+    tokenize = tokenization.tokenize_prompts
+
+    def recording(tokenizer, prompts):
+        conversations.append(list(prompts[0]))
+        return tokenize(tokenizer, prompts)
+
+    monkeypatch.setattr(tokenization, "tokenize_prompts", recording)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    chat.chat(policy, temperature=1.0, max_new_tokens=24, seed=0)
+    return conversations, capsys.readouterr()
+
+
+def test_a_conversation_grows_until_an_empty_line(policy, monkeypatch, capsys):
+    conversations, output = chat_with(
+        policy, ["I need one calm sentence.", "And one more.", "", "I need one calm sentence."],
+        monkeypatch, capsys,
+    )  # fmt: skip
+    first, second, third = conversations
+    assert first == third == [{"role": "user", "content": "I need one calm sentence."}]
+    assert [message["role"] for message in second] == ["user", "assistant", "user"]
+    answer = second[1]["content"]
+    assert answer
+    assert output.out.startswith(answer)
+    assert "an empty line starts a new conversation" in output.err
+
+
+def test_env_lists_versions_and_optional_packages():
+    facts = env.describe()
+    assert facts["align"] == __version__
+    assert facts["vllm"] == "not installed"
+    assert all(isinstance(value, str) and value for value in facts.values())
+    assert list(facts)[:4] == ["align", "commit", "platform", "python"]
+
+
+def test_a_missing_launch_configuration_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n  prepare: {source: embedded}\n")
+    with pytest.raises(RecipeError, match=r"two_gpus\.yaml: no such launch configuration"):
+        main.run(recipe, config=tmp_path / "two_gpus.yaml")
+
+
+def test_invalid_overrides_are_reported_before_the_launcher_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "launch", pytest.fail)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n  prepare: {source: embedded}\n")
+    with pytest.raises(RecipeError, match="did you mean `max_rows`"):
+        main.run(recipe, ["prepare.max_row=3"])
+
+
+@pytest.mark.parametrize(("code", "shell_code"), [(2, 2), (1, 1), (-9, 137), (-15, 143)])
+def test_a_run_killed_by_a_signal_exits_as_in_a_shell(code, shell_code, monkeypatch):
+    import subprocess
+
+    from accelerate.commands import launch as accelerate_launch
+
+    from align.cli import launcher
+
+    def fail(arguments):
+        raise subprocess.CalledProcessError(code, "run")
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", fail)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
+    assert launcher.launch(["run.py"]) == shell_code
