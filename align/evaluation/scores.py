@@ -1,0 +1,96 @@
+"""Win rate from scores alone, for the Python API and for files of scored completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.errors import DataError
+from align.evaluation.results import Interval
+from align.functional import winrate
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """Win rate of a policy against a baseline."""
+
+    rate: float
+    """Wins plus half the ties, as a fraction of all comparisons."""
+    interval: Interval
+    """Confidence interval of ``rate``, by bootstrap over prompts."""
+    length_controlled: float | None
+    """Win rate at equal lengths; None without lengths, or where length and quality cannot be separated."""
+    p_value: float
+    """Two-sided p-value of a win rate of one half, by sign flips of prompts."""
+    n_prompts: int
+
+
+def win_rate(
+    scores: Sequence[Any] | Tensor,
+    baseline_scores: Sequence[Any] | Tensor,
+    *,
+    lengths: Sequence[Any] | Tensor | None = None,
+    baseline_lengths: Sequence[Any] | Tensor | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> WinRate:
+    """Compare the completions of two policies on the same prompts by their scores.
+
+    Scores are ``[prompts]`` or ``[prompts, n]``, for n completions a prompt; the k-th completions of a prompt are
+    compared with each other, and a tie counts one half. Lengths have the same shape, in any unit.
+
+    Raises:
+        DataError: The shapes differ, there is no prompt, a score is not finite, or only one side has lengths.
+    """
+    policy, baseline = _matrix(scores, "scores"), _matrix(baseline_scores, "baseline_scores")
+    _check_shapes(policy, baseline, "scores", "baseline_scores")
+    outcomes = winrate.outcomes(policy, baseline)
+    controlled = None
+    if (lengths is None) != (baseline_lengths is None):
+        raise DataError("lengths and baseline_lengths must be given together")
+    if lengths is not None and baseline_lengths is not None:
+        sides = _matrix(lengths, "lengths"), _matrix(baseline_lengths, "baseline_lengths")
+        _check_shapes(policy, sides[0], "scores", "lengths")
+        _check_shapes(policy, sides[1], "scores", "baseline_lengths")
+        try:
+            controlled = winrate.length_controlled_win_rate(outcomes, sides[0] - sides[1]).item()
+        except ValueError:
+            controlled = None  # all lengths differ alike, so length and quality cannot be separated
+    low, high = winrate.proportion_interval(
+        outcomes, level=confidence, resamples=resamples, seed=seed
+    )
+    return WinRate(
+        rate=winrate.win_rate(outcomes).item(),
+        interval=Interval(float(low), float(high)),
+        length_controlled=controlled,
+        p_value=winrate.paired_permutation_p_value((outcomes - 0.5).mean(dim=1), seed=seed).item(),
+        n_prompts=len(policy),
+    )
+
+
+def _matrix(values: Sequence[Any] | Tensor, name: str) -> Tensor:
+    """Values as float64, ``[prompts, n]``."""
+    try:
+        matrix = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name}: expected numbers, one row a prompt ({error})") from None
+    matrix = matrix[:, None] if matrix.dim() == 1 else matrix
+    if matrix.dim() != 2 or matrix.numel() == 0:
+        raise DataError(
+            f"{name}: expected the shape [prompts] or [prompts, n], got {list(matrix.shape)}"
+        )
+    if not bool(matrix.isfinite().all()):
+        raise DataError(f"{name}: expected finite numbers; leave out prompts without a score")
+    return matrix
+
+
+def _check_shapes(first: Tensor, second: Tensor, name: str, other: str) -> None:
+    if first.shape != second.shape:
+        raise DataError(
+            f"{name} has the shape {list(first.shape)} and {other} {list(second.shape)}; they must be equal"
+        )

@@ -1,0 +1,104 @@
+"""A loaded policy for the Python API: prompts in, texts out.
+
+Left out: training, and several processes; a recipe's ``sample`` stage shares prompts over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.models.generation import sample
+from align.models.loading import load_for_inference
+from align.models.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from align.models.tokenization import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A causal language model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        n: int = 1,
+        temperature: float = 0.7,
+        top_p: float = 1.0,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """Sample ``n`` completions for each prompt, in the order of the prompts.
+
+        A prompt is the text of a user's turn, or a list of messages. ``temperature=0`` takes the most likely token.
+        The same seed gives the same completions, and torch's random state is restored afterwards.
+
+        Raises:
+            UserError: The tokenizer has no chat template.
+        """
+        import torch
+
+        with torch.random.fork_rng():
+            completions = sample(
+                self.model,
+                self.tokenizer,
+                [as_messages(prompt) for prompt in prompts],
+                n_completions=n,
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                seed=seed,
+            )
+        return [[completion.text for completion in row] for row in completions]
+
+
+def load_policy(
+    source: Path | str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    device: Any = None,
+) -> Policy:
+    """Load a policy from a stage's folder, any folder in Hugging Face layout, or the Hub.
+
+    An adapter is loaded on its base model. ``device`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: The model or its tokenizer cannot be loaded.
+    """
+    source = as_source(source)
+    model: Any = load_for_inference(source, dtype=dtype, revision=revision)
+    return Policy(
+        model.to(device or default_device()).eval(), load_tokenizer(source, revision=revision)
+    )
+
+
+def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """A prompt as a list of messages; text becomes a user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def as_source(source: Path | str) -> Path | str:
+    """An existing folder as a path; anything else is a Hub id."""
+    return Path(source) if Path(source).is_dir() else source
+
+
+def default_device() -> Any:
+    """The accelerator of this process, or the CPU."""
+    import torch
+
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return accelerator or torch.device("cpu")

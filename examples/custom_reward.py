@@ -1,0 +1,37 @@
+"""Train a policy by PPO on a reward that is a Python function: short completions score higher.
+
+About two minutes on one CPU core; the policy is the SFT model of ``recipes/sft.yaml``.
+
+    python examples/custom_reward.py [STAGE.KEY=VALUE ...]
+"""
+
+import sys
+
+import align
+
+
+def brevity(prompts: list[list[dict[str, str]]], completions: list[str]) -> list[float]:
+    """Score each completion by its length: 0 for an empty one, -1 for 100 characters."""
+    return [-len(completion) / 100 for completion in completions]
+
+
+def main(overrides: list[str]) -> None:
+    """Run SFT and PPO, and print how the score and the KL divergence changed."""
+    ppo = {
+        "model": "sft",
+        "rewards": [brevity],
+        "advantages": "rloo",
+        "steps": 20,
+        "batch_size": 64,
+        "n_completions": 4,
+        "max_new_tokens": 64,
+        "learning_rate": 3e-4,
+    }
+    recipe = align.load_recipe({"needs": "sft", "stages": {"ppo": ppo}}, overrides=overrides)
+    run = align.run(recipe, until="ppo")
+    metrics = run["ppo"].metrics
+    print(f"score {metrics['score']:.3f}, KL to the SFT model {metrics['kl']:.2f} nats")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
