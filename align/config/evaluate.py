@@ -22,6 +22,7 @@ from align.config.base import (
 class Evaluate(Stage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
+    metrics_class: ClassVar = "align.evaluation.results:EvaluationMetrics"
     inputs: ClassVar = {
         "policies": Input(POLICY_STAGES, models=True),
         "baseline": Input(POLICY_STAGES, models=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ class RawRecipe:
         if any(address[: len(o)] == o for o in self.overridden):
             return COMMAND_LINE
         document = self.stages[name][0]
-        return f"{document.path}:{document.line(('stages', name, *keys))}"
+        return f"{document.place(('stages', name, *keys))}"
 
     def places(self) -> dict[tuple[str, ...], str]:
         """The places of all keys."""
@@ -144,18 +145,28 @@ class RawRecipe:
         self.problems.append(f"{self.place(name, *keys)}: {address}: {message}")
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    name: str = "recipe",
+) -> Recipe:
     """Read a recipe, the recipes that it needs, and overrides ``stage.key=value``.
 
-    ``path`` is a file, or the name of a shipped recipe, such as ``dpo`` or
-    ``control/cartpole_ppo``.
+    ``recipe`` is a file, the name of a shipped recipe such as ``dpo`` or ``control/cartpole_ppo``,
+    or a mapping with the content of a recipe, which gets ``name``. In a mapping, a reward may be a
+    Python function, defined at the top level of a module, script or notebook.
 
     Raises:
         RecipeError: One line for each error in all of them, with its place and its repair.
     """
     raw = RawRecipe()
-    file = find_recipe(path)
-    _collect(file, raw, parents=[])
+    if isinstance(recipe, Mapping):
+        file = Path(name)
+        _collect_document(Document(file, data=plain_values(recipe)), raw, parents=[file])
+    else:
+        file = find_recipe(recipe)
+        _collect(file, raw, parents=[])
     for override in overrides:
         apply_override(override, raw)
     classes = raw.classes()
@@ -175,15 +186,19 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     return Recipe(file, stages, raw.places())
 
 
-def load_stage(kind: str, overrides: Iterable[str]) -> Any:
-    """Configure one stage from ``key=value`` alone, as on a command line.
+def load_stage(
+    kind: str, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
+) -> Any:
+    """Configure one stage from ``values`` and ``key=value`` alone, as on a command line.
 
     Raises:
         RecipeError: One line for each error.
     """
     raw = RawRecipe()
-    raw.stages[kind] = (Document(Path(COMMAND_LINE)), {})
-    raw.overridden.add((kind,))
+    place = COMMAND_LINE if values is None else "keys"
+    raw.stages[kind] = (Document(Path(place)), plain_values(values or {}))
+    if values is None:
+        raw.overridden.add((kind,))
     for override in overrides:
         apply_override(f"{kind}.{override}", raw)
     stage = _validate(kind, raw.stages[kind][1], raw)
@@ -194,23 +209,52 @@ def load_stage(kind: str, overrides: Iterable[str]) -> Any:
     return stage
 
 
+def plain_values(value: Any) -> Any:
+    """Values from Python as a recipe file has them: tuples become lists, paths text, and functions
+    ``module:function``.
+
+    Raises:
+        RecipeError: A function that its module cannot be asked for by name.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(value):
+        return _function_name(value)
+    return value
+
+
+def _function_name(function: Any) -> str:
+    """``module:function`` of a function at the top level of a module."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if not name.isidentifier() or getattr(sys.modules.get(str(module)), name, None) is not function:
+        raise RecipeError(
+            f"{function!r} cannot be found again by its name; define it with `def` at the top level "
+            "of a module, script or notebook"
+        )
+    return f"{module}:{name}"
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that ship with Align by name, such as ``dpo`` and ``control/cartpole_ppo``."""
     root = recipes_dir()
     return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
 
 
-def find_recipe(path: str | os.PathLike[str]) -> Path:
-    """The file of a recipe: ``path`` itself, or the shipped recipe of that name.
+def find_recipe(path: str | os.PathLike[str], file: Path | None = None) -> Path:
+    """The file of a recipe: ``path`` itself (or ``file``), or the shipped recipe of that name.
 
     Raises:
         RecipeError: ``path`` is neither, and has no suffix of a file.
     """
-    file = Path(os.path.normpath(path))
+    file = file or Path(os.path.normpath(path))
     if file.suffix or file.exists():
         return file
     shipped = shipped_recipes()
-    name = file.as_posix()
+    name = Path(path).as_posix()
     if name not in shipped:
         hint = did_you_mean(name, shipped)
         raise RecipeError(
@@ -242,16 +286,21 @@ def _collect(path: Path, raw: RawRecipe, parents: list[Path]) -> None:
         return
     document = raw.documents[key] = read_yaml(path)
     raw.problems += document.problems
-    data = document.data
+    _collect_document(document, raw, [*parents, path])
+
+
+def _collect_document(document: Document, raw: RawRecipe, parents: list[Path]) -> None:
+    """Read the content of a recipe, which is the last of ``parents``."""
+    path, data = document.path, document.data
     if not isinstance(data, dict):
         if not document.problems:
             raw.problems.append(f"{path}:1: expected a mapping with `stages:`, got {shown(data)}")
         return
     for top in data.keys() - set(_TOP_KEYS):
-        where = f"{path}:{document.line((top,))}: {top}"
+        where = f"{document.place((top,))}: {top}"
         hint = "; a stage goes under `stages:`" if top in STAGES else nearest(top, _TOP_KEYS)
         raw.problems.append(f"{where}: unknown key{hint}")
-    _collect_needs(document, data.get("needs"), raw, [*parents, path])
+    _collect_needs(document, data.get("needs"), raw, parents)
     _collect_stages(document, data, raw)
 
 
@@ -261,16 +310,16 @@ def _collect_needs(document: Document, needs: Any, raw: RawRecipe, parents: list
     if isinstance(needs, str):
         needs = [needs]
     if not isinstance(needs, list) or not all(isinstance(need, str) for need in needs):
-        where = f"{document.path}:{document.line(('needs',))}: needs"
+        where = f"{document.place(('needs',))}: needs"
         message = f"expected a list of recipes, such as [sft.yaml], got {shown(needs)}"
         raw.problems.append(f"{where}: {message}")
         return
     for i, need in enumerate(needs):
         target = Path(os.path.normpath(document.path.parent / need))
         try:
-            _collect(target, raw, parents)
+            _collect(target if target.exists() else find_recipe(need, target), raw, parents)
         except UserError as error:
-            where = f"{document.path}:{document.line(('needs', i))}: needs"
+            where = f"{document.place(('needs', i))}: needs"
             raw.problems += [f"{where}: {line}" for line in error.lines]
 
 
@@ -279,7 +328,7 @@ def _collect_stages(document: Document, data: dict[str, Any], raw: RawRecipe) ->
     if stages is None and data.get("needs"):
         return
     if not isinstance(stages, dict) or not stages:
-        where = f"{document.path}:{document.line(('stages',))}: stages"
+        where = f"{document.place(('stages',))}: stages"
         raw.problems.append(f"{where}: expected a mapping of stages, got {shown(stages)}")
         return
     for name, values in stages.items():
@@ -296,7 +345,7 @@ def _collect_stages(document: Document, data: dict[str, Any], raw: RawRecipe) ->
         if problem is None:
             raw.stages[name] = (document, dict(values or {}))
         else:
-            where = f"{document.path}:{document.line(('stages', name))}: {name}"
+            where = f"{document.place(('stages', name))}: {name}"
             raw.problems.append(f"{where}: {problem}")
 
 

@@ -252,6 +252,7 @@ class Reward(TRLStage):
     """
 
     trainer_config: ClassVar[str | None] = "RewardConfig"
+    metrics_class: ClassVar = "align.evaluation.results:RewardModelReport"
     inputs: ClassVar = {
         "model": Input(POLICY_STAGES, models=True),
         "pairs": Input(("prepare", "label")),

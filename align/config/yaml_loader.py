@@ -37,6 +37,10 @@ class Document:
             address = address[:-1]
         return self.lines.get(address, 1)
 
+    def place(self, address: Address) -> str:
+        """``file:line`` of a key; the name alone for a recipe that was not read from a file."""
+        return f"{self.path}:{self.line(address)}" if self.lines else str(self.path)
+
 
 def read_yaml(path: Path) -> Document:
     """Read one YAML file. Errors of its content are in ``problems``.

@@ -62,7 +62,7 @@ def win_rate(
         except ValueError:
             controlled = None  # all lengths differ alike, so length and quality cannot be separated
     low, high = winrate.proportion_interval(
-        outcomes, level=confidence, resamples=resamples, seed=seed
+        outcomes, confidence=confidence, resamples=resamples, seed=seed
     )
     return WinRate(
         rate=winrate.win_rate(outcomes).item(),

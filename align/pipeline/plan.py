@@ -147,7 +147,7 @@ def _file_digests(name: str, config: Stage, errors: ErrorCollector) -> dict[str,
         elif path.is_dir():
             digests[key] = artifacts.digest_folder(path)
     for function in config.reward_functions.values():
-        file = functions.function_file(function)
-        if file is not None and file.is_file():
-            digests[function] = artifacts.digest_files([file])
+        digest = functions.source_digest(function)
+        if digest is not None:
+            digests[function] = digest
     return digests

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.runtime import artifacts
 
 Message = dict[str, str]
 Score = Callable[..., Sequence[float]]
@@ -58,15 +59,36 @@ def missing_columns(name: str, columns: Collection[str]) -> list[str]:
 
 
 def function_file(name: str) -> Path | None:
-    """The file of ``module:function``, found without running it; None where there is none."""
+    """The file of ``module:function``, found without importing the module; None if there is none."""
+    module = name.partition(":")[0]
     with _working_directory_on_path():
         try:
-            spec = importlib.util.find_spec(name.partition(":")[0])
+            spec = importlib.util.find_spec(module)
+            file = spec.origin if spec is not None else None
+        except (
+            ValueError
+        ):  # a module without a spec, such as the script or notebook that is running
+            file = getattr(sys.modules.get(module), "__file__", None)
         except (
             Exception
-        ):  # a package's own code runs: what it raises is told when the function is called
+        ):  # finding a submodule imports its package, whose code may fail; loading reports it
             return None
-    return Path(spec.origin) if spec is not None and spec.origin else None
+    return Path(file) if file else None
+
+
+def source_digest(name: str) -> str | None:
+    """Digest of the source of ``module:function``; None if it has none.
+
+    The source is the file of the module, or the function itself in a notebook.
+    """
+    file = function_file(name)
+    if file is not None and file.is_file():
+        return artifacts.digest_files([file])
+    module, _, attribute = name.partition(":")
+    try:
+        return artifacts.digest(inspect.getsource(getattr(sys.modules[module], attribute)))
+    except (KeyError, AttributeError, OSError, TypeError):
+        return None
 
 
 def call(

@@ -1,0 +1,132 @@
+"""Plan and run recipes from Python, with typed results.
+
+The functions do what ``align plan`` and ``align/run.py`` do, in this process. Left out: several processes; use
+``accelerate launch align/run.py`` for those.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.recipe import Recipe, load_recipe
+from align.errors import ArtifactError
+from align.pipeline import runner
+from align.pipeline.plan import PlannedStage
+from align.pipeline.plan import plan as plan_recipe
+from align.runtime import artifacts, progress
+from align.runtime.environment import quiet_libraries
+from align.runtime.results import ResultTable
+
+RecipeOrPath = Recipe | Mapping[str, Any] | Path | str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStage:
+    """A finished stage of a run."""
+
+    name: str
+    stage: str
+    """The kind of stage."""
+    status: str
+    """``ran`` or ``reused``."""
+    folder: Path
+    seconds: float
+    """Seconds that the stage took when it ran."""
+    metrics: Any
+    """A frozen dataclass for ``evaluate`` and ``reward``, a dictionary for other stages."""
+    tables: tuple[ResultTable, ...]
+    """The tables of the summary."""
+
+
+class Run(Mapping[str, FinishedStage]):
+    """The finished stages of a recipe by name, in order."""
+
+    def __init__(self, stages: Mapping[str, FinishedStage], summary: Mapping[str, Any]) -> None:
+        self._stages = dict(stages)
+        self.summary = summary
+        """The content of ``summary.json``."""
+
+    def __getitem__(self, name: str) -> FinishedStage:
+        return self._stages[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{stage.name}: {stage.status}" for stage in self.values())
+        return f"Run({stages})"
+
+
+def plan(
+    recipe: RecipeOrPath,
+    runs: Path | str = "runs",
+    *,
+    until: str | None = None,
+    force: str | None = None,
+) -> list[PlannedStage]:
+    """Plan the stages of a recipe, in order and up to ``until``. Nothing is started or written.
+
+    Raises:
+        UserError: The recipe, an option or an input is invalid.
+    """
+    return plan_recipe(_loaded(recipe), Path(runs), until=until, force=force)
+
+
+def run(
+    recipe: RecipeOrPath,
+    runs: Path | str = "runs",
+    *,
+    until: str | None = None,
+    force: str | None = None,
+) -> Run:
+    """Run the unfinished stages of a recipe, in order and up to ``until``; finished stages are reused.
+
+    ``force`` names a stage, or ``all``, that runs even if it is finished.
+
+    Raises:
+        UserError: One line for each error in the recipe, the data or the models.
+    """
+    quiet_libraries()
+    loaded = _loaded(recipe)
+    with progress.display() as display:
+        summary = runner.run_recipe(loaded, Path(runs), display, until=until, force=force)
+    stages = {
+        entry["name"]: _finished(entry, loaded.stages[entry["name"]].metrics_class)
+        for entry in summary["stages"]
+    }
+    return Run(stages, summary)
+
+
+def _loaded(recipe: RecipeOrPath) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def _finished(entry: Mapping[str, Any], metrics_class: str | None) -> FinishedStage:
+    folder = Path(entry["folder"])
+    artifact = artifacts.read_artifact(folder)
+    if artifact is None:
+        raise ArtifactError(f"{folder}: its {artifacts.FILE} was removed during the run")
+    return FinishedStage(
+        name=artifact.name,
+        stage=artifact.stage,
+        status=entry["status"],
+        folder=folder,
+        seconds=artifact.seconds,
+        metrics=_typed(artifact.metrics, metrics_class),
+        tables=tuple(ResultTable(**table) for table in artifact.tables),
+    )
+
+
+def _typed(metrics: dict[str, Any], metrics_class: str | None) -> Any:
+    """Metrics as an instance of ``module:Class``; unchanged without a class."""
+    if metrics_class is None:
+        return metrics
+    module, _, name = metrics_class.partition(":")
+    return getattr(importlib.import_module(module), name).from_metrics(metrics)
