@@ -110,7 +110,7 @@ def test_a_function_is_a_reward_by_its_name():
 
 
 def test_a_function_without_a_name_at_the_top_level_is_refused():
-    with pytest.raises(align.RecipeError, match="at the top level of a module, script or notebook"):
+    with pytest.raises(align.RecipeError, match="at the top level of a module"):
         align.load_recipe(ppo(lambda prompts, completions: [0.0] * len(completions)))
 
 
@@ -191,7 +191,7 @@ def test_prepared_data_is_a_dataset_split_by_prompt(world):
     assert len(set(prompts["test"]["prompt_id"])) == len(prompts["test"])
     with pytest.raises(align.DataError, match="no unpaired; found demonstrations, pairs, prompts"):
         align.prepare("embedded", "unpaired", max_rows=60)
-    with pytest.raises(align.RecipeError, match="prepare.sauce: unknown key"):
+    with pytest.raises(align.RecipeError, match=r"prepare\.sauce: unknown key"):
         align.prepare("embedded", sauce=1)
 
 

@@ -17,9 +17,10 @@ KINDS = ("pairs", "unpaired", "demonstrations")
 def prepare(source: str, kind: str | None = None, **keys: Any) -> DatasetDict:
     """Read, check, deduplicate and split preference data by prompt, in memory.
 
-    ``source`` is a name of the catalog such as ``hh-rlhf``, a file, a folder or a Hub id; ``keys`` are the other keys
-    of a ``prepare`` stage, such as ``test_fraction=0.1``. The splits have the rows of one table: ``kind`` is
-    ``pairs``, ``unpaired``, ``demonstrations`` or ``prompts``; by default the first of these that the source has.
+    ``source`` is a name of the catalog such as ``hh-rlhf``, a file, a folder or a Hub id; ``keys``
+    are the other keys of a ``prepare`` stage, such as ``test_fraction=0.1``. The splits have the
+    rows of one table: ``kind`` is ``pairs``, ``unpaired``, ``demonstrations`` or ``prompts``; by
+    default the first of these that the source has.
 
     Raises:
         UserError: A key or the source is invalid, or the source has no rows of this kind.

@@ -23,7 +23,7 @@ class WinRate:
     interval: Interval
     """Confidence interval of ``rate``, by bootstrap over prompts."""
     length_controlled: float | None
-    """Win rate at equal lengths; None without lengths, or where length and quality cannot be separated."""
+    """Win rate at equal lengths; None without lengths, or if all pairs differ alike in length."""
     p_value: float
     """Two-sided p-value of a win rate of one half, by sign flips of prompts."""
     n_prompts: int
@@ -41,11 +41,13 @@ def win_rate(
 ) -> WinRate:
     """Compare the completions of two policies on the same prompts by their scores.
 
-    Scores are ``[prompts]`` or ``[prompts, n]``, for n completions a prompt; the k-th completions of a prompt are
-    compared with each other, and a tie counts one half. Lengths have the same shape, in any unit.
+    Scores are ``[prompts]`` or ``[prompts, n]``, for n completions a prompt; the k-th completions
+    of a prompt are compared with each other, and a tie counts one half. Lengths have the same
+    shape, in any unit.
 
     Raises:
-        DataError: The shapes differ, there is no prompt, a score is not finite, or only one side has lengths.
+        DataError: The shapes differ, there is no prompt, a score is not finite, or only one side
+            has lengths.
     """
     policy, baseline = _matrix(scores, "scores"), _matrix(baseline_scores, "baseline_scores")
     _check_shapes(policy, baseline, "scores", "baseline_scores")
@@ -92,5 +94,6 @@ def _matrix(values: Sequence[Any] | Tensor, name: str) -> Tensor:
 def _check_shapes(first: Tensor, second: Tensor, name: str, other: str) -> None:
     if first.shape != second.shape:
         raise DataError(
-            f"{name} has the shape {list(first.shape)} and {other} {list(second.shape)}; they must be equal"
+            f"{name} has the shape {list(first.shape)} and {other} {list(second.shape)}; "
+            "they must be equal"
         )

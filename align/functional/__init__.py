@@ -1,6 +1,7 @@
 """Pure functions of tensors: losses, returns, advantages and statistics of win rates.
 
-They use no configuration, model, device or global random state. The names below are part of the public Python API.
+They use no configuration, model, device or global random state. The names below are part of the
+public Python API.
 """
 
 from align.functional.masked import masked_scale, masked_var, masked_whiten

@@ -40,8 +40,9 @@ class Policy:
     ) -> list[list[str]]:
         """Sample ``n`` completions for each prompt, in the order of the prompts.
 
-        A prompt is the text of a user's turn, or a list of messages. ``temperature=0`` takes the most likely token.
-        The same seed gives the same completions, and torch's random state is restored afterwards.
+        A prompt is the text of a user's turn, or a list of messages. ``temperature=0`` takes the
+        most likely token. The same seed gives the same completions, and torch's random state is
+        restored afterwards.
 
         Raises:
             UserError: The tokenizer has no chat template.
@@ -72,7 +73,8 @@ def load_policy(
 ) -> Policy:
     """Load a policy from a stage's folder, any folder in Hugging Face layout, or the Hub.
 
-    An adapter is loaded on its base model. ``device`` is the accelerator if there is one, else the CPU.
+    An adapter is loaded on its base model. ``device`` is the accelerator if there is one, else the
+    CPU.
 
     Raises:
         UserError: The model or its tokenizer cannot be loaded.

@@ -1,7 +1,7 @@
 """Plan and run recipes from Python, with typed results.
 
-The functions do what ``align plan`` and ``align/run.py`` do, in this process. Left out: several processes; use
-``accelerate launch align/run.py`` for those.
+The functions do what ``align plan`` and ``align/run.py`` do, in this process. Left out: several
+processes; use ``accelerate launch align/run.py`` for those.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def run(
     until: str | None = None,
     force: str | None = None,
 ) -> Run:
-    """Run the unfinished stages of a recipe, in order and up to ``until``; finished stages are reused.
+    """Run the unfinished stages of a recipe, in order and up to ``until``; reuse the others.
 
     ``force`` names a stage, or ``all``, that runs even if it is finished.
 

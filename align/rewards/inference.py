@@ -36,13 +36,15 @@ class CompletionScorer:
         ``completions[i]`` lists the completions of ``prompts[i]``.
 
         Raises:
-            DataError: There is no prompt, or the prompts do not all have the same number of completions.
+            DataError: There is no prompt, or the prompts do not all have the same number of
+                completions.
         """
         counts = {len(row) for row in completions}
         if len(prompts) != len(completions) or len(counts) != 1 or counts == {0}:
             raise DataError(
                 "completions: expected one list for each prompt, all of one length, got "
-                f"{len(completions)} lists of {sorted(counts)} completions for {len(prompts)} prompts"
+                f"{len(completions)} lists of {sorted(counts)} completions for {len(prompts)} "
+                "prompts"
             )
         (n,) = counts
         scores = self.reward_model.score(
@@ -56,7 +58,7 @@ class CompletionScorer:
 def load_reward_model(
     source: Path | str, *, dtype: str = "float32", device: Any = None
 ) -> CompletionScorer:
-    """Load a reward model from the folder of a ``reward`` stage, or any sequence classifier with one label.
+    """Load a reward model: a ``reward`` stage's folder, or any classifier with one label.
 
     Raises:
         UserError: It cannot be loaded, has several labels, or its head was never trained.
