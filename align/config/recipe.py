@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,8 @@ from align.config.overrides import (
     nested_models,
     stage_class,
 )
-from align.config.shipped import recipes_dir
+from align.config.python_values import plain_values
+from align.config.shipped import find_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import Document, read_yaml
 from align.errors import RecipeError, UserError, did_you_mean, mismatch, nearest, shown
@@ -207,61 +207,6 @@ def load_stage(
     if raw.problems:
         raise RecipeError(*dict.fromkeys(raw.problems))
     return stage
-
-
-def plain_values(value: Any) -> Any:
-    """Values from Python as a recipe file has them: tuples become lists, paths text, and functions
-    ``module:function``.
-
-    Raises:
-        RecipeError: A function that its module cannot be asked for by name.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_values(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if callable(value):
-        return _function_name(value)
-    return value
-
-
-def _function_name(function: Any) -> str:
-    """``module:function`` of a function at the top level of a module."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if not name.isidentifier() or getattr(sys.modules.get(str(module)), name, None) is not function:
-        raise RecipeError(
-            f"{function!r} cannot be imported by its name; define it with `def` at the top level of "
-            "a module, script or notebook"
-        )
-    return f"{module}:{name}"
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with Align by name, such as ``dpo`` and ``control/cartpole_ppo``."""
-    root = recipes_dir()
-    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
-
-
-def find_recipe(path: str | os.PathLike[str], file: Path | None = None) -> Path:
-    """The file of a recipe: ``path`` itself (or ``file``), or the shipped recipe of that name.
-
-    Raises:
-        RecipeError: ``path`` is neither, and has no suffix of a file.
-    """
-    file = file or Path(os.path.normpath(path))
-    if file.suffix or file.exists():
-        return file
-    shipped = shipped_recipes()
-    name = Path(path).as_posix()
-    if name not in shipped:
-        hint = did_you_mean(name, shipped)
-        raise RecipeError(
-            f"{name}: no such recipe{hint}; name a file, or a shipped recipe: {', '.join(shipped)}"
-        )
-    relative = os.path.relpath(shipped[name])
-    return shipped[name] if relative.startswith("..") else Path(relative)
 
 
 def _by_line(problem: str) -> tuple[bool, str, int]:

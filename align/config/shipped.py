@@ -6,9 +6,10 @@ In a checkout they are the folders ``data/`` and ``recipes/``; a wheel carries t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from align.errors import UserError
+from align.errors import RecipeError, UserError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -29,6 +30,32 @@ def recipes_dir() -> Path:
         UserError: The folder is missing, so the installation is incomplete.
     """
     return _shipped("recipes")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with Align by name, such as ``dpo`` and ``control/cartpole_ppo``."""
+    root = recipes_dir()
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(path: str | os.PathLike[str], file: Path | None = None) -> Path:
+    """The file of a recipe: ``path`` itself (or ``file``), or the shipped recipe of that name.
+
+    Raises:
+        RecipeError: ``path`` is neither, and has no suffix of a file.
+    """
+    file = file or Path(os.path.normpath(path))
+    if file.suffix or file.exists():
+        return file
+    shipped = shipped_recipes()
+    name = Path(path).as_posix()
+    if name not in shipped:
+        hint = did_you_mean(name, shipped)
+        raise RecipeError(
+            f"{name}: no such recipe{hint}; name a file, or a shipped recipe: {', '.join(shipped)}"
+        )
+    relative = os.path.relpath(shipped[name])
+    return shipped[name] if relative.startswith("..") else Path(relative)
 
 
 def _shipped(name: str) -> Path:

@@ -8,47 +8,32 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from align.config.recipe import Recipe, load_recipe
-from align.errors import ArtifactError
 from align.pipeline import runner
 from align.pipeline.plan import PlannedStage
 from align.pipeline.plan import plan as plan_recipe
-from align.runtime import artifacts, progress
+from align.pipeline.runner import FinishedStage
+from align.runtime import progress
 from align.runtime.environment import quiet_libraries
-from align.runtime.results import ResultTable
 
 RecipeOrPath = Recipe | Mapping[str, Any] | Path | str
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedStage:
-    """A finished stage of a run."""
-
-    name: str
-    stage: str
-    """The kind of stage."""
-    status: str
-    """``ran`` or ``reused``."""
-    folder: Path
-    seconds: float
-    """Seconds that the stage took when it ran."""
-    metrics: Any
-    """A frozen dataclass for ``evaluate`` and ``reward``, a dictionary for other stages."""
-    tables: tuple[ResultTable, ...]
-    """The tables of the summary."""
-
-
 class Run(Mapping[str, FinishedStage]):
-    """The finished stages of a recipe by name, in order."""
+    """The finished stages of a recipe by name, in order.
 
-    def __init__(self, stages: Mapping[str, FinishedStage], summary: Mapping[str, Any]) -> None:
+    The ``metrics`` of ``evaluate`` and ``reward`` are frozen dataclasses, see
+    :mod:`align.evaluation.results`; those of other stages are dictionaries.
+    """
+
+    def __init__(self, stages: Mapping[str, FinishedStage], seconds: float) -> None:
         self._stages = dict(stages)
-        self.summary = summary
-        """The content of ``summary.json``."""
+        self.seconds = seconds
+        """Duration of this run."""
 
     def __getitem__(self, name: str) -> FinishedStage:
         return self._stages[name]
@@ -98,30 +83,16 @@ def run(
     with progress.display() as display:
         summary = runner.run_recipe(loaded, Path(runs), display, until=until, force=force)
     stages = {
-        entry["name"]: _finished(entry, loaded.stages[entry["name"]].metrics_class)
-        for entry in summary["stages"]
+        stage.name: replace(
+            stage, metrics=_typed(stage.metrics, loaded.stages[stage.name].metrics_class)
+        )
+        for stage in summary.stages
     }
-    return Run(stages, summary)
+    return Run(stages, summary.seconds)
 
 
 def _loaded(recipe: RecipeOrPath) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-
-
-def _finished(entry: Mapping[str, Any], metrics_class: str | None) -> FinishedStage:
-    folder = Path(entry["folder"])
-    artifact = artifacts.read_artifact(folder)
-    if artifact is None:
-        raise ArtifactError(f"{folder}: its {artifacts.FILE} was removed during the run")
-    return FinishedStage(
-        name=artifact.name,
-        stage=artifact.stage,
-        status=entry["status"],
-        folder=folder,
-        seconds=artifact.seconds,
-        metrics=_typed(artifact.metrics, metrics_class),
-        tables=tuple(ResultTable(**table) for table in artifact.tables),
-    )
 
 
 def _typed(metrics: dict[str, Any], metrics_class: str | None) -> Any:

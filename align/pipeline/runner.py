@@ -39,7 +39,8 @@ class FinishedStage:
     """``ran`` or ``reused``."""
     seconds: float
     """Duration of the run that finished the stage."""
-    metrics: dict[str, Any]
+    metrics: Any
+    """A dictionary; in the Python API, an instance of the stage's ``metrics_class``."""
     tables: tuple[ResultTable, ...]
     """The tables for the summary at the end of the run."""
 
