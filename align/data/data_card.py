@@ -64,23 +64,24 @@ def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
         baseline = report["bag_of_words"]
         yield (
             f"A classifier that only counts words is right for {baseline['accuracy']:.1%} ±"
-            f" {baseline['half_width']:.1%} of {baseline['pairs']:,} held-out pairs: the lower bound for a reward"
-            " model."
+            f" {baseline['half_width']:.1%} of {baseline['pairs']:,} held-out pairs: the lower"
+            " bound for a reward model."
         )
     for kind, longest in report["longest_rows"].items():
         yield (
-            f"The longest row of the {kind} has {longest['words']:,} words (prompt_id `{longest['prompt_id']}`);"
-            f" {longest['long']:,} rows have more than {LONG_ROW:,} words."
+            f"The longest row of the {kind} has {longest['words']:,} words"
+            f" (prompt_id `{longest['prompt_id']}`); {longest['long']:,} rows have more than {LONG_ROW:,} words."
         )
     if "near_duplicate_prompts" in report:
         action = "are dropped" if report["near_duplicates"] == "drop" else "have its split"
         yield (
-            f"{report['near_duplicate_prompts']:,} prompts are near-duplicates of an earlier one; they {action}."
+            f"{report['near_duplicate_prompts']:,} prompts are near-duplicates of an earlier one;"
+            f" they {action}."
         )
     leakage = report["leakage"]
     yield (
-        f"A split by row would train on {leakage['leaked_by_row']:,} of its {leakage['test_prompts_by_row']:,} test"
-        f" prompts; this split trains on {leakage['leaked']:,} of {leakage['test_prompts']:,}."
+        f"A split by row would train on {leakage['leaked_by_row']:,} of its"
+        f" {leakage['test_prompts_by_row']:,} test prompts; this split trains on {leakage['leaked']:,} of {leakage['test_prompts']:,}."
     )
 
 

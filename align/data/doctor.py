@@ -95,8 +95,8 @@ def sentences(numbers: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in numbers["warnings"])
     if "prefer_longer_accuracy" in numbers:
         yield (
-            f"The chosen completion is longer in {numbers['chosen_longer_share']:.1%} of the pairs; always preferring"
-            f" the longer one is right for {numbers['prefer_longer_accuracy']:.1%}."
+            f"The chosen completion is longer in {numbers['chosen_longer_share']:.1%} of the pairs;"
+            f" always preferring the longer one is right for {numbers['prefer_longer_accuracy']:.1%}."
         )
     yield from summary_sentences(numbers)
 

@@ -119,8 +119,8 @@ def evaluation_prompts(name: str, n: int) -> EvaluationPrompts:
             n_unread += prompt is None
     if n_unread or not texts:
         raise DataError(
-            f"decontaminate: {name}: {n_unread} rows have no text in `prompt`, `messages`, `question` or"
-            " `instruction`; rename the column that contains the prompt"
+            f"decontaminate: {name}: {n_unread} rows have no text in `prompt`, `messages`,"
+            " `question` or `instruction`; rename the column that contains the prompt"
         )
     return EvaluationPrompts(name, texts, n)
 

@@ -151,8 +151,8 @@ def split(ingested: Ingested, near: NearDuplicates, config: Prepare) -> Prepared
     kinds = select_rows(ingested.preferences, ingested.demonstrations)
     if not any(part.take.any() for part in kinds["demonstrations"].tables):
         raise DataError(
-            f"{config.demonstrations or ingested.name}: no completion is labeled true, so no completion can be"
-            " demonstrated; set `demonstrations` to another source"
+            f"{config.demonstrations or ingested.name}: no completion is labeled true, so"
+            " no completion can be demonstrated; set `demonstrations` to another source"
         )
     assign_splits(kinds, near.representatives, config)
     findings: dict[str, Any] = {}
@@ -176,7 +176,8 @@ def check_usable(tables: Iterable[RowTable], source: str) -> None:
             transcripts = "not an HH transcript" in reasons
             repair = "try `reader: columns`" if transcripts else "fix its rows, or map `columns:`"
             raise DataError(
-                f"{source}: none of {table.n_read.total()} {table.kind} is usable: {counts}; {repair}"
+                f"{source}: none of {table.n_read.total()} {table.kind} is usable:"
+                f" {counts}; {repair}"
             )
 
 

@@ -193,8 +193,8 @@ def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
         repair = "lower it" if split == "train" else "raise it, set it to 0"
         of_kinds = "" if len(empty) == len(kinds) else f" with {' or '.join(empty)}"
         problems.append(
-            f"{key}: {getattr(config, key)}: none of {count} prompts{of_kinds} is in split `{split}`;"
-            f" {repair}, add prompts or change `split_seed`"
+            f"{key}: {getattr(config, key)}: none of {count} prompts{of_kinds} is in split"
+            f" `{split}`; {repair}, add prompts or change `split_seed`"
         )
     if problems:
         raise DataError(*problems)

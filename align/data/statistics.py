@@ -109,8 +109,8 @@ class DatasetStatistics:
             }
             if accuracy > LONGER_WARNING:
                 summary["warnings"].append(
-                    f"always preferring the longer completion is right for {accuracy:.1%} of the pairs;"
-                    " a model can learn length instead of quality"
+                    f"always preferring the longer completion is right for {accuracy:.1%} of"
+                    " the pairs; a model can learn length instead of quality"
                 )
         return summary
 

@@ -152,7 +152,8 @@ class TableWriter:
             self._writer.write_table(pa.Table.from_pylist(self._rows, self._writer.schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
-                f"keep_columns: the values of a kept column differ in type ({error}); convert them to one type, such as text"
+                f"keep_columns: the values of a kept column differ in type ({error});"
+                " convert them to one type, such as text"
             ) from None
         self._rows = []
 

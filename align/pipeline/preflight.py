@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from align.config.recipe import ErrorCollector, Recipe
+from align.data import tables as data_tables
 from align.errors import UserError
 from align.pipeline.plan import PlannedStage
 from align.rewards.functions import load_function, missing_columns
@@ -168,12 +169,10 @@ def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) ->
     errors = ErrorCollector(recipe)
 
     def prompts(split: str) -> list[str]:
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(data / f"prompts-{split}.parquet", columns=["prompt"]).to_pylist()
+        rows = data_tables.read(data, "prompts", split, columns=["prompt"])
         return [row["prompt"][-1]["content"] for row in rows]
 
-    tables = PreparedTables({file.stem for file in data.glob("*.parquet")}, prompts)
+    tables = PreparedTables(set(data_tables.table_names(data)), prompts)
     check_contents(errors, data, tables, pending)
     for stage in pending:
         if data in stage.inputs.values():
@@ -234,14 +233,12 @@ def _gold_split(stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]
 
 def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
     """Check the columns that settings and reward functions require."""
-    import pyarrow.parquet as pq
-
     for key, (table, column) in stage.config.required_columns.items():
-        file = data / f"{table.name}.parquet"
-        if file.is_file() and column not in pq.read_schema(file).names:
+        exists = data_tables.has_table(data, table.kind, table.split)
+        if exists and column not in data_tables.column_names(data, table.kind, table.split):
             errors.add((stage.name, key), f"{table.name} has no column `{column}`; remove this key")
     for keys, function in stage.config.reward_functions.items():
-        columns = pq.read_schema(data / "prompts-train.parquet").names
+        columns = data_tables.column_names(data, "prompts", "train")
         for column in missing_columns(function, columns):
             errors.add(
                 (stage.name, *keys),
@@ -253,16 +250,13 @@ def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> N
 def _check_labels(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
     """Check that there are enough completions of both labels for every batch."""
     size = stage.config.labels_per_batch
-    file = data / "unpaired-train.parquet"
-    if size is None or not file.is_file():
+    if size is None or not data_tables.has_table(data, "unpaired", "train"):
         return
-    import pyarrow.parquet as pq
-
     from align.training import kto_batches
 
-    labels = pq.read_table(file, columns=["label"])["label"].to_pylist()
-    pairs = data / "pairs-train.parquet"
-    paired = pq.read_metadata(pairs).num_rows if pairs.is_file() else 0
+    rows = data_tables.read(data, "unpaired", "train", columns=["label"])
+    labels = [row["label"] for row in rows]
+    paired = data_tables.count_rows(data, "pairs", "train")
     desirable, undesirable = sum(labels) + paired, labels.count(False) + paired
     with errors.at(stage.name, stage.config.reads[0].input):
         kto_batches.check_label_counts(desirable, undesirable, batch_size=size)

@@ -54,5 +54,6 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
             n_held_out = sum(counts.values()) - counts["train"]
             yield f"{counts['train']:,} {kind} for training, {n_held_out:,} held out"
     if report["dropped"]:
-        yield "dropped " + "; ".join(f"{n:,} × {reason}" for reason, n in report["dropped"].items())
+        reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
+        yield f"dropped {'; '.join(reasons)}"
     yield from (f"warning: {warning}" for warning in report["warnings"])

@@ -1,4 +1,4 @@
-"""The embedded data set: its script reproduces it, its labels are noisy as documented, its datasheet is correct."""
+"""The embedded data set: script, label noise and datasheet agree with the files."""
 
 import gzip
 import json

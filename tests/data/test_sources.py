@@ -1,4 +1,4 @@
-"""Sources: files, folders and Hub ids are read; malformed or missing sources give precise errors."""
+"""Sources: files, folders and Hub ids; errors of malformed or missing sources."""
 
 from __future__ import annotations
 

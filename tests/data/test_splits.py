@@ -1,4 +1,4 @@
-"""Splits: a hash of the prompt decides; conversations stay together; adding rows moves no prompt."""
+"""Splits: a hash of the prompt decides; conversations stay together; rows never move prompts."""
 
 from __future__ import annotations
 
