@@ -134,8 +134,10 @@ def length_controlled_win_rate(
     deviation = differences.std(correction=min(1, len(differences) - 1))
     lengths = torch.tanh(differences / deviation)
     if lengths.min() == lengths.max():
-        found = f"found {differences.min():g} to {differences.max():g}"
-        raise ValueError(f"length_differences: cannot separate length from quality, {found}")
+        raise ValueError(
+            "length_differences: cannot separate length from quality, "
+            f"found {differences.min():g} to {differences.max():g}"
+        )
 
     design = torch.stack([torch.ones_like(lengths), lengths], dim=1)
     weights = torch.zeros(2, dtype=torch.float64)

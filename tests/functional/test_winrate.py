@@ -104,7 +104,7 @@ def test_bootstrap_of_three_prompts_by_enumeration():
 
 
 def test_bootstrap_keeps_double_precision():
-    # float32 has 24 bits: near 1e9 its neighbours are 64 apart
+    # float32 has 24 bits: near 1e9 its neighbors are 64 apart
     low, high = bootstrap_interval(
         1e9 + float64([0.0, 0.0, 1.0]), confidence=0.97, resamples=20_000
     )

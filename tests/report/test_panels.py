@@ -1,0 +1,36 @@
+"""The panel grid: one axes per panel in reading order, the first twice as wide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from align.report.panels import Panel, draw_panels
+
+
+@pytest.mark.parametrize(("n_panels", "n_rows"), [(1, 1), (3, 1), (4, 2), (7, 2), (8, 3)])
+def test_rows_of_four_places_of_which_the_first_panel_takes_two(n_panels, n_rows, tmp_path):
+    drawn: list[Any] = []
+    panels = [Panel(f"panel {k}", drawn.append) for k in range(n_panels)]
+    draw_panels(panels, tmp_path / "picture.png", row_height=2.0, dpi=50)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (15 * 50, 2 * n_rows * 50)
+    assert [axes.get_title(loc="left") for axes in drawn] == [p.title for p in panels]
+    spec = [axes.get_subplotspec() for axes in drawn]
+    assert list(spec[0].colspan) == [0, 1]
+    places = [(s.rowspan.start, s.colspan.start) for s in spec[1:]]
+    assert places == [(n // 4, n % 4) for n in range(2, n_panels + 1)]
+
+
+def test_the_figure_is_closed_when_a_panel_raises(tmp_path):
+    import matplotlib.pyplot as plt
+
+    def fail(axes: Any) -> None:
+        raise ValueError("no data")
+
+    with pytest.raises(ValueError, match="no data"):
+        draw_panels([Panel("panel", fail)], tmp_path / "picture.png")
+    assert plt.get_fignums() == []
+    assert not (tmp_path / "picture.png").exists()
