@@ -263,7 +263,7 @@ def configure(settings: Settings, folder: str) -> PPOConfig:
 
 
 def adapter(lora: dict[str, Any] | None) -> LoraConfig | None:
-    """peft's configuration of LoRA, without dropout."""
+    """Configuration of LoRA for peft, without dropout."""
     if lora is None:
         return None
     modules = lora.get("target_modules", "all-linear")

@@ -37,6 +37,7 @@ class PPO(TrainingStage):
         "rewards": Input(("reward",), models=True, functions=True),
     }
     reads: ClassVar = (Table("prompts", "prompts"),)
+    metrics_class: ClassVar[str | None] = "align.online_rl.results:PPOMetrics"
 
     model: str
     """The initial policy and the reference: an earlier stage, a folder or a Hub id."""

@@ -21,27 +21,6 @@ ADAM_EPS = 1e-5
 """As in the original PPO code (Huang et al. 2024, arXiv:2403.17031, section 3.1)."""
 
 
-def check_batch_sizes(config: PPO, world_size: int) -> None:
-    """Check that all ranks get the same number of prompts, and enough completions.
-
-    Raises:
-        UserError: The batch cannot be divided over the processes or into minibatches.
-    """
-    n_prompts = config.batch_size // config.n_completions
-    if n_prompts % world_size:
-        raise UserError(
-            f"batch_size ({config.batch_size}): {n_prompts} prompts per step cannot be divided "
-            f"evenly over {world_size} processes; set a multiple of "
-            f"{world_size * config.n_completions}"
-        )
-    rows = config.batch_size // world_size
-    if rows < config.minibatches:
-        raise UserError(
-            f"minibatches ({config.minibatches}) must not exceed the {rows} completions of each "
-            "process; lower it, or raise `batch_size`"
-        )
-
-
 def build_objective(config: PPO, n_rows: int) -> Objective:
     """The update's objective for ``n_rows`` completions on this rank."""
     pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)

@@ -33,7 +33,6 @@ from align.online_rl.models import POLICY
 from align.online_rl.optimization import (
     build_objective,
     build_optimizer,
-    check_batch_sizes,
     clip_gradients,
     set_learning_rates,
 )
@@ -69,7 +68,8 @@ class PPOTrainer:
                 "PPO does not shard weights: launch it with accelerate_configs/multi_gpu.yaml, and "
                 "save memory with `lora` and `quantization: nf4`"
             )
-        check_batch_sizes(config, distributed.world_size())
+        for problem in config.batch_size_problems(distributed.world_size()):
+            raise UserError(f"{problem.keys[0]}: {problem.message}")
         functions = load_functions(config)
         rows = tables.read(Path(inputs["prompts"]), "prompts", "train")
         held_out = _read_held_out(config, Path(inputs["prompts"]))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import OutOfMemoryError
 
 from align.config.ppo import PPO
 from align.errors import UserError
 from align.online_rl import plots
+from align.online_rl.results import PPOMetrics
 from align.online_rl.trainer import PPOTrainer
 from align.runtime.progress import Logger
 from align.runtime.results import ResultTable, StageResult
@@ -50,26 +50,24 @@ def run(
         **headline,
         "trained_parameters": sum(p.numel() for p in trainer.models.weights().values()),
     }
-    return StageResult(metrics, headline, tables=(result_table(metrics, output_dir),))
+    table = result_table(PPOMetrics.from_metrics(metrics), output_dir)
+    return StageResult(metrics, headline, tables=(table,))
 
 
-def result_table(metrics: Mapping[str, Any], output_dir: Path) -> ResultTable:
-    """Metrics of the last step, on the training prompts and on the held-out ones."""
-    last = metrics["ppo"]
-    rows = [
-        (
-            label,
-            *(
-                f"{last[prefix + key]:{form}}" if prefix + key in last else "–"
-                for key, _, form in COLUMNS
-            ),
-        )
-        for label, prefix in (("training", ""), ("held out", "eval_"))
-        if f"{prefix}score" in last
-    ]
+def result_table(metrics: PPOMetrics, output_dir: Path) -> ResultTable:
+    """Metrics of the last step, and of the last held-out evaluation if there was one."""
+    batches = {"training": metrics.training, "held out": metrics.held_out}
     return ResultTable(
-        f"after {metrics['steps']} updates; KL in nats per completion",
+        f"after {metrics.steps} updates; KL in nats per completion",
         ("prompts<", *(header for _, header, _ in COLUMNS)),
-        rows,
+        [
+            (name, *(_format(getattr(batch, key), form) for key, _, form in COLUMNS))
+            for name, batch in batches.items()
+            if batch is not None
+        ],
         note=f"curves: {output_dir / plots.PICTURE}",
     )
+
+
+def _format(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"

@@ -306,7 +306,9 @@ def test_a_run_repeats_itself_to_the_bit_and_another_seed_does_not(inputs, tmp_p
 def test_prompts_that_two_processes_cannot_share_are_rejected(monkeypatch, inputs, tmp_path):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     own = {"batch_size": 10, "n_completions": 2, "advantages": "rloo"}
-    with pytest.raises(UserError, match=r"5 prompts per step .* over 2 processes.* multiple of 4"):
+    with pytest.raises(
+        UserError, match=r"batch_size: 5 prompts .* over 2 processes.* multiple of 4"
+    ):
         PPOTrainer(config_of("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
 
 

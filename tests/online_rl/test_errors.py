@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from align.config.ppo import PPO
 from align.errors import UserError
 from align.online_rl import trainer
+from align.runtime import distributed
 from align.stages import ppo
 
 BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
@@ -48,6 +49,30 @@ def test_settings_that_contradict_each_other_are_rejected(changes: dict[str, Any
     with pytest.raises(ValidationError) as raised:
         PPO.model_validate(BASE | changes)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"batch_size": 12, "n_completions": 2}, "batch_size", "use a multiple of 8"),
+        ({"minibatches": 4}, "minibatches", "must not exceed the 2 completions of a process"),
+    ],
+)
+def test_batches_that_four_processes_cannot_share_are_rejected(
+    folders: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    key: str,
+    message: str,
+):
+    assert not list(ppo_fixtures.ppo_config(**settings).batch_size_problems(1))
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    with pytest.raises(UserError) as raised:
+        ppo_fixtures.build_trainer(folders, tmp_path, **settings)
+    (line,) = raised.value.lines
+    assert line.startswith(f"{key}: ")
+    assert message in line
 
 
 def test_a_run_that_diverges_writes_no_policy(folders: Folders, tmp_path: Path):

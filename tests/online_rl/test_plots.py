@@ -12,6 +12,7 @@ from helpers import ppo_fixtures
 from helpers.ppo_fixtures import Folders
 
 from align.online_rl import plots, samples
+from align.online_rl.results import PPOMetrics
 from align.rewards import gold
 from align.stages import ppo
 
@@ -87,12 +88,17 @@ def test_samples_are_written_for_about_20_steps(steps: int, expected: list[int])
 
 
 def test_the_result_table_has_a_row_for_training_and_one_for_held_out_prompts(tmp_path: Path):
-    last = {"score": 1.5, "kl": 2.0, "entropy": 0.25, "tokens": 30.0, "missing_eos": 0.125}
-    last |= {"eval_score": 1.25, "eval_kl": 2.5}
-    table = ppo.result_table({"ppo": last, "steps": 40}, tmp_path)
+    last = {"score": 1.5, "reward": 1.75, "kl": 2.0, "entropy": 0.25, "tokens": 30.0}
+    last |= {"missing_eos": 0.125, "kl_coef": 0.05}
+    last |= {"eval_score": 1.25, "eval_reward": 1.3, "eval_kl": 2.5, "eval_gold": 0.5}
+    last |= {"eval_tokens": 29.0, "eval_missing_eos": 0.0}
+    stored = {"ppo": last, "steps": 40, "trained_parameters": 1000, "score": 1.5, "kl": 2.0}
+    metrics = PPOMetrics.from_metrics(stored)
+    assert metrics.trained_parameters == 1000
+    table = ppo.result_table(metrics, tmp_path)
     assert table.columns == ("prompts<", "score", "gold", "KL", "entropy", "tokens", "no eos")
     assert list(table.rows) == [
         ("training", "1.500", "–", "2.00", "0.250", "30.0", "0.125"),
-        ("held out", "1.250", "–", "2.50", "–", "–", "–"),
+        ("held out", "1.250", "0.500", "2.50", "–", "29.0", "0.000"),
     ]
     assert "40" in table.title

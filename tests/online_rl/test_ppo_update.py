@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from align.errors import UserError
 from align.online_rl import trainer
 from align.online_rl.experience import compute_experience, make_rollout
-from align.online_rl.optimization import check_batch_sizes, clip_gradients
+from align.online_rl.optimization import clip_gradients
 from align.online_rl.sampling import Completions, Sampler
 from align.online_rl.trainer import PPOTrainer
 from align.rl.rollout import Rollout
@@ -226,22 +226,6 @@ def test_row_20_a_token_has_the_same_weight_in_long_and_short_completions(
     ours = torch.cat([g.flatten() for g in gradients[0]])
     theirs = torch.cat([g.flatten() for g in expected])
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
-
-
-@pytest.mark.parametrize(
-    ("settings", "world_size", "message"),
-    [
-        ({"batch_size": 12, "n_completions": 2}, 4, "6 prompts per step .* multiple of 8"),
-        ({"batch_size": 8, "minibatches": 4}, 4, r"must not exceed the 2 completions of each"),
-    ],
-)
-def test_batches_that_the_processes_cannot_share_are_rejected(
-    settings: dict[str, int], world_size: int, message: str
-):
-    config = ppo_fixtures.ppo_config(**settings)
-    check_batch_sizes(config, 1)
-    with pytest.raises(UserError, match=message):
-        check_batch_sizes(config, world_size)
 
 
 # Gradient clipping and Adam

@@ -1,0 +1,62 @@
+"""Typed metrics of a ``ppo`` stage, as ``artifact.json`` stores them.
+
+Loads no heavy library, so that finished runs can be read quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchMetrics:
+    """Means over a batch of completions."""
+
+    score: float
+    """Score that the policy is trained on: the reward minus the penalty without eos."""
+    reward: float
+    """Weighted sum of the rewards."""
+    kl: float
+    """KL between policy and reference, in nats per completion."""
+    tokens: float
+    """Tokens per completion."""
+    missing_eos: float
+    """Share of the completions that do not end with eos."""
+    entropy: float | None = None
+    """Entropy of the policy, in nats per token; of training batches only."""
+    gold: float | None = None
+    """Exact score of the embedded task; None if the recipe does not log it."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any], prefix: str = "") -> BatchMetrics:
+        """Read the metrics whose keys start with ``prefix``."""
+        names = [name for name in cls.__dataclass_fields__ if prefix + name in metrics]
+        return cls(**{name: metrics[prefix + name] for name in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOMetrics:
+    """Metrics of a ``ppo`` stage."""
+
+    steps: int
+    """Updates."""
+    trained_parameters: int
+    """Trainable parameters of policy and critic."""
+    training: BatchMetrics
+    """Metrics of the last step."""
+    held_out: BatchMetrics | None
+    """Metrics of the last held-out evaluation; None if the recipe has none."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> PPOMetrics:
+        """Read the metrics of a finished stage."""
+        last = metrics["ppo"]
+        has_held_out = "eval_score" in last
+        return cls(
+            steps=metrics["steps"],
+            trained_parameters=metrics["trained_parameters"],
+            training=BatchMetrics.from_metrics(last),
+            held_out=BatchMetrics.from_metrics(last, "eval_") if has_held_out else None,
+        )
