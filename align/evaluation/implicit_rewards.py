@@ -48,7 +48,7 @@ def pair_logps(
             rows,
             batch_size=config.batch_size,
             max_length=getattr(policy.model.config, "max_position_embeddings", None),
-            progress=partial(logger.step, what=f"{policy.name}: scored completion"),
+            progress=partial(logger.step, unit=f"{policy.name}: scored completion"),
         ).tolist(),
         size=None,
     )

@@ -215,5 +215,5 @@ def _score_column(
         ).tolist(),
         size=None,
     )
-    logger.step(len(rows), len(rows), what=f"scored {column}")
+    logger.step(len(rows), len(rows), unit=f"scored {column}")
     return torch.tensor(scores)

@@ -90,7 +90,7 @@ def sample_policy(
             seed=seed,
             map_batches=partial(
                 distributed.map_rows,
-                progress=partial(logger.step, what=f"{name}: sampled batch"),
+                progress=partial(logger.step, unit=f"{name}: sampled batch"),
             ),
         )
         rows = [

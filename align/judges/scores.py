@@ -94,5 +94,5 @@ def score_rows(
             [row["prompt"] for row in chunk], [row["completion"] for row in chunk]
         ),
         size=BATCHES_PER_CHUNK * batch_size,
-        progress=lambda done, total: logger.step(done, total, what="scored part"),
+        progress=lambda done, total: logger.step(done, total, unit="scored part"),
     )

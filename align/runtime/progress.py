@@ -209,11 +209,11 @@ class Logger:
         total: int,
         metrics: Mapping[str, Any] | None = None,
         *,
-        what: str = "step",
+        unit: str = "step",
     ) -> None:
-        """Show that ``done`` of ``total`` steps, or of the units that ``what`` names, are done."""
+        """Show that ``done`` of ``total`` units, such as steps, are done."""
         if self._file is not None:
-            self._display.step(self._name, done, total, metrics or {}, what)
+            self._display.step(self._name, done, total, metrics or {}, unit)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of a step to ``metrics.jsonl``."""

@@ -46,7 +46,7 @@ def run(
         seed=config.seed,
         map_batches=functools.partial(
             distributed.map_rows,
-            progress=lambda done, total: logger.step(done, total, what="sampled batch"),
+            progress=lambda done, total: logger.step(done, total, unit="sampled batch"),
         ),
     )
     rows = [

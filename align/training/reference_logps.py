@@ -183,7 +183,7 @@ def compute_logps(trainer: Any, rows: Dataset, logger: Logger) -> Tensor:
         order,
         compute_batch,
         size=size,
-        progress=lambda done, total: logger.step(done, total, what="reference"),
+        progress=lambda done, total: logger.step(done, total, unit="reference"),
     )
     result = torch.empty(len(rows), len(LOGPS))
     result[torch.tensor(order)] = torch.stack(values)
