@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from align.errors import UserError as UserError
     from align.evaluation.scores import win_rate as win_rate
     from align.models.policy import load_policy as load_policy
+    from align.models.prefix_sharing.wrapper import prefix_sharing as prefix_sharing
     from align.pipeline.api import Run as Run
     from align.pipeline.api import plan as plan
     from align.pipeline.api import run as run
@@ -38,6 +39,7 @@ _PUBLIC = {
     "load_recipe": "align.config.recipe",
     "load_reward_model": "align.rewards.inference",
     "plan": "align.pipeline.api",
+    "prefix_sharing": "align.models.prefix_sharing.wrapper",
     "prepare": "align.data.dataset_dict",
     "run": "align.pipeline.api",
     "win_rate": "align.evaluation.scores",

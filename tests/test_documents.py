@@ -15,6 +15,7 @@ import typer.main
 from test_architecture import MAY_IMPORT
 from typer.testing import CliRunner
 
+import align
 from align.cli.main import app
 from align.config.overrides import declared_type
 from align.config.recipe import load_recipe
@@ -122,7 +123,9 @@ def test_recipe_blocks_are_valid(tmp_path):
 def test_python_blocks_are_valid():
     found = [block for document in DOCUMENTS for block in blocks(document, "python")]
     for block in found:
-        ast.parse(block)
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.value.id != "align" or node.attr in align.__all__, node.attr
     assert len(found) >= 4
 
 
@@ -242,7 +245,7 @@ def test_paths_in_the_text_exist(document):
     if document.name == "CHANGELOG.md":  # names old paths as well
         return
     paths = re.findall(
-        r"`((?:align|tests|docs|recipes|data|benchmarks|accelerate_configs)/[\w./-]*)`",
+        r"`((?:align|tests|docs|recipes|data|benchmarks|examples|accelerate_configs)/[\w./-]*)`",
         without_code(document),
     )
     missing = [path for path in paths if not (ROOT / path).exists() and "NAME" not in path]
