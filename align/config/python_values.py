@@ -11,11 +11,12 @@ from align.errors import RecipeError
 
 
 def plain_values(value: Any) -> Any:
-    """Values from Python as a recipe file has them: tuples become lists, paths text, and functions
-    ``module:function``.
+    """Convert values to the types of a recipe file.
+
+    Tuples become lists, paths become text, and functions become ``module:function``.
 
     Raises:
-        RecipeError: A function that its module cannot be asked for by name.
+        RecipeError: A function is not at the top level of its module.
     """
     if isinstance(value, Mapping):
         return {str(key): plain_values(item) for key, item in value.items()}
