@@ -126,6 +126,18 @@ def test_folders_form_no_cycle():
     assert graph.keys() <= MAY_IMPORT.keys()
 
 
+def test_modules_form_no_cycle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+
+    def imported(path: Path) -> set[str]:
+        addresses = [name.split(".") for name in imports(parse(path)) if name.startswith("align.")]
+        prefixes = (".".join(parts[:n]) for parts in addresses for n in range(2, len(parts) + 1))
+        return {prefix for prefix in prefixes if prefix in names}
+
+    graph = {name: imported(path) for name, path in names.items() if name != "align.__init__"}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
 def test_config_pipeline_and_cli_load_no_heavy_library():
     light = [path for path in MODULES if unit_of(path) in ("config", "pipeline", "cli")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in light]

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from align.config import renamed_keys, trl_fields
 from align.config.base import Stage
-from align.config.stages import STAGES
+from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
 from align.config.yaml_loader import deep_set, scalar
 from align.errors import NUMBER, nearest
-
-if TYPE_CHECKING:
-    from align.config.recipe import RawRecipe
-
-COMMAND_LINE = "command line"
 
 
 def apply_override(text: str, recipe: RawRecipe) -> None:
@@ -50,12 +45,6 @@ def apply_override(text: str, recipe: RawRecipe) -> None:
 
 def _has_key(name: str, values: dict[str, Any], keys: list[str]) -> bool:
     return declared_type(stage_class(name, values), keys) is not None
-
-
-def stage_class(name: str, values: dict[str, Any]) -> type[Stage] | None:
-    """The class of a stage: by its ``stage`` key, else by its name; None for an unknown kind."""
-    kind = values.get("stage", name)
-    return STAGES.get(kind) if isinstance(kind, str) else None
 
 
 def declared_type(cls: type[Stage] | None, keys: list[str]) -> Any:

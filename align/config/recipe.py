@@ -19,14 +19,9 @@ from pydantic_core import ErrorDetails
 
 from align.config import renamed_keys, trl_fields, validation
 from align.config.base import TAGS, Stage
-from align.config.overrides import (
-    COMMAND_LINE,
-    apply_override,
-    declared_type,
-    nested_models,
-    stage_class,
-)
+from align.config.overrides import apply_override, declared_type, nested_models
 from align.config.python_values import plain_values
+from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
 from align.config.shipped import find_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import Document, read_yaml
@@ -100,49 +95,6 @@ class ErrorCollector:
         """
         if self.lines:
             raise RecipeError(*self.lines)
-
-
-@dataclass
-class RawRecipe:
-    """Recipes while they are read: raw settings of the stages, places, errors so far."""
-
-    documents: dict[Path, Document] = field(default_factory=dict)
-    stages: dict[str, tuple[Document, dict[str, Any]]] = field(default_factory=dict)
-    overridden: set[tuple[str, ...]] = field(default_factory=set)
-    problems: list[str] = field(default_factory=list)
-
-    def classes(self) -> dict[str, type[Stage] | None]:
-        """The class of each stage, in order; None for an unknown kind."""
-        return {name: stage_class(name, values) for name, (_, values) in self.stages.items()}
-
-    def place(self, name: str, *keys: str | int) -> str:
-        """``file:line`` of a key, or ``command line`` for one that is overridden."""
-        address = (name, *map(str, keys))
-        if any(address[: len(o)] == o for o in self.overridden):
-            return COMMAND_LINE
-        document = self.stages[name][0]
-        return f"{document.place(('stages', name, *keys))}"
-
-    def places(self) -> dict[tuple[str, ...], str]:
-        """The places of all keys."""
-        places = {}
-        for name, (document, _) in self.stages.items():
-            for address in document.lines:
-                if address[:2] == ("stages", name):
-                    places[tuple(map(str, address[1:]))] = self.place(name, *address[2:])
-        return places | dict.fromkeys(self.overridden, COMMAND_LINE)
-
-    def text(self, name: str, keys: Iterable[str | int]) -> str | None:
-        """A value as written in the file; None for an override."""
-        if self.place(name, *keys) == COMMAND_LINE:
-            return None
-        return self.stages[name][0].texts.get(("stages", name, *keys))
-
-    def report(self, name: str, keys: Iterable[str | int], message: str) -> None:
-        """Add an error about a key of a stage."""
-        keys = tuple(keys)
-        address = ".".join(map(str, (name, *keys)))
-        self.problems.append(f"{self.place(name, *keys)}: {address}: {message}")
 
 
 def load_recipe(

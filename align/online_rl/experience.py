@@ -26,8 +26,8 @@ from align.functional.token_rewards import (
     rewards_to_go,
     token_rewards,
 )
+from align.online_rl.completions import IGNORED, Completions
 from align.online_rl.models import PPOModels
-from align.online_rl.sampling import IGNORED, Completions
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated
 

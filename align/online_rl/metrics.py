@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from align.functional.masked import sum_over_ranks
+from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience
-from align.online_rl.sampling import Completions
 from align.online_rl.scoring import Scores
 from align.rl.update import Diagnostics
 

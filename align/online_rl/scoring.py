@@ -17,8 +17,8 @@ from align.config.ppo import PPO
 from align.config.validation import FUNCTION
 from align.data.rows import Row
 from align.models import tokenization
+from align.online_rl.completions import Completions
 from align.online_rl.models import PPOModels
-from align.online_rl.sampling import Completions
 from align.rewards import gold
 from align.rewards.functions import Score, call, load_function
 from align.rewards.reward_model import RewardModel

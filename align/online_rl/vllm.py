@@ -20,8 +20,8 @@ from torch import Tensor
 
 from align.config.ppo import PPO
 from align.errors import UserError
+from align.online_rl.completions import Completions
 from align.online_rl.models import POLICY, ModelView
-from align.online_rl.sampling import Completions
 from align.online_rl.seeds import derive_seed
 from align.runtime import distributed
 

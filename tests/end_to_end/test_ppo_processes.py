@@ -26,8 +26,8 @@ from torch.testing import assert_close
 from align.config.ppo import PPO
 from align.config.training import Reward
 from align.errors import UserError
+from align.online_rl.completions import Completions
 from align.online_rl.prompts import prompt_indices
-from align.online_rl.sampling import Completions
 from align.online_rl.trainer import PPOTrainer
 from align.runtime import distributed
 

@@ -18,9 +18,10 @@ from align.config.ppo import PPO
 from align.config.training import Reward
 from align.models import tokenization
 from align.online_rl import build, experience, trainer
+from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience
 from align.online_rl.models import ModelView, PPOModels
-from align.online_rl.sampling import Completions, LocalSampler
+from align.online_rl.sampling import LocalSampler
 from align.online_rl.scoring import Scorer, Scores
 from align.online_rl.trainer import PPOTrainer
 from align.rl.rollout import Rollout

@@ -24,9 +24,10 @@ from align.functional.token_rewards import completion_gae
 from align.models import generation, tokenization
 from align.models.logps import small_vocabulary_tiles
 from align.online_rl import trainer
+from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience, compute_experience, make_rollout
 from align.online_rl.metrics import compute_metrics
-from align.online_rl.sampling import Completions, LocalSampler
+from align.online_rl.sampling import LocalSampler
 
 OWN_REWARDS: dict[str, Any] = {"advantages": "reinforce", "gamma": 0.0}
 """With a discount of 0, the advantages of REINFORCE are each token's own reward."""

@@ -20,9 +20,10 @@ from torch.testing import assert_close
 
 from align.errors import UserError
 from align.online_rl import trainer
+from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience, make_rollout
 from align.online_rl.optimization import clip_gradients
-from align.online_rl.sampling import Completions, Sampler
+from align.online_rl.sampling import Sampler
 from align.online_rl.trainer import PPOTrainer
 from align.rl.rollout import Rollout
 

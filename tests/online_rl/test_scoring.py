@@ -17,9 +17,9 @@ from torch.testing import assert_close
 
 from align.config.training import Reward
 from align.models import tokenization
+from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience
 from align.online_rl.metrics import compute_metrics
-from align.online_rl.sampling import Completions
 from align.rewards import reward_model
 from align.rewards.reward_model import RewardModel
 from align.stages import reward

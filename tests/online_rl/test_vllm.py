@@ -14,8 +14,8 @@ from align.errors import UserError
 from align.functional.policy_gradient import importance_weights
 from align.models import loading
 from align.online_rl import vllm
+from align.online_rl.completions import Completions
 from align.online_rl.experience import align_sampler_logps
-from align.online_rl.sampling import Completions
 from align.runtime import distributed
 
 

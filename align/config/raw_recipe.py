@@ -1,0 +1,64 @@
+"""Recipes while they are read: raw settings, their places in the files, and the errors so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.config.base import Stage
+from align.config.stages import STAGES
+from align.config.yaml_loader import Document
+
+COMMAND_LINE = "command line"
+"""The place of an override in error messages."""
+
+
+@dataclass
+class RawRecipe:
+    """Recipes while they are read: raw settings of the stages, places, errors so far."""
+
+    documents: dict[Path, Document] = field(default_factory=dict)
+    stages: dict[str, tuple[Document, dict[str, Any]]] = field(default_factory=dict)
+    overridden: set[tuple[str, ...]] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+    def classes(self) -> dict[str, type[Stage] | None]:
+        """The class of each stage, in order; None for an unknown kind."""
+        return {name: stage_class(name, values) for name, (_, values) in self.stages.items()}
+
+    def place(self, name: str, *keys: str | int) -> str:
+        """``file:line`` of a key, or ``command line`` for one that is overridden."""
+        address = (name, *map(str, keys))
+        if any(address[: len(o)] == o for o in self.overridden):
+            return COMMAND_LINE
+        document = self.stages[name][0]
+        return f"{document.place(('stages', name, *keys))}"
+
+    def places(self) -> dict[tuple[str, ...], str]:
+        """The places of all keys."""
+        places = {}
+        for name, (document, _) in self.stages.items():
+            for address in document.lines:
+                if address[:2] == ("stages", name):
+                    places[tuple(map(str, address[1:]))] = self.place(name, *address[2:])
+        return places | dict.fromkeys(self.overridden, COMMAND_LINE)
+
+    def text(self, name: str, keys: Iterable[str | int]) -> str | None:
+        """A value as written in the file; None for an override."""
+        if self.place(name, *keys) == COMMAND_LINE:
+            return None
+        return self.stages[name][0].texts.get(("stages", name, *keys))
+
+    def report(self, name: str, keys: Iterable[str | int], message: str) -> None:
+        """Add an error about a key of a stage."""
+        keys = tuple(keys)
+        address = ".".join(map(str, (name, *keys)))
+        self.problems.append(f"{self.place(name, *keys)}: {address}: {message}")
+
+
+def stage_class(name: str, values: dict[str, Any]) -> type[Stage] | None:
+    """The class of a stage: by its ``stage`` key, else by its name; None for an unknown kind."""
+    kind = values.get("stage", name)
+    return STAGES.get(kind) if isinstance(kind, str) else None
