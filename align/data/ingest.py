@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from align.config.data import MixtureSource, Prepare, Source
-from align.data.decontamination import EvaluationPrompts, user_texts
-from align.data.deduplication import MinHashIndex
-from align.data.formats import (
+from align.data.columns import (
     check_column_map,
     check_columns,
     columns_of,
     kind_of_part,
-    read_row,
     rename_columns,
 )
+from align.data.decontamination import EvaluationPrompts, user_texts
+from align.data.deduplication import MinHashIndex
+from align.data.formats import read_row
 from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_store import RowTable
