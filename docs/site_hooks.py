@@ -1,7 +1,8 @@
-"""Hooks of the documentation site: documents outside `docs/`, the links between them, and docstrings.
+"""Hooks of the documentation site: documents outside `docs/`, links between them, docstrings.
 
-Documents are written so that their links work in the repository. On the site, `docs/` is the root: links to included
-documents are rewritten, and links to files that the site does not show become plain text.
+Documents are written so that their links work in the repository. On the site, `docs/` is the root:
+links to included documents are rewritten, and links to files that the site does not show become
+plain text.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 
 
 class MarkdownDocstrings(griffe.Extension):
-    """Turn the reStructuredText in docstrings into Markdown: roles become code, doctests code blocks."""
+    """Turn reStructuredText in docstrings into Markdown: roles and doctests become code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object before it is parsed."""

@@ -1,7 +1,7 @@
 """Win rate of one file of scored completions against another, with its interval.
 
-Each line of a file is a JSON object with ``prompt``, ``completion`` and ``score``; both files list the
-same prompts in the same order.
+Each line of a file is a JSON object with ``prompt``, ``completion`` and ``score``; both files list
+the same prompts in the same order.
 
     python examples/win_rate_of_two_files.py POLICY.jsonl BASELINE.jsonl
 """

@@ -1,4 +1,4 @@
-"""The public Python API: names, recipes from mappings, runs with typed results, loaded models, win rates."""
+"""The public Python API: names, recipes from mappings, typed results, loaded models, win rates."""
 
 from __future__ import annotations
 

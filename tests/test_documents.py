@@ -1,4 +1,4 @@
-"""The documents: links, recipes and commands in them are valid, and every shipped recipe is listed."""
+"""The documents: their links, recipes and commands are valid; all shipped recipes are listed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def commands(document: Path) -> Iterator[list[str]]:
-    """The shell commands of the `bash` blocks, split into words; comments and assignments are removed."""
+    """The words of the commands in `bash` blocks, without comments and assignments."""
     for block in blocks(document, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
@@ -67,7 +67,7 @@ def commands(document: Path) -> Iterator[list[str]]:
                     yield words
 
 
-# Form -----------------------------------------------------------------------------------------------------------------
+# Form ---------------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_short():
@@ -102,7 +102,7 @@ def test_relative_links_lead_to_files_and_headings(document):
     assert broken == []
 
 
-# Content --------------------------------------------------------------------------------------------------------------
+# Content ------------------------------------------------------------------------------------------
 
 
 def test_recipe_blocks_are_valid(tmp_path):
@@ -217,7 +217,7 @@ def test_keys_are_those_of_the_code(document):
     assert unknown == []
 
 
-# Recipes --------------------------------------------------------------------------------------------------------------
+# Recipes ------------------------------------------------------------------------------------------
 
 
 def test_every_recipe_is_loaded_and_listed():
@@ -235,7 +235,7 @@ def test_recipes_mentioned_in_documents_exist():
             assert (ROOT / name).is_file() or name == "recipes/NAME.yaml", (document, name)
 
 
-# Architecture ---------------------------------------------------------------------------------------------------------
+# Architecture -------------------------------------------------------------------------------------
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 

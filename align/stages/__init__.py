@@ -1,1 +1,4 @@
-"""One module a stage, each with ``run(config, inputs, folder, logger)``. Stages never import each other."""
+"""One module per stage, each with ``run(config, inputs, output_dir, logger) -> StageResult``.
+
+Stages never import each other.
+"""
