@@ -296,7 +296,7 @@ class PolicyGradientTrainer:
         return Evaluated(logps, entropy, values)
 
     def gradient_variance(self, experience: Experience) -> GradientVariance:
-        """Variance of the policy gradient over episodes, with the critic as baseline and without."""
+        """Variance of the gradient over episodes, with the critic as baseline and without."""
         with torch.no_grad():
             values, next_values = self.values(experience)
             returns = self._returns(experience, next_values)

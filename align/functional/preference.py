@@ -1,9 +1,9 @@
 """Preference losses: Bradley-Terry (reward models), DPO and KTO.
 
-A score is a scalar per completion. A log-ratio is ``log pi(y|x) - log pi_ref(y|x)``, summed over the
-tokens of a completion, in nats. Losses are unreduced: the caller weights pairs, micro-batches and
-ranks. The stages train with TRL's trainers, whose losses are the means of these. Left out: TRL's
-other variants (label smoothing, length normalization, IPO and others).
+A score is a scalar per completion. A log-ratio is ``log pi(y|x) - log pi_ref(y|x)``, summed over
+the tokens of a completion, in nats. Losses are unreduced: the caller weights pairs, micro-batches
+and ranks. The stages train with TRL's trainers, whose losses are the means of these. Left out:
+TRL's other variants (label smoothing, length normalization, IPO and others).
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def kto_loss(
 ) -> Float[Tensor, " batch"]:
     """Kahneman-Tversky optimization loss, one value per completion.
 
-    ``weight * (1 - sigmoid(beta * (logratio - kl)))`` for a desirable completion and
-    ``weight * (1 - sigmoid(beta * (kl - logratio)))`` for an undesirable one. ``kl`` is the reference
-    point: an estimate of KL(policy, reference), at least 0, that carries no gradient. In practice it
-    is the mean log-ratio of completions paired with the prompts of other rows, clamped at 0.
+    With ``gain = beta * (logratio - kl)``, the loss is ``weight * (1 - sigmoid(gain))`` for a
+    desirable completion and ``weight * (1 - sigmoid(-gain))`` for an undesirable one. ``kl`` is the
+    reference point: an estimate of KL(policy, reference), at least 0, that carries no gradient. In
+    practice it is the mean log-ratio of completions paired with the prompts of other rows, clamped
+    at 0.
 
     >>> kto_loss(torch.tensor([3.0, 3.0]), torch.tensor([True, False]), torch.tensor(1.0), beta=0.5)
     tensor([0.2689, 0.7311])

@@ -58,7 +58,7 @@ def completion_gae(
     gamma: float,
     lam: float,
 ) -> Float[Tensor, "batch time"]:
-    """Advantages of tokens by :func:`align.functional.returns.gae`, terminated at the last real token.
+    """Advantages by :func:`align.functional.returns.gae`, terminated at the last real token.
 
     A completion that was cut off by its length limit terminates there too: it was scored as it is.
     """

@@ -108,7 +108,7 @@ def train(trained: PolicyGradientTrainer) -> PolicyGradientTrainer:
     return trained
 
 
-# Environments ---------------------------------------------------------------------------------------------------------
+# Environments -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "terminated"), [("Counting-v0", True), ("CountingCut-v0", False)])
@@ -237,7 +237,7 @@ def test_only_mujocos_warning_about_gymnasiums_models_is_suppressed(tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-# Distributions --------------------------------------------------------------------------------------------------------
+# Distributions ------------------------------------------------------------------------------------
 
 
 def test_the_categorical_distribution_equals_torchs():
@@ -312,7 +312,7 @@ def test_initial_weights_are_orthogonal_with_the_gains_of_the_paper():
         assert_close(gains[2] @ gains[2].T, last**2 * torch.eye(rows), rtol=1e-4, atol=1e-6)
 
 
-# Collecting and advantages --------------------------------------------------------------------------------------------
+# Collecting and advantages ------------------------------------------------------------------------
 
 
 def expected_rows(config: Control, ends: bool, length: int, start: int, steps: int) -> list[Any]:
@@ -491,7 +491,7 @@ def test_the_learning_rates_decay_linearly_to_0():
     assert_allclose(rates, [[1e-2, 4e-2], [7.5e-3, 3e-2], [5e-3, 2e-2], [2.5e-3, 1e-2]])
 
 
-# State ----------------------------------------------------------------------------------------------------------------
+# State --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_derived_seeds_differ_by_purpose():
     assert len(seeds) == 6
 
 
-# Evaluation and files -------------------------------------------------------------------------------------------------
+# Evaluation and files -----------------------------------------------------------------------------
 
 
 def test_an_evaluation_plays_one_episode_per_environment_and_does_not_update_the_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -56,11 +57,12 @@ def sdl_without_a_screen() -> Any:
     )
 
 
-def call(runs: Path, text: str = SMALL, *overrides: str) -> dict[str, Any]:
-    """Run a recipe in this process. Returns its only stage in the summary."""
+def call(runs: Path, text: str = SMALL, *overrides: str, file: Any = None) -> dict[str, Any]:
+    """Run a recipe in this process, with output to ``file``. Returns its only stage."""
     (runs.parent / "recipe.yaml").write_text(text)
+    console = Console(file=file, quiet=file is None)
     loaded = recipe.load_recipe(runs.parent / "recipe.yaml", overrides)
-    return runner.run_recipe(loaded, runs, Display(Console(quiet=True))).as_json()["stages"][0]
+    return runner.run_recipe(loaded, runs, Display(console)).as_json()["stages"][0]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(call(tmp_path_factory.mktemp("done") / "runs")["folder"])
 
 
-# Results --------------------------------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------
 
 
 def test_the_folder_of_a_finished_stage(done):
@@ -176,7 +178,7 @@ def test_the_recipes_that_take_hours_complete_their_first_updates(name, tmp_path
     assert row["steps"] >= 6_000
 
 
-# Settings and errors -------------------------------------------------------------------------------------------------
+# Settings and errors ------------------------------------------------------------------------------
 
 
 def settings(**changes: Any) -> Control:
@@ -264,7 +266,7 @@ def test_plan_and_check_inspect_the_environment(tmp_path, monkeypatch, capsys):
 
 
 # Interruption -------------------------------------------------------------------------------------
-# The interrupted run is a subprocess, which writes a checkpoint after each update.
+# The interrupted run is a subprocess; the same recipe is resumed in this process.
 
 RUN = """\
 import sys
@@ -325,9 +327,8 @@ def test_a_killed_run_resumes_and_ends_in_the_same_policies(pattern, done, tmp_p
     killed.finish()
     (curve,) = killed.runs.glob("control-*/curve-3.json")  # the first seed was finished
     before = curve.read_bytes()
-    resumed = Run(tmp_path, seconds_between_checkpoints=1e9)
-    assert resumed.finish() == 0, resumed.log.read_text()
-    assert_finished_like(done, resumed.runs)
+    call(killed.runs)
+    assert_finished_like(done, killed.runs)
     assert curve.read_bytes() == before  # including its seconds: it was not trained again
 
 
@@ -350,14 +351,14 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(number, done, tm
     (folder,) = interrupted.runs.glob("control-*")
     assert artifacts.read_artifact(folder) is None
     (checkpoint,) = checkpoints.list_checkpoints(folder)
-    resumed = Run(tmp_path, seconds_between_checkpoints=1e9)
-    assert resumed.finish() == 0, resumed.log.read_text()
+    out = io.StringIO()
+    call(interrupted.runs, file=out)
     step = int(checkpoint.name.removeprefix("checkpoint-")) % 2000
-    assert f"resuming from step {step:,}" in resumed.log.read_text()
-    assert_finished_like(done, resumed.runs)
+    assert f"resuming from step {step:,}" in out.getvalue()
+    assert_finished_like(done, interrupted.runs)
 
 
-# Several ranks --------------------------------------------------------------------------------------------------------
+# Several ranks ------------------------------------------------------------------------------------
 
 
 def test_ranks_share_the_seeds(tmp_path, monkeypatch):
@@ -395,7 +396,7 @@ def test_two_ranks_train_the_policies_of_one(done, tmp_path):
     assert [row["seed"] for row in artifact.metrics["control"]] == [3, 5]
 
 
-# Playing --------------------------------------------------------------------------------------------------------------
+# Playing ------------------------------------------------------------------------------------------
 
 
 def test_play_writes_a_gif_and_prints_the_returns(done, tmp_path, capsys):
