@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from align.config.ppo import PPO
-from align.config.validation import FUNCTION
 from align.data.rows import Row
 from align.models import tokenization
 from align.online_rl.completions import Completions
@@ -119,7 +118,7 @@ def load_functions(config: PPO) -> dict[str, Score]:
     Raises:
         UserError: A function cannot be imported, or has the wrong signature.
     """
-    return {name: load_function(name) for name in config.rewards if FUNCTION.match(name)}
+    return {name: load_function(name) for name in config.reward_functions.values()}
 
 
 def build_scorer(config: PPO, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:

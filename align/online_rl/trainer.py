@@ -19,7 +19,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from align.config.ppo import PPO
-from align.config.validation import FUNCTION
 from align.data import tables
 from align.data.rows import Row
 from align.errors import UserError
@@ -74,17 +73,14 @@ class PPOTrainer:
         rows = tables.read(Path(inputs["prompts"]), "prompts", "train")
         held_out = _read_held_out(config, Path(inputs["prompts"]))
         reward_sources = [
-            inputs[f"rewards.{k}"]
-            for k, name in enumerate(config.rewards)
-            if not FUNCTION.match(name)
+            inputs[f"rewards.{k}"] for k, name in enumerate(config.rewards) if name not in functions
         ]
         self.config, self.output_dir, self.logger = config, output_dir, logger
         self.models = build_models(
             config, inputs["model"], reward_sources, device=accelerator.device
         )
-        self.generation_config = (
-            self.models.policy.model.generation_config
-        )  # the sampler sets its own
+        # The sampler replaces the policy's generation config; the original one is saved in the end.
+        self.generation_config = self.models.policy.model.generation_config
         self.sampler = build_sampler(config, self.models)
         self.scorer = build_scorer(config, self.models, functions)
         self.prompts = tokenize(rows, self.models, config)
