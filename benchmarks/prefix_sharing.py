@@ -1,19 +1,25 @@
-"""TRL's trainers as they come against the same trainers with shared prefixes, one after the other in one run.
+r"""Speed of TRL's trainers with and without prefix sharing, alternating in one run.
 
-    python benchmarks/prefix_sharing.py --quick                      # a sanity check, under a minute
+    python benchmarks/prefix_sharing.py --quick                      # a check, under a minute
     python benchmarks/prefix_sharing.py                              # one core, about ten minutes
     python benchmarks/prefix_sharing.py --layers 8 --trainers dpo    # 20 M parameters
-    python benchmarks/prefix_sharing.py --quick --steps 20 --learning-rate 1e-3 --trainers dpo dpo-lora sft reward kto
     python benchmarks/prefix_sharing.py --shapes --hh harmless-base-test.jsonl.gz
-    python benchmarks/prefix_sharing.py --device cuda --dtype bfloat16 --layers 24 --width 1024 --pairs 16
+    python benchmarks/prefix_sharing.py --quick --steps 20 --learning-rate 1e-3 \
+        --trainers dpo dpo-lora sft reward kto
+    python benchmarks/prefix_sharing.py --device cuda --dtype bfloat16 \
+        --layers 24 --width 1024 --pairs 16
 
-Three shapes of data, lengths log-normal around (prompt, completion): TL;DR (300, 30), HH (120, 90), UltraFeedback
-(150, 280); spread so that of eight pairs' positions 44, 38 and 37 % are distinct on average. Their tokens are random;
-those of ``--hh`` are a file's of HH-RLHF, under a tokenizer trained on it. Models are Llamas with random weights: speed
-and memory ask for no more. Both sides start from the same weights and see the same batches; their losses stand side by
-side, and who goes first changes with each of ``--rounds``. Ours is what our stages do: shared prefixes, and on CPU small tiles in TRL's head; the reference runs in each step on
-both sides. All steps count, after one to warm up; memory is the highest resident size within the steps of a side
-(``VmHWM``, set back before each), or CUDA's.
+There are three shapes of data, with log-normal lengths around (prompt, completion): TL;DR (300,
+30), HH (120, 90) and UltraFeedback (150, 280). Their spread is chosen so that 44, 38 and 37 % of
+the positions of eight pairs are distinct on average. Their tokens are random; ``--hh`` reads a file
+of HH-RLHF, with a tokenizer trained on it. The models are Llamas with random weights, which is
+sufficient to measure speed and memory.
+
+Both variants start from the same weights, receive the same batches and report their losses. The
+first to run alternates with each of ``--rounds``. The variant ``shared`` does what Align's stages
+do: prefix sharing and, on a CPU, small tiles in TRL's head. The reference runs in each step of both
+variants. One warm-up step is not counted. Memory is the maximum resident size during the steps of a
+variant (``VmHWM``, reset before each), or CUDA's.
 """
 
 from __future__ import annotations
@@ -56,12 +62,12 @@ from align.runtime import distributed
 # Mean lengths of prompt and completion, and the spread of their logarithms.
 SHAPES = {"TL;DR": (300, 30, 0.16), "HH": (120, 90, 0.57), "UltraFeedback": (150, 280, 0.67)}
 KINDS = {"dpo": "DPO", "sft": "SFT", "reward": "Reward", "kto": "KTO"}
-TRAINERS = tuple(kind + how for kind in KINDS for how in ("", "-lora"))
+TRAINERS = tuple(kind + suffix for kind in KINDS for suffix in ("", "-lora"))
 
 
 @dataclass
-class Side:
-    """What one of the two measured."""
+class Variant:
+    """Measurements of one of the two variants."""
 
     trainer: Any
     seconds: list[float] = field(default_factory=list)
@@ -73,59 +79,59 @@ class Side:
 def rows(
     shape: tuple[int, int, float], pairs: int, seed: int, vocabulary: int
 ) -> list[dict[str, str]]:
-    """Pairs of random tokens, written as the tokenizer below reads them."""
-    draw = random.Random(seed)
+    """Pairs of random tokens, as texts for the tokenizer below."""
+    generator = random.Random(seed)
     spread = shape[2]
 
-    def some(mean: int) -> str:
-        length = max(2, round(draw.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
-        return "".join(f"<t{draw.randrange(300, vocabulary)}>" for _ in range(length))
+    def text(mean: int) -> str:
+        length = max(2, round(generator.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
+        return "".join(f"<t{generator.randrange(300, vocabulary)}>" for _ in range(length))
 
     return [
-        {"prompt": some(shape[0]), "chosen": some(shape[1]), "rejected": some(shape[1])}
+        {"prompt": text(shape[0]), "chosen": text(shape[1]), "rejected": text(shape[1])}
         for _ in range(pairs)
     ]
 
 
 def tokenizer(vocabulary: int) -> Any:
-    """One token for each ``<t123>``."""
+    """A tokenizer with one token for each ``<t123>``."""
     from tokenizers import AddedToken
 
-    made = tokenization.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
-    made.add_tokens([AddedToken(f"<t{i}>", normalized=False) for i in range(300, vocabulary)])
-    return made
+    new = tokenization.new_tokenizer(["a"], vocab_size=264, max_length=100_000)
+    new.add_tokens([AddedToken(f"<t{i}>", normalized=False) for i in range(300, vocabulary)])
+    return new
 
 
 def hh(file: Path, vocabulary: int) -> tuple[list[dict[str, Any]], Any]:
-    """The pairs of a file of HH-RLHF as conversations, in a random order, and a tokenizer trained on them."""
+    """Shuffled pairs of a file of HH-RLHF as conversations, and a tokenizer trained on them."""
     prepared = prepare(Prepare(source=str(file), reader="hh", test_fraction=0.0))
     pairs = prepared.tables()["pairs"]["train"]
-    found = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
-    texts = (m["content"] for row in found for part in row.values() for m in part)
-    random.Random(0).shuffle(found)
-    return found, tokenization.new_tokenizer(texts, vocab_size=vocabulary, max_length=100_000)
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
+    texts = (m["content"] for row in rows for part in row.values() for m in part)
+    random.Random(0).shuffle(rows)
+    return rows, tokenization.new_tokenizer(texts, vocab_size=vocabulary, max_length=100_000)
 
 
 class Clock(TrainerCallback):
-    """Times steps, the optimizer's included."""
+    """Measures the seconds of each step, including the optimizer."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self.begin = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop, when the device is done."""
+        """Stop the clock when the device has finished."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.begin)
 
 
 def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args: Any) -> Any:
-    """A trainer of TRL; with ``share``, its models share prefixes."""
-    kind, _, how = kind.partition("-")
+    """Build a trainer of TRL, with prefix sharing if ``share``."""
+    kind, _, lora = kind.partition("-")
     name = KINDS[kind]
     torch.manual_seed(args.seed)
     config = LlamaConfig(
@@ -135,13 +141,15 @@ def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args
     )  # fmt: skip
     kinds = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     policy = kinds.from_config(config, dtype=getattr(torch, args.dtype))
-    made: dict[str, Any] = {}
-    if kind in ("dpo", "kto") and not how:
-        made["ref_model"] = kinds.from_config(config, dtype=getattr(torch, args.dtype))
-        made["ref_model"].load_state_dict(policy.state_dict())
-    if how:
-        task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"  # which trains the score head as well
-        made["peft_config"] = LoraConfig(
+    options: dict[str, Any] = {}
+    if kind in ("dpo", "kto") and not lora:
+        options["ref_model"] = kinds.from_config(config, dtype=getattr(torch, args.dtype))
+        options["ref_model"].load_state_dict(policy.state_dict())
+    if lora:
+        task = (
+            "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+        )  # the former trains the score head too
+        options["peft_config"] = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type=task
         )
     if kind == "sft":
@@ -164,7 +172,7 @@ def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args
         args=arguments,
         train_dataset=Dataset.from_list(texts),
         processing_class=tokens,
-        **made,
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
     if share:
@@ -173,58 +181,60 @@ def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args
 
 
 def peak(reset: bool, device: str) -> int:
-    """The highest memory since the last reset, in bytes."""
+    """Peak memory since the last reset, in bytes."""
     if device == "cuda":
-        found = torch.cuda.max_memory_allocated()
+        peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return found
+        return peak_bytes
     status = Path("/proc/self/status").read_text().splitlines()
-    found = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    peak_bytes = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    return found
+    return peak_bytes
 
 
 def measure(kind: str, data: list[dict[str, Any]], tokens: Any, args: Any) -> dict[str, Any]:
-    """Both sides, ``args.rounds`` times each in turns."""
-    sides = {"trl": Side(None), "shared": Side(None)}
+    """Measure both variants ``args.rounds`` times, alternating."""
+    variants = {"trl": Variant(None), "shared": Variant(None)}
     for round_ in range(args.rounds):
-        for name in list(sides)[:: 1 if round_ % 2 == 0 else -1]:
-            side, clock = sides[name], Clock()
+        for name in list(variants)[:: 1 if round_ % 2 == 0 else -1]:
+            variant, clock = variants[name], Clock()
             distributed.reset_process_state(args.seed)
             trainer = build(kind, name == "shared", data, tokens, args)
             trainer.add_callback(clock)
             inner = trainer.model.get_base_model() if "lora" in kind else trainer.model
             seen: list[int] = []
             inner.base_model.layers[0].register_forward_pre_hook(
-                lambda _, given, seen=seen: seen.append(given[0].shape[:2].numel())
+                lambda _, inputs, seen=seen: seen.append(inputs[0].shape[:2].numel())
             )
             peak(True, args.device)
             with logps.small_vocabulary_tiles() if name == "shared" else contextlib.nullcontext():
                 trainer.train()
-            side.memory = max(side.memory, peak(True, args.device))
-            side.seconds += clock.seconds[1:]
-            side.losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-            side.computed = sum(seen)
+            variant.memory = max(variant.memory, peak(True, args.device))
+            variant.seconds += clock.seconds[1:]
+            variant.losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+            variant.computed = sum(seen)
             del trainer, inner
-    plain, ours = sides["trl"], sides["shared"]
-    steps = [statistics.median(side.seconds) for side in (plain, ours)]
-    totals = [sum(side.seconds) for side in (plain, ours)]
+    plain, shared = variants["trl"], variants["shared"]
+    steps = [statistics.median(variant.seconds) for variant in (plain, shared)]
+    totals = [sum(variant.seconds) for variant in (plain, shared)]
     return {
         "trainer": kind,
-        "tokens": ours.computed / plain.computed,
+        "tokens": shared.computed / plain.computed,
         "seconds": [total / args.rounds for total in totals],
         "median_step": steps,
         "samples_per_second": [args.pairs * args.steps * args.rounds / total for total in totals],
         "ratio": totals[0] / totals[1],
-        "memory_gib": [side.memory / 2**30 for side in (plain, ours)],
-        "losses": [plain.losses, ours.losses],
-        "loss_difference": max(abs(a - b) for a, b in zip(plain.losses, ours.losses, strict=True)),
+        "memory_gib": [variant.memory / 2**30 for variant in (plain, shared)],
+        "losses": [plain.losses, shared.losses],
+        "loss_difference": max(
+            abs(a - b) for a, b in zip(plain.losses, shared.losses, strict=True)
+        ),
     }
 
 
 def main() -> None:
-    """Read the command line, measure, print a table."""
+    """Read the command line, measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small model, two steps")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -232,17 +242,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--pairs", type=int, default=8, help="a batch")
-    parser.add_argument("--steps", type=int, help="a round, after one to warm up; 2")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per batch")
+    parser.add_argument("--steps", type=int, help="steps per round, after one warm-up step; 2")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--trainers", nargs="*", choices=TRAINERS, default=["dpo", "dpo-lora", "sft", "reward", "kto"])  # fmt: skip
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--hh", type=Path, help="a file of HH-RLHF, besides the shapes")
+    parser.add_argument("--hh", type=Path, help="a file of HH-RLHF, in addition to the shapes")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--shuffle", action="store_true", help="TRL's sampling; else in order")
+    parser.add_argument(
+        "--shuffle", action="store_true", help="TRL's sampling instead of sequential rows"
+    )
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     args = parser.parse_args()
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -250,23 +262,25 @@ def main() -> None:
         args.layers, args.width, args.vocabulary, args.pairs = 4, 128, 2048, 4
     args.steps = args.steps or 2
     n = args.pairs * (args.steps + 1)
-    drawn = [(s, rows(SHAPES[s], n, args.seed, args.vocabulary), tokenizer) for s in args.shapes]
-    sets = {name: (data, make(args.vocabulary)) for name, data, make in drawn}
+    random_sets = [
+        (s, rows(SHAPES[s], n, args.seed, args.vocabulary), tokenizer) for s in args.shapes
+    ]
+    sets = {name: (data, make(args.vocabulary)) for name, data, make in random_sets}
     if args.hh:
         data, tokens = hh(args.hh, args.vocabulary)
         sets[args.hh.name.partition(".")[0]] = data[:n], tokens
-    found = []
-    print(f"{'shape':18} {'trainer':11} {'tokens':>6} {'TRL s':>8} {'ours s':>8} {'ratio':>6} {'samples/s':>15} {'GiB':>12} {'loss ±':>8}")  # fmt: skip
+    results = []
+    print(f"{'shape':18} {'trainer':11} {'tokens':>6} {'TRL s':>8} {'shared s':>8} {'ratio':>6} {'samples/s':>15} {'GiB':>12} {'loss ±':>8}")  # fmt: skip
     for shape, (data, tokens) in sets.items():
         for kind in args.trainers:
-            each = measure(kind, data, tokens, args) | {"shape": shape}
-            found.append(each)
-            a, b = each["seconds"]
-            s, t = each["samples_per_second"]
-            m, n = each["memory_gib"]
-            print(f"{shape:18} {kind:11} {each['tokens']:6.2f} {a:8.2f} {b:8.2f} {each['ratio']:6.2f} {s:6.2f} → {t:6.2f} {m:5.2f} {n:6.2f} {each['loss_difference']:8.1e}", flush=True)  # fmt: skip
+            result = measure(kind, data, tokens, args) | {"shape": shape}
+            results.append(result)
+            a, b = result["seconds"]
+            s, t = result["samples_per_second"]
+            m, n = result["memory_gib"]
+            print(f"{shape:18} {kind:11} {result['tokens']:6.2f} {a:8.2f} {b:8.2f} {result['ratio']:6.2f} {s:6.2f} → {t:6.2f} {m:5.2f} {n:6.2f} {result['loss_difference']:8.1e}", flush=True)  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a reward model of the embedded task looks at: its score differences on held-out pairs, regressed on gold's parts.
+"""Regress the scores of a reward model of the embedded task on the parts of the gold score.
 
     python benchmarks/reward_parts.py runs/reward-… runs/prepare-…
 
-Parts and scores are differences within a pair, divided by their standard deviation, so weights compare. The last row is the
-gold score itself, by the same regression.
+Scores and parts are differences within held-out pairs, divided by their standard deviations, so
+that the weights can be compared. The last row is the same regression for the gold score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.rewards import gold, reward_model
 
 
 def main() -> None:
-    """Score, regress, print."""
+    """Score the pairs, run both regressions, and print a table."""
     folder, data = map(Path, sys.argv[1:3])
     rows = pq.read_table(data / "pairs-test.parquet").to_pylist()
     model = reward_model.RewardModel.load(folder, dtype="float32", device="cpu")
@@ -28,24 +28,16 @@ def main() -> None:
         model.score(prompts, [row[side] for row in rows], batch_size=64)
         for side in ("chosen", "rejected")
     ]
-    parts = torch.tensor(
-        [
-            [
-                a - b
-                for a, b in zip(
-                    *(
-                        astuple(
-                            gold.gold_parts(row["prompt"][-1]["content"], row[side][-1]["content"])
-                        )
-                        for side in ("chosen", "rejected")
-                    ),
-                    strict=True,
-                )
-            ]
-            for row in rows
-        ]
-    )
-    truth = torch.tensor(
+    differences = []
+    for row in rows:
+        prompt = row["prompt"][-1]["content"]
+        chosen, rejected = (
+            astuple(gold.gold_parts(prompt, row[side][-1]["content"]))
+            for side in ("chosen", "rejected")
+        )
+        differences.append([a - b for a, b in zip(chosen, rejected, strict=True)])
+    parts = torch.tensor(differences)
+    gold_scores = torch.tensor(
         [
             gold.gold_score(row["prompt"][-1]["content"], row["chosen"][-1]["content"])
             - gold.gold_score(row["prompt"][-1]["content"], row["rejected"][-1]["content"])
@@ -54,7 +46,7 @@ def main() -> None:
     )
     print("|", " | ".join(["", *(each.name for each in fields(gold.GoldParts))]), "|")
     print("|" + "---|" * (len(fields(gold.GoldParts)) + 1))
-    for name, target in ((folder.name, scores[0] - scores[1]), ("gold", truth)):
+    for name, target in ((folder.name, scores[0] - scores[1]), ("gold", gold_scores)):
         weights = torch.linalg.lstsq(
             parts.double() / parts.double().std(0),
             (target.double() / target.double().std())[:, None],

@@ -1,7 +1,8 @@
 """Evaluation of a reward model: its mean score, and accuracy and calibration on held-out pairs.
 
 Left out: training, which is the ``reward`` stage, and loading, which is
-:mod:`align.rewards.reward_model`."""
+:mod:`align.rewards.reward_model`.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +36,11 @@ BATCH_SIZE = 64
 def center(
     model: RewardModel, data: Path, output_dir: Path, logger: Logger
 ) -> dict[str, float | int]:
-    """Store the mean score of the demonstrations in ``reward.json``, as the offset of the reward
-    model.
+    """Store the mean score of the demonstrations, the offset of the model, in ``reward.json``.
 
     Labeled completions come without demonstrations; their chosen completions are scored instead.
-    ``model`` must have an offset of 0."""
+    ``model`` must have an offset of 0.
+    """
     has_demonstrations = tables.has_table(data, "demonstrations", "train")
     kind, column = ("demonstrations", "completion") if has_demonstrations else ("pairs", "chosen")
     rows = rows_that_fit(model, tables.read(data, kind, "train", most=N_CENTER), [column])
@@ -55,7 +56,8 @@ def measure(model: RewardModel, data: Path, logger: Logger) -> dict[str, Any] | 
 
     The result has the fields of :class:`align.evaluation.results.RewardModelReport`. A difference d
     of scores predicts that the completion with the higher score is preferred with probability
-    sigmoid(d)."""
+    sigmoid(d).
+    """
     split = next((s for s in ("test", "validation") if tables.has_table(data, "pairs", s)), None)
     if split is None:
         return None
@@ -100,11 +102,12 @@ def _percent(share: float | None) -> str:
 
 
 def calibration(margins: Tensor) -> list[dict[str, float]]:
-    """Calibration of score differences ``[pairs]``, in bins of the predicted probability of the
-    likelier completion.
+    """Calibration of score differences ``[pairs]``, in bins of the predicted probability.
 
-    ``confidence`` is the mean predicted probability of a bin, ``accuracy`` the share of its
-    ``pairs`` in which the likelier completion is the chosen one. Empty bins are left out."""
+    ``confidence`` is the mean predicted probability of the likelier completion in a bin,
+    ``accuracy`` the share of its ``pairs`` in which the likelier completion is the chosen one.
+    Empty bins are left out.
+    """
     confidence = torch.sigmoid(margins.double().abs())
     correct = torch.where(margins == 0, 0.5, (margins > 0).double())  # a tie counts one half
     bin_of_pair = ((confidence - 0.5) * 2 * N_BINS).long().clamp(max=N_BINS - 1)
@@ -120,23 +123,23 @@ def calibration(margins: Tensor) -> list[dict[str, float]]:
 
 
 def calibration_error(margins: Tensor) -> float:
-    """Expected calibration error: mean of ``|confidence - accuracy|`` over bins, weighted by their
-    pairs.
+    """Expected calibration error: ``|confidence - accuracy|``, averaged over pairs.
 
     Source: Naeini et al. 2015, Obtaining well calibrated probabilities using Bayesian binning, eq.
-    3."""
+    3.
+    """
     return sum(
         each["pairs"] * abs(each["confidence"] - each["accuracy"]) for each in calibration(margins)
     ) / len(margins)
 
 
 def gold_agreement(rows: Sequence[Mapping[str, Any]], margins: Tensor) -> dict[str, float]:
-    """Compare score differences ``[pairs]`` with the gold scores of the embedded task; empty for
-    any other task.
+    """Compare score differences ``[pairs]`` with gold scores; empty for another task.
 
     ``accuracy_upper_bound`` is the expected accuracy of the best classifier, since the labels are
     noisy. ``agreement_with_gold`` is the share of pairs that the reward model orders as the gold
-    score does; ties in the gold score are left out."""
+    score does; ties in the gold score are left out.
+    """
     try:
         probabilities = [
             gold.preference_probability(
@@ -162,8 +165,9 @@ def gold_agreement(rows: Sequence[Mapping[str, Any]], margins: Tensor) -> dict[s
 def rows_that_fit(
     model: RewardModel, rows: list[dict[str, Any]], columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Rows whose prompt with each of the completions fits into the model's positions. Logs the
-    number of other rows.
+    """Rows that fit into the model's positions with each of the completions.
+
+    A warning gives the number of other rows.
 
     Raises:
         DataError: No row fits.

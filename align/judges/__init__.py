@@ -1,1 +1,1 @@
-"""Judges of completions: they score single completions or, later, compare two."""
+"""Judges of completions."""

@@ -1,5 +1,4 @@
-"""Judges that score one completion at a time: the exact score of the embedded task, or a reward
-model.
+"""Judges that score one completion at a time: the gold score, or a reward model.
 
 Left out: judges that compare two completions.
 """
@@ -52,8 +51,7 @@ class RewardModelJudge:
     """A reward model, on the device of this process."""
 
     def __init__(self, source: Path | str, *, dtype: str, batch_size: int) -> None:
-        """Load the model from a folder or the Hub; ``batch_size`` is the number of completions per
-        forward pass.
+        """Load the model from a folder or the Hub, to score ``batch_size`` completions at a time.
 
         Raises:
             UserError: The model cannot be loaded, or is not a reward model.

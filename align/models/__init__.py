@@ -1,1 +1,1 @@
-"""models."""
+"""Language models without training: loading, adapters, tokens, sampling and log-probabilities."""

@@ -1,8 +1,8 @@
-"""LoRA adapters: loading a policy and its reference for training, and choosing the active adapter of a model.
+"""LoRA adapters: load a policy with its reference for training, and activate adapters.
 
-An adapter is trained further, never stacked: a policy that is an adapter stays that adapter, and its reference is a
-frozen copy of it. With full fine-tuning, the adapter is first merged into its base, and the reference is the same merge.
-A new policy therefore equals its reference exactly.
+An adapter is trained further, never stacked: a policy that is an adapter stays that adapter, and
+its reference is a frozen copy of it. With full fine-tuning, the adapter is first merged into its
+base, and the reference is the same merge. A new policy therefore equals its reference exactly.
 """
 
 from __future__ import annotations
@@ -44,20 +44,24 @@ class PolicyAndReference:
 
     policy: PreTrainedModel | PeftModel
     reference: PreTrainedModel | None
-    """None where TRL derives the reference from the policy: the base below a new adapter, or a copy of a trained one."""
+    """None where TRL derives the reference from the policy: the base of a new adapter, or a copy of
+    a trained adapter."""
     new_adapter: LoraConfig | None
-    """Configuration of the adapter that TRL has to create; None for full fine-tuning or an existing adapter."""
+    """Configuration of the adapter that TRL has to create; None for full fine-tuning or an existing
+    adapter."""
     tokenizer: PreTrainedTokenizerBase
 
 
 def load_policy_and_reference(config: LoadConfig, source: Path | str) -> PolicyAndReference:
     """Load the policy to train and its reference, equal to the last bit.
 
-    A policy with full fine-tuning gets a second model, loaded in the same way. TRL's default would load
-    ``config._name_or_path`` instead, which for a merged adapter is the base without the adapter.
+    A policy with full fine-tuning gets a second model, loaded in the same way. TRL's default would
+    load ``config._name_or_path`` instead, which for a merged adapter is the base without the
+    adapter.
 
     Raises:
-        UserError: The model or its tokenizer cannot be loaded, or an existing adapter differs from ``config.lora``.
+        UserError: The model or its tokenizer cannot be loaded, or an existing adapter differs from
+            ``config.lora``.
     """
     tokenizer = load_tokenizer(source, revision=config.revision)
     policy, new_adapter = load_for_training(
@@ -76,10 +80,10 @@ def load_for_training(
     dtype: str,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
-    """Load the model to train, and the configuration of the adapter that its trainer has to create, if any.
+    """Load the model to train, and the configuration of a new adapter if one has to be created.
 
-    ``lora`` has ``r``, ``alpha``, ``dropout`` and ``target_modules``; None means full fine-tuning. An existing adapter is
-    trained further and must have the shape that ``lora`` describes.
+    ``lora`` has ``r``, ``alpha``, ``dropout`` and ``target_modules``; None means full fine-tuning.
+    An existing adapter is trained further and must have the shape that ``lora`` describes.
 
     Raises:
         UserError: The model cannot be loaded, or an existing adapter has another shape.
@@ -94,7 +98,7 @@ def load_for_training(
 
 
 def lora_config(lora: dict[str, Any], **overrides: Any) -> LoraConfig:
-    """Return peft's configuration of an adapter; ``overrides`` replace the defaults for a policy's adapter."""
+    """Return peft's configuration of an adapter, by default of a policy's adapter."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -126,8 +130,8 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
 def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
     """Activate one adapter of a model inside the block; None disables all of them.
 
-    peft's ``set_adapter`` would also set ``requires_grad`` to False for the other adapters, whose graph may still be needed
-    by a backward pass.
+    peft's ``set_adapter`` would also set ``requires_grad`` to False for the other adapters, whose
+    graph may still be needed by a backward pass.
     """
     layers = adapter_layers(model)
     states = [(layer._active_adapter, layer._disable_adapters) for layer in layers]

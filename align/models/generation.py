@@ -1,8 +1,8 @@
 """Batched sampling of completions.
 
-Prompts of similar length share a batch and are padded on the left. A completion ends at its first stop token, which may
-equal the pad token. Left out: tokenization and log-probabilities, which :mod:`align.models.tokenization` and
-:mod:`align.models.logps` compute.
+Prompts of similar length share a batch and are padded on the left. A completion ends at its first
+stop token, which may equal the pad token. Left out: tokenization and log-probabilities, which
+:mod:`align.models.tokenization` and :mod:`align.models.logps` compute.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def sample(
 ) -> list[list[Completion]]:
     """Sample ``n_completions`` texts for each prompt, in the order of the prompts.
 
-    A batch holds at most ``batch_size`` completions and has a seed derived from ``seed`` and its number, so the result does
-    not depend on which process samples which batch. ``map_batches`` distributes the batches, such as
-    ``runtime.distributed.map_rows``; by default this process samples all of them.
+    A batch holds at most ``batch_size`` completions and has a seed derived from ``seed`` and its
+    number, so the result does not depend on which process samples which batch. ``map_batches``
+    distributes the batches, such as ``runtime.distributed.map_rows``; by default this process
+    samples all of them.
     """
     stops = set_sampling(
         model, tokenizer, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
@@ -85,8 +86,9 @@ def generate(
 ) -> list[list[Tokens]]:
     """Sample ``n_completions`` completions of each tokenized prompt by ``model.generation_config``.
 
-    Prompts are sorted by length and sampled ``batch_size`` prompts at a time. Before batch k, torch's random state is seeded
-    with ``batch_seed(k)``. A completion includes its stop token if it has one.
+    Prompts are sorted by length and sampled ``batch_size`` prompts at a time. Before batch k,
+    torch's random state is seeded with ``batch_seed(k)``. A completion includes its stop token if
+    it has one.
     """
     import torch
 
@@ -117,9 +119,10 @@ def generate(
 def generate_tokens(
     model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
 ) -> list[Tokens]:
-    """Sample one continuation of each row in a single batch, up to and including its first stop token.
+    """Sample one continuation of each row in a single batch, up to its first stop token inclusive.
 
-    Padding that ``generate`` writes behind a stop token, while other rows of the batch continue, is removed.
+    Padding that ``generate`` writes behind a stop token, while other rows of the batch continue, is
+    removed.
     """
     import torch
 
@@ -138,10 +141,11 @@ def set_sampling(
     top_p: float,
     max_new_tokens: int,
 ) -> set[int]:
-    """Configure ``model.generate`` to sample from the model's distribution. Returns the stop tokens.
+    """Make ``model.generate`` sample from the model's distribution, and return the stop tokens.
 
-    The model's own generation config is replaced, because ``generate`` merges it into any config that it is called with: it
-    may contain more than the recipe, such as Qwen2.5's ``repetition_penalty: 1.1``. Its stop tokens are kept.
+    The model's own generation config is replaced, because ``generate`` merges it into any config
+    that it is called with: it may contain more than the recipe, such as Qwen2.5's
+    ``repetition_penalty: 1.1``. Its stop tokens are kept.
     """
     from transformers import GenerationConfig
 

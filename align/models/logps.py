@@ -1,4 +1,4 @@
-"""models.logps"""
+"""Log-probabilities of completions under a model, and the tile size of TRL's LM head on a CPU."""
 
 from __future__ import annotations
 
@@ -27,38 +27,40 @@ def completion_logps(
 ) -> Float[Tensor, " rows"]:
     """Log-probability of each completion given its prompt, summed over its tokens, eos included.
 
-    A row is a prompt and its completion, both lists of messages. Like TRL's trainers, the completion begins where the
-    tokens of the prompt alone and of the whole differ, and a row is cut off at ``max_length`` tokens. Where nothing of the
-    completion is left the result is NaN.
+    A row is a prompt and its completion, both lists of messages. As in TRL's trainers, a completion
+    starts at the first token in which the prompt alone and the whole row differ, and rows are
+    truncated to ``max_length`` tokens. NaN where truncation leaves nothing of a completion.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    heads = tokenize_prompts(tokenizer, [prompt for prompt, _ in rows])
-    wholes = [
+    prompts = tokenize_prompts(tokenizer, [prompt for prompt, _ in rows])
+    sequences = [
         tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)[:max_length]
         for prompt, completion in rows
     ]
-    starts = [common_prefix(head, whole) for head, whole in zip(heads, wholes, strict=True)]
-    # Long prompts first, completions of one prompt together: prefix sharing then computes it once.
-    order = sorted(range(len(rows)), key=lambda i: (-len(heads[i]), heads[i], -len(wholes[i])))
+    starts = [common_prefix(ids, whole) for ids, whole in zip(prompts, sequences, strict=True)]
+    # Completions of one prompt share a batch, so that prefix sharing computes the prompt once.
+    order = sorted(
+        range(len(rows)), key=lambda i: (-len(prompts[i]), prompts[i], -len(sequences[i]))
+    )
     result = torch.zeros(len(rows), dtype=torch.float64)
     model.eval()
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         ids, mask = pad_rows(
-            [wholes[i] for i in batch],
+            [sequences[i] for i in batch],
             pad=tokenizer.pad_token_id,
             side="right",
             device=model.device,
         )
-        places = torch.arange(ids.shape[1], device=ids.device)
+        columns = torch.arange(ids.shape[1], device=ids.device)
         begin = torch.tensor([starts[i] for i in batch], device=ids.device)
-        scored = (mask.bool() & (places >= begin[:, None]))[:, 1:]
-        # Only the completion's positions reach the vocabulary: the rest of the logits are never made. What a model does
-        # to its logits after its head (Gemma's soft cap, Granite's scale) stays.
+        scored = (mask.bool() & (columns >= begin[:, None]))[:, 1:]  # [batch, time - 1]
+        # The head computes logits of the completions' positions only. Operations that a model
+        # applies to its logits (Gemma's soft cap, Granite's scale) still run.
         hook = model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, given, scored=scored: (given[0][:, :-1][scored][None],)
+            lambda _, args, scored=scored: (args[0][:, :-1][scored][None],)
         )
         with hook, torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
@@ -74,18 +76,18 @@ def completion_logps(
 
 @contextlib.contextmanager
 def small_vocabulary_tiles() -> Iterator[None]:
-    """On CPU, let TRL's LM head take 256 tokens at a time, for as long as this lasts; sums change by rounding.
+    """On a CPU, TRL's LM head computes 256 tokens at a time inside this block.
 
-    Its 4,096 suit a GPU: a tile of logits is then 128 MiB at a vocabulary of 8,192 and goes through memory several
-    times, where one of 8 MiB stays in the cache.
+    TRL's tile of 4,096 tokens suits a GPU. With a vocabulary of 8,192, its logits take 128 MiB and
+    pass through memory several times, whereas 8 MiB remain in the cache. Sums change by rounding.
     """
     from accelerate import PartialState
     from trl.kernels import chunked_logprob
 
-    usual = chunked_logprob.TOKEN_CHUNK_SIZE
+    default = chunked_logprob.TOKEN_CHUNK_SIZE
     if PartialState().device.type == "cpu":
-        chunked_logprob.TOKEN_CHUNK_SIZE = min(usual, 256)
+        chunked_logprob.TOKEN_CHUNK_SIZE = min(default, 256)
     try:
         yield
     finally:
-        chunked_logprob.TOKEN_CHUNK_SIZE = usual
+        chunked_logprob.TOKEN_CHUNK_SIZE = default

@@ -1,4 +1,4 @@
-"""Conversations to token ids and back: chat templates, padding, and tokenizers that are new or loaded.
+"""Conversations to token ids and back: chat templates, padding, and tokenizers.
 
 SFT, DPO and KTO are not tokenized here: TRL tokenizes their rows when a trainer is built.
 """
@@ -68,10 +68,11 @@ def tokenize_for_reward(
     prompts: Sequence[Sequence[Message]],
     completions: Sequence[Sequence[Message]],
 ) -> list[list[int]]:
-    """Token ids of prompts with completions as a reward model reads them, in training, evaluation and PPO alike.
+    """Token ids of prompts with completions as a reward model reads them, in every stage.
 
-    A row ends in the first eos after the prompt. A template may write more behind it (ChatML writes a line feed), which a
-    policy that stops at eos never generates; a template that writes no eos gets one appended.
+    A row ends in the first eos after the prompt. A template may write more behind it (ChatML writes
+    a line feed), which a policy that stops at eos never generates; a template that writes no eos
+    gets one appended.
     """
     eos = tokenizer.eos_token_id
     rows = []
@@ -121,7 +122,10 @@ CHATML = (
 def new_tokenizer(
     texts: Iterable[str], *, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer with a ChatML template; eos is ``<|im_end|>``, pad is ``<|endoftext|>``."""
+    """Train a byte-level BPE tokenizer with a ChatML template.
+
+    The eos token is ``<|im_end|>``, the pad token ``<|endoftext|>``.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = train_bpe(texts, vocab_size=vocab_size)
@@ -176,8 +180,8 @@ def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTra
 def set_pad_token_for_scores(tokenizer: PreTrainedTokenizerBase) -> None:
     """Set a pad token that differs from eos.
 
-    A sequence classifier of transformers reads the last token that is not a pad token. If pad were eos, it would read the
-    token before the end.
+    A sequence classifier of transformers reads the last token that is not a pad token. If pad were
+    eos, it would read the token before the end.
 
     Raises:
         UserError: The vocabulary has no other special token.

@@ -7,7 +7,6 @@ activations, which depend on the batch. An unknown number is None.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from align.config.base import NewModel, Workload
 from align.config.data import Prepare
 from align.data import sources, statistics
 from align.data.prepare import prepare
-from align.models.files import weights_header
+from align.models.files import count_parameters
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts
 
@@ -104,5 +103,4 @@ def _stored_parameters(folder: Path) -> int | None:
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     if not files:
         return None
-    tensors = [t for file in files for t in weights_header(file)[1].values()]
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return sum(map(count_parameters, files))

@@ -22,7 +22,7 @@ def find_policy(policy: str, runs: Path) -> Path | str:
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
-        files.model_folder(folder)
+        files.check_model_folder(folder)
         return folder
     if "/" in policy:
         return policy

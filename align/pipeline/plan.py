@@ -16,7 +16,7 @@ from align.config.recipe import ErrorCollector, Recipe
 from align.config.stages import stage_kind
 from align.data.sources import source_files
 from align.errors import ArtifactError, RecipeError, nearest
-from align.models.files import model_folder
+from align.models.files import check_model_folder
 from align.rewards import functions
 from align.runtime import artifacts, checkpoints
 
@@ -128,7 +128,7 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
             f"{folder}: no {artifacts.FILE}, so its stage is not finished; run its recipe again"
         )
     else:
-        model_folder(folder)
+        check_model_folder(folder)
     return folder, artifacts.digest_folder(folder)
 
 

@@ -1,1 +1,1 @@
-"""rewards."""
+"""Everything that gives a completion a score: reward models, functions, and the gold score."""

@@ -1,6 +1,6 @@
-"""Python functions that a recipe names as rewards, ``module:function``: found, called, and their answers checked.
+"""Reward functions that a recipe names as ``module:function``: import, signature check and call.
 
-Light: planning asks for a function's file without importing anything.
+Imports no heavy library: ``align plan`` finds the file of a function without running it.
 """
 
 from __future__ import annotations
@@ -22,56 +22,55 @@ Score = Callable[..., Sequence[float]]
 
 
 def load_function(name: str) -> Score:
-    """The function ``module:function``; modules are looked for in the working directory as well.
+    """Import the function ``module:function`` from the working directory or an installed package.
 
-    It is called with ``prompts`` (lists of messages), ``completions`` (texts) and, by name, the columns of the prompts'
-    rows, each a list with an entry a completion; it returns a finite number for each.
+    It is called with ``prompts`` (lists of messages), ``completions`` (texts) and, by name, those
+    columns of the prompts' table that are among its parameters. All of them are lists with one
+    entry per completion. It returns one finite number per completion.
 
     Raises:
-        UserError: There is no such module or function, or it cannot take that.
+        UserError: The module or function cannot be imported, or has other parameters.
     """
     module, _, attribute = name.partition(":")
     with _working_directory_on_path():
         try:
-            found = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # the module is the user's, and runs as it is imported
+            function = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # the user's module may raise anything
             raise UserError(
-                f"{name}: cannot be had: {type(error).__name__}: {error}; a module lies in the working directory or is "
-                "installed"
+                f"{name}: cannot be imported: {type(error).__name__}: {error}; modules are searched "
+                "in the working directory and in installed packages"
             ) from error
-    if not callable(found):
-        raise UserError(f"{name}: no function, but {type(found).__name__}")
-    takes = inspect.signature(found).parameters
-    if not {"prompts", "completions"} <= takes.keys():
+    if not callable(function):
+        raise UserError(f"{name}: expected a function, got {type(function).__name__}")
+    parameters = inspect.signature(function).parameters
+    if not {"prompts", "completions"} <= parameters.keys():
         raise UserError(
-            f"{name}: it takes {', '.join(takes) or 'nothing'}; a reward function is written "
-            "`def score(prompts, completions, **columns)` and returns a list of numbers"
+            f"{name}: its parameters are {', '.join(parameters) or 'empty'}; define it as "
+            "`def score(prompts, completions, **columns)`, returning a list of numbers"
         )
-    return found
+    return function
 
 
 def missing_columns(name: str, columns: Collection[str]) -> list[str]:
-    """Columns that a function cannot do without and that are not there."""
-    takes = inspect.signature(load_function(name)).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in takes if p.default is inspect.Parameter.empty and p.kind in named]
-    return [each for each in needed if each not in {"prompts", "completions", *columns}]
+    """Required parameters of a function that are not among ``columns``."""
+    parameters = inspect.signature(load_function(name)).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [
+        p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in kinds
+    ]
+    return [column for column in required if column not in {"prompts", "completions", *columns}]
 
 
 def function_file(name: str) -> Path | None:
-    """The file of ``module:function``, found without importing the module; None if there is none."""
+    """The file of ``module:function``, without importing it; None if there is none."""
     module = name.partition(":")[0]
     with _working_directory_on_path():
         try:
             spec = importlib.util.find_spec(module)
             file = spec.origin if spec is not None else None
-        except (
-            ValueError
-        ):  # a module without a spec, such as the script or notebook that is running
+        except ValueError:  # a module without a spec: the running script or notebook
             file = getattr(sys.modules.get(module), "__file__", None)
-        except (
-            Exception
-        ):  # finding a submodule imports its package, whose code may fail; loading reports it
+        except Exception:  # find_spec runs the parent package; errors are reported by the call
             return None
     return Path(file) if file else None
 
@@ -98,27 +97,31 @@ def call(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
-    """Scores by a function, checked: one finite number a completion.
+    """Call a reward function and check its result: one finite number per completion.
 
     Raises:
-        UserError: Anything else came back.
+        UserError: The function returns anything else.
     """
-    takes = inspect.signature(score).parameters
-    every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    given = {key: value for key, value in columns.items() if every or key in takes}
-    answer = score(prompts=prompts, completions=completions, **given)
+    parameters = inspect.signature(score).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    options = {key: value for key, value in columns.items() if takes_all or key in parameters}
+    result = score(prompts=prompts, completions=completions, **options)
     try:
-        found = [float(value) for value in answer]
+        scores = [float(value) for value in result]
     except (TypeError, ValueError):
-        raise UserError(f"{name}: returned {answer!r:.80}; return a list of numbers") from None
-    if len(found) != len(completions):
-        raise UserError(f"{name}: {len(found)} scores for {len(completions)} completions")
-    wrong = next((i for i, value in enumerate(found) if not math.isfinite(value)), None)
-    if wrong is not None:
         raise UserError(
-            f"{name}: the score {found[wrong]} for {completions[wrong]!r}; scores are finite"
+            f"{name}: expected a list of numbers, got {result!r:.80}; return a list of numbers"
+        ) from None
+    if len(scores) != len(completions):
+        raise UserError(
+            f"{name}: {len(scores)} scores for {len(completions)} completions; return one for each"
         )
-    return found
+    invalid = next((i for i, value in enumerate(scores) if not math.isfinite(value)), None)
+    if invalid is not None:
+        raise UserError(
+            f"{name}: the score of {completions[invalid]!r} is {scores[invalid]}; scores must be finite"
+        )
+    return scores
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ A prompt requests a number of sentences in a tone, about a topic, with a thing m
 
     Write two cheerful sentences about the sea and mention a lantern.
 
-A good answer is "The joyful gull dances near the pier. Today, the merry boat laughs with a lantern."
-Every sentence is parsed by a small grammar, so text that only looks right (a list of keywords, an
-unfinished sentence, a word that does not exist) scores 0. Imports the standard library only.
+A good answer is "The joyful gull dances near the pier. Today, the merry boat laughs with a
+lantern." Every sentence is parsed by a small grammar, so text that only looks right (a list of
+keywords, an unfinished sentence, a word that does not exist) scores 0. Imports the standard library
+only.
 """
 
 from __future__ import annotations
@@ -151,8 +152,9 @@ _SENTENCE = re.compile(
 class GoldParts:
     """The parts of a completion's score, each in [0, 1].
 
-    ``topic`` and ``tone`` are summed over the requested number of sentences and divided by the number
-    of requested or written sentences, whichever is larger: missing and surplus sentences both cost.
+    ``topic`` and ``tone`` are summed over the requested number of sentences and divided by the
+    number of requested or written sentences, whichever is larger: missing and surplus sentences
+    both cost.
 
     Attributes:
         readable: Share of the sentences that the grammar accepts; scales the total.
@@ -160,7 +162,8 @@ class GoldParts:
         topic: Share of the nouns that belong to the requested topic.
         tone: Strength of the words in the requested tone; a word of another tone counts zero.
         count: One minus the relative error of the number of sentences.
-        mention: One over the number of things mentioned if the requested one is among them, else zero.
+        mention: One over the number of things mentioned if the requested one is among them, else
+        zero.
     """
 
     readable: float
@@ -264,7 +267,9 @@ def gold_score(prompt: str, completion: str) -> float:
 
 
 def preference_probability(prompt: str, first: str, second: str) -> float:
-    """Return the probability that the task's labeler prefers ``first``: Bradley-Terry on gold scores.
+    """Return the Bradley-Terry probability that ``first`` has the higher gold score.
+
+    The labels of the embedded task are drawn with this probability.
 
     Raises:
         ValueError: The prompt is not one of the embedded task's.

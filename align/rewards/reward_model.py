@@ -1,9 +1,9 @@
 """Reward models: sequence classifiers with one label that score completions.
 
-A reward model reads prompt and completion as :func:`align.models.tokenization.tokenize_for_reward` writes them. Its score
-is the output of the head at the last token of the row, minus the offset: the mean score of the demonstrations, which the
-``reward`` stage stores in ``reward.json``. The last token is determined from the length of the row, never by a search for
-pad tokens.
+A reward model reads prompt and completion as :func:`align.models.tokenization.tokenize_for_reward`
+writes them. Its score is the output of the head at the last token of the row, minus the offset: the
+mean score of the demonstrations, which the ``reward`` stage stores in ``reward.json``. The last
+token is determined from the length of the row, never by a search for pad tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEAD = "score"
 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
-    """A decoder with a scalar head, which may share its layers with other models as one of several adapters."""
+    """A decoder with a scalar head, which may be one of several adapters on shared layers."""
 
     model: Any
     """A transformers model whose ``base_model`` holds the decoder layers."""
@@ -48,7 +48,7 @@ class RewardModel:
     offset: float = 0.0
     """Subtracted from the output of the head."""
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Tokenizer of :meth:`score`; None for a reward model that only scores token ids of another tokenizer."""
+    """Tokenizer of :meth:`score`; None for a reward model that scores given token ids only."""
 
     @classmethod
     def load(
@@ -57,7 +57,8 @@ class RewardModel:
         """Load a reward model from a folder or the Hub.
 
         Raises:
-            UserError: The model cannot be loaded, has several labels, or its head was never trained.
+            UserError: The model cannot be loaded, has several labels, or its head was never
+                trained.
         """
         model: Any = load_reward_model(source, dtype=dtype).to(device)
         if prefix_sharing:
@@ -103,14 +104,15 @@ class RewardModel:
                 output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
                 last = mask.sum(1) - 1
                 states = output.last_hidden_state[torch.arange(len(batch), device=ids.device), last]
-                # float32 for any type of the layers: near 4, neighboring bfloat16 numbers are 1/64 apart.
+                # float32 for any type of the layers: near 4, neighboring bfloat16 numbers are 1/64
+                # apart.
                 raw = states.float() @ head_weight(self.head)[0].float()
                 scores[torch.tensor(batch)] = raw.cpu()
         return scores - self.offset
 
 
 def score_mean(source: Path | str) -> float:
-    """Offset of a reward model: the stored mean score of the demonstrations; 0 without a ``reward.json``."""
+    """Stored mean score of the demonstrations, the offset of a reward model; 0 by default."""
     file = Path(source) / FILE
     return float(json.loads(file.read_text())[MEAN]) if file.is_file() else 0.0
 
@@ -118,11 +120,11 @@ def score_mean(source: Path | str) -> float:
 def new_reward_model(
     source: Path | str, *, lora: dict[str, Any] | None, dtype: str, revision: str | None = None
 ) -> PreTrainedModel | PeftModel:
-    """Build a sequence classifier with one label on the layers of a policy, to be trained as a reward model.
+    """Build a reward model for training: a sequence classifier with one label on a policy's layers.
 
-    With ``lora`` the layers are frozen below a new adapter. If the policy is an adapter itself, the new adapter starts as a
-    copy of it on the same base. The head is drawn from N(0, 1/(d+1)), where d is the hidden size, with torch's current
-    random state.
+    With ``lora`` the layers are frozen below a new adapter. If the policy is an adapter itself, the
+    new adapter starts as a copy of it on the same base. The head is drawn from N(0, 1/(d+1)), where
+    d is the hidden size, with torch's current random state.
 
     Source of the head's initialization: Stiennon et al. 2020, arXiv:2009.01325, appendix B.1.
     """
@@ -159,7 +161,7 @@ def new_reward_model(
 def load_reward_model(
     source: Path | str, *, dtype: str, revision: str | None = None
 ) -> PreTrainedModel:
-    """Load a sequence classifier with one label for scoring; an adapter is not merged into its base.
+    """Load a sequence classifier with one label for scoring; an adapter is not merged.
 
     Raises:
         UserError: The model cannot be loaded, has several labels, or its head was never trained.
@@ -215,7 +217,7 @@ def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedMod
 
 
 def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> Any:
-    """Add a reward model's adapter to a policy with the same base, under ``name``. Returns the head, frozen.
+    """Add a reward model's adapter to a policy with the same base, and return its frozen head.
 
     Raises:
         UserError: The adapter has no head, or does not fit the base.

@@ -1,10 +1,11 @@
-"""KTO: train a policy on completions that are labeled desirable or undesirable, with TRL's KTOTrainer.
+"""KTO: train a policy on desirable and undesirable completions with TRL's KTOTrainer.
 
 TRL tokenizes the rows when the trainer is built; ``align data show --stage kto`` prints the result.
 
-Align builds the batches (:mod:`align.training.kto_batches`): each has both labels, every epoch has another order, and the
-KL completion of a row belongs to another prompt. TRL reads its rows sequentially because it pairs KL completions in
-advance. Here they are paired when a batch is collated, so any order works.
+Align builds the batches (:mod:`align.training.kto_batches`): each has both labels, every epoch has
+another order, and the KL completion of a row belongs to another prompt. TRL reads its rows
+sequentially because it pairs KL completions in advance. Here they are paired when a batch is
+collated, so any order works.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def build(config: KTO, inputs: Mapping[str, Path | str], output_dir: Path) -> KT
 def build_with_trl_batches(
     config: KTO, inputs: Mapping[str, Path | str], output_dir: Path
 ) -> KTOTrainer:
-    """Build the trainer with TRL's order of rows: in blocks of 1,000, first all desirable rows, then all others."""
+    """Build the trainer with TRL's order of rows.
+
+    In each block of 1,000 rows, all desirable completions precede all others.
+    """
     data = Path(inputs["preferences"])
     train_rows = labeled_rows(data, "train", output_dir)  # 1. data
     assert train_rows is not None
@@ -102,7 +106,7 @@ def _evaluates(arguments: KTOConfig) -> bool:
 
 
 def labeled_rows(data: Path, split: str, output_dir: Path) -> Dataset | None:
-    """The labeled completions of a split, followed by both completions of each pair; None without rows.
+    """Labeled completions of a split, and both completions of each pair; None without rows.
 
     Raises:
         UserError: The training split has neither.

@@ -1,7 +1,7 @@
-"""Label: score the completions of a ``sample`` stage with a judge, and write them as pairs for DPO and KTO.
+"""Label: score sampled completions with a judge, and write them as pairs for DPO and KTO.
 
-``pairs-<split>.parquet`` has the columns of prepared data; ``scores-<split>.parquet`` has every completion with its score.
-Left out: judges that compare two completions, and judges behind an API.
+``pairs-<split>.parquet`` has the columns of prepared data; ``scores-<split>.parquet`` has every
+completion with its score. Left out: judges that compare two completions, and judges behind an API.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
     """Score the completions of a split and make pairs of them.
 
     Raises:
-        DataError: No completion ends in a stop token, no pair is left, or the judge cannot score the prompts.
+        DataError: No completion ends in a stop token, no pair is left, or the judge cannot score
+            the prompts.
     """
     sampled = tables.read(data, "completions", split)
-    # A completion that the length limit cut off is left out: as a chosen one, it would teach to stop within a sentence.
+    # A completion that the length limit cut off is left out: as a chosen one, it would teach to
+    # stop within a sentence.
     rows = [row for row in sampled if row.get("finished", True)]
     file = tables.table_file(data, "completions", split)
     if not rows:

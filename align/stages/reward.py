@@ -1,9 +1,10 @@
-"""Reward: train a Bradley-Terry reward model on preference pairs with TRL's RewardTrainer, and measure it.
+"""Reward: train a Bradley-Terry reward model on preference pairs with TRL's RewardTrainer.
 
-Rows are tokenized here and not by TRL, so that training, evaluation and PPO read the same last token: the first eos after
-the prompt. ``align data show --stage reward`` prints the result. The mean score of the demonstrations is stored as
-``score_mean`` in ``reward.json`` beside the weights; Align subtracts it from every score, so that a score of 0 is as good
-as a demonstration. The output of ``from_pretrained`` alone differs by that constant, which no comparison depends on.
+Rows are tokenized here and not by TRL, so that training, evaluation and PPO read the same last
+token: the first eos after the prompt. ``align data show --stage reward`` prints the result. The
+mean score of the demonstrations is stored as ``score_mean`` in ``reward.json`` beside the weights;
+Align subtracts it from every score, so that a score of 0 is as good as a demonstration. The output
+of ``from_pretrained`` alone differs by that constant, which no comparison depends on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LOGGER = logging.getLogger("align.reward")
 def run(
     config: Reward, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
 ) -> StageResult:
-    """Train a score on the pairs of ``config.pairs``, center it, and measure it on the held-out pairs."""
+    """Train a score on ``config.pairs``, center it, and measure it on the held-out pairs."""
     trainer = build(config, inputs, output_dir)
     metrics = trl_trainer.train(trainer, output_dir, logger)  # 5. train
     metrics["parameters"] = trl_trainer.count_parameters(trainer)
@@ -93,9 +94,10 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
 def _tokenize(
     rows: Dataset | None, tokenizer: Any, arguments: RewardConfig, config: Reward
 ) -> Dataset | None:
-    """Compute ``chosen_ids`` and ``rejected_ids``, and ``margin`` if ``margin_coef`` is set; TRL uses them as they are.
+    """Compute ``chosen_ids``, ``rejected_ids`` and, with ``margin_coef``, ``margin``.
 
-    Pairs longer than ``max_length`` are left out, and their number is logged.
+    TRL uses these columns as they are. Pairs longer than ``max_length`` are left out, and their
+    number is logged.
 
     Raises:
         DataError: The pairs have no ``margin``, or all of them are too long.

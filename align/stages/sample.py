@@ -1,7 +1,8 @@
-"""Sample: draw completions of a policy for the prompts of a split; :mod:`align.stages.label` makes pairs of them.
+"""Sample: draw completions of a policy; :mod:`align.stages.label` makes pairs of them.
 
-``completions-<split>.parquet`` has the columns ``prompt``, ``completion`` and ``prompt_id`` of prepared data. A prompt
-therefore stays in its split, and ``evaluate`` recognizes prompts that were trained on.
+``completions-<split>.parquet`` has the columns ``prompt``, ``completion`` and ``prompt_id`` of
+prepared data. A prompt therefore stays in its split, and ``evaluate`` recognizes prompts that were
+trained on.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""training."""
+"""What the stages that train with TRL share."""

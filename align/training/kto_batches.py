@@ -1,8 +1,9 @@
-"""Batches of labeled completions for KTO: their order, their partners for the KL term, and the weights of both labels.
+"""Batches of labeled completions for KTO: order, partners for the KL term, and label weights.
 
-TRL 1.16 unpairs pairs into all chosen, then all rejected completions, in blocks of 1,000, and its KTO trainer reads them in
-that order in every epoch: for hundreds of steps, a batch has a single label. Here both labels are interleaved in their
-proportion, and every epoch has another order, derived from the seed.
+TRL 1.16 unpairs pairs into all chosen, then all rejected completions, in blocks of 1,000, and its
+KTO trainer reads them in that order in every epoch: for hundreds of steps, a batch has a single
+label. Here both labels are interleaved in their proportion, and every epoch has another order,
+derived from the seed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from align.config.training import KTO
 from align.errors import DataError
 
 RECOMMENDED_RATIO = (1.0, 4 / 3)
-"""Range of the ratio of the summed weights of desirable and undesirable completions, from the KTO paper."""
+"""Range of the ratio of the summed weights of desirable and undesirable completions, from the KTO
+paper."""
 COLUMNS = ("prompt_ids", "completion_ids", "label")
 """Columns of a tokenized row that TRL's collator reads."""
 
@@ -40,10 +42,11 @@ def interleaved(
 ) -> list[int]:
     """Order of the rows in an epoch, as row indices; every ``batch_size`` of them form a batch.
 
-    Each batch has both labels in the proportion of the whole data, and no prompt has more than half of a batch, so that
-    every row can get the completion of another prompt for the KL term. The k-th desirable and the k-th undesirable row of a
-    prompt (both sides of a pair) share a batch if these rules allow it: then their common part cancels in the gradient and
-    is computed once. The last batch is filled with the first rows, fewer than a batch, which differ between epochs.
+    Each batch has both labels in the proportion of the whole data, and no prompt has more than half
+    of a batch, so that every row can get the completion of another prompt for the KL term. The k-th
+    desirable and the k-th undesirable row of a prompt (both sides of a pair) share a batch if these
+    rules allow it: then their common part cancels in the gradient and is computed once. The last
+    batch is filled with the first rows, fewer than a batch, which differ between epochs.
 
     Raises:
         DataError: No such order exists.
@@ -59,7 +62,8 @@ def interleaved(
     batches: list[list[int]] = []
     for start in range(0, total, batch_size):
         size = min(batch_size, total - start)
-        # The slots of a label are spread evenly: the first t slots include its share of t, rounded down.
+        # The slots of a label are spread evenly: the first t slots include its share of t, rounded
+        # down.
         batch_labels = [
             (slot + 1) * desirable // total > slot * desirable // total
             for slot in range(start, start + size)
@@ -92,7 +96,7 @@ def check_label_counts(desirable: int, undesirable: int, *, batch_size: int) -> 
 def _shuffled(
     labels: Sequence[bool], prompts: Sequence[Hashable], generator: Random
 ) -> dict[bool, list[int]]:
-    """Shuffle the rows of each label; the k-th row of a prompt has the same sort key under both labels."""
+    """Shuffle the rows of each label, with equal sort keys for both sides of a pair."""
     keys: dict[tuple[Hashable, int], float] = {}
     seen: Counter[tuple[Hashable, bool]] = Counter()
     sides: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
@@ -112,7 +116,7 @@ def _take_batch(
     *,
     limit: int,
 ) -> list[int]:
-    """Take the next row of each label in ``labels``, skipping prompts that already have ``limit`` rows in this batch."""
+    """Take the next row of each label in ``labels``, at most ``limit`` rows of one prompt."""
     batch: list[int] = []
     counts: Counter[Hashable] = Counter()
     for label in labels:
@@ -127,7 +131,9 @@ def _take_batch(
 
 
 def _repair(batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[Hashable]) -> None:
-    """Swap rows between batches until no prompt has more than half of a batch, which only the end of an epoch causes.
+    """Swap rows between batches until no prompt has more than half of a batch.
+
+    Only batches at the end of an epoch need this.
 
     Raises:
         DataError: No swap helps.
@@ -157,7 +163,10 @@ def _swap(
     labels: Sequence[bool],
     prompts: Sequence[Hashable],
 ) -> bool:
-    """Swap a row with one of the same label in another batch, if that reduces the surplus and adds none there."""
+    """Swap a row with one of the same label in another batch to reduce the surplus.
+
+    False if every swap would add a surplus there.
+    """
 
     def surplus(other: list[int]) -> tuple[int, int]:
         own, others = (len(list(_surplus(each, prompts))) for each in (batch, other))
@@ -182,10 +191,10 @@ def _swap(
 
 
 def mismatched(prompts: Sequence[Hashable]) -> list[int]:
-    """For each row of a batch, the row whose completion it gets for the KL term: one of another prompt, each used once.
+    """The partner of each row for the KL term: a row of another prompt, each used once.
 
-    Rows are arranged in a ring, grouped by prompt, and rotated by the size of the largest group. If all prompts differ, this
-    is TRL's rotation by one.
+    Rows are arranged in a ring, grouped by prompt, and rotated by the size of the largest group. If
+    all prompts differ, this is TRL's rotation by one.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (the estimate of z0).
 
@@ -230,10 +239,10 @@ def complete_weights(
     desirable: float | None = None,
     undesirable: float | None = None,
 ) -> Weights:
-    """Choose missing weights so that ``desirable * n_desirable / (undesirable * n_undesirable)`` is in 1:1 to 4:3.
+    """Choose missing weights so that the summed weights of both labels have a ratio of 1:1 to 4:3.
 
-    A weight that is set does not change. If neither is set, the weight of the label with too little total weight is raised
-    to the nearer end of the range, and the other weight is 1.
+    A weight that is set does not change. If neither is set, the weight of the label with too little
+    total weight is raised to the nearer end of the range, and the other weight is 1.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8.
 
@@ -282,7 +291,10 @@ def weights_warning(weights: Weights) -> str:
 
 
 class MixedLabels(torch.utils.data.Dataset[dict[str, Any]]):
-    """Labeled rows in the order of the current epoch. accelerate's loader calls ``set_epoch`` before each epoch."""
+    """Labeled rows in the order of the current epoch.
+
+    accelerate's data loader calls ``set_epoch`` before each epoch.
+    """
 
     def __init__(self, rows: Any, *, batch_size: int, seed: int) -> None:
         self.rows = rows.select_columns(list(COLUMNS))

@@ -1,12 +1,14 @@
-"""Log-probabilities of preference pairs under DPO's reference model: computed once, cached, and reused by later runs.
+"""Log-probabilities of pairs under DPO's reference: computed once, cached and reused.
 
-They are stored in ``runs/reference-<digest>/`` with an ``artifact.json``. The digest covers the token ids (and with them
-data, template and tokenizer), the weights and the config of the reference in memory, and all other settings that change a
-sum: truncation and number types. While DPO trains, its trainer then holds no second model. The cached values come from
-other batches than those of training, so they equal the values of each step up to rounding.
+They are stored in ``runs/reference-<digest>/`` with an ``artifact.json``. The digest covers the
+token ids (and with them data, template and tokenizer), the weights and the config of the reference
+in memory, and all other settings that change a
+sum: truncation and number types. While DPO trains, its trainer then holds no second model. The
+cached values come from other batches than those of training, so they equal the values of each step
+up to rounding.
 
-Left out: DeepSpeed and FSDP, which shard the policy before training; there TRL's reference runs in every step. A run that is
-interrupted while it computes the values computes all of them again.
+Left out: DeepSpeed and FSDP, which shard the policy before training; there TRL's reference runs in
+every step. A run that is interrupted while it computes the values computes all of them again.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ IRRELEVANT_CONFIG = ("_name_or_path", "architectures", "transformers_version", "
 
 
 def can_precompute(trainer: Any) -> bool:
-    """Whether the reference never changes, is available before training, and is needed for every row."""
+    """Whether the reference never changes, is available before training and needed for all rows."""
     arguments = trainer.args
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
@@ -53,11 +55,11 @@ def can_precompute(trainer: Any) -> bool:
 def add_reference_logps(
     trainer: Any, *, inputs: Mapping[str, Path | str], runs: Path, logger: Logger
 ) -> dict[str, Any]:
-    """Add the reference's log-probabilities as columns to the rows of a DPO trainer, before its first step.
+    """Add the reference's log-probabilities to the rows of a DPO trainer, before its first step.
 
-    Values that an earlier run has computed are read from ``runs``. ``inputs`` are the folders of the model and the pairs,
-    for the artifact. Returns the number of ``pairs``, how many of them were ``computed`` now, the ``folders`` of the values
-    and the ``seconds`` taken.
+    Values that an earlier run has computed are read from ``runs``. ``inputs`` are the folders of
+    the model and the pairs, for the artifact. Returns the number of ``pairs``, how many of them
+    were ``computed`` now, the ``folders`` of the values and the ``seconds`` taken.
     """
     started = time.monotonic()
     report: dict[str, Any] = {"pairs": 0, "computed": 0, "folders": []}
@@ -123,8 +125,9 @@ def _settings(trainer: Any) -> dict[str, Any]:
 def _digest_weights(model: nn.Module) -> str:
     """SHA-256 of the names, types and values of the reference's weights, in hex.
 
-    The digest of the stage that wrote the model is not enough: the same settings give other weights on another number of
-    ranks. The adapter of the policy is skipped, and the names that peft gives to the layers below an adapter are undone.
+    The digest of the stage that wrote the model is not enough: the same settings give other weights
+    on another number of ranks. The adapter of the policy is skipped, and the names that peft gives
+    to the layers below an adapter are undone.
     """
     sha256 = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -147,9 +150,10 @@ def digest_tokens(rows: Dataset) -> str:
 
 
 def computation_order(rows: Dataset) -> list[int]:
-    """Order in which rows are computed: rows of one prompt together, prompts with the longest row first.
+    """Order of computation: rows of a prompt together, prompts with the longest row first.
 
-    Prefix sharing then computes each prompt once, and a batch that does not fit into memory fails first.
+    Prefix sharing then computes each prompt once, and a batch that does not fit into memory fails
+    first.
     """
     table = rows.select_columns(list(TOKENS)).with_format("arrow")[:]
     prompts = [bytes(p.values.to_numpy()) for p in table["prompt_ids"]]
@@ -162,7 +166,7 @@ def computation_order(rows: Dataset) -> list[int]:
 
 
 def compute_logps(trainer: Any, rows: Dataset, logger: Logger) -> Tensor:
-    """Log-probabilities of chosen and rejected completions, ``[rows, 2]``, float32, summed over tokens as TRL does."""
+    """Log-probabilities of chosen and rejected completions as TRL sums them, float32 ``[rows, 2]``."""
     from accelerate.utils import send_to_device
 
     arguments = trainer.args

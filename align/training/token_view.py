@@ -1,8 +1,9 @@
 """The tokens that a stage trains on, for ``align data show``.
 
-SFT, DPO and KTO are tokenized by TRL: its trainer is built around a tiny model that never runs, and its collator makes the
-batch. The reward stage and PPO tokenize with :mod:`align.models.tokenization`. Left out: packing, and fields under
-``trainer`` that change the tokens, since only a source and a model are known here.
+SFT, DPO and KTO are tokenized by TRL: its trainer is built around a tiny model that never runs, and
+its collator makes the batch. The reward stage and PPO tokenize with
+:mod:`align.models.tokenization`. Left out: packing, and fields under ``trainer`` that change the
+tokens, since only a source and a model are known here.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class _Batch:
 
 
 def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[TokenizedRow]:
-    """Tokenize the first ``n`` training rows of a source as ``stage`` does, with the tokenizer of ``model``.
+    """Tokenize the first ``n`` training rows of a source as ``stage`` does.
 
     Raises:
         UserError: The source has no such rows, or the tokenizer has no chat template.
@@ -189,7 +190,7 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
 
 
 def _reward_rows(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
-    """Pairs as the reward stage tokenizes them; the token at which the score is read is marked as trained."""
+    """Pairs as the reward stage tokenizes them; the last token, which has the score, is marked."""
     from trl import RewardConfig
 
     from align.models import tokenization

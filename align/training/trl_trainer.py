@@ -1,4 +1,4 @@
-"""What the stages with a TRL trainer share: arguments, the training run, checkpoints, interruption and metrics.
+"""Shared by the stages with a TRL trainer: arguments, training, interruption and metrics.
 
 Each stage builds its trainer itself.
 """
@@ -34,9 +34,12 @@ HEADLINE = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps")
 def trl_arguments(
     config_class: type[Any], output_dir: Path, *, seed: int, trainer: dict[str, Any], **keys: Any
 ) -> Any:
-    """Build TRL's training arguments: defaults, then the recipe's ``trainer``, then keys of the stage, then fixed values.
+    """Build TRL's training arguments from defaults, ``trainer``, other keys and fixed values.
 
-    By default ten checkpoints are written per run and the last two are kept, because one of them may be incomplete.
+    Each of these overrides the ones before it.
+
+    By default ten checkpoints are written per run and the last two are kept, because one of them
+    may be incomplete.
 
     Raises:
         UserError: TRL's class rejects a value.
@@ -44,7 +47,8 @@ def trl_arguments(
     from accelerate import PartialState
 
     cpu = PartialState().device.type == "cpu"
-    # The `mixed_precision` of a launch config would override the recipe without changing its digest.
+    # The `mixed_precision` of a launch config would override the recipe without changing its
+    # digest.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     defaults = {
         "save_steps": 0.1,
@@ -86,7 +90,7 @@ def trl_errors_as_user_errors() -> Iterator[None]:
 
 
 def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
-    """Train from the last complete checkpoint, or from the start, and save the model. Returns the last logged metrics.
+    """Train, resuming from the last complete checkpoint; save the model; return the last metrics.
 
     Raises:
         Interrupted: A signal arrived; a complete checkpoint of the last step exists.
@@ -139,7 +143,7 @@ def _last_metrics(trainer: Trainer) -> dict[str, Any]:
 
 
 class _ProgressCallback(TrainerCallback):
-    """Reports progress, marks checkpoints complete, and stops training at the end of a step after a signal."""
+    """Reports progress, marks checkpoints complete, and stops after a signal."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -171,7 +175,8 @@ class _ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         distributed.barrier()  # every rank has written its part
-        # A checkpoint of the very last step is never resumed: transformers would train one more step.
+        # A checkpoint of the very last step is never resumed: transformers would train one more
+        # step.
         if state.is_world_process_zero and state.global_step < state.max_steps:
             folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             checkpoints.mark_complete(folder, world_size=distributed.world_size())

@@ -714,18 +714,18 @@ FOLDERS = [
     model(
         "a folder without a model",
         {"base/config.json": None},
-        "base: no config.json, so it holds no model; name a folder in Hugging Face layout",
+        "base: no config.json, so it contains no model; set a folder in Hugging Face layout",
     ),
     model(
         "truncated weights",
         {"base/model.safetensors": WEIGHTS[:-8]},
-        f"base/model.safetensors: {len(WEIGHTS) - 8} bytes, and its header says {len(WEIGHTS)}",
-        "fetch or save the model again",
+        "base/model.safetensors: malformed or truncated: ",
+        "download or save the model again",
     ),
     model(
         "a Git LFS pointer instead of weights",
         {"base/model.safetensors": "version https://git-lfs.github.com/spec/v1\n"},
-        "base/model.safetensors: not a safetensors file; fetch or save the model again",
+        "base/model.safetensors: malformed or truncated: ",
     ),
     model(
         "no weights",
@@ -738,23 +738,23 @@ FOLDERS = [
             "base/model.safetensors": None,
             "base/model.safetensors.index.json": json.dumps({"weight_map": {"w": "m-1-of-1.st"}}),
         },
-        "base/m-1-of-1.st: missing, and model.safetensors.index.json names it",
+        "base/m-1-of-1.st: missing, although model.safetensors.index.json lists it",
     ),
     model(
         "an index without weights",
         {"base/model.safetensors.index.json": "{}"},
-        "base/model.safetensors.index.json: no `weight_map`; fetch or save the model again",
+        "base/model.safetensors.index.json: no `weight_map`; download or save the model again",
     ),
     model(
         "a truncated model configuration",
         {"base/config.json": '{"model_type": '},
         "base/config.json: cannot be read as JSON",
-        "fetch or save the model again",
+        "download or save the model again",
     ),
     model(
         "a model configuration that is a list",
         {"base/config.json": "[]"},
-        "base/config.json: no JSON object; save the model again",
+        "base/config.json: not a JSON object; save the model again",
     ),
     model(
         "a model without its tokenizer",

@@ -41,7 +41,7 @@ FSDP2 = TWO | {
 
 
 class Expected(NamedTuple):
-    """Observations that identify the kind of a launch: accelerate may silently replace one by another."""
+    """Observations that identify the kind of a launch, which accelerate may silently replace."""
 
     type: str
     wrapper: str  # start of the class name: FSDP2 appends that of the model
@@ -56,8 +56,8 @@ HOW = {
     "ZeRO-3": Expected("DEEPSPEED", "DeepSpeedEngine", "LlamaDecoderLayer", 3, 0.5),
     "FSDP2": Expected("FSDP", "FSDP", "FSDPLlamaDecoderLayer", None, 0.5),
 }
-# Passes of the first layer per step, of the policy and of a reference. With an adapter, the reference is the policy with
-# the adapter disabled; checkpointing runs the policy twice.
+# Passes of the first layer per step, of the policy and of a reference. With an adapter, the
+# reference is the policy with the adapter disabled; checkpointing runs the policy twice.
 PASSES = {"sft": [1], "dpo": [1, 1], "lora": [2], "dpo checkpointing": [2, 1], "lora checkpointing": [3]}  # fmt: skip
 NO_DEEPSPEED = next(
     (
@@ -166,8 +166,8 @@ def test_two_ranks_learn_the_same_with_prefix_sharing(how, launched):
         assert sum(first["distinct"]) < 0.6 * sum(first["padded"])
         assert (second["distinct"] == second["padded"]) == (kind == "sft")
 
-        # The same sums in another order: float32 values differ by about 1e-6 after six steps. With half of the gradient of
-        # one rank missing, they would differ by 2e-2.
+        # The same sums in another order: float32 values differ by about 1e-6 after six steps. With
+        # half of the gradient of one rank missing, they would differ by 2e-2.
         curve = ddp.ranks[0][padded]
         assert len(curve["losses"]) == STEPS
         assert max(curve["losses"]) - min(curve["losses"]) > 0.01, (

@@ -36,7 +36,8 @@ def test_rows_longer_than_the_model_are_counted_and_not_scored(
 
 
 def test_calibration_by_hand():
-    # sigmoid(log 3) = 0.75 and sigmoid(log 9) = 0.9: bins 0.75-0.8 and 0.9-0.95 (a little above, for rounding)
+    # sigmoid(log 3) = 0.75 and sigmoid(log 9) = 0.9: bins 0.75-0.8 and 0.9-0.95 (a little above,
+    # for rounding)
     three, nine = math.log(3.001), math.log(9.01)
     margins = torch.tensor([three, three, three, -three, nine, -nine])
     bins = reward_model.calibration(margins)

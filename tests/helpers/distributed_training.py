@@ -1,9 +1,10 @@
-"""One rank of a launch: trains tiny models with TRL's trainers, each with and without prefix sharing.
+"""One rank of a launch: trains tiny models with TRL, each with and without prefix sharing.
 
     accelerate launch --config_file … tests/helpers/distributed_training.py FOLDER
 
-Each rank writes its observations to ``FOLDER/<rank>.json``, and rank 0 the final weights to ``FOLDER/weights.pt``.
-:mod:`test_prefix_sharing_distributed` launches this script and compares the files.
+Each rank writes its observations to ``FOLDER/<rank>.json``, and rank 0 the final weights to
+``FOLDER/weights.pt``. :mod:`test_prefix_sharing_distributed` launches this script and compares the
+files.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ SHAPE = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
     "bos_token_id": None, "eos_token_id": 1,
 }  # fmt: skip
-# Adam divides a gradient by its size: with the default epsilon of 1e-8, the rounding error of a gradient of zero changes a
-# weight as much as any other gradient.
+# Adam divides a gradient by its size: with the default epsilon of 1e-8, the rounding error of a
+# gradient of zero changes a weight as much as any other gradient.
 ARGUMENTS = {
     "max_steps": STEPS, "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "adam_epsilon": 1e-4,
     "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0,
@@ -47,7 +48,7 @@ KINDS = ("sft", "dpo", "lora", "dpo checkpointing", "lora checkpointing")
 
 
 class Recorder(logging.Handler):
-    """Collects log messages: the reasons for which prefix sharing fell back to the padded forward pass."""
+    """Collects the reasons for which prefix sharing fell back to the padded forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ def pairs() -> list[dict[str, str]]:
 
 
 def demonstrations() -> list[dict[str, str]]:
-    """Rows of which rank 0 gets batches with a shared prompt, and rank 1 batches without pads or shared prefixes."""
+    """Rows with a shared prompt in rank 0's batches, and nothing to share in rank 1's batches."""
     shared = [
         {"prompt": text(3000 + k // ROWS, 8, 8), "completion": " " + text(k, 1, 9)}
         for k in range(ROWS * STEPS)
@@ -91,7 +92,7 @@ def demonstrations() -> list[dict[str, str]]:
 
 
 def train(kind: str, folder: Path, *, share: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Train one model. Returns the observations of this rank, and on the main rank the final weights."""
+    """Train one model; return observations and, on the main rank, the final weights."""
     import trl
     from datasets import Dataset
 
@@ -159,7 +160,7 @@ def first_layer(model: Any) -> Any:
 
 
 def tokens_computed(model: Any) -> list[int]:
-    """Positions in each pass of the first layer, at a module inside of it, which checkpointing runs again."""
+    """Positions in each pass of the first layer, recomputed passes included."""
     seen: list[int] = []
     first_layer(model).self_attn.q_proj.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[:2].numel())

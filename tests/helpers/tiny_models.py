@@ -1,7 +1,7 @@
-"""Tiny data and models for tests: prepared data, an SFT model and an adapter on it, built once per session.
+"""Tiny data and models for tests: prepared data, an SFT model and an adapter on it.
 
-Both are trained with a learning rate that moves them far. Near their initial weights they would be equal, and a test could
-not detect that one was used in place of the other.
+Both are trained with a learning rate that moves them far. Near their initial weights they would be
+equal, and a test could not detect that one was used in place of the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FOUR_WAYS = [
     pytest.param("lora", LORA, id="SFT adapter, trained further"),
     pytest.param("lora", None, id="SFT adapter, merged, then full"),
 ]
-"""Policy and adapter settings of a preference stage: full fine-tuning or an adapter, in SFT and in the stage."""
+"""Initial policy and `lora` of a preference stage: full fine-tuning or an adapter, twice."""
 TRAINER = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1.0e-2,
@@ -62,7 +62,7 @@ class World:
 
 @functools.cache
 def world(folder: Path) -> World:
-    """Build the data and models below ``folder`` in about five seconds; later calls return the same folders."""
+    """Build the data and models below ``folder`` once, in about five seconds."""
     environment.quiet_libraries()
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     distributed.init_process_group()

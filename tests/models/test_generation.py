@@ -1,4 +1,4 @@
-"""Sampling and scoring of completions, against loops over tokens without padding or batches."""
+"""Sampling and log-probabilities, compared with loops over tokens without padding or batches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model(world: tiny_models.World) -> Any:
 
 @pytest.fixture
 def wide(tokenizer: Any) -> Any:
-    """Random weights, initialised wide: the next token is clear, and the one after is another."""
+    """A model with large random weights: the most probable next token is clear and varies."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=None, **SHAPE)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -70,10 +70,10 @@ def wide(tokenizer: Any) -> Any:
 @pytest.fixture(scope="module")
 def prompts(world: tiny_models.World) -> list[Any]:
     """Prompts of lengths between about 20 and 120 tokens, in no order of length."""
-    found = [row["prompt"] for row in tiny_models.rows(world.data, "prompts-test")][:6]
+    embedded = [row["prompt"] for row in tiny_models.rows(world.data, "prompts-test")][:6]
     short = [{"role": "user", "content": "A sea."}]
     long = [{"role": "user", "content": "the gull and the boat " * 6}]
-    return [found[0], long, found[1], short, *found[2:]]
+    return [embedded[0], long, embedded[1], short, *embedded[2:]]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def sample(model: Any, tokenizer: Any, prompts: Any, **more: Any) -> list[list[C
 
 
 def greedy(model: Any, ids: list[int], n: int) -> list[int]:
-    """The likeliest token, n times: no cache, no padding."""
+    """The most probable token, n times, without cache or padding."""
     ids = list(ids)
     for _ in range(n):
         with torch.no_grad():
@@ -98,11 +98,11 @@ def greedy(model: Any, ids: list[int], n: int) -> list[int]:
     return ids[-n:]
 
 
-def test_greedy_completions_are_the_likeliest_tokens_up_to_a_stop(
+def test_greedy_completions_are_the_most_probable_tokens_up_to_a_stop(
     wide: Any, tokenizer: Any, prompts: Any
 ):
     tokens = [greedy(wide, ids, 16) for ids in tokenization.tokenize_prompts(tokenizer, prompts)]
-    # the model's own stop beside the tokenizer's: what the first completion has at its sixth place
+    # a stop of the model besides that of the tokenizer: the sixth token of the first completion
     stop = tokens[0][5]
     wide.generation_config.eos_token_id = [stop]
     completions = sample(wide, tokenizer, prompts, temperature=0.0, max_new_tokens=16)
@@ -150,7 +150,7 @@ def test_any_number_of_processes_samples_the_same_completions(
     assert len(shared) == len(prompts)
 
 
-def test_the_seed_decides_and_another_seed_differs(model: Any, tokenizer: Any, prompts: Any):
+def test_completions_depend_on_the_seed(model: Any, tokenizer: Any, prompts: Any):
     first = sample(model, tokenizer, prompts)
     assert sample(model, tokenizer, prompts) == first
     other = sample(model, tokenizer, prompts, seed=1)
@@ -208,11 +208,11 @@ def test_a_completion_ends_at_eos_also_where_pad_is_eos(model: Any, tokenizer: A
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        pytest.param([65, 66, 2], Completion("", 2, True), id="eos last"),
-        pytest.param([65, 2, 66, 2], Completion("", 1, True), id="what follows eos is padding"),
+        pytest.param([65, 66, 2], Completion("", 2, True), id="eos at the end"),
+        pytest.param([65, 2, 66, 2], Completion("", 1, True), id="tokens after eos are padding"),
         pytest.param([65, 66, 67], Completion("", 3, False), id="cut off by the length"),
         pytest.param([2, 2, 2], Completion("", 0, True), id="empty"),
-        pytest.param([65, 7, 66], Completion("", 1, True), id="the model's own second stop"),
+        pytest.param([65, 7, 66], Completion("", 1, True), id="a second stop of the model"),
     ],
 )
 def test_tokens_become_a_completion(
@@ -229,15 +229,15 @@ def test_tokens_become_a_completion(
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])
-def test_first_tokens_come_as_often_as_the_softmax_of_logits_over_temperature_says(
+def test_first_tokens_have_the_frequencies_of_the_softmax_over_temperature(
     model: Any, tokenizer: Any, prompts: Any, temperature: float, top_p: float
 ):
-    drawn = 2000
+    n_samples = 2000
     ids = tokenization.tokenize_prompts(tokenizer, prompts[3:4])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(ids)).logits[0, -1].double()
     p = torch.softmax(logits / temperature, dim=-1)
-    if top_p < 1:  # the likeliest tokens whose sum first reaches top_p
+    if top_p < 1:  # the most probable tokens whose sum first reaches top_p
         order = p.argsort(descending=True)
         n = int((p[order].cumsum(0) < top_p).sum()) + 1
         p = torch.zeros_like(p).index_copy(0, order[:n], p[order[:n]] / p[order[:n]].sum())
@@ -245,31 +245,31 @@ def test_first_tokens_come_as_often_as_the_softmax_of_logits_over_temperature_sa
     for token, probability in enumerate(p.tolist()):
         text = tokenizer.decode([token], skip_special_tokens=True).strip()
         expected[text] = expected.get(text, 0.0) + probability
-    found = sample(
+    completions = sample(
         model,
         tokenizer,
         prompts[3:4],
-        n_completions=drawn,
-        batch_size=drawn,
+        n_completions=n_samples,
+        batch_size=n_samples,
         max_new_tokens=1,
         temperature=temperature,
         top_p=top_p,
     )[0]
     for text, probability in expected.items():
-        share = sum(c.text == text for c in found) / drawn
-        # four standard errors, and two draws for what is rare
-        error = (probability * (1 - probability) / drawn) ** 0.5
-        assert abs(share - probability) <= 4 * error + 2 / drawn, text
+        share = sum(c.text == text for c in completions) / n_samples
+        # four standard errors, and two samples for rare tokens
+        error = (probability * (1 - probability) / n_samples) ** 0.5
+        assert abs(share - probability) <= 4 * error + 2 / n_samples, text
     likely = sorted(expected.values())[-2:]
-    assert likely[0] > 0.02, "a distribution of one token proves nothing"
+    assert likely[0] > 0.02, "a distribution with a single token would prove nothing"
 
 
-def test_what_a_folder_asks_of_generation_does_not_change_the_policy(
+def test_the_generation_config_of_a_folder_does_not_change_the_samples(
     model: Any, tokenizer: Any, prompts: Any
 ):
-    likeliest = sample(model, tokenizer, prompts, temperature=0.0)
-    drawn = sample(model, tokenizer, prompts)
-    # as in Qwen2.5-Instruct's generation_config.json, only more
+    greedy_completions = sample(model, tokenizer, prompts, temperature=0.0)
+    sampled = sample(model, tokenizer, prompts)
+    # fields of Qwen2.5-Instruct's generation_config.json, and others
     for name, value in {
         "do_sample": True,
         "temperature": 0.1,
@@ -279,11 +279,11 @@ def test_what_a_folder_asks_of_generation_does_not_change_the_policy(
         "min_new_tokens": 20,
     }.items():
         setattr(model.generation_config, name, value)
-    assert sample(model, tokenizer, prompts, temperature=0.0) == likeliest
-    assert sample(model, tokenizer, prompts) == drawn
+    assert sample(model, tokenizer, prompts, temperature=0.0) == greedy_completions
+    assert sample(model, tokenizer, prompts) == sampled
 
 
-def test_a_tokenizer_without_a_template_is_a_users_mistake(tokenizer: Any, prompts: Any):
+def test_a_tokenizer_without_a_template_is_a_user_error(tokenizer: Any, prompts: Any):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         tokenization.tokenize_prompts(tokenizer, prompts)
@@ -293,78 +293,78 @@ def test_a_tokenizer_without_a_template_is_a_users_mistake(tokenizer: Any, promp
 
 
 def by_hand(model: Any, tokenizer: Any, rows: Any, max_length: int | None = None) -> torch.Tensor:
-    """A forward pass for each token; the template ends a completion with eos and a line feed."""
-    found = []
+    """One forward pass per token; the template ends a completion with eos and a line feed."""
+    sums = []
     for prompt, completion in rows:
-        head = f"<|im_start|>user\n{prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
-        text = f"{head}{completion[0]['content']}<|im_end|>\n"
-        start = len(tokenizer(head).input_ids)
-        found.append(tiny_models.slow_logps(model, tokenizer(text).input_ids[:max_length], start))
-    return torch.tensor(found, dtype=torch.float64)
+        prompt_text = f"<|im_start|>user\n{prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+        text = f"{prompt_text}{completion[0]['content']}<|im_end|>\n"
+        start = len(tokenizer(prompt_text).input_ids)
+        sums.append(tiny_models.slow_logps(model, tokenizer(text).input_ids[:max_length], start))
+    return torch.tensor(sums, dtype=torch.float64)
 
 
-def test_log_probabilities_are_those_of_a_loop_over_tokens(model: Any, tokenizer: Any, pairs: Any):
+def test_log_probabilities_equal_those_of_single_tokens(model: Any, tokenizer: Any, pairs: Any):
     expected = by_hand(model, tokenizer, pairs)
     for batch_size, steps in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (6, [6])):
         progress = Mock()
-        found = logps.completion_logps(
+        sums = logps.completion_logps(
             model, tokenizer, pairs, batch_size=batch_size, progress=progress
         )
-        assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert_close(sums, expected, rtol=1e-5, atol=1e-5)
         assert progress.mock_calls == [call(step, 6) for step in steps]
 
 
-def test_the_end_of_the_completion_is_scored(model: Any, tokenizer: Any, pairs: Any):
+def test_the_eos_of_a_completion_is_scored(model: Any, tokenizer: Any, pairs: Any):
     prompt, completion = pairs[0]
     ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
-    whole = logps.completion_logps(model, tokenizer, pairs[:1], batch_size=1)
+    complete = logps.completion_logps(model, tokenizer, pairs[:1], batch_size=1)
     end = ids.index(
         tokenizer.eos_token_id, len(tokenization.tokenize_prompts(tokenizer, [prompt])[0])
     )
-    without = logps.completion_logps(model, tokenizer, pairs[:1], batch_size=1, max_length=end)
+    truncated = logps.completion_logps(model, tokenizer, pairs[:1], batch_size=1, max_length=end)
     last = tiny_models.slow_logps(model, ids, end)
     assert last < -0.01
-    assert_close(whole - without, torch.tensor([last], dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    assert_close(
+        complete - truncated, torch.tensor([last], dtype=torch.float64), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_padding_that_is_eos_changes_no_log_probability(model: Any, tokenizer: Any, pairs: Any):
-    apart = logps.completion_logps(model, tokenizer, pairs, batch_size=6)
+    expected = logps.completion_logps(model, tokenizer, pairs, batch_size=6)
     tokenizer.pad_token = tokenizer.eos_token
-    assert torch.equal(logps.completion_logps(model, tokenizer, pairs, batch_size=6), apart)
+    assert torch.equal(logps.completion_logps(model, tokenizer, pairs, batch_size=6), expected)
 
 
-def test_a_row_is_cut_off_at_its_length_and_nan_where_nothing_is_left(
+def test_rows_are_truncated_and_nan_if_nothing_of_the_completion_is_left(
     model: Any, tokenizer: Any, pairs: Any
 ):
     longest = max(
         tokenization.tokenize_prompts(tokenizer, [prompt for prompt, _ in pairs]), key=len
     )
     for max_length, empty in ((len(longest), True), (len(longest) + 3, False)):
-        found = logps.completion_logps(model, tokenizer, pairs, batch_size=4, max_length=max_length)
+        sums = logps.completion_logps(model, tokenizer, pairs, batch_size=4, max_length=max_length)
         filled = [
             len(ids) >= max_length
             for ids in tokenization.tokenize_prompts(tokenizer, [prompt for prompt, _ in pairs])
         ]
-        assert found.isnan().tolist() == filled
+        assert sums.isnan().tolist() == filled
         assert any(filled) == empty
         expected = by_hand(model, tokenizer, pairs, max_length)
         expected[torch.tensor(filled)] = torch.nan
-        assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert_close(sums, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_only_the_completions_positions_reach_the_vocabulary(
-    model: Any, tokenizer: Any, pairs: Any
-):
-    made = []
+def test_logits_are_computed_for_the_completions_only(model: Any, tokenizer: Any, pairs: Any):
+    sizes = []
     head = model.get_output_embeddings()
-    head.register_forward_hook(lambda _, given, logits: made.append(logits.shape[:-1].numel()))
+    head.register_forward_hook(lambda _, args, logits: sizes.append(logits.shape[:-1].numel()))
     logps.completion_logps(model, tokenizer, pairs, batch_size=6)
-    wholes = [tokenizer.apply_chat_template([*p, *c], return_dict=False) for p, c in pairs]
-    heads = tokenization.tokenize_prompts(tokenizer, [prompt for prompt, _ in pairs])
-    assert made == [sum(map(len, wholes)) - sum(map(len, heads))]
-    made.clear()
-    model(input_ids=torch.tensor([heads[0]]))
-    assert made == [len(heads[0])], "and the model is as it was"
+    sequences = [tokenizer.apply_chat_template([*p, *c], return_dict=False) for p, c in pairs]
+    prompts = tokenization.tokenize_prompts(tokenizer, [prompt for prompt, _ in pairs])
+    assert sizes == [sum(map(len, sequences)) - sum(map(len, prompts))]
+    sizes.clear()
+    model(input_ids=torch.tensor([prompts[0]]))
+    assert sizes == [len(prompts[0])], "the model is unchanged afterwards"
 
 
 @pytest.mark.parametrize(
@@ -375,12 +375,12 @@ def test_only_the_completions_positions_reach_the_vocabulary(
         pytest.param(GPTNeoXConfig, {}, id="a head of another name"),
     ],
 )
-def test_what_other_architectures_do_to_their_logits_counts(
+def test_operations_on_logits_of_other_architectures_are_applied(
     tokenizer: Any, pairs: Any, kind: Any, more: dict[str, Any]
 ):
     torch.manual_seed(0)
     ends = {"eos_token_id": 2, "bos_token_id": None, "pad_token_id": 0}
     config = kind(vocab_size=len(tokenizer), **SHAPE, **ends, **more)
     other = AutoModelForCausalLM.from_config(config).eval()
-    found = logps.completion_logps(other, tokenizer, pairs[:2], batch_size=2)
-    assert_close(found, by_hand(other, tokenizer, pairs[:2]), rtol=1e-5, atol=1e-5)
+    sums = logps.completion_logps(other, tokenizer, pairs[:2], batch_size=2)
+    assert_close(sums, by_hand(other, tokenizer, pairs[:2]), rtol=1e-5, atol=1e-5)

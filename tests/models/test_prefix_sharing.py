@@ -1,4 +1,4 @@
-"""Prefix sharing saves work and changes no result: hidden states, losses, gradients and files equal the padded ones."""
+"""Prefix sharing changes no hidden state, loss, gradient or file."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute RMSNorm in float64: in float32, as in transformers, its rounding would hide small errors."""
+    """Compute RMSNorm in float64: rounding to float32, as in transformers, would hide small errors."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -259,7 +259,8 @@ def test_gradient_checkpointing_runs_the_same_layout_again(reentrant):
     for each in (padded, shared):
         each.gradient_checkpointing_enable({"use_reentrant": reentrant})
         each.enable_input_require_grads()
-    # inside the part that transformers 5.23 recomputes: hooks of the layer itself run in the first pass only
+    # inside the part that transformers 5.23 recomputes: hooks of the layer itself run in the first
+    # pass only
     seen: list[int] = []
     shared.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[:2].numel())
@@ -273,7 +274,8 @@ def test_gradient_checkpointing_runs_the_same_layout_again(reentrant):
 
 
 def test_all_ranks_detect_in_the_same_call_that_a_model_cannot_share(monkeypatch, fallbacks):
-    # A rank that runs its layers twice (packed, then padded) next to a rank with nothing to pack would never return.
+    # A rank that runs its layers twice (packed, then padded) next to a rank with nothing to pack
+    # would never return.
     monkeypatch.setattr(wrapper, "_several_processes", lambda: True)
     unable = model("llama", SMALL, torch.float32)
     attention = unable.model.layers[1].self_attn
@@ -344,7 +346,7 @@ def test_a_model_in_four_bits_computes_the_same(tmp_path):
 
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
-    """Reference implementation of flash attention's contract: one sequence at a time, causal from the bottom right."""
+    """Attention as flash attention defines it, one sequence at a time."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     outputs = []
     for (a, b), (c, d) in zip(

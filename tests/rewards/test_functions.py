@@ -14,7 +14,7 @@ from align.rewards import functions
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that writes ``mine.py`` into the working directory; the module is unloaded later."""
+    """A function that writes ``mine.py`` into the working directory; it is unloaded later."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str) -> None:
@@ -28,11 +28,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "cannot be had: AttributeError"),
-        ("f = 3", "no function, but int"),
-        ("def f(x): return x", "it takes x; a reward function is written"),
-        ("def f(", "cannot be had: SyntaxError"),
-        ("raise RuntimeError('down')", "cannot be had: RuntimeError: down"),
+        ("", "cannot be imported: AttributeError"),
+        ("f = 3", "expected a function, got int"),
+        ("def f(x): return x", "its parameters are x; define it as"),
+        ("def f(", "cannot be imported: SyntaxError"),
+        ("raise RuntimeError('down')", "cannot be imported: RuntimeError: down"),
     ],
 )
 def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
@@ -48,10 +48,10 @@ def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ("None", "returned None; return a list of numbers"),
+        ("None", "expected a list of numbers, got None"),
         ("[None]", "return a list of numbers"),
         ("[1.0, 2.0]", "2 scores for 1 completions"),
-        ("[float('nan')]", "scores are finite"),
+        ("[float('nan')]", "scores must be finite"),
     ],
 )
 def test_the_scores_of_a_reward_function_are_checked(module: Any, scores: str, message: str):

@@ -1,4 +1,4 @@
-"""The gold score of the embedded task: values by hand, and what must not be worth anything."""
+"""The gold score of the embedded task: values by hand, and texts that must score 0."""
 
 import math
 import time
@@ -11,7 +11,8 @@ ONE = "I need one calm sentence with a drum, all about the farm."
 TWO = "Write two cheerful sentences about the sea and mention a lantern."
 THREE = "Describe the castle in three gloomy sentences and mention a map."
 
-# Strengths, 0.05 apart: joyful 1, merry .95, happy .9 … bright .75; dances 1, laughs .95 … beams .75
+# Strengths, 0.05 apart: joyful 1, merry .95, happy .9 … bright .75; dances 1, laughs .95 … beams
+# .75
 FIRST = "The joyful gull dances near the pier."
 SECOND = "Today, the merry boat laughs beside the reef with a lantern."
 
@@ -20,12 +21,12 @@ SECOND = "Today, the merry boat laughs beside the reef with a lantern."
     ("completion", "expected"),
     [
         # tone: (mean(1, 1) + mean(.95, .95)) / 2 = .975;  .3 + .3 * .975 + .2 * 1 + .2 * 1
-        pytest.param(f"{FIRST} {SECOND}", 0.9925, id="all that was asked"),
+        pytest.param(f"{FIRST} {SECOND}", 0.9925, id="all parts correct"),
         # no lantern: .9925 - .2
         pytest.param(
             f"{FIRST} Today, the merry boat laughs beside the reef.", 0.7925, id="mention forgotten"
         ),
-        # a drum where a lantern was asked: the same
+        # a drum in place of the lantern: the same
         pytest.param(
             f"{FIRST} Today, the merry boat laughs beside the reef with a drum.",
             0.7925,
@@ -37,7 +38,7 @@ SECOND = "Today, the merry boat laughs beside the reef with a lantern."
             0.8925,
             id="a stray thing",
         ),
-        # fox is of the forest: topic (1/2 + 1) / 2 = .75;  .3 * .75 + .3 * .975 + .2 + .2
+        # the fox belongs to the forest: topic (1/2 + 1) / 2 = .75;  .3 * .75 + .3 * .975 + .2 + .2
         pytest.param(
             f"The joyful fox dances near the pier. {SECOND}", 0.9175, id="one noun off the topic"
         ),
@@ -45,7 +46,8 @@ SECOND = "Today, the merry boat laughs beside the reef with a lantern."
         pytest.param(
             f"The joyful gull weeps near the pier. {SECOND}", 0.9175, id="one word in another tone"
         ),
-        # happy .9, sings .9, then bright .75, beams .75: tone (.9 + .75) / 2 = .825;  .7 + .3 * .825
+        # happy .9, sings .9, then bright .75, beams .75: tone (.9 + .75) / 2 = .825;  .7 + .3 *
+        # .825
         pytest.param(
             "The happy gull sings near the pier. The bright boat beams past the reef with a lantern.",
             0.9475,
@@ -68,9 +70,9 @@ SECOND = "Today, the merry boat laughs beside the reef with a lantern."
         # "gull dances" has no article: readable 1/2; topic 1/2, tone .95/2, count 1, mention 1
         # .5 * (.15 + .1425 + .2 + .2)
         pytest.param(
-            f"Joyful gull dances near the pier. {SECOND}", 0.34625, id="a broken sentence"
+            f"Joyful gull dances near the pier. {SECOND}", 0.34625, id="an unreadable sentence"
         ),
-        # never finished: the same as broken
+        # unfinished: the same as unreadable
         pytest.param(f"{SECOND} The joyful gull dances near", 0.34625, id="cut short"),
     ],
 )
@@ -79,8 +81,8 @@ def test_gold_by_hand(completion: str, expected: float) -> None:
 
 
 def test_parts_by_hand() -> None:
-    # Second sentence off the topic in 1 of 2 nouns, of no right tone, with two things of which
-    # one is asked; third missing. The king comes twice among 10 words.
+    # In the second sentence, one of two nouns is off the topic, no word has the tone, and one of
+    # two things is the requested one. The third is missing. The king occurs twice among 10 words.
     text = "The dismal king weeps by the gate with a map. The soft king rests near the pier with a drum."
     parts = gold.gold_parts(THREE, text)
     assert parts.readable == 1
@@ -133,7 +135,7 @@ def test_the_grammar_reads(sentence: str) -> None:
         TWO,
     ],
 )
-def test_what_the_grammar_does_not_read_is_worth_nothing(sentence: str) -> None:
+def test_unreadable_text_scores_0(sentence: str) -> None:
     assert gold.gold_score(TWO, sentence) == 0
 
 
@@ -146,31 +148,31 @@ def test_degenerate_answers_score_low() -> None:
     assert gold.gold_score(TWO, best + " Lantern lantern lantern.") < 0.5
 
 
-def test_sentences_stand_a_space_apart() -> None:
+def test_sentences_are_separated_by_one_space() -> None:
     assert gold.gold_parts(TWO, f"{FIRST} {SECOND}").readable == 1
     assert gold.gold_parts(TWO, f"{FIRST}x{SECOND}").readable == 1 / 2
     assert gold.gold_parts(TWO, f"{FIRST}  {SECOND}").readable == 1 / 2
 
 
-def test_three_sentences_for_one_have_nothing_left_for_their_count() -> None:
+def test_no_part_is_negative() -> None:
     # 1 - |3 - 1| / 1 = -1, and no part is below 0
     assert gold.gold_parts(ONE, f"{FIRST} {SECOND} {FIRST}").count == 0
 
 
-def test_a_flawless_answer_to_one_sentence_is_worth_one() -> None:
+def test_a_perfect_sentence_scores_1() -> None:
     text = "The peaceful hen dreams near the barn with a drum."
     assert gold.gold_score(ONE, text) == pytest.approx(1)
     assert gold.gold_score(ONE, f"\n{text} ") == pytest.approx(1)
 
 
 @pytest.mark.parametrize("prompt", ["", "Hello.", TWO.replace("two", "four"), TWO + " Now."])
-def test_another_prompt_is_refused_in_one_line(prompt: str) -> None:
+def test_another_prompt_is_an_error_of_one_line(prompt: str) -> None:
     with pytest.raises(ValueError, match="not a prompt of the embedded task") as error:
         gold.gold_score(prompt, FIRST)
     assert "\n" not in str(error.value)
 
 
-def test_every_phrasing_asks_for_the_same() -> None:
+def test_every_phrasing_has_the_same_request() -> None:
     request = gold.Request(count=1, tone="calm", topic="farm", thing="drum")
     prompts = [gold.write_prompt(request, number) for number in range(len(gold.PHRASINGS))]
     assert ONE in prompts
@@ -183,7 +185,7 @@ def test_each_word_has_one_part_of_speech_and_one_topic() -> None:
     toned = [word for tone in gold.TONES.values() for word in (*tone.adjectives, *tone.verbs)]
     words = [*nouns, *toned, *gold.THINGS, *gold.OPENINGS, *gold.PREPOSITIONS, "a", "the"]
     assert len(words) == len(set(words))
-    # "a" stands before an adjective or a thing: none may begin with a vowel.
+    # "a" precedes an adjective or a thing: none may begin with a vowel.
     assert not [word for word in (*gold.THINGS, *toned) if word[0] in "aeiou"]
 
 

@@ -1,7 +1,7 @@
-"""The DPO stage: the policy starts as its reference, which does not change, for full fine-tuning and adapters.
+"""The DPO stage: the policy starts as its reference, which does not change.
 
-A wrong reference raises no error: with the base without its adapter, or the policy itself, as the reference, the loss still
-looks plausible.
+A wrong reference raises no error: with the base without its adapter, or the policy itself, as the
+reference, the loss still looks plausible.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def first_batch(trainer: Any) -> Any:
 
 
 def reference_logps(trainer: Any, batch: Any) -> torch.Tensor:
-    """Reference log-probabilities of the chosen, then the rejected completions, as TRL computes them."""
+    """Reference log-probabilities of the chosen, then the rejected completions, by TRL."""
     return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
 
 
 def policy_logps(trainer: Any, batch: Any) -> torch.Tensor:
-    """Log-probabilities of the chosen, then the rejected completions, by a forward pass of the policy."""
+    """Policy log-probabilities of the chosen, then the rejected completions."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
         output = trainer.model(
@@ -139,7 +139,8 @@ def test_training_moves_the_policy_and_not_the_reference(
     policy = policy_logps(trainer, batch)
     assert (policy - before).abs().min() > 0.01
 
-    # eq. 7 of arXiv:2305.18290 with beta 0.1, from log-probabilities of the policy and the SFT model
+    # eq. 7 of arXiv:2305.18290 with beta 0.1, from log-probabilities of the policy and the SFT
+    # model
     rows = rows_of(trainer, batch)
     tokenizer = tokenization.load_tokenizer(world.sft)
     now = logps(trainer.model, tokenizer, rows)

@@ -1,4 +1,4 @@
-"""The KTO stage: TRL's loss on batches with both labels, and the reference for full fine-tuning and adapters."""
+"""The KTO stage: its batches, TRL's loss on them, and the reference."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_before_training_the_policy_equals_its_reference_and_the_reference_is_th
 
 
 def perturbed(trainer: Any) -> Any:
-    """Move the policy of a trainer away from its reference: if they are equal, a wrong formula could pass."""
+    """Move the policy away from its reference: if they are equal, a wrong formula could pass."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -143,7 +143,8 @@ def test_the_loss_of_a_batch_by_hand(build: Build, world: tiny_models.World):
         logps(trainer.model, trainer, batch, prefix) - logps(world.sft, trainer, batch, prefix)
         for prefix in ("", "KL_")
     )
-    # arXiv:2402.01306, eq. 7 and 8: lambda (1 - v), v = sigmoid(beta (r - z0)) or sigmoid(beta (z0 - r))
+    # arXiv:2402.01306, eq. 7 and 8: lambda (1 - v), v = sigmoid(beta (r - z0)) or sigmoid(beta (z0
+    # - r))
     z0 = max(kls.mean().item(), 0.0)
     losses = []
     for ratio, label in zip(ratios.tolist(), batch["label"].tolist(), strict=True):
@@ -156,8 +157,9 @@ def test_the_loss_of_a_batch_by_hand(build: Build, world: tiny_models.World):
 def test_the_loss_of_a_batch_equals_that_of_trl(
     build: Build, world: tiny_models.World, tmp_path: Path
 ):
-    # The rows of the stage's first batches, in order, in TRL's unmodified trainer: no prefix sharing, TRL's KL partners.
-    # In batches of two, the partner of each row is the other row, so the batches are equal.
+    # The rows of the stage's first batches, in order, in TRL's unmodified trainer: no prefix
+    # sharing, TRL's KL partners. In batches of two, the partner of each row is the other row, so
+    # the batches are equal.
     stage_trainer = build(per_device_train_batch_size=2)
     order = stage_trainer.train_dataset.order[:8]
     rows = kto.labeled_rows(world.data, "train", tmp_path).select(order)
@@ -216,7 +218,8 @@ def test_the_order_depends_on_the_seed_of_the_stage(build: Build):
 
 
 def test_the_order_of_trl_has_batches_of_a_single_label(build: Build):
-    # The reason for `kto_batches`. If TRL mixes labels one day, this test fails and most of that module can be deleted.
+    # The reason for `kto_batches`. If TRL mixes labels one day, this test fails and most of that
+    # module can be deleted.
     trainer = build(builder=kto.build_with_trl_batches, per_device_train_batch_size=4)
     labels = [set(batch["label"].tolist()) for batch in trainer.get_train_dataloader()]
     assert sum(len(both) == 1 for both in labels) >= len(labels) - 1

@@ -1,4 +1,4 @@
-"""The sample and label stages: completions of a policy become pairs for DPO and KTO; prompts stay in their splits."""
+"""The sample and label stages: completions of a policy become pairs for DPO and KTO."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sampled(world: tiny_models.World, folder: Path, **changes: Any) -> Path:
 
 
 def finished(source: Path, folder: Path, *, except_first: int = 0) -> Path:
-    """A copy whose completions, except the first ones, end in a stop token: the tiny model rarely samples one."""
+    """A copy in which all completions but the first are finished: the tiny model rarely stops."""
     shutil.copytree(source, folder)
     for file in folder.glob("completions-*.parquet"):
         rows = pq.read_table(file).to_pylist()
@@ -148,7 +148,7 @@ def test_gold_scores_are_exact_and_pairs_have_the_columns_of_prepared_data(
 
 @pytest.fixture
 def embedded(world: tiny_models.World, tmp_path: Path) -> Path:
-    """Both completions of the embedded pairs: their scores differ, while those of the tiny policy are all 0."""
+    """Completions of the embedded pairs: their scores differ; those of the tiny policy are 0."""
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "prompt_id": row["prompt_id"], "n_tokens": 9, "finished": True}
         for row in tiny_models.rows(world.data, "pairs-train")

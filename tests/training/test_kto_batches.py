@@ -13,7 +13,7 @@ from align.training import kto_batches
 
 
 def pairs(prompts: Sequence[int]) -> tuple[list[bool], list[int]]:
-    """Labels and prompts of pairs, as TRL unpairs them: all chosen, then all rejected completions."""
+    """Labels and prompts of pairs as TRL unpairs them: all chosen, then all rejected."""
     return [True] * len(prompts) + [False] * len(prompts), [*prompts, *prompts]
 
 

@@ -18,28 +18,28 @@ from align.training import token_view
 
 def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["align", *arguments])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         main.main()
-    return int(left.value.code or 0)
+    return int(raised.value.code or 0)
 
 
-def test_prepare_writes_a_folder_once_and_doctor_nothing(
+def test_prepare_writes_a_folder_and_doctor_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     rows = [{"q": f"Say {k}.", "chosen": f"It is {k}.", "rejected": "No."} for k in range(60)]
     Path(tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.chdir(tmp_path)
-    told = ["a.jsonl", "columns={prompt: q}", "test_fraction=0.2"]
-    assert command(["data", "doctor", *told], monkeypatch) == 0
+    arguments = ["a.jsonl", "columns={prompt: q}", "test_fraction=0.2"]
+    assert command(["data", "doctor", *arguments], monkeypatch) == 0
     assert "always preferring the longer completion" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
-    assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 0
+    assert command(["data", "prepare", *arguments, "--out", "out"], monkeypatch) == 0
     assert (tmp_path / "out" / "pairs-test.parquet").is_file()
-    assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 2
+    assert command(["data", "prepare", *arguments, "--out", "out"], monkeypatch) == 2
     assert "out: already exists" in capsys.readouterr().err
 
 
-def test_mistakes_are_told_all_at_once(
+def test_all_errors_are_reported_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert command(["data", "doctor", "embedded", "redaer=hh", "max_rows=x"], monkeypatch) == 2
@@ -54,30 +54,30 @@ def test_mistakes_are_told_all_at_once(
 @pytest.mark.filterwarnings("ignore")
 def test_the_marked_tokens_are_those_that_trl_trains_on(tmp_path_factory: pytest.TempPathFactory):
     world = tiny_models.world(tmp_path_factory.getbasetemp())
-    told = Prepare(source="embedded", max_rows=60, test_fraction=0.25)
-    found = token_view.tokenized_rows(told, "dpo", str(world.sft), 3)
+    prepare = Prepare(source="embedded", max_rows=60, test_fraction=0.25)
+    rows = token_view.tokenized_rows(prepare, "dpo", str(world.sft), 3)
     from align.stages import dpo
 
     folder = tmp_path_factory.mktemp("dpo")
-    settings = DPO(model="sft", trainer=tiny_models.TRAINER | {"max_steps": 1})
-    trainer = dpo.build(settings, {"model": world.sft, "pairs": world.data}, folder)
+    config = DPO(model="sft", trainer=tiny_models.TRAINER | {"max_steps": 1})
+    trainer = dpo.build(config, {"model": world.sft, "pairs": world.data}, folder)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     real = batch["attention_mask"] == 1
     expected: list[Any] = [
         ids[keep].tolist() for ids, keep in zip(batch["input_ids"], real, strict=True)
     ]
-    assert [stream.ids for stream in found] == expected
+    assert [row.ids for row in rows] == expected
     masks = [m[keep].tolist() for m, keep in zip(batch["completion_mask"], real, strict=True)]
-    assert [[int(t) for t in stream.trained] for stream in found] == masks
-    assert all("is included and trained" in stream.remark for stream in found)
-    assert ["chosen" in stream.title for stream in found] == [True] * 3 + [False] * 3
+    assert [[int(t) for t in row.trained] for row in rows] == masks
+    assert all("is included and trained" in row.remark for row in rows)
+    assert ["chosen" in row.title for row in rows] == [True] * 3 + [False] * 3
 
     for name in ("sft", "kto", "reward", "ppo"):
-        streams = token_view.tokenized_rows(told, name, str(world.sft), 2)
-        assert len(streams) == (4 if name == "reward" else 2), name
-        assert "".join(streams[0].tokens).startswith("<|im_start|>user")
-        assert any(streams[0].trained) == (name != "ppo")
-    sft = token_view.tokenized_rows(told, "sft", str(world.sft), 1)[0]
+        rows = token_view.tokenized_rows(prepare, name, str(world.sft), 2)
+        assert len(rows) == (4 if name == "reward" else 2), name
+        assert "".join(rows[0].tokens).startswith("<|im_start|>user")
+        assert any(rows[0].trained) == (name != "ppo")
+    sft = token_view.tokenized_rows(prepare, "sft", str(world.sft), 1)[0]
     start = sft.trained.index(True)
     assert "".join(sft.tokens[:start]).endswith("<|im_start|>assistant\n")
     assert all(sft.trained[start:])
@@ -89,7 +89,9 @@ def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_rows_that_are_left_out_or_cut_are_said_to_be(tmp_path_factory: pytest.TempPathFactory):
+def test_rows_that_are_left_out_or_truncated_have_a_remark(
+    tmp_path_factory: pytest.TempPathFactory,
+):
     world = tiny_models.world(tmp_path_factory.getbasetemp())
     folder = tmp_path_factory.mktemp("long")
     long = "word " * 3000
@@ -99,30 +101,30 @@ def test_rows_that_are_left_out_or_cut_are_said_to_be(tmp_path_factory: pytest.T
         {"prompt": "Say it.", **sides},
         {"prompt": "Say more.", **sides, "chosen": long},
     ]
-    told = Prepare(source=rows_file(folder / "a.jsonl", rows), test_fraction=0.0)
+    prepare = Prepare(source=rows_file(folder / "a.jsonl", rows), test_fraction=0.0)
 
-    def shown(stage: str, n: int = 3) -> dict[str, tuple[int, str]]:
-        found = token_view.tokenized_rows(told, stage, str(world.sft), n)
-        return {stream.title: (sum(stream.trained), stream.remark) for stream in found}
+    def remarks(stage: str, n: int = 3) -> dict[str, tuple[int, str]]:
+        tokenized = token_view.tokenized_rows(prepare, stage, str(world.sft), n)
+        return {row.title: (sum(row.trained), row.remark) for row in tokenized}
 
     for stage in ("dpo", "sft"):
-        found = shown(stage)
-        assert found.pop("row 1") == (
+        by_title = remarks(stage)
+        assert by_title.pop("row 1") == (
             0, "left out by TRL: its prompt alone fills `max_length` 1024",
         )  # fmt: skip
-        titles = [title for title in found if not title.endswith("rejected")]
+        titles = [title for title in by_title if not title.endswith("rejected")]
         assert [title.partition(",")[0] for title in titles] == ["row 2", "row 3"]
-        assert "is included and trained" in found[titles[0]][1]
-        assert found[titles[1]][1] == "cut at `max_length` 1024: eos '<|im_end|>' is lost"
-        assert list(shown(stage, 1)) == ["row 1"]
-    reward = shown("reward")
+        assert "is included and trained" in by_title[titles[0]][1]
+        assert by_title[titles[1]][1] == "cut at `max_length` 1024: eos '<|im_end|>' is lost"
+        assert list(remarks(stage, 1)) == ["row 1"]
+    reward = remarks("reward")
     assert list(reward) == ["row 1", "row 2, chosen", "row 2, rejected", "row 3"]
     for title in ("row 1", "row 3"):
         trained, remark = reward[title]
         assert trained == 0 and remark.startswith("left out by the reward stage: its longer side")
 
 
-def test_a_mixture_stands_in_place_of_the_source(
+def test_a_mixture_replaces_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
@@ -132,24 +134,26 @@ def test_a_mixture_stands_in_place_of_the_source(
             for k in range(40)
         ]
         rows_file(tmp_path / f"{name}.jsonl", rows)
-    told = ["mixture=[{source: a.jsonl}, {source: b.jsonl}]", "test_fraction=0.2"]
-    for order in (told, told[::-1]):
+    arguments = ["mixture=[{source: a.jsonl}, {source: b.jsonl}]", "test_fraction=0.2"]
+    for order in (arguments, arguments[::-1]):
         assert command(["data", "doctor", *order], monkeypatch) == 0
         out = capsys.readouterr().out
         assert "b.jsonl: 40 pairs read, 40 kept" in out
-    assert command(["data", "prepare", *told, "--out", "out"], monkeypatch) == 0
+    assert command(["data", "prepare", *arguments, "--out", "out"], monkeypatch) == 0
     assert "a.jsonl + b.jsonl → out" in capsys.readouterr().out
-    assert command(["data", "doctor", "a.jsonl", told[0]], monkeypatch) == 2
+    assert command(["data", "doctor", "a.jsonl", arguments[0]], monkeypatch) == 2
     assert "set either `source` or `mixture`" in capsys.readouterr().err
 
 
-def test_a_source_s_name_is_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_name_of_a_source_is_not_parsed_as_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     for name in ("x #1.jsonl", "a: b.jsonl", "1e3", "é \U0001f600.jsonl"):
         assert data.prepare_config(name, None).source == name
 
 
-def test_prepare_leaves_a_whole_folder_or_none(
+def test_prepare_writes_a_complete_folder_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     rows = [
@@ -158,17 +162,17 @@ def test_prepare_leaves_a_whole_folder_or_none(
     ]
     monkeypatch.chdir(tmp_path)
     rows_file(tmp_path / "a.jsonl", rows)
-    told = ["data", "prepare", "a.jsonl", "--out", "out"]
-    assert command([*told, "keep_columns=[note]"], monkeypatch) == 2
+    arguments = ["data", "prepare", "a.jsonl", "--out", "out"]
+    assert command([*arguments, "keep_columns=[note]"], monkeypatch) == 2
     assert "the values of a kept column differ in type" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
-    assert command([*told[:-1], "a.jsonl/out"], monkeypatch) == 2
+    assert command([*arguments[:-1], "a.jsonl/out"], monkeypatch) == 2
     assert "a.jsonl/out.partial: cannot be created: Not a directory" in capsys.readouterr().err
     (tmp_path / "out.partial").mkdir()
-    assert command(told, monkeypatch) == 2
+    assert command(arguments, monkeypatch) == 2
     assert "out.partial: already exists, from an interrupted run" in capsys.readouterr().err
     (tmp_path / "out.partial").rmdir()
-    (tmp_path / "out").mkdir()  # an empty one is no obstacle
-    assert command(told, monkeypatch) == 0
+    (tmp_path / "out").mkdir()  # an empty folder is accepted
+    assert command(arguments, monkeypatch) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out"]
     assert (tmp_path / "out" / "README.md").is_file()

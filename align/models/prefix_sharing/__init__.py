@@ -1,1 +1,1 @@
-"""Prefix sharing: one forward pass without padding, in which every shared prefix is computed once."""
+"""Prefix sharing: a forward pass without padding that computes every shared prefix once."""

@@ -1,8 +1,9 @@
 """Attention over a packed trie of prefixes, registered with transformers' attention interface.
 
-On CPU, torch's attention is called once per row. On CUDA, one variable-length call computes all rows if the data type has
-16 bits and torch or flash-attn provides the function; otherwise FlexAttention is used. The tests replace the
-variable-length function by an equivalent one on the CPU and run FlexAttention uncompiled.
+On CPU, torch's attention is called once per row. On CUDA, one variable-length call computes all
+rows if the data type has 16 bits and torch or flash-attn provides the function; otherwise
+FlexAttention is used. The tests replace the variable-length function by an equivalent one on the
+CPU and run FlexAttention uncompiled.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ IGNORED_ARGUMENTS = {
 
 
 class CannotShare(Exception):  # noqa: N818 (not an error: the padded forward pass runs instead)
-    """The reason for which a batch, or any batch of a model, is not computed with prefix sharing."""
+    """The reason for which a batch, or any batch of a model, is not shared."""
 
 
 def intercept(implementation: str) -> None:
-    """Extend transformers' attention function of this name: with a ``prefix_layout``, it attends along the layout.
+    """Make transformers' attention function of this name attend along a ``prefix_layout``.
 
-    The name in the model's config does not change, and therefore neither do masks, generation and saved files. The layout
-    is an argument of the layers, so gradient checkpointing passes it again when it recomputes a layer.
+    The name in the model's config does not change, and therefore neither do masks, generation and
+    saved files. The layout is an argument of the layers, so gradient checkpointing passes it again
+    when it recomputes a layer.
     """
     original = AttentionInterface._global_mapping[implementation]
     if hasattr(original, "shares_prefixes"):
@@ -73,10 +75,11 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention of ``[1, heads, N, size]`` along the paths of a layout; returns ``[1, N, heads, size]``.
+    """Attend along the paths of a layout: ``[1, heads, N, size]`` to ``[1, N, heads, size]``.
 
     Raises:
-        CannotShare: The attention function has an argument or property that a layout cannot represent.
+        CannotShare: The attention function has an argument or property that a layout cannot
+            represent.
     """
     layout.layers_run += 1
     if sliding_window == 0:  # the argument is missing
@@ -108,8 +111,8 @@ def _by_row(
 ) -> Tensor:
     """Attention with one call per row.
 
-    Keys are split at the segments, so that the backward pass concatenates gradients; slices would each add a zero tensor
-    of size N.
+    Keys are split at the segments, so that the backward pass concatenates gradients; slices would
+    each add a zero tensor of size N.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -136,7 +139,7 @@ def _concatenate(pieces: list[Tensor], dim: int = 2) -> Tensor:
 
 
 def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor | None:
-    """Additive causal mask aligned at the bottom right, ``[new, shared + new]``; None if nothing is masked."""
+    """Additive causal mask, ``[new, shared + new]``, aligned at the bottom right; None if empty."""
     if row.new == 1 and (window is None or window > row.shared):
         return None
 
@@ -153,10 +156,12 @@ def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor 
 
 @functools.cache
 def _varlen() -> Callable[..., Any] | None:
-    """Variable-length attention ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``, causal from the bottom right.
+    """Variable-length attention, causal from the bottom right; None if no library provides it.
 
-    torch provides it from version 2.11 on, the flash-attn package from version 2.1 on: before, it aligned the mask at the
-    top left. None if neither is available.
+    Its arguments are ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``.
+
+    torch provides it from version 2.11 on, the flash-attn package from version 2.1 on: before, it
+    aligned the mask at the top left.
     """
     import importlib.util
     import inspect
@@ -188,7 +193,7 @@ def _by_varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attention in one call for all rows: queries are the new tokens of a row, keys are gathered along its path."""
+    """Attention in one call for all rows, with keys gathered along the path of each row."""
     call = _varlen()
     assert call is not None
     new = [row.new for row in layout.rows]
@@ -213,7 +218,7 @@ def _by_flex(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """FlexAttention over the packed sequence: the mask is computed from two comparisons per pair of tokens."""
+    """FlexAttention over the packed sequence; two comparisons per pair of tokens give the mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     last, positions = layout.last, layout.positions

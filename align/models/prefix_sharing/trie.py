@@ -1,7 +1,8 @@
 """A batch of token rows as the trie of their prefixes, stored in one packed sequence.
 
-Rows are sorted lexicographically. A row shares its longest common prefix with the row before it, and only its other tokens
-are appended to the packed sequence. The *path* of a row lists the packed indices of its tokens::
+Rows are sorted lexicographically. A row shares its longest common prefix with the row before it,
+and only its other tokens are appended to the packed sequence. The *path* of a row lists the packed
+indices of its tokens::
 
     rows:   p p p c c        packed:  p p p c c | r r r       positions: 0 1 2 3 4 | 3 4 5
             p p p r r r      path(1) = 0 1 2 3 4
@@ -42,7 +43,8 @@ class Layout:
     tokens: Tensor
     """Token ids, ``[N]``."""
     positions: Tensor
-    """Position ids, ``[N]``: the number of tokens before each, or its column for absolute positions."""
+    """Position ids, ``[N]``: the number of tokens before each, or its column for absolute
+    positions."""
     last: Tensor
     """Index of the last descendant of each token in the trie, ``[N]``."""
     places: Tensor
@@ -52,7 +54,8 @@ class Layout:
     rows: list[Row]
     """Rows that add tokens, in packed order."""
     segments: list[int]
-    """Sizes of the longest runs of tokens that every row contains completely or not at all; they sum to N."""
+    """Sizes of the longest runs of tokens that every row contains completely or not at all; they
+    sum to N."""
     layers_run: int = 0
     """Number of layers that have attended with this layout."""
     _cache: dict[Any, Any] = field(default_factory=dict)
@@ -65,9 +68,10 @@ class Layout:
 
 
 def build_layout(ids: Tensor, mask: Tensor | None, *, absolute: bool) -> Layout | None:
-    """Build the layout of a padded batch ``[batch, time]`` on its device; None if the mask has holes.
+    """Build the layout of a padded batch ``[batch, time]``; None if the mask has holes.
 
-    Positions count from the first token of a row or, if they are ``absolute``, from the first column of the batch.
+    The layout is on the device of the batch. Positions count from the first token of a row or, if
+    they are ``absolute``, from the first column of the batch.
 
     >>> ids = torch.tensor([[7, 8, 9, 0], [7, 8, 5, 6]])
     >>> layout = build_layout(ids, (ids > 0).int(), absolute=False)

@@ -1,17 +1,19 @@
-"""Prefix sharing for a model: its forward pass runs without padding and computes every shared prefix once.
+"""Prefix sharing for a model: a forward pass without padding that computes a shared prefix once.
 
-:func:`enable_prefix_sharing` wraps the forward pass of a model's backbone. A padded batch ``[batch, time]`` becomes one
-sequence ``[1, N]`` of its distinct prefixes, the layers run once, and the hidden states are scattered back to
-``[batch, time, hidden]``. Losses and metrics above the backbone remain TRL's code. TRL's fused LM head receives the labeled
-positions only, on every device.
+:func:`enable_prefix_sharing` wraps the forward pass of a model's backbone. A padded batch ``[batch,
+time]`` becomes one sequence ``[1, N]`` of its distinct prefixes, the layers run once, and the
+hidden states are scattered back to ``[batch, time, hidden]``. Losses and metrics above the backbone
+remain TRL's code. TRL's fused LM head receives the labeled positions only, on every device.
 
-The new tokens of a row attend along its path, causal from the bottom right (see :mod:`align.models.prefix_sharing.trie`).
-The gradient of a shared token is the sum over the rows that share it.
+The new tokens of a row attend along its path, causal from the bottom right (see
+:mod:`align.models.prefix_sharing.trie`). The gradient of a shared token is the sum over the rows
+that share it.
 
-If the result would not be exact (a key/value cache, soft-capping, layers other than softmax attention, prompt tuning, a
-mask with holes), the padded forward pass runs instead, and the reason is logged once. Dropout draws other random numbers
-than in a padded batch, and the same ones for all rows that share a token. Left out: models on several devices
-(``device_map``), ``torch.compile`` of the whole model, adapters that differ between rows.
+If the result would not be exact (a key/value cache, soft-capping, layers other than softmax
+attention, prompt tuning, a mask with holes), the padded forward pass runs instead, and the reason
+is logged once. Dropout draws other random numbers than in a padded batch, and the same ones for all
+rows that share a token. Left out: models on several devices (``device_map``), ``torch.compile`` of
+the whole model, adapters that differ between rows.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ KEY_VALUE_CACHE = "the call uses a key/value cache"
 
 
 class _State:
-    """State of a wrapped backbone: its fallbacks, and the positions that the current call has to return."""
+    """State of a wrapped backbone: its fallbacks, and the positions that a call has to return."""
 
     def __init__(self) -> None:
         self.logged: set[str] = set()
         self.obstacle: str | None = None
-        """The reason for which the model can never share; None if there is none, or none is known yet."""
+        """The reason for which the model can never share; None if there is none, or none is known
+        yet."""
         self.proven = False
         """Whether a packed forward pass has succeeded."""
         self.positions: Tensor | None = None
@@ -72,11 +75,12 @@ class _State:
 
 
 def enable_prefix_sharing(*models: nn.Module | None) -> None:
-    """Enable prefix sharing for causal language models, sequence classifiers, or peft's wrappers of one.
+    """Enable prefix sharing for causal language models and sequence classifiers, also inside peft.
 
-    Call it with the object that is called in training: ``trainer.model``, after peft has wrapped it. A second call has no
-    effect, and None is ignored. If a batch cannot be shared, its padded forward pass runs, and a warning of the logger
-    ``align.prefix_sharing`` gives the reason, once per reason and model.
+    Call it with the object that is called in training: ``trainer.model``, after peft has wrapped
+    it. A second call has no effect, and None is ignored. If a batch cannot be shared, its padded
+    forward pass runs, and a warning of the logger ``align.prefix_sharing`` gives the reason, once
+    per reason and model.
     """
     model: Any
     for model in filter(None, models):
@@ -100,7 +104,7 @@ def enable_prefix_sharing(*models: nn.Module | None) -> None:
 
 
 def disable_prefix_sharing(*models: nn.Module | None) -> None:
-    """Undo :func:`enable_prefix_sharing`. A model without prefix sharing is not changed; None is ignored."""
+    """Undo :func:`enable_prefix_sharing`; models without prefix sharing and None are ignored."""
     model: Any
     for model in filter(None, models):
         backbone = _backbone(model)
@@ -171,7 +175,7 @@ def _wrapper(backbone_class: Any) -> Callable[..., Any]:
 
 
 def _forward(self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the packed forward pass of a backbone, or the padded one if the batch cannot be shared."""
+    """Run the packed forward pass of a backbone, or the padded one for a batch that is not shared."""
     state: _State = self.prefix_sharing
     positions, state.positions = state.positions, None
     try:
@@ -221,8 +225,9 @@ def _layout(
     layout = build_layout(ids, mask, absolute=not hasattr(self, "rotary_emb"))
     if layout is None:
         raise CannotShare("the attention mask has holes")
-    # All ranks must run the layers equally often, or those that gather sharded weights wait for each other. So until a model
-    # has proven that it can share, every rank packs every batch, and all of them learn about an obstacle in the same call.
+    # All ranks must run the layers equally often, or those that gather sharded weights wait for
+    # each other. So until a model has proven that it can share, every rank packs every batch, and
+    # all of them learn about an obstacle in the same call.
     must_prove = not self.prefix_sharing.proven and _several_processes()
     saves_tokens = len(layout.tokens) < ids.numel()
     return layout if len(layout.tokens) and (saves_tokens or must_prove) else None
@@ -268,7 +273,7 @@ def _packed(
 def _select_labeled(
     state: _State, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Request the hidden states of labeled positions only, and pass their shifted labels to TRL's fused head.
+    """Request hidden states of labeled positions, and pass shifted labels to TRL's fused head.
 
     Without Triton, TRL 1.16 scores every position. It accepts labels that are already shifted.
     """
@@ -285,7 +290,7 @@ def _select_labeled(
 
 
 def _scatter_labeled(state: _State, model: nn.Module, args: Any, outputs: Any) -> Any:
-    """Scatter the outputs of the head back to ``[batch, time - 1]``, with zeros where there is no label."""
+    """Scatter the outputs of the head to ``[batch, time - 1]``, with zeros at unlabeled positions."""
     labeled, state.labeled = state.labeled, None
     if labeled is not None:
         for name, value in outputs.items():
