@@ -185,7 +185,8 @@ def rows_that_fit(
     fitting = [row for row in rows if longest(row) <= limit]
     if not fitting:
         raise DataError(
-            f"every row is longer than the reward model's {limit} positions, so none can be scored; "
+            f"every row is longer than the reward model's {limit} positions, so none can be "
+            "scored; "
             "train on a model with more positions"
         )
     if len(fitting) < len(rows):

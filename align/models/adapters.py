@@ -121,8 +121,10 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
     configured = f"r={lora['r']}, alpha={lora['alpha']}, dropout={lora['dropout']}"
     if actual != configured:
         raise UserError(
-            f"{source}: this adapter has {actual}, but `lora` has {configured}; an existing adapter keeps its shape: "
-            "set these values in `lora`, or remove `lora` to merge the adapter and train all weights"
+            f"{source}: this adapter has {actual}, but `lora` has {configured}; an existing "
+            "adapter keeps its shape: "
+            "set these values in `lora`, or remove `lora` to merge the adapter and train all "
+            "weights"
         )
 
 

@@ -29,7 +29,8 @@ def check_model_folder(folder: Path) -> None:
         weights = [folder / "model.safetensors", folder / "pytorch_model.bin"]
     else:
         raise ArtifactError(
-            f"{folder}: no config.json, so it contains no model; set a folder in Hugging Face layout"
+            f"{folder}: no config.json, so it contains no model; set a folder in Hugging Face "
+            "layout"
         )
     if (folder / _INDEX).is_file():
         problems += _json_problems(folder / _INDEX)
@@ -60,7 +61,8 @@ def count_parameters(file: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(file, framework="numpy") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        names = list(tensors.keys())
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
 
 
 def _shards(index: Path) -> list[Path]:

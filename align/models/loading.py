@@ -62,7 +62,8 @@ def adapter_base(source: Path | str, *, revision: str | None = None) -> str | No
         sibling = Path(source).resolve().parent / Path(base).name
         if not sibling.is_dir():
             raise ArtifactError(
-                f"{config_file}: the base model {base} does not exist; set `base_model_name_or_path` "
+                f"{config_file}: the base model {base} does not exist; set "
+                "`base_model_name_or_path` "
                 "to its folder"
             )
         return str(sibling)  # the whole folder of runs was moved

@@ -31,7 +31,8 @@ def tokenize_prompts(
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an `sft` stage that sets "
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an "
+            "`sft` stage that sets "
             "one: `trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
         )
     return [
@@ -199,7 +200,8 @@ def set_pad_token_for_scores(tokenizer: PreTrainedTokenizerBase) -> None:
     )
     if pad is None:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no special token except eos, but a reward model needs another "
+            f"{tokenizer.name_or_path}: its tokenizer has no special token except eos, but a "
+            "reward model needs another "
             "one for padding; add a pad token to the tokenizer and save it"
         )
     tokenizer.pad_token = pad

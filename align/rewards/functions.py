@@ -37,7 +37,8 @@ def load_function(name: str) -> Score:
             function = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # the user's module may raise anything
             raise UserError(
-                f"{name}: cannot be imported: {type(error).__name__}: {error}; modules are searched "
+                f"{name}: cannot be imported: {type(error).__name__}: {error}; modules are "
+                "searched "
                 "in the working directory and in installed packages"
             ) from error
     if not callable(function):
@@ -119,7 +120,8 @@ def call(
     invalid = next((i for i, value in enumerate(scores) if not math.isfinite(value)), None)
     if invalid is not None:
         raise UserError(
-            f"{name}: the score of {completions[invalid]!r} is {scores[invalid]}; scores must be finite"
+            f"{name}: the score of {completions[invalid]!r} is {scores[invalid]}; scores must be "
+            "finite"
         )
     return scores
 

@@ -186,12 +186,14 @@ def load_reward_model(
         missing.add(f"{HEAD}.weight")
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; a reward model is a sequence "
+            f"{source}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; a "
+            "reward model is a sequence "
             "classifier with a trained head: set a `reward` stage or its folder"
         )
     if model.config.num_labels != 1:
         raise UserError(
-            f"{source}: a classifier with {model.config.num_labels} labels; a reward model must have 1"
+            f"{source}: a classifier with {model.config.num_labels} labels; a reward model must "
+            "have 1"
         )
     return model.eval()
 
@@ -230,7 +232,8 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
     head = next((key for key in weights if key.endswith(f"{HEAD}.weight")), None)
     if head is None:
         raise UserError(
-            f"{source}: the adapter has no `{HEAD}` head, so it is not a reward model; set a `reward` stage or its folder"
+            f"{source}: the adapter has no `{HEAD}` head, so it is not a reward model; set a "
+            "`reward` stage or its folder"
         )
     weight = weights.pop(head)
     config = PeftConfig.from_pretrained(str(source))
@@ -239,7 +242,8 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
     unknown = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
     if unknown:
         raise UserError(
-            f"{source}: the adapter does not fit the base of the policy, which has no {unknown[0]}; "
+            f"{source}: the adapter does not fit the base of the policy, which has no "
+            f"{unknown[0]}; "
             "train the reward model on the same base"
         )
     layer = torch.nn.Linear(weight.shape[1], 1, bias=False)
@@ -262,6 +266,7 @@ def score_head(model: Any) -> Any:
     head = getattr(model, HEAD, None)
     if head is None:
         raise UserError(
-            f"{type(model).__name__}: the model has no `{HEAD}` layer; a reward model must be a decoder with a scalar head"
+            f"{type(model).__name__}: the model has no `{HEAD}` layer; a reward model must be a "
+            "decoder with a scalar head"
         )
     return head

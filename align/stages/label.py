@@ -72,7 +72,8 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
     file = tables.table_file(data, "completions", split)
     if not rows:
         raise DataError(
-            f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with a larger "
+            f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with "
+            "a larger "
             "`max_new_tokens`"
         )
     judge.check_prompts([row["prompt"] for row in rows], repair="set `judge` to a reward model")
@@ -92,7 +93,8 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
     if not result.rows:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in result.dropped.items())
         raise DataError(
-            f"{file}: {len(rows)} completions give no pair: {reasons}; sample more completions per prompt, at a higher "
+            f"{file}: {len(rows)} completions give no pair: {reasons}; sample more completions "
+            "per prompt, at a higher "
             "temperature, or lower `margin`"
         )
     cut_off = {"completion cut off": len(sampled) - len(rows)} if len(rows) < len(sampled) else {}

@@ -166,7 +166,7 @@ def computation_order(rows: Dataset) -> list[int]:
 
 
 def compute_logps(trainer: Any, rows: Dataset, logger: Logger) -> Tensor:
-    """Log-probabilities of chosen and rejected completions as TRL sums them, float32 ``[rows, 2]``."""
+    """Summed log-probabilities of chosen and rejected completions, float32 ``[rows, 2]``."""
     from accelerate.utils import send_to_device
 
     arguments = trainer.args

@@ -68,7 +68,8 @@ def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[Toke
     tokenizer = tokenization.load_tokenizer(model)
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{model}: its tokenizer has no chat template; set a model that was trained to follow instructions"
+            f"{model}: its tokenizer has no chat template; set a model that was trained to follow "
+            "instructions"
         )
     rows = _training_rows(config, KINDS[stage], n)
     if stage == "ppo":
@@ -204,7 +205,10 @@ def _reward_rows(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
         )
         longest = max(map(len, sides))
         if limit is not None and longest > limit:
-            reason = f"left out by the reward stage: its longer side has {longest} tokens, `max_length` is {limit}"
+            reason = (
+                f"left out by the reward stage: its longer side has {longest} tokens, "
+                f"`max_length` is {limit}"
+            )
             tokenized.append(_left_out(i, reason))
             continue
         for side, ids in zip(("chosen", "rejected"), sides, strict=True):

@@ -21,8 +21,9 @@ from align.models.prefix_sharing.trie import Layout, Row
 
 # Arguments of a backbone or an attention function that do not change the result.
 IGNORED_ARGUMENTS = {
-    "num_items_in_batch", "position_ids", "position_embeddings", "use_cache", "cache_position", "past_key_values",
-    "past_key_value", "layer_past", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "num_items_in_batch", "position_ids", "position_embeddings", "use_cache", "cache_position",
+    "past_key_values", "past_key_value", "layer_past", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Rotary embeddings that depend on the longest row of a batch."""
 IGNORED_LABEL = -100
 KEY_VALUE_CACHE = "the call uses a key/value cache"
-"""Reason of a fallback that is expected in every generation, and therefore logged at level DEBUG."""
+"""Reason of the fallback in every generation, which is expected and logged at level DEBUG."""
 
 
 class _State:
@@ -54,7 +54,7 @@ class _State:
         self.proven = False
         """Whether a packed forward pass has succeeded."""
         self.positions: Tensor | None = None
-        """Positions of the flattened batch whose hidden states the next call returns; None for all."""
+        """Positions of the flattened batch that the next call returns; None for all."""
         self.labeled: Tensor | None = None
         """Mask ``[batch, time - 1]`` of labels; None outside a call with labels."""
 
@@ -175,7 +175,7 @@ def _wrapper(backbone_class: Any) -> Callable[..., Any]:
 
 
 def _forward(self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the packed forward pass of a backbone, or the padded one for a batch that is not shared."""
+    """Run a backbone packed, or padded if the batch cannot be shared."""
     state: _State = self.prefix_sharing
     positions, state.positions = state.positions, None
     try:
@@ -290,7 +290,7 @@ def _select_labeled(
 
 
 def _scatter_labeled(state: _State, model: nn.Module, args: Any, outputs: Any) -> Any:
-    """Scatter the outputs of the head to ``[batch, time - 1]``, with zeros at unlabeled positions."""
+    """Scatter the head's outputs to ``[batch, time - 1]``, with zeros at unlabeled positions."""
     labeled, state.labeled = state.labeled, None
     if labeled is not None:
         for name, value in outputs.items():
