@@ -29,8 +29,8 @@ def main(overrides: list[str]) -> None:
     }
     recipe = align.load_recipe({"needs": "sft", "stages": {"ppo": ppo}}, overrides=overrides)
     run = align.run(recipe, until="ppo")
-    metrics = run["ppo"].metrics
-    print(f"score {metrics['score']:.3f}, KL to the SFT model {metrics['kl']:.2f} nats")
+    last = run["ppo"].metrics.training
+    print(f"score {last.score:.3f}, KL to the SFT model {last.kl:.2f} nats per completion")
 
 
 if __name__ == "__main__":

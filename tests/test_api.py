@@ -167,9 +167,10 @@ def test_a_run_returns_typed_results_and_a_second_one_reuses_them(tmp_path, monk
 def test_ppo_trains_on_a_function_that_was_passed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = align.run(ppo(exclamations, brevity), "runs")
-    metrics = run["ppo"].metrics
-    assert metrics["ppo"][f"rewards/{__name__}:brevity"] <= 0
-    assert metrics["ppo"][f"rewards/{__name__}:exclamations"] >= 0
+    batch = run["ppo"].metrics.training
+    assert batch.rewards.keys() == {f"{__name__}:brevity", f"{__name__}:exclamations"}
+    assert batch.rewards[f"{__name__}:brevity"] <= 0
+    assert batch.score == pytest.approx(sum(batch.rewards.values()))
 
 
 def test_errors_of_a_run_are_user_errors(tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ class BatchMetrics:
     """Tokens per completion."""
     missing_eos: float
     """Share of the completions that do not end with eos."""
+    rewards: Mapping[str, float]
+    """Each reward by its name in the recipe, without its weight."""
     entropy: float | None = None
     """Entropy of the policy, in nats per token; of training batches only."""
     gold: float | None = None
@@ -33,7 +35,9 @@ class BatchMetrics:
     def from_metrics(cls, metrics: Mapping[str, Any], prefix: str = "") -> BatchMetrics:
         """Read the metrics whose keys start with ``prefix``."""
         names = [name for name in cls.__dataclass_fields__ if prefix + name in metrics]
-        return cls(**{name: metrics[prefix + name] for name in names})
+        each = f"{prefix}rewards/"
+        rewards = {k.removeprefix(each): v for k, v in metrics.items() if k.startswith(each)}
+        return cls(rewards=rewards, **{name: metrics[prefix + name] for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,9 @@ RecipeOrPath = Recipe | Mapping[str, Any] | Path | str
 class Run(Mapping[str, FinishedStage]):
     """The finished stages of a recipe by name, in order.
 
-    The ``metrics`` of ``evaluate`` and ``reward`` are frozen dataclasses, see
-    :mod:`align.evaluation.results`; those of other stages are dictionaries.
+    The ``metrics`` of ``evaluate``, ``reward`` and ``ppo`` are frozen dataclasses, see
+    :mod:`align.evaluation.results` and :mod:`align.online_rl.results`; those of other stages are
+    dictionaries.
     """
 
     def __init__(self, stages: Mapping[str, FinishedStage], seconds: float) -> None:
