@@ -319,7 +319,9 @@ def assert_finished_like(done: Path, runs: Path) -> None:
         assert (folder / name).read_bytes() == (done / name).read_bytes()
 
 
-@pytest.mark.parametrize("pattern", ["checkpoint-[23]???", "curve-3.json"])
+@pytest.mark.parametrize(
+    "pattern", ["checkpoint-[23]???", pytest.param("curve-3.json", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_resumes_and_ends_in_the_same_policies(pattern, done, tmp_path):
     killed = Run(tmp_path, seconds_between_checkpoints=0.0)
     killed.wait_for(f"control-*/{pattern}")
@@ -341,7 +343,9 @@ def test_the_checkpoints_of_a_seed_lie_between_those_of_its_neighbors(tmp_path):
     assert names == [["checkpoint-1500"], ["checkpoint-2500", "checkpoint-3999"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(number, done, tmp_path):
     # The checkpoint of the signal is the only one.
     interrupted = Run(tmp_path, seconds_between_checkpoints=1e9)

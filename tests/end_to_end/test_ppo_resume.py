@@ -297,6 +297,7 @@ def test_a_run_without_a_complete_checkpoint_starts_at_the_beginning(whole, tmp_
     assert_same(runs, whole, "ppo")
 
 
+@pytest.mark.slow
 def test_the_adaptive_kl_coefficient_is_restored_from_the_checkpoint(whole, tmp_path):
     # beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon), with target 0.05, n = 8 and
     # horizon 20
