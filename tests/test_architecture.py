@@ -177,7 +177,6 @@ RULED_OUT = [
 ]  # fmt: skip
 
 
-@pytest.mark.xfail(strict=False, reason="the rewrite of the texts has not landed")
 def test_texts_contain_no_word_that_the_style_guide_rules_out():
     folders = ("align", "tests", "docs", "recipes", "benchmarks", "examples", "accelerate_configs")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
