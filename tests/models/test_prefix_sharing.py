@@ -130,7 +130,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute RMSNorm in float64: rounding to float32, as in transformers, would hide small errors."""
+    """Compute RMSNorm in float64: rounding to float32, as transformers does, hides small errors."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -342,7 +342,7 @@ def test_a_model_in_four_bits_computes_the_same(tmp_path):
     assert seen == [distinct(ROWS["pairs"])]
 
 
-# Attention functions for accelerators, run on the CPU ----------------------------------------------
+# Attention functions for accelerators, run on the CPU ---------------------------------------------
 
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
@@ -393,7 +393,7 @@ def test_attention_functions_for_accelerators_compute_the_same(kind, shape, func
     assert len(calls) == 2 * len(ROWS)
 
 
-# Fallbacks to the padded forward pass --------------------------------------------------------------
+# Fallbacks to the padded forward pass -------------------------------------------------------------
 
 
 def holes(ids: torch.Tensor) -> torch.Tensor:
