@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config.base import FUNCTION, Input, Stage, input_names
+from align.config.base import Input, Stage, input_names
 from align.config.stages import STAGES
 from align.errors import did_you_mean, shown
-
-__all__ = ["FUNCTION", "validate_inputs", "validate_stage"]
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")

@@ -238,6 +238,8 @@ def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> N
         if exists and column not in data_tables.column_names(data, table.kind, table.split):
             errors.add((stage.name, key), f"{table.name} has no column `{column}`; remove this key")
     for keys, function in stage.config.reward_functions.items():
+        if not data_tables.has_table(data, "prompts", "train"):
+            continue  # reported as a missing table
         columns = data_tables.column_names(data, "prompts", "train")
         for column in missing_columns(function, columns):
             errors.add(

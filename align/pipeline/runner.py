@@ -110,7 +110,7 @@ def _run_or_reuse(
     if artifact is None or distributed.broadcast_from_main(working.exists()):
         with folder_lock(stage.folder, display.info):
             if forced and distributed.is_main():
-                _empty(stage.folder)
+                clear_folder(stage.folder)
             artifact = _read_artifact(stage.folder)  # another run may have finished it by now
             if artifact is None:
                 status = "ran"
@@ -210,7 +210,7 @@ def _remove_working_files(stage: PlannedStage) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _empty(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Remove the files of a stage, first those that mark it as finished or resumable."""
     (folder / artifacts.FILE).unlink(missing_ok=True)
     for mark in folder.glob(f"checkpoint-*/{checkpoints.COMPLETE_MARK}"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from align.config import catalog, shipped
-from align.config.recipe import find_recipe, load_recipe, shipped_recipes
+from align.config.recipe import load_recipe
+from align.config.shipped import find_recipe, shipped_recipes
 from align.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -53,7 +53,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("SOURCE", "rows.jsonl"))
     monkeypatch.setattr(distributed, "init_process_group", lambda: None)
     monkeypatch.setattr(distributed, "reset_process_state", lambda seed: None)
-    monkeypatch.setattr(preflight, "check_trainer_arguments", lambda recipe, due: None)
+    monkeypatch.setattr(preflight, "check_trainer_arguments", lambda recipe, pending: None)
 
     def train(config: Any, inputs: Any, folder: Path, logger: Any) -> StageResult:
         (folder / "model.safetensors").write_text(repr(config))
@@ -541,7 +541,7 @@ def test_a_killed_force_leaves_no_checkpoint_to_resume_from(tmp_path, monkeypatc
         runner.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("killed"))
     )
     with pytest.raises(OSError, match="killed"):
-        runner._empty(tmp_path)
+        runner.clear_folder(tmp_path)
     assert checkpoints.list_checkpoints(tmp_path) == []
 
 
