@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from align.config.base import FUNCTION
 from align.config.ppo import PPO
 from align.data.rows import Row
 from align.models import tokenization

@@ -18,7 +18,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from align.config.base import FUNCTION
 from align.config.ppo import PPO
 from align.data import tables
 from align.data.rows import Row
