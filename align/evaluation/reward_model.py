@@ -16,6 +16,9 @@ from torch import Tensor
 
 from align.data import tables
 from align.errors import DataError
+from align.evaluation.intervals import Bootstrap, prompt_means
+from align.evaluation.results import Interval
+from align.evaluation.tables import percent, percent_interval
 from align.functional import winrate
 from align.models import tokenization
 from align.rewards import gold, reward_model
@@ -29,7 +32,6 @@ N_CENTER = 2048
 """Number of demonstrations whose mean score becomes 0."""
 N_BINS = 10
 """Number of bins of the calibration."""
-CONFIDENCE, RESAMPLES = 0.95, 2000
 BATCH_SIZE = 64
 
 
@@ -66,16 +68,12 @@ def measure(model: RewardModel, data: Path, logger: Logger) -> dict[str, Any] | 
         _score_column(model, rows, side, logger).double() for side in ("chosen", "rejected")
     )
     outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
-    prompt_ids = [row["prompt_id"] for row in rows]
-    accuracies = _means_by_prompt(prompt_ids, outcomes.tolist())
-    interval = winrate.proportion_interval(
-        accuracies, confidence=CONFIDENCE, resamples=RESAMPLES, seed=0
-    )
+    accuracies = prompt_means(rows, outcomes.tolist())
     report = {
         "split": split,
         "pairs": len(rows),
         "accuracy": accuracies.mean().item(),
-        "ci": list(interval),
+        "ci": list(Bootstrap().proportion(accuracies)),
         "mean_margin": (chosen - rejected).mean().item(),
         "calibration": calibration(chosen - rejected),
         "expected_calibration_error": calibration_error(chosen - rejected),
@@ -85,20 +83,15 @@ def measure(model: RewardModel, data: Path, logger: Logger) -> dict[str, Any] | 
 
 def result_table(report: Mapping[str, Any]) -> ResultTable:
     """Format the result of :func:`measure` as a table for the summary of a run."""
-    low, high = report["ci"]
     cells = {
-        "accuracy": _percent(report["accuracy"]),
-        "interval": f"{100 * low:.1f}–{100 * high:.1f} %",
-        "upper bound": _percent(report.get("accuracy_upper_bound")),
-        "agrees with gold": _percent(report.get("agreement_with_gold")),
+        "accuracy": percent(report["accuracy"]),
+        "interval": percent_interval(Interval(*report["ci"])),
+        "upper bound": percent(report.get("accuracy_upper_bound")),
+        "agrees with gold": percent(report.get("agreement_with_gold")),
         "calibration error": f"{report['expected_calibration_error']:.3f}",
     }
     title = f"reward model on {report['pairs']:,} held-out pairs"
     return ResultTable(title, tuple(cells), [tuple(cells.values())])
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def calibration(margins: Tensor) -> list[dict[str, float]]:
@@ -151,8 +144,7 @@ def gold_agreement(rows: Sequence[Mapping[str, Any]], margins: Tensor) -> dict[s
         ]
     except ValueError:
         return {}  # not prompts of the embedded task
-    prompt_ids = [row["prompt_id"] for row in rows]
-    best = _means_by_prompt(prompt_ids, [max(p, 1 - p) for p in probabilities])
+    best = prompt_means(rows, [max(p, 1 - p) for p in probabilities])
     agreement: dict[str, float] = {"accuracy_upper_bound": sum(best.tolist()) / len(best)}
     gaps = torch.tensor([p - 0.5 for p in probabilities], dtype=torch.float64)
     untied = gaps != 0
@@ -197,14 +189,6 @@ def rows_that_fit(
             limit,
         )
     return fitting
-
-
-def _means_by_prompt(prompt_ids: Sequence[str], values: Sequence[float]) -> Tensor:
-    """Mean value of each prompt, float64, in the order of their first rows."""
-    by_prompt: dict[str, list[float]] = {}
-    for prompt_id, value in zip(prompt_ids, values, strict=True):
-        by_prompt.setdefault(prompt_id, []).append(value)
-    return torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
 
 
 def _score_column(
