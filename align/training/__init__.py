@@ -1,1 +1,1 @@
-"""What the stages that train with TRL share."""
+"""Shared by the stages that train with TRL: trainer, batches, reference log-probabilities, tokens."""

@@ -276,7 +276,7 @@ def test_gradient_checkpointing_runs_the_same_layout_again(reentrant):
 def test_all_ranks_detect_in_the_same_call_that_a_model_cannot_share(monkeypatch, fallbacks):
     # A rank that runs its layers twice (packed, then padded) next to a rank with nothing to pack
     # would never return.
-    monkeypatch.setattr(wrapper, "_several_processes", lambda: True)
+    monkeypatch.setattr(wrapper, "several_processes", lambda: True)
     unable = model("llama", SMALL, torch.float32)
     attention = unable.model.layers[1].self_attn
     attention.forward = functools.partial(without_layout, attention.forward)
@@ -289,7 +289,7 @@ def test_all_ranks_detect_in_the_same_call_that_a_model_cannot_share(monkeypatch
 
 @pytest.mark.usefixtures("no_fallback")
 def test_until_a_model_has_shared_once_every_rank_packs_every_batch(monkeypatch):
-    monkeypatch.setattr(wrapper, "_several_processes", lambda: True)
+    monkeypatch.setattr(wrapper, "several_processes", lambda: True)
     able = model("llama", SMALL, torch.float32)
     wrapper.enable_prefix_sharing(able)
     seen = tokens_computed(able)
@@ -363,14 +363,14 @@ def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
 
 
 @pytest.mark.usefixtures("no_fallback")
-@pytest.mark.parametrize("function", ["_by_varlen", "_by_flex"])
+@pytest.mark.parametrize("function", ["attend_varlen", "attend_flex"])
 @pytest.mark.parametrize(("kind", "shape"), SHARED)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_attention_functions_for_accelerators_compute_the_same(kind, shape, function, monkeypatch):
     padded = model(kind, shape)
     shared = copy.deepcopy(padded)
     wrapper.enable_prefix_sharing(shared)
-    monkeypatch.setattr(prefix_sharing_attention, "_varlen", lambda: varlen)
+    monkeypatch.setattr(prefix_sharing_attention, "varlen_function", lambda: varlen)
     calls = []
 
     def accelerated(query, key, value, layout, scaling, dropout, window):
@@ -379,8 +379,10 @@ def test_attention_functions_for_accelerators_compute_the_same(kind, shape, func
             query, key, value, layout, scaling, window
         )
 
-    monkeypatch.setattr(prefix_sharing_attention, "_by_row", accelerated)
-    with torch.set_grad_enabled(function == "_by_varlen"):  # FlexAttention has no backward on CPU
+    monkeypatch.setattr(prefix_sharing_attention, "attend_by_row", accelerated)
+    with torch.set_grad_enabled(
+        function == "attend_varlen"
+    ):  # FlexAttention has no backward on CPU
         for rows in ROWS.values():
             ids, mask = batch(rows, "right")
             expected, actual = hidden(padded, ids, mask), hidden(shared, ids, mask)
@@ -536,6 +538,17 @@ def test_disabling_restores_the_padded_forward_pass(copied):
     assert (set(vars(causal_model)), set(vars(causal_model.base_model))) == attributes
     assert not causal_model._forward_hooks
     assert not causal_model._forward_pre_hooks
+
+
+def test_the_context_manager_changes_nothing_for_a_model_that_already_shares():
+    causal_model = model("llama", SMALL, torch.float32)
+    wrapper.enable_prefix_sharing(causal_model)
+    ids, mask = batch(ROWS["pairs"], "right")
+    seen = tokens_computed(causal_model)
+    with wrapper.prefix_sharing(causal_model, None):
+        hidden(causal_model, ids, mask)
+    hidden(causal_model, ids, mask)
+    assert seen == [distinct(ROWS["pairs"])] * 2
 
 
 # TRL's trainers ----------------------------------------------------------------------------------

@@ -95,13 +95,13 @@ def _attend(
     if query.shape[2] != key.shape[2]:
         raise CannotShare("keys and queries have different lengths")
     if query.device.type != "cuda" or dropout:
-        return _by_row(query, key, value, layout, scaling, dropout, sliding_window)
-    if query.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
-        return _by_varlen(query, key, value, layout, scaling, sliding_window)
-    return _by_flex(query, key, value, layout, scaling, sliding_window)
+        return attend_by_row(query, key, value, layout, scaling, dropout, sliding_window)
+    if query.dtype in (torch.bfloat16, torch.float16) and varlen_function() is not None:
+        return attend_varlen(query, key, value, layout, scaling, sliding_window)
+    return attend_flex(query, key, value, layout, scaling, sliding_window)
 
 
-def _by_row(
+def attend_by_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -156,7 +156,7 @@ def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor 
 
 
 @functools.cache
-def _varlen() -> Callable[..., Any] | None:
+def varlen_function() -> Callable[..., Any] | None:
     """Variable-length attention, causal from the bottom right; None if no library provides it.
 
     Its arguments are ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``.
@@ -186,7 +186,7 @@ def _varlen() -> Callable[..., Any] | None:
     return None
 
 
-def _by_varlen(
+def attend_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -195,7 +195,7 @@ def _by_varlen(
     window: int | None,
 ) -> Tensor:
     """Attention in one call for all rows, with keys gathered along the path of each row."""
-    call = _varlen()
+    call = varlen_function()
     assert call is not None
     new = [row.new for row in layout.rows]
     lengths = [row.shared + row.new for row in layout.rows]
@@ -211,7 +211,7 @@ def _by_varlen(
     return call(q.contiguous(), k, v, *ends, max(new), max(lengths), scaling, window)[None]
 
 
-def _by_flex(
+def attend_flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -118,12 +118,17 @@ def disable_prefix_sharing(*models: nn.Module | None) -> None:
 
 @contextlib.contextmanager
 def prefix_sharing(*models: nn.Module | None) -> Iterator[None]:
-    """Enable prefix sharing inside the block."""
-    enable_prefix_sharing(*models)
+    """Enable prefix sharing inside the block, for models that do not have it yet."""
+    unwrapped = [
+        model
+        for model in models
+        if model is not None and not hasattr(_backbone(model), "prefix_sharing")
+    ]
+    enable_prefix_sharing(*unwrapped)
     try:
         yield
     finally:
-        disable_prefix_sharing(*models)
+        disable_prefix_sharing(*unwrapped)
 
 
 def _backbone(model: Any) -> Any:
@@ -228,12 +233,13 @@ def _layout(
     # All ranks must run the layers equally often, or those that gather sharded weights wait for
     # each other. So until a model has proven that it can share, every rank packs every batch, and
     # all of them learn about an obstacle in the same call.
-    must_prove = not self.prefix_sharing.proven and _several_processes()
+    must_prove = not self.prefix_sharing.proven and several_processes()
     saves_tokens = len(layout.tokens) < ids.numel()
     return layout if len(layout.tokens) and (saves_tokens or must_prove) else None
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether this process belongs to a group of several."""
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     return initialized and torch.distributed.get_world_size() > 1
 
