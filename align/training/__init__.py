@@ -1,1 +1,1 @@
-"""Shared by the stages that train with TRL: trainer, batches, reference log-probabilities, tokens."""
+"""Shared by the stages that train with TRL: trainer, batches, cached references, token view."""
