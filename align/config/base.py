@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-POLICY_STAGES = ("sft", "dpo", "kto", "ppo")
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # module:function
 Keys = tuple[str | int, ...]  # the address of a key below a stage: ("rewards", 0)
@@ -26,12 +25,14 @@ T = TypeVar("T")
 class Input:
     """A key that names what a stage reads: an earlier stage of ``stages``, or its folder.
 
-    With ``models``, the value may also name a model: a folder in Hugging Face layout or a Hub id.
-    With ``functions``, it may be a Python function, written ``module:function``. The values in
-    ``words`` have a fixed meaning and name no input.
+    With ``policies``, it may be any stage that writes a policy. With ``models``, the value may also
+    name a model: a folder in Hugging Face layout or a Hub id. With ``functions``, it may be a
+    Python function, written ``module:function``. The values in ``words`` have a fixed meaning and
+    name no input.
     """
 
-    stages: tuple[str, ...]
+    stages: tuple[str, ...] = ()
+    policies: bool = False
     models: bool = False
     functions: bool = False
     words: tuple[str, ...] = ()
@@ -151,12 +152,19 @@ class Stage(Config):
     """The training tables that the stage reads. Of several with the same input, one must exist."""
     trains_model: ClassVar[bool] = False
     """Whether the stage trains a language model: its result depends on the number of processes."""
+    writes_policy: ClassVar[bool] = False
+    """Whether the stage writes a causal language model that other stages can start from."""
     prepares_data: ClassVar[bool] = False
     """Whether the stage writes the tables that other stages read, from external sources."""
     main_process_only: ClassVar[bool] = False
     """Whether only the main process runs the stage, while the others wait."""
     trainer_config: ClassVar[str | None] = None
-    """The TRL configuration class that ``trainer`` is checked against."""
+    """The TRL configuration class that ``trainer`` is checked against.
+
+    A name such as ``DPOConfig``, or ``module:Class`` for a class outside of TRL's top level. Its
+    fields are stored in ``config/trl_fields.json``; ``python -m align.training.trl_field_table``
+    writes them.
+    """
     metrics_class: ClassVar[str | None] = None
     """The class of the stage's metrics in the Python API, as ``module:Class``."""
 

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from align.config import catalog
 from align.config.base import (
-    POLICY_STAGES,
     Config,
     ExternalSource,
     GoldPrompts,
@@ -222,7 +221,7 @@ class Sample(Stage):
     """Sample completions from a policy, for ``label``."""
 
     inputs: ClassVar = {
-        "model": Input(POLICY_STAGES, models=True),
+        "model": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),
     }
     reads: ClassVar = (Table("prompts", "prompts"),)

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import (
-    POLICY_STAGES,
     GoldPrompts,
     HeldOut,
     Input,
@@ -24,8 +23,8 @@ class Evaluate(Stage):
 
     metrics_class: ClassVar = "align.evaluation.results:EvaluationMetrics"
     inputs: ClassVar = {
-        "policies": Input(POLICY_STAGES, models=True),
-        "baseline": Input(POLICY_STAGES, models=True),
+        "policies": Input(policies=True, models=True),
+        "baseline": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),
     }
 

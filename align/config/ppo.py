@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from align.config.base import (
     FUNCTION,
-    POLICY_STAGES,
     GoldPrompts,
     HeldOut,
     Input,
@@ -32,7 +31,7 @@ class PPO(TrainingStage):
     """
 
     inputs: ClassVar = {
-        "model": Input(POLICY_STAGES, models=True),
+        "model": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),
         "rewards": Input(("reward",), models=True, functions=True),
     }

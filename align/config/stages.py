@@ -5,7 +5,7 @@ A new kind is added here; its module in ``align/stages`` has the same name.
 
 from __future__ import annotations
 
-from align.config.base import Stage
+from align.config.base import Input, Stage
 from align.config.control import Control
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
@@ -29,3 +29,12 @@ STAGES: dict[str, type[Stage]] = {
 def stage_kind(stage: Stage) -> str:
     """The kind of a stage, such as ``dpo`` for a configuration of the class DPO."""
     return next(name for name, cls in STAGES.items() if type(stage) is cls)
+
+
+def accepted_kinds(expected: Input) -> tuple[str, ...]:
+    """The kinds of stages that an input may name."""
+    return tuple(
+        kind
+        for kind, cls in STAGES.items()
+        if kind in expected.stages or (expected.policies and cls.writes_policy)
+    )

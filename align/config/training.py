@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 
 from align.config import trl_fields
 from align.config.base import (
-    POLICY_STAGES,
     HeldOut,
     Input,
     Keys,
@@ -37,6 +36,7 @@ class TrainingStage(Stage):
     """The keys of every stage that trains a language model."""
 
     trains_model: ClassVar[bool] = True
+    writes_policy: ClassVar[bool] = True
     continues_adapter: ClassVar[bool] = True
     """Whether the adapter of ``model`` is trained further, rather than merged before a new one is
     added."""
@@ -189,7 +189,7 @@ class SFT(TRLStage):
 
     trainer_config: ClassVar[str | None] = "SFTConfig"
     inputs: ClassVar = {
-        "model": Input(POLICY_STAGES, models=True),
+        "model": Input(policies=True, models=True),
         "demonstrations": Input(("prepare",)),
     }
     reads: ClassVar = (Table("demonstrations", "demonstrations"),)
@@ -219,7 +219,7 @@ class DPO(TRLStage):
 
     trainer_config: ClassVar[str | None] = "DPOConfig"
     inputs: ClassVar = {
-        "model": Input(POLICY_STAGES, models=True),
+        "model": Input(policies=True, models=True),
         "pairs": Input(("prepare", "label")),
     }
     reads: ClassVar = (Table("pairs", "pairs"),)
@@ -252,9 +252,10 @@ class Reward(TRLStage):
     """
 
     trainer_config: ClassVar[str | None] = "RewardConfig"
+    writes_policy: ClassVar[bool] = False
     metrics_class: ClassVar = "align.evaluation.results:RewardModelReport"
     inputs: ClassVar = {
-        "model": Input(POLICY_STAGES, models=True),
+        "model": Input(policies=True, models=True),
         "pairs": Input(("prepare", "label")),
     }
     reads: ClassVar = (Table("pairs", "pairs"),)
@@ -285,7 +286,7 @@ class KTO(TRLStage):
 
     trainer_config: ClassVar[str | None] = "KTOConfig"
     inputs: ClassVar = {
-        "model": Input(POLICY_STAGES, models=True),
+        "model": Input(policies=True, models=True),
         "preferences": Input(("prepare", "label")),
     }
     reads: ClassVar = (Table("unpaired", "preferences"), Table("pairs", "preferences"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Input, Stage, input_names
-from align.config.stages import STAGES
+from align.config.stages import STAGES, accepted_kinds
 from align.errors import did_you_mean, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
@@ -71,7 +71,7 @@ def _input_error(
         )
         return f"no earlier stage `{target}`{hint}{note}"
     if not expected.models:
-        kinds = " or ".join(f"`{kind}`" for kind in expected.stages)
+        kinds = " or ".join(f"`{kind}`" for kind in accepted_kinds(expected))
         return f"no such folder: {target}; name an earlier {kinds} stage, or its folder"
     if not _HUB_ID.match(target) or Path(target.split("/")[0]).is_dir():
         repair = "name an earlier stage, a folder with a model, or a Hub id (owner/name)"
@@ -85,6 +85,7 @@ def _stage_error(
     if order.index(target) >= order.index(name):
         return f"stage `{target}` does not precede `{name}`; stages run in the order of the file"
     kind = next((kind for kind, cls in STAGES.items() if cls is target_class), None)
-    if kind is not None and kind not in expected.stages:
-        return f"stage `{target}` is of kind `{kind}`; expected {' or '.join(expected.stages)}"
+    accepted = accepted_kinds(expected)
+    if kind is not None and kind not in accepted:
+        return f"stage `{target}` is of kind `{kind}`; expected {' or '.join(accepted)}"
     return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.config.base import POLICY_STAGES
+from align.config.base import Input
+from align.config.stages import accepted_kinds
 from align.errors import ArtifactError, nearest
 from align.models import files
 from align.runtime import artifacts
@@ -26,7 +27,7 @@ def find_policy(policy: str, runs: Path) -> Path | str:
         return folder
     if "/" in policy:
         return policy
-    return newest_run(policy, runs, POLICY_STAGES, recipe=POLICY_RECIPE)
+    return newest_run(policy, runs, accepted_kinds(Input(policies=True)), recipe=POLICY_RECIPE)
 
 
 def find_control_policy(policy: str, runs: Path) -> Path:

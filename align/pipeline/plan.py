@@ -13,7 +13,7 @@ from pathlib import Path
 
 from align.config.base import Stage
 from align.config.recipe import ErrorCollector, Recipe
-from align.config.stages import stage_kind
+from align.config.stages import accepted_kinds, stage_kind
 from align.data.sources import source_files
 from align.errors import ArtifactError, RecipeError, nearest
 from align.models.files import check_model_folder
@@ -75,8 +75,8 @@ def plan(
 def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
     """The digest of a stage from its settings and the digests of its inputs.
 
-    The name of an input is not part of it, except in an evaluation, whose results are labeled with
-    the names.
+    The names of the inputs of a training stage are not part of it. Those of ``sample``, ``label``
+    and ``evaluate`` are, because their results are labeled with them.
     """
     return artifacts.digest(
         {
@@ -118,8 +118,9 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
     artifact = artifacts.read_artifact(folder)
     expected = config.inputs[key.split(".")[0]]
     if artifact is not None:
-        if artifact.stage not in expected.stages:
-            kinds = " or ".join(expected.stages)
+        accepted = accepted_kinds(expected)
+        if artifact.stage not in accepted:
+            kinds = " or ".join(accepted)
             raise ArtifactError(
                 f"{folder} is a finished `{artifact.stage}` stage; expected {kinds}"
             )

@@ -140,13 +140,11 @@ def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> 
     trained = [stage for stage in pending if stage.config.trainer_config]
     if not trained:
         return  # importing TRL takes seconds
-    import trl
-
     from align.training import trl_trainer
 
     errors = ErrorCollector(recipe)
     for stage in trained:
-        trl_class = getattr(trl, str(stage.config.trainer_config))
+        trl_class = trl_trainer.config_class(str(stage.config.trainer_config))
         arguments = stage.config.trl_arguments()
         seed = getattr(stage.config, "seed", 0)
         try:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from align.config.stages import STAGES
 from align.config.trl_fields import COMMON, FILE
+from align.training.trl_trainer import config_class
 
 _WORD = r"`'?(\w+)'?`(?: \(\w+\))?"  # a value in a help text: `'hinge'`, or `reverse_kl` (default)
 _CHOICES = re.compile(rf"Possible values are: ({_WORD}(?:, {_WORD})*)")
@@ -23,10 +24,8 @@ _CHOICES = re.compile(rf"Possible values are: ({_WORD}(?:, {_WORD})*)")
 
 def table() -> dict[str, dict[str, Any]]:
     """The fields of each class by name, those that are equal in all classes under one key."""
-    import trl
-
     names = sorted({cls.trainer_config for cls in STAGES.values() if cls.trainer_config})
-    classes = {name: _fields(getattr(trl, name)) for name in names}
+    classes = {name: _fields(config_class(name)) for name in names}
     first = classes[names[0]]
     common = {f: v for f, v in first.items() if all(c.get(f) == v for c in classes.values())}
     own = {n: {f: v for f, v in c.items() if f not in common} for n, c in classes.items()}

@@ -6,6 +6,7 @@ Each stage builds its trainer itself.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,16 @@ from align.runtime.progress import Logger
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
 HEADLINE = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps")
+
+
+def config_class(name: str) -> type[Any]:
+    """A configuration class of TRL by its name; one outside of TRL's top level is ``module:Class``.
+
+    For example ``DPOConfig``, or ``trl.experimental.orpo:ORPOConfig``.
+    """
+    module, _, class_name = name.rpartition(":")
+    cls: type[Any] = getattr(importlib.import_module(module or "trl"), class_name)
+    return cls
 
 
 def trl_arguments(

@@ -484,9 +484,15 @@ CONFIGS = sorted({cls.trainer_config for cls in STAGES.values() if cls.trainer_c
 
 
 def fields(config: str) -> dict[str, dataclasses.Field[Any]]:
-    import trl
+    from align.training.trl_trainer import config_class
 
-    return {field.name: field for field in dataclasses.fields(getattr(trl, config))}
+    return {field.name: field for field in dataclasses.fields(config_class(config))}
+
+
+def test_a_class_outside_of_trls_top_level_is_named_with_its_module():
+    from align.training.trl_trainer import config_class
+
+    assert config_class("trl.trainer.dpo_config:DPOConfig") is config_class("DPOConfig")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
