@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
+from statistics import median
 from typing import Any
 from zlib import crc32
 
@@ -229,3 +230,26 @@ def _fit_and_score(
         step_size = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
         weights -= 0.02 * step_size
     return np.bincount(rows, values * weights[buckets], len(train)).astype(np.float64, copy=False)
+
+
+def median_words(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float]:
+    """Median number of words in each column of messages, named ``<column>_median``."""
+    return {
+        f"{column}_median": median(
+            sum(len(turn["content"].split()) for turn in row[column]) for row in rows
+        )
+        for column in columns
+    }
+
+
+def remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    """Rows for training and held out, dropped rows by reason, and warnings, as sentences."""
+    for kind in ("demonstrations", "pairs", "unpaired"):
+        if kind in report:
+            counts = report[kind]
+            n_held_out = sum(counts.values()) - counts["train"]
+            yield f"{counts['train']:,} {kind} for training, {n_held_out:,} held out"
+    if report["dropped"]:
+        reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
+        yield f"dropped {'; '.join(reasons)}"
+    yield from (f"warning: {warning}" for warning in report.get("warnings", ()))

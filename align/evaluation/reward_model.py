@@ -178,8 +178,7 @@ def rows_that_fit(
     if not fitting:
         raise DataError(
             f"every row is longer than the reward model's {limit} positions, so none can be "
-            "scored; "
-            "train on a model with more positions"
+            "scored; train on a model with more positions"
         )
     if len(fitting) < len(rows):
         LOGGER.warning(

@@ -122,9 +122,8 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
     if actual != configured:
         raise UserError(
             f"{source}: this adapter has {actual}, but `lora` has {configured}; an existing "
-            "adapter keeps its shape: "
-            "set these values in `lora`, or remove `lora` to merge the adapter and train all "
-            "weights"
+            "adapter keeps its shape: set these values in `lora`, or remove `lora` to merge the "
+            "adapter and train all weights"
         )
 
 

@@ -63,8 +63,7 @@ def adapter_base(source: Path | str, *, revision: str | None = None) -> str | No
         if not sibling.is_dir():
             raise ArtifactError(
                 f"{config_file}: the base model {base} does not exist; set "
-                "`base_model_name_or_path` "
-                "to its folder"
+                "`base_model_name_or_path` to its folder"
             )
         return str(sibling)  # the whole folder of runs was moved
     return str(base)

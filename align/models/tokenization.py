@@ -201,7 +201,7 @@ def set_pad_token_for_scores(tokenizer: PreTrainedTokenizerBase) -> None:
     if pad is None:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no special token except eos, but a "
-            "reward model needs another "
-            "one for padding; add a pad token to the tokenizer and save it"
+            "reward model needs another one for padding; add a pad token to the tokenizer and "
+            "save it"
         )
     tokenizer.pad_token = pad

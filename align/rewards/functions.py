@@ -38,8 +38,7 @@ def load_function(name: str) -> Score:
         except Exception as error:  # the user's module may raise anything
             raise UserError(
                 f"{name}: cannot be imported: {type(error).__name__}: {error}; modules are "
-                "searched "
-                "in the working directory and in installed packages"
+                "searched in the working directory and in installed packages"
             ) from error
     if not callable(function):
         raise UserError(f"{name}: expected a function, got {type(function).__name__}")

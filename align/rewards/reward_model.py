@@ -186,9 +186,9 @@ def load_reward_model(
         missing.add(f"{HEAD}.weight")
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; a "
-            "reward model is a sequence "
-            "classifier with a trained head: set a `reward` stage or its folder"
+            f"{source}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; a reward "
+            "model is a sequence classifier with a trained head: set a `reward` stage or its "
+            "folder"
         )
     if model.config.num_labels != 1:
         raise UserError(
@@ -243,8 +243,7 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
     if unknown:
         raise UserError(
             f"{source}: the adapter does not fit the base of the policy, which has no "
-            f"{unknown[0]}; "
-            "train the reward model on the same base"
+            f"{unknown[0]}; train the reward model on the same base"
         )
     layer = torch.nn.Linear(weight.shape[1], 1, bias=False)
     layer.weight.data.copy_(weight)

@@ -6,17 +6,17 @@ completion with its score. Left out: judges that compare two completions, and ju
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.config.data import Label
-from align.data import pairing, tables
+from align.data import pairing, statistics, tables
 from align.data.rows import Row
 from align.errors import DataError
 from align.judges.scores import Judge, build_judge, score_rows
@@ -55,7 +55,9 @@ def run(
         if distributed.is_main():
             _write(output_dir, split, labeled[split])  # 3. write
     metrics = _metrics(labeled)
-    return StageResult(metrics, headline={"rows": metrics["rows"]}, remarks=_remarks(metrics))
+    return StageResult(
+        metrics, headline={"rows": metrics["rows"]}, remarks=tuple(statistics.remarks(metrics))
+    )
 
 
 def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) -> LabeledSplit:
@@ -72,9 +74,8 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
     file = tables.table_file(data, "completions", split)
     if not rows:
         raise DataError(
-            f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with "
-            "a larger "
-            "`max_new_tokens`"
+            f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with a "
+            "larger `max_new_tokens`"
         )
     judge.check_prompts([row["prompt"] for row in rows], repair="set `judge` to a reward model")
     slope = None
@@ -93,9 +94,8 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
     if not result.rows:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in result.dropped.items())
         raise DataError(
-            f"{file}: {len(rows)} completions give no pair: {reasons}; sample more completions "
-            "per prompt, at a higher "
-            "temperature, or lower `margin`"
+            f"{file}: {len(rows)} completions give no pair: {reasons}; sample more completions per "
+            "prompt, at a higher temperature, or lower `margin`"
         )
     cut_off = {"completion cut off": len(sampled) - len(rows)} if len(rows) < len(sampled) else {}
     return LabeledSplit(rows, scores, result.rows, result.agreement, cut_off | result.dropped)
@@ -130,19 +130,6 @@ def _metrics(labeled: Mapping[str, LabeledSplit]) -> dict[str, Any]:
             for reason, count in each.dropped.items()
         },
         "agreement": {split: each.agreement for split, each in labeled.items()},
-        "mean_score": statistics.fmean(last.scores),
-        "words": {
-            f"{column}_median": statistics.median(
-                sum(len(turn["content"].split()) for turn in pair[column]) for pair in last.pairs
-            )
-            for column in ("prompt", "chosen", "rejected")
-        },
+        "mean_score": fmean(last.scores),
+        "words": statistics.median_words(last.pairs, ("prompt", "chosen", "rejected")),
     }
-
-
-def _remarks(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    splits = metrics["pairs"]
-    held_out = sum(splits.values()) - splits["train"]
-    counts = f"{splits['train']:,} pairs, and {held_out:,} held out"
-    dropped = "; ".join(f"{count} × {reason}" for reason, count in metrics["dropped"].items())
-    return (counts, f"dropped {dropped}") if dropped else (counts,)

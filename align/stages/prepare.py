@@ -7,7 +7,7 @@ The same source and configuration give the same bytes. :mod:`align.data.prepare`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +43,4 @@ def run(
     files = {displayed_path(file): artifacts.digest_file(file) for file in prepared.files}
     report["files"] = files
     (output_dir / "README.md").write_text(data_card(config, report), encoding="utf-8")
-    return StageResult(report, remarks=tuple(_remarks(report)))
-
-
-def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """Rows for training and held out, dropped rows by reason, and warnings."""
-    for kind in ("demonstrations", "pairs", "unpaired"):
-        if kind in report:
-            counts = report[kind]
-            n_held_out = sum(counts.values()) - counts["train"]
-            yield f"{counts['train']:,} {kind} for training, {n_held_out:,} held out"
-    if report["dropped"]:
-        reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
-        yield f"dropped {'; '.join(reasons)}"
-    yield from (f"warning: {warning}" for warning in report["warnings"])
+    return StageResult(report, remarks=tuple(statistics.remarks(report)))

@@ -9,18 +9,14 @@ of ``from_pretrained`` alone differs by that constant, which no comparison depen
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from align.config.training import Reward
 from align.data import tables
-from align.errors import DataError
 from align.evaluation import reward_model as evaluation
 from align.models import tokenization
 from align.models.prefix_sharing import wrapper
@@ -29,8 +25,7 @@ from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import trl_trainer
-
-LOGGER = logging.getLogger("align.reward")
+from align.training.reward_rows import tokenize_pairs
 
 
 def run(
@@ -70,8 +65,11 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
     tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
     tokenization.set_pad_token_for_scores(tokenizer)
     train_rows, held_out_rows = (  # 1. data
-        _tokenize(
-            tables.load_dataset(data, "pairs", split, output_dir), tokenizer, arguments, config
+        tokenize_pairs(
+            tables.load_dataset(data, "pairs", split, output_dir),
+            tokenizer,
+            config,
+            max_length=arguments.max_length,
         )
         for split in ("train", "validation")
     )
@@ -89,49 +87,3 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
     if config.prefix_sharing:
         wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
     return trainer
-
-
-def _tokenize(
-    rows: Dataset | None, tokenizer: Any, arguments: RewardConfig, config: Reward
-) -> Dataset | None:
-    """Compute ``chosen_ids``, ``rejected_ids`` and, with ``margin_coef``, ``margin``.
-
-    TRL uses these columns as they are. Pairs longer than ``max_length`` are left out, and their
-    number is logged.
-
-    Raises:
-        DataError: The pairs have no ``margin``, or all of them are too long.
-    """
-    if rows is None:
-        return None
-    if config.margin_coef and "margin" not in rows.column_names:
-        raise DataError("margin_coef: these pairs have no `margin` column; remove `margin_coef`")
-
-    def tokenize(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {
-            f"{side}_ids": tokenization.tokenize_for_reward(tokenizer, batch["prompt"], batch[side])
-            for side in ("chosen", "rejected")
-        }
-        if config.margin_coef:
-            columns["margin"] = [config.margin_coef * margin for margin in batch["margin"]]
-        return columns
-
-    tokenized = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
-    limit = arguments.max_length
-    if limit is None:
-        return tokenized
-    fitting = tokenized.filter(
-        lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit
-    )
-    if len(fitting) == 0:
-        raise DataError(
-            f"trainer.max_length: every pair is longer than {limit} tokens; increase it"
-        )
-    if len(fitting) < len(tokenized):
-        LOGGER.warning(
-            "%d of %d pairs are longer than `max_length` (%d tokens) and are left out",
-            len(tokenized) - len(fitting),
-            len(tokenized),
-            limit,
-        )
-    return fitting

@@ -89,8 +89,7 @@ def check_label_counts(desirable: int, undesirable: int, *, batch_size: int) -> 
         if count < batches:
             raise DataError(
                 f"{count:,} {label} of {rows:,} completions are not enough for {batches:,} "
-                "batches, which "
-                "all need both labels; set `per_device_train_batch_size` to "
+                "batches, which all need both labels; set `per_device_train_batch_size` to "
                 f"{math.ceil(rows / count)} or more"
             )
 
@@ -145,9 +144,8 @@ def _repair(batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[
             if not _swap(batch, index, batches, labels, prompts):
                 raise DataError(
                     "one prompt has more than half of the completions of a batch, so some of them "
-                    "get no completion of "
-                    "another prompt for the KL term; add prompts, or set another "
-                    "`per_device_train_batch_size`"
+                    "get no completion of another prompt for the KL term; add prompts, or set "
+                    "another `per_device_train_batch_size`"
                 )
 
 
@@ -287,9 +285,8 @@ def weights_warning(weights: Weights) -> str:
     """The warning for weights outside of the recommended range."""
     return (
         f"the desirable completions have {weights.ratio:.2f} times the weight of the undesirable "
-        "ones, but the KTO paper "
-        "recommends 1 to 1.33; remove `desirable_weight` and `undesirable_weight` to stay in this "
-        "range"
+        "ones, but the KTO paper recommends 1 to 1.33; remove `desirable_weight` and "
+        "`undesirable_weight` to stay in this range"
     )
 
 
