@@ -13,3 +13,5 @@ if __name__ == "__main__":
     from align.cli.run import main
 
     main()
+elif __name__ == "align.run":  # the module would hide the function `align.run`
+    raise ImportError("align/run.py is a script; in Python, call the function `align.run`")

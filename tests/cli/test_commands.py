@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 
 import pytest
 from helpers import tiny_models
 
+import align
 from align import __version__
 from align.cli import chat, env, main
 from align.errors import RecipeError
@@ -86,3 +88,9 @@ def test_a_run_killed_by_a_signal_exits_as_in_a_shell(code, shell_code, monkeypa
     monkeypatch.setattr(accelerate_launch, "launch_command", fail)
     monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     assert launcher.launch(["run.py"]) == shell_code
+
+
+def test_the_script_cannot_be_imported_in_place_of_the_function():
+    with pytest.raises(ImportError, match="call the function"):
+        importlib.import_module("align.run")
+    assert callable(align.run)
