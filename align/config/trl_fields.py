@@ -47,6 +47,7 @@ RESERVED = {  # field → what to do instead
     "save_only_model": "Align needs complete checkpoints to resume",
     "precompute_ref_log_probs": "Align computes them once before training and caches them",
     "model_init_kwargs": "set `dtype` and `revision` on the stage",
+    "trust_remote_code": "Align never runs the code of a model repository",
     "ignore_data_skip": "a resumed run reads each row as often as an uninterrupted one",
 }
 """Fields that the pipeline sets itself."""
