@@ -221,9 +221,7 @@ class _Loader:
         _copy_adapter(model, first.adapter, VALUE)
         for name, p in model.named_parameters():
             if f".{VALUE}." in name:
-                p.data = (
-                    p.data.float()
-                )  # peft keeps trainable adapters in float32; transformers not
+                p.data = p.data.float()  # peft does this itself, transformers' add_adapter not
         head = _value_head(reward_model.score_head(model), first.offset)
         return ModelView(model, VALUE, head)
 
