@@ -21,8 +21,13 @@ from align.config.control import Control
 from align.control.environments import normalize
 from align.control.networks import Policy
 from align.control.spaces import EnvSpec
+from align.errors import ArtifactError
 
 CONFIG = "policy.json"
+KEYS = (
+    "environment", "options", "spec", "hidden_sizes", "activation", "distribution", "seeds",
+)  # fmt: skip
+"""Keys of ``policy.json``."""
 GIF_FRAMES_PER_SECOND = 25
 
 
@@ -83,8 +88,19 @@ def seeds(folder: Path) -> list[int]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Content of ``policy.json``, as :func:`describe` writes it."""
-    return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    """Content of ``policy.json``, as :func:`describe` writes it.
+
+    Raises:
+        ArtifactError: A key is missing.
+    """
+    description = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    missing = [key for key in KEYS if key not in description]
+    if missing:
+        raise ArtifactError(
+            f"{folder / CONFIG}: no `{'`, `'.join(missing)}`, so another version of Align wrote it;"
+            " run the `control` stage again"
+        )
+    return description
 
 
 def policy_file(folder: Path, seed: int) -> Path:

@@ -47,8 +47,9 @@ class UnfitError(Exception):
 def inspect_env(environment: str, options: Mapping[str, Any], distribution: str | None) -> EnvSpec:
     """Make one environment and read its spaces.
 
-    Raises: UnfitError: The environment does not exist, is not installed, does not accept its
-    options, or has spaces that no policy supports.
+    Raises:
+        UnfitError: The environment does not exist, is not installed, does not accept its options,
+            or has spaces that no policy supports.
     """
     try:
         import gymnasium

@@ -24,7 +24,7 @@ from align.config import recipe
 from align.config.control import Control
 from align.control import policy_files, spaces
 from align.control.trainer import build_objective
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.pipeline import lookup, runner
 from align.runtime import artifacts, checkpoints, distributed
 from align.runtime.progress import Display
@@ -435,6 +435,20 @@ def test_play_without_a_screen_suggests_a_gif(done, monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "no-such-driver")
     with pytest.raises(UserError, match=r"cannot open a window .*--gif FILE"):
         play.play(done, gif=None, episodes=1, seed=None)
+
+
+def test_a_folder_of_another_version_is_refused_with_the_missing_keys(done, tmp_path):
+    description = json.loads((done / "policy.json").read_text())
+    description["world"], description["hidden"] = (
+        description.pop("spec"),
+        description.pop("hidden_sizes"),
+    )
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    with pytest.raises(
+        ArtifactError,
+        match=r"policy.json: no `spec`, `hidden_sizes`, so .*; run the `control` stage",
+    ):
+        play.play(tmp_path, gif=None, episodes=1, seed=None)
 
 
 def test_errors_of_play_name_what_is_missing(done, tmp_path):
