@@ -9,15 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from align.config.evaluate import Evaluate
 from align.config.stages import STAGES
 from align.data import tables
+from align.data.rows import Row
 from align.errors import ArtifactError, DataError
 from align.runtime import artifacts
 
-Row = dict[str, Any]
 Sources = Mapping[str, Path | str]
 """Folder or Hub id of each evaluated model, by name."""
 

@@ -17,20 +17,20 @@ from torch import Tensor
 from align.config.evaluate import Evaluate
 from align.errors import DataError
 from align.evaluation.intervals import Bootstrap, prompt_means
-from align.evaluation.policies import Policy
 from align.evaluation.results import ImplicitRewards
 from align.functional import winrate
 from align.models.logps import completion_logps
+from align.models.policy import Policy
 from align.models.prefix_sharing import wrapper
 from align.runtime import distributed
 from align.runtime.progress import Logger
 
 if TYPE_CHECKING:
-    from align.evaluation.held_out import Row
+    from align.data.rows import Row
 
 
 def pair_logps(
-    policy: Policy, pairs: Sequence[Row], config: Evaluate, logger: Logger
+    name: str, policy: Policy, pairs: Sequence[Row], config: Evaluate, logger: Logger
 ) -> Float[Tensor, "2 pairs"]:
     """Log-probabilities of all chosen and of all rejected completions, in nats.
 
@@ -48,7 +48,7 @@ def pair_logps(
             rows,
             batch_size=config.batch_size,
             max_length=getattr(policy.model.config, "max_position_embeddings", None),
-            progress=partial(logger.step, unit=f"{policy.name}: scored completion"),
+            progress=partial(logger.step, unit=f"{name}: scored completion"),
         ).tolist(),
         size=None,
     )

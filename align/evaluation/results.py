@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 
 class Interval(NamedTuple):
-    """A confidence interval."""
+    """A confidence interval.
+
+    Defined here and not imported from :mod:`align.functional.winrate`, which loads torch.
+    """
 
     low: float
     high: float

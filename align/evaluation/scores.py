@@ -1,4 +1,4 @@
-"""Win rate from scores alone, for the Python API and for files of scored completions."""
+"""Win rate from scores alone, for ``evaluate``, the Python API and files of scored completions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def win_rate(
 ) -> WinRate:
     """Compare the completions of two policies on the same prompts by their scores.
 
-    Scores are ``[prompts]`` or ``[prompts, n]``, for n completions a prompt; the k-th completions
+    Scores are ``[prompts]`` or ``[prompts, n]``, for n completions per prompt; the k-th completions
     of a prompt are compared with each other, and a tie counts one half. Lengths have the same
     shape, in any unit.
 
@@ -80,7 +80,7 @@ def _matrix(values: Sequence[Any] | Tensor, name: str) -> Tensor:
     try:
         matrix = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name}: expected numbers, one row a prompt ({error})") from None
+        raise DataError(f"{name}: expected numbers, one row per prompt ({error})") from None
     matrix = matrix[:, None] if matrix.dim() == 1 else matrix
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise DataError(

@@ -10,7 +10,7 @@ from align.evaluation.results import Comparison, EvaluationMetrics, ImplicitRewa
 from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:
-    from align.evaluation.held_out import Row
+    from align.data.rows import Row
     from align.evaluation.win_rates import Samples
 
 N_SAMPLES = 3

@@ -19,17 +19,18 @@ from torch import Tensor
 
 from align.config.evaluate import Evaluate
 from align.evaluation.intervals import Bootstrap
-from align.evaluation.policies import Policy
 from align.evaluation.results import Comparison, PerSide
+from align.evaluation.scores import win_rate
 from align.functional import winrate
 from align.judges.scores import Judge, score_rows
 from align.models import generation, tokenization
 from align.models.generation import Completion
+from align.models.policy import Policy
 from align.runtime import distributed
 from align.runtime.progress import Logger
 
 if TYPE_CHECKING:
-    from align.evaluation.held_out import Row
+    from align.data.rows import Row
 
 COMPARISONS = "comparisons.parquet"
 
@@ -67,17 +68,22 @@ def compared_names(config: Evaluate) -> list[str]:
 
 
 def sample_policy(
-    policy: Policy, prompts: Sequence[Row], judge: Judge, config: Evaluate, logger: Logger
+    name: str,
+    policy: Policy,
+    prompts: Sequence[Row],
+    judge: Judge,
+    config: Evaluate,
+    logger: Logger,
 ) -> dict[str, Samples]:
-    """Samples of a policy by its name; for the baseline, those of the control as well.
+    """Samples of the policy called ``name``; for the baseline, those of the control as well.
 
     The ranks share the work. The completions depend on the seed, not on the number of ranks.
     """
-    seeds = {policy.name: config.seed}
-    if policy.name == config.baseline:
+    seeds = {name: config.seed}
+    if name == config.baseline:
         seeds[control_name(config)] = config.seed + 1
     samples = {}
-    for name, seed in seeds.items():
+    for sampled_name, seed in seeds.items():
         completions = generation.sample(
             policy.model,
             policy.tokenizer,
@@ -90,7 +96,7 @@ def sample_policy(
             seed=seed,
             map_batches=partial(
                 distributed.map_rows,
-                progress=partial(logger.step, unit=f"{name}: sampled batch"),
+                progress=partial(logger.step, unit=f"{sampled_name}: sampled batch"),
             ),
         )
         rows = [
@@ -100,7 +106,7 @@ def sample_policy(
         ]
         scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
         by_prompt = torch.tensor(scores, dtype=torch.float64).view(len(prompts), -1)
-        samples[name] = Samples(completions, by_prompt)
+        samples[sampled_name] = Samples(completions, by_prompt)
     return samples
 
 
@@ -116,27 +122,29 @@ def compare(config: Evaluate, policy: str, samples: Mapping[str, Samples]) -> Co
     scores one completion at a time, they are None and 0.
     """
     own, baseline = samples[policy], samples[config.baseline]
-    outcomes = winrate.outcomes(own.scores, baseline.scores)
-    try:
-        length_controlled = winrate.length_controlled_win_rate(
-            outcomes, own.lengths - baseline.lengths
-        ).item()
-    except ValueError:
-        length_controlled = None  # all lengths differ by the same amount
-    p_value = winrate.paired_permutation_p_value((outcomes - 0.5).mean(dim=1), seed=config.seed)
+    result = win_rate(
+        own.scores,
+        baseline.scores,
+        lengths=own.lengths,
+        baseline_lengths=baseline.lengths,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+    ties = winrate.outcomes(own.scores, baseline.scores) == 0.5
     differences = (own.scores - baseline.scores).mean(dim=1)
     bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
     return Comparison(
         policy=policy,
         baseline=config.baseline,
         judge=str(config.judge),
-        win_rate=winrate.win_rate(outcomes).item(),
-        ci=bootstrap.proportion(outcomes),
-        ties=(outcomes == 0.5).double().mean().item(),
-        n_prompts=outcomes.shape[0],
-        n_completions=outcomes.shape[1],
-        length_controlled_win_rate=length_controlled,
-        p_value=p_value.item(),
+        win_rate=result.rate,
+        ci=result.interval,
+        ties=ties.double().mean().item(),
+        n_prompts=result.n_prompts,
+        n_completions=ties.shape[1],
+        length_controlled_win_rate=result.length_controlled,
+        p_value=result.p_value,
         mean_tokens=PerSide(own.lengths.mean().item(), baseline.lengths.mean().item()),
         mean_score=PerSide(own.scores.mean().item(), baseline.scores.mean().item()),
         score_difference=differences.mean().item(),

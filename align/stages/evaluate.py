@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate import PartialState
+
 from align.config.evaluate import Evaluate
 from align.evaluation import tables
 from align.evaluation.held_out import read_held_out
 from align.evaluation.implicit_rewards import implicit_rewards, pair_logps
-from align.evaluation.policies import load_policy
 from align.evaluation.results import EvaluationMetrics
 from align.evaluation.win_rates import Samples, compare_all, sample_policy, write_comparisons
 from align.judges.scores import build_judge
+from align.models.policy import load_policy
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -45,11 +47,11 @@ def run(
     samples: dict[str, Samples] = {}
     logps: dict[str, Tensor] = {}
     for name, source in sources.items():
-        policy = load_policy(name, source, config)
+        policy = load_policy(source, dtype=config.dtype, device=PartialState().device)
         if config.judge is not None:
-            samples |= sample_policy(policy, prompts, judge, config, logger)
+            samples |= sample_policy(name, policy, prompts, judge, config, logger)
         if config.implicit_rewards:
-            logps[name] = pair_logps(policy, pairs, config, logger)
+            logps[name] = pair_logps(name, policy, pairs, config, logger)
         del policy  # frees its memory before the next one is loaded
     # 3. metrics
     metrics = EvaluationMetrics(
