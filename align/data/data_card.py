@@ -13,9 +13,11 @@ from typing import Any
 from align.config import catalog
 from align.config.data import Prepare
 from align.config.shipped import data_dir
+from align.data.rows import KINDS
 from align.data.statistics import LONG_ROW, LONGER_WARNING
 
-TABLE_KINDS = ("demonstrations", "pairs", "unpaired", "prompts")
+TABLE_KINDS = (*sorted(KINDS), "prompts")
+"""Kinds of tables, in the order of the card."""
 _TEMPLATE = Path(__file__).with_name("data_card.md.jinja")
 
 

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.recipe import load_stage
 from align.data.prepare import prepare as prepare_data
+from align.data.rows import KINDS
 from align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-KINDS = ("pairs", "unpaired", "demonstrations")
 
 
 def prepare(source: str, kind: str | None = None, **keys: Any) -> DatasetDict:

@@ -80,7 +80,7 @@ class RowTable:
     """Rows that failed a check, by the number of their source and the reason; they are not
     stored."""
     spool: Spool = field(default_factory=Spool)
-    """The rows, each with the columns that ``keep`` copies."""
+    """The rows, each with the columns that ``keep_columns`` copies."""
     row_digests: array[int] = field(default_factory=_ids)
     """128 bits per row; the last bit is the direction of the preference."""
     completion_digests: array[int] = field(default_factory=_ids)

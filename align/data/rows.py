@@ -22,6 +22,8 @@ Raw = dict[str, Any]
 """A row as the source has it, unchecked."""
 
 ROLES = ("system", "user", "assistant")
+KINDS = ("pairs", "unpaired", "demonstrations")
+"""Kinds of rows that a source can contain."""
 
 
 class DroppedError(ValueError):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from align.config.data import Prepare
 from align.data.deduplication import first_occurrences
 from align.data.row_store import RowTable, as_digests, as_numbers
+from align.data.rows import KINDS
 from align.errors import DataError
 
 SPLITS = ("train", "test", "validation")
@@ -205,7 +206,7 @@ def leakage(kinds: Mapping[str, KindRows], fraction: float, seed: int) -> dict[s
 
     Once with a split by row, as ``train_test_split`` makes it, and once with this split.
     """
-    kind = next(kind for kind in ("pairs", "unpaired", "demonstrations") if kind in kinds)
+    kind = next(kind for kind in KINDS if kind in kinds)
     part = kinds[kind].tables[0]
     prompt_ids = part.prompt_ids
     by_prompt = part.split[part.take] == SPLITS.index("test")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.data.prepare import PreparedData, SplitRow
-from align.data.rows import Row, conversation_id
+from align.data.rows import KINDS, Row, conversation_id
 
 LONGER_WARNING = 0.6  # accuracy of preferring the longer completion above which a warning is given
 LONG_ROW = 1_000  # words
@@ -244,7 +244,7 @@ def median_words(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """Rows for training and held out, dropped rows by reason, and warnings, as sentences."""
-    for kind in ("demonstrations", "pairs", "unpaired"):
+    for kind in sorted(KINDS):
         if kind in report:
             counts = report[kind]
             n_held_out = sum(counts.values()) - counts["train"]

@@ -122,8 +122,10 @@ def length_controlled_win_rate(
 
     Source: Dubois et al. 2024, arXiv:2404.04475, section 3; fitted by Newton's method.
 
-    Raises: ValueError: An outcome lies outside [0, 1], a value is not finite, the fit does not
-    converge, or all lengths differ by the same amount, which cannot separate length from quality.
+    Raises:
+        ValueError: An outcome lies outside [0, 1], a value is not finite, the fit does not
+            converge, or all lengths differ by the same amount, which cannot separate length from
+            quality.
     """
     won = _finite(outcomes).flatten()
     differences = _finite(length_differences).flatten()

@@ -189,10 +189,7 @@ def set_pad_token_for_scores(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
     candidates += [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    candidates += [
-        "\u0100",
-        "<0x00>",
-    ]  # the null byte, as byte-level BPE and SentencePiece write it
+    candidates += ["\u0100", "<0x00>"]  # the null byte in byte-level BPE and in SentencePiece
     eos = tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
     pad = next(

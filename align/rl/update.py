@@ -147,8 +147,9 @@ def update(
     ``accelerator.backward`` and ``accelerator.clip_grad_norm_`` fit ``backward`` and
     ``clip_gradients``. No gradients remain on return.
 
-    Raises: ValueError: The rollout has fewer rows than micro-batches, tensors differ in shape, or
-    ``evaluate`` lacks an output that the objective or the rollout needs.
+    Raises:
+        ValueError: The rollout has fewer rows than micro-batches, tensors differ in shape, or
+            ``evaluate`` lacks an output that the objective or the rollout needs.
     """
     n_pieces = objective.minibatches * objective.micro_batches
     if len(rollout) < n_pieces:
