@@ -8,7 +8,7 @@ that the weights can be compared. The last row is the same regression for the go
 
 from __future__ import annotations
 
-import sys
+import argparse
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -19,9 +19,15 @@ from align.rewards import gold, reward_model
 
 
 def main() -> None:
-    """Score the pairs, run both regressions, and print a table."""
-    folder, data = map(Path, sys.argv[1:3])
-    rows = pq.read_table(data / "pairs-test.parquet").to_pylist()
+    """Read the command line, score the pairs, run both regressions, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("reward", type=Path, help="folder of a `reward` stage")
+    parser.add_argument("data", type=Path, help="folder of its `prepare` stage")
+    args = parser.parse_args()
+    folder = args.reward
+    rows = pq.read_table(args.data / "pairs-test.parquet").to_pylist()
     model = reward_model.RewardModel.load(folder, dtype="float32", device="cpu")
     prompts = [row["prompt"] for row in rows]
     scores = [
