@@ -39,7 +39,6 @@ from align.online_rl.prompts import prompt_indices, tokenize
 from align.online_rl.sampling import build_sampler
 from align.online_rl.scoring import Scores, build_scorer, load_functions
 from align.online_rl.seeds import derive_seed, generator
-from align.online_rl.step_table import StepTable
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, update
 from align.runtime import artifacts, checkpoints, distributed, signals
@@ -91,7 +90,6 @@ class PPOTrainer:
         """Coefficient of the KL penalty in the next step."""
         self.metrics: dict[str, float] = {}
         """Metrics of the last step."""
-        self.table = StepTable()
         self.held_out_metrics: dict[str, float] = {}
         """Metrics of the last held-out evaluation."""
 
@@ -202,16 +200,13 @@ class PPOTrainer:
     def log_step(
         self, step: int, metrics: dict[str, float], rows: Sequence[Row], scores: Scores
     ) -> None:
-        """Log the metrics of a step; for about 20 steps of a run, print them and write samples."""
+        """Log the metrics of a step, and the samples of about 20 steps of the run."""
         done, steps = step + 1, self.config.steps
         self.metrics = metrics
         self.logger.log(done, metrics)
         self.logger.step(done, steps, {k: metrics[k] for k in SHOWN})
-        if samples.is_sampled(done, steps):
-            for line in self.table.lines(done, metrics):
-                self.logger.info(line)
-            if distributed.is_main():
-                samples.append(self.output_dir, done, rows, scores)
+        if distributed.is_main() and samples.is_sampled(done, steps):
+            samples.append(self.output_dir, done, rows, scores)
 
     def evaluate(self, done: int) -> None:
         """Sample and score held-out prompts after ``done`` steps, always with the same seed."""
@@ -238,8 +233,9 @@ class PPOTrainer:
         if last is not None:
             done, self.kl_coef = checkpoint.load(last, self.models, self.optimizer)
             self.logger.info(f"resuming from step {done}: {last}")
-        # Without a checkpoint, the evaluation before step 1 is repeated as well, hence -1.
-        logged = -1 if last is None else done
+        logged = (
+            -1 if last is None else done
+        )  # -1: the evaluation before step 1 is repeated as well
         self.logger.rewind(logged)
         if distributed.is_main():
             truncate_jsonl(self.output_dir / samples.FILE, logged)

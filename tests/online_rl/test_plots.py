@@ -1,4 +1,4 @@
-"""The picture of a run, its samples, the table that grows, and the table of results."""
+"""The picture of a run, its samples, and the table of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from helpers.ppo_fixtures import Folders
 
 from align.online_rl import plots, samples
 from align.online_rl.results import PPOMetrics
-from align.online_rl.step_table import StepTable
 from align.rewards import gold
 from align.stages import ppo
 
@@ -86,31 +85,6 @@ def test_row_30_reward_hacking_is_visible_in_metrics_and_in_one_picture(
 )
 def test_samples_are_written_for_about_20_steps(steps: int, expected: list[int]):
     assert [s for s in range(1, steps + 1) if samples.is_sampled(s, steps)] == expected
-
-
-def test_the_table_that_grows_has_one_header_and_the_columns_of_the_first_step():
-    table = StepTable()
-    first = {"score": 1.25, "kl": 0.5, "kl_per_token": 0.025, "tokens": 20.0, "seconds": 2.0}
-    assert table.lines(1, first | {"ignored": 1.0}) == [
-        "  step   score     KL KL/token tokens  s/step",
-        "     1   1.250   0.50   0.0250   20.0    2.00",
-    ]
-    # A column that is new is left out; a metric that is missing is a dash.
-    assert table.lines(
-        12, {"score": -2.0, "kl": 1.5, "gold": 0.5, "tokens": 8.0, "seconds": 11.0}
-    ) == ["    12  -2.000   1.50        –    8.0   11.00"]
-
-
-def test_a_run_prints_the_table(folders: Folders, tmp_path: Path):
-    trainer = ppo_fixtures.build_trainer(folders, tmp_path)
-    lines: list[str] = []
-    trainer.logger.info = lines.append
-    trainer.step(0)
-    trainer.step(1)
-    header, *rows = (line.split() for line in lines)
-    assert header[:3] == ["step", "score", "KL"] and header[-1] == "s/step"
-    assert [row[0] for row in rows] == ["1", "2"]
-    assert float(rows[1][1]) == pytest.approx(trainer.metrics["score"], abs=5e-4)
 
 
 def test_the_result_table_has_a_row_for_training_and_one_for_held_out_prompts(tmp_path: Path):
