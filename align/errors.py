@@ -14,8 +14,11 @@ class UserError(ValueError):
     """Invalid input: one line per problem. A command prints the lines and exits with code 2."""
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
+        super().__init__(*lines)
         self.lines = lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class RecipeError(UserError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.recipe import Recipe
-from align.errors import RecipeError, UserError
+from align.errors import UserError
 from align.pipeline import preflight
 from align.pipeline.plan import PlannedStage, plan
 from align.runtime import artifacts, checkpoints, distributed, signals
@@ -182,18 +182,21 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
     """Run a stage: on all processes, or on the main one while the others wait."""
     main, alone = distributed.is_main(), stage.config.main_process_only
     logger = Logger(stage.name, stage.folder, display, main=main)
-    result, errors = StageResult({}), list[str]()
+    result = StageResult({})
+    placed_error: UserError | None = None
     if main or not alone:
         try:
             result = stage_module(stage.stage).run(stage.config, stage.inputs, stage.folder, logger)
         except UserError as error:
-            errors = [f"{recipe.at(stage.name)}: {line}" for line in error.lines]
+            lines = [f"{recipe.at(stage.name)}: {line}" for line in error.lines]
+            placed_error = type(error)(*lines)
             if not alone:
-                raise RecipeError(*errors) from error
+                raise placed_error from error
     if alone:
-        errors = distributed.broadcast_from_main(errors)  # so that no process waits for ever
-        if errors:
-            raise RecipeError(*errors)
+        # Broadcast, so that no process waits for ever.
+        placed_error = distributed.broadcast_from_main(placed_error)
+        if placed_error is not None:
+            raise placed_error
     return result
 
 

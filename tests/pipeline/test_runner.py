@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from align.config.base import NewModel
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
 from align.config.stages import STAGES
-from align.errors import UserError
+from align.errors import DataError, UserError
 from align.pipeline import plan as pipeline_plan
 from align.pipeline import preflight, runner
 from align.pipeline.plan import PlannedStage, stage_digest
@@ -330,6 +332,25 @@ def test_a_stage_that_crashes_leaves_no_artifact_and_runs_again(here, monkeypatc
     assert plan()["prepare"].status == "reused"
     assert plan()["sft"].status == "run"
     assert run() == {"prepare": "reused", "sft": "ran", "dpo": "ran"}
+
+
+@pytest.mark.parametrize("name", ["prepare", "sft"])  # one process, or all of them
+def test_an_error_of_a_stage_keeps_its_class_and_gets_a_place(here, monkeypatch, name):
+    def fail(*_: Any) -> StageResult:
+        raise DataError("rows.jsonl:1: no text", "rows.jsonl:2: no text")
+
+    original = runner.stage_module
+    failing = SimpleNamespace(run=fail)
+    monkeypatch.setattr(runner, "stage_module", lambda k: failing if k == name else original(k))
+    with pytest.raises(DataError) as raised:
+        run()
+    line = {"prepare": 2, "sft": 3}[name]
+    assert raised.value.lines == tuple(
+        f"recipe.yaml:{line}: {name}: rows.jsonl:{row}: no text" for row in (1, 2)
+    )
+    # With several processes, the error is sent to those that wait.
+    received = pickle.loads(pickle.dumps(raised.value))
+    assert (type(received), received.lines) == (DataError, raised.value.lines)
 
 
 def test_a_broken_artifact_is_reported_with_a_repair_that_works(here):
