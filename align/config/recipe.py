@@ -123,16 +123,16 @@ def load_recipe(
         apply_override(override, raw)
     classes = raw.classes()
     stages: dict[str, Stage] = {}
-    for name, (_, values) in raw.stages.items():
-        stage = _validate(name, values, raw)
+    for stage_name, (_, values) in raw.stages.items():
+        stage = _validate(stage_name, values, raw)
         if stage is not None:
-            stages[name] = stage
-        cls = classes[name]
+            stages[stage_name] = stage
+        cls = classes[stage_name]
         if cls is not None:
-            _check_trainer(name, cls, values, raw)
-            validation.validate_inputs(name, cls, values, classes, raw.report)
-    for name, stage in stages.items():
-        validation.validate_stage(name, stage, stages, raw.report)
+            _check_trainer(stage_name, cls, values, raw)
+            validation.validate_inputs(stage_name, cls, values, classes, raw.report)
+    for stage_name, stage in stages.items():
+        validation.validate_stage(stage_name, stage, stages, raw.report)
     if raw.problems:
         raise RecipeError(*sorted(dict.fromkeys(raw.problems), key=_by_line))
     return Recipe(file, stages, raw.places())
@@ -214,7 +214,7 @@ def _collect_needs(document: Document, needs: Any, raw: RawRecipe, parents: list
     for i, need in enumerate(needs):
         target = Path(os.path.normpath(document.path.parent / need))
         try:
-            _collect(target if target.exists() else find_recipe(need, target), raw, parents)
+            _collect(find_recipe(need, target), raw, parents)
         except UserError as error:
             where = f"{document.place(('needs', i))}: needs"
             raw.problems += [f"{where}: {line}" for line in error.lines]

@@ -41,14 +41,18 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(path: str | os.PathLike[str], file: Path | None = None) -> Path:
     """The file of a recipe: ``path`` itself (or ``file``), or the shipped recipe of that name.
 
+    A folder does not hide the shipped recipe of its name.
+
     Raises:
         RecipeError: ``path`` is neither, and has no suffix of a file.
     """
     file = file or Path(os.path.normpath(path))
-    if file.suffix or file.exists():
+    if file.suffix or file.is_file():
         return file
     shipped = shipped_recipes()
     name = Path(path).as_posix()
+    if name not in shipped and file.exists():
+        return file  # a folder: reading it reports the recipes that it contains
     if name not in shipped:
         hint = did_you_mean(name, shipped)
         raise RecipeError(

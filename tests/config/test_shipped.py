@@ -64,6 +64,14 @@ def test_a_file_of_the_working_directory_has_precedence(tmp_path: Path, monkeypa
     assert list(load_recipe("dpo").stages) == ["prepare"]
 
 
+def test_a_folder_does_not_hide_the_shipped_recipe_of_its_name(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft").mkdir()
+    assert find_recipe("sft").samefile(ROOT / "recipes" / "sft.yaml")
+    needing = load_recipe({"needs": "sft"})
+    assert list(needing.stages) == list(load_recipe("sft").stages)
+
+
 def test_an_unknown_name_is_refused_with_the_shipped_recipes(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"dop: no such recipe; did you mean `dpo`\?.*, dpo, .*ppo"):
