@@ -1,4 +1,4 @@
-"""Run `accelerate launch` in this process and return the exit code of the run.
+"""Run ``accelerate launch`` in this process and return the exit code of the run.
 
 The launcher itself exits with 1 and a traceback, whatever the run's exit code is.
 """

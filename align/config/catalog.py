@@ -50,9 +50,8 @@ def license_of(source: str) -> tuple[str, str]:
     """The license of a source: its identifier (empty if unknown) and its description."""
     for name, entry in entries().items():
         word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
-        is_copy = name != "embedded" and re.search(
-            word, source.lower()
-        )  # a file named after the set
+        # A local copy of a data set usually has its name in its path.
+        is_copy = name != "embedded" and re.search(word, source.lower())
         if source in (name, entry["source"]) or is_copy:
             identifier, text = entry["license"]["id"], entry["license"]["text"]
             return identifier, text if name == "embedded" else f"{text} ({entry['citation']})"

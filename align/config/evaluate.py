@@ -94,5 +94,5 @@ class Evaluate(Stage):
         """The held-out prompts, if the gold score judges."""
         if self.judge is None:
             return None
-        repair = "remove `judge`, and set `implicit_rewards: true`"
+        repair = "set `implicit_rewards: true` and no `judge`"
         return GoldPrompts("prompts", self.split, repair)

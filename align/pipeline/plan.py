@@ -51,7 +51,7 @@ def plan(
 
     Raises:
         UserError: An option names no stage, or an input from outside the recipe is missing or
-        unfinished.
+            unfinished.
     """
     for option, value, others in (("--until", until, []), ("--force", force, ["all"])):
         if value is not None and value not in [*recipe.stages, *others]:

@@ -89,9 +89,9 @@ class Display:
     def __exit__(self, *_: object) -> None:
         LOGGER.removeHandler(self._handler)
 
-    def info(self, line: str, style: str | None = None) -> None:
+    def info(self, line: str) -> None:
         """Print one permanent line."""
-        self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, name: str, folder: Path, status: str) -> None:
         """Show that a stage begins; ``status`` is "running" or "resuming"."""

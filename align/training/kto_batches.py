@@ -302,9 +302,8 @@ class MixedLabels(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, *, batch_size: int, seed: int) -> None:
         self.rows = rows.select_columns(list(COLUMNS))
         self.labels: list[bool] = self.rows["label"][:]
-        prompts = [
-            hash(tuple(ids)) for ids in self.rows["prompt_ids"]
-        ]  # a tenth of the ids' memory
+        # Hashes take a tenth of the memory of the ids.
+        prompts = [hash(tuple(ids)) for ids in self.rows["prompt_ids"]]
         self._order = functools.partial(
             interleaved, self.labels, prompts, batch_size=batch_size, seed=seed
         )

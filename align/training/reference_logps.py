@@ -2,10 +2,9 @@
 
 They are stored in ``runs/reference-<digest>/`` with an ``artifact.json``. The digest covers the
 token ids (and with them data, template and tokenizer), the weights and the config of the reference
-in memory, and all other settings that change a
-sum: truncation and number types. While DPO trains, its trainer then holds no second model. The
-cached values come from other batches than those of training, so they equal the values of each step
-up to rounding.
+in memory, and all other settings that change a sum: truncation and number types. While DPO trains,
+its trainer then holds no second model. The cached values come from other batches than those of
+training, so they equal the values of each step up to rounding.
 
 Left out: DeepSpeed and FSDP, which shard the policy before training; there TRL's reference runs in
 every step. A run that is interrupted while it computes the values computes all of them again.
