@@ -31,7 +31,8 @@ class PerSide:
     baseline: float
 
 
-class CalibrationBin(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CalibrationBin:
     """Pairs whose likelier completion has about the same predicted probability."""
 
     confidence: float
@@ -157,6 +158,11 @@ class RewardModelReport:
     """Accuracy of the best classifier on these noisy labels; known for the embedded task only."""
     agreement_with_gold: float | None = None
     """Share of pairs ordered as by the exact score; known for the embedded task only."""
+
+    def to_metrics(self) -> dict[str, Any]:
+        """The report as ``artifact.json`` stores it; what is unknown is absent."""
+        metrics = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in metrics.items() if value is not None}
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> RewardModelReport | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from align.data import tables
 from align.errors import DataError
 from align.evaluation.intervals import Bootstrap, prompt_means
-from align.evaluation.results import Interval
+from align.evaluation.results import CalibrationBin, RewardModelReport
 from align.evaluation.tables import percent, percent_interval
 from align.functional import winrate
 from align.models import tokenization
@@ -53,12 +53,11 @@ def center(
     return {"score_mean": mean, "score_std": scores.std().item(), "demonstrations": len(rows)}
 
 
-def measure(model: RewardModel, data: Path, logger: Logger) -> dict[str, Any] | None:
+def measure(model: RewardModel, data: Path, logger: Logger) -> RewardModelReport | None:
     """Measure accuracy and calibration on the held-out pairs; None if no pair is held out.
 
-    The result has the fields of :class:`align.evaluation.results.RewardModelReport`. A difference d
-    of scores predicts that the completion with the higher score is preferred with probability
-    sigmoid(d).
+    A difference d of scores predicts that the completion with the higher score is preferred with
+    probability sigmoid(d).
     """
     split = next((s for s in ("test", "validation") if tables.has_table(data, "pairs", s)), None)
     if split is None:
@@ -69,50 +68,48 @@ def measure(model: RewardModel, data: Path, logger: Logger) -> dict[str, Any] | 
     )
     outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
     accuracies = prompt_means(rows, outcomes.tolist())
-    report = {
-        "split": split,
-        "pairs": len(rows),
-        "accuracy": accuracies.mean().item(),
-        "ci": list(Bootstrap().proportion(accuracies)),
-        "mean_margin": (chosen - rejected).mean().item(),
-        "calibration": calibration(chosen - rejected),
-        "expected_calibration_error": calibration_error(chosen - rejected),
-    }
-    return report | gold_agreement(rows, chosen - rejected)
+    return RewardModelReport(
+        split=split,
+        pairs=len(rows),
+        accuracy=accuracies.mean().item(),
+        ci=Bootstrap().proportion(accuracies),
+        mean_margin=(chosen - rejected).mean().item(),
+        calibration=calibration(chosen - rejected),
+        expected_calibration_error=calibration_error(chosen - rejected),
+        **gold_agreement(rows, chosen - rejected),
+    )
 
 
-def result_table(report: Mapping[str, Any]) -> ResultTable:
-    """Format the result of :func:`measure` as a table for the summary of a run."""
+def result_table(report: RewardModelReport) -> ResultTable:
+    """One row with the accuracies and the calibration error."""
     cells = {
-        "accuracy": percent(report["accuracy"]),
-        "interval": percent_interval(Interval(*report["ci"])),
-        "upper bound": percent(report.get("accuracy_upper_bound")),
-        "agrees with gold": percent(report.get("agreement_with_gold")),
-        "calibration error": f"{report['expected_calibration_error']:.3f}",
+        "accuracy": percent(report.accuracy),
+        "interval": percent_interval(report.ci),
+        "upper bound": percent(report.accuracy_upper_bound),
+        "agrees with gold": percent(report.agreement_with_gold),
+        "calibration error": f"{report.expected_calibration_error:.3f}",
     }
-    title = f"reward model on {report['pairs']:,} held-out pairs"
+    title = f"reward model on {report.pairs:,} held-out pairs"
     return ResultTable(title, tuple(cells), [tuple(cells.values())])
 
 
-def calibration(margins: Tensor) -> list[dict[str, float]]:
+def calibration(margins: Tensor) -> tuple[CalibrationBin, ...]:
     """Calibration of score differences ``[pairs]``, in bins of the predicted probability.
 
-    ``confidence`` is the mean predicted probability of the likelier completion in a bin,
-    ``accuracy`` the share of its ``pairs`` in which the likelier completion is the chosen one.
     Empty bins are left out.
     """
     confidence = torch.sigmoid(margins.double().abs())
     correct = torch.where(margins == 0, 0.5, (margins > 0).double())  # a tie counts one half
     bin_of_pair = ((confidence - 0.5) * 2 * N_BINS).long().clamp(max=N_BINS - 1)
-    return [
-        {
-            "confidence": confidence[bin_of_pair == k].mean().item(),
-            "accuracy": correct[bin_of_pair == k].mean().item(),
-            "pairs": int((bin_of_pair == k).sum()),
-        }
+    return tuple(
+        CalibrationBin(
+            confidence=confidence[bin_of_pair == k].mean().item(),
+            accuracy=correct[bin_of_pair == k].mean().item(),
+            pairs=int((bin_of_pair == k).sum()),
+        )
         for k in range(N_BINS)
         if (bin_of_pair == k).any()
-    ]
+    )
 
 
 def calibration_error(margins: Tensor) -> float:
@@ -122,7 +119,7 @@ def calibration_error(margins: Tensor) -> float:
     3.
     """
     return sum(
-        each["pairs"] * abs(each["confidence"] - each["accuracy"]) for each in calibration(margins)
+        each.pairs * abs(each.confidence - each.accuracy) for each in calibration(margins)
     ) / len(margins)
 
 

@@ -46,13 +46,13 @@ def run(
     centering = evaluation.center(replace(model, offset=0.0), data, output_dir, logger)
     model = replace(model, offset=centering["score_mean"])
     report = evaluation.measure(model, data, logger)  # 7. measure
-    metrics |= {"center": centering, "held_out": report}
+    metrics |= {"center": centering, "held_out": None if report is None else report.to_metrics()}
     if report is None:
         remark = "no pair is held out, so accuracy and calibration were not measured"
         return StageResult(metrics, trl_trainer.headline(metrics), remarks=(remark,))
-    headline: dict[str, float] = {
-        key: report[key] for key in ("accuracy", "accuracy_upper_bound") if key in report
-    }
+    headline = {"accuracy": report.accuracy}
+    if report.accuracy_upper_bound is not None:
+        headline["accuracy_upper_bound"] = report.accuracy_upper_bound
     return StageResult(metrics, headline, tables=(evaluation.result_table(report),))
 
 

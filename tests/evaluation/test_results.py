@@ -82,11 +82,13 @@ def test_a_reward_model_report_is_read_from_the_metrics_of_its_stage():
     report = RewardModelReport.from_metrics({"loss": 0.5, "held_out": HELD_OUT})
     assert report is not None
     assert report.calibration[0].confidence == 0.6
+    assert report.to_metrics() == HELD_OUT
     assert report.accuracy_upper_bound is None
     bounded = HELD_OUT | {"accuracy_upper_bound": 0.9, "agreement_with_gold": 0.85}
     report = RewardModelReport.from_metrics({"held_out": bounded})
     assert report is not None
     assert (report.accuracy_upper_bound, report.agreement_with_gold) == (0.9, 0.85)
+    assert report.to_metrics() == bounded
     assert RewardModelReport.from_metrics({"loss": 0.5, "held_out": None}) is None
 
 

@@ -10,6 +10,7 @@ from helpers import ppo_fixtures, tiny_models
 from torch.testing import assert_close
 
 from align.evaluation import reward_model
+from align.evaluation.results import CalibrationBin, Interval, RewardModelReport
 from align.rewards import gold
 from align.rewards.reward_model import RewardModel
 
@@ -41,15 +42,13 @@ def test_calibration_by_hand():
     three, nine = math.log(3.001), math.log(9.01)
     margins = torch.tensor([three, three, three, -three, nine, -nine])
     bins = reward_model.calibration(margins)
-    assert [(round(b["confidence"], 2), b["accuracy"], b["pairs"]) for b in bins] == [
+    assert [(round(b.confidence, 2), b.accuracy, b.pairs) for b in bins] == [
         (0.75, 0.75, 4),
         (0.9, 0.5, 2),
     ]
     # (4 * |0.75 - 0.75| + 2 * |0.9 - 0.5|) / 6
     assert_close(reward_model.calibration_error(margins), 0.8 / 6, rtol=1e-3, atol=1e-4)
-    assert reward_model.calibration(torch.zeros(3)) == [
-        {"confidence": 0.5, "accuracy": 0.5, "pairs": 3}
-    ]
+    assert reward_model.calibration(torch.zeros(3)) == (CalibrationBin(0.5, 0.5, 3),)
 
 
 def test_gold_agreement_of_the_gold_score(world: tiny_models.World):
@@ -78,10 +77,10 @@ def test_gold_agreement_of_another_task_is_empty(world: tiny_models.World):
 
 
 def test_the_result_table_fits_into_80_columns():
-    report = {
-        "pairs": 12_345, "accuracy": 0.7612, "ci": [0.74, 0.7812], "accuracy_upper_bound": 0.8351,
-        "expected_calibration_error": 0.0312,
-    }  # fmt: skip
+    report = RewardModelReport(
+        split="test", pairs=12_345, accuracy=0.7612, ci=Interval(0.74, 0.7812), mean_margin=1.0,
+        calibration=(), expected_calibration_error=0.0312, accuracy_upper_bound=0.8351,
+    )  # fmt: skip
     table = reward_model.result_table(report)
     (row,) = table.rows
     assert row == ("76.1 %", "74.0–78.1 %", "83.5 %", "–", "0.031")
