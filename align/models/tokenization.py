@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-
 Message = dict[str, str]
+"""One turn of a conversation; :mod:`align.data.rows` has the same type for the rows of tables."""
 
 
 def tokenize_prompts(

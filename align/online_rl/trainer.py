@@ -233,9 +233,8 @@ class PPOTrainer:
         if last is not None:
             done, self.kl_coef = checkpoint.load(last, self.models, self.optimizer)
             self.logger.info(f"resuming from step {done}: {last}")
-        logged = (
-            -1 if last is None else done
-        )  # -1: the evaluation before step 1 is repeated as well
+        # Without a checkpoint, the evaluation before step 1 is repeated as well, hence -1.
+        logged = -1 if last is None else done
         self.logger.rewind(logged)
         if distributed.is_main():
             truncate_jsonl(self.output_dir / samples.FILE, logged)

@@ -12,12 +12,14 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.runtime import artifacts
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from align.models.tokenization import Message
+
 Score = Callable[..., Sequence[float]]
 
 
