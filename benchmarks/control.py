@@ -149,7 +149,8 @@ def main() -> None:
         for name in list(sides)[:: 1 if place % 2 == 0 else -1]:
             each = results[name][seed] = sides[name](seed)
             print(
-                f"{seed:6} {name:6} {each.seconds:8.2f} {each.steps:8,} {each.steps / each.seconds:9,.0f} {each.mean_return:7.1f}",
+                f"{seed:6} {name:6} {each.seconds:8.2f} {each.steps:8,}"
+                f" {each.steps / each.seconds:9,.0f} {each.mean_return:7.1f}",
                 flush=True,
             )
     seconds = {
@@ -160,7 +161,8 @@ def main() -> None:
     for name in sides:
         print(f"median {name:6} {seconds[name]:8.2f} {'':8} {speed[name]:9,.0f}")
     print(
-        f"Align takes {seconds['Align'] / seconds['SB3']:.2f} of the seconds of SB3, at {speed['Align'] / speed['SB3']:.1f} times its steps per second"
+        f"Align takes {seconds['Align'] / seconds['SB3']:.2f} of the seconds of SB3,"
+        f" at {speed['Align'] / speed['SB3']:.1f} times its steps per second"
     )
     if args.json:
         args.json.write_text(

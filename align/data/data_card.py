@@ -72,7 +72,8 @@ def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
     for kind, longest in report["longest_rows"].items():
         yield (
             f"The longest row of the {kind} has {longest['words']:,} words"
-            f" (prompt_id `{longest['prompt_id']}`); {longest['long']:,} rows have more than {LONG_ROW:,} words."
+            f" (prompt_id `{longest['prompt_id']}`); {longest['long']:,} rows have more than"
+            f" {LONG_ROW:,} words."
         )
     if "near_duplicate_prompts" in report:
         action = "are dropped" if report["near_duplicates"] == "drop" else "have its split"
@@ -83,7 +84,8 @@ def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
     leakage = report["leakage"]
     yield (
         f"A split by row would train on {leakage['leaked_by_row']:,} of its"
-        f" {leakage['test_prompts_by_row']:,} test prompts; this split trains on {leakage['leaked']:,} of {leakage['test_prompts']:,}."
+        f" {leakage['test_prompts_by_row']:,} test prompts; this split trains on"
+        f" {leakage['leaked']:,} of {leakage['test_prompts']:,}."
     )
 
 

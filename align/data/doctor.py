@@ -96,7 +96,8 @@ def sentences(numbers: Mapping[str, Any]) -> Iterator[str]:
     if "prefer_longer_accuracy" in numbers:
         yield (
             f"The chosen completion is longer in {numbers['chosen_longer_share']:.1%} of the pairs;"
-            f" always preferring the longer one is right for {numbers['prefer_longer_accuracy']:.1%}."
+            " always preferring the longer one is right for"
+            f" {numbers['prefer_longer_accuracy']:.1%}."
         )
     yield from summary_sentences(numbers)
 
