@@ -138,8 +138,9 @@ def data_show(
     from align.training import token_view
 
     problems = []
-    if stage not in token_view.KINDS:
-        problems.append(f"--stage {stage}: unknown; known: {', '.join(token_view.KINDS)}")
+    if stage not in token_view.SUPPORTED_STAGES:
+        known = ", ".join(token_view.SUPPORTED_STAGES)
+        problems.append(f"--stage {stage}: unknown; known: {known}")
     if not model:
         problems.append("--model: missing; name a folder with a tokenizer, or a Hub id")
     if problems:

@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from align.config.data import Prepare
+from align.config.stages import STAGES
 from align.data.prepare import prepare
 from align.data.rows import Row
 from align.errors import DataError
 
-KINDS = {
-    "sft": "demonstrations",
-    "dpo": "pairs",
-    "kto": "unpaired",
-    "reward": "pairs",
-    "ppo": "prompts",
-}
-"""The table that each stage trains on."""
+SUPPORTED_STAGES = ("sft", "dpo", "kto", "reward", "ppo")
+"""The kinds of stages whose tokens can be shown."""
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label")
 
 
@@ -71,7 +66,7 @@ def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[Toke
             f"{model}: its tokenizer has no chat template; set a model that was trained to follow "
             "instructions"
         )
-    rows = _training_rows(config, KINDS[stage], n)
+    rows = _training_rows(config, STAGES[stage].reads[0].kind, n)
     if stage == "ppo":
         return _prompts(rows, tokenizer)
     if stage == "reward":
