@@ -7,7 +7,6 @@ activations, which depend on the batch. An unknown number is None.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from align.data import sources, statistics
 from align.data.prepare import prepare
 from align.models.files import count_parameters
 from align.pipeline.plan import PlannedStage
-from align.runtime import artifacts
+from align.runtime import artifacts, distributed
 
 LARGEST_SOURCE = 8 * 2**20  # bytes; larger sources are not read for a plan
-_SHARDING = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ def estimate(stages: Sequence[PlannedStage], *, world_size: int) -> dict[str, Es
         memory = None
         if stage.config.trains_model:
             count = parameters[stage.folder] = _count_parameters(stage, parameters)
-            sharded = bool(_SHARDING & os.environ.keys())
+            sharded = bool(distributed.configured_plugins())
             if count is not None:
                 memory = stage.config.memory_bytes(count, sharded=sharded)
         estimates[stage.name] = Estimate(work, memory)

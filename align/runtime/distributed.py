@@ -36,6 +36,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def configured_plugins() -> list[str]:
+    """The plugins that the launch configuration requires, such as ``FSDP``; all of them shard."""
+    return [
+        name
+        for variable, name in _LAUNCHER_PLUGINS.items()
+        if os.environ.get(variable, "false").lower() == "true"
+    ]
+
+
 def init_process_group() -> None:
     """Join the launcher's process group, and check that it is the one that was configured.
 
@@ -59,9 +68,8 @@ def init_process_group() -> None:
             f"({state.distributed_type}); set ACCELERATE_USE_CPU=true, or use the file in "
             "accelerate_configs/ that fits this machine"
         )
-    for variable, name in _LAUNCHER_PLUGINS.items():
-        configured = os.environ.get(variable, "false").lower() == "true"
-        if configured and name not in str(state.distributed_type):
+    for name in configured_plugins():
+        if name not in str(state.distributed_type):
             # accelerate silently replaces FSDP without a GPU by plain data parallelism.
             raise UserError(
                 f"the launch configuration requires {name}, but accelerate uses {state.distributed_type}; "
