@@ -91,7 +91,7 @@ def test_align_run_exits_with_the_code_of_the_run(tmp_path, launch):
         check=False,
     )
     assert invalid.returncode == 2, invalid.stderr
-    assert invalid.stderr.count("dpo.trainer: DPOConfig refuses") == 1
+    assert invalid.stderr.count("dpo.trainer: DPOConfig rejects these values") == 1
     assert "Traceback" not in invalid.stderr
 
     overrides = [*SMALL, "sft.trainer.max_steps=2000"]
