@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from align.errors import UserError
+from align.runtime import hub
 from align.runtime.environment import quiet_libraries
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def data_show(
     if problems:
         raise UserError(*problems)
     config = prepare_config(source, keys)
+    if not Path(model).expanduser().is_dir():
+        hub.check_model(model)
     quiet_libraries()
     from rich.text import Text
 

@@ -9,7 +9,33 @@ import logging
 import signal
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
+
+from align.errors import RecipeError
+
+
+def check_launch_configuration(file: Path) -> None:
+    """Check that a file is a launch configuration that accelerate can read.
+
+    Raises:
+        RecipeError: The file is missing, or accelerate rejects it.
+    """
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such launch configuration; accelerate_configs/ has examples")
+    from accelerate.commands.config.config_args import load_config_from_file
+    from yaml import YAMLError
+
+    try:
+        load_config_from_file(str(file))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
+        # accelerate raises an AttributeError or a TypeError for a file without a mapping
+        unclear = isinstance(error, AttributeError | TypeError)
+        reason = "expected a mapping" if unclear else " ".join(str(error).split())
+        raise RecipeError(
+            f"{file}: not a launch configuration of accelerate ({reason.rstrip('.')}); "
+            "accelerate_configs/ has examples"
+        ) from None
 
 
 def launch(arguments: Sequence[str]) -> int:

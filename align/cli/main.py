@@ -11,10 +11,9 @@ import typer
 
 from align import __version__
 from align.cli.data import data
-from align.cli.launcher import launch
+from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
 from align.cli.run import Force, Overrides, RecipePath, Runs, Until
-from align.errors import RecipeError
 from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import guarded
 
@@ -66,10 +65,8 @@ def run(
     from align.config.recipe import load_recipe
 
     load_recipe(recipe, overrides or [])  # reports invalid input before the launcher starts
-    if config is not None and not config.is_file():
-        raise RecipeError(
-            f"{config}: no such launch configuration; accelerate_configs/ has examples"
-        )
+    if config is not None:
+        check_launch_configuration(config)
     options = ["--runs", str(runs)]
     options += ["--force", force] if force else []
     options += ["--until", until] if until else []

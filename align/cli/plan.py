@@ -48,7 +48,7 @@ def plan(
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    title = f"{recipe}: {len(stages)} stages"
+    title = f"{recipe}: {_count_of_stages(len(stages))}"
     console.print(_plan_table(title, stages, estimates.estimate(stages, world_size=processes)))
     console.print(LEGEND, style="dim")
 
@@ -87,7 +87,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     loaded = load_recipe(recipe, overrides or [])
-    console.print(f"{recipe}: {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+    console.print(f"{recipe}: {_count_of_stages(len(loaded.stages))}: {', '.join(loaded.stages)}")
     stages = pipeline_plan.plan(loaded, runs)
     errors = ErrorCollector(loaded)
     preflight.check_environments(errors, stages)
@@ -102,6 +102,11 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
             console.print(f"{name}: memory ≥ {memory}B for weights, gradients and Adam")
     counted = f", {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
     console.print(f"no errors{counted}")
+
+
+def _count_of_stages(count: int) -> str:
+    """The number with its noun: ``1 stage``, ``2 stages``."""
+    return f"{count} stage{'s' * (count != 1)}"
 
 
 def _with_unit(number: float) -> str:

@@ -9,7 +9,7 @@ from align.config.base import Input
 from align.config.stages import accepted_kinds
 from align.errors import ArtifactError, nearest
 from align.models import files
-from align.runtime import artifacts
+from align.runtime import artifacts, hub
 
 CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
 POLICY_RECIPE = "recipes/sft.yaml"
@@ -19,13 +19,15 @@ def find_policy(policy: str, runs: Path) -> Path | str:
     """The folder of a policy: a folder, or the newest finished stage of that name; else a Hub id.
 
     Raises:
-        UserError: The folder has no model, or no finished stage in ``runs`` has this name.
+        UserError: The folder has no model, no finished stage in ``runs`` has this name, or the
+            model is not cached and the Hub cannot be reached.
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
         files.check_model_folder(folder)
         return folder
     if "/" in policy:
+        hub.check_model(policy)
         return policy
     return newest_run(policy, runs, accepted_kinds(Input(policies=True)), recipe=POLICY_RECIPE)
 

@@ -77,8 +77,7 @@ def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
     missing = {model for model in set(models.values()) if not hub.model_is_reachable(model)}
     for keys, model in models.items():
         if model in missing:
-            message = "no such folder, not in the cache, and the Hub cannot be reached"
-            errors.add(keys, f"{model}: {message}; name a folder, or download the model first")
+            errors.add(keys, f"{model}: {hub.NOT_REACHABLE}")
 
 
 def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

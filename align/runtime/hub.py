@@ -7,7 +7,13 @@ import socket
 import urllib.parse
 import urllib.request
 
+from align.errors import ArtifactError
+
 SECONDS = 5
+NOT_REACHABLE = (
+    "no such folder, not in the cache, and the Hub cannot be reached; "
+    "name a folder, or download the model first"
+)
 
 
 def model_is_reachable(model: str) -> bool:
@@ -18,6 +24,16 @@ def model_is_reachable(model: str) -> bool:
     if any(isinstance(try_to_load_from_cache(model, name), str) for name in configs):
         return True
     return not is_offline() and hub_is_reachable()
+
+
+def check_model(model: str) -> None:
+    """Check that a Hub model is cached or reachable; loading would retry for a minute.
+
+    Raises:
+        ArtifactError: It is neither.
+    """
+    if not model_is_reachable(model):
+        raise ArtifactError(f"{model}: {NOT_REACHABLE}")
 
 
 def is_offline() -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import tiny_models
 
 import align
 from align import __version__
-from align.cli import chat, env, main
-from align.errors import RecipeError
+from align.cli import chat, data, env, launcher, main, plan
+from align.errors import ArtifactError, RecipeError
 from align.models import tokenization
 
 
@@ -64,6 +65,51 @@ def test_a_missing_launch_configuration_is_an_error(tmp_path, monkeypatch):
     recipe.write_text("stages:\n  prepare: {source: embedded}\n")
     with pytest.raises(RecipeError, match=r"two_gpus\.yaml: no such launch configuration"):
         main.run(recipe, config=tmp_path / "two_gpus.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "expected a mapping"),
+        ("- 1\n", "expected a mapping"),
+        ("stages:\n  sft: {}\n", "`distributed_type` must be specified"),
+        ("a: [\n", "while parsing"),
+    ],
+    ids=["empty", "list", "recipe", "not YAML"],
+)
+def test_a_file_that_is_no_launch_configuration_is_an_error_of_one_line(tmp_path, text, reason):
+    file = tmp_path / "launch.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"launch\.yaml: not a launch configuration") as error:
+        launcher.check_launch_configuration(file)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu"])
+def test_the_shipped_launch_configurations_are_valid(name):
+    root = Path(__file__).parents[2]
+    launcher.check_launch_configuration(root / "accelerate_configs" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("command", ["chat", "data show"])
+def test_without_a_network_a_hub_model_is_rejected_before_any_retry(tmp_path, monkeypatch, command):
+    monkeypatch.setattr("align.runtime.hub.hub_is_reachable", lambda: False)
+    with pytest.raises(ArtifactError, match=r"owner/name: .*the Hub cannot be reached; name a"):
+        if command == "chat":
+            main.chat("owner/name", runs=tmp_path)
+        else:
+            data.data_show("embedded", model="owner/name")
+
+
+def test_plan_and_check_count_one_stage(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n  prepare: {source: embedded}\n")
+    plan.plan(recipe, runs=tmp_path)
+    plan.check(recipe, runs=tmp_path)
+    output = capsys.readouterr().out
+    assert output.count(": 1 stage") == 2
+    assert "1 stages" not in output
 
 
 def test_invalid_overrides_are_reported_before_the_launcher_starts(tmp_path, monkeypatch):
