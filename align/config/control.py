@@ -107,8 +107,8 @@ class Control(Stage):
         collected = self.n_envs * (self.rollout_steps or 1)
         if self.update_minibatches > collected:
             raise ValueError(
-                f"`minibatches` ({self.update_minibatches}) must not exceed `n_envs` times `n_steps` "
-                f"({collected}); lower it, or raise `n_steps`"
+                f"`minibatches` ({self.update_minibatches}) must not exceed `n_envs` times "
+                f"`n_steps` ({collected}); lower it, or raise `n_steps`"
             )
         return self
 

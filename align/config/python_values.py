@@ -34,7 +34,7 @@ def _function_name(function: Any) -> str:
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if not name.isidentifier() or getattr(sys.modules.get(str(module)), name, None) is not function:
         raise RecipeError(
-            f"{function!r} cannot be imported by its name; define it with `def` at the top level of "
-            "a module, script or notebook"
+            f"{function!r} cannot be imported by its name; define it with `def` at the top level "
+            "of a module, script or notebook"
         )
     return f"{module}:{name}"

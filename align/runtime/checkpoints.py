@@ -50,7 +50,8 @@ def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     mark = json.loads((checkpoints[-1] / COMPLETE_MARK).read_text(encoding="utf-8"))
     if mark["world_size"] != world_size:
         raise ArtifactError(
-            f"{checkpoints[-1]}: written by {mark['world_size']} processes, and this run has {world_size}; "
-            f"launch {mark['world_size']} processes, or start the stage over with --force"
+            f"{checkpoints[-1]}: written by {mark['world_size']} processes, and this run has "
+            f"{world_size}; launch {mark['world_size']} processes, or start the stage over with "
+            "--force"
         )
     return checkpoints[-1]

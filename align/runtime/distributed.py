@@ -72,8 +72,9 @@ def init_process_group() -> None:
         if name not in str(state.distributed_type):
             # accelerate silently replaces FSDP without a GPU by plain data parallelism.
             raise UserError(
-                f"the launch configuration requires {name}, but accelerate uses {state.distributed_type}; "
-                "use the file in accelerate_configs/ that fits this machine"
+                f"the launch configuration requires {name}, but accelerate uses "
+                f"{state.distributed_type}; use the file in accelerate_configs/ that fits this "
+                "machine"
             )
 
 

@@ -35,7 +35,8 @@ def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(
-            f"{folder}: cannot create this folder ({error.strerror}); move the file of this name away"
+            f"{folder}: cannot create this folder ({error.strerror}); move the file of this name "
+            "away"
         ) from None
     path = folder / artifacts.WORKING
     lock = FileLock(path)
