@@ -53,7 +53,7 @@ class Comparison:
     win_rate: float
     """Wins plus half the ties, as a fraction of all comparisons."""
     ci: Interval
-    """Confidence interval of ``win_rate``, by bootstrap over prompts."""
+    """Confidence interval of ``win_rate``, by bootstrap over prompts; exact if all agree."""
     ties: float
     """Share of ties."""
     n_prompts: int
@@ -94,7 +94,7 @@ class ImplicitRewards:
     accuracy: float
     """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
     ci: Interval
-    """Confidence interval of ``accuracy``, by bootstrap over prompts."""
+    """Confidence interval of ``accuracy``, by bootstrap over prompts; exact if all agree."""
     mean_margin: float
     """Mean difference of the log-ratios of chosen and rejected completion, in nats."""
     n_pairs: int
@@ -149,7 +149,7 @@ class RewardModelReport:
     accuracy: float
     """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
     ci: Interval
-    """95 % confidence interval of ``accuracy``, by bootstrap over prompts."""
+    """95 % confidence interval of ``accuracy``, by bootstrap over prompts; exact if all agree."""
     mean_margin: float
     """Mean score of the chosen completion minus that of the rejected one."""
     calibration: tuple[CalibrationBin, ...]

@@ -21,7 +21,7 @@ class WinRate:
     rate: float
     """Wins plus half the ties, as a fraction of all comparisons."""
     interval: Interval
-    """Confidence interval of ``rate``, by bootstrap over prompts."""
+    """Confidence interval of ``rate``, by bootstrap over prompts; exact if all agree."""
     length_controlled: float | None
     """Win rate at equal lengths; None without lengths, or if all pairs differ alike in length."""
     p_value: float
