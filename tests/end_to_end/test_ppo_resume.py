@@ -190,6 +190,7 @@ def test_an_uninterrupted_run_changes_its_policy_and_samples_differently_in_ever
     assert len({json.loads(line)["completion"] for line in samples}) > 10
 
 
+@pytest.mark.slow
 def test_a_recipe_that_is_killed_in_every_stage_gives_the_same_run(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "reward")
     for stage, step in (("reward", 4), ("ppo", 2), ("ppo", 6), ("ppo_whole", 6)):

@@ -172,6 +172,7 @@ def test_a_damaged_checkpoint_is_skipped_and_no_step_is_trained_twice(uninterrup
     assert artifact.metrics["steps"] == LAST_STEP
 
 
+@pytest.mark.slow  # the default tier has the signals of PPO and control
 def test_a_signal_saves_a_checkpoint_from_which_the_same_command_resumes(uninterrupted, tmp_path):
     runs = runs_before("dpo", uninterrupted, tmp_path)
     # KTO's 16th step is in its second epoch, whose order of rows differs from the first.
