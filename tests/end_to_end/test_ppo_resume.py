@@ -6,7 +6,6 @@ Metrics are compared except for durations.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 from collections.abc import Iterator
@@ -153,21 +152,6 @@ def finish(runs: Path, stage: str) -> None:
     assert recipe_runs.run(runs, "--until", stage) == 0, recipe_runs.log(runs)
 
 
-def kill_at_random_moments(whole: Path, folder: Path, stage: str, kills: int) -> None:
-    runs = runs_before(whole, folder, stage)
-    artifact = artifacts.read_artifact(one(whole, stage))
-    assert artifact is not None
-    generator = random.Random(stage)
-    for moment in range(kills):
-        if list(runs.glob(f"{stage}-*/artifact.json")):
-            break  # faster than the uninterrupted run was
-        delay = artifact.seconds * (moment + generator.random()) / kills
-        started = recipe_runs.stage_started(runs, stage)
-        recipe_runs.stop(runs, "--until", stage, when=started, delay=delay)
-    finish(runs, stage)
-    assert_same(runs, whole, stage)
-
-
 def stop_after(
     runs: Path, stage: str, step: int, number: signal.Signals = signal.SIGKILL, until: str = ""
 ) -> int:
@@ -204,7 +188,12 @@ def test_a_recipe_that_is_killed_in_every_stage_gives_the_same_run(whole, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kills"), [("ppo", 5), ("ppo_whole", 2)])
 def test_a_stage_that_is_killed_at_random_moments_gives_the_same_run(whole, tmp_path, stage, kills):
-    kill_at_random_moments(whole, tmp_path, stage, kills=kills)
+    runs = runs_before(whole, tmp_path, stage)
+    artifact = artifacts.read_artifact(one(whole, stage))
+    assert artifact is not None
+    recipe_runs.kill_at_random_moments(runs, stage, seconds=artifact.seconds, kills=kills)
+    finish(runs, stage)
+    assert_same(runs, whole, stage)
 
 
 @pytest.mark.slow

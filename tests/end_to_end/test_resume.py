@@ -143,13 +143,7 @@ def test_killed_at_random_moments_a_stage_ends_in_the_same_weights(
     runs = runs_before(stage, uninterrupted, tmp_path)
     artifact = artifacts.read_artifact(stage_folder(uninterrupted, stage))
     assert artifact is not None
-    generator = random.Random(stage)
-    for moment in range(kills):
-        if list(runs.glob(f"{stage}-*/artifact.json")):
-            break  # faster than the uninterrupted run was
-        delay = artifact.seconds * (moment + generator.random()) / kills
-        started = recipe_runs.stage_started(runs, stage)
-        recipe_runs.stop(runs, "--until", stage, when=started, delay=delay)
+    recipe_runs.kill_at_random_moments(runs, stage, seconds=artifact.seconds, kills=kills)
     assert recipe_runs.run(runs, "--until", stage) == 0, recipe_runs.log(runs)
     assert_as_if_uninterrupted(runs, uninterrupted, stage)
 

@@ -6,6 +6,7 @@ The recipe is `recipe.yaml` beside the runs folder. Output is appended to the fi
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -61,6 +62,16 @@ def stop(
         time.sleep(delay)
         process.send_signal(number)
         return process.wait(timeout=SECONDS)
+
+
+def kill_at_random_moments(runs: Path, stage: str, *, seconds: float, kills: int) -> None:
+    """Kill the runs of a stage that takes ``seconds``, later each time, until it is finished."""
+    generator = random.Random(stage)
+    for moment in range(kills):
+        if list(runs.glob(f"{stage}-*/artifact.json")):
+            break  # faster than the uninterrupted run was
+        delay = seconds * (moment + generator.random()) / kills
+        stop(runs, "--until", stage, when=stage_started(runs, stage), delay=delay)
 
 
 def wait_until(when: Callable[[], object], process: subprocess.Popen[bytes], runs: Path) -> None:
