@@ -17,8 +17,8 @@ def main(
     prompts = align.prepare(data, test_fraction=0.1)["test"]["prompt"][: int(n_prompts)]
     judge = align.load_reward_model(reward_model)
     scores = []
-    for name in (policy, baseline):
-        completions = align.load_policy(name).generate(prompts, temperature=0.7, seed=0)
+    for seed, name in enumerate((policy, baseline)):  # equal seeds would couple the completions
+        completions = align.load_policy(name).generate(prompts, temperature=0.7, seed=seed)
         scores.append(judge.score(prompts, completions))
     result = align.win_rate(*scores)
     low, high = result.interval

@@ -204,6 +204,8 @@ def test_a_policy_generates_the_same_texts_for_the_same_seed(world):
     assert [len(row) for row in first] == [3, 3]
     assert policy.generate(prompts, n=3, temperature=1.0, max_new_tokens=8, seed=0) == first
     assert policy.generate(prompts, n=3, temperature=1.0, max_new_tokens=8, seed=1) != first
+    unseeded = [policy.generate(prompts, n=3, temperature=1.0, max_new_tokens=8) for _ in range(2)]
+    assert unseeded[0] != unseeded[1], "calls without a seed are independent"
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

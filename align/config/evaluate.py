@@ -21,6 +21,7 @@ from align.config.base import (
 class Evaluate(Stage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
+    code_version: ClassVar = 2
     metrics_class: ClassVar = "align.evaluation.results:EvaluationMetrics"
     inputs: ClassVar = {
         "policies": Input(policies=True, models=True),
@@ -63,7 +64,7 @@ class Evaluate(Stage):
     resamples: int = Field(2000, ge=100)
     """Number of bootstrap resamples."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of sampling and of the bootstrap."""
+    """Seed of sampling and of the bootstrap. Every policy has its own random stream."""
 
     @model_validator(mode="after")
     def _check_measures(self) -> Evaluate:

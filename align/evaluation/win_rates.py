@@ -1,7 +1,11 @@
 """Held-out win rates: sample completions, score them, compare policies with a baseline.
 
+Every policy is sampled from its own random stream. From equal random states the completions of two
+policies are coupled: both follow the same draws, and the better policy wins more often than with
+independent samples, which is what a win rate means.
+
 The judge scores one completion at a time. Every evaluation includes a control, the baseline against
-itself with other seeds, whose interval must contain one half. Left out: judges that compare two
+itself in another stream, whose interval must contain one half. Left out: judges that compare two
 completions.
 """
 
@@ -28,6 +32,7 @@ from align.models.generation import Completion
 from align.models.policy import Policy
 from align.runtime import distributed
 from align.runtime.progress import Logger
+from align.runtime.seeds import derive_seed
 
 if TYPE_CHECKING:
     from align.data.rows import Row
@@ -57,7 +62,7 @@ class Samples:
 
 
 def control_name(config: Evaluate) -> str:
-    """Name of the control: the baseline, sampled with another seed."""
+    """Name of the control: the baseline, sampled from another random stream."""
     return f"{config.baseline} again"
 
 
@@ -65,6 +70,17 @@ def compared_names(config: Evaluate) -> list[str]:
     """Names of the policies that are compared with the baseline, the control last."""
     policies = [name for name in config.policies if name != config.baseline]
     return [*policies, control_name(config)]
+
+
+def stream_seed(config: Evaluate, name: str) -> int:
+    """Seed of the random stream that the policy called ``name`` is sampled from.
+
+    It depends on the recipe's seed and on the place of the policy in the recipe. Each batch of
+    prompts has its own seed, derived from this one.
+    """
+    places = {control_name(config): "control", config.baseline: "baseline"}
+    place = places[name] if name in places else config.policies.index(name)
+    return derive_seed(config.seed, "evaluate", place) % 2**32
 
 
 def sample_policy(
@@ -79,11 +95,9 @@ def sample_policy(
 
     The ranks share the work. The completions depend on the seed, not on the number of ranks.
     """
-    seeds = {name: config.seed}
-    if name == config.baseline:
-        seeds[control_name(config)] = config.seed + 1
+    names = [name, control_name(config)] if name == config.baseline else [name]
     samples = {}
-    for sampled_name, seed in seeds.items():
+    for sampled_name in names:
         completions = generation.sample(
             policy.model,
             policy.tokenizer,
@@ -93,7 +107,7 @@ def sample_policy(
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
-            seed=seed,
+            seed=stream_seed(config, sampled_name),
             map_batches=partial(
                 distributed.map_rows,
                 progress=partial(logger.step, unit=f"{sampled_name}: sampled batch"),

@@ -5,6 +5,7 @@ Left out: training, and several processes; a recipe's ``sample`` stage shares pr
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,15 @@ class Policy:
         top_p: float = 1.0,
         max_new_tokens: int = 256,
         batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> list[list[str]]:
         """Sample ``n`` completions for each prompt, in the order of the prompts.
 
         A prompt is the text of a user's turn, or a list of messages. ``temperature=0`` takes the
-        most likely token. The same seed gives the same completions, and torch's random state is
-        restored afterwards.
+        most likely token. Without ``seed`` every call draws other completions. The same seed gives
+        the same completions; two policies that are compared need different seeds, because equal
+        ones couple their completions and raise the win rate of the better one. torch's random state
+        is restored afterwards.
 
         Raises:
             UserError: The tokenizer has no chat template.
@@ -59,7 +62,7 @@ class Policy:
                 top_p=top_p,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                seed=seed,
+                seed=secrets.randbits(32) if seed is None else seed,
             )
         return [[completion.text for completion in row] for row in completions]
 

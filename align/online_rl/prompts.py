@@ -12,8 +12,8 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.models import tokenization
 from align.online_rl.models import PPOModels
-from align.online_rl.seeds import generator
 from align.runtime import distributed
+from align.runtime.seeds import generator
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from align.models import generation
 from align.models.adapters import active_adapter
 from align.online_rl.completions import Completions
 from align.online_rl.models import ModelView, PPOModels
-from align.online_rl.seeds import derive_seed
+from align.runtime.seeds import derive_seed
 
 
 class Sampler(Protocol):

@@ -38,11 +38,11 @@ from align.online_rl.optimization import (
 from align.online_rl.prompts import prompt_indices, tokenize
 from align.online_rl.sampling import build_sampler
 from align.online_rl.scoring import Scores, build_scorer, load_functions
-from align.online_rl.seeds import derive_seed, generator
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, update
 from align.runtime import artifacts, checkpoints, distributed, signals
 from align.runtime.progress import Logger, truncate_jsonl
+from align.runtime.seeds import derive_seed, generator
 
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 SHOWN = ("score", "kl", "entropy")

@@ -22,8 +22,8 @@ from align.config.ppo import PPO
 from align.errors import UserError
 from align.online_rl.completions import Completions
 from align.online_rl.models import POLICY, ModelView
-from align.online_rl.seeds import derive_seed
 from align.runtime import distributed
+from align.runtime.seeds import derive_seed
 
 MAX_REQUESTS = 64
 """Requests to the server at the same time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 import zlib
@@ -24,7 +25,7 @@ from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.training import DPO
 from align.errors import UserError
-from align.evaluation import tables
+from align.evaluation import tables, win_rates
 from align.evaluation.held_out import training_tables
 from align.evaluation.win_rates import Samples
 from align.models import generation, loading, tokenization
@@ -180,17 +181,18 @@ def test_metrics_are_recomputed_from_the_comparisons(
     assert abs(controlled - row["win_rate"]) > 1e-4
 
 
-def test_comparisons_hold_the_completions_of_each_model_with_its_seed(
+def test_comparisons_hold_the_completions_of_each_model_from_its_own_stream(
     measured: Any, world: tiny_models.World, policy: Path
 ):
     folder, metrics = measured
     prompts = [row["prompt"] for row in tiny_models.rows(world.data, "prompts-test")]
     own, control = table(folder, "dpo"), table(folder, "sft again")
-    for model, seed, texts in (
-        (world.sft, 0, own["baseline_completion"]),
-        (policy, 0, own["policy_completion"]),
-        (world.sft, 0, control["baseline_completion"]),
-        (world.sft, 1, control["policy_completion"]),
+    config = Evaluate(policies=["dpo"], **SETTINGS, judge="gold")
+    for model, name, texts in (
+        (world.sft, "sft", own["baseline_completion"]),
+        (policy, "dpo", own["policy_completion"]),
+        (world.sft, "sft", control["baseline_completion"]),
+        (world.sft, "sft again", control["policy_completion"]),
     ):
         sampled = generation.sample(
             loading.load_merged(model, dtype="float32"),
@@ -201,14 +203,14 @@ def test_comparisons_hold_the_completions_of_each_model_with_its_seed(
             top_p=1.0,
             max_new_tokens=16,
             batch_size=32,
-            seed=seed,
+            seed=win_rates.stream_seed(config, name),
         )
         assert [[c.text for c in row] for row in sampled] == texts.tolist()
     finished = [c.finished for row in sampled for c in row]
     assert metrics["comparisons"][1]["finished"]["policy"] == sum(finished) / len(finished)
 
 
-def test_the_control_is_the_baseline_with_another_seed_and_its_interval_contains_one_half(
+def test_the_control_is_the_baseline_in_another_stream_and_its_interval_contains_one_half(
     measured: Any,
 ):
     folder, metrics = measured
@@ -219,21 +221,32 @@ def test_the_control_is_the_baseline_with_another_seed_and_its_interval_contains
     assert low < 0.5 < high
 
 
-def test_a_copy_of_the_baseline_ties_on_every_prompt(
+def test_copies_of_the_baseline_are_independent_samples_of_it(
     world: tiny_models.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(gold, "gold_score", checksum)
-    models = {"sft": world.sft, "twin": world.sft}
-    metrics = run(tmp_path, world.data, models, judge="gold", n_prompts=4)
-    twin, control = metrics["comparisons"]
-    assert (twin["win_rate"], twin["ties"], twin["ci"], twin["p_value"]) == (
-        0.5,
-        1.0,
-        [0.5, 0.5],
-        1.0,
-    )
-    assert twin["n_prompts"] == 4
-    assert control["ties"] < 1.0
+    models = {"sft": world.sft, "twin": world.sft, "other twin": world.sft}
+    metrics = run(tmp_path, world.data, models, judge="gold", n_completions=2)
+    sides = [table(tmp_path, name) for name in ("twin", "other twin", "sft again")]
+    samples = [sides[0]["baseline_completion"], *(side["policy_completion"] for side in sides)]
+    for first, second in itertools.combinations(samples, 2):
+        assert (first == second).mean() < 0.2
+    for row in metrics["comparisons"]:
+        assert row["n_prompts"] == len(sides[0]["prompt"])
+        assert row["ci"][0] < 0.5 < row["ci"][1], row["policy"]
+
+
+def test_each_seed_and_place_has_its_own_stream():
+    policies = ["a", "b", "sft"]
+    seeds = [
+        win_rates.stream_seed(
+            Evaluate(policies=policies, baseline="sft", judge="gold", seed=seed), name
+        )
+        for seed in (0, 1)
+        for name in ("a", "b", "sft", "sft again")
+    ]
+    assert len(set(seeds)) == 8
+    assert max(seeds) < 2**32
 
 
 def test_the_judge_is_the_embedded_tasks_gold_score(

@@ -1,7 +1,7 @@
 """Seeds derived from the recipe's seed and the place where a random draw happens.
 
-No random state is kept between training steps, so a checkpoint needs none: the seed of a draw
-depends only on its purpose, the step and the rank.
+Draws with different purposes are independent. No random state is kept between training steps, so a
+checkpoint needs none: the seed of a draw depends only on its purpose, the step and the rank.
 """
 
 from __future__ import annotations
