@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from align.errors import UserError
 from align.models.tokenization import common_prefix, pad_rows, tokenize_prompts
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ def completion_logps(
     A row is a prompt and its completion, both lists of messages. As in TRL's trainers, a completion
     starts at the first token in which the prompt alone and the whole row differ, and rows are
     truncated to ``max_length`` tokens. NaN where truncation leaves nothing of a completion.
+
+    Raises:
+        UserError: A log-probability is not finite for another reason.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -68,10 +72,19 @@ def completion_logps(
         row = torch.arange(len(batch), device=ids.device)[:, None].expand_as(scored)[scored]
         sums = torch.zeros(len(batch), dtype=torch.float64)
         sums.index_add_(0, row.cpu(), logps.double().cpu())
+        _check_finite(sums, model)
         sums[~scored.any(dim=1).cpu()] = torch.nan
         result[torch.tensor(batch)] = sums
         progress(min(first + batch_size, len(order)), len(order))
     return result
+
+
+def _check_finite(sums: Tensor, model: PreTrainedModel) -> None:
+    if not bool(sums.isfinite().all()):
+        raise UserError(
+            f"{model.name_or_path}: its log-probabilities are not finite numbers, so its weights "
+            "are damaged or its data type is too small; train or download it again"
+        )
 
 
 @contextlib.contextmanager

@@ -59,6 +59,9 @@ def add_reference_logps(
     Values that an earlier run has computed are read from ``runs``. ``inputs`` are the folders of
     the model and the pairs, for the artifact. Returns the number of ``pairs``, how many of them
     were ``computed`` now, the ``folders`` of the values and the ``seconds`` taken.
+
+    Raises:
+        UserError: A value is not finite.
     """
     started = time.monotonic()
     report: dict[str, Any] = {"pairs": 0, "computed": 0, "folders": []}
@@ -80,6 +83,11 @@ def add_reference_logps(
                     f"reference log-probabilities of {len(rows):,} pairs: computed and cached"
                 )
                 values = compute_logps(trainer, rows, logger)
+                if not bool(values.isfinite().all()):
+                    raise UserError(
+                        "the reference gives log-probabilities that are not finite numbers, so "
+                        "the weights of `model` are damaged; train or download it again"
+                    )
                 if distributed.is_main():
                     _write(folder, values, digest, settings, inputs, started)
                 distributed.barrier()

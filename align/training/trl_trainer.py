@@ -26,6 +26,7 @@ from align.models.logps import small_vocabulary_tiles
 from align.runtime import checkpoints, distributed, signals
 from align.runtime.artifacts import make_readable
 from align.runtime.progress import Logger
+from align.training.finiteness import check_weights, stop_unless_finite
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
@@ -105,22 +106,25 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
 
     Raises:
         Interrupted: A signal arrived; a complete checkpoint of the last step exists.
+        UserError: A loss, a gradient or a weight is not finite; nothing is saved.
     """
     trainer.remove_callback(PrinterCallback)
     # TRL's model card does not name the data or the initial model; artifact.json does.
     trainer.create_model_card = lambda *_, **__: None
     callback = _ProgressCallback(logger)
-    trainer.add_callback(callback)
     checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     logger.rewind(step)
     if checkpoint:
         logger.info(f"resuming from step {step}: {checkpoint}")
-    with signals.deferred() as callback.stop, small_vocabulary_tiles():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop_unless_finite(trainer):
+        trainer.add_callback(callback)  # after the check, so that it marks checked checkpoints only
+        with signals.deferred() as callback.stop, small_vocabulary_tiles():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopped:
         raise signals.Interrupted
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    check_weights(model, place=f"step {trainer.state.global_step}")
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")  # TRL's frozen copy of the input adapter
     trainer.save_model(str(output_dir))

@@ -1,0 +1,130 @@
+"""Stops a TRL trainer as soon as a loss, a gradient or a weight is not a finite number.
+
+transformers logs a loss of 0 in place of NaN, continues, and saves what it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.errors import UserError
+from align.models.finite_weights import first_not_finite
+from align.runtime import distributed
+
+REPAIR = "nothing is saved; lower `learning_rate`, or look for the cause in these rows"
+SHOWN_TOKENS = 24
+
+
+@contextmanager
+def stop_unless_finite(trainer: Trainer) -> Iterator[None]:
+    """Inside the block, the trainer raises a ``UserError`` that names the step and the batch."""
+    check = _FiniteCheck()
+    training_step = trainer.training_step
+
+    def observed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = training_step(model, inputs, *args, **kwargs)
+        check.losses.append((inputs, loss))
+        return loss
+
+    trainer.training_step = observed
+    check.scales_losses = trainer.accelerator.scaler is not None
+    trainer.add_callback(check)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(check)
+        del trainer.training_step
+
+
+def check_weights(model: nn.Module, *, place: str) -> None:
+    """Check that all weights are finite, on all ranks. A collective call.
+
+    Raises:
+        UserError: One of them is not.
+    """
+    name = first_not_finite(model)
+    _raise_on_all_ranks(
+        name and f"{place}: the weight `{name}` is not finite; {REPAIR.partition(',')[0]}"
+    )
+
+
+class _FiniteCheck(TrainerCallback):
+    """Checks the losses and the gradients of a step before the optimizer uses them."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[Any, torch.Tensor]] = []
+        """Inputs and loss of each micro-batch of the step."""
+        self.scales_losses = False
+        """Whether losses are scaled for float16; then a step with infinite gradients is skipped."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        losses, self.losses = self.losses, []
+        step, tokenizer = f"step {state.global_step + 1}", kwargs.get("processing_class")
+        error = None
+        for number, (inputs, loss) in enumerate(losses, 1):
+            if not bool(loss.isfinite().all()):
+                place = f"micro-batch {number} of {len(losses)}, {_beginning(inputs, tokenizer)}"
+                error = f"{step}: the loss is {loss.mean().item()} ({place}); {REPAIR}"
+                break
+        if error is None and not self.scales_losses and not _gradients_are_finite(kwargs["model"]):
+            place = _beginning(losses[0][0], tokenizer)
+            error = f"{step}: a gradient is not finite ({place}); {REPAIR}"
+        _raise_on_all_ranks(error)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The norm overflows before its gradients do; clipped by it, they are all 0.
+        norm = kwargs.get("logs", {}).get("grad_norm", 0.0)
+        if not self.scales_losses and not math.isfinite(norm):
+            raise UserError(f"step {state.global_step}: the gradients have norm {norm}; {REPAIR}")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loss = kwargs.get("metrics", {}).get("eval_loss")
+        if loss is not None and not math.isfinite(loss):
+            raise UserError(
+                f"step {state.global_step}: the loss of the validation rows is {loss}; {REPAIR}"
+            )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_weights(kwargs["model"], place=f"step {state.global_step}")
+
+
+def _gradients_are_finite(model: nn.Module) -> bool:
+    gradients: list[Any] = [p.grad for p in model.parameters() if p.grad is not None]
+    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    return not local or bool(torch.nn.utils.get_total_norm(local).isfinite())
+
+
+def _beginning(inputs: Mapping[str, Any], tokenizer: Any) -> str:
+    """The beginning of the first row of a batch, in words."""
+    ids = next((v for k, v in inputs.items() if k.endswith("input_ids")), None)
+    if ids is None or tokenizer is None:
+        return "in its batch"
+    mask = inputs.get("attention_mask")
+    row = ids[0] if mask is None else ids[0][mask[0].bool()]
+    return f"in a batch that begins with {tokenizer.decode(row[:SHOWN_TOKENS])!r}"
+
+
+def _raise_on_all_ranks(error: str | None) -> None:
+    """Raise the first error of any rank on all of them, so that none waits for another."""
+    if distributed.any_rank(error is not None):
+        lines = [error]
+        if distributed.world_size() > 1:
+            from accelerate.utils import gather_object
+
+            lines = gather_object(lines)
+        raise UserError(next(line for line in lines if line is not None))

@@ -1,0 +1,157 @@
+"""A loss, gradient or weight that is not finite ends a stage, which then saves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_models
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from align.config.training import DPO, KTO, SFT, Reward
+from align.errors import UserError
+from align.models import loading, logps, tokenization
+from align.models.finite_weights import first_not_finite
+from align.stages import dpo, kto, reward, sft
+from align.training import finiteness, reference_logps
+
+STAGES = [
+    pytest.param(sft, SFT, "demonstrations", id="sft"),
+    pytest.param(dpo, DPO, "pairs", id="dpo"),
+    pytest.param(reward, Reward, "pairs", id="reward"),
+    pytest.param(kto, KTO, "preferences", id="kto"),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize(("module", "config", "rows"), STAGES)
+def test_a_stage_that_diverges_names_the_step_and_leaves_no_model(
+    module: ModuleType, config: Any, rows: str, world: tiny_models.World, tmp_path: Path
+) -> None:
+    settings = config(
+        model="sft",
+        trainer=tiny_models.TRAINER | {"max_steps": 3, "learning_rate": 1e30, "save_steps": 1},
+    )
+    with pytest.raises(UserError, match=r"^step [123]: .*nothing is saved; lower `learning_rate`"):
+        tiny_models.stage(module, settings, {"model": world.sft, rows: world.data}, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert not (tmp_path / "artifact.json").exists()
+
+
+class Line(nn.Module):
+    """Loss ``weight * x``, summed over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * x).sum()}
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.inf
+
+
+def trained(model: nn.Module, values: list[float], folder: Path, **arguments: Any) -> None:
+    """Train on one value per micro-batch, two of them per step."""
+    defaults = {
+        "output_dir": str(folder), "per_device_train_batch_size": 1, "logging_steps": 1,
+        "gradient_accumulation_steps": 2, "report_to": "none", "save_strategy": "no",
+        "train_sampling_strategy": "sequential", "use_cpu": True, "learning_rate": 0.1,
+        "disable_tqdm": True, "num_train_epochs": 1, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    rows: Any = [{"x": torch.tensor([value])} for value in values]
+    trainer = Trainer(
+        model,
+        TrainingArguments(**defaults | arguments),
+        train_dataset=rows,
+        eval_dataset=[{"x": torch.tensor([torch.nan]), "labels": torch.zeros(1)}],  # type: ignore[arg-type]
+    )
+    with finiteness.stop_unless_finite(trainer):
+        trainer.train()
+    finiteness.check_weights(model, place=f"step {trainer.state.global_step}")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_loss_is_named_with_its_step_and_micro_batch(value: float, tmp_path: Path) -> None:
+    model = Line()
+    with pytest.raises(UserError, match=r"step 2: the loss is -?(nan|inf) \(micro-batch 2 of 2,"):
+        trained(model, [1.0, 1.0, 1.0, value], tmp_path)
+    assert model.weight.isfinite()  # the step was not applied
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_behind_a_finite_loss_is_detected(max_grad_norm: float, tmp_path: Path) -> None:
+    class Model(Line):
+        def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
+            return {"loss": Overflow.apply(self.weight * x).sum()}
+
+    with pytest.raises(UserError, match="step 1: a gradient is not finite"):
+        trained(Model(), [1.0, 1.0], tmp_path, max_grad_norm=max_grad_norm)
+
+
+def test_an_overflow_in_the_last_step_is_detected(tmp_path: Path) -> None:
+    # 0.1 * 1e39 is too large for float32. The decay of weights does not show in the gradient.
+    with pytest.raises(UserError, match="step 1: the weight `weight` is not finite; nothing is"):
+        trained(Line(), [1.0, 1.0], tmp_path, weight_decay=1e39, learning_rate=1.0)
+
+
+def test_a_checkpoint_with_infinite_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 1: the weight `weight` is not finite"):
+        settings = {"weight_decay": 1e39, "learning_rate": 1.0, "save_strategy": "steps"}
+        trained(Line(), [1.0] * 4, tmp_path, save_steps=1, **settings)
+
+
+def test_the_loss_of_the_validation_rows_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 0: the loss of the validation rows is nan"):
+        trained(Line(), [1.0, 1.0], tmp_path, eval_on_start=True, eval_strategy="epoch")
+
+
+def test_finite_training_is_not_changed(tmp_path: Path) -> None:
+    model = Line()
+    trained(model, [1.0, 1.0], tmp_path, optim="sgd", weight_decay=0.0, max_grad_norm=0.0)
+    assert model.weight.item() == pytest.approx(0.9)  # 1 - 0.1 * the mean gradient of 1
+
+
+def test_quantized_weights_are_skipped_and_the_name_is_given() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert first_not_finite(model) is None
+    model[1].bias.data[0] = torch.nan
+    assert first_not_finite(model) == "1.bias"
+
+
+def test_log_probabilities_that_are_nan_are_blamed_on_the_weights(
+    world: tiny_models.World, tmp_path: Path
+) -> None:
+    model = loading.load_merged(world.sft, dtype="float32")
+    tokenizer = tokenization.load_tokenizer(world.sft)
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    row = ([{"role": "user", "content": "a"}], tokenization.assistant_turn("b"))
+    with pytest.raises(UserError, match="weights are damaged"):
+        logps.completion_logps(model, tokenizer, [row], batch_size=1)
+
+    config = DPO(model="sft", trainer=tiny_models.TRAINER | {"max_steps": 20})
+    inputs = {"model": world.sft, "pairs": world.data}
+    trainer = dpo.build(config, inputs, tmp_path / "dpo")
+    trainer.ref_model.get_input_embeddings().weight.data[:] = torch.nan
+    logger = tiny_models.logger("dpo", tmp_path)
+    with pytest.raises(UserError, match="the weights of `model` are damaged"):
+        reference_logps.add_reference_logps(trainer, inputs=inputs, runs=tmp_path, logger=logger)
+    assert not list(tmp_path.glob("reference-*/artifact.json"))
