@@ -62,9 +62,11 @@ def run(
 
     Exit codes: 0 success, 1 error, 2 invalid input, 130 interrupted.
     """
-    from align.config.recipe import load_recipe
+    from align.config.recipe import read_recipe
+    from align.pipeline.runner import plan_checked
 
-    load_recipe(recipe, overrides or [])  # reports invalid input before the launcher starts
+    # Invalid input is reported before the launcher starts, which takes many seconds.
+    plan_checked(read_recipe(recipe, overrides or []), runs, until=until, force=force)
     if config is not None:
         check_launch_configuration(config)
     options = ["--runs", str(runs)]

@@ -34,14 +34,13 @@ def plan(
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
     from rich.console import Console
 
-    from align.config.recipe import ErrorCollector, load_recipe
+    from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight
-    from align.pipeline import plan as pipeline_plan
+    from align.pipeline.plan import plan_stages
 
-    loaded = load_recipe(recipe, overrides or [])
-    stages = pipeline_plan.plan(loaded, runs, until=until)
+    errors = ErrorCollector(read_recipe(recipe, overrides or []))
+    stages = plan_stages(errors, runs, until=until)
     pending = [stage for stage in stages if stage.status != "reused"]
-    errors = ErrorCollector(loaded)
     preflight.check_environments(errors, pending)
     preflight.check_batch_sizes(errors, pending, processes)
     errors.raise_any()
@@ -81,21 +80,20 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     """Check recipe, data, token lengths and chat template without training."""
     from rich.console import Console
 
-    from align.config.recipe import ErrorCollector, load_recipe
-    from align.pipeline import estimates, preflight, token_lengths
-    from align.pipeline import plan as pipeline_plan
+    from align.config.recipe import ErrorCollector, read_recipe
+    from align.pipeline import estimates, preflight
+    from align.pipeline.plan import plan_stages
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    loaded = load_recipe(recipe, overrides or [])
-    console.print(f"{recipe}: {_count_of_stages(len(loaded.stages))}: {', '.join(loaded.stages)}")
-    stages = pipeline_plan.plan(loaded, runs)
+    loaded = read_recipe(recipe, overrides or [])
+    console.print(f"{recipe}: {_count_of_stages(len(loaded.names))}: {', '.join(loaded.names)}")
     errors = ErrorCollector(loaded)
-    preflight.check_environments(errors, stages)
-    errors.raise_any()
+    stages = plan_stages(errors, runs)
     warnings = 0
-    for line in token_lengths.examine(loaded, stages):
+    for line in preflight.examine(errors, stages, runs, world_size=1):
         console.print(line)
         warnings += "warning:" in line
+    errors.raise_any()
     for name, estimate in estimates.estimate(stages, world_size=1).items():
         if estimate.memory_bytes is not None:
             memory = _with_unit(estimate.memory_bytes)

@@ -43,12 +43,12 @@ def run_recipe(
 ) -> None:
     """Run the unfinished stages of a recipe and show the results."""
     quiet_libraries()
-    from align.config.recipe import load_recipe
+    from align.config.recipe import read_recipe
     from align.pipeline import runner
     from align.pipeline.summary import show_summary
     from align.runtime import progress
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides or [])
     with progress.display() as display:
         summary = runner.run_recipe(loaded, runs, display, force=force, until=until)
     show_summary(summary, display.console, runs / loaded.name / "summary.json")

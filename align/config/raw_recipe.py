@@ -23,6 +23,8 @@ class RawRecipe:
     stages: dict[str, tuple[Document, dict[str, Any]]] = field(default_factory=dict)
     overridden: set[tuple[str, ...]] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    invalid: set[str] = field(default_factory=set)
+    """The names of the stages that errors were reported for."""
 
     def classes(self) -> dict[str, type[Stage] | None]:
         """The class of each stage, in order; None for an unknown kind."""
@@ -54,6 +56,7 @@ class RawRecipe:
     def report(self, name: str, keys: Iterable[str | int], message: str) -> None:
         """Add an error about a key of a stage."""
         keys = tuple(keys)
+        self.invalid.add(name)
         address = ".".join(map(str, (name, *keys)))
         self.problems.append(f"{self.place(name, *keys)}: {address}: {message}")
 

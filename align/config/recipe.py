@@ -48,6 +48,10 @@ class Recipe:
     path: Path
     stages: Mapping[str, Stage]
     _places: Mapping[tuple[str, ...], str] = field(default_factory=dict, repr=False)
+    problems: tuple[str, ...] = ()
+    """The errors of a recipe that was read by :func:`read_recipe`, one line each."""
+    names: tuple[str, ...] = ()
+    """The names of all stages, including those with errors, which ``stages`` leaves out."""
 
     @property
     def name(self) -> str:
@@ -68,11 +72,14 @@ class Recipe:
 
 
 class ErrorCollector:
-    """Collects user errors with their places in the recipe, and raises them as one."""
+    """Collects user errors with their places in the recipe, and raises them as one.
+
+    The errors that were found when the recipe was read are the first of them.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.lines: list[str] = []
+        self.lines: list[str] = list(recipe.problems)
 
     def add(self, keys: Iterable[str | int], *messages: str) -> None:
         """Add messages about the key at ``keys``, which begin with the name of its stage."""
@@ -88,13 +95,13 @@ class ErrorCollector:
             self.add(keys, *error.lines)
 
     def raise_any(self) -> None:
-        """Raise what was collected.
+        """Raise what was collected, in the order of the places.
 
         Raises:
             RecipeError: At least one error was collected.
         """
         if self.lines:
-            raise RecipeError(*self.lines)
+            raise RecipeError(*sorted(dict.fromkeys(self.lines), key=_by_line))
 
 
 def load_recipe(
@@ -111,6 +118,25 @@ def load_recipe(
 
     Raises:
         RecipeError: One line for each error in all of them, with its place and its repair.
+    """
+    loaded = read_recipe(recipe, overrides, name=name)
+    ErrorCollector(loaded).raise_any()
+    return loaded
+
+
+def read_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    name: str = "recipe",
+) -> Recipe:
+    """Read a recipe as :func:`load_recipe` does, with its errors as ``problems`` of the result.
+
+    Its ``stages`` are those without errors whose inputs have none either, so that they can be
+    checked further and all errors be reported together.
+
+    Raises:
+        RecipeError: There is no such recipe, or it cannot be read.
     """
     raw = RawRecipe()
     if isinstance(recipe, Mapping):
@@ -133,9 +159,19 @@ def load_recipe(
             validation.validate_inputs(stage_name, cls, values, classes, raw.report)
     for stage_name, stage in stages.items():
         validation.validate_stage(stage_name, stage, stages, raw.report)
-    if raw.problems:
-        raise RecipeError(*sorted(dict.fromkeys(raw.problems), key=_by_line))
-    return Recipe(file, stages, raw.places())
+    return Recipe(
+        file, _valid_stages(stages, raw), raw.places(), tuple(raw.problems), tuple(raw.stages)
+    )
+
+
+def _valid_stages(stages: Mapping[str, Stage], raw: RawRecipe) -> dict[str, Stage]:
+    """The stages without errors whose inputs have none either."""
+    valid: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        inputs = [target for target in stage.input_names().values() if target in raw.stages]
+        if name not in raw.invalid and all(target in valid for target in inputs):
+            valid[name] = stage
+    return valid
 
 
 def load_stage(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe import Recipe, load_recipe
+from align.config.recipe import Recipe, read_recipe
 from align.pipeline import runner
 from align.pipeline.plan import PlannedStage
 from align.pipeline.plan import plan as plan_recipe
@@ -93,7 +93,7 @@ def run(
 
 
 def _loaded(recipe: RecipeOrPath) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
 
 
 def _typed(metrics: dict[str, Any], metrics_class: str | None) -> Any:

@@ -15,7 +15,7 @@ from align.config.base import Stage
 from align.config.recipe import ErrorCollector, Recipe
 from align.config.stages import accepted_kinds, stage_kind
 from align.data.sources import source_files
-from align.errors import ArtifactError, RecipeError, nearest
+from align.errors import ArtifactError, nearest
 from align.models.files import check_model_folder
 from align.rewards import functions
 from align.runtime import artifacts, checkpoints
@@ -53,23 +53,63 @@ def plan(
         UserError: An option names no stage, or an input from outside the recipe is missing or
             unfinished.
     """
-    for option, value, others in (("--until", until, []), ("--force", force, ["all"])):
-        if value is not None and value not in [*recipe.stages, *others]:
-            hint = nearest(value, [*recipe.stages, *others])
-            raise RecipeError(f"{option} {value}: no such stage{hint}")
-    planned: dict[str, PlannedStage] = {}
     errors = ErrorCollector(recipe)
+    stages = plan_stages(errors, runs, until=until, force=force)
+    errors.raise_any()
+    return stages
+
+
+def plan_stages(
+    errors: ErrorCollector, runs: Path, *, until: str | None = None, force: str | None = None
+) -> list[PlannedStage]:
+    """Plan a recipe as :func:`plan` does, and collect the errors.
+
+    Stages with errors, and those that depend on them, are left out.
+    """
+    recipe = errors.recipe
+    _check_options(errors, until, force)
+    planned: dict[str, PlannedStage] = {}
     for name, config in recipe.stages.items():
-        inputs, digests = _resolve_inputs(name, config, planned, errors)
-        digests |= _file_digests(name, config, errors)
-        digest = stage_digest(config, digests)
-        folder = runs / f"{name}-{digest[:12]}"
-        status = "run" if force in ("all", name) else _status(folder)
-        planned[name] = PlannedStage(name, config, digest, folder, inputs, digests, status)
+        n_errors = len(errors.lines)
+        depends_on = set(config.input_names().values()) & recipe.stages.keys()
+        if depends_on <= planned.keys():
+            with errors.at(name):
+                stage = _planned_stage(name, config, runs, planned, errors, force)
+                if len(errors.lines) == n_errors:
+                    planned[name] = stage
         if name == until:
             break
-    errors.raise_any()
     return list(planned.values())
+
+
+def _check_options(errors: ErrorCollector, until: str | None, force: str | None) -> None:
+    """Check that ``--until`` and ``--force`` name stages, and that the forced stage is reached."""
+    names = list(errors.recipe.names)
+    for option, value, others in (("--until", until, []), ("--force", force, ["all"])):
+        if value is not None and value not in [*names, *others]:
+            hint = nearest(value, [*names, *others])
+            errors.lines.append(f"{option} {value}: no such stage{hint}")
+    if until in names and force in names and names.index(force) > names.index(until):
+        errors.lines.append(
+            f"--force {force}: `--until {until}` stops before this stage; remove one of the two"
+        )
+
+
+def _planned_stage(
+    name: str,
+    config: Stage,
+    runs: Path,
+    planned: Mapping[str, PlannedStage],
+    errors: ErrorCollector,
+    force: str | None,
+) -> PlannedStage:
+    """Resolve the inputs of a stage; its digest, its folder and its status."""
+    inputs, digests = _resolve_inputs(name, config, planned, errors)
+    digests |= _file_digests(name, config, errors)
+    digest = stage_digest(config, digests)
+    folder = runs / f"{name}-{digest[:12]}"
+    status = "run" if force in ("all", name) else _status(folder)
+    return PlannedStage(name, config, digest, folder, inputs, digests, status)
 
 
 def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:

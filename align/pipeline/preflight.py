@@ -1,69 +1,79 @@
 """Checks of a recipe before its stages run, so that errors are reported before anything is trained.
 
 The stages declare what they need (:class:`align.config.base.Stage`); the checks here look whether
-it exists.
+it exists. :func:`examine` makes all of them, the same for ``align check`` and for a run, and
+collects their errors. None of them loads a training library; what only TRL knows is checked after
+them, by :func:`check_trainer_arguments`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.request import urlopen
 
-from align.config.recipe import ErrorCollector, Recipe
+from align.config.recipe import ErrorCollector
+from align.data import sources
 from align.data import tables as data_tables
 from align.errors import UserError
+from align.pipeline import token_lengths
 from align.pipeline.plan import PlannedStage
-from align.rewards.functions import load_function, missing_columns
-from align.runtime import hub
+from align.pipeline.table_checks import check_tables
+from align.rewards.functions import load_function
+from align.runtime import artifacts, hub
 
 SERVER_TIMEOUT_SECONDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedTables:
-    """What is known of prepared data, on disk or in memory."""
-
-    names: Collection[str]
-    """The names of the tables, such as ``pairs-train``."""
-    prompts: Callable[[str], list[str]]
-    """The texts of the last messages of the prompts of a split."""
-
-
-def check_writable(runs: Path) -> None:
-    """Check that ``runs`` is a writable folder; create it if necessary.
-
-    Raises:
-        UserError: It cannot be created or written.
-    """
+def check_writable(errors: ErrorCollector, runs: Path) -> None:
+    """Check that ``runs`` is a writable folder, or that it can be created."""
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=runs):
+        existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=existing):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(
+        errors.lines.append(
             f"{runs}: cannot be written ({reason}); choose another folder with --runs"
-        ) from None
+        )
 
 
-def check_before_start(recipe: Recipe, pending: Sequence[PlannedStage], world_size: int) -> None:
-    """Check models, functions, servers, environments and batch sizes of pending stages.
+def examine(
+    errors: ErrorCollector,
+    stages: Sequence[PlannedStage],
+    runs: Path,
+    *,
+    world_size: int,
+    largest_source: float = math.inf,
+) -> Iterator[str]:
+    """Make all checks that need no training library; yield a line for each result.
 
-    Raises:
-        UserError: One line for each error.
+    Sources of more than ``largest_source`` bytes are not read: their rows are checked when they are
+    prepared.
     """
-    errors = ErrorCollector(recipe)
-    check_hub_models(errors, pending)
-    check_packages(errors, pending)
-    check_environments(errors, pending)
-    check_reward_functions(errors, pending)
-    check_servers(errors, pending)
-    check_batch_sizes(errors, pending, world_size)
-    errors.raise_any()
+    check_writable(errors, runs)
+    for check in CHECKS:
+        check(errors, stages)
+    check_batch_sizes(errors, stages, world_size)
+    inputs = (target for stage in stages for target in stage.inputs.values())
+    for folder in dict.fromkeys(target for target in inputs if isinstance(target, Path)):
+        if (folder / artifacts.FILE).is_file() and data_tables.table_names(folder):
+            check_tables(errors, folder, stages)
+    read = [stage for stage in stages if _source_bytes(stage) <= largest_source]
+    yield from token_lengths.examine(errors, read)
+
+
+def _source_bytes(stage: PlannedStage) -> int:
+    """The size of the local files that a stage prepares."""
+    files = (
+        file
+        for source in stage.config.external_sources()
+        for file in sources.source_files(source.name, split=source.split)
+    )
+    return sum(file.stat().st_size for file in files)
 
 
 def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -130,18 +140,23 @@ def check_batch_sizes(
             errors.add((stage.name, *problem.keys), problem.message)
 
 
-def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> None:
-    """Build the TRL configurations of all pending stages, so that TRL checks them now.
+CHECKS = (
+    check_hub_models,
+    check_packages,
+    check_environments,
+    check_reward_functions,
+    check_servers,
+)
+"""The checks of what the stages declare. A new one is added here."""
 
-    Raises:
-        UserError: One line for each error.
-    """
+
+def check_trainer_arguments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Build the TRL configurations of all pending stages, so that TRL checks them now."""
     trained = [stage for stage in pending if stage.config.trainer_config]
     if not trained:
         return  # importing TRL takes seconds
     from align.training import trl_trainer
 
-    errors = ErrorCollector(recipe)
     for stage in trained:
         trl_class = trl_trainer.config_class(str(stage.config.trainer_config))
         arguments = stage.config.trl_arguments()
@@ -151,111 +166,3 @@ def check_trainer_arguments(recipe: Recipe, pending: Sequence[PlannedStage]) -> 
         except UserError as error:
             lines = [line.removeprefix("trainer: ") for line in error.lines]
             errors.add((stage.name, "trainer"), *lines)
-    errors.raise_any()
-
-
-# Prepared data
-
-
-def check_tables(recipe: Recipe, data: Path, pending: Sequence[PlannedStage]) -> None:
-    """Check that finished prepared data have the tables and columns of pending stages.
-
-    Raises:
-        UserError: One line for each error.
-    """
-    errors = ErrorCollector(recipe)
-
-    def prompts(split: str) -> list[str]:
-        rows = data_tables.read(data, "prompts", split, columns=["prompt"])
-        return [row["prompt"][-1]["content"] for row in rows]
-
-    tables = PreparedTables(set(data_tables.table_names(data)), prompts)
-    check_contents(errors, data, tables, pending)
-    for stage in pending:
-        if data in stage.inputs.values():
-            _check_columns(errors, stage, data)
-            _check_labels(errors, stage, data)
-    errors.raise_any()
-
-
-def check_contents(
-    errors: ErrorCollector, data: Path, tables: PreparedTables, pending: Sequence[PlannedStage]
-) -> None:
-    """Check tables and gold prompts of the prepared data that belong in ``data``."""
-    for stage in pending:
-        if data in stage.inputs.values() and not _tables_exist(errors, stage, data, tables):
-            continue
-        split = _gold_split(stage, data, pending)
-        if split is not None and stage.config.gold_prompts is not None:
-            from align.rewards import gold
-
-            with errors.at(stage.name, "judge"):
-                gold.check_prompts(tables.prompts(split), repair=stage.config.gold_prompts.repair)
-
-
-def _tables_exist(
-    errors: ErrorCollector, stage: PlannedStage, data: Path, tables: PreparedTables
-) -> bool:
-    """Whether the required tables exist; those that do not are added to ``errors``."""
-    alternatives: dict[str, list[str]] = {}
-    for table in stage.config.required_tables():
-        if stage.inputs.get(table.input) == data:
-            alternatives.setdefault(table.key, []).append(table.name)
-    missing = {
-        key: names for key, names in alternatives.items() if not set(names) & set(tables.names)
-    }
-    for key, names in missing.items():
-        existing = ", ".join(sorted(tables.names))
-        errors.add(
-            (stage.name, key),
-            f"the prepared data have no table {' or '.join(names)}, only {existing}",
-        )
-    return not missing
-
-
-def _gold_split(stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]) -> str | None:
-    """The split of ``data`` whose prompts the gold score must parse for this stage."""
-    gold = stage.config.gold_prompts
-    if gold is None:
-        return None
-    source = stage.inputs.get(gold.input)
-    if source == data:
-        return gold.split
-    sampled = next((other for other in pending if other.folder == source), None)
-    if sampled is None or data not in sampled.inputs.values():
-        return None
-    split: str = getattr(sampled.config, "split", gold.split)
-    return split
-
-
-def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
-    """Check the columns that settings and reward functions require."""
-    for key, (table, column) in stage.config.required_columns.items():
-        exists = data_tables.has_table(data, table.kind, table.split)
-        if exists and column not in data_tables.column_names(data, table.kind, table.split):
-            errors.add((stage.name, key), f"{table.name} has no column `{column}`; remove this key")
-    for keys, function in stage.config.reward_functions.items():
-        if not data_tables.has_table(data, "prompts", "train"):
-            continue  # reported as a missing table
-        columns = data_tables.column_names(data, "prompts", "train")
-        for column in missing_columns(function, columns):
-            errors.add(
-                (stage.name, *keys),
-                f"{function} requires the column `{column}`, and the prompts have "
-                f"{', '.join(columns)}; add it to `keep_columns` of the `prepare` stage",
-            )
-
-
-def _check_labels(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
-    """Check that there are enough completions of both labels for every batch."""
-    size = stage.config.labels_per_batch
-    if size is None or not data_tables.has_table(data, "unpaired", "train"):
-        return
-    from align.training import kto_batches
-
-    rows = data_tables.read(data, "unpaired", "train", columns=["label"])
-    labels = [row["label"] for row in rows]
-    paired = data_tables.count_rows(data, "pairs", "train")
-    desirable, undesirable = sum(labels) + paired, labels.count(False) + paired
-    with errors.at(stage.name, stage.config.reads[0].input):
-        kto_batches.check_label_counts(desirable, undesirable, batch_size=size)

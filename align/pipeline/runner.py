@@ -10,14 +10,17 @@ import importlib
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe import Recipe
+from align.config.recipe import ErrorCollector, Recipe
 from align.errors import UserError
 from align.pipeline import preflight
-from align.pipeline.plan import PlannedStage, plan
+from align.pipeline.estimates import LARGEST_SOURCE
+from align.pipeline.plan import PlannedStage, plan_stages
+from align.pipeline.table_checks import check_tables
 from align.runtime import artifacts, checkpoints, distributed, signals
 from align.runtime.locks import folder_lock
 from align.runtime.progress import Display, Logger
@@ -78,26 +81,52 @@ def run_recipe(
         UserError: Invalid input. Errors that can be detected before training are raised before it,
             all at once.
     """
-    planned = plan(recipe, runs, until=until, force=force)
-    preflight.check_writable(runs)
-    pending = [stage for stage in planned if stage.status != "reused"]
-    preflight.check_before_start(recipe, pending, distributed.world_size())
     started = time.monotonic()
+    planned = plan_checked(recipe, runs, until=until, force=force)
+    pending = [stage for stage in planned if stage.status != "reused"]
     if pending or distributed.world_size() > 1:
         distributed.init_process_group()
-        preflight.check_trainer_arguments(recipe, pending)
+        _raise_errors(recipe, preflight.check_trainer_arguments, pending)
     finished = []
     for stage in planned:
         forced = force in ("all", stage.name)
         finished.append(_run_or_reuse(stage, recipe, display, forced=forced))
         if stage.config.prepares_data:
-            preflight.check_tables(recipe, stage.folder, pending)
+            _raise_errors(recipe, check_tables, stage.folder, pending)
     seconds = round(time.monotonic() - started, 3)
     summary = RunSummary(str(recipe.path), seconds, tuple(finished))
     if distributed.is_main():
         artifacts.write_json(runs / recipe.name / "summary.json", summary.as_json())
     distributed.barrier()
     return summary
+
+
+def plan_checked(
+    recipe: Recipe, runs: Path, *, until: str | None = None, force: str | None = None
+) -> list[PlannedStage]:
+    """Plan a recipe, and check its unfinished stages before a training library is imported.
+
+    ``recipe`` may have errors that were found when it was read.
+
+    Raises:
+        UserError: One line for each error of the recipe, the options, the inputs and the data.
+    """
+    errors = ErrorCollector(recipe)
+    planned = plan_stages(errors, runs, until=until, force=force)
+    pending = [stage for stage in planned if stage.status != "reused"]
+    # A larger source is not read twice: the errors of its rows are raised when it is prepared.
+    limits = {"world_size": distributed.world_size(), "largest_source": LARGEST_SOURCE}
+    for _ in preflight.examine(errors, pending, runs, **limits):
+        pass  # the lines are for `align check`
+    errors.raise_any()
+    return planned
+
+
+def _raise_errors(recipe: Recipe, check: Callable[..., None], *arguments: object) -> None:
+    """Make a check, and raise the errors that it collects."""
+    errors = ErrorCollector(recipe)
+    check(errors, *arguments)
+    errors.raise_any()
 
 
 def _run_or_reuse(

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from align.config.base import NewModel, Stage
 from align.config.data import Prepare
-from align.config.recipe import ErrorCollector, Recipe
+from align.config.recipe import ErrorCollector
 from align.data import sources, statistics
 from align.data.prepare import prepare
 from align.errors import UserError
-from align.pipeline import preflight
 from align.pipeline.plan import PlannedStage
+from align.pipeline.table_checks import PreparedTables, check_contents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,25 +28,20 @@ TOKENS_PER_MESSAGE = 5  # ChatML: start, role, newline, end, newline
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]  # kind → split → rows
 
 
-def examine(recipe: Recipe, stages: Sequence[PlannedStage]) -> Iterator[str]:
-    """Prepare the data in memory and measure the rows of training stages; yield lines.
-
-    Raises:
-        UserError: The data are invalid, or a tokenizer has no chat template.
-    """
+def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[str]:
+    """Prepare the data in memory and measure the rows of training stages; yield lines."""
     tables: dict[Path, Tables] = {}
     tokenizers: dict[Path, Tokenizer | None] = {}
-    errors = ErrorCollector(recipe)
     for stage in stages:
         if stage.config.prepares_data:
-            yield from _prepared_lines(stage, stages, tables, errors)
+            with errors.at(stage.name):
+                yield from _prepared_lines(stage, stages, tables, errors)
         elif stage.config.trainer_config:
             rows = _training_rows(stage, tables)
             with errors.at(stage.name, "model"):
                 tokenizer = tokenizers[stage.folder] = _tokenizer(stage, rows, tokenizers)
                 if rows is not None and tokenizer is not None:
                     yield _length_line(stage.name, stage.config, rows, tokenizer)
-    errors.raise_any()
 
 
 def _prepared_lines(
@@ -73,13 +68,13 @@ def _prepared_lines(
     for warning in statistics.collect(prepared).summary()["warnings"]:
         yield f"{stage.name}: warning: {warning}"
     names = {f"{kind}-{split}" for kind, splits in tables[stage.folder].items() for split in splits}
-    contents = preflight.PreparedTables(
+    contents = PreparedTables(
         names,
         lambda split: [
             row["prompt"][-1]["content"] for row in tables[stage.folder]["prompts"][split]
         ],
     )
-    preflight.check_contents(errors, stage.folder, contents, stages)
+    check_contents(errors, stage.folder, contents, stages)
 
 
 def _training_rows(stage: PlannedStage, tables: Mapping[Path, Tables]) -> Sequence[Any] | None:

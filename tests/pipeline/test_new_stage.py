@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from align.config.base import GymEnvironment, HeldOut, Input, Problem, Stage, Table, Workload
-from align.config.recipe import load_recipe
+from align.config.recipe import ErrorCollector, load_recipe
 from align.config.stages import STAGES
 from align.errors import UserError
 from align.pipeline import estimates, preflight, runner
@@ -161,6 +161,8 @@ def test_all_errors_before_the_start_are_raised_as_one(recipe: Any):
     )
     loaded = load_recipe("recipe.yaml")
     planned = plan(loaded, Path("runs"))
+    errors = ErrorCollector(loaded)
     with pytest.raises(UserError) as error:
-        preflight.check_before_start(loaded, planned, world_size=2)
+        list(preflight.examine(errors, planned, Path("runs"), world_size=2))
+        errors.raise_any()
     assert [line.split(": ")[1] for line in error.value.lines] == ["count.limit", "second.limit"]

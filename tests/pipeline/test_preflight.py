@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
+from align.cli import main as cli
+
 PPO = """\
 stages:
   prepare: {source: embedded, max_rows: 50}
@@ -23,3 +27,41 @@ def test_a_missing_optional_dependency_is_an_error_before_anything_runs(
     message = "ppo.quantization: bitsandbytes is not installed: pip install -e '.[quantization]'"
     assert message in finished.err
     assert not list(tmp_path.glob("runs/*"))
+
+
+EVERY_PHASE = """\
+stages:
+  prepare: {source: rows.jsonl}
+  other: {stage: prepare, source: embedded}
+  sft: {model: {}, demonstrations: other, sede: 1}
+  dpo: {model: base, pairs: other}
+  ppo: {model: sft, prompts: other, rewards: ["no_such_module:score"], steps: 2, batch_size: 3}
+  control: {environment: CartPol-v1, steps: 100}
+  ppo_2: {stage: ppo, model: owner/name, prompts: other, rewards: ["no_such_module:score"], steps: 2,
+    batch_size: 4}
+"""
+ERRORS = [
+    "recipe.yaml:2: prepare: rows.jsonl: ",
+    "recipe.yaml:4: sft.sede: unknown key; did you mean `seed`?",
+    "recipe.yaml:5: dpo.model: no earlier stage `base`",
+    "recipe.yaml:7: control.environment: unknown environment CartPol-v1",
+    "recipe.yaml:8: ppo_2.model: owner/name: no such folder, not in the cache",
+    "recipe.yaml:8: ppo_2.rewards.0: no_such_module:score: cannot be imported",
+    "--until nothing: no such stage",
+]
+
+
+def test_errors_of_all_phases_are_reported_at_once_and_equal_in_check_and_run(
+    launch, tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "recipe.yaml").write_text(EVERY_PHASE)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    finished = launch("recipe.yaml", "--until", "nothing")
+    lines = finished.err.splitlines()
+    assert finished.code == 2
+    assert [line[: len(start)] for line, start in zip(lines, ERRORS, strict=True)] == ERRORS
+    monkeypatch.setattr(sys, "argv", ["align", "check", "recipe.yaml"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capfd.readouterr().err.splitlines() == lines[:-1]
+    assert not (tmp_path / "runs").exists()
