@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import itertools
 import logging
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from align.models.prefix_sharing import attention as prefix_sharing_attention
@@ -395,6 +399,92 @@ def test_attention_functions_for_accelerators_compute_the_same(kind, shape, func
     assert len(calls) == 2 * len(ROWS)
 
 
+def varlen_2_10(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):
+    pytest.fail("this version has no sliding window")
+
+
+def varlen_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    left, right = window_size
+    assert right == 0
+    window = None if left == -1 else left + 1
+    return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window)
+
+
+def varlen_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return varlen_2_11(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
+    )
+
+
+@pytest.fixture
+def varlen_signature(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Replaces ``torch.nn.attention.varlen.varlen_attn`` by a function of another version."""
+    from torch.nn.attention import varlen as module
+
+    prefix_sharing_attention.varlen_function.cache_clear()
+    yield lambda function: monkeypatch.setattr(module, "varlen_attn", function)
+    prefix_sharing_attention.varlen_function.cache_clear()
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize(("kind", "shape"), [SHARED[0], SHARED[2], SHARED[3]])
+@pytest.mark.parametrize("function", [varlen_2_11, varlen_2_13])
+def test_each_signature_of_varlen_attn_computes_the_same(
+    function, kind, shape, varlen_signature, monkeypatch
+):
+    varlen_signature(function)
+    padded = model(kind, shape)
+    shared = copy.deepcopy(padded)
+    wrapper.enable_prefix_sharing(shared)
+
+    def accelerated(query, key, value, layout, scaling, dropout, window):
+        return prefix_sharing_attention.attend_varlen(query, key, value, layout, scaling, window)
+
+    monkeypatch.setattr(prefix_sharing_attention, "attend_by_row", accelerated)
+    ids, mask = batch(ROWS["four completions of a prompt"], "right")
+    assert_close(hidden(shared, ids, mask), hidden(padded, ids, mask), rtol=1e-6, atol=1e-6)
+
+
+def test_a_varlen_attn_without_a_window_is_not_used(varlen_signature, monkeypatch):
+    varlen_signature(varlen_2_10)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "flash_attn" else name
+    )
+    assert prefix_sharing_attention.varlen_function() is None
+
+
 # Fallbacks to the padded forward pass -------------------------------------------------------------
 
 
@@ -452,6 +542,57 @@ def test_models_that_cannot_share_run_padded_and_log_the_reason_once(
     hidden(causal_model, ids, mask)
     assert len(fallbacks) == 1
     assert reason in fallbacks[0]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "adapter on the embeddings"])
+def test_neftune_has_the_noise_of_a_padded_batch(lora, fallbacks):
+    """NEFTune scales its noise by the row length; each row has other noise."""
+    causal_model = model("llama", SMALL)
+    if lora:
+        config = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+        causal_model = get_peft_model(causal_model, config)
+    ids, mask = batch(ROWS["pairs"], "right")
+    wrapper.enable_prefix_sharing(causal_model)
+    handle = activate_neftune(causal_model, 10.0)
+    seen = []
+    causal_model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append((output - module.forward(*args)).detach())
+    )
+    causal_model.train()
+    causal_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    (noise,) = seen
+    bound = 10.0 / math.sqrt(ids.shape[1] * SMALL["hidden_size"])
+    assert noise.shape[:2] == ids.shape
+    assert 0.99 * bound < noise.abs().max() <= bound
+    assert not torch.equal(noise[0, 0], noise[2, 0])  # both rows begin with the same token
+    assert "neftune_post_forward_hook" in fallbacks[0]
+    handle.remove()
+
+
+def test_hooks_that_change_no_value_keep_sharing(fallbacks):
+    causal_model = model("llama", SMALL)
+    causal_model.enable_input_require_grads()  # registered by adapters with gradient checkpointing
+    ids, mask = batch(ROWS["pairs"], "right")
+    wrapper.enable_prefix_sharing(causal_model)
+    seen = tokens_computed(causal_model)
+    hidden(causal_model, ids, mask)
+    assert seen == [distinct(ROWS["pairs"])]
+    assert not fallbacks
+
+
+@pytest.mark.parametrize("pre", [False, True], ids=["after", "before"])
+def test_any_other_hook_on_the_embeddings_runs_padded(pre, fallbacks):
+    causal_model = model("llama", SMALL)
+    ids, mask = batch(ROWS["pairs"], "right")
+    embeddings = causal_model.get_input_embeddings()
+    if pre:  # rolls the tokens of the batch
+        embeddings.register_forward_pre_hook(lambda module, args: (args[0].roll(1, 0),))
+    else:
+        embeddings.register_forward_hook(lambda module, args, output: output / output.shape[1])
+    expected = hidden(causal_model, ids, mask)
+    wrapper.enable_prefix_sharing(causal_model)
+    assert torch.equal(hidden(causal_model, ids, mask), expected)
+    assert "the embeddings have the hook" in fallbacks[0]
 
 
 def test_layers_that_ignore_the_layout_are_detected(fallbacks):

@@ -161,8 +161,9 @@ def varlen_function() -> Callable[..., Any] | None:
 
     Its arguments are ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``.
 
-    torch provides it from version 2.11 on, the flash-attn package from version 2.1 on: before, it
-    aligned the mask at the top left.
+    torch's function is used from version 2.11 on, where it has a window; ``enable_gqa`` was added
+    later, and version 2.11 accepts fewer heads of keys without it. The flash-attn package is used
+    from version 2.1 on: before, it aligned the mask at the top left.
     """
     import importlib.util
     import inspect
@@ -170,11 +171,13 @@ def varlen_function() -> Callable[..., Any] | None:
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
 
-        if "window_size" in inspect.signature(varlen_attn).parameters:
+        parameters = inspect.signature(varlen_attn).parameters
+        if {"window_size", "scale"} <= parameters.keys():
+            has_gqa_flag = "enable_gqa" in parameters
             return lambda q, k, v, cu_q, cu_k, max_q, max_k, scale, window: varlen_attn(
                 q, k, v, cu_q, cu_k, max_q, max_k, scale=scale,
                 window_size=(-1 if window is None else window - 1, 0),
-                enable_gqa=q.shape[1] != k.shape[1],
+                **({"enable_gqa": q.shape[1] != k.shape[1]} if has_gqa_flag else {}),
             )  # fmt: skip
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func

@@ -10,8 +10,8 @@ The new tokens of a row attend along its path, causal from the bottom right (see
 that share it.
 
 If the result would not be exact (a key/value cache, soft-capping, layers other than softmax
-attention, prompt tuning, a mask with holes), the padded forward pass runs instead, and the reason
-is logged once. Dropout draws other random numbers than in a padded batch, and the same ones for all
+attention, prompt tuning, a mask with holes, NEFTune or another hook on the embeddings), the padded
+forward pass runs instead, and the reason is logged once. Dropout draws other random numbers than in a padded batch, and the same ones for all
 rows that share a token. Left out: models on several devices (``device_map``), ``torch.compile`` of
 the whole model, adapters that differ between rows.
 """
@@ -39,6 +39,11 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Rotary embeddings that depend on the longest row of a batch."""
 IGNORED_LABEL = -100
+EXACT_HOOKS = "make_inputs_require_grad"
+"""Beginning of the names of hooks on embeddings that change no value: gradient checkpointing of
+adapters registers them."""
+SHARDING_LIBRARIES = ("torch.distributed.", "deepspeed.")
+"""Modules whose hooks gather sharded weights and change no value."""
 KEY_VALUE_CACHE = "the call uses a key/value cache"
 """Reason of the fallback in every generation, which is expected and logged at level DEBUG."""
 
@@ -223,6 +228,9 @@ def _layout(
     unknown = [key for key, value in kwargs.items() if value is not None and key not in known]
     if unknown:
         raise CannotShare(f"the call has the argument `{unknown[0]}`")
+    if hook := _inexact_hook(self.get_input_embeddings()):
+        # NEFTune's noise, for example, depends on the length of the row.
+        raise CannotShare(f"the embeddings have the hook `{hook}`")
     if ids is None or args or kwargs.get("return_dict") is False:
         raise CannotShare("the call has no token ids, positional arguments, or `return_dict=False`")
     if mask is not None and mask.shape != ids.shape:
@@ -236,6 +244,18 @@ def _layout(
     must_prove = not self.prefix_sharing.proven and several_processes()
     saves_tokens = len(layout.tokens) < ids.numel()
     return layout if len(layout.tokens) and (saves_tokens or must_prove) else None
+
+
+def _inexact_hook(embeddings: nn.Module | None) -> str | None:
+    """The name of a hook on the embeddings that may change their output; None if there is none."""
+    for module in embeddings.modules() if embeddings is not None else ():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            function: Any = getattr(hook, "func", hook)  # of a partial
+            name = str(getattr(function, "__qualname__", function)).rpartition(".")[2]
+            library = str(getattr(function, "__module__", ""))
+            if not name.startswith(EXACT_HOOKS) and not library.startswith(SHARDING_LIBRARIES):
+                return name
+    return None
 
 
 def several_processes() -> bool:
