@@ -33,7 +33,8 @@ class ArtifactError(UserError):
     """A stage's folder is damaged, cannot be created, or does not fit this run."""
 
 
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+MOST_LISTED = 15  # known words in a message
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?\Z")
 
 
 def mismatch(expected: str, value: object, text: str | None) -> str:
@@ -82,6 +83,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean `beta`?`` for a similar known word, or else a list of all known words."""
+    """``; did you mean `beta`?`` for a similar known word, or else the known words.
+
+    Of many known words, those with the most letters in common are listed.
+
+    >>> nearest("steps", (f"key{n}" for n in range(20)))[:30]
+    '; known: key0, key1, key2, key'
+    """
     known = list(known)
-    return did_you_mean(word, known) or f"; known: {', '.join(known)}"
+    if len(known) > MOST_LISTED:
+        ratios = {each: difflib.SequenceMatcher(None, word, each).ratio() for each in known}
+        listed = sorted(known, key=lambda each: -ratios[each])[:MOST_LISTED]
+        more = f" and {len(known) - MOST_LISTED} more (docs/configuration.md)"
+    else:
+        listed, more = known, ""
+    return did_you_mean(word, known) or f"; known: {', '.join(listed)}{more}"

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # module:function
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")  # module:function
 Keys = tuple[str | int, ...]  # the address of a key below a stage: ("rewards", 0)
 T = TypeVar("T")
 

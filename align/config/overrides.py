@@ -11,12 +11,16 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from align.config import renamed_keys, trl_fields
 from align.config.base import Stage
 from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
-from align.config.yaml_loader import deep_set, scalar
+from align.config.yaml_loader import CONTROL_CHARACTER, deep_set, scalar
 from align.errors import NUMBER, nearest
 
 
 def apply_override(text: str, recipe: RawRecipe) -> None:
     """Set a key of one stage, or of all stages that have it; add errors to the recipe."""
+    if CONTROL_CHARACTER.search(text):
+        problem = "contains a line break, a control character or invalid bytes; remove it"
+        recipe.problems.append(f"{COMMAND_LINE}: {text!r:.80}: {problem}")
+        return
     address, equals, value = text.partition("=")
     name, *keys = address.split(".")
     if not equals or not keys or not all(keys):

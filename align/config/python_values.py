@@ -7,25 +7,37 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from align.config.yaml_loader import CONTROL_CHARACTER, MAX_DEPTH
 from align.errors import RecipeError
 
 
-def plain_values(value: Any) -> Any:
+def plain_values(value: Any, address: tuple[str, ...] = ()) -> Any:
     """Convert values to the types of a recipe file.
 
-    Tuples become lists, paths become text, and functions become ``module:function``.
+    Tuples become lists, paths become text, and functions become ``module:function``. ``address``
+    has the keys above ``value``.
 
     Raises:
-        RecipeError: A function is not at the top level of its module.
+        RecipeError: A value cannot be in a recipe file, such as a date or a function that is not at
+            the top level of its module.
     """
+    place = ".".join(address) or "the recipe"
+    if len(address) > MAX_DEPTH:
+        raise RecipeError(f"{place:.60}…: nested more than {MAX_DEPTH} deep; remove a level")
     if isinstance(value, Mapping):
-        return {str(key): plain_values(item) for key, item in value.items()}
+        return {str(key): plain_values(item, (*address, str(key))) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_values(item) for item in value]
+        return [plain_values(item, (*address, str(i))) for i, item in enumerate(value)]
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if callable(value):
-        return _function_name(value)
+        value = os.fspath(value)
+    elif callable(value):
+        value = _function_name(value)
+    if not isinstance(value, str | int | float | None):
+        raise RecipeError(
+            f"{place}: expected text, a number, a list or a mapping, got {type(value).__name__}"
+        )
+    if isinstance(value, str) and CONTROL_CHARACTER.search(value):
+        raise RecipeError(f"{place}: {value!r:.60} contains a line break or control character")
     return value
 
 

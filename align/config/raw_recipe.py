@@ -41,10 +41,11 @@ class RawRecipe:
     def places(self) -> dict[tuple[str, ...], str]:
         """The places of all keys."""
         places = {}
-        for name, (document, _) in self.stages.items():
-            for address in document.lines:
-                if address[:2] == ("stages", name):
-                    places[tuple(map(str, address[1:]))] = self.place(name, *address[2:])
+        for document in {id(each): each for each, _ in self.stages.values()}.values():
+            for top, *keys in filter(None, document.lines):
+                name = str(keys[0]) if keys else ""
+                if top == "stages" and name in self.stages and self.stages[name][0] is document:
+                    places[tuple(map(str, keys))] = self.place(name, *keys[1:])
         return places | dict.fromkeys(self.overridden, COMMAND_LINE)
 
     def text(self, name: str, keys: Iterable[str | int]) -> str | None:

@@ -28,7 +28,9 @@ from align.config.yaml_loader import Document, read_yaml
 from align.errors import RecipeError, UserError, did_you_mean, mismatch, nearest, shown
 
 _TOP_KEYS = ("needs", "stages")
-_STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*$")
+_STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{,63}\Z")
+MAX_NEEDS = 20  # recipes that need each other, one below the other
+MAX_STAGES = 1000
 _EXPECTED = {  # by pydantic's type of error
     "float_type": "a number",
     "int_type": "a whole number",
@@ -145,6 +147,8 @@ def read_recipe(
     else:
         file = find_recipe(recipe)
         _collect(file, raw, parents=[])
+    if len(raw.stages) > MAX_STAGES:
+        raise RecipeError(f"{file}: {len(raw.stages):,} stages, more than {MAX_STAGES:,}; split it")
     for override in overrides:
         apply_override(override, raw)
     classes = raw.classes()
@@ -215,6 +219,8 @@ def _collect(path: Path, raw: RawRecipe, parents: list[Path]) -> None:
     if key in (parent.resolve() for parent in parents):
         cycle = " → ".join(map(str, [*parents, path]))
         raise RecipeError(f"a cycle: {cycle}; remove one of these `needs`")
+    if len(parents) > MAX_NEEDS:
+        raise RecipeError(f"more than {MAX_NEEDS} recipes deep in `needs`; join some of them")
     if key in raw.documents:
         return
     document = raw.documents[key] = read_yaml(path)
@@ -267,7 +273,9 @@ def _collect_stages(document: Document, data: dict[str, Any], raw: RawRecipe) ->
     for name, values in stages.items():
         problem = None
         if not _STAGE_NAME.match(name):
-            problem = "the name of a stage must consist of lower-case letters, digits and _"
+            problem = (
+                "the name of a stage must consist of at most 64 lower-case letters, digits and _"
+            )
         elif name in raw.stages:
             problem = (
                 f"{raw.place(name)} already has a stage of this name; rename this one to "

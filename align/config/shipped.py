@@ -47,8 +47,11 @@ def find_recipe(path: str | os.PathLike[str], file: Path | None = None) -> Path:
         RecipeError: ``path`` is neither, and has no suffix of a file.
     """
     file = file or Path(os.path.normpath(path))
-    if file.suffix or file.is_file():
-        return file
+    try:
+        if file.suffix or file.is_file():
+            return file
+    except OSError as error:  # the name is too long
+        raise RecipeError(f"{str(file):.60}…: invalid path: {error.strerror}") from None
     shipped = shipped_recipes()
     name = Path(path).as_posix()
     if name not in shipped and file.exists():

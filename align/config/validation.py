@@ -16,7 +16,7 @@ from align.config.stages import STAGES, accepted_kinds
 from align.errors import did_you_mean, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 
 
 def validate_inputs(
