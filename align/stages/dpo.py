@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from align.config.training import DPO
 from align.data import tables
@@ -18,6 +18,7 @@ from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import reference_logps, trl_trainer
+from align.training.dpo_trainer import TokenWeightedDPOTrainer
 
 
 def run(
@@ -39,7 +40,9 @@ def run(
     return StageResult(metrics, trl_trainer.headline(metrics))
 
 
-def build(config: DPO, inputs: Mapping[str, Path | str], output_dir: Path) -> DPOTrainer:
+def build(
+    config: DPO, inputs: Mapping[str, Path | str], output_dir: Path
+) -> TokenWeightedDPOTrainer:
     """Build the trainer. Before the first step, the policy equals its reference to the last bit."""
     data = Path(inputs["pairs"])
     arguments = trl_trainer.trl_arguments(
@@ -49,7 +52,7 @@ def build(config: DPO, inputs: Mapping[str, Path | str], output_dir: Path) -> DP
     held_out_rows = tables.load_dataset(data, "pairs", "validation", output_dir)
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
     with trl_trainer.trl_errors_as_user_errors():
-        trainer = DPOTrainer(  # 3. trainer
+        trainer = TokenWeightedDPOTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,
             args=arguments,

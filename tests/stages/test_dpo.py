@@ -289,6 +289,27 @@ def test_losses_combine_with_their_weights(build: Build):
     assert loss_of(both, batch) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("losses", [["sft"], ["sigmoid", "sft"]])
+def test_the_sft_loss_is_the_mean_over_tokens_however_the_step_is_divided(
+    build: Build, losses: list[str]
+):
+    entries = {}
+    for size in (2, 8):
+        trainer = build(
+            "sft", None, name=f"dpo-{size}", loss_type=losses, loss_weights=[0.5] * len(losses),
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1,
+            train_sampling_strategy="sequential", max_grad_norm=0.0,
+        )  # fmt: skip
+        batch = next(iter(trainer.get_train_dataloader()))
+        lengths = batch["completion_mask"].chunk(2)[0].sum(1)
+        assert len(set(lengths.tolist())) > 1, "with equal lengths, all means are equal"
+        trainer.train()
+        assert trainer.loss_weights == [0.5] * len(losses)
+        entries[size] = trainer.state.log_history[0]
+    for key in ("loss", "grad_norm"):
+        assert entries[2][key] == pytest.approx(entries[8][key], rel=1e-4), key
+
+
 def test_a_configuration_that_trl_rejects_is_a_user_error(build: Build):
     with pytest.raises(
         UserError, match=r"trainer: TRL rejects this configuration: Label smoothing must"

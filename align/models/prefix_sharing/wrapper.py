@@ -11,9 +11,9 @@ that share it.
 
 If the result would not be exact (a key/value cache, soft-capping, layers other than softmax
 attention, prompt tuning, a mask with holes, NEFTune or another hook on the embeddings), the padded
-forward pass runs instead, and the reason is logged once. Dropout draws other random numbers than in a padded batch, and the same ones for all
-rows that share a token. Left out: models on several devices (``device_map``), ``torch.compile`` of
-the whole model, adapters that differ between rows.
+forward pass runs instead, and the reason is logged once. Dropout draws other random numbers than in
+a padded batch, and the same ones for all rows that share a token. Left out: models on several
+devices (``device_map``), ``torch.compile`` of the whole model, adapters that differ between rows.
 """
 
 from __future__ import annotations
