@@ -58,7 +58,7 @@ class Source(Config):
     data_dir: str | None = None
     """Folder of a Hub data set that is read, such as ``harmless-base``."""
     data_split: str = "train"
-    """Split of a Hub data set that is read."""
+    """Split of a Hub data set or of a folder that is read."""
     revision: str | None = None
     """Commit, branch or tag of a Hub data set."""
     columns: dict[str, str] = Field({})

@@ -1,7 +1,8 @@
 """Data files: raw rows from JSONL, JSON, CSV (each also gzipped) and Parquet.
 
-All formats except a JSON list are read row by row. Errors name the file and the line; the first ten
-malformed lines are listed, the others counted. Archives are not supported.
+All formats are read row by row, and :mod:`align.data.file_limits` bounds what a file may expand to.
+Errors name the file and the line. Not supported: archives, UTF-16, CSV with other separators than
+commas.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from align.data.file_limits import (
+    MAX_EXPANSION,
+    MAX_ROW,
+    ExpansionLimit,
+    Problems,
+    check_row_size,
+)
+from align.data.json_list import json_limit, json_type, read_json_list
 from align.data.rows import Raw
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
-BATCH = 1000  # Parquet rows in memory at once
-MAX_PROBLEMS = 10  # malformed lines listed; the others are counted
+BATCH = 100  # Parquet rows in memory at once
+MAX_RATIO = 50  # of the sizes of a Parquet column without and with compression
+ALLOWED_VALUES = 10_000_000  # values that any Parquet file may contain
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 ByteStream = IO[bytes] | gzip.GzipFile
 
@@ -34,147 +46,166 @@ def read_file(path: Path, *, max_rows: int | None = None) -> Iterator[Raw]:
     """
     if not path.name.lower().endswith(SUFFIXES):
         raise DataError(f"{path}: unknown file format; expected one of {', '.join(SUFFIXES)}")
-    return _iter_rows(path, max_rows)
+    return islice(_iter_rows(path), max_rows)
 
 
-def _iter_rows(path: Path, max_rows: int | None) -> Iterator[Raw]:
+def _iter_rows(path: Path) -> Iterator[Raw]:
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     try:
         if suffix == "parquet":
-            yield from _read_parquet(path, max_rows)
+            yield from _read_parquet(path)
             return
         with _open(path) as stream:
             if suffix == "jsonl":
-                yield from _read_jsonl(path, stream, max_rows)
+                yield from _read_jsonl(path, stream)
             elif suffix == "json":
-                yield from _read_json(path, stream)[:max_rows]
+                yield from read_json_list(path, stream)
             else:
-                yield from _read_csv(path, stream, max_rows)
+                yield from _read_csv(path, stream)
     except DataError:
         raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: truncated gzip file ({error}); download it again") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DataError(f"{path}: a truncated or damaged gzip file; download it again") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from None
 
 
 def _open(path: Path) -> ByteStream:
     # The first two bytes decide: after a download, the suffix .gz is often missing or wrong.
-    stream = path.open("rb")
-    is_gzip = stream.read(2) == b"\x1f\x8b"
-    stream.seek(0)
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
     if not is_gzip and path.name.lower().endswith(".gz"):
-        stream.close()
         raise DataError(f"{path}: not a gzip file; rename it, or download it again")
-    if not is_gzip:
-        return stream
-    stream.close()
-    return gzip.open(path, "rb")
+    stream = gzip.open(path, "rb") if is_gzip else path.open("rb")
+    start = stream.peek(256)[:256]
+    if start.startswith(UTF_16) or b"\x00" in start:
+        stream.close()
+        encoding = "UTF-16" if start.startswith(UTF_16) else "UTF-16 or binary"
+        raise DataError(f"{path}: {encoding}; save it as UTF-8")
+    return stream
 
 
-def _read_jsonl(path: Path, stream: ByteStream, max_rows: int | None) -> Iterator[Raw]:
-    count = 0
-    problems: list[str] = []
-    for number, line in enumerate(stream, start=1):
-        if max_rows is not None and count >= max_rows:
-            break
+def _read_jsonl(path: Path, stream: ByteStream) -> Iterator[Raw]:
+    limit, problems, number = ExpansionLimit(path), Problems(path), 0
+    while line := stream.readline(MAX_ROW + 1):
+        number += 1
+        check_row_size(f"{path}:{number}", len(line))
+        limit.add(len(line))
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not text.strip():
                 continue
             row = json.loads(text)
         except UnicodeDecodeError as error:
-            problems.append(f"{path}:{number}: not UTF-8 at byte {error.start}; save it as UTF-8")
+            problems.add(f"{path}:{number}: not UTF-8 at byte {error.start + 1}; save it as UTF-8")
         except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+            problems.add(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
         except (RecursionError, ValueError) as error:
-            problems.append(f"{path}:{number}: unreadable JSON: {_json_limit(error)}")
+            problems.add(f"{path}:{number}: unreadable JSON: {json_limit(error)}")
         else:
             if isinstance(row, dict):
-                count += 1
                 yield row
             else:
-                problems.append(f"{path}:{number}: expected an object, got {_json_type(row)}")
-    _raise_problems(path, problems)
+                problems.add(f"{path}:{number}: expected an object, got {json_type(row)}")
+    problems.raise_any()
 
 
-def _read_json(path: Path, stream: ByteStream) -> list[Raw]:
-    try:
-        rows = json.loads(stream.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        repair = (
-            "; a file with one object per line is JSONL: name it .jsonl"
-            if error.msg == "Extra data"
-            else ""
-        )
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}{repair}") from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: unreadable JSON: {_json_limit(error)}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of objects, got {_json_type(rows)}")
-    _raise_problems(
-        path,
-        [
-            f"{path}: row {number}: expected an object, got {_json_type(row)}"
-            for number, row in enumerate(rows, start=1)
-            if not isinstance(row, dict)
-        ],
-    )
-    return rows
+def _read_csv(path: Path, stream: ByteStream) -> Iterator[Raw]:
+    csv.field_size_limit(MAX_ROW)  # the default of 128 KiB is shorter than a long transcript
+    limit, problems, row_size = ExpansionLimit(path), Problems(path), 0
 
+    def lines(text: io.TextIOWrapper) -> Iterator[str]:
+        nonlocal row_size
+        while line := text.readline(MAX_ROW + 1):
+            row_size += len(line)
+            check_row_size(f"{path}:{reader.line_num + 1}", row_size)
+            limit.add(len(line))
+            yield line
 
-def _read_csv(path: Path, stream: ByteStream, max_rows: int | None) -> Iterator[Raw]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long transcript
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        problems: list[str] = []
+        reader = csv.reader(lines(text), strict=True)
         try:
             header = next(reader, [])
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
-                raise DataError(f"{path}:1: two columns are named `{repeated[0]}`; rename one")
-            for cells in islice(reader, max_rows):
+            _check_header(path, header)
+            row_size = 0
+            for cells in reader:
+                row_size = 0
                 if len(cells) == len(header):
                     yield dict(zip(header, cells, strict=True))
                 elif cells:
-                    problems.append(
+                    problems.add(
                         f"{path}:{reader.line_num}: expected {len(header)} cells, got {len(cells)};"
                         " put text with commas in double quotes"
                     )
         except csv.Error as error:
-            problems.append(f"{path}:{reader.line_num}: not CSV: {error}")
+            problems.add(f"{path}:{reader.line_num}: not CSV: {error}")
         except UnicodeDecodeError:
-            problems.append(f"{path}:{reader.line_num + 1}: not UTF-8; save it as UTF-8")
-    _raise_problems(path, problems)
+            problems.add(f"{path}:{reader.line_num + 1}: not UTF-8; save it as UTF-8")
+    problems.raise_any()
 
 
-def _read_parquet(path: Path, max_rows: int | None) -> Iterator[Raw]:
+def _check_header(path: Path, header: list[str]) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}:1: two columns are named `{repeated[0]}`; rename one")
+    for separator, name in SEPARATORS.items():
+        if "".join(header).count(separator) > len(header) - 1:
+            raise DataError(f"{path}:1: its columns are separated by {name}; use commas")
+
+
+def _read_parquet(path: Path) -> Iterator[Raw]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    limit, number = ExpansionLimit(path), 0
     try:
         with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=min(max_rows or BATCH, BATCH))
-            yield from islice((row for batch in batches for row in batch.to_pylist()), max_rows)
+            _check_parquet(path, file)
+            for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
+                check_row_size(f"{path}: rows from {number + 1}", batch.nbytes // len(batch))
+                limit.add(batch.nbytes)
+                number += len(batch)
+                yield from batch.to_pylist()
+    except DataError:
+        raise
     except pa.ArrowException as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path}: not Parquet: {first_line}") from None
+        raise DataError(f"{path}: not Parquet: {_first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: after row {number}: not UTF-8; save its text as UTF-8") from None
+    except (ValueError, OverflowError) as error:
+        place = f"{path}: after row {number}"
+        raise DataError(f"{place}: a value cannot be read: {_first_line(error)}") from None
 
 
-def _raise_problems(path: Path, problems: list[str]) -> None:
-    if problems:
-        n_more = len(problems) - MAX_PROBLEMS
-        more = [f"{path}: and {n_more} more such lines"] if n_more > 0 else []
-        raise DataError(*problems[:MAX_PROBLEMS], *more)
+def _check_parquet(path: Path, file: Any) -> None:
+    """Check the names of the columns, and the sizes in the metadata before pages are expanded."""
+    names = file.schema_arrow.names
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}: two columns are named `{repeated[0]}`; rename one")
+    ExpansionLimit(path).add(sum(c.total_uncompressed_size for c in _chunks(file.metadata)))
+    n_values, n_bytes = sum(c.num_values for c in _chunks(file.metadata)), path.stat().st_size
+    if n_values > max(ALLOWED_VALUES, MAX_EXPANSION * n_bytes):
+        raise DataError(
+            f"{path}: {n_bytes:,} bytes expand to {n_values:,} values, as in a damaged or malicious"
+            " file; if it is right, convert it to JSONL"
+        )
 
 
-def _json_type(value: object) -> str:
-    names = {list: "a list", dict: "an object", str: "a text", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
+def _batch_size(metadata: Any) -> int:
+    """Rows to expand at once: one if a dictionary may hold a huge value that many rows repeat."""
+    unusual = any(
+        chunk.total_uncompressed_size > max(MAX_ROW, MAX_RATIO * chunk.total_compressed_size)
+        for chunk in _chunks(metadata)
+    )
+    return 1 if unusual else BATCH
 
 
-def _json_limit(error: Exception) -> str:
-    # Valid JSON that Python does not read: deep nesting, or an integer of more than 4,300 digits.
-    return "nested too deep" if isinstance(error, RecursionError) else "an integer is too long"
+def _chunks(metadata: Any) -> Iterator[Any]:
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            yield metadata.row_group(group).column(column)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

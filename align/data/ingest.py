@@ -24,7 +24,7 @@ from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_store import RowTable
 from align.data.rows import DroppedError, Raw, Row, normalize_text
-from align.data.sources import Part, read_source, source_files
+from align.data.sources import Part, check_hub_keys, read_source, source_files
 from align.errors import DataError, nearest
 
 
@@ -61,6 +61,7 @@ def ingest(config: Prepare) -> Ingested:
     """
     sources = preference_sources(config)
     for source in sources:
+        check_hub_keys(source)
         check_column_map(source.reader, source.columns)
     ingester = _Ingester(config)
     preferences, demonstrations = ingester.read(sources), None

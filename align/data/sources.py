@@ -16,6 +16,7 @@ from pathlib import Path
 from align.config.data import MixtureSource
 from align.config.shipped import data_dir
 from align.data.files import SUFFIXES, read_file
+from align.data.folders import split_files
 from align.data.rows import Raw
 from align.errors import DataError, did_you_mean
 from align.runtime import hub
@@ -55,14 +56,35 @@ def read_source(source: MixtureSource, *, max_rows: int | None = None) -> list[P
     return [read_part(source.source, _read_hub(source, max_rows))]
 
 
+def check_hub_keys(source: MixtureSource) -> None:
+    """Check that a local source has no keys that only a Hub data set has.
+
+    Raises:
+        DataError: One line for each such key.
+    """
+    if not source_files(source.source, split=source.data_split):
+        return
+    keys = [key for key in ("config", "data_dir", "revision") if getattr(source, key) is not None]
+    is_folder = source.source != "embedded" and Path(source.source).expanduser().is_dir()
+    if source.data_split != "train" and not is_folder:
+        keys.append("data_split")
+    if keys:
+        raise DataError(
+            *(
+                f"{source.source}: `{key}` has no effect on local data; remove it, and name the file"
+                " or the folder that is read in `source`"
+                for key in keys
+            )
+        )
+
+
 def source_files(source: str, *, split: str = "train") -> list[Path]:
     """Local files of a source, in reading order; empty for a Hub id.
 
-    In a folder, these are the files with the word ``split`` in their names
-    (``train-00000-of-00002.parquet``), or all files if no name contains it or ``split`` is empty.
+    In a folder, these are the files of ``split``, or all files if ``split`` is empty.
 
     Raises:
-        DataError: The path does not exist, or the folder contains no data files.
+        DataError: The path does not exist, or the folder contains no data files of the split.
     """
     if source == "embedded":
         return embedded_files()
@@ -72,7 +94,7 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     except (OSError, RuntimeError, ValueError) as error:  # name too long, unknown user
         raise DataError(f"{source[:80]!r}: invalid path: {error}") from None
     if is_folder:
-        return _folder_files(path, split)
+        return split_files(path, split)
     if is_file:
         return [path]
     if _is_path(source):
@@ -96,25 +118,6 @@ def embedded_files() -> list[Path]:
     if missing:
         raise DataError(*missing)
     return files
-
-
-def _folder_files(folder: Path, split: str) -> list[Path]:
-    def visible_files() -> Iterator[Path]:
-        for file in sorted(folder.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if file.is_file() and not hidden:
-                yield file
-
-    files = [file for file in visible_files() if file.name.lower().endswith(SUFFIXES)]
-    if not files:
-        others = ", ".join(f"`{file.name}`" for file in islice(visible_files(), 5)) or "no files"
-        raise DataError(f"{folder}: no data files ({', '.join(SUFFIXES)}); found {others}")
-    if not split:
-        return files
-    matching = [
-        file for file in files if split.lower() in re.split(r"[^a-z0-9]", file.name.lower())
-    ]
-    return matching or files
 
 
 def _is_path(source: str) -> bool:

@@ -101,14 +101,15 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
      "a.jsonl:2: not JSON: Expecting property name enclosed in double quotes at column 2\n"
      "a.jsonl:3: expected an object, got a list"),
     ("too many malformed lines to show", "a.jsonl", lines(*["3"] * 12), {},
-     "\n".join(f"a.jsonl:{n}: expected an object, got a int" for n in range(1, 11))
+     "\n".join(f"a.jsonl:{n}: expected an object, got a number" for n in range(1, 11))
      + "\na.jsonl: and 2 more such lines"),
     ("not UTF-8", "a.jsonl", b'{"prompt": "\xff"}\n', {},
-     "a.jsonl:1: not UTF-8 at byte 12; save it as UTF-8"),
+     "a.jsonl:1: not UTF-8 at byte 13; save it as UTF-8"),
     ("JSONL named JSON", "a.json", lines(PAIR_LINE, PAIR_LINE), {},
      "a.json:2: not JSON: Extra data; a file with one object per line is JSONL: name it .jsonl"),
     ("JSON that is no list", "a.json", PAIR_LINE.encode(), {},
-     "a.json: expected a list of objects, got an object"),
+     "a.json: expected a list of objects, got an object with the keys `prompt`, `chosen`, `rejected`;"
+     " write only the list of rows"),
     ("JSON list of texts", "a.json", b'["a"]', {}, "a.json: row 1: expected an object, got a text"),
     ("CSV with a cell too many", "a.csv", lines("prompt,chosen,rejected", "a,b,c,d"), {},
      "a.csv:2: expected 3 cells, got 4; put text with commas in double quotes"),
@@ -118,7 +119,7 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("not gzip", "a.jsonl.gz", PAIR_LINE.encode(), {},
      "a.jsonl.gz: not a gzip file; rename it, or download it again"),
     ("half a gzip", "a.jsonl.gz", gzip.compress(PAIR_LINE.encode())[:-9], {},
-     "a.jsonl.gz: truncated gzip file"),
+     "a.jsonl.gz: a truncated or damaged gzip file; download it again"),
     ("unknown kind", "a.xlsx", b"", {},
      "a.xlsx: unknown file format; expected one of .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz"),
     ("a key of `columns` that is no column of Align", "a.jsonl", lines(PAIR_LINE), {"columns": {"chosn": "chosen"}},
