@@ -27,7 +27,9 @@ def read_json_list(path: Path, stream: IO[bytes] | gzip.GzipFile) -> Iterator[Ra
     if text.next_character() != "[":
         value = text.take_value()
         text.check_end()
-        names = ", ".join(f"`{name}`" for name in list(value)[:5]) if isinstance(value, dict) else ""
+        names = (
+            ", ".join(f"`{name}`" for name in list(value)[:5]) if isinstance(value, dict) else ""
+        )
         content = f" with the keys {names}; write only the list of rows" if names else ""
         raise DataError(f"{path}: expected a list of objects, got {json_type(value)}{content}")
     text.take("[")
