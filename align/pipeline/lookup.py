@@ -19,11 +19,12 @@ def find_policy(policy: str, runs: Path) -> Path | str:
     """The folder of a policy: a folder, or the newest finished stage of that name; else a Hub id.
 
     Raises:
-        UserError: The folder has no model, no finished stage in ``runs`` has this name, or the
-            model is not cached and the Hub cannot be reached.
+        UserError: The folder has no model or a damaged one, no finished stage in ``runs`` has this
+            name, or the model is not cached and the Hub cannot be reached.
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
+        _check_contents(folder)
         files.check_model_folder(folder)
         return folder
     if "/" in policy:
@@ -43,6 +44,7 @@ def find_control_policy(policy: str, runs: Path) -> Path:
         return newest_run(policy, runs, ("control",), recipe=CONTROL_RECIPE)
     if not (folder / "policy.json").is_file():
         raise ArtifactError(f"{folder}: no policy.json; name a `control` stage, or its folder")
+    _check_contents(folder)
     return folder
 
 
@@ -52,17 +54,36 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
     ``recipe`` is suggested if there is no finished stage at all.
 
     Raises:
-        ArtifactError: No finished stage has this name.
+        ArtifactError: No finished stage has this name, or its newest folder is damaged.
     """
-    folders = [(path, artifacts.read_artifact(path)) for path in runs.glob("*-????????????")]
-    finished = [(path, artifact) for path, artifact in folders if artifact is not None]
-    policies = [(path, artifact) for path, artifact in finished if artifact.stage in kinds]
-    matching = [path for path, artifact in policies if artifact.name == name]
+    names: set[str] = set()
+    matching: list[Path] = []
+    unfinished = False
+    for folder in runs.glob("*-????????????"):
+        is_called_so = folder.name.rpartition("-")[0] == name
+        try:
+            artifact = artifacts.read_artifact(folder)
+        except ArtifactError:
+            # It counts as the folder of its name, so that an older one is not used instead.
+            matching += [folder] * is_called_so
+            continue
+        unfinished |= artifact is None and is_called_so
+        if artifact is not None and artifact.stage in kinds:
+            names.add(artifact.name)
+            matching += [folder] * (artifact.name == name)
     if matching:
-        return max(matching, key=lambda path: (path / artifacts.FILE).stat().st_mtime)
-    started = any(a is None and path.name.startswith(f"{name}-") for path, a in folders)
-    names = sorted({artifact.name for _, artifact in policies})
-    hint = nearest(name, names) if names else f"; run a recipe first, such as {recipe}"
+        newest = max(matching, key=lambda folder: (folder / artifacts.FILE).lstat().st_mtime)
+        _check_contents(newest)
+        return newest
+    hint = nearest(name, sorted(names)) if names else f"; run a recipe first, such as {recipe}"
     raise ArtifactError(
-        f"{runs}: no finished policy `{name}`{' (it is not finished yet)' if started else ''}{hint}"
+        f"{runs}: no finished policy `{name}`{' (it is not finished yet)' if unfinished else ''}"
+        f"{hint}"
     )
+
+
+def _check_contents(folder: Path) -> None:
+    """Check the files of a finished stage against their checksums; other folders have none."""
+    artifact = artifacts.read_artifact(folder)
+    if artifact is not None:
+        artifacts.check_contents(folder, artifact)

@@ -108,7 +108,7 @@ def _planned_stage(
     digests |= _file_digests(name, config, errors)
     digest = stage_digest(config, digests)
     folder = runs / f"{name}-{digest[:12]}"
-    status = "run" if force in ("all", name) else _status(folder)
+    status = "run" if force in ("all", name) else _status(folder, stage_kind(config), digest)
     return PlannedStage(name, config, digest, folder, inputs, digests, status)
 
 
@@ -128,8 +128,16 @@ def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
     )
 
 
-def _status(folder: Path) -> str:
-    if artifacts.read_artifact(folder) is not None:
+def _status(folder: Path, kind: str, digest: str) -> str:
+    """``reused``, ``resume`` or ``run``.
+
+    Raises:
+        ArtifactError: The stage is finished, but a file is damaged or belongs to another stage.
+    """
+    artifact = artifacts.read_artifact(folder)
+    if artifact is not None:
+        artifacts.check_identity(folder, artifact, kind, digest)
+        artifacts.check_sizes(folder, artifact)
         return "reused"
     return "resume" if checkpoints.list_checkpoints(folder) else "run"
 
@@ -164,6 +172,7 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
             raise ArtifactError(
                 f"{folder} is a finished `{artifact.stage}` stage; expected {kinds}"
             )
+        artifacts.check_sizes(folder, artifact)
     elif not expected.models or (folder / artifacts.WORKING).exists():
         raise ArtifactError(
             f"{folder}: no {artifacts.FILE}, so its stage is not finished; run its recipe again"

@@ -113,6 +113,8 @@ def plan_checked(
     """
     errors = ErrorCollector(recipe)
     planned = plan_stages(errors, runs, until=until, force=force)
+    if distributed.is_main():  # the others wait for it, or end with it
+        preflight.check_finished_stages(errors, planned)
     pending = [stage for stage in planned if stage.status != "reused"]
     # A larger source is not read twice: the errors of its rows are raised when it is prepared.
     limits = {"world_size": distributed.world_size(), "largest_source": LARGEST_SOURCE}
@@ -178,6 +180,12 @@ def _execute(stage: PlannedStage, recipe: Recipe, display: Display) -> artifacts
     started = time.monotonic()
     seed = getattr(stage.config, "seed", None)
     distributed.reset_process_state(seed or 0)
+    if distributed.is_main():
+        _remove_cache(stage.folder)  # an interrupted run may have left anything in it
+        checkpoints.set_aside_damaged(
+            stage.folder, lambda line: display.info(f"{stage.name}: {line}")
+        )
+    distributed.barrier()
     resumes = checkpoints.list_checkpoints(stage.folder)
     display.start(stage.name, stage.folder, "resuming" if resumes else "running")
     result = _stage_result(stage, recipe, display)
@@ -236,10 +244,18 @@ def stage_module(kind: str) -> Any:
 
 def _remove_working_files(stage: PlannedStage) -> None:
     """Remove what only an unfinished stage needs. Called after the artifact has been written."""
-    shutil.rmtree(stage.folder / ".cache", ignore_errors=True)
+    _remove_cache(stage.folder)
     if not getattr(stage.config, "keep_checkpoints", True):
         for checkpoint in stage.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+
+
+def _remove_cache(folder: Path) -> None:
+    cache = folder / ".cache"
+    if cache.is_dir() and not cache.is_symlink():
+        shutil.rmtree(cache, ignore_errors=True)
+    else:
+        cache.unlink(missing_ok=True)
 
 
 def clear_folder(folder: Path) -> None:

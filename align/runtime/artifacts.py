@@ -13,15 +13,20 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align import __version__
 from align.errors import ArtifactError
+from align.runtime import checksums
+from align.runtime.checksums import digest_file
 
 FILE = "artifact.json"
 WORKING = ".working"  # exists until a stage is finished; locked while it runs
+TRACKER_FILES = "events.out.tfevents."  # TensorBoard writes these until the process ends
+LOADED_SUFFIXES = (".json", ".jinja", ".safetensors", ".parquet")
+"""Suffixes of files that a later stage would load from a folder although no stage wrote them."""
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -32,7 +37,8 @@ class Artifact:
     ``inputs`` has the folder (or Hub id) and the digest of each input by its name. ``seconds`` is
     the duration of the run that finished the stage, without earlier interrupted runs.
     ``peak_memory_bytes`` is GPU memory on a machine with a GPU and resident memory otherwise.
-    ``headline``, ``remarks`` and ``tables`` are those of the stage's result.
+    ``headline``, ``remarks`` and ``tables`` are those of the stage's result. ``files`` has the size
+    and the SHA-256 of every file of the stage; :func:`write_artifact` adds it.
     """
 
     stage: str
@@ -50,11 +56,29 @@ class Artifact:
     headline: dict[str, float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
-    """Write ``artifact.json``, which marks a stage's folder as finished."""
-    write_json(folder / FILE, asdict(artifact))
+    """Write ``artifact.json``, which marks a stage's folder as finished.
+
+    All files of the stage are flushed to the disk before, so that a power cut cannot leave a
+    finished stage with lost weights.
+    """
+    files = checksums.record_files(folder, stage_files(folder))
+    write_json(folder / FILE, checksums.seal(asdict(replace(artifact, files=files))))
+
+
+def stage_files(folder: Path) -> list[Path]:
+    """The files of a finished stage: all but its artifact, checkpoints and temporary files."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path != folder / FILE
+        and not path.name.startswith(TRACKER_FILES)
+        and not path.relative_to(folder).parts[0].startswith((".", "checkpoint-", "damaged-"))
+    ]
 
 
 def read_artifact(folder: Path) -> Artifact | None:
@@ -64,18 +88,65 @@ def read_artifact(folder: Path) -> Artifact | None:
         ArtifactError: The file exists, but cannot be read or is not an artifact of this version.
     """
     try:
-        text = (folder / FILE).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+        data = checksums.read_sealed(folder / FILE)
+    except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{folder / FILE}: cannot be read: {error}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {_repair(folder)}") from None
     try:
-        return Artifact(**json.loads(text))
-    except (ValueError, TypeError) as error:
+        return Artifact(**data)
+    except TypeError as error:
         raise ArtifactError(
             f"{folder / FILE}: not an artifact of this version of Align ({error}); "
-            f"move {folder} away, or run its stage with --force"
+            f"{_repair(folder)}"
         ) from None
+
+
+def check_identity(folder: Path, artifact: Artifact, kind: str, digest: str) -> None:
+    """Check that an artifact is the one of a planned stage.
+
+    Raises:
+        ArtifactError: It is of another kind of stage, or has another digest.
+    """
+    if (artifact.stage, artifact.digest) != (kind, digest):
+        raise ArtifactError(
+            f"{folder / FILE}: of a `{artifact.stage}` stage with digest {artifact.digest[:12]}, "
+            f"expected `{kind}` with {digest[:12]}; {_repair(folder)}"
+        )
+
+
+def check_sizes(folder: Path, artifact: Artifact) -> None:
+    """Check that all files of a finished stage exist with their sizes; reads none of them.
+
+    Raises:
+        ArtifactError: One line for each file that is missing, of another size or added.
+    """
+    _raise_problems(folder, artifact, checksums.size_problems(folder, artifact.files))
+
+
+def check_contents(folder: Path, artifact: Artifact) -> None:
+    """Check that all files of a finished stage have the content that the stage wrote.
+
+    Raises:
+        ArtifactError: One line for each file that is missing, different or added.
+    """
+    _raise_problems(folder, artifact, checksums.content_problems(folder, artifact.files))
+
+
+def _raise_problems(folder: Path, artifact: Artifact, problems: list[str]) -> None:
+    lines = [f"{line}; {_repair(folder)}" for line in problems]
+    lines += [
+        f"{path}: a file that the stage did not write; move it away"
+        for path in stage_files(folder)
+        if path.suffix in LOADED_SUFFIXES
+        and path.relative_to(folder).as_posix() not in artifact.files
+    ]
+    if lines:
+        raise ArtifactError(*lines)
+
+
+def _repair(folder: Path) -> str:
+    return f"restore it from a copy, move {folder} away, or run its stage with --force"
 
 
 def write_json(path: Path, data: object) -> None:
@@ -88,6 +159,7 @@ def write_json(path: Path, data: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    checksums.flush(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -100,12 +172,6 @@ def digest(data: object) -> str:
     """SHA-256 of JSON data in canonical form, in hex."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(file: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_files(files: Iterable[Path]) -> str:

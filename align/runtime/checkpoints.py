@@ -1,14 +1,21 @@
-"""Checkpoints of a stage. One counts only if its mark and all of its files exist."""
+"""Checkpoints of a stage. One counts only if its mark and all of its files are intact."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from align.errors import ArtifactError
+from align.runtime import checksums
 from align.runtime.artifacts import write_json
 
 COMPLETE_MARK = "complete.json"
+NAME = re.compile(r"checkpoint-\d+")
+DAMAGED = "damaged-"
+"""Prefix of the names of damaged checkpoints that are kept for inspection."""
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -17,24 +24,71 @@ def list_checkpoints(folder: Path) -> list[Path]:
     A checkpoint without a mark was interrupted while it was written; one that lacks a file of its
     mark, or has it with another size, is damaged or was interrupted while it was removed.
     """
-    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
-    return sorted(complete, key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in _entries(folder) if not _size_problems(path)]
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _entries(folder: Path) -> list[Path]:
+    """Everything in a folder that has the name of a checkpoint, by step."""
     try:
-        files = json.loads((checkpoint / COMPLETE_MARK).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(paths, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _size_problems(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, as far as names and sizes show it."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return [f"{checkpoint}: not a folder"]
+    try:
+        mark = _read_mark(checkpoint)
+    except ArtifactError as error:
+        return list(error.lines)
+    if mark["checkpoint"] != _identity(checkpoint):
+        return [f"{checkpoint}: a renamed or copied {mark['checkpoint']}"]
+    return checksums.size_problems(checkpoint, mark["files"])
+
+
+def _content_problems(checkpoint: Path) -> list[str]:
+    return _size_problems(checkpoint) or checksums.content_problems(
+        checkpoint, _read_mark(checkpoint)["files"]
+    )
+
+
+def _read_mark(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return checksums.read_sealed(checkpoint / COMPLETE_MARK)
+    except FileNotFoundError:
+        raise ArtifactError(f"{checkpoint}: no {COMPLETE_MARK}") from None
+
+
+def _identity(checkpoint: Path) -> str:
+    """Names of stage folder and checkpoint: one of another stage or step does not count."""
+    return f"{checkpoint.resolve().parent.name}/{checkpoint.name}"
 
 
 def mark_complete(checkpoint: Path, *, world_size: int) -> None:
-    """Mark a checkpoint as complete; the mark has the sizes of its files and the world size."""
-    (checkpoint / COMPLETE_MARK).unlink(missing_ok=True)
-    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
-    write_json(checkpoint / COMPLETE_MARK, {"world_size": world_size, "files": files})
+    """Flush a checkpoint to the disk and mark it as complete.
+
+    The mark has the size and the SHA-256 of each file, the world size, and the content so far of
+    the stage's JSONL files.
+    """
+    mark = checkpoint / COMPLETE_MARK
+    mark.unlink(missing_ok=True)
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    logs = [path for path in checkpoint.parent.glob("*.jsonl") if path.is_file()]
+    content = {
+        "checkpoint": _identity(checkpoint),
+        "world_size": world_size,
+        "files": checksums.record_files(checkpoint, files),
+        "logs": checksums.record_files(checkpoint.parent, logs),
+    }
+    write_json(mark, checksums.seal(content))
 
 
 def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:
@@ -47,11 +101,62 @@ def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return None
-    mark = json.loads((checkpoints[-1] / COMPLETE_MARK).read_text(encoding="utf-8"))
-    if mark["world_size"] != world_size:
+    written_by = _read_mark(checkpoints[-1])["world_size"]
+    if written_by != world_size:
         raise ArtifactError(
-            f"{checkpoints[-1]}: written by {mark['world_size']} processes, and this run has "
-            f"{world_size}; launch {mark['world_size']} processes, or start the stage over with "
+            f"{checkpoints[-1]}: written by {written_by} processes, and this run has "
+            f"{world_size}; launch {written_by} processes, or start the stage over with "
             "--force"
         )
     return checkpoints[-1]
+
+
+# Damage -------------------------------------------------------------------------------------------
+
+
+def set_aside_damaged(folder: Path, announce: Callable[[str], None]) -> None:
+    """Rename the damaged checkpoints of a stage that would be newer than its last intact one.
+
+    Reads the newest checkpoint in full; called once, by the main process, before a stage runs.
+    ``announce`` is called with one line per damaged checkpoint and per log that has changed since
+    the checkpoint.
+    """
+    intact = newest_intact(_entries(folder), announce)
+    if intact is not None:
+        for name, record in _read_mark(intact)["logs"].items():
+            if not _begins_with(folder / name, record):
+                announce(f"{folder / name}: changed after it was written; its lines may be wrong")
+
+
+def newest_intact(checkpoints: Iterable[Path], announce: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint; newer ones that are damaged are renamed and announced.
+
+    A folder without a mark was interrupted while it was written, so it is left to be overwritten.
+    """
+    for checkpoint in sorted(checkpoints, key=step_of, reverse=True):
+        problems = _content_problems(checkpoint)
+        if not problems:
+            return checkpoint
+        is_folder = checkpoint.is_dir() and not checkpoint.is_symlink()
+        if not is_folder or (checkpoint / COMPLETE_MARK).exists():
+            kept_as = _free_name(checkpoint)
+            checkpoint.rename(kept_as)
+            announce(f"{'; '.join(problems)}; passed over, and kept as {kept_as.name}")
+    return None
+
+
+def _free_name(checkpoint: Path) -> Path:
+    path, number = checkpoint.with_name(DAMAGED + checkpoint.name), 1
+    while path.exists() or path.is_symlink():
+        number += 1
+        path = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}-{number}")
+    return path
+
+
+def _begins_with(file: Path, record: dict[str, Any]) -> bool:
+    """Whether a log begins with the bytes that its record describes."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.sha256(stream.read(record["bytes"])).hexdigest() == record["sha256"]
+    except OSError:
+        return False

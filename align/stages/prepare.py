@@ -15,7 +15,7 @@ from align.data import statistics
 from align.data.data_card import data_card, displayed_path
 from align.data.prepare import SplitRow, prepare
 from align.data.tables import TableWriter, table_file
-from align.runtime import artifacts
+from align.runtime import checksums
 from align.runtime.results import StageResult
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(
     report = statistics.collect(prepared, sink=write).report()
     for writer in writers.values():
         writer.close()
-    files = {displayed_path(file): artifacts.digest_file(file) for file in prepared.files}
+    files = {displayed_path(file): checksums.digest_file(file) for file in prepared.files}
     report["files"] = files
     (output_dir / "README.md").write_text(data_card(config, report), encoding="utf-8")
     return StageResult(report, remarks=tuple(statistics.remarks(report)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -26,10 +27,11 @@ from align.errors import DataError, UserError
 from align.pipeline import plan as pipeline_plan
 from align.pipeline import preflight, runner
 from align.pipeline.plan import PlannedStage, stage_digest
-from align.runtime import artifacts, checkpoints, distributed, signals
+from align.runtime import artifacts, checkpoints, checksums, distributed, signals
 from align.runtime.progress import Display
 from align.runtime.results import StageResult
 from align.stages import prepare
+from tests.helpers.damage import DAMAGES
 
 ROWS = "".join(
     json.dumps({"prompt": f"Say {i}.", "chosen": f"{i}!", "rejected": "No."}) + "\n"
@@ -356,9 +358,108 @@ def test_an_error_of_a_stage_keeps_its_class_and_gets_a_place(here, monkeypatch,
 def test_a_broken_artifact_is_reported_with_a_repair_that_works(here):
     run()
     (plan()["sft"].folder / artifacts.FILE).write_text("{}")
-    with pytest.raises(UserError, match=r"not an artifact of this version.*--force"):
+    with pytest.raises(UserError, match=r"recipe.yaml:3: sft: .*has no checksum.*--force"):
         run()
     assert run(force="sft") == {"prepare": "reused", "sft": "ran", "dpo": "reused"}
+
+
+FINISHED_FILES = (
+    "prepare/artifact.json", "prepare/pairs-train.parquet", "prepare/README.md",
+    "sft/artifact.json", "sft/model.safetensors", "dpo/model.safetensors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES))
+def test_a_damaged_file_of_a_finished_stage_is_an_error_with_a_repair_that_works(here, damage):
+    run()
+    stages = plan()
+    assert {path.name for path in stages["sft"].folder.iterdir()} == {
+        "artifact.json", "model.safetensors"
+    }  # fmt: skip
+    for damaged in FINISHED_FILES:
+        name, _, file_name = damaged.partition("/")
+        file = stages[name].folder / file_name
+        if file_name == artifacts.FILE and damage == "deleted":
+            continue  # an unfinished stage
+        whole = file.read_bytes()
+        DAMAGES[damage](file)
+        with pytest.raises(UserError, match="--force") as raised:
+            run()
+        assert len(raised.value.lines) == 1
+        assert f": {name}: {file}: " in raised.value.lines[0]
+        assert run(until="prepare") if name != "prepare" else True  # the others stay usable
+        if name == "dpo":
+            assert run(force="dpo") == {"prepare": "reused", "sft": "reused", "dpo": "ran"}
+        else:
+            checkpoints_remove(file)
+            file.write_bytes(whole)
+    assert set(run().values()) == {"reused"}
+
+
+def checkpoints_remove(path: Path) -> None:
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"digest": "0" * 64}, {"stage": "dpo"}, {"stage": "unknown"}], ids=str
+)
+def test_the_artifact_of_another_stage_is_not_believed(here, change):
+    run()
+    folder = plan()["sft"].folder
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    artifacts.write_artifact(folder, dataclasses.replace(artifact, **change))
+    with pytest.raises(UserError, match=r"artifact.json: of a `.*expected `sft` with .*--force"):
+        run()
+
+
+def test_a_finished_folder_from_outside_the_recipe_is_checked_as_well(here):
+    run()
+    folder = plan()["sft"].folder
+    arguments = (f"dpo.model={folder}", "dpo.beta=0.2")
+    (folder / "notes.txt").write_text("A file that nothing loads does not matter.")
+    assert run(*arguments)["dpo"] == "ran"
+    DAMAGES["a flipped bit"](folder / "model.safetensors")
+    with pytest.raises(UserError, match="differs from its checksum"):
+        run(*arguments, "dpo.beta=0.3", until="dpo")
+
+
+def test_a_file_that_a_later_stage_would_load_is_not_added_unnoticed(here):
+    run()
+    (plan()["sft"].folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match="chat_template.jinja: a file that the stage did not write"):
+        run()
+
+
+def test_each_finished_file_is_read_once_in_a_run(here, monkeypatch):
+    run()
+    read: list[Path] = []
+    monkeypatch.setattr(checksums, "digest_file", lambda file: read.append(file) or "x")
+    with pytest.raises(UserError):
+        run("dpo.beta=0.2")
+    assert len(read) == len(set(read)) > 2
+
+
+def test_the_cache_of_an_interrupted_run_is_not_used(here, monkeypatch):
+    run(until="prepare")
+    folder = plan()["sft"].folder
+    (folder / ".cache").mkdir(parents=True)
+    (folder / ".cache" / "rows.arrow").write_text("damaged")
+    seen = []
+    original = checkpoints.set_aside_damaged
+    monkeypatch.setattr(
+        checkpoints,
+        "set_aside_damaged",
+        lambda folder, announce: [
+            seen.append((folder / ".cache").exists()),
+            original(folder, announce),
+        ],
+    )
+    run()
+    assert not any(seen)
 
 
 def test_a_signal_in_the_last_step_ends_the_run_after_the_stage(here, monkeypatch):
@@ -382,8 +483,9 @@ def test_the_next_run_removes_the_working_files_of_a_killed_run(here):
 def test_reuse_of_a_model_trained_by_another_number_of_processes_is_logged(here, caplog):
     run()
     folder = plan()["sft"].folder
-    artifact = json.loads((folder / artifacts.FILE).read_text())
-    (folder / artifacts.FILE).write_text(json.dumps(artifact | {"world_size": 8}))
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    artifacts.write_artifact(folder, dataclasses.replace(artifact, world_size=8))
     run()
     assert "sft: trained by 8 processes; this run has 1" in caplog.messages
 
@@ -574,7 +676,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
 
 def test_an_unreadable_artifact_is_reported_with_its_repair(tmp_path):
     (tmp_path / artifacts.FILE).write_text("{}")
-    with pytest.raises(UserError, match="not an artifact of this version"):
+    with pytest.raises(UserError, match="has no checksum"):
         artifacts.read_artifact(tmp_path)
 
 
