@@ -236,11 +236,6 @@ class PPO(TrainingStage):
             raise ValueError(
                 "`quantization` freezes the backbone; set `lora`, or remove `quantization`"
             )
-        if self.dtype == "bfloat16" and not self.lora:
-            raise ValueError(
-                "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of "
-                "precision); use float32, or set `lora`, whose adapters stay in float32"
-            )
         return self
 
     def required_tables(self) -> tuple[Table, ...]:

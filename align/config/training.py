@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,8 +42,8 @@ class TrainingStage(Stage):
     added."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type in which the weights are loaded. Mixed precision is a field of TRL: ``trainer:
-    {bf16: true}``."""
+    """Data type in which the weights are loaded; ``bfloat16`` requires ``lora``. Mixed precision is
+    a field of TRL: ``trainer: {bf16: true}``."""
     revision: str | None = None
     """Commit, branch or tag of a model on the Hub."""
     lora: Lora | None = None
@@ -54,6 +54,16 @@ class TrainingStage(Stage):
     """Compute each shared prompt once and skip padding. Results are equal up to rounding."""
     keep_checkpoints: bool = False
     """Keep the checkpoints after the stage is complete."""
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> Self:
+        if self.dtype == "bfloat16" and not self.lora:
+            mixed = " (mixed precision: `trainer: {bf16: true}`)" * hasattr(self, "trainer")
+            raise ValueError(
+                "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of "
+                f"precision); use float32{mixed}, or set `lora`, whose adapters stay in float32"
+            )
+        return self
 
     @property
     def lora_dict(self) -> dict[str, Any] | None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.errors import UserError
-from align.models.loading import adapter_base, load_adapter, load_merged
+from align.models.loading import adapter_base, load_adapter, load_merged, pinned_revision
 from align.models.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -91,7 +92,9 @@ def load_for_training(
     if lora is None:
         return load_merged(source, dtype=dtype, revision=revision), None
     if adapter_base(source, revision=revision) is None:
-        return load_merged(source, dtype=dtype, revision=revision), lora_config(lora)
+        model = load_merged(source, dtype=dtype, revision=revision)
+        pinned = pinned_revision(source, revision=revision)
+        return model, lora_config(lora, revision=pinned)
     model = load_adapter(source, dtype=dtype, revision=revision)
     check_lora(source, model, lora)
     return model, None
@@ -114,9 +117,16 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
     """Check that an adapter which is trained further has the shape that the recipe describes.
 
     Raises:
-        UserError: Rank, alpha or dropout differ.
+        UserError: Rank, alpha or dropout differ, or it adapts other layers than those listed.
     """
     trained = model.peft_config["default"]
+    listed = lora["target_modules"]
+    if isinstance(listed, list) and set(listed) != set(trained.target_modules):
+        raise UserError(
+            f"{source}: this adapter has target_modules={sorted(trained.target_modules)}, but "
+            f"`lora` has {sorted(listed)}; an existing adapter keeps its layers: list these in "
+            "`lora`, or remove `lora` to merge the adapter and train all weights"
+        )
     actual = f"r={trained.r}, alpha={trained.lora_alpha}, dropout={trained.lora_dropout}"
     configured = f"r={lora['r']}, alpha={lora['alpha']}, dropout={lora['dropout']}"
     if actual != configured:
@@ -148,7 +158,32 @@ def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
 
 
 def adapter_layers(model: Any) -> list[Any]:
-    """List the layers of a model that peft has replaced by adapted ones."""
+    """List the layers of a model that peft has wrapped: adapted, or trained as a copy."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [layer for layer in model.modules() if isinstance(layer, wrappers)]
+
+
+def adapter_parameters(model: Any, adapter: str) -> dict[str, Parameter]:
+    """The parameters of one adapter by name, in the order of the model.
+
+    The name alone does not identify them: a part of the model may have the adapter's name, and the
+    adapter of an embedding ends in it.
+    """
+    members: set[int] = set()
+    for layer in adapter_layers(model):
+        for attribute in layer.adapter_layer_names:
+            container = getattr(layer, attribute, {})
+            if adapter in container:
+                part = container[adapter]
+                members |= {id(p) for p in ([part] if hasattr(part, "data") else part.parameters())}
+    return {name: p for name, p in model.named_parameters() if id(p) in members}
+
+
+def copy_adapter(model: Any, source: str, target: str) -> None:
+    """Copy the weights of an adapter to another one with the same configuration."""
+    weights = adapter_parameters(model, source).values()
+    for parameter, weight in zip(adapter_parameters(model, target).values(), weights, strict=True):
+        parameter.data.copy_(weight.data)

@@ -5,14 +5,104 @@ Loads neither torch nor transformers, so that ``align plan`` answers in a second
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import ArtifactError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+FINGERPRINT = "sha256:"
+"""Prefix of the ``revision`` of an adapter whose base is a folder: a digest of the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBase:
+    """The model that an adapter was trained on."""
+
+    source: str
+    """A folder or a Hub id."""
+    revision: str | None
+    """Commit on the Hub, or the fingerprint of a folder; None if the adapter does not store it."""
+
+    @property
+    def hub_revision(self) -> str | None:
+        """The commit on the Hub to load the base at; None for a folder."""
+        return None if self.revision and self.revision.startswith(FINGERPRINT) else self.revision
+
+    def check_unchanged(self, adapter: Path | str) -> None:
+        """Check that the base is still the one that the adapter was trained on.
+
+        Raises:
+            ArtifactError: The files of the base have changed.
+        """
+        if self.revision is None or not self.revision.startswith(FINGERPRINT):
+            return
+        if Path(self.source).is_dir() and fingerprint(Path(self.source)) != self.revision:
+            raise ArtifactError(
+                f"{adapter}: its base model {self.source} has changed since the adapter was "
+                "trained; restore the base, or train the adapter again"
+            )
+
+
+def read_adapter_base(file: Path, adapter: Path | str) -> AdapterBase:
+    """The base in an ``adapter_config.json`` that belongs to the folder or Hub id ``adapter``.
+
+    A folder of runs may have been moved, so a missing base is also searched beside the adapter.
+
+    Raises:
+        ArtifactError: The file is malformed, or names no base, a missing one or an adapter.
+    """
+    problems = _json_problems(file)
+    if problems:
+        raise ArtifactError(*problems)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    key = "`base_model_name_or_path`"
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if base is None or base == "":
+        raise ArtifactError(f"{file}: no {key}, so the base model is unknown; add it")
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        wrong = key if not isinstance(base, str) else "`revision`"
+        raise ArtifactError(f"{file}: {wrong} must be text; set it to that of the base model")
+    folder = Path(base)
+    if folder.is_absolute() and not folder.is_dir():
+        folder = Path(adapter).resolve().parent / folder.name
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"{file}: the base model {base} does not exist; set {key} to its folder"
+            )
+        base = str(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ArtifactError(
+            f"{file}: the base model {base} is an adapter itself; set {key} to a model with full "
+            "weights"
+        )
+    return AdapterBase(base, revision)
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest of the config and weights of a model folder, with the prefix ``sha256:``.
+
+    A file is read once per process, unless its size or time of change differs.
+    """
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.name}\n{_digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return FINGERPRINT + digest.hexdigest()
+
+
+@functools.cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file in hex; ``size`` and ``changed`` are the key of the cache."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_model_folder(folder: Path) -> None:
@@ -21,12 +111,14 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         ArtifactError: A file is missing, malformed or truncated; one line per file.
     """
-    if (folder / "adapter_config.json").is_file():
-        problems = _json_problems(folder / "adapter_config.json")
-        weights = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_adapter_base(folder / ADAPTER_CONFIG, folder)
+        base.check_unchanged(folder)
+        problems = []
+        weights = [folder / "adapter_model.safetensors"]
     elif (folder / "config.json").is_file():
         problems = _json_problems(folder / "config.json")
-        weights = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+        weights = [folder / "model.safetensors"]
     else:
         raise ArtifactError(
             f"{folder}: no config.json, so it contains no model; set a folder in Hugging Face "
@@ -43,9 +135,15 @@ def check_model_folder(folder: Path) -> None:
             ]
     existing = [file for file in weights if file.is_file()]
     if not existing and not problems:
-        problems.append(f"{folder}: no weights; expected {weights[0].name}")
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        problems.append(
+            f"{folder}: its weights are a pickle, {pickles[0]}, which may contain code and is not "
+            "read; load it where you trust it, and save it with `save_pretrained`"
+            if pickles
+            else f"{folder}: no weights; expected {weights[0].name}"
+        )
     for file in existing:
-        problems += _weight_problems(file) if file.suffix == ".safetensors" else []
+        problems += _weight_problems(file)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         problems.append(f"{folder}: no tokenizer; expected {_TOKENIZERS[0]}")
     if problems:

@@ -5,12 +5,14 @@ Training an adapter further, and references, are in :mod:`align.models.adapters`
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import ArtifactError, UserError
+from align.errors import UserError
+from align.models.files import AdapterBase, fingerprint, read_adapter_base
+from align.models.merging import merge_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,11 +40,11 @@ def new_model(tokenizer: PreTrainedTokenizerBase, *, dtype: str, **shape: Any) -
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
-def adapter_base(source: Path | str, *, revision: str | None = None) -> str | None:
+def adapter_base(source: Path | str, *, revision: str | None = None) -> AdapterBase | None:
     """The base model of an adapter; None if ``source`` has full weights.
 
     Raises:
-        ArtifactError: The adapter does not name its base, or the folder of the base does not exist.
+        ArtifactError: The config of the adapter is malformed, or its base does not exist.
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -50,23 +52,28 @@ def adapter_base(source: Path | str, *, revision: str | None = None) -> str | No
         config_file = find_adapter_config_file(str(source), revision=revision)
     except (OSError, ValueError):
         return None  # if the Hub cannot be reached, loading the model raises the error
-    if config_file is None:
-        return None
-    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ArtifactError(
-            f"{config_file}: no `base_model_name_or_path`, so the base model is unknown; add it"
-        )
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        sibling = Path(source).resolve().parent / Path(base).name
-        if not sibling.is_dir():
-            raise ArtifactError(
-                f"{config_file}: the base model {base} does not exist; set "
-                "`base_model_name_or_path` to its folder"
-            )
-        return str(sibling)  # the whole folder of runs was moved
-    return str(base)
+    return None if config_file is None else read_adapter_base(Path(config_file), source)
+
+
+def pinned_revision(source: Path | str, *, revision: str | None) -> str | None:
+    """What identifies the weights of a base model: its commit on the Hub, or a folder's fingerprint.
+
+    peft stores it as the ``revision`` of an adapter, and the base is loaded at it again.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return fingerprint(Path(source))
+    file = try_to_load_from_cache(str(source), "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else revision
+
+
+def is_same_base(one: AdapterBase, other: AdapterBase) -> bool:
+    """Whether two bases are the same model: one folder, or one commit of a model on the Hub."""
+    if Path(one.source).is_dir() or Path(other.source).is_dir():
+        return Path(one.source).resolve() == Path(other.source).resolve()
+    revisions = {pinned_revision(b.source, revision=b.hub_revision) for b in (one, other)}
+    return one.source == other.source and len(revisions) == 1
 
 
 def load_merged(source: Path | str, *, dtype: str, revision: str | None = None) -> PreTrainedModel:
@@ -76,8 +83,7 @@ def load_merged(source: Path | str, *, dtype: str, revision: str | None = None) 
         UserError: Weights are missing, cannot be loaded, or do not fit the config.
     """
     if adapter_base(source, revision=revision) is not None:
-        merged = load_adapter(source, dtype=dtype, revision=revision).merge_and_unload()
-        return merged.requires_grad_(True)  # peft has frozen the base
+        return merge_adapter(load_adapter(source, dtype=dtype, revision=revision), source)
     return load_base(source, dtype=dtype, revision=revision)
 
 
@@ -109,20 +115,38 @@ def load_adapter(
     Raises:
         UserError: Weights of the adapter or of its base are missing or cannot be loaded.
     """
-    from peft import PeftModel
-
     base = adapter_base(source, revision=revision)
     assert base is not None, f"{source} is not an adapter"
-    model = load_base(base, dtype=dtype, revision=None, quantization=quantization)
+    base.check_unchanged(source)
+    model = load_base(
+        base.source, dtype=dtype, revision=base.hub_revision, quantization=quantization
+    )
+    return attach_adapter(model, source, base, revision=revision)
+
+
+def attach_adapter(
+    model: PreTrainedModel, source: Path | str, base: AdapterBase, *, revision: str | None
+) -> PeftModel:
+    """Load the adapter ``source`` onto its loaded ``base``, trainable.
+
+    Raises:
+        UserError: Weights of the adapter are missing, cannot be loaded or are not finite.
+    """
+    from peft import PeftModel
+
     try:
         with warnings.catch_warnings():
             # peft leaves missing weights at their initial value, zero, and only warns.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(
+            wrapped = PeftModel.from_pretrained(
                 model, str(source), is_trainable=True, revision=revision
             )
-    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+    except Exception as error:
         raise UserError(cannot_load(source, "adapter", error)) from None
+    check_finite(source, wrapped)
+    config = wrapped.peft_config["default"]
+    config.revision = pinned_revision(base.source, revision=base.hub_revision)
+    return wrapped
 
 
 def load_base(
@@ -134,7 +158,6 @@ def load_base(
         UserError: Weights are missing, cannot be loaded, or do not fit the config.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
@@ -145,19 +168,9 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    if isinstance(source, Path):
-        source = source.resolve()  # peft stores this path in an adapter
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(source),
-            dtype=getattr(torch, dtype),
-            revision=revision,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(cannot_load(source, "model", error)) from None
-    missing = sorted(report["missing_keys"])
+    model, missing = from_pretrained(
+        AutoModelForCausalLM, source, "model", dtype=dtype, revision=revision, **options
+    )
     if missing:
         # transformers initializes missing weights randomly and only logs it.
         raise UserError(
@@ -167,7 +180,73 @@ def load_base(
     return model
 
 
+def from_pretrained(
+    auto_class: Any,
+    source: Path | str,
+    what: str,
+    *,
+    dtype: str,
+    revision: str | None,
+    **options: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load full weights with a class of transformers; return the model and its missing weights.
+
+    No code of a repository is run, and no pickle is read. ``what`` names the model in messages.
+
+    Raises:
+        UserError: The model cannot be loaded, or a weight is not finite.
+    """
+    import torch
+
+    if isinstance(source, Path):
+        source = source.resolve()  # peft stores this path in an adapter
+    try:
+        model, report = auto_class.from_pretrained(
+            str(source),
+            dtype=getattr(torch, dtype),
+            revision=revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        # The files of a model may break transformers at any place, with any exception.
+        raise UserError(cannot_load(source, what, error)) from None
+    check_finite(source, model)
+    return model, sorted(report["missing_keys"])
+
+
+def check_finite(source: Path | str, model: Any) -> None:
+    """Check that no weight of a model is NaN or infinite.
+
+    Raises:
+        UserError: A weight is; the message names it.
+    """
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel() and weight.device.type != "meta":
+            extremes = torch.stack(torch.aminmax(weight.detach()))
+            if not torch.isfinite(extremes).all():
+                raise UserError(
+                    f"{source}: the weight {name} is not finite; save or download the model again"
+                )
+
+
 def cannot_load(source: Path | str, what: str, error: Exception) -> str:
     """Error message for a model, adapter or tokenizer that a library failed to load."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            f"{source}: its {what} needs Python code from its repository, which Align never runs; "
+            "choose a model that transformers supports by itself"
+        )
+    if re.search(r"no file named .*safetensors|does not appear to have a file .*safetensors", text):
+        return (
+            f"{source}: its {what} has no weights in the safetensors format; a pickle may contain "
+            "code and is not read: load it where you trust it, and save it with `save_pretrained`"
+        )
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    text = f"{kind}{text}"
     return f"{source}: its {what} cannot be loaded: {text[:300]}{'…' if len(text) > 300 else ''}"

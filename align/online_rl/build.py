@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from align.config.ppo import PPO
 from align.errors import UserError
 from align.models import adapters, loading, tokenization
+from align.models.files import AdapterBase
 from align.models.prefix_sharing import wrapper
 from align.online_rl.models import (
     POLICY,
@@ -127,7 +127,7 @@ class _Loader:
         model = wrapped.get_base_model()
         rewards = [
             self._attached_reward_model(wrapped, k, source)
-            if _same_model(loading.adapter_base(source), base or self.source)
+            if self._has_same_base(source, base)
             else self._reward_model(source)
             for k, source in enumerate(self.reward_sources)
         ]
@@ -141,12 +141,18 @@ class _Loader:
             self.tokenizer,
         )
 
+    def _has_same_base(self, source: Path | str, base: AdapterBase | None) -> bool:
+        """Whether a reward model is an adapter on the base of the policy, at the same revision."""
+        other = loading.adapter_base(source)
+        policy_base = base or AdapterBase(str(self.source), self.config.revision)
+        return other is not None and loading.is_same_base(other, policy_base)
+
     def _merged_policy(self) -> Any:
         return loading.load_merged(
             self.source, dtype=self.config.dtype, revision=self.config.revision
         )
 
-    def _wrapped_policy(self, base: str | None) -> tuple[Any, str | None]:
+    def _wrapped_policy(self, base: AdapterBase | None) -> tuple[Any, str | None]:
         """Peft's wrapper of the policy, and the reference's adapter (None: no adapter)."""
         config = self.config
         if base is None:
@@ -167,7 +173,7 @@ class _Loader:
             quantization=config.quantization,
         )
         adapters.check_lora(self.source, wrapped, self._lora())
-        wrapped.load_adapter(str(self.source), REFERENCE)
+        wrapped.load_adapter(str(self.source), REFERENCE, revision=config.revision)
         return wrapped, REFERENCE
 
     def _attached_reward_model(self, wrapped: Any, k: int, source: Path | str) -> RewardModel:
@@ -208,20 +214,22 @@ class _Loader:
         if not rewards:
             model = wrapped.get_base_model()
             wrapped.add_adapter(VALUE, self._adapter_config(wrapped, reference))
-            _copy_adapter(model, reference, VALUE)
+            if reference is not None:
+                adapters.copy_adapter(model, reference, VALUE)
             return ModelView(model, VALUE, _value_head(model.config.hidden_size))
         first = rewards[0]
         self._check_critic_tokens(first)
         if first.model is wrapped.get_base_model():
             wrapped.add_adapter(VALUE, self._adapter_config(wrapped, first.adapter))
-            _copy_adapter(first.model, first.adapter, VALUE)
+            assert first.adapter is not None
+            adapters.copy_adapter(first.model, first.adapter, VALUE)
             return ModelView(first.model, VALUE, _value_head(first.head, first.offset))
         model = first.model
         model.add_adapter(self._adapter_config(model, first.adapter), VALUE)
-        _copy_adapter(model, first.adapter, VALUE)
-        for name, p in model.named_parameters():
-            if f".{VALUE}." in name:
-                p.data = p.data.float()  # peft does this itself, transformers' add_adapter not
+        if first.adapter is not None:
+            adapters.copy_adapter(model, first.adapter, VALUE)
+        for p in adapters.adapter_parameters(model, VALUE).values():
+            p.data = p.data.float()  # peft does this itself, transformers' add_adapter not
         head = _value_head(reward_model.score_head(model), first.offset)
         return ModelView(model, VALUE, head)
 
@@ -230,7 +238,8 @@ class _Loader:
         return self.config.lora_dict
 
     def _lora_config(self) -> Any:
-        return adapters.lora_config(self._lora())
+        pinned = loading.pinned_revision(self.source, revision=self.config.revision)
+        return adapters.lora_config(self._lora(), revision=pinned)
 
     def _adapter_config(self, model: Any, adapter: str | None) -> Any:
         """Configuration of the critic's adapter: that of ``adapter``, or the recipe's."""
@@ -259,25 +268,6 @@ def _value_head(like: Any, mean: float = 0.0) -> nn.Linear:
         head.weight.data.copy_(weight)
     nn.init.constant_(head.bias, -mean)
     return head
-
-
-def _copy_adapter(model: Any, source: str | None, target: str) -> None:
-    """Copy the weights of an adapter. A fresh target already equals no adapter."""
-    if source is None:
-        return
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in parameters.items():
-            if f".{target}." in name:
-                p.copy_(parameters[name.replace(f".{target}.", f".{source}.")])
-
-
-def _same_model(one: str | None, other: Path | str) -> bool:
-    """Whether two folders or Hub ids are the same."""
-    if one is None:
-        return False
-    paths = Path(one), Path(other)
-    return paths[0].resolve() == paths[1].resolve() if paths[0].exists() else str(one) == str(other)
 
 
 def _same_tokens(one: Any, other: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.models.adapters import active_adapter, adapter_layers
+from align.models.adapters import active_adapter, adapter_layers, adapter_parameters
 from align.rewards.reward_model import RewardModel
 
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
@@ -81,11 +81,11 @@ class PPOModels:
         For the critic, its head replaces the model's own.
         """
         layers = view.model if view.head is None else view.model.base_model
-        parameters = [
-            p
-            for name, p in layers.named_parameters()
-            if view.adapter is None or f".{view.adapter}." in name
-        ]
+        parameters = (
+            list(layers.parameters())
+            if view.adapter is None
+            else list(adapter_parameters(layers, view.adapter).values())
+        )
         return parameters + (list(view.head.parameters()) if view.head is not None else [])
 
     def models(self) -> list[Any]:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.models import tokenization
-from align.models.adapters import active_adapter, load_for_training, lora_config
-from align.models.loading import adapter_base, cannot_load, load_merged
+from align.models.adapters import active_adapter, load_for_training
+from align.models.files import AdapterBase
+from align.models.loading import adapter_base, attach_adapter, from_pretrained
+from align.models.merging import merge_adapter
 from align.models.prefix_sharing import wrapper
 
 if TYPE_CHECKING:
@@ -133,27 +135,32 @@ def new_reward_model(
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForSequenceClassification
 
-    adapter_weights = None
+    adapter_weights: dict[str, Any] = {}
     if lora is not None and adapter_base(source, revision=revision) is not None:
-        adapted = load_for_training(source, lora=lora, dtype=dtype, revision=revision)[0]
+        adapted: Any = load_for_training(source, lora=lora, dtype=dtype, revision=revision)[0]
+        # A copy of the adapter has its kind as well, such as DoRA or another scale of the rank.
+        adapter = copy.deepcopy(adapted.peft_config["default"])
         adapter_weights = get_peft_model_state_dict(adapted)
         policy = adapted.unload()
     else:
-        policy = load_merged(source, dtype=dtype, revision=revision)
+        policy, adapter = load_for_training(source, lora=lora, dtype=dtype, revision=revision)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    classifier = AutoModelForSequenceClassification.from_config(
+        config, dtype=policy.dtype, trust_remote_code=False
+    )
     classifier.base_model.load_state_dict(policy.base_model.state_dict())
     # peft stores this path as the base of the adapter.
     classifier.config._name_or_path = policy.config._name_or_path
     head = score_head(classifier)
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    if lora is None:
+    if adapter is None:
         return classifier
-    wrapped = get_peft_model(
-        classifier, lora_config(lora, task_type="SEQ_CLS", modules_to_save=[HEAD])
-    )
-    if adapter_weights is not None:
+    adapter.task_type = "SEQ_CLS"
+    adapter.modules_to_save = [*(adapter.modules_to_save or ()), HEAD]
+    wrapped = get_peft_model(classifier, adapter)
+    if adapter_weights:
+        adapter_weights |= {f"base_model.model.{HEAD}.weight": head.weight.detach()}
         set_peft_model_state_dict(wrapped, adapter_weights)
     return wrapped
 
@@ -166,36 +173,10 @@ def load_reward_model(
     Raises:
         UserError: The model cannot be loaded, has several labels, or its head was never trained.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification
-
     base = adapter_base(source, revision=revision)
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(source),
-            dtype=getattr(torch, dtype),
-            revision=revision,
-            output_loading_info=True,
-            **({} if base is None else {"num_labels": 1}),
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(cannot_load(source, "reward model", error)) from None
-    missing = set(report["missing_keys"])
-    if base is not None and not hasattr(getattr(model, HEAD, None), "modules_to_save"):
-        missing.add(f"{HEAD}.weight")
-    if missing:
-        raise UserError(
-            f"{source}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; a reward "
-            "model is a sequence classifier with a trained head: set a `reward` stage or its "
-            "folder"
-        )
-    if model.config.num_labels != 1:
-        raise UserError(
-            f"{source}: a classifier with {model.config.num_labels} labels; a reward model must "
-            "have 1"
-        )
-    return model.eval()
+    if base is None:
+        return _load_classifier(source, dtype=dtype, revision=revision).eval()
+    return _load_adapter(source, base, dtype=dtype, revision=revision).get_base_model().eval()
 
 
 def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedModel:
@@ -205,17 +186,57 @@ def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedMod
         UserError: The model cannot be loaded, has several labels, or its head was never trained.
     """
     base = adapter_base(source)
-    model = load_reward_model(source, dtype=dtype)
     if base is None:
-        return model.requires_grad_(True)
-    from peft import PeftModel
+        return _load_classifier(source, dtype=dtype, revision=None)
+    return merge_adapter(_load_adapter(source, base, dtype=dtype, revision=None), source)
+
+
+def _load_classifier(source: Path | str, *, dtype: str, revision: str | None) -> PreTrainedModel:
+    """Load a sequence classifier with full weights."""
     from transformers import AutoModelForSequenceClassification
 
-    base_model = AutoModelForSequenceClassification.from_pretrained(
-        base, dtype=model.dtype, num_labels=1
+    model, missing = from_pretrained(
+        AutoModelForSequenceClassification, source, "reward model", dtype=dtype, revision=revision
     )
-    merged = PeftModel.from_pretrained(base_model, str(source)).merge_and_unload()
-    return merged.requires_grad_(True)
+    if missing:
+        raise UserError(_no_head(source, missing))
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"{source}: a classifier with {model.config.num_labels} labels; a reward model must "
+            "have 1"
+        )
+    return model
+
+
+def _load_adapter(
+    source: Path | str, base: AdapterBase, *, dtype: str, revision: str | None
+) -> PeftModel:
+    """Load an adapter with a trained head on the layers of its base."""
+    from transformers import AutoModelForSequenceClassification
+
+    base.check_unchanged(source)
+    model, missing = from_pretrained(
+        AutoModelForSequenceClassification,
+        base.source,
+        "reward model",
+        dtype=dtype,
+        revision=base.hub_revision,
+        num_labels=1,
+    )
+    missing = [name for name in missing if not name.startswith(f"{HEAD}.")]
+    if missing:
+        raise UserError(_no_head(base.source, missing))
+    wrapped = attach_adapter(model, source, base, revision=revision)
+    if not hasattr(getattr(model, HEAD, None), "modules_to_save"):
+        raise UserError(_no_head(source, [f"{HEAD}.weight"]))
+    return wrapped
+
+
+def _no_head(source: Path | str, missing: Sequence[str]) -> str:
+    return (
+        f"{source}: {len(missing)} weights are missing, such as {missing[0]}; a reward model is a "
+        "sequence classifier with a trained head: set a `reward` stage or its folder"
+    )
 
 
 def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> Any:
@@ -228,6 +249,9 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
     from peft import PeftConfig
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+    base = adapter_base(source)
+    assert base is not None, f"{source} is not an adapter"
+    base.check_unchanged(source)
     weights = load_peft_weights(str(source), device="cpu")
     head = next((key for key in weights if key.endswith(f"{HEAD}.weight")), None)
     if head is None:

@@ -95,6 +95,8 @@ def build_with_trl_batches(
             processing_class=models.tokenizer,
             peft_config=models.new_adapter,
         )
+    if "ref" in getattr(trainer.model, "peft_config", {}):
+        adapters.copy_adapter(trainer.model, "default", "ref")  # TRL leaves embeddings out
     if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
     return trainer

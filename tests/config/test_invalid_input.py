@@ -213,6 +213,20 @@ VALUES = [
         "recipe.yaml:3: sft.dtype: expected 'float32' or 'bfloat16', got the text 'bf16'",
         "did you mean `bfloat16`?",
     ),
+    *(
+        invalid(
+            f"bfloat16 in full fine-tuning: {stage}",
+            recipe(PREPARE, SFT, f"{stage}: {{model: {start}, dtype: bfloat16}}"),
+            f"recipe.yaml:4: {stage}: `dtype: bfloat16` rounds small updates to zero",
+            "(mixed precision: `trainer: {bf16: true}`), or set `lora`",
+        )
+        for stage, start in (("dpo", "sft"), ("kto", "sft"), ("reward", "sft"))
+    ),
+    invalid(
+        "bfloat16 in full fine-tuning: sft",
+        recipe(PREPARE, "sft: {model: {}, dtype: bfloat16}"),
+        "recipe.yaml:3: sft: `dtype: bfloat16` rounds small updates to zero",
+    ),
     invalid(
         "an unknown loss",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {loss_type: sigmod}}"),

@@ -261,7 +261,7 @@ def test_a_stage_in_two_recipes_is_reported_with_both_places(write: Any):
         pytest.param("dpo.keep_checkpoints=true", True, id="true"),
         pytest.param("dpo.keep_checkpoints=no", False, id="no as false"),
         pytest.param("dpo.pairs=prepare", "prepare", id="a stage"),
-        pytest.param("dpo.dtype=bfloat16", "bfloat16", id="a choice"),
+        pytest.param("evaluate.dtype=bfloat16", "bfloat16", id="a choice"),
         pytest.param("dpo.lora={r: 4}", Lora(r=4), id="a mapping"),
         pytest.param("sft.model.vocab_size=300", NewModel(vocab_size=300), id="below a mapping"),
         pytest.param("dpo.lora.r=4", Lora(r=4), id="below a mapping that is not there yet"),

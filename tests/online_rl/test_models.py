@@ -42,7 +42,7 @@ def test_row_01_dropout_is_off_in_all_models_in_train_mode_too(
     shutil.copytree(folders.adapter if lora else folders.full, reward)
     ppo_fixtures.edit_json(source / "config.json", attention_dropout=0.5)
     if lora:
-        fields = {"lora_dropout": 0.5, "base_model_name_or_path": str(source)}
+        fields = {"lora_dropout": 0.5, "base_model_name_or_path": str(source), "revision": None}
         ppo_fixtures.edit_json(reward / "adapter_config.json", **fields)
     else:
         ppo_fixtures.edit_json(reward / "config.json", attention_dropout=0.5)

@@ -1,0 +1,237 @@
+"""Adapters: their base at its revision, merging, every kind of adapter as policy, reward model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_models
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from align.errors import UserError
+from align.models import adapters, files, loading, merging, tokenization
+from align.rewards import reward_model
+
+# peft advises about embeddings that are adapted, which is what some of the adapters here do.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in acme/tiny"),  # offline
+]
+MAIN, V2 = "1" * 40, "2" * 40
+"""Commits of `acme/tiny`."""
+KINDS: list[Any] = [
+    pytest.param({"target_modules": ["q_proj", "up_proj"]}, id="LoRA"),
+    pytest.param({"target_modules": ["q_proj"], "use_rslora": True}, id="rsLoRA"),
+    pytest.param({"target_modules": ["q_proj"], "use_dora": True}, id="DoRA"),
+    pytest.param({"target_modules": ["q_proj", "embed_tokens"]}, id="embeddings"),
+    pytest.param({"target_modules": ["q_proj", "lm_head"]}, id="output layer"),
+    pytest.param(
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, id="saved embeddings"
+    ),
+    pytest.param(
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, id="saved output layer"
+    ),
+    pytest.param(
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 299]}, id="single tokens"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def adapter(world: tiny_models.World, request: pytest.FixtureRequest) -> Path:
+    """An adapter of each kind on the SFT model."""
+    folder = world.folder / f"adapter-{request.param_index}"
+    if not folder.exists():
+        trained_adapter(folder, world.sft, None, **request.param)
+    return folder
+
+
+@pytest.fixture
+def hub(world: tiny_models.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the Hub with `acme/tiny`: other weights at `main` than at the tag `v2`."""
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    for name, commit in (("main", MAIN), ("v2", V2)):
+        shutil.copytree(world.sft, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    change_weight(repository / "snapshots" / MAIN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repository
+
+
+def change_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(
+        weights | {name: weights[name] + 1}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def trained_adapter(folder: Path, base: Path | str, revision: str | None, **kind: Any) -> Path:
+    """An adapter with random weights, saved as a stage saves it."""
+    model, config = adapters.load_for_training(
+        base, lora=tiny_models.LORA.model_dump(), dtype="float32", revision=revision
+    )
+    assert config is not None
+    if kind:
+        config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **kind)
+    adapted: Any = get_peft_model(model, config)
+    randomize(adapted)
+    adapted.save_pretrained(folder)
+    tokenization.load_tokenizer(base, revision=revision).save_pretrained(folder)
+    return folder
+
+
+def randomize(adapted: Any) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 43).reshape(2, 20)).logits
+
+
+def hidden(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        backbone = model.eval().base_model
+        return backbone(input_ids=torch.arange(3, 43).reshape(2, 20)).last_hidden_state
+
+
+# The base -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_loaded_on_the_revision_of_its_base(hub: Path, tmp_path: Path):
+    adapter = trained_adapter(tmp_path / "adapter", "acme/tiny", "v2")
+    assert json.loads((adapter / "adapter_config.json").read_text())["revision"] == V2
+    expected = AutoModelForCausalLM.from_pretrained(hub / "snapshots" / V2)
+    expected.load_adapter(str(adapter))
+    for model in (
+        loading.load_for_inference(adapter, dtype="float32"),
+        loading.load_merged(adapter, dtype="float32"),
+    ):
+        assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
+    lora = tiny_models.LORA.model_dump()
+    scorer: Any = reward_model.new_reward_model(adapter, lora=lora, dtype="float32")
+    assert_close(hidden(scorer.get_base_model()), hidden(expected), rtol=1e-4, atol=1e-4)
+    scorer.save_pretrained(tmp_path / "scorer")
+    loaded = reward_model.load_reward_model(tmp_path / "scorer", dtype="float32")
+    assert_close(hidden(loaded), hidden(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_bases_at_different_revisions_are_different_models(hub: Path):
+    main, v2, commit = (files.AdapterBase("acme/tiny", name) for name in (None, "v2", V2))
+    assert loading.is_same_base(v2, commit)
+    assert not loading.is_same_base(main, v2)
+
+
+def test_a_changed_base_is_a_user_error(world: tiny_models.World, tmp_path: Path):
+    base = Path(shutil.copytree(world.sft, tmp_path / "base"))
+    adapter = trained_adapter(tmp_path / "adapter", base, None)
+    loading.load_merged(adapter, dtype="float32")
+    change_weight(base)
+    for load in (loading.load_merged, loading.load_for_inference, reward_model.load_reward_model):
+        with pytest.raises(UserError, match="has changed since the adapter was trained"):
+            load(adapter, dtype="float32")
+    with pytest.raises(UserError, match="has changed since the adapter was trained"):
+        files.check_model_folder(adapter)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        pytest.param(7, "must be text", id="a number"),
+        pytest.param(["a"], "must be text", id="a list"),
+        pytest.param("", "the base model is unknown", id="empty"),
+        pytest.param("/gone/base", "/gone/base does not exist", id="missing"),
+        pytest.param("itself", "is an adapter itself", id="itself"),
+    ],
+)
+def test_an_adapter_without_a_usable_base_is_a_user_error(
+    world: tiny_models.World, tmp_path: Path, base: Any, message: str
+):
+    adapter = Path(shutil.copytree(world.lora, tmp_path / "adapter"))
+    file = adapter / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    fields["base_model_name_or_path"] = str(adapter) if base == "itself" else base
+    file.write_text(json.dumps(fields))
+    for check in (files.check_model_folder, loading.adapter_base):
+        with pytest.raises(UserError, match=message):
+            check(adapter)
+
+
+# Kinds --------------------------------------------------------------------------------------------
+
+
+def test_a_merged_adapter_of_any_kind_computes_the_same_also_after_saving(
+    world: tiny_models.World, adapter: Path, tmp_path: Path
+):
+    expected = logits(loading.load_for_inference(adapter, dtype="float32"))
+    base = logits(loading.load_merged(world.sft, dtype="float32"))
+    assert (expected - base).abs().max() > 0.1, "an adapter without effect would prove nothing"
+    merged = loading.load_merged(adapter, dtype="float32")
+    assert all(p.requires_grad for p in merged.parameters())
+    merged.save_pretrained(tmp_path / "merged")
+    for model in (merged, loading.load_merged(tmp_path / "merged", dtype="float32")):
+        assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_merge_that_changes_the_logits_is_a_user_error(
+    world: tiny_models.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kind = {"target_modules": ["q_proj", "embed_tokens"]}
+    adapter = trained_adapter(tmp_path / "adapter", world.sft, None, **kind)
+    monkeypatch.setattr(merging, "_untie_adapted_embeddings", lambda model: None)
+    with pytest.raises(UserError, match=r"changes the logits by \d+%"):
+        loading.load_merged(adapter, dtype="float32")
+
+
+def test_a_reward_model_on_an_adapter_of_any_kind_starts_with_its_hidden_states(
+    adapter: Path, tmp_path: Path
+):
+    expected = hidden(loading.load_for_inference(adapter, dtype="float32"))
+    lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
+    model: Any = reward_model.new_reward_model(adapter, lora=lora, dtype="float32")
+    assert_close(hidden(model.get_base_model()), expected)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("score.modules_to_save" in name for name in trained)
+    assert any("lora_A" in name for name in trained)
+    randomize(model)
+    model.save_pretrained(tmp_path / "scorer")
+    for load in (reward_model.load_reward_model, reward_model.load_merged_reward_model):
+        loaded = load(tmp_path / "scorer", dtype="float32")
+        assert_close(hidden(loaded), hidden(model.get_base_model()), rtol=1e-3, atol=1e-3)
+        head = reward_model.head_weight(loaded.score)
+        assert torch.equal(head, reward_model.head_weight(model.get_base_model().score))
+
+
+def test_a_copied_adapter_computes_the_same_and_has_no_weight_of_the_base(adapter: Path):
+    model = loading.load_adapter(adapter, dtype="float32")
+    expected = logits(model)
+    base: Any = model.get_base_model()
+    model.add_adapter("value", model.peft_config["default"])
+    with adapters.active_adapter(base, "value"):
+        assert not torch.equal(logits(base), expected)
+    adapters.copy_adapter(base, "default", "value")
+    with adapters.active_adapter(base, "value"):
+        assert torch.equal(logits(base), expected)
+    members = [adapters.adapter_parameters(base, name) for name in ("default", "value")]
+    assert not members[0].keys() & members[1].keys()
+    trained = {id(p) for p in base.parameters() if p.requires_grad}
+    assert {id(p) for p in members[0].values()} == trained
