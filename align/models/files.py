@@ -94,7 +94,9 @@ def fingerprint(folder: Path) -> str:
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         if file.is_file():
             stat = file.stat()
-            digest.update(f"{file.name}\n{_digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
+            digest.update(
+                f"{file.name}\n{_digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode()
+            )
     return FINGERPRINT + digest.hexdigest()
 
 
