@@ -59,10 +59,7 @@ class PPO(TrainingStage):
     """Completions per prompt."""
     temperature: float = Field(1.0, gt=0.0)
     """Sampling temperature. The log-probabilities of policy and reference are computed at the same
-    temperature."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Nucleus sampling threshold. Log-probabilities are computed over the full vocabulary, so
-    values below 1 make sampling slightly off-policy."""
+    temperature, over the whole vocabulary that is sampled from."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest completion in tokens."""
     missing_eos_penalty: float | None = Field(None, ge=0.0)
@@ -87,9 +84,10 @@ class PPO(TrainingStage):
     """Scale rewards to variance 1 in each update; their mean is unchanged."""
     kl_coef: float = Field(0.05, ge=0.0)
     """Coefficient of the KL penalty towards the reference."""
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    """Estimator of the KL divergence per token: the log-ratio (``k1``) or the low-variance ``k3``.
-    """
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty is: in the ``reward`` of each token, as the log-ratio (``k1``), or a
+    term of the ``loss``, from the low-variance ``k3``, which normalization of advantages and
+    rewards does not scale."""
     kl_target: float | None = Field(None, gt=0.0)
     """KL divergence, in nats per completion, that ``kl_coef`` is adapted to. Default: ``kl_coef``
     is constant."""
@@ -157,6 +155,8 @@ class PPO(TrainingStage):
             ignored["vllm_url"] = "without `sampler: vllm`"
         if self.kl_target is None:
             ignored["kl_horizon"] = "without `kl_target`"
+        if self.kl_coef == 0:
+            ignored["kl_placement"] = "with `kl_coef: 0`"
         if self.eval_steps is None:
             ignored |= dict.fromkeys(("eval_split", "n_eval_prompts"), "without `eval_steps`")
         for key, condition in ignored.items():

@@ -1,4 +1,4 @@
-"""Keys of recipes that were renamed in version 0.2, for errors about their old names."""
+"""Keys of recipes that were renamed or removed, for errors about their old names."""
 
 from __future__ import annotations
 
@@ -28,10 +28,24 @@ RENAMED: dict[tuple[str, str], str] = {
 """The class of a stage and the old name of a key → the new name."""
 
 
+REMOVED: dict[tuple[str, str], str] = {
+    ("PPO", "kl_estimator"): (
+        "the reward contains the log-ratio, k1 (k3 there has another gradient than the KL "
+        "divergence and collapses the policy); remove it, or set `kl_placement: loss` to use k3"
+    ),
+    ("PPO", "top_p"): (
+        "training samples from the whole distribution, because a truncated one moves the optimum; "
+        "remove it, or lower `temperature`"
+    ),
+}
+"""The class of a stage and a removed key → the reason and the repair."""
+
+
 def hint(classes: Iterable[type[Stage] | None], key: str) -> str:
-    """The end of an error message if ``key`` is the old name of a key, else nothing."""
-    for cls in classes:
-        new = RENAMED.get((cls.__name__, key)) if cls else None
-        if new:
-            return f"; renamed to {new}"
+    """The end of an error message if ``key`` is the name of an old key, else nothing."""
+    for name in (cls.__name__ for cls in classes if cls):
+        if (name, key) in RENAMED:
+            return f"; renamed to {RENAMED[name, key]}"
+        if (name, key) in REMOVED:
+            return f"; removed: {REMOVED[name, key]}"
     return ""

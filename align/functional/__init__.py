@@ -15,6 +15,7 @@ from align.functional.policy_gradient import (
     importance_weights,
     kl_k1,
     kl_k3,
+    kl_loss,
     reinforce_loss,
 )
 from align.functional.preference import bradley_terry_loss, dpo_loss, kto_loss
@@ -50,6 +51,7 @@ __all__ = [
     "importance_weights",
     "kl_k1",
     "kl_k3",
+    "kl_loss",
     "kto_loss",
     "leave_one_out",
     "length_controlled_win_rate",

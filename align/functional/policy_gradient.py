@@ -106,7 +106,8 @@ def kl_k1(
 ) -> Float[Tensor, "*shape"]:
     """Estimate KL(policy, reference) on the policy's samples by the log-ratio.
 
-    Unbiased, but often negative.
+    Unbiased, but often negative. Subtracted from the reward, it gives the gradient of the KL
+    divergence.
 
     >>> kl_k1(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # log 2
     tensor([0.6931])
@@ -124,6 +125,10 @@ def kl_k3(
     ``x`` is the probability ratio reference / policy. Unbiased and never negative. The exponent is
     bounded by :data:`MAX_LOGRATIO`.
 
+    It estimates the value, not the gradient. As a reward its gradient is that of KL(policy,
+    reference) - KL(reference, policy), whose minimum is a policy that excludes completions of the
+    reference. As a loss, its gradient is that of KL(reference, policy). Use :func:`kl_loss`.
+
     >>> kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # (1/2 - 1) + log 2
     tensor([0.1931])
 
@@ -132,6 +137,32 @@ def kl_k3(
     difference = ref_logps - logps
     # expm1: in float32, exp(1e-4) - 1 - 1e-4 has no correct digit and may be negative.
     return difference.clamp(max=MAX_LOGRATIO).expm1() - difference
+
+
+def kl_loss(
+    logps: Float[Tensor, "batch time"],
+    old_logps: Float[Tensor, "batch time"],
+    ref_logps: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+) -> Float[Tensor, "batch time"]:
+    """Loss with the gradient of KL(policy, reference), one value per token.
+
+    The value of a token is ``ratio * (k3 + later)``: the probability ratio new / old, :func:`kl_k3`
+    of the token, and the sum of k3 of the later tokens of its row, without gradient. Without the
+    ratio, k3 has the gradient of another divergence; without ``later``, a token would not pay for
+    the tokens that it leads to. Entries where ``mask`` is False are 0.
+
+    >>> half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.25]]).log()
+    >>> kl_loss(half, half, quarter, torch.tensor([[True, True]]))  # twice 0.1931, then once
+    tensor([[0.3863, 0.1931]])
+
+    Source: DeepSeek-AI 2025, arXiv:2512.02556, eq. 7 (the ratio); Tang and Munos 2025,
+    arXiv:2506.09477 (which gradients are those of the divergence, and the later tokens).
+    """
+    k3 = kl_k3(logps, ref_logps).masked_fill(~mask, 0)
+    from_here = k3.detach().flip(1).cumsum(1).flip(1)
+    later = torch.nn.functional.pad(from_here[:, 1:], (0, 1))
+    return (importance_ratio(logps, old_logps) * (k3 + later)).masked_fill(~mask, 0)
 
 
 def adaptive_kl_coef(coef: float, kl: float, *, target: float, horizon: int, n: int) -> float:

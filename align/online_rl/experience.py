@@ -107,11 +107,14 @@ def make_rollout(
 ) -> Rollout:
     """Token rewards from KL and scores, advantages, and the critic's targets.
 
-    ``kl_coef`` is the current coefficient, which may have been adapted from ``config.kl_coef``.
+    ``kl_coef`` is the current coefficient, which may have been adapted from ``config.kl_coef``. If
+    the KL penalty is a term of the loss, the rewards are the scores alone, and the rollout holds
+    the log-probabilities under the reference.
     """
     mask, logps = experience.mask, experience.logps
-    estimate = policy_gradient.kl_k1 if config.kl_estimator == "k1" else policy_gradient.kl_k3
-    kl = estimate(logps, experience.ref_logps)
+    kl_in_loss = config.kl_placement == "loss"
+    kl = policy_gradient.kl_k1(logps, experience.ref_logps)
+    kl_coef = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores.to(logps.device), kl, mask, kl_coef=kl_coef)
     if config.normalize_rewards:
         rewards = masked_scale(rewards, mask)
@@ -132,7 +135,8 @@ def make_rollout(
         weights = policy_gradient.importance_weights(
             logps, experience.sampler_logps, cap=config.importance_cap
         )
-    return Rollout(experience.inputs, logps, advantages, mask, values, returns, weights)
+    ref_logps = experience.ref_logps if kl_in_loss else None
+    return Rollout(experience.inputs, logps, advantages, mask, values, returns, weights, ref_logps)
 
 
 def evaluators(

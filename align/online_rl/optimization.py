@@ -21,8 +21,11 @@ ADAM_EPS = 1e-5
 """As in the original PPO code (Huang et al. 2024, arXiv:2403.17031, section 3.1)."""
 
 
-def build_objective(config: PPO, n_rows: int) -> Objective:
-    """The update's objective for ``n_rows`` completions on this rank."""
+def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
+    """The update's objective for ``n_rows`` completions on this rank.
+
+    ``kl_coef`` is the current coefficient; it has an effect on rollouts with ``ref_logps`` only.
+    """
     pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)
     return Objective(
         epochs=config.epochs,
@@ -34,6 +37,7 @@ def build_objective(config: PPO, n_rows: int) -> Objective:
         value_coef=config.value_coef,
         value_clip=config.value_clip,
         entropy_coef=config.entropy_coef,
+        kl_coef=kl_coef,
         target_kl=config.target_kl,
         max_grad_norm=config.max_grad_norm,
         whiten=config.normalize_advantages,

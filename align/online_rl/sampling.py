@@ -59,7 +59,7 @@ def build_sampler(config: PPO, models: PPOModels) -> Sampler:
         models.policy.model,
         models.tokenizer,
         temperature=config.temperature,
-        top_p=config.top_p,
+        top_p=1.0,
         max_new_tokens=config.max_new_tokens,
     )
     if config.sampler == "transformers":

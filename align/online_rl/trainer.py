@@ -166,7 +166,7 @@ class PPOTrainer:
         return update(
             evaluators(self.models, frozen_policy=step < config.critic_warmup_steps),
             rollout,
-            build_objective(config, len(rollout)),
+            build_objective(config, len(rollout), kl_coef=self.kl_coef),
             self.optimizer,
             generator=generator(config.seed, "shuffle", step, distributed.rank()),
             clip_gradients=partial(clip_gradients, self.optimizer),

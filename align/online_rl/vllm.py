@@ -71,7 +71,7 @@ class VLLMSampler:
             response = self.client.generate(
                 [list(prompts[i])],
                 temperature=self.config.temperature,
-                top_p=self.config.top_p,
+                top_p=1.0,
                 max_tokens=self.config.max_new_tokens,
                 logprobs=0,
                 generation_kwargs={

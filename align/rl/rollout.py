@@ -37,6 +37,8 @@ class Rollout:
     """The critic's targets; None without a critic."""
     weights: Float[Tensor, "batch time"] | None = None
     """Importance weights, if another engine sampled than the one that computed ``logps``."""
+    ref_logps: Float[Tensor, "batch time"] | None = None
+    """Log-probabilities of the actions under a reference, for a KL term of the loss."""
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -68,4 +70,5 @@ class Rollout:
             values=optional(self.values),
             returns=optional(self.returns),
             weights=optional(self.weights),
+            ref_logps=optional(self.ref_logps),
         )

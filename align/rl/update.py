@@ -38,6 +38,7 @@ from align.functional.policy_gradient import (
     explained_variance,
     importance_ratio,
     kl_k3,
+    kl_loss,
 )
 from align.rl.rollout import Rollout
 
@@ -64,6 +65,8 @@ class Objective:
     """Bound of the critic's change, in units of the returns."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    kl_coef: float = 0.0
+    """Weight of the KL term of the loss, for a rollout with ``ref_logps``."""
     max_grad_norm: float = math.inf
     """Norm to which gradients are clipped, of all parameters together."""
     target_kl: float | None = None
@@ -95,6 +98,7 @@ class Diagnostics:
     """
 
     policy_loss: float
+    """Surrogate loss, and the KL term where the rollout has a reference."""
     value_loss: float
     entropy: float
     kl: float
@@ -224,7 +228,7 @@ class _Terms(NamedTuple):
     ratio_max: Tensor
 
 
-_TIMED = ("logps", "advantages", "values", "returns", "weights")
+_TIMED = ("logps", "advantages", "values", "returns", "weights", "ref_logps")
 _KL = _Terms._fields.index("kl")
 _RATIO = _Terms._fields.index("ratio_max")
 
@@ -249,6 +253,7 @@ def _constants(rollout: Rollout, *, whiten: bool) -> Rollout:
         values=blank(rollout.values),
         returns=blank(rollout.returns),
         weights=blank(rollout.weights),
+        ref_logps=blank(rollout.ref_logps),
     )
 
 
@@ -287,6 +292,9 @@ def _terms(evaluated: Evaluated, piece: Rollout, objective: Objective) -> _Terms
             clip_high=objective.clip_high,
             dual_clip=objective.dual_clip,
         )
+        if piece.ref_logps is not None:
+            kl_terms = kl_loss(logps, piece.logps, piece.ref_logps, piece.mask)
+            losses = losses + objective.kl_coef * kl_terms
         policy = (losses if piece.weights is None else losses * piece.weights).sum()
         with torch.no_grad():
             ratio = importance_ratio(logps, piece.logps)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align.config.recipe import load_recipe
-from align.config.renamed_keys import RENAMED
+from align.config.renamed_keys import REMOVED, RENAMED
 from align.config.stages import STAGES
 from align.errors import UserError
 
@@ -38,6 +38,19 @@ def test_the_new_key_exists_and_the_old_one_does_not(cls: str, old: str):
     fields = STAGES[KINDS[cls]].model_fields
     assert RENAMED[cls, old].split("`")[1] in fields
     assert old not in fields
+
+
+@pytest.mark.parametrize(("cls", "old"), REMOVED, ids=".".join)
+def test_a_removed_key_is_refused_with_the_reason_and_the_repair(
+    cls: str, old: str, tmp_path: Path
+):
+    kind, path = KINDS[cls], tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"stages": {kind: {**STAGE[cls], old: 1}}}))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    (line,) = [line for line in error.value.lines if f": {kind}.{old}: " in line]
+    assert line.endswith(f": {kind}.{old}: unknown key; removed: {REMOVED[cls, old]}")
+    assert old not in STAGES[kind].model_fields
 
 
 def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(tmp_path: Path):

@@ -198,6 +198,7 @@ ON_POLICY: dict[str, Any] = {
 }
 GAE = {"critic_learning_rate": 1.0e-2, "value_clip": None, "value_coef": 0.5}
 RLOO = {"advantages": "rloo", "n_completions": 128}
+LOSS = {**RLOO, "kl_placement": "loss"}
 REINFORCE = {"advantages": "reinforce", "epochs": 1, "normalize_advantages": True}
 
 
@@ -228,6 +229,7 @@ def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tenso
     [
         pytest.param(GAE | {"steps": 200}, 0.99, id="gae"),
         pytest.param(RLOO | {"steps": 150}, 0.99, id="rloo"),
+        pytest.param(LOSS | {"steps": 150}, 0.95, id="rloo, KL in the loss"),
         pytest.param(REINFORCE | {"steps": 150}, 0.9, id="reinforce"),
     ],
 )
@@ -238,7 +240,8 @@ def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(
 
     At the optimum, r - beta * log(policy / reference) is equal for all completions, so the
     advantages of RLOO and of an exact critic are 0 and no longer change the policy. Those of
-    REINFORCE are not, and its policy stays farther from the optimum.
+    REINFORCE are not, nor are those of the scores alone when the KL penalty is a term of the loss:
+    gradients cancel in the mean only, and the policy stays farther from the optimum.
     """
     world = make_world(tmp_path, seed)
     policy = ppo(world, monkeypatch, seed=seed, **settings)

@@ -22,6 +22,7 @@ from align.functional.policy_gradient import (
     importance_weights,
     kl_k1,
     kl_k3,
+    kl_loss,
     reinforce_loss,
 )
 
@@ -325,6 +326,87 @@ def test_k3_is_accurate_in_float32_where_the_policies_are_close():
 
 def test_k3_of_a_log_ratio_of_100_is_finite():
     assert kl_k3(torch.tensor([-100.0]), torch.zeros(1)).isfinite().all()
+
+
+# --- gradients of KL penalties, by enumeration of all completions ---
+
+
+def gradient(loss: Tensor, *parameters: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def two_tokens(first: Tensor, second: Tensor) -> Tensor:
+    """Log-probabilities per token, ``[9, 2]``, of all completions of two tokens out of three."""
+    logps = torch.stack([first.log_softmax(0)[:, None].expand(3, 3), second.log_softmax(1)], dim=-1)
+    return logps.reshape(9, 2)
+
+
+def test_the_gradient_of_the_kl_loss_is_that_of_the_kl_of_whole_completions():
+    first, second = normal(3).requires_grad_(), normal(3, 3, seed=1).requires_grad_()
+    logps = two_tokens(first, second)
+    reference = two_tokens(normal(3, seed=2), normal(3, 3, seed=3))
+    chances = logps.sum(1).exp()
+    exact = gradient((chances * (logps - reference).sum(1)).sum(), first, second)
+    old, mask = logps.detach(), torch.ones(9, 2).bool()
+    loss = (chances.detach()[:, None] * kl_loss(logps, old, reference, mask)).sum()
+    assert_close(gradient(loss, first, second), exact)
+    # From samples of an older policy: the ratio corrects the token, not the tokens before it.
+    older = (normal(3, seed=4), normal(3, 3, seed=5))
+    one, moved = logps[::3, :1], two_tokens(*older)[::3, :1]
+    exact = gradient((one.exp() * (one - reference[::3, :1])).sum(), first)
+    loss = (moved.exp() * kl_loss(one, moved, reference[::3, :1], mask[:3, :1])).sum()
+    assert_close(gradient(loss, first), exact)
+
+
+def test_the_kl_loss_neither_reads_padding_nor_passes_gradients_to_it():
+    logps = float64([[math.nan, -1.0, -2.0, math.nan]]).requires_grad_()
+    old, reference = float64([[math.nan, -1.0, -2.0, 0.0]]), float64([[0.0, -1.5, -1.0, math.nan]])
+    mask = torch.tensor([[False, True, True, False]])
+    loss = kl_loss(logps.masked_fill(~mask, 0), old, reference.masked_fill(~mask, 0), mask)
+    assert loss[0, [0, 3]].tolist() == [0, 0]
+    alone = kl_loss(logps[:, 1:3], old[:, 1:3], reference[:, 1:3], mask[:, 1:3])
+    assert_close(loss[:, 1:3], alone)
+    assert torch.autograd.grad(loss.sum(), logps)[0].isfinite().all()
+
+
+def test_k3_as_a_reward_and_k3_as_a_loss_have_the_gradients_of_other_divergences():
+    logits, reference = normal(5).requires_grad_(), normal(5, seed=1).log_softmax(0)
+    logps = logits.log_softmax(0)
+    chances = logps.exp()
+    to_reference = gradient((chances * (logps - reference)).sum(), logits)
+    from_reference = gradient((reference.exp() * (reference - logps)).sum(), logits)
+    k3 = kl_k3(logps, reference)
+    as_reward = gradient((chances.detach() * k3.detach() * logps).sum(), logits)
+    assert_close(as_reward, to_reference - from_reference)
+    assert_close(gradient((chances.detach() * k3).sum(), logits), from_reference)
+    as_k1 = gradient((chances.detach() * kl_k1(logps, reference).detach() * logps).sum(), logits)
+    assert_close(as_k1, to_reference)
+
+
+def test_k1_in_the_reward_and_the_kl_loss_reach_the_optimum_and_k3_in_the_reward_collapses():
+    rewards, reference = normal(5, seed=1), normal(5).log_softmax(0)
+    optimum = (reference + rewards).log_softmax(0)  # beta is 1
+
+    def distance(penalty: str) -> float:
+        logits = reference.clone().requires_grad_()
+        for _ in range(250):
+            logps = logits.log_softmax(0)
+            gains = rewards - {"k1": kl_k1, "k3": kl_k3}.get(penalty, lambda *_: 0)(
+                logps.detach(), reference
+            )
+            loss = -logps * gains
+            if penalty == "loss":
+                columns = (logps[:, None], logps.detach()[:, None], reference[:, None])
+                loss = loss + kl_loss(*columns, torch.ones(5, 1).bool())[:, 0]
+            step = gradient((logps.detach().exp() * loss).sum(), logits)
+            logits = (logits - 0.5 * step).detach().requires_grad_()
+        logps = logits.log_softmax(0).detach()
+        return (logps.exp() * (logps - optimum)).sum().item()
+
+    assert distance("k1") < 1e-5
+    assert distance("loss") < 1e-5
+    assert distance("k3") > distance("none") > 0.2, "one action, sooner than without a penalty"
 
 
 # --- coefficients and weights ---

@@ -56,7 +56,7 @@ def test_the_server_receives_merged_weights_and_returns_tokens_with_their_log_pr
     models = ppo_fixtures.build_models(world.lora, [], lora=True)
     client = Client([[7, 8, 2], [9, 9, 9]], [[-0.5, -1.0, -0.25], [-2.0, -2.0, -2.0]])
     config = ppo_fixtures.ppo_config(
-        temperature=0.7, top_p=0.9, max_new_tokens=3, sampler="vllm", lora=tiny_models.LORA
+        temperature=0.7, max_new_tokens=3, sampler="vllm", lora=tiny_models.LORA
     )
     sampler = vllm.VLLMSampler(client, models.policy, {2}, config)
     completions = sampler.generate([[4, 5], [6]], seed=2**40 + 5)
@@ -72,7 +72,7 @@ def test_the_server_receives_merged_weights_and_returns_tokens_with_their_log_pr
     assert completions.rows == [[4, 5, 7, 8, 2], [6, 9, 9, 9]]
     assert completions.finished == [True, False]
     assert completions.sampler_logps == [[-0.5, -1.0, -0.25], [-2.0, -2.0, -2.0]]
-    arguments = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 3, "logprobs": 0}
+    arguments = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 3, "logprobs": 0}
     for request in client.requests.values():
         assert arguments.items() <= request.items()
         assert request["generation_kwargs"]["stop_token_ids"] == [2]

@@ -171,6 +171,14 @@ def by_hand(batch: Rollout, objective: Objective, lr: float) -> Tensor:
                 gain = min(ratio * advantage, min(max(ratio, low), high) * advantage)
                 if objective.dual_clip is not None and advantage < 0:
                     gain = max(gain, objective.dual_clip * advantage)
+                if batch.ref_logps is not None:
+                    k3 = [
+                        (r - new).exp() - 1 - (r - new)
+                        for new, r in zip(logps[at[0]], batch.ref_logps[at[0]], strict=True)
+                    ]
+                    n_tokens = int(batch.mask[at[0]].sum())
+                    later = sum(each.item() for each in k3[at[1] + 1 : n_tokens])
+                    gain = gain - objective.kl_coef * ratio * (k3[at[1]] + later)
                 if batch.weights is not None:
                     gain = gain * batch.weights[at]
                 error = (values[at] - batch.returns[at]) ** 2
@@ -207,12 +215,17 @@ def by_hand(batch: Rollout, objective: Objective, lr: float) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_an_update_equals_the_one_by_hand(objective, weighted):
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_an_update_equals_the_one_by_hand(objective, weighted, kl_coef):
     # Old policy and critic differ from the new: both clips are active from the first step.
     batch = rollout(rows=10, noise=0.6)
     if weighted:
         draw = torch.rand(10, 5, generator=generator(2), dtype=torch.float64)
         batch = dataclasses.replace(batch, weights=2 * draw)
+    if kl_coef:
+        reference = batch.logps + torch.randn(10, 5, generator=generator(3), dtype=torch.float64)
+        batch = dataclasses.replace(batch, ref_logps=reference)
+        objective = dataclasses.replace(objective, kl_coef=kl_coef)
     updated, _ = learn(batch, objective, lr=0.3)
     same(updated, by_hand(batch, objective, lr=0.3))
 
@@ -559,14 +572,15 @@ def test_an_output_that_evaluate_lacks_is_named(change, message):
 
 
 def test_all_tensors_of_a_rollout_are_taken_split_and_moved_together():
-    batch = dataclasses.replace(rollout(), weights=rollout().advantages)
+    batch = rollout()
+    batch = dataclasses.replace(batch, weights=batch.advantages, ref_logps=batch.logps - 1)
     order = torch.tensor([3, 0, 3])
     taken = batch.take(order)
     assert len(taken) == 3
     parts = batch.split(4)
     assert [len(part) for part in parts] == [2, 3, 3, 3]
     moved = batch.to("meta")
-    for name in ("logps", "advantages", "mask", "values", "returns", "weights"):
+    for name in ("logps", "advantages", "mask", "values", "returns", "weights", "ref_logps"):
         whole = getattr(batch, name)
         assert torch.equal(getattr(taken, name), whole[order])
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), whole)
