@@ -56,7 +56,8 @@ def launch(
 
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def call(*arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", ["align/run.py", *map(str, arguments)])

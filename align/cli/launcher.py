@@ -1,6 +1,7 @@
 """Run ``accelerate launch`` in this process and return the exit code of the run.
 
-The launcher itself exits with 1 and a traceback, whatever the run's exit code is.
+The launcher itself exits with 1 and a traceback, whatever the run's exit code is, and does not pass
+signals on, or kills the run 30 seconds after them.
 """
 
 from __future__ import annotations
@@ -8,11 +9,16 @@ from __future__ import annotations
 import logging
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from queue import SimpleQueue
+from typing import Any
 
 from align.errors import RecipeError
+from align.runtime import signals
+from align.runtime.exit_codes import RESUMES
 
 
 def check_launch_configuration(file: Path) -> None:
@@ -42,33 +48,73 @@ def launch(arguments: Sequence[str]) -> int:
     """Run ``accelerate launch`` with these arguments.
 
     Returns the exit code of the first process that failed, or 0.
+
+    Raises:
+        Interrupted: A signal ended the run before it could handle signals.
+        RecipeError: accelerate cannot launch this configuration.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    import psutil
+    from accelerate.commands.launch import launch_command_parser
 
     # It advises to run `accelerate config`, even for one process.
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the run as well
-    signal.signal(signal.SIGTERM, _forward)
-    try:
-        launch_command(launch_command_parser().parse_args(arguments))
-    except subprocess.CalledProcessError as error:
-        return _shell_code(error.returncode)
-    except ChildFailedError as error:
-        return _shell_code(error.get_first_failure()[1].exitcode)
-    except SignalException:
-        return 130
-    return 0
+    # It warns that it handles no signals, which this function does, and logs exit codes.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    parsed = launch_command_parser().parse_args(arguments)
+    events: SimpleQueue[int | None] = SimpleQueue()
+    handled = signals.handled()
+    for handled_signal in handled:
+        signal.signal(handled_signal, lambda number, frame: events.put(number))
+    run = _Launch(parsed, events)
+    run.start()
+    interrupted = False
+    while (number := events.get()) is not None:
+        interrupted = True
+        for child in psutil.Process().children():
+            try:
+                child.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+    if run.error is not None:
+        raise run.error
+    if interrupted and -run.code in handled:
+        raise signals.Interrupted
+    if run.code < 0:
+        name = signal.Signals(-run.code).name
+        print(f"a process was killed by {name}; {RESUMES}", file=sys.stderr)
+        return 128 - run.code  # as a shell reports a killed process
+    return run.code
 
 
-def _shell_code(code: int) -> int:
-    """The code with which a shell reports a process: 128 + n if signal n killed it."""
-    return code if code > 0 else 128 - code
+class _Launch(threading.Thread):
+    """Runs ``accelerate launch``; the main thread is free for signals.
 
+    ``events`` receives None at the end.
+    """
 
-def _forward(number: int, frame: FrameType | None) -> None:
-    import psutil
+    def __init__(self, arguments: Any, events: SimpleQueue[int | None]) -> None:
+        super().__init__(daemon=True)
+        self._arguments = arguments
+        self._events = events
+        self.code = 0
+        """Exit code of the first process that failed; -n if signal n killed it."""
+        self.error: BaseException | None = None
 
-    for child in psutil.Process().children():
-        child.send_signal(number)
+    def run(self) -> None:
+        """Start the processes and wait for them."""
+        from accelerate.commands.launch import launch_command
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        try:
+            launch_command(self._arguments)
+        except subprocess.CalledProcessError as error:
+            self.code = error.returncode
+        except ChildFailedError as error:
+            self.code = error.get_first_failure()[1].exitcode
+        except (AssertionError, ValueError, ConnectionError) as error:
+            reason = " ".join(str(error).split())
+            self.error = RecipeError(f"accelerate cannot launch this configuration: {reason}")
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._events.put(None)

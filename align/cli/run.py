@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
+from align.runtime import signals
 from align.runtime.environment import quiet_libraries
-from align.runtime.exit_codes import guarded
+from align.runtime.exit_codes import RESUMES, guarded
 
 RecipePath = Annotated[
     Path,
@@ -58,4 +59,5 @@ def main() -> None:
     """Run the command line of ``align/run.py``."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(run_recipe)
-    guarded(app)
+    signals.end_with_launcher()
+    guarded(app, interrupted=f"interrupted: {RESUMES}")

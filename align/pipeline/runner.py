@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from align.config.recipe import ErrorCollector, Recipe
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.plan import PlannedStage, plan_stages
 from align.pipeline.table_checks import check_tables
-from align.runtime import artifacts, checkpoints, distributed, signals
+from align.runtime import artifacts, checkpoints, distributed, exit_codes, signals
 from align.runtime.locks import folder_lock
 from align.runtime.progress import Display, Logger
 from align.runtime.results import ResultTable, StageResult
@@ -81,8 +82,13 @@ def run_recipe(
         UserError: Invalid input. Errors that can be detected before training are raised before it,
             all at once.
     """
+    distributed.check_launch()
     started = time.monotonic()
     planned = plan_checked(recipe, runs, until=until, force=force)
+    display.info(f"{recipe.path}: {_processes(distributed.world_size())}")
+    for stage in planned:
+        if force in ("all", stage.name):
+            check_removable(stage.folder)
     pending = [stage for stage in planned if stage.status != "reused"]
     if pending or distributed.world_size() > 1:
         distributed.init_process_group()
@@ -152,8 +158,7 @@ def _run_or_reuse(
     for line in artifact.remarks:
         display.info(f"{stage.name}: {line}")
     if stage.config.trains_model and artifact.world_size != distributed.world_size():
-        count = f"{artifact.world_size} process{'es' * (artifact.world_size > 1)}"
-        now = distributed.world_size()
+        count, now = _processes(artifact.world_size), distributed.world_size()
         LOGGER.warning("%s: trained by %s; this run has %d", stage.name, count, now)
     if signals.requested():
         raise signals.Interrupted  # the signal came while the stage was being completed
@@ -167,6 +172,10 @@ def _run_or_reuse(
         metrics=artifact.metrics,
         tables=tuple(ResultTable(**table) for table in artifact.tables),
     )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
 def _read_artifact(folder: Path) -> artifacts.Artifact | None:
@@ -229,6 +238,13 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
             placed_error = type(error)(*lines)
             if not alone:
                 raise placed_error from error
+        except Exception as error:
+            failed_write = exit_codes.describe_failed_write(error)
+            if failed_write is None:
+                raise
+            placed_error = ArtifactError(f"{stage.folder}: {failed_write}; {exit_codes.RESUMES}")
+            if not alone:
+                raise placed_error from error
     if alone:
         # Broadcast, so that no process waits for ever.
         placed_error = distributed.broadcast_from_main(placed_error)
@@ -247,7 +263,20 @@ def _remove_working_files(stage: PlannedStage) -> None:
     _remove_cache(stage.folder)
     if not getattr(stage.config, "keep_checkpoints", True):
         for checkpoint in stage.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
+
+
+def check_removable(folder: Path) -> None:
+    """Check that ``--force`` removes nothing outside the runs folder.
+
+    Raises:
+        ArtifactError: The stage's folder is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise ArtifactError(
+            f"{folder}: a symbolic link to {os.readlink(folder)}, which --force does not empty; "
+            "remove the link"
+        )
 
 
 def _remove_cache(folder: Path) -> None:
@@ -261,12 +290,17 @@ def _remove_cache(folder: Path) -> None:
 def clear_folder(folder: Path) -> None:
     """Remove the files of a stage, first those that mark it as finished or resumable."""
     (folder / artifacts.FILE).unlink(missing_ok=True)
-    for mark in folder.glob(f"checkpoint-*/{checkpoints.COMPLETE_MARK}"):
-        mark.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint.is_dir() and not checkpoint.is_symlink():
+            (checkpoint / checkpoints.COMPLETE_MARK).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name == artifacts.WORKING:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name != artifacts.WORKING:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder, or a symbolic link without what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -19,6 +19,7 @@ from align.errors import UserError
 R = TypeVar("R")
 T = TypeVar("T")
 _LAUNCHER_PLUGINS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def world_size() -> int:
@@ -34,6 +35,30 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which prints, and writes what is written once."""
     return rank() == 0
+
+
+def check_launch() -> None:
+    """Check that the launcher started as many processes as it was configured for.
+
+    Raises:
+        UserError: It started one process, or several that are not connected.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return
+    # On a CPU, `accelerate launch --num_processes 2` starts one process, which gets the port for
+    # several.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+        raise UserError(
+            "accelerate was configured for several processes, but started one; choose a launch "
+            "configuration such as accelerate_configs/cpu.yaml (--config_file in accelerate "
+            "launch, --config in align run), or unset MASTER_PORT for one process"
+        )
+    for variable in _MPI_SIZES:
+        if int(os.environ.get(variable, "1")) > 1:
+            raise UserError(
+                f"mpirun started {os.environ[variable]} processes ({variable}), which are not "
+                "connected; start them with accelerate launch and a file in accelerate_configs/"
+            )
 
 
 def configured_plugins() -> list[str]:

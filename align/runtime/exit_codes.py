@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -12,13 +14,31 @@ from align.errors import UserError
 from align.runtime import distributed, signals
 
 SECONDS_FOR_RANK_0 = 30
+RESUMES = "the same command resumes from the last checkpoint"
+_UNWRITABLE = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE"),
+        *("EACCES", "EPERM", "EISDIR", "ENOTDIR", "ELOOP", "ENAMETOOLONG"),
+    )
+}
+# Libraries in Rust and C++ raise errors of their own kinds. torch has no better text.
+_UNWRITABLE_TEXT = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|Read-only file system"
+    r"|PytorchStreamWriter failed|inline_container.*(unexpected pos|iostream error)",
+    re.DOTALL,
+)
+_LOST_PROCESS = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe.*gloo|gloo.*[Tt]imed out"
+)
 
 
-def guarded(command: Callable[[], object]) -> None:
+def guarded(command: Callable[[], object], *, interrupted: str = "interrupted") -> None:
     """Run a command and exit with the code of its outcome.
 
-    Invalid input and interruptions are printed to stderr without a traceback. Any other exception
-    passes through: Python prints the traceback and exits with 1.
+    Invalid input, failed writes and interruptions are printed to stderr without a traceback;
+    ``interrupted`` is the line for the latter. Any other exception passes through: Python prints
+    the traceback and exits with 1.
     """
     signals.install()
     try:
@@ -26,7 +46,28 @@ def guarded(command: Callable[[], object]) -> None:
     except UserError as error:
         _exit(2, error.lines)
     except signals.Interrupted:
-        _exit(130, ["interrupted: the same command resumes from the last checkpoint"])
+        _exit(signals.EXIT_CODE, [interrupted])
+    except Exception as error:
+        failed_write = describe_failed_write(error)
+        if failed_write is not None:
+            _exit(2, [failed_write])
+        if distributed.world_size() > 1 and _LOST_PROCESS.search(str(error)):
+            _exit(1, [f"another process of this run has ended; {RESUMES}"])
+        raise
+
+
+def describe_failed_write(error: BaseException) -> str | None:
+    """One line on a full disk, or on a file that cannot be written; None for other errors."""
+    cause: BaseException | None = error
+    while cause is not None:
+        is_write = isinstance(cause, OSError) and cause.errno in _UNWRITABLE
+        if is_write or _UNWRITABLE_TEXT.search(str(cause)):
+            file = getattr(cause, "filename", None)
+            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+            place = f"{file}: " if file else ""
+            return f"{place}cannot be written or read: {reason}; free space or change permissions"
+        cause = cause.__cause__
+    return None
 
 
 def _exit(code: int, lines: Sequence[str]) -> None:
@@ -35,7 +76,7 @@ def _exit(code: int, lines: Sequence[str]) -> None:
     The launcher kills all ranks once one of them has exited. Other ranks therefore wait, so that
     rank 0 can print first.
     """
-    if not distributed.is_main() and code == 130:
+    if not distributed.is_main() and code == signals.EXIT_CODE:
         lines = []  # all ranks received the signal, and rank 0 prints the line
     elif not distributed.is_main():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

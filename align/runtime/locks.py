@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from align.errors import ArtifactError
 from align.runtime import artifacts, distributed
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
     """Hold ``folder`` for this run; create it if necessary.
 
     All ranks enter together, rank 0 holds the lock.
 
     If another run holds the folder, ``announce`` is called with one line that names it, and this
-    run waits. The lock file is removed once the folder has an ``artifact.json``.
+    run waits. The lock file is removed once the folder has an ``artifact.json``, and the folder
+    if nothing was written into it.
 
     Raises:
         ArtifactError: The folder cannot be created.
@@ -44,7 +45,7 @@ def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]
         lock.acquire(timeout=0)
     except Timeout:
         announce(f"{folder}: held by {_holder(path)}; waiting for it to finish")
-        lock.acquire()
+        _wait(lock, folder)
     try:
         since = datetime.now().isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": os.uname().nodename, "since": since}
@@ -55,12 +56,24 @@ def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]
         if artifacts.read_artifact(folder) is not None:
             path.unlink(missing_ok=True)
     finally:
+        with contextlib.suppress(OSError):
+            if [file.name for file in folder.iterdir()] == [path.name]:  # the stage wrote nothing
+                path.unlink()
+                folder.rmdir()
         lock.release()
+
+
+def _wait(lock: FileLock, folder: Path) -> None:
+    while not lock.is_locked:
+        try:
+            lock.acquire()
+        except FileNotFoundError:  # the holder has removed the folder, because it was empty
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another run"

@@ -195,3 +195,4 @@ class _ProgressCallback(TrainerCallback):
         if state.is_world_process_zero and state.global_step < state.max_steps:
             folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             checkpoints.mark_complete(folder, world_size=distributed.world_size())
+        distributed.barrier()  # no rank ends the run before the mark is written

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import pickle
@@ -353,6 +355,49 @@ def test_an_error_of_a_stage_keeps_its_class_and_gets_a_place(here, monkeypatch,
     # With several processes, the error is sent to those that wait.
     received = pickle.loads(pickle.dumps(raised.value))
     assert (type(received), received.lines) == (DataError, raised.value.lines)
+
+
+@pytest.mark.parametrize("name", ["prepare", "sft"])  # one process, or all of them
+def test_a_full_disk_is_reported_with_the_folder_and_leaves_no_empty_folder(
+    here, monkeypatch, name
+):
+    def fail(*_: Any) -> StageResult:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = runner.stage_module
+    failing = SimpleNamespace(run=fail)
+    monkeypatch.setattr(runner, "stage_module", lambda k: failing if k == name else original(k))
+    with pytest.raises(UserError, match=rf"runs/{name}-.*: No space left on device; .*resumes"):
+        run()
+    assert not list(Path("runs").glob(f"{name}-*"))
+
+
+def test_the_first_line_of_a_run_has_the_number_of_processes(here):
+    console = Console(file=io.StringIO(), width=100)
+    runner.run_recipe(read(), Path("runs"), Display(console), until="prepare")
+    assert console.file.getvalue().splitlines()[0] == "recipe.yaml: 1 process"
+
+
+def test_force_removes_nothing_outside_the_runs_folder(here):
+    run()
+    folder = plan()["sft"].folder
+    elsewhere = here / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    before = {file.name for file in elsewhere.iterdir()}
+    for force in ("sft", "all"):
+        with pytest.raises(UserError, match=r"a symbolic link to .*elsewhere.*; remove the link"):
+            run(force=force)
+    assert plan()["prepare"].status == "reused"  # found before the first stage
+    assert {file.name for file in elsewhere.iterdir()} == before
+
+    folder.unlink()
+    run()
+    for link in ("checkpoint-2", "notes"):  # links within a folder are removed as links
+        (folder / link).symlink_to(elsewhere)
+    assert run(force="sft")["sft"] == "ran"
+    assert {file.name for file in elsewhere.iterdir()} == before
+    assert {file.name for file in folder.iterdir()} == before
 
 
 def test_a_broken_artifact_is_reported_with_a_repair_that_works(here):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import accelerate.utils
 import pytest
 
+from align.errors import UserError
 from align.runtime import distributed
 
 
@@ -58,3 +59,29 @@ def test_no_rows_call_nothing():
 def test_a_function_that_returns_too_few_results_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         distributed.map_rows([1, 2], lambda part: [], size=2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        # what `accelerate launch --num_processes 2` sets for the one process that it starts
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "but started one"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
+        ({"PMI_SIZE": "4"}, "mpirun started 4 processes"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({"MASTER_PORT": "29500"}, None),  # set by a cluster, without a launcher
+        ({"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_fewer_processes_than_the_launcher_was_configured_for_are_an_error(
+    monkeypatch, environment, message
+):
+    for variable in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    if message is None:
+        distributed.check_launch()
+    else:
+        with pytest.raises(UserError, match=message):
+            distributed.check_launch()

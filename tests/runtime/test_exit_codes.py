@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from align.errors import DataError
 from align.runtime import exit_codes, signals
@@ -13,7 +19,8 @@ from align.runtime import exit_codes, signals
 
 @pytest.fixture(autouse=True)
 def restored_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -30,7 +37,8 @@ def raising(error):
     ("error", "code", "stderr"),
     [
         (DataError("a.csv:1: no rows", "b.csv: missing"), 2, "a.csv:1: no rows\nb.csv: missing\n"),
-        (signals.Interrupted("SIGTERM"), 130, "interrupted: the same command resumes from the last checkpoint\n"),
+        (signals.Interrupted("SIGTERM"), 130, "interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/x.pt"), 2, "a/x.pt: cannot be written or read: No space left on device; free space or change permissions\n"),
     ],
 )  # fmt: skip
 def test_known_errors_have_an_exit_code_and_no_traceback(error, code, stderr, capsys):
@@ -39,9 +47,35 @@ def test_known_errors_have_an_exit_code_and_no_traceback(error, code, stderr, ca
     assert (exit_info.value.code, capsys.readouterr().err) == (code, stderr)
 
 
-def test_internal_errors_pass_through():
-    with pytest.raises(ZeroDivisionError):
-        exit_codes.guarded(raising(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "none")])
+def test_internal_errors_pass_through(error):
+    with pytest.raises(type(error)):
+        exit_codes.guarded(raising(error))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda file: Path(file).write_text("1"), id="Python"),
+        pytest.param(lambda file: torch.save({"a": torch.zeros(9999)}, file), id="torch"),
+        pytest.param(lambda file: Tokenizer(WordLevel({}, "")).save(file), id="tokenizers"),
+    ],
+)
+def test_a_full_disk_is_described_whichever_library_writes(write):
+    with pytest.raises(Exception) as error_info:
+        write("/dev/full")
+    line = exit_codes.describe_failed_write(error_info.value)
+    assert line is not None
+    assert "\n" not in line
+
+
+def test_a_lost_process_ends_the_others_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(exit_codes.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as exit_info:
+        exit_codes.guarded(raising(RuntimeError("[gloo/tcp] Connection closed by peer [::1]:80")))
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err.startswith("another process of this run has ended; ")
 
 
 @pytest.mark.parametrize(
@@ -63,20 +97,44 @@ def test_other_ranks_give_rank_0_time_to_print_first(error, code, stderr, monkey
     assert capsys.readouterr().err == stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_raises_at_once_outside_a_deferred_block(number):
     signals.install()
     with pytest.raises(signals.Interrupted, match=number.name):
         os.kill(os.getpid(), number)
 
 
-def test_in_a_deferred_block_the_first_signal_is_a_request_and_the_second_raises():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_copies_of_a_signal_interrupt_neither_the_checkpoint_nor_the_cleanup(number):
     signals.install()
-    with pytest.raises(signals.Interrupted), signals.deferred() as stop:
+    with signals.deferred() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)  # from the launcher, or to the process group
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)  # while the rest of the step is done
     assert signals.requested()
+
+
+def test_after_two_seconds_ctrl_c_stops_at_once_and_sigterm_does_not(monkeypatch):
+    signals.install()
+    exits = []
+    monkeypatch.setattr(signals.os, "_exit", exits.append)
     with signals.deferred():
-        assert not signals.requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(signals.Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert exits == []
+    with pytest.raises(signals.Interrupted):  # the cleanup after the exception hangs
+        os.kill(os.getpid(), signal.SIGINT)
+    assert exits == [130]
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals.install()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not signals.requested()

@@ -18,6 +18,7 @@ def test_the_lock_file_names_its_holder_and_stays_until_an_artifact_exists(tmp_p
     with folder_lock(folder, pytest.fail):
         holder = json.loads((folder / artifacts.WORKING).read_text())
         assert holder.keys() == {"pid", "host", "since"}
+        (folder / "metrics.jsonl").write_text("")
     assert (folder / artifacts.WORKING).exists()
     artifact = artifacts.Artifact("dpo", "dpo", "1", {}, {}, {}, {}, None, 0, 1, 0.0, None)
     with folder_lock(folder, pytest.fail):
@@ -57,3 +58,26 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
     (tmp_path / "dpo-1").write_text("")
     with pytest.raises(ArtifactError, match="cannot create this folder"):
         folder_lock(tmp_path / "dpo-1", pytest.fail).__enter__()
+
+
+def test_a_folder_into_which_nothing_was_written_is_removed_and_a_waiting_run_creates_it(tmp_path):
+    folder = tmp_path / "runs" / "prepare-1"
+    entered, lines = [], []
+
+    def second():
+        with folder_lock(folder, lines.append):
+            entered.append(json.loads((folder / artifacts.WORKING).read_text()))
+            (folder / "pairs-train.parquet").write_text("rows")
+
+    with pytest.raises(ZeroDivisionError), folder_lock(folder, pytest.fail):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not lines:
+            time.sleep(0.01)
+        raise ZeroDivisionError
+    thread.join(timeout=30)
+    assert len(entered) == 1
+    assert (folder / "pairs-train.parquet").exists()
+    with pytest.raises(ZeroDivisionError), folder_lock(tmp_path / "other", pytest.fail):
+        raise ZeroDivisionError
+    assert not (tmp_path / "other").exists()
