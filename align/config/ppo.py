@@ -265,7 +265,7 @@ class PPO(TrainingStage):
     @property
     def required_packages(self) -> dict[str, tuple[str, str]]:
         """bitsandbytes, if the backbone is quantized."""
-        quantized = {"quantization": ("bitsandbytes", "quantization")}
+        quantized = {"quantization": ("bitsandbytes", "-e '.[quantization]'")}
         return quantized if self.quantization else {}
 
     @property

@@ -129,6 +129,19 @@ class TRLStage(TrainingStage):
             if isinstance(value, str) and value
         }
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The values of ``report_to``."""
+        value = self.trainer.get("report_to") or ()
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    @property
+    def required_packages(self) -> dict[str, tuple[str, str]]:
+        """Liger's kernels, if they are used."""
+        if self.trainer.get("use_liger_kernel"):
+            return {"trainer.use_liger_kernel": ("liger_kernel", "liger-kernel")}
+        return {}
+
     def trl_value(self, field: str) -> Any:
         """The value of a field of TRL's class: that of the recipe, else the default."""
         if field in self.trainer:
@@ -152,8 +165,10 @@ class TRLStage(TrainingStage):
             yield HeldOut(keys, self.data_input, "validation")
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Losses that TRL refuses only when it builds the trainer, after earlier stages."""
+        """Fields of TRL that have no effect, and losses that it refuses after earlier stages."""
         yield from super().problems(stages)
+        for keys, message in trl_fields.conflicts(str(self.trainer_config), self.trainer):
+            yield Problem(("trainer", *keys), message)
         losses = self.trainer.get("loss_type")
         smoothing = self.trainer.get("label_smoothing", 0)
         if "exo_pair" in (losses if isinstance(losses, list) else [losses]) and smoothing == 0:
