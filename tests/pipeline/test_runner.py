@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from helpers.damage import DAMAGES
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -33,7 +34,6 @@ from align.runtime import artifacts, checkpoints, checksums, distributed, signal
 from align.runtime.progress import Display
 from align.runtime.results import StageResult
 from align.stages import prepare
-from tests.helpers.damage import DAMAGES
 
 ROWS = "".join(
     json.dumps({"prompt": f"Say {i}.", "chosen": f"{i}!", "rejected": "No."}) + "\n"
@@ -475,7 +475,9 @@ def test_a_finished_folder_from_outside_the_recipe_is_checked_as_well(here):
 def test_a_file_that_a_later_stage_would_load_is_not_added_unnoticed(here):
     run()
     (plan()["sft"].folder / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(UserError, match="chat_template.jinja: a file that the stage did not write"):
+    with pytest.raises(
+        UserError, match=r"chat_template.jinja: a file that the stage did not write"
+    ):
         run()
 
 
