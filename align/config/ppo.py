@@ -238,6 +238,14 @@ class PPO(TrainingStage):
             )
         return self
 
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings but those that cannot change the trained model."""
+        settings = super().digest_settings()
+        del settings["vllm_url"]
+        if not self.keep_checkpoints:
+            del settings["save_steps"]
+        return settings
+
     def required_tables(self) -> tuple[Table, ...]:
         """The training prompts, and those to evaluate on."""
         if self.eval_steps is None:

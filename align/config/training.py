@@ -122,11 +122,11 @@ class TRLStage(TrainingStage):
         return self.reads[0].input
 
     def named_paths(self) -> dict[str, str]:
-        """Text values of ``trainer``, such as the path of a chat template."""
+        """The paths in ``trainer``, such as that of a chat template."""
         return {
-            f"trainer.{field}": value
-            for field, value in self.trainer.items()
-            if isinstance(value, str) and value
+            f"trainer.{field}": self.trainer[field]
+            for field in trl_fields.PATHS
+            if isinstance(self.trainer.get(field), str) and self.trainer[field]
         }
 
     @property
@@ -141,6 +141,17 @@ class TRLStage(TrainingStage):
         if self.trainer.get("use_liger_kernel"):
             return {"trainer.use_liger_kernel": ("liger_kernel", "liger-kernel")}
         return {}
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings but the fields of ``trainer`` that cannot change the trained model."""
+        settings = super().digest_settings()
+        ignored = trl_fields.REPORTING
+        if not (self.keep_checkpoints or self.trainer.get("load_best_model_at_end")):
+            ignored |= trl_fields.SAVING
+        settings["trainer"] = {
+            field: value for field, value in self.trainer.items() if field not in ignored
+        }
+        return settings
 
     def trl_value(self, field: str) -> Any:
         """The value of a field of TRL's class: that of the recipe, else the default."""
