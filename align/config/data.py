@@ -220,6 +220,7 @@ class Prepare(Source, Stage):
 class Sample(Stage):
     """Sample completions from a policy, for ``label``."""
 
+    code_version: ClassVar[int] = 2
     inputs: ClassVar = {
         "model": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),
@@ -280,6 +281,7 @@ class Sample(Stage):
 class Label(Stage):
     """Make preference pairs from sampled completions, by the scores of a judge."""
 
+    code_version: ClassVar[int] = 2
     inputs: ClassVar = {
         "completions": Input(("sample",)),
         "judge": Input(("reward",), models=True, words=("gold",)),

@@ -110,6 +110,7 @@ class TrainingStage(Stage):
 class TRLStage(TrainingStage):
     """The keys of every stage that trains a model with a TRL trainer."""
 
+    code_version: ClassVar[int] = 2
     row_columns: ClassVar[tuple[str, ...]] = ("completion",)
     """The columns of a row, besides its prompt, that the trainer reads."""
 
@@ -122,36 +123,12 @@ class TRLStage(TrainingStage):
         return self.reads[0].input
 
     def named_paths(self) -> dict[str, str]:
-        """The paths in ``trainer``, such as that of a chat template."""
+        """Text values of ``trainer``, such as the path of a chat template."""
         return {
-            f"trainer.{field}": self.trainer[field]
-            for field in trl_fields.PATHS
-            if isinstance(self.trainer.get(field), str) and self.trainer[field]
+            f"trainer.{field}": value
+            for field, value in self.trainer.items()
+            if isinstance(value, str) and value
         }
-
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """The values of ``report_to``."""
-        value = self.trainer.get("report_to") or ()
-        return (value,) if isinstance(value, str) else tuple(value)
-
-    @property
-    def required_packages(self) -> dict[str, tuple[str, str]]:
-        """Liger's kernels, if they are used."""
-        if self.trainer.get("use_liger_kernel"):
-            return {"trainer.use_liger_kernel": ("liger_kernel", "liger-kernel")}
-        return {}
-
-    def digest_settings(self) -> dict[str, Any]:
-        """All settings but the fields of ``trainer`` that cannot change the trained model."""
-        settings = super().digest_settings()
-        ignored = trl_fields.REPORTING
-        if not (self.keep_checkpoints or self.trainer.get("load_best_model_at_end")):
-            ignored |= trl_fields.SAVING
-        settings["trainer"] = {
-            field: value for field, value in self.trainer.items() if field not in ignored
-        }
-        return settings
 
     def trl_value(self, field: str) -> Any:
         """The value of a field of TRL's class: that of the recipe, else the default."""
@@ -176,10 +153,8 @@ class TRLStage(TrainingStage):
             yield HeldOut(keys, self.data_input, "validation")
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Fields of TRL that have no effect, and losses that it refuses after earlier stages."""
+        """Losses that TRL refuses only when it builds the trainer, after earlier stages."""
         yield from super().problems(stages)
-        for keys, message in trl_fields.conflicts(str(self.trainer_config), self.trainer):
-            yield Problem(("trainer", *keys), message)
         losses = self.trainer.get("loss_type")
         smoothing = self.trainer.get("label_smoothing", 0)
         if "exo_pair" in (losses if isinstance(losses, list) else [losses]) and smoothing == 0:
@@ -220,7 +195,15 @@ class TRLStage(TrainingStage):
         return Workload(rows, int(steps) if steps > 0 else None, tokens)
 
 
-class SFT(TRLStage):
+class PolicyStage(TRLStage):
+    """The keys of the stages that train a policy on completions."""
+
+    allow_missing_end_token: bool = False
+    """Train although the chat template ends no completion with a token at which the policy stops.
+    Such a policy does not learn to stop."""
+
+
+class SFT(PolicyStage):
     """Supervised fine-tuning on demonstrations."""
 
     trainer_config: ClassVar[str | None] = "SFTConfig"
@@ -247,7 +230,7 @@ class SFT(TRLStage):
         return self
 
 
-class DPO(TRLStage):
+class DPO(PolicyStage):
     """Direct preference optimization, and the other losses of TRL's trainer.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
@@ -314,7 +297,7 @@ class Reward(TRLStage):
         return {"margin_coef": (self.reads[0], "margin")} if self.margin_coef else {}
 
 
-class KTO(TRLStage):
+class KTO(PolicyStage):
     """Kahneman-Tversky optimization: labels instead of pairs.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306.

@@ -11,7 +11,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.models.tokenization import decode_completion, pad_rows, tokenize_prompts, until_stop
+from align.models.conversations import declared_ends
+from align.models.tokenization import (
+    decode_completion,
+    end_tokens,
+    pad_rows,
+    tokenize_prompts,
+    until_stop,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,9 +156,7 @@ def set_sampling(
     """
     from transformers import GenerationConfig
 
-    eos = model.generation_config.eos_token_id
-    own_stops = eos if isinstance(eos, list) else [eos]
-    stops = {i for i in [*own_stops, tokenizer.eos_token_id] if i is not None}
+    stops = {*declared_ends(model.generation_config.eos_token_id), *end_tokens(tokenizer)}
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature > 0

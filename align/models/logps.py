@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from align.errors import UserError
-from align.models.tokenization import common_prefix, pad_rows, tokenize_prompts
+from align.models.tokenization import pad_rows, tokenize_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,9 +28,9 @@ def completion_logps(
 ) -> Float[Tensor, " rows"]:
     """Log-probability of each completion given its prompt, summed over its tokens, eos included.
 
-    A row is a prompt and its completion, both lists of messages. As in TRL's trainers, a completion
-    starts at the first token in which the prompt alone and the whole row differ, and rows are
-    truncated to ``max_length`` tokens. NaN where truncation leaves nothing of a completion.
+    A row is a prompt and its completion, both lists of messages, with the tokens on which the
+    stages train. Rows are truncated to ``max_length`` tokens. NaN where truncation leaves nothing
+    of a completion.
 
     Raises:
         UserError: A log-probability is not finite for another reason.
@@ -38,12 +38,10 @@ def completion_logps(
     import torch
     from torch.nn.functional import cross_entropy
 
-    prompts = tokenize_prompts(tokenizer, [prompt for prompt, _ in rows])
-    sequences = [
-        tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)[:max_length]
-        for prompt, completion in rows
-    ]
-    starts = [common_prefix(ids, whole) for ids, whole in zip(prompts, sequences, strict=True)]
+    tokenized = tokenize_rows(tokenizer, [row[0] for row in rows], [row[1] for row in rows])
+    sequences = [row.ids[:max_length] for row in tokenized]
+    starts = [row.start for row in tokenized]
+    prompts = [row.ids[: row.start] for row in tokenized]
     # Completions of one prompt share a batch, so that prefix sharing computes the prompt once.
     order = sorted(
         range(len(rows)), key=lambda i: (-len(prompts[i]), prompts[i], -len(sequences[i]))

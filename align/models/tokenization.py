@@ -1,16 +1,22 @@
-"""Conversations to token ids and back: chat templates, padding, and tokenizers.
+"""Conversations to token ids and back, with a tokenizer of transformers; padding; tokenizers.
 
-SFT, DPO and KTO are not tokenized here: TRL tokenizes their rows when a trainer is built.
+What a row is defines :mod:`align.models.conversations`. TRL tokenizes the rows of SFT, DPO and KTO
+when a trainer is built; within :func:`rows_for_trl` it does so by the same definition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import contextlib
+import functools
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
-from align.models.loading import cannot_load
+from align.models.chat_templates import ChatTemplate
+from align.models.conversations import Conversations, TokenRow, declared_ends
+from align.models.loading import adapter_base, cannot_load
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +25,46 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 """One turn of a conversation; :mod:`align.data.rows` has the same type for the rows of tables."""
+ENDS = "end_token_ids"
+"""Attribute of a loaded tokenizer: the end tokens that the files of its model list."""
+
+
+def conversations(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> Conversations:
+    """A tokenizer with its chat template, or with another one.
+
+    Raises:
+        UserError: The tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None and chat_template is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an "
+            "`sft` stage that sets "
+            "one: `trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
+        )
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    ends = end_tokens(tokenizer)
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {content for content, is_special in added.items() if is_special}
+    special |= added.keys() & {str(token) for token in tokenizer.convert_ids_to_tokens(list(ends))}
+    return Conversations(
+        ChatTemplate(
+            chat_template or tokenizer.get_chat_template(),
+            str(tokenizer.name_or_path),
+            tokenizer.special_tokens_map,
+        ),
+        functools.partial(tokenizer.encode, add_special_tokens=False),
+        ends,
+        frozenset(special),
+        frozenset(added),
+    )
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens at which a policy with this tokenizer stops: eos, and those its model's files list."""
+    listed: frozenset[int] = getattr(tokenizer, ENDS, frozenset())
+    return listed | frozenset(declared_ends(tokenizer.eos_token_id))
 
 
 def tokenize_prompts(
@@ -27,17 +73,26 @@ def tokenize_prompts(
     """Token ids of prompts, up to and including the header of the assistant's turn.
 
     Raises:
-        UserError: The tokenizer has no chat template.
+        UserError: The tokenizer has no chat template, or the template fails.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an "
-            "`sft` stage that sets "
-            "one: `trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
-        )
+    template = conversations(tokenizer)
+    return [template.prompt(prompt) for prompt in prompts]
+
+
+def tokenize_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[Sequence[Message]],
+) -> list[TokenRow]:
+    """Prompts with completions as token ids, as SFT, DPO, KTO and evaluation read them.
+
+    Raises:
+        UserError: The tokenizer has no chat template, or the template fails.
+    """
+    template = conversations(tokenizer)
     return [
-        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-        for prompt in prompts
+        template.row(prompt, completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
@@ -49,9 +104,14 @@ def assistant_turn(text: str) -> list[Message]:
 def decode_completion(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, finished: bool
 ) -> str:
-    """Text of a sampled completion, without the stop token in which it ends where ``finished``."""
+    """Text of a sampled completion, without the stop token in which it ends where ``finished``.
+
+    White space remains: a reward model reads the same tokens in this text as the policy sampled.
+    """
     tokens = tokens[:-1] if finished else tokens
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return str(
+        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def until_stop(row: Sequence[int], stops: Collection[int]) -> list[int]:
@@ -71,20 +131,86 @@ def tokenize_for_reward(
 ) -> list[list[int]]:
     """Token ids of prompts with completions as a reward model reads them, in every stage.
 
-    A row ends in the first eos after the prompt. A template may write more behind it (ChatML writes
-    a line feed), which a policy that stops at eos never generates; a template that writes no eos
-    gets one appended.
+    A row ends as a completion that a policy has finished. Where the template writes no end token,
+    eos is appended.
+
+    Raises:
+        UserError: The tokenizer has no chat template or no eos, or the template fails.
     """
+    rows = tokenize_rows(tokenizer, prompts, completions)
     eos = tokenizer.eos_token_id
-    rows = []
-    for prompt, completion, prompt_ids in zip(
-        prompts, completions, tokenize_prompts(tokenizer, prompts), strict=True
-    ):
-        ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
-        start = common_prefix(prompt_ids, ids)
-        body = until_stop(ids[start:], {eos})
-        rows.append(ids[:start] + body + ([] if body[-1:] == [eos] else [eos]))
-    return rows
+    if eos is None and not all(row.ended for row in rows):
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no eos token, and its chat template "
+            "writes no end token; set `eos_token` in its `tokenizer_config.json`"
+        )
+    return [row.ids if row.ended else [*row.ids, eos] for row in rows]
+
+
+class RowsForTRL:
+    """Replaces ``apply_chat_template`` of a tokenizer while TRL tokenizes conversations.
+
+    TRL then reads the rows of :class:`align.models.conversations.Conversations`: the same context,
+    the same end and the same errors as everywhere else.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_repair: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.end_repair = end_repair
+        self._known: dict[Any, Conversations] = {}
+
+    def __call__(
+        self,
+        conversation: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        tools: Any = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Token ids of a prompt with ``add_generation_prompt``, else of a prompt with completion.
+
+        Raises:
+            UserError: The template fails, or writes no end token although one is required.
+        """
+        if options.get("return_assistant_tokens_mask"):
+            return type(self.tokenizer).apply_chat_template(
+                self.tokenizer, conversation, chat_template=chat_template, tools=tools, **options
+            )
+        template = self._conversations(chat_template)
+        if add_generation_prompt:
+            ids = template.prompt(conversation, tools=tools)
+        else:
+            ids = template.row(conversation[:-1], conversation[-1:], tools=tools).ids
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def _conversations(self, chat_template: str | None) -> Conversations:
+        """The present template: TRL sets ``chat_template_path`` and ``eos_token`` by itself."""
+        tokenizer = self.tokenizer
+        key = (chat_template or str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
+        if key not in self._known:
+            self._known[key] = conversations(tokenizer, chat_template)
+            if self.end_repair is not None:
+                self._known[key].check_end(repair=self.end_repair)
+        return self._known[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings only: `datasets` hashes this object and sends it to its processes."""
+        return {"tokenizer": self.tokenizer, "end_repair": self.end_repair, "_known": {}}
+
+
+@contextlib.contextmanager
+def rows_for_trl(tokenizer: PreTrainedTokenizerBase, *, end_repair: str | None) -> Iterator[None]:
+    """Inside this block, TRL tokenizes conversations as all other stages do.
+
+    ``end_repair`` is the repair that the error names where the template writes no end token; with
+    None, such a template is accepted.
+    """
+    tokenizer.apply_chat_template = RowsForTRL(tokenizer, end_repair=end_repair)
+    try:
+        yield
+    finally:
+        del tokenizer.apply_chat_template
 
 
 def pad_rows(
@@ -103,14 +229,7 @@ def pad_rows(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
-
-
+GENERATION_CONFIG = "generation_config.json"
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = (
     "{% for message in messages %}"
@@ -175,7 +294,52 @@ def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTra
         raise UserError(cannot_load(source, "tokenizer", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    setattr(tokenizer, ENDS, listed_end_tokens(source, revision=revision))
     return tokenizer
+
+
+def listed_end_tokens(source: Path | str, *, revision: str | None = None) -> frozenset[int]:
+    """The end tokens in ``generation_config.json`` of a model, or else in its ``config.json``.
+
+    Of an adapter, they are those of its base, unless its folder has the file.
+    """
+    from transformers.utils import cached_file
+
+    file = None
+    for name in (GENERATION_CONFIG, "adapter_config.json", "config.json"):
+        file = cached_file(
+            str(source),
+            name,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            break
+    if file is None:
+        return frozenset()
+    if Path(file).name == "adapter_config.json":
+        base = adapter_base(source, revision=revision)
+        assert base is not None
+        return listed_end_tokens(base.source, revision=base.hub_revision)
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; save the model again") from None
+    return frozenset(declared_ends(value))
+
+
+def save_end_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write ``generation_config.json`` into the folder of a reward model.
+
+    transformers writes none for a classifier, but a reward model must read a completion up to the
+    tokens at which its policy stops.
+    """
+    from transformers import GenerationConfig
+
+    GenerationConfig(eos_token_id=sorted(end_tokens(tokenizer))).save_pretrained(str(folder))
 
 
 def set_pad_token_for_scores(tokenizer: PreTrainedTokenizerBase) -> None:

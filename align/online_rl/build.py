@@ -271,6 +271,12 @@ def _value_head(like: Any, mean: float = 0.0) -> nn.Linear:
 
 
 def _same_tokens(one: Any, other: Any) -> bool:
-    """Whether two tokenizers turn a conversation into the same ids."""
-    first, second = ((t.get_vocab(), t.chat_template, t.eos_token_id) for t in (one, other))
+    """Whether two tokenizers turn a conversation into the same ids, up to the same end."""
+    if (one.get_vocab(), one.chat_template) != (other.get_vocab(), other.chat_template):
+        return False
+    turns = {"role": "user", "content": "User"}, {"role": "assistant", "content": "Assistant"}
+    first, second = (
+        tokenization.tokenize_for_reward(tokenizer, [turns[:1]], [turns[1:]])
+        for tokenizer in (one, other)
+    )
     return first == second

@@ -51,7 +51,7 @@ def build(
     train_rows = tables.load_dataset(data, "pairs", "train", output_dir)  # 1. data
     held_out_rows = tables.load_dataset(data, "pairs", "validation", output_dir)
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
-    with trl_trainer.trl_errors_as_user_errors():
+    with trl_trainer.construction(models.tokenizer, config):
         trainer = TokenWeightedDPOTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,

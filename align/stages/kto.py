@@ -85,7 +85,7 @@ def build_with_trl_batches(
         undesirable_weight=weights.undesirable,
     )
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
-    with trl_trainer.trl_errors_as_user_errors():
+    with trl_trainer.construction(models.tokenizer, config):
         trainer = KTOTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,

@@ -1,7 +1,8 @@
 """Reward: train a Bradley-Terry reward model on preference pairs with TRL's RewardTrainer.
 
 Rows are tokenized here and not by TRL, so that training, evaluation and PPO read the same last
-token: the first eos after the prompt. ``align data show --stage reward`` prints the result. The
+token: the end of the completion, at which a policy stops. ``align data show --stage reward`` prints
+the result. The
 mean score of the demonstrations is stored as ``score_mean`` in ``reward.json`` beside the weights;
 Align subtracts it from every score, so that a score of 0 is as good as a demonstration. The output
 of ``from_pretrained`` alone differs by that constant, which no comparison depends on.
@@ -35,6 +36,8 @@ def run(
     trainer = build(config, inputs, output_dir)
     metrics = trl_trainer.train(trainer, output_dir, logger)  # 5. train
     metrics["parameters"] = trl_trainer.count_parameters(trainer)
+    if distributed.is_main():
+        tokenization.save_end_tokens(trainer.processing_class, output_dir)
     device = trainer.accelerator.device
     del trainer
     distributed.barrier()

@@ -42,7 +42,7 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SF
     train_rows = tables.load_dataset(data, "demonstrations", "train", output_dir)  # 1. data
     held_out_rows = tables.load_dataset(data, "demonstrations", "validation", output_dir)
     model = _load(config, inputs, train_rows, output_dir)  # 2. model
-    with trl_trainer.trl_errors_as_user_errors():
+    with trl_trainer.construction(model.tokenizer, config):
         trainer = SFTTrainer(  # 3. trainer
             model=model.policy,
             args=arguments,

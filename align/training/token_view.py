@@ -9,7 +9,7 @@ tokens, since only a source and a model are known here.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class TokenizedRow:
     trained: list[bool]
     """Whether the loss includes the token."""
     remark: str
-    """Whether eos is trained, or the reason for which the row is left out."""
+    """Whether an end token is trained, or the reason for which the row is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,16 @@ def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[Toke
     from align.training import trl_trainer
 
     tokenizer = tokenization.load_tokenizer(model)
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{model}: its tokenizer has no chat template; set a model that was trained to follow "
-            "instructions"
-        )
+    tokenization.conversations(tokenizer)
     rows = _training_rows(config, STAGES[stage].reads[0].kind, n)
     if stage == "ppo":
         return _prompts(rows, tokenizer)
     if stage == "reward":
         return _reward_rows(rows, tokenizer)
-    with trl_trainer.trl_errors_as_user_errors():
+    with (
+        trl_trainer.trl_errors_as_user_errors(),
+        tokenization.rows_for_trl(tokenizer, end_repair=None),
+    ):
         batch = _collate(rows, stage, tokenizer)
     return _trl_rows(rows, stage, batch, tokenizer)
 
@@ -171,7 +170,7 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
     """Prompts as PPO tokenizes them."""
     from align.models import tokenization
 
-    remark = "the policy continues here; the tokens that it samples, eos included, are trained"
+    remark = "the policy continues here; the tokens that it samples, with their end, are trained"
     prompts = tokenization.tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
     return [
         TokenizedRow(
@@ -219,15 +218,25 @@ def _left_out(index: int, reason: str) -> TokenizedRow:
 def _tokenized_row(
     title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any, limit: int | None = None
 ) -> TokenizedRow:
+    from align.models import tokenization
+
     trained = [bool(flag) for flag in mask]
-    trained_ids = [token for token, flag in zip(ids, trained, strict=True) if flag]
-    eos = tokenizer.eos_token
-    if not trained_ids:
+    ends = tokenization.end_tokens(tokenizer)
+    if not any(trained):
         remark = "no token is trained: the prompt alone fills `max_length`"
-    elif tokenizer.eos_token_id in trained_ids:
-        remark = f"eos {eos!r} is included and trained"
+    elif trained[-1] and ids[-1] in ends:
+        remark = f"end token {tokenizer.decode([ids[-1]])!r} is included and trained"
     elif len(ids) == limit:
-        remark = f"cut at `max_length` {limit}: eos {eos!r} is lost"
+        remark = f"cut at `max_length` {limit}: the end token is lost"
     else:
-        remark = f"eos {eos!r} is missing: a model trained on this does not learn to stop"
+        remark = (
+            f"no end token ({_names(tokenizer, ends)}) at the end: a model trained on this does "
+            "not learn to stop"
+        )
     return TokenizedRow(title, ids, [tokenizer.decode([token]) for token in ids], trained, remark)
+
+
+def _names(tokenizer: Any, ids: Collection[int]) -> str:
+    return (
+        ", ".join(repr(tokenizer.decode([token])) for token in sorted(ids)) or "the model has none"
+    )

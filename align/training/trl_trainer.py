@@ -21,16 +21,21 @@ from transformers import (
     TrainingArguments,
 )
 
+from align.config.training import PolicyStage
 from align.errors import UserError
 from align.models.logps import small_vocabulary_tiles
+from align.models.tokenization import rows_for_trl
 from align.runtime import checkpoints, distributed, signals
 from align.runtime.artifacts import make_readable
 from align.runtime.progress import Logger
 from align.training.finiteness import check_weights, stop_unless_finite
-from align.training.optimizer_check import check_optimizer
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
+MISSING_END_REPAIR = (
+    "set `trainer: {eos_token: TOKEN}` in the `sft` stage to the token that ends a turn, or add it "
+    "to `eos_token_id` in `generation_config.json`, or set `allow_missing_end_token: true`"
+)
 HEADLINE = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps")
 
 
@@ -78,19 +83,26 @@ def trl_arguments(
         "seed": seed,
         "use_cpu": cpu,
         "disable_tqdm": True,
-        "logging_nan_inf_filter": False,  # it would leave NaN out of the loss of an evaluation
         **({"dataloader_pin_memory": False} if cpu else {}),
     }
     try:
-        arguments = config_class(**{**defaults, **trainer, **keys, **fixed})
-    except Exception as error:  # of any kind, as values of the wrong kind cause them
+        return config_class(**{**defaults, **trainer, **keys, **fixed})
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(
             f"trainer: {config_class.__name__} rejects these values: {' '.join(str(error).split())}"
         ) from None
-    if cpu and getattr(arguments, "activation_offloading", False):
-        raise UserError("trainer.activation_offloading: requires a GPU; remove it")
-    check_optimizer(arguments)
-    return arguments
+
+
+@contextlib.contextmanager
+def construction(tokenizer: Any, config: PolicyStage) -> Iterator[None]:
+    """Inside this block, TRL's trainer of a policy is constructed.
+
+    TRL tokenizes the rows as every other stage does. The chat template must end completions with a
+    token at which the policy stops, unless ``config`` allows otherwise.
+    """
+    repair = None if config.allow_missing_end_token else MISSING_END_REPAIR
+    with trl_errors_as_user_errors(), rows_for_trl(tokenizer, end_repair=repair):
+        yield
 
 
 @contextlib.contextmanager

@@ -226,7 +226,7 @@ def test_copies_of_the_baseline_are_independent_samples_of_it(
 ):
     monkeypatch.setattr(gold, "gold_score", checksum)
     models = {"sft": world.sft, "twin": world.sft, "other twin": world.sft}
-    metrics = run(tmp_path, world.data, models, judge="gold", n_completions=2)
+    metrics = run(tmp_path, world.data, models, judge="gold", n_completions=2, confidence=0.99)
     sides = [table(tmp_path, name) for name in ("twin", "other twin", "sft again")]
     samples = [sides[0]["baseline_completion"], *(side["policy_completion"] for side in sides)]
     for first, second in itertools.combinations(samples, 2):
@@ -421,9 +421,8 @@ def plain_logp(model: Any, tokenizer: Any, prompt: Any, completion: Any) -> floa
     start = len(
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     )
-    ids = tokenizer.apply_chat_template(prompt + completion, return_dict=False)[
-        : tiny_models.POSITIONS
-    ]
+    ids = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
+    ids = ids[:-1][: tiny_models.POSITIONS]  # without ChatML's line feed behind eos
     with torch.no_grad():
         logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
     if start >= len(ids):

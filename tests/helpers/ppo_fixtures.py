@@ -267,14 +267,14 @@ def recorded_gradients(monkeypatch: Any) -> Iterator[list[list[Tensor]]]:
 def tokenized_pairs(
     folders: Folders, tokenizer: Any, n: int = 6
 ) -> tuple[list[list[int]], list[Any]]:
-    """Prompts with chosen completions, tokenized as text: template, answer, eos; and their rows."""
+    """Prompts with chosen completions, tokenized as text: template, answer, end; and their rows."""
     rows = tiny_models.rows(folders.world.data, "pairs-train")[:n]
     tokens = []
     for row in rows:
         head = tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, tokenize=False
         )
-        text = head + row["chosen"][-1]["content"] + tokenizer.eos_token
+        text = head + row["chosen"][-1]["content"] + "<|im_end|>"
         tokens.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     return tokens, rows
 

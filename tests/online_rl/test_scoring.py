@@ -58,12 +58,31 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
     assert metrics["missing_eos"] == 0.25
 
 
-@pytest.mark.parametrize("name", ["sft", "eos"], ids=["pad is not eos", "pad is eos"])
+def shaped_like_gemma(folders: Folders, target: Path) -> tuple[Path, Path]:
+    """Copies of policy and reward model whose end of a turn is not eos, but an end token."""
+    copies = []
+    for source in (folders.world.sft, folders.full):
+        copy = target / source.name
+        shutil.copytree(source, copy)
+        tokenizer = tokenization.load_tokenizer(copy)
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        tokenizer.eos_token = "<|endoftext|>"
+        tokenizer.pad_token = "<|im_start|>"
+        tokenizer.save_pretrained(copy)
+        ppo_fixtures.edit_json(copy / "generation_config.json", eos_token_id=ends)
+        copies.append(copy)
+    return copies[0], copies[1]
+
+
+@pytest.mark.parametrize("name", ["pad is not eos", "pad is eos", "the end is not eos"])
 def test_row_09_a_reward_model_reads_the_same_tokens_in_training_evaluation_and_ppo(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    source = folders.eos if name == "eos" else folders.world.sft
-    folder = folders.eos_reward if name == "eos" else folders.full
+    source, folder = folders.world.sft, folders.full
+    if name == "pad is eos":
+        source, folder = folders.eos, folders.eos_reward
+    if name == "the end is not eos":
+        source, folder = shaped_like_gemma(folders, tmp_path / "gemma")
     tokenizer = tokenization.load_tokenizer(source)
     expected, rows = ppo_fixtures.tokenized_pairs(folders, tokenizer)
     calls = []
@@ -102,7 +121,8 @@ def test_row_09_a_reward_model_reads_the_same_tokens_in_training_evaluation_and_
             padding.append(ids[length:])
     assert all(row in collated for row in expected)
     assert any(padding)
-    assert all(token != tokenizer.eos_token_id for rest in padding for token in rest)
+    ends = tokenization.end_tokens(tokenizer)
+    assert all(token not in ends for rest in padding for token in rest)
 
     # A plain classifier on the same ids gives the score before its mean is subtracted.
     plain = ppo_fixtures.load_plain_reward_model(folder)

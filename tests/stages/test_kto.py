@@ -164,13 +164,15 @@ def test_the_loss_of_a_batch_equals_that_of_trl(
     order = stage_trainer.train_dataset.order[:8]
     rows = kto.labeled_rows(world.data, "train", tmp_path).select(order)
     trainer = tiny_models.TRAINER | {"per_device_train_batch_size": 2, "max_steps": 4}
-    trl_only = KTOTrainer(
-        model=loading.load_merged(world.sft, dtype="float32"),
-        ref_model=loading.load_merged(world.sft, dtype="float32"),
-        args=trl_trainer.trl_arguments(KTOConfig, tmp_path, seed=0, beta=0.1, trainer=trainer),
-        train_dataset=rows,
-        processing_class=tokenization.load_tokenizer(world.sft),
-    )
+    tokenizer = tokenization.load_tokenizer(world.sft)
+    with tokenization.rows_for_trl(tokenizer, end_repair=None):
+        trl_only = KTOTrainer(
+            model=loading.load_merged(world.sft, dtype="float32"),
+            ref_model=loading.load_merged(world.sft, dtype="float32"),
+            args=trl_trainer.trl_arguments(KTOConfig, tmp_path, seed=0, beta=0.1, trainer=trainer),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
     losses, expected = (
         [
             loss_of(each, each._prepare_inputs(batch))

@@ -263,7 +263,7 @@ def test_a_reward_is_the_logit_at_eos_one_row_at_a_time(
         assert ids[0, -1] == tokenizer.eos_token_id
         with torch.no_grad():
             expected.append(model(input_ids=ids).logits[0, 0].item())
-    assert values == pytest.approx(expected, abs=1e-5)
+    assert values == pytest.approx(expected, abs=1e-5, rel=1e-4)
     assert max(expected) - min(expected) > 0.1
 
 
@@ -387,7 +387,7 @@ def test_the_judge_of_a_recipe_is_gold_or_the_folder_of_a_reward_model(
     (tmp_path / "recipe.yaml").write_text(
         f"""\
 stages:
-  sample: {{model: {world.sft}, prompts: {world.data}, n_prompts: 8, n_completions: 3, max_new_tokens: 12}}
+  sample: {{model: {world.sft}, prompts: {world.data}, n_prompts: 8, n_completions: 4, max_new_tokens: 24}}
   gold: {{stage: label, judge: gold, pairing: all, label_noise: bradley_terry}}
   rlaif: {{stage: label, judge: {rewards["reward"]}}}
 """

@@ -115,7 +115,7 @@ def test_rows_that_are_left_out_or_truncated_have_a_remark(
         titles = [title for title in by_title if not title.endswith("rejected")]
         assert [title.partition(",")[0] for title in titles] == ["row 2", "row 3"]
         assert "is included and trained" in by_title[titles[0]][1]
-        assert by_title[titles[1]][1] == "cut at `max_length` 1024: eos '<|im_end|>' is lost"
+        assert by_title[titles[1]][1] == "cut at `max_length` 1024: the end token is lost"
         assert list(remarks(stage, 1)) == ["row 1"]
     reward = remarks("reward")
     assert list(reward) == ["row 1", "row 2, chosen", "row 2, rejected", "row 3"]

@@ -1,0 +1,181 @@
+"""Chat templates: a conversation as text, with one error for everything that a template does wrong.
+
+A template comes from a model folder or the Hub. It runs in jinja's sandbox and for a limited time.
+Only jinja2 is imported. Left out: tokens, which :mod:`align.models.conversations` computes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from align.errors import UserError
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: its role, its content, and fields that a template may write."""
+
+SECONDS = 5.0
+"""Longest time that a template may take for one conversation."""
+MAX_LENGTH = 10_000_000
+"""Longest text or list that a template may build by multiplication."""
+TODAY = datetime.datetime(2024, 7, 26)
+"""What ``strftime_now`` formats: a real date would change the tokens of a run from day to day."""
+REPAIR = (
+    "set another template in the `sft` stage, `trainer: {chat_template_path: FILE.jinja}`, or "
+    "correct the file `chat_template.jinja` of the tokenizer"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A chat template with the special tokens that it may write."""
+
+    text: str
+    name: str
+    """Folder or Hub id of the tokenizer, for error messages."""
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)
+    """Values of ``bos_token``, ``eos_token`` and others."""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
+        """A conversation as text; ``add_generation_prompt`` appends the header of an answer.
+
+        Raises:
+            UserError: The template is malformed, refuses the conversation, takes too long or uses
+                what the sandbox forbids.
+        """
+        try:
+            template = _compile(self.text)
+            template.environment.deadline = time.monotonic() + SECONDS  # type: ignore[attr-defined]
+            return template.render(
+                messages=[
+                    {key: value for key, value in message.items() if value is not None}
+                    for message in messages
+                ],
+                tools=tools or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"{self.name}: its chat template is malformed: line {error.lineno}: "
+                f"{_one_line(error)}; {REPAIR}"
+            ) from None
+        except Exception as error:  # a template can raise anything, such as OverflowError
+            raise UserError(
+                f"{self.name}: its chat template refuses a conversation of the roles "
+                f"{', '.join(str(m.get('role')) for m in messages)} ({_beginning(messages)}): "
+                f"{_reason(error)}; remove such rows from the source, or {REPAIR}"
+            ) from None
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox of chat templates, which stops after a time limit."""
+
+    intercepted_binops = frozenset({"*", "**"})
+    deadline = float("inf")
+
+    def check_time(self) -> None:
+        """Stop a template that runs longer than :data:`SECONDS`; every loop and macro calls it."""
+        if time.monotonic() > self.deadline:
+            raise SecurityError(f"it takes longer than {SECONDS:.0f} seconds")
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        """Multiply, unless the result would be huge."""
+        if operator == "**" and (abs(left) > MAX_LENGTH or abs(right) > 64):
+            raise SecurityError("it computes a huge power")
+        for sequence, count in ((left, right), (right, left)):
+            if isinstance(sequence, str | list | tuple) and isinstance(count, int):
+                if len(sequence) * count > MAX_LENGTH:
+                    raise SecurityError("it repeats a text too often")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """``{% generation %}``, with which templates mark the text of the assistant."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The marked text as it is."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(text: str) -> jinja2.Template:
+    """Compile a template with the functions that transformers offers to templates."""
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    del environment.globals["lipsum"]
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": TODAY.strftime,
+    }
+    tree = environment.parse(text)
+    blocks: list[Any] = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
+    for node in blocks:
+        check = nodes.Call(nodes.EnvironmentAttribute("check_time"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(check).set_lineno(node.lineno))
+    return jinja2.Template.from_code(
+        environment, environment.compile(tree), environment.make_globals(None)
+    )
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of jinja's filter."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _reason(error: Exception) -> str:
+    """What a template raised, in words."""
+    if isinstance(error, RecursionError):
+        return "it calls itself without end"
+    if isinstance(error, jinja2.TemplateError):
+        return _one_line(error)
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _beginning(messages: Sequence[Message]) -> str:
+    """The beginning of the last turn that has a text, to find the row."""
+    texts = [" ".join(str(message.get("content") or "").split()) for message in messages]
+    text = next((text for text in reversed(texts) if text), "")
+    return repr(text if len(text) < 50 else f"{text[:47]}…")

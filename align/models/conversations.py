@@ -1,0 +1,225 @@
+"""Conversations as token ids, equal in every stage: one definition of a completion and of its end.
+
+A row is the prompt as a policy reads it, including the header of the answer, then the completion as
+a policy writes it, up to and including its end: the first end token, at which sampling stops. Text
+that a template writes behind the end (ChatML writes a line feed) belongs to no row. Special tokens
+within the text of a message become ordinary text.
+
+Neither torch nor transformers is imported, so that ``align check`` counts tokens in a second.
+:mod:`align.models.tokenization` applies this module to a tokenizer of transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.errors import UserError
+from align.models.chat_templates import REPAIR, ChatTemplate, Message
+
+BREAK = "\ufdd0"
+"""A noncharacter of Unicode that separates the characters of a special token within a message."""
+REASONING = ("<think>", "</think>")
+"""Tokens that a completion may contain although some templates write them too."""
+PLACEHOLDER = "AnswerPlaceholder"
+"""A completion whose surroundings show what a template writes around a completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A prompt with a completion."""
+
+    ids: list[int]
+    start: int
+    """Number of the prompt's tokens."""
+    ended: bool
+    """Whether the template ends the completion with an end token."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """A tokenizer with its chat template and its end tokens."""
+
+    template: ChatTemplate
+    encode: Callable[[str], list[int]]
+    """Token ids of a text that may contain special tokens; nothing is added."""
+    ends: frozenset[int]
+    """Tokens at which a policy stops: eos, and those of its ``generation_config.json``."""
+    special_tokens: frozenset[str]
+    """Texts of the special and the end tokens."""
+    added_tokens: frozenset[str]
+    """Texts of all tokens that are matched before the text is split into subwords."""
+
+    @functools.cached_property
+    def control_tokens(self) -> re.Pattern[str]:
+        """Tokens that only the template may write: special ones, and those around a turn.
+
+        The latter need not be special; in DeepSeek's tokenizers they are not.
+
+        Raises:
+            UserError: The template is malformed, or writes no content.
+        """
+        turns = [{"role": "user", "content": "User"}, {"role": "assistant", "content": "Assistant"}]
+        try:
+            text = self.template.render([*turns, turns[0]])
+        except UserError:  # a template for a single turn
+            text = self.template.render(turns[:1], add_generation_prompt=True)
+        if "User" not in text:
+            raise UserError(
+                f"{self.template.name}: its chat template does not write the user's text; {REPAIR}"
+            )
+        framing = {t for t in self.added_tokens if t in text and not t.isspace()}
+        tokens = (self.special_tokens | framing).difference(REASONING)
+        longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def contains_control_token(self, messages: Sequence[Message]) -> bool:
+        """Whether the text of a message contains a special token, which is read as text."""
+        return any(
+            key != "role" and isinstance(value, str) and self.control_tokens.search(value)
+            for message in messages
+            for key, value in message.items()
+        )
+
+    def prompt(self, messages: Sequence[Message], *, tools: Any = None) -> list[int]:
+        """Token ids of a prompt, up to and including the header of the assistant's turn.
+
+        Raises:
+            UserError: The template fails.
+        """
+        text = self.template.render(self._mark(messages), add_generation_prompt=True, tools=tools)
+        ids = self._encode(text)
+        if not ids:
+            raise UserError(f"{self.template.name}: its chat template writes no prompt; {REPAIR}")
+        return ids
+
+    def row(
+        self, prompt: Sequence[Message], completion: Sequence[Message], *, tools: Any = None
+    ) -> TokenRow:
+        """Token ids of a prompt with a completion, which end with the completion.
+
+        Raises:
+            UserError: The template fails, or does not write the completion.
+        """
+        marked, answer = self._mark(prompt), self._mark(completion)
+        before = self.template.render(marked, add_generation_prompt=True, tools=tools)
+        text = self._completion_text(before, marked, answer, tools)
+        prompt_ids, ids = self._encode(before), self._encode(before + text)
+        start = len(prompt_ids)
+        if ids[:start] != prompt_ids:  # tokens would merge across the boundary
+            ids = prompt_ids + self._encode_behind(text)
+        end = next((k for k in range(start, len(ids)) if ids[k] in self.ends), None)
+        return TokenRow(ids if end is None else ids[: end + 1], start, end is not None)
+
+    def end_of_turn(self) -> TokenRow:
+        """A short row, which shows how the template ends a completion."""
+        return self.row([{"role": "user", "content": "User"}], [_answer("Assistant")])
+
+    def check_end(self, *, repair: str) -> None:
+        """Check that the template ends a completion with a token at which a policy stops.
+
+        Raises:
+            UserError: It does not, so a policy trained on its rows would not stop; ``repair`` is
+                the rest of the message.
+        """
+        if not self.end_of_turn().ended:
+            turn = self.template.render(
+                [{"role": "user", "content": "User"}, _answer(PLACEHOLDER)]
+            ).rpartition(PLACEHOLDER)[2]
+            written = f"{turn!r}, which is no end token" if turn else "nothing"
+            raise UserError(
+                f"{self.template.name}: its chat template ends a completion with {written}, so a "
+                f"policy trained on it does not learn to stop; {repair}"
+            )
+
+    def _completion_text(
+        self, before: str, prompt: list[Message], completion: list[Message], tools: Any
+    ) -> str:
+        """What a policy writes behind the text ``before``, and what the template writes behind it.
+
+        Usually this is how the template continues ``before``. Some templates write the header of a
+        finished turn differently (without the ``<think>`` of the generation prompt), or leave out a
+        part of the completion (its reasoning). Then the completion is taken as it is.
+        """
+        content = str(completion[-1].get("content") or "").strip()
+        whole = self.template.render([*prompt, *completion], tools=tools)
+        if whole.startswith(before) and content in whole[len(before) :]:
+            return whole[len(before) :]
+        framed = self.template.render(
+            [*prompt, *completion[:-1], {**completion[-1], "content": PLACEHOLDER}], tools=tools
+        )
+        head, placeholder, tail = framed.rpartition(PLACEHOLDER)
+        if not placeholder:
+            raise UserError(
+                f"{self.template.name}: its chat template does not write the completion; {REPAIR}"
+            )
+        header = _common_prefix(before, self.template.render(prompt, tools=tools))
+        shared = _common_prefix(before, head)
+        # What a finished turn writes before its text, behind the header, such as empty reasoning.
+        lead = head[shared:] if shared >= header else ""
+        if whole.startswith(head) and content in whole[len(head) :]:
+            return lead + whole[len(head) :]
+        opening = REASONING[0]
+        if before.rstrip().endswith(opening):
+            content = content.removeprefix(opening).lstrip("\n")
+        return content + tail
+
+    def _mark(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with a break within each special token of their texts."""
+        return [
+            {
+                key: self._mark_text(value) if key != "role" and isinstance(value, str) else value
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+
+    def _mark_text(self, text: str) -> str:
+        place = 0
+        while match := self.control_tokens.search(text, place):
+            place = match.start() + 1
+            text = f"{text[:place]}{BREAK}{text[place:]}"
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text; no token crosses a break."""
+        first, *others = text.split(BREAK)
+        ids = self.encode(first) if first else []
+        for other in others:
+            ids += self._encode_behind(other)
+        return ids
+
+    def _encode_behind(self, text: str) -> list[int]:
+        """Token ids of a text that continues another one.
+
+        SentencePiece writes a space before the first word of a text, but not behind a line feed.
+        """
+        if BREAK in text:
+            first, _, others = text.partition(BREAK)
+            return self._encode_behind(first) + self._encode_behind(others)
+        if not text:
+            return []
+        line_feed, ids = self.encode("\n"), self.encode(f"\n{text}")
+        if ids[: len(line_feed)] == line_feed:
+            return ids[len(line_feed) :]
+        return self.encode(text)
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _common_prefix(first: str, second: str) -> int:
+    return next(
+        (k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
+
+
+def declared_ends(value: Any) -> Collection[int]:
+    """Token ids of an ``eos_token_id``, which is a number, a list or missing."""
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, int) and not isinstance(each, bool)]

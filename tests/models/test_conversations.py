@@ -1,0 +1,280 @@
+"""Token rows of conversations: one context, one end, special tokens in a text, clear errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from tokenizers import AddedToken, decoders
+from transformers import PreTrainedTokenizerFast
+
+from align.errors import UserError
+from align.models import chat_templates, conversations, tokenization
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+PROMPT = [{"role": "user", "content": "the question"}]
+CHAT = [
+    PROMPT[0],
+    {"role": "assistant", "content": "<think>\nearlier reasons\n</think>\n\nfirst answer"},
+    {"role": "user", "content": "and then"},
+]
+MARKS = re.compile(
+    r"<\|[^|<>\s]+\|>|<｜[^｜]+｜>|</?think>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
+)
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def make_tokenizer(template: str, *, listed: tuple[str, ...] = (), eos: str = "</s>") -> Any:
+    """A byte-level tokenizer with the tokens of a template; ``listed`` are further end tokens."""
+    bpe = tokenization.train_bpe(["the question answer reasons\n\n\n"] * 9, vocab_size=300)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>")
+    marks = sorted({*MARKS.findall(template), *listed, eos})
+    # as in DeepSeek's tokenizers, the tokens around a turn are not special
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=not re.search("think|｜", mark)) for mark in marks]
+    )
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = template
+    tokenizer.name_or_path = "folder"
+    ends = frozenset(tokenizer.convert_tokens_to_ids(list(listed)))
+    setattr(tokenizer, tokenization.ENDS, ends)
+    return tokenizer
+
+
+def shape(name: str, **more: Any) -> Any:
+    return make_tokenizer((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), **more)
+
+
+SHAPES = {
+    "Gemma: the end is not eos, a line feed follows": (
+        lambda: shape("gemma", listed=("<end_of_turn>",)), "answer<end_of_turn>"
+    ),
+    "ChatML: a line feed follows": (
+        lambda: shape("qwen2_5", eos="<|im_end|>"), "answer<|im_end|>"
+    ),
+    "Phi-3: eos follows the end": (
+        lambda: shape("phi3", listed=("<|end|>",)), "answer<|end|>"
+    ),
+    "Llama 3": (
+        lambda: shape("llama3", listed=("<|eot_id|>",)), "answer<|eot_id|>"
+    ),
+    "DeepSeek: the generation prompt writes <think>, a finished turn does not": (
+        lambda: shape("deepseekv3", eos="<｜end▁of▁sentence｜>"), "answer<｜end▁of▁sentence｜>"
+    ),
+    "Qwen3: a finished turn has empty reasoning": (
+        lambda: shape("qwen3", eos="<|im_end|>"), "<think>\n\n</think>\n\nanswer<|im_end|>"
+    ),
+    "Qwen3.5: the generation prompt begins the reasoning": (
+        lambda: shape("qwen3_5_think", eos="<|im_end|>"), "\n</think>\n\nanswer<|im_end|>"
+    ),
+    "Nemotron: the end of the reasoning is written differently": (
+        lambda: shape("nemotron_3_nano", eos="<|im_end|>"), "</think>answer<|im_end|>"
+    ),
+    "a template without an end, for a reward model": (
+        lambda: make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),
+        "answer</s>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, CHAT], ids=["one turn", "earlier reasoning"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_evaluation_and_ppo_read_the_same_tokens(name: str, prompt: Any):
+    make, written = SHAPES[name]
+    tokenizer = make()
+    (context,) = tokenization.tokenize_prompts(tokenizer, [prompt])
+    assert tokenizer.decode(context) == tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=False
+    )
+    sampled = tokenizer.encode(written, add_special_tokens=False)
+    if written.startswith("\n"):  # a policy samples this behind its prompt's line feed
+        sampled = tokenizer.encode(f"x{written}", add_special_tokens=False)[1:]
+    ppo = context + sampled
+    # reward training, centering and held-out accuracy
+    assert tokenization.tokenize_for_reward(tokenizer, [prompt], [answer("answer")]) == [ppo]
+    # evaluation and `label` read the text of the sampled tokens
+    text = tokenization.decode_completion(tokenizer, sampled, finished=True)
+    (evaluated,) = tokenization.tokenize_for_reward(tokenizer, [prompt], [answer(text)])
+    assert evaluated == ppo
+    # SFT, DPO and KTO: TRL's own calls
+    with tokenization.rows_for_trl(tokenizer, end_repair=None):
+        trained = tokenizer.apply_chat_template(prompt + answer("answer"), tokenize=True)
+        before = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
+    assert trained["input_ids"] == ppo[: len(trained["input_ids"])]
+    assert before["input_ids"] == context
+    assert len(trained["input_ids"]) == len(ppo) - name.startswith("a template without an end")
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "qwen3", "qwen3_5_think", "glm4moe"])
+@pytest.mark.parametrize("content", [
+    "<think>\nreasons\n</think>\n\nanswer", "<think>reasons</think>answer",
+    "reasons\n</think>\n\nanswer", "\n\nanswer", "",
+])  # fmt: skip
+def test_a_template_drops_no_part_of_a_completion(name: str, content: str):
+    tokenizer = shape(name, eos="</s>")
+    (row,) = tokenization.tokenize_rows(tokenizer, [PROMPT], [answer(content)])
+    context = tokenization.tokenize_prompts(tokenizer, [PROMPT])[0]
+    assert row.ids[: row.start] == context
+    opened = tokenizer.decode(context).endswith("<think>\n")
+    kept = content.strip().removeprefix("<think>").strip() if opened else content.strip()
+    assert kept in tokenizer.decode(row.ids[row.start :])
+
+
+def test_templates_are_rendered_as_by_transformers():
+    files = [f for f in sorted(TEMPLATES.glob("*.jinja")) if "strftime" not in f.read_text()]
+    assert len(files) > 50
+    for file in files:
+        tokenizer = make_tokenizer(file.read_text(encoding="utf-8"))
+        template = tokenization.conversations(tokenizer).template
+        for messages in (PROMPT, CHAT, [{"role": "system", "content": "Be brief."}, *PROMPT]):
+            for header in (False, True):
+                try:
+                    expected = tokenizer.apply_chat_template(
+                        messages, add_generation_prompt=header, tokenize=False
+                    )
+                except Exception:
+                    with pytest.raises(UserError, match="folder: its chat template refuses"):
+                        template.render(messages, add_generation_prompt=header)
+                else:
+                    assert template.render(messages, add_generation_prompt=header) == expected
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "</s>"])
+def test_special_tokens_in_a_text_stay_text(mark: str):
+    tokenizer = shape("qwen2_5", eos="<|im_end|>", listed=("</s>",))
+    text = f"The token {mark} ends a turn; {mark}{mark}user begins."
+    prompt = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+    plain = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+    (row,) = tokenization.tokenize_rows(tokenizer, [prompt], [answer(text)])
+    (reference,) = tokenization.tokenize_rows(tokenizer, [plain], [answer("x")])
+    special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids(mark)}
+    assert [i for i in row.ids if i in special] == [i for i in reference.ids if i in special]
+    assert tokenizer.decode(row.ids[row.start :]) == f"{text}<|im_end|>"
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(
+        prompt + answer(text), tokenize=False
+    ).removesuffix("\n")
+
+
+def test_tokens_around_a_turn_that_are_not_special_stay_text_too():
+    tokenizer = shape("deepseekv3", eos="<｜end▁of▁sentence｜>")
+    text = "Write <｜User｜> and <｜Assistant｜>."
+    template = tokenization.conversations(tokenizer)
+    (row,) = tokenization.tokenize_rows(tokenizer, [PROMPT], [answer(text)])
+    user = tokenizer.convert_tokens_to_ids("<｜User｜>")
+    assert row.ids.count(user) == 1
+    assert template.contains_control_token(answer(text))
+    assert not template.contains_control_token(answer("<think> < User > |"))
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{% for m in messages %}{{ m.content }}", "its chat template is malformed: line 1: "),
+    ("", "its chat template does not write the user's text"),
+    ("{{ bos_token }}", "its chat template does not write the user's text"),
+    ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+     "its chat template does not write the completion"),
+    ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    ("{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}",
+     "takes longer than 0 seconds"),
+    ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "it calls itself without end"),
+    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+     "takes longer than 0 seconds"),
+    ("{{ 'x' * 10**9 }}", "repeats a text too often"),
+    ("{{ 10 ** 10 ** 8 }}", "computes a huge power"),
+    ("{{ messages.__class__.__mro__ }}", "its chat template refuses"),
+    ("{{ ''.__class__.__base__.__subclasses__() }}", "its chat template refuses"),
+    ("{{ messages.append(1) }}", "access to attribute 'append'"),
+    ("{{ missing.field }}", "'missing' is undefined"),
+    ("{{ messages[9].content }}", "has no element 9"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ lipsum(10**9) }}", "'lipsum' is undefined"),
+    ("{{ raise_exception('Only tools.') }}", "Only tools."),
+])  # fmt: skip
+def test_every_fault_of_a_template_is_one_line(
+    template: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.2)
+    tokenizer = make_tokenizer(template or "{# nothing #}")
+    for call in (
+        lambda: tokenization.tokenize_for_reward(tokenizer, [PROMPT], [answer("yes")]),
+        lambda: trl_row(tokenizer),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        (line,) = raised.value.lines
+        assert line.startswith("folder: ") and message in line and "\n" not in line
+        assert "chat_template_path" in line
+
+
+def trl_row(tokenizer: Any) -> Any:
+    with tokenization.rows_for_trl(tokenizer, end_repair=None):
+        return tokenizer.apply_chat_template(PROMPT + answer("yes"), tokenize=True)
+
+
+def test_a_template_that_refuses_roles_names_them_and_the_text():
+    tokenizer = shape("gemma")
+    message = r"roles system, user \('the question'\): System role not supported; remove such rows"
+    with pytest.raises(UserError, match=message):
+        tokenization.tokenize_prompts(tokenizer, [[{"role": "system", "content": "Be."}, *PROMPT]])
+    with pytest.raises(UserError, match=r"roles user, user .*must alternate"):
+        tokenization.tokenize_prompts(tokenizer, [PROMPT + PROMPT])
+
+
+def test_a_template_that_writes_no_end_token_is_refused_before_training():
+    tokenizer = shape("gemma")  # without `<end_of_turn>` among the end tokens
+    with (
+        pytest.raises(UserError, match=r"ends a completion with '<end_of_turn>\\n', which is no"),
+        tokenization.rows_for_trl(tokenizer, end_repair="add it"),
+    ):
+        tokenizer.apply_chat_template(PROMPT, tokenize=True, add_generation_prompt=True)
+    tokenizer.eos_token = "<end_of_turn>"
+    with tokenization.rows_for_trl(tokenizer, end_repair="add it"):
+        tokenizer.apply_chat_template(PROMPT, tokenize=True, add_generation_prompt=True)
+    assert "apply_chat_template" not in vars(tokenizer)
+
+
+def test_the_date_in_a_template_does_not_change_the_tokens_from_day_to_day():
+    tokenizer = shape("llama3_2")
+    assert "26 Jul 2024" in tokenizer.decode(tokenization.tokenize_prompts(tokenizer, [PROMPT])[0])
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({"generation_config.json": {"eos_token_id": [1, 7]}, "config.json": {"eos_token_id": 2}}, {1, 7}),
+    ({"config.json": {"eos_token_id": 2}}, {2}),
+    ({"config.json": {"text_config": {"eos_token_id": [3]}}}, {3}),
+    ({"generation_config.json": {}}, set()),
+    ({}, set()),
+])  # fmt: skip
+def test_end_tokens_are_those_of_the_generation_config(
+    tmp_path: Path, files: dict[str, Any], expected: set[int]
+):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert tokenization.listed_end_tokens(tmp_path) == expected
+
+
+def test_an_adapter_has_the_end_tokens_of_its_base(tmp_path: Path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"})
+    )
+    assert tokenization.listed_end_tokens(adapter) == {1, 7}
+    # a reward model's adapter writes the end tokens of its policy into its own folder
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert tokenization.listed_end_tokens(adapter) == {5}
+
+
+def test_declared_ends():
+    assert [list(conversations.declared_ends(v)) for v in (None, 3, [4, 5], [], True)] == [
+        [], [3], [4, 5], [], []
+    ]  # fmt: skip
