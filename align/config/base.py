@@ -214,8 +214,13 @@ class Stage(Config):
         return {}
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """The experiment trackers that the stage reports to."""
+        return ()
+
+    @property
     def required_packages(self) -> dict[str, tuple[str, str]]:
-        """The package of an optional dependency, and the extra that installs it, by key."""
+        """The module of an optional dependency, and the argument of ``pip install``, by key."""
         return {}
 
     @property

@@ -51,7 +51,7 @@ def find_recipe(path: str | os.PathLike[str], file: Path | None = None) -> Path:
         if file.suffix or file.is_file():
             return file
     except OSError as error:  # the name is too long
-        raise RecipeError(f"{str(file):.60}…: invalid path: {error.strerror}") from None
+        raise RecipeError(f"{file!s:.60}…: invalid path: {error.strerror}") from None
     shipped = shipped_recipes()
     name = Path(path).as_posix()
     if name not in shipped and file.exists():

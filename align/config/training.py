@@ -123,12 +123,36 @@ class TRLStage(TrainingStage):
         return self.reads[0].input
 
     def named_paths(self) -> dict[str, str]:
-        """Text values of ``trainer``, such as the path of a chat template."""
+        """The paths in ``trainer``, such as that of a chat template."""
         return {
-            f"trainer.{field}": value
-            for field, value in self.trainer.items()
-            if isinstance(value, str) and value
+            f"trainer.{field}": self.trainer[field]
+            for field in trl_fields.PATHS
+            if isinstance(self.trainer.get(field), str) and self.trainer[field]
         }
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The values of ``report_to``."""
+        value = self.trainer.get("report_to") or ()
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    @property
+    def required_packages(self) -> dict[str, tuple[str, str]]:
+        """Liger's kernels, if they are used."""
+        if self.trainer.get("use_liger_kernel"):
+            return {"trainer.use_liger_kernel": ("liger_kernel", "liger-kernel")}
+        return {}
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings but the fields of ``trainer`` that cannot change the trained model."""
+        settings = super().digest_settings()
+        ignored = trl_fields.REPORTING
+        if not (self.keep_checkpoints or self.trainer.get("load_best_model_at_end")):
+            ignored |= trl_fields.SAVING
+        settings["trainer"] = {
+            field: value for field, value in self.trainer.items() if field not in ignored
+        }
+        return settings
 
     def trl_value(self, field: str) -> Any:
         """The value of a field of TRL's class: that of the recipe, else the default."""
@@ -153,8 +177,10 @@ class TRLStage(TrainingStage):
             yield HeldOut(keys, self.data_input, "validation")
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Losses that TRL refuses only when it builds the trainer, after earlier stages."""
+        """Fields of TRL that have no effect, and losses that it refuses after earlier stages."""
         yield from super().problems(stages)
+        for keys, message in trl_fields.conflicts(str(self.trainer_config), self.trainer):
+            yield Problem(("trainer", *keys), message)
         losses = self.trainer.get("loss_type")
         smoothing = self.trainer.get("label_smoothing", 0)
         if "exo_pair" in (losses if isinstance(losses, list) else [losses]) and smoothing == 0:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.wrappers.utils import RunningMeanStd
@@ -163,25 +164,32 @@ class Environments:
         return Step(normalized, rewards, terminated, ended, finals, returns)
 
     def state(self) -> dict[str, Any]:
-        """Seed, actions and statistics, for :meth:`restore`."""
+        """Seed, actions and statistics as tensors and numbers, for :meth:`restore`."""
         statistics = {
             "observations": self.statistics,
             "rewards": self._scaled and self._scaled.return_rms,
         }
         return {
             "seed": self._seed,
-            "actions": np.stack(self._actions) if self._actions else np.zeros(0),
-            "statistics": {k: vars(v).copy() for k, v in statistics.items() if v is not None},
+            "actions": torch.from_numpy(np.stack(self._actions) if self._actions else np.zeros(0)),
+            "statistics": {
+                name: {
+                    key: torch.from_numpy(np.array(value)) for key, value in vars(values).items()
+                }
+                for name, values in statistics.items()
+                if values is not None
+            },
         }
 
     def restore(self, state: Mapping[str, Any]) -> Array:
         """Repeat the actions of a saved state. Returns observations ``[envs, features]``."""
         observations = self.reset(state["seed"])
-        for actions in state["actions"]:
+        for actions in state["actions"].numpy():
             observations = self.step(actions).observations
         for name, values in state["statistics"].items():
             returns = self._scaled and self._scaled.return_rms
-            vars(self.statistics if name == "observations" else returns).update(values)
+            arrays = {key: value.numpy()[()] for key, value in values.items()}
+            vars(self.statistics if name == "observations" else returns).update(arrays)
         return observations
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.wrappers.utils import RunningMeanStd
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,6 +29,9 @@ KEYS = (
     "environment", "options", "spec", "hidden_sizes", "activation", "distribution", "seeds",
 )  # fmt: skip
 """Keys of ``policy.json``."""
+PREFIX = "policy."
+"""Begins the names of the policy's weights in a safetensors file."""
+REPAIR = "run the `control` stage again"
 GIF_FRAMES_PER_SECOND = 25
 
 
@@ -54,7 +58,7 @@ def save(
     file: Path, policy: Policy, critic: nn.Module | None, statistics: RunningMeanStd | None
 ) -> None:
     """Write the weights of policy and critic, and the statistics, to a safetensors file."""
-    tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in policy.state_dict().items()}
     if critic is not None:
         tensors |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
     if statistics is not None:
@@ -83,22 +87,34 @@ def describe(folder: Path, config: Control, spec: EnvSpec) -> None:
 
 
 def seeds(folder: Path) -> list[int]:
-    """The seeds whose policies are in a folder."""
-    return [s for s in read_description(folder)["seeds"] if policy_file(folder, s).is_file()]
+    """The seeds whose policies are in a folder.
+
+    Raises:
+        ArtifactError: ``policy.json`` cannot be read or lists no seeds.
+    """
+    listed = read_description(folder)["seeds"]
+    if not isinstance(listed, list):
+        raise ArtifactError(f"{folder / CONFIG}: `seeds` is not a list; {REPAIR}")
+    return [seed for seed in listed if policy_file(folder, seed).is_file()]
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """Content of ``policy.json``, as :func:`describe` writes it.
 
     Raises:
-        ArtifactError: A key is missing.
+        ArtifactError: The file cannot be read, or a key is missing.
     """
-    description = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    try:
+        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{folder / CONFIG}: cannot be read as JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise ArtifactError(f"{folder / CONFIG}: not a JSON object; {REPAIR}")
     missing = [key for key in KEYS if key not in description]
     if missing:
         raise ArtifactError(
-            f"{folder / CONFIG}: no `{'`, `'.join(missing)}`, so another version of Align wrote it;"
-            " run the `control` stage again"
+            f"{folder / CONFIG}: no `{'`, `'.join(missing)}`, so another version of Align wrote it; "
+            f"{REPAIR}"
         )
     return description
 
@@ -109,23 +125,41 @@ def policy_file(folder: Path, seed: int) -> Path:
 
 
 def load(folder: Path, seed: int) -> LoadedPolicy:
-    """Build the policy of a seed from ``policy.json`` and ``policy-<seed>.safetensors``."""
+    """Build the policy of a seed from ``policy.json`` and ``policy-<seed>.safetensors``.
+
+    Raises:
+        ArtifactError: One of the files is damaged, or they do not fit each other.
+    """
     description = read_description(folder)
-    spec = EnvSpec(**description["spec"])
-    shape = {key: description[key] for key in ("hidden_sizes", "activation", "distribution")}
-    policy = Policy(spec, **shape)
-    tensors = load_file(policy_file(folder, seed))
-    prefix = "policy."
-    policy.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    )
-    statistics = None
-    if "statistics.mean" in tensors:
-        statistics = RunningMeanStd(shape=(spec.n_features,))
-        statistics.mean = tensors["statistics.mean"].numpy()
-        statistics.var = tensors["statistics.var"].numpy()
-        statistics.count = float(tensors["statistics.count"])
-    return LoadedPolicy(description["environment"], description["options"], policy, statistics)
+    file = policy_file(folder, seed)
+    try:
+        spec = EnvSpec(**description["spec"])
+        shape = {key: description[key] for key in ("hidden_sizes", "activation", "distribution")}
+        policy = Policy(spec, **shape)
+        tensors = load_file(file)
+        weights = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
+        policy.load_state_dict(weights)
+        statistics = _load_statistics(spec, tensors)
+        environment, options = str(description["environment"]), dict(description["options"])
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{file}, {CONFIG}: damaged, or not of one policy ({reason}); {REPAIR}"
+        ) from None
+    return LoadedPolicy(environment, options, policy, statistics)
+
+
+def _load_statistics(spec: EnvSpec, tensors: Mapping[str, torch.Tensor]) -> RunningMeanStd | None:
+    if "statistics.mean" not in tensors:
+        return None
+    statistics = RunningMeanStd(shape=(spec.n_features,))
+    for name in ("mean", "var"):
+        values = tensors[f"statistics.{name}"].numpy()
+        if values.shape != (spec.n_features,):
+            raise ValueError(f"statistics.{name} has the shape {values.shape}")
+        setattr(statistics, name, values)
+    statistics.count = float(tensors["statistics.count"])
+    return statistics
 
 
 def play_episodes(

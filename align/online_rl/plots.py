@@ -42,8 +42,11 @@ PANELS = (
 def draw(output_dir: Path) -> None:
     """Draw ``metrics.jsonl`` into ``ppo.png``."""
     text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    points: list[Point] = [json.loads(line) for line in text.splitlines()]
-    steps = [p for p in points if "score" in p]
+    points: list[Point] = [
+        {k: v for k, v in json.loads(line).items() if isinstance(v, int | float)}
+        for line in text.splitlines()
+    ]
+    steps = [p for p in points if p.keys() >= {"step", "score", "kl", "reward"}]
     held_out = [p for p in points if "eval_score" in p]
     panels = [Panel(OVER_OPTIMIZATION, partial(draw_over_optimization, steps=steps))]
     panels += [

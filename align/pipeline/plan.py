@@ -191,13 +191,24 @@ def _file_digests(name: str, config: Stage, errors: ErrorCollector) -> dict[str,
             hub = f"hub:{source.name}@{source.revision or 'main'}"
             digests[source.key] = artifacts.digest_files(files) if files else hub
     for key, value in config.named_paths().items():
-        path = Path(value)
-        if path.is_file():
-            digests[key] = artifacts.digest_files([path])
-        elif path.is_dir():
-            digests[key] = artifacts.digest_folder(path)
+        with errors.at(name, *key.split(".")):
+            digest = _path_digest(value)
+            if digest is not None:
+                digests[key] = digest
     for function in config.reward_functions.values():
         digest = functions.source_digest(function)
         if digest is not None:
             digests[function] = digest
     return digests
+
+
+def _path_digest(value: str) -> str | None:
+    """The digest of a file or a folder; None if there is none of this name."""
+    path = Path(value)
+    try:
+        if path.is_file():
+            return artifacts.digest_files([path])
+        return artifacts.digest_folder(path) if path.is_dir() else None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(f"{value:.80}: cannot be read: {reason}; name another file") from None

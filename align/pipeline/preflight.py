@@ -19,7 +19,7 @@ from align.config.recipe import ErrorCollector
 from align.data import sources
 from align.data import tables as data_tables
 from align.errors import UserError
-from align.pipeline import token_lengths
+from align.pipeline import token_lengths, trackers
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import check_tables
 from align.rewards.functions import load_function
@@ -115,10 +115,18 @@ def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
 def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that the optional dependencies that settings require are installed."""
     for stage in pending:
-        for key, (package, extra) in stage.config.required_packages.items():
+        for key, (package, requirement) in stage.config.required_packages.items():
             if importlib.util.find_spec(package) is None:
-                repair = f"pip install -e '.[{extra}]'"
-                errors.add((stage.name, key), f"{package} is not installed: {repair}")
+                message = f"{package} is not installed: pip install {requirement}"
+                errors.add((stage.name, *key.split(".")), message)
+
+
+def check_trackers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that the experiment trackers are installed and have a key."""
+    for stage in pending:
+        for tracker in stage.config.trackers:
+            if problem := trackers.problem(tracker):
+                errors.add((stage.name, "trainer", "report_to"), problem)
 
 
 def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -165,6 +173,7 @@ def check_batch_sizes(
 CHECKS = (
     check_hub_models,
     check_packages,
+    check_trackers,
     check_environments,
     check_reward_functions,
     check_servers,

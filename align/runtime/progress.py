@@ -26,20 +26,31 @@ def truncate_jsonl(path: Path, after_step: int) -> None:
     """Drop the lines of a JSONL file with a ``step`` after ``after_step``, and incomplete lines.
 
     A resumed run writes the dropped lines again. The file is replaced atomically; a missing file
-    stays missing.
+    stays missing. Other lines without a step are dropped with a warning.
     """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= after_step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue  # the process was killed while it wrote this line
+    *lines, last = path.read_bytes().split(b"\n")  # the last one is empty, or was cut off by a kill
+    steps = [_step(line) for line in lines]
+    if steps.count(None):
+        LOGGER.warning("%s: %d damaged lines removed", path, steps.count(None))
+    kept = [
+        line + b"\n"
+        for line, step in zip([*lines, last], [*steps, _step(last)], strict=True)
+        if step is not None and step <= after_step
+    ]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
+
+
+def _step(line: bytes) -> float | None:
+    """The step of a line of JSON; None if it has none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int | float) else None
 
 
 def numbers(metrics: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ on the rank that trains it. Training runs on the CPU: these networks are too sma
 from __future__ import annotations
 
 import contextlib
-import json
+import pickle
 import shutil
 import statistics
 import time
@@ -21,10 +21,10 @@ from align.config.control import Control
 from align.control import plots, policy_files, spaces
 from align.control.evaluate import evaluate
 from align.control.trainer import PolicyGradientTrainer
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.evaluation.intervals import Bootstrap
 from align.functional.masked import single_process
-from align.runtime import artifacts, checkpoints, distributed, signals
+from align.runtime import artifacts, checkpoints, checksums, distributed, signals
 from align.runtime.progress import Logger
 from align.runtime.results import ResultTable, StageResult
 
@@ -48,8 +48,10 @@ def run(
         policy_files.describe(output_dir, config, spec)
     own_seeds = config.seeds[distributed.rank() :: distributed.world_size()]
     with _one_thread(), single_process():
+        finished = True  # so far: the metrics of a seed precede those of later ones
         for seed in own_seeds:
-            if not _result_file(output_dir, seed).exists():
+            finished = finished and _is_finished(output_dir, seed, logger)
+            if not finished:
                 _train(config, spec, seed, output_dir, logger)
     distributed.barrier()
     if not distributed.is_main():
@@ -72,10 +74,10 @@ def _train(
     """Train one seed, from its last checkpoint if there is one, and evaluate it."""
     trainer = PolicyGradientTrainer(config, spec, seed)
     steps_of_earlier_seeds = config.seeds.index(seed) * config.steps
-    own_checkpoints = seed_checkpoints(config, seed, output_dir)
-    if own_checkpoints:
-        trainer.restore(torch.load(own_checkpoints[-1] / "state.pt", weights_only=False))
-        logger.info(f"seed {seed}: resuming from step {trainer.steps:,}: {own_checkpoints[-1]}")
+    checkpoint = checkpoints.newest_intact(seed_checkpoints(config, seed, output_dir), logger.info)
+    if checkpoint is not None:
+        trainer.restore(_load_state(checkpoint / "state.pt"))
+        logger.info(f"seed {seed}: resuming from step {trainer.steps:,}: {checkpoint}")
     logger.rewind(steps_of_earlier_seeds + trainer.steps)
     total = config.steps * len(config.seeds)
     saved = shown = time.monotonic()
@@ -117,8 +119,9 @@ def _finish(config: Control, trainer: PolicyGradientTrainer, output_dir: Path) -
         "seconds": round(trainer.seconds, 3),
         "returns": returns.tolist(),
         "curve": trainer.curve,
+        "files": checksums.record_files(output_dir, [file]),
     }
-    artifacts.write_json(_result_file(output_dir, seed), result)
+    artifacts.write_json(_result_file(output_dir, seed), checksums.seal(result))
     for checkpoint in seed_checkpoints(config, seed, output_dir):
         if not config.keep_checkpoints:
             shutil.rmtree(checkpoint)
@@ -129,8 +132,31 @@ def _result_file(folder: Path, seed: int) -> Path:
     return folder / f"curve-{seed}.json"
 
 
+def _is_finished(folder: Path, seed: int, logger: Logger) -> bool:
+    """Whether an interrupted run has finished a seed; a damaged file is logged."""
+    try:
+        problems = checksums.content_problems(folder, _read_result(folder, seed)["files"])
+    except FileNotFoundError:
+        return False
+    except ArtifactError as error:
+        problems = list(error.lines)
+    for line in problems:
+        logger.info(f"{line}; trained again from seed {seed} on")
+    return not problems
+
+
 def _read_result(folder: Path, seed: int) -> dict[str, Any]:
-    return dict(json.loads(_result_file(folder, seed).read_text(encoding="utf-8")))
+    return checksums.read_sealed(_result_file(folder, seed))
+
+
+def _load_state(file: Path) -> Any:
+    """The state of a trainer: tensors and numbers, never code."""
+    try:
+        return torch.load(file, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ArtifactError(
+            f"{file}: not the state of a trainer (code in it is not run); remove this checkpoint"
+        ) from None
 
 
 # Checkpoints --------------------------------------------------------------------------------------

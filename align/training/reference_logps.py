@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.runtime import artifacts, distributed
 from align.runtime.locks import folder_lock
 
@@ -76,7 +77,7 @@ def add_reference_logps(
         )
         folder = runs / f"reference-{digest[:12]}"
         with folder_lock(folder, logger.info):
-            if distributed.broadcast_from_main(is_cached(folder, len(rows))):
+            if distributed.broadcast_from_main(is_cached(folder, digest, logger)):
                 logger.info(f"reference log-probabilities of {len(rows):,} pairs: reused, {folder}")
             else:
                 logger.info(
@@ -102,13 +103,28 @@ def add_reference_logps(
     return report | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def is_cached(folder: Path, pairs: int) -> bool:
-    """Whether the folder has the complete log-probabilities of this number of pairs."""
+def is_cached(folder: Path, digest: str, logger: Logger) -> bool:
+    """Whether the folder has the intact log-probabilities of this digest; damage is logged."""
+    if not distributed.is_main():
+        return False
     try:
-        rows = pq.read_metadata(folder / FILE).num_rows
-        return artifacts.read_artifact(folder) is not None and rows == pairs
-    except (OSError, pa.ArrowInvalid, UserError):
-        return False  # damaged files are computed again
+        artifact = artifacts.read_artifact(folder)
+        if artifact is None:
+            return False
+        artifacts.check_identity(folder, artifact, "reference", digest)
+        artifacts.check_contents(folder, artifact)
+    except ArtifactError as error:
+        damage = error.lines[0].partition(";")[0]
+        logger.info(f"{damage}; the reference log-probabilities are computed again")
+        for path in folder.iterdir():
+            if path.name == artifacts.WORKING:
+                continue  # held by this run
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return False
+    return True
 
 
 def _settings(trainer: Any) -> dict[str, Any]:

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import inspect
 import json
 import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+
 from align.config.stages import STAGES
-from align.config.trl_fields import COMMON, FILE
+from align.config.trl_fields import COMMON, FILE, SCHEDULERS
 from align.training.trl_trainer import config_class
 
 _WORD = r"`'?(\w+)'?`(?: \(\w+\))?"  # a value in a help text: `'hinge'`, or `reverse_kl` (default)
+_UNDECLARED_CHOICES = {
+    "report_to": ["none", "all", *INTEGRATION_TO_CALLBACK],
+    "pad_to_multiple_of": ["auto"],
+    "include_num_input_tokens_seen": ["all", "non_padding", "no"],
+}
 _CHOICES = re.compile(rf"Possible values are: ({_WORD}(?:, {_WORD})*)")
 
 
@@ -29,7 +39,7 @@ def table() -> dict[str, dict[str, Any]]:
     first = classes[names[0]]
     common = {f: v for f, v in first.items() if all(c.get(f) == v for c in classes.values())}
     own = {n: {f: v for f, v in c.items() if f not in common} for n, c in classes.items()}
-    return {COMMON: common, **own}
+    return {COMMON: common, **own, SCHEDULERS: _schedulers()}
 
 
 def text() -> str:
@@ -39,6 +49,28 @@ def text() -> str:
         lines = [f"  {json.dumps(f)}: {json.dumps(v)}" for f, v in sorted(fields.items())]
         parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _schedulers() -> dict[str, dict[str, str]]:
+    """The arguments of each schedule of the learning rate, with their types."""
+    given = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
+    classes = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    return {
+        str(kind.value): {
+            name: _scheduler_type(parameter)
+            for name, parameter in inspect.signature(
+                classes.get(kind.value, function)
+            ).parameters.items()
+            if name not in given
+        }
+        for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+    }
+
+
+def _scheduler_type(parameter: inspect.Parameter) -> str:
+    """The annotation of a parameter, else the type of its default."""
+    hint = str(parameter.annotation).replace("typing.", "")
+    return type(parameter.default).__name__ if "inspect._empty" in hint else hint
 
 
 def _fields(cls: Any) -> dict[str, dict[str, Any]]:
@@ -75,6 +107,8 @@ def _type_name(part: Any) -> str:
 
 def _choices(field: dataclasses.Field[Any], parts: tuple[Any, ...]) -> list[str]:
     """The values in the metadata, else those in the help text, else those of an enumeration."""
+    if field.name in _UNDECLARED_CHOICES:
+        return _UNDECLARED_CHOICES[field.name]
     declared = field.metadata.get("choices")
     if isinstance(declared, list):
         return declared

@@ -29,6 +29,7 @@ from align.runtime import checkpoints, distributed, signals
 from align.runtime.artifacts import make_readable
 from align.runtime.progress import Logger
 from align.training.finiteness import check_weights, stop_unless_finite
+from align.training.optimizer_check import check_optimizer
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
@@ -83,14 +84,19 @@ def trl_arguments(
         "seed": seed,
         "use_cpu": cpu,
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would leave NaN out of the loss of an evaluation
         **({"dataloader_pin_memory": False} if cpu else {}),
     }
     try:
-        return config_class(**{**defaults, **trainer, **keys, **fixed})
-    except (ValueError, TypeError, ImportError) as error:
+        arguments = config_class(**{**defaults, **trainer, **keys, **fixed})
+    except Exception as error:  # of any kind, as values of the wrong kind cause them
         raise UserError(
             f"trainer: {config_class.__name__} rejects these values: {' '.join(str(error).split())}"
         ) from None
+    if cpu and getattr(arguments, "activation_offloading", False):
+        raise UserError("trainer.activation_offloading: requires a GPU; remove it")
+    check_optimizer(arguments)
+    return arguments
 
 
 @contextlib.contextmanager

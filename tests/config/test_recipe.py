@@ -291,7 +291,7 @@ def test_an_override_is_read_by_the_type_of_its_key(override: str, value: object
         ("loss_type=[ipo, sft]", ["ipo", "sft"]),
         ("loss_weights=[1.0, 2]", [1.0, 2]),
         ("max_length=null", None),
-        ("lr_scheduler_kwargs={num_cycles: 2}", {"num_cycles": 2}),
+        ("gradient_checkpointing_kwargs={debug: false}", {"debug": False}),
     ],
 )
 def test_an_override_of_a_trainer_field_is_read_by_the_type_that_trl_declares(
@@ -570,23 +570,70 @@ def test_a_trainer_value_must_have_the_type_that_trl_declares(key: str, value: o
     assert trl_fields.fits(trl_fields.trl_fields("DPOConfig")[key], value) is fit
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("learning_rate", -1.0e-3), ("learning_rate", float("nan")), ("per_device_train_batch_size", 0)],
-)  # fmt: skip
-def test_a_trainer_value_below_the_minimum_is_reported(key: str, value: float, write: Any):
-    text = CHAIN + f"    trainer: {json.dumps({key: value}).replace('NaN', '.nan')}\n"
-    least = trl_fields.MINIMUM[key]
-    assert problems(write("recipe.yaml", text)) == (
-        f"recipe.yaml:9: dpo.trainer.{key}: must be at least {least}, got {value}",
-    )
+INVALID_VALUES = [
+    ("learning_rate", -1.0e-3, "must be at least 0, got -0.001"),
+    ("learning_rate", float("nan"), "must be a finite number, got nan"),
+    ("learning_rate", float("inf"), "must be a finite number, got inf"),
+    ("per_device_train_batch_size", 0, "must be at least 1, got 0"),
+    ("adam_beta1", 2.0, "must be at least 0 and below 1, got 2.0"),
+    ("adam_epsilon", -1.0, "must be at least 0, got -1.0"),
+    ("max_grad_norm", -1.0, "must be at least 0, got -1.0"),
+    ("max_length", 1, "must be at least 2, got 1"),
+    ("max_steps", 0, "must be at least 1, got 0"),
+    ("max_steps", -2, "must be at least 1, got -2"),
+    ("neftune_noise_alpha", -5.0, "must be above 0, got -5.0"),
+    ("label_smoothing", 0.5, "must be at least 0 and below 0.5, got 0.5"),
+    ("save_total_limit", 1, "must be at least 2, got 1"),
+    ("report_to", "wandbb", "no such report_to: wandbb; did you mean `wandb`?"),
+    ("report_to", ["tensorboard", "mlfow"], "no such report_to: mlfow; did you mean `mlflow`?"),
+    ("hub_token", "hf_1", "cannot be set under `trainer`; push the finished folder"),
+    ("gradient_checkpointing_kwargs", {"reentrant": True}, "no such key; did you mean `use_reent"),
+    ("gradient_checkpointing_kwargs", {"use_reentrant": 1}, "expected true or false, got 1"),
+    ("gradient_checkpointing_kwargs", "yes", "expected a mapping (key: value), got the text"),
+    ("accelerator_config", {"split_batches": True}, "no such key"),
+    ("lr_scheduler_kwargs", {"num_cycles": 2}, "no such key; allowed: no keys (of `linear`)"),
+    ("discopop_tau", 0.1, "it has an effect only with `loss_type: discopop`; set"),
+    ("label_smoothing", 0.1, "it has an effect only with `loss_type: exo_pair or robust or aot"),
+    ("label_smoothing_factor", 0.1, "it has an effect only with `loss_type: nll`"),
+    ("eval_steps", 10, "it has an effect only with `eval_strategy: steps`; set"),
+    ("dataloader_persistent_workers", True, "it has an effect only with `dataloader_num_workers`"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), INVALID_VALUES)
+def test_a_trainer_value_outside_of_its_range_or_without_effect_is_reported(
+    key: str, value: object, message: str, write: Any
+):
+    text = json.dumps({key: value}).replace("NaN", ".nan").replace("Infinity", ".inf")
+    found = problems(write("recipe.yaml", f"{CHAIN}    trainer: {text}\n"))
+    assert all(problem.startswith(f"recipe.yaml:9: dpo.trainer.{key}") for problem in found)
+    assert any(f": {message}" in problem for problem in found)
+
+
+def test_a_field_that_another_field_enables_is_accepted(write: Any):
+    settings = {
+        "loss_type": ["sigmoid", "discopop"], "discopop_tau": 0.1, "save_strategy": "steps",
+        "save_steps": 5, "max_steps": -1, "sync_ref_model": True, "ref_model_sync_steps": 2,
+        "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2},
+        "dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "pad_to_multiple_of": "auto",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "report_to": ["tensorboard"],
+    }  # fmt: skip
+    text = f"{CHAIN}    trainer: {json.dumps(settings)}\n"
+    load_recipe(write("recipe.yaml", text))
+
+
+def test_warmup_without_a_schedule_that_has_one_is_reported(write: Any):
+    settings = {"lr_scheduler_type": "constant", "warmup_steps": 5}
+    (problem,) = problems(write("recipe.yaml", f"{CHAIN}    trainer: {json.dumps(settings)}\n"))
+    assert "dpo.trainer.warmup_steps: `lr_scheduler_type: constant` has no warmup" in problem
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_minimum_belongs_to_a_field_of_trl_with_a_larger_default(config: str):
-    known = fields(config)
-    for word in trl_fields.MINIMUM:
-        assert not trl_fields.too_small(word, known[word].default)
+def test_the_tables_name_fields_of_trl(config: str):
+    known = {name for each in CONFIGS for name in trl_fields.trl_fields(each)}
+    for table in (trl_fields.RANGES, trl_fields.MAPPINGS, trl_fields.NEEDS):
+        assert set(table) <= known
+    assert {other for other, _ in trl_fields.NEEDS.values()} <= known
 
 
 def test_the_fields_of_trl_are_read_without_importing_it():

@@ -523,7 +523,7 @@ def test_a_restored_trainer_continues_bitwise_identically(
     half.train_step()  # does not change the saved state
     torch.save(state, tmp_path / "state.pt")
     restored = build(3, **settings)
-    restored.restore(torch.load(tmp_path / "state.pt", weights_only=False))
+    restored.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     train(restored)
     for a, b in ((whole.policy, restored.policy), (whole.critic, restored.critic)):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

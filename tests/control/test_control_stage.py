@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.damage import DAMAGES
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -360,6 +363,73 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(number, done, tm
     step = int(checkpoint.name.removeprefix("checkpoint-")) % 2000
     assert f"resuming from step {step:,}" in out.getvalue()
     assert_finished_like(done, interrupted.runs)
+
+
+# Damage -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("policy-5.safetensors", True), ("curve-3.json", False)]
+)
+def test_a_damaged_file_of_a_finished_seed_trains_it_again(done, tmp_path, name, kept):
+    runs = tmp_path / "runs"
+    shutil.copytree(done.parent, runs)
+    (folder,) = runs.glob("control-*")
+    (folder / artifacts.FILE).unlink()
+    DAMAGES["a flipped bit"](folder / name)
+    curve = (folder / "curve-3.json").read_bytes()
+    out = io.StringIO()
+    call(runs, file=out)
+    assert f"{folder / name}: " in out.getvalue()
+    assert f"trained again from seed {name[7 if kept else 6]} on" in out.getvalue()
+    assert_finished_like(done, runs)
+    assert ((folder / "curve-3.json").read_bytes() == curve) == kept
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"policy": Code()}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match="code in it is not run"):
+        control._load_state(tmp_path / "state.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES))
+def test_play_names_the_damaged_file_of_a_finished_stage(done, tmp_path, damage):
+    folder = tmp_path / done.name
+    shutil.copytree(done, folder)
+    options = {"gif": tmp_path / "x.gif", "episodes": 1, "seed": None}
+    for name in ("artifact.json", "policy.json", "policy-3.safetensors"):
+        whole = (folder / name).read_bytes()
+        DAMAGES[damage](folder / name)
+        for policy in ("control", str(folder)):
+            with pytest.raises(UserError, match=re.escape(name) + "|no finished policy"):
+                main.play(policy, runs=tmp_path, **options)
+            if name == "artifact.json" and damage == "deleted":
+                break  # a folder from elsewhere, without checksums
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES))
+def test_play_names_a_damaged_file_of_a_folder_without_checksums(done, tmp_path, damage):
+    for name in ("policy.json", "policy-3.safetensors"):
+        for each in ("policy.json", "policy-3.safetensors"):
+            shutil.copy(done / each, tmp_path / each)
+        if (name, damage) == ("policy-3.safetensors", "a flipped bit"):
+            continue  # only a checksum reveals it
+        DAMAGES[damage](tmp_path / name)
+        with pytest.raises(UserError, match=r"policy(-3|)\.|no policy"):
+            policy = lookup.find_control_policy(str(tmp_path), tmp_path)
+            play.play(policy, gif=tmp_path / "x.gif", episodes=1, seed=None)
+        if (tmp_path / name).is_dir():
+            (tmp_path / name).rmdir()
+        (tmp_path / name).unlink(missing_ok=True)
 
 
 # Several ranks ------------------------------------------------------------------------------------

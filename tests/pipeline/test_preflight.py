@@ -29,6 +29,29 @@ def test_a_missing_optional_dependency_is_an_error_before_anything_runs(
     assert not list(tmp_path.glob("runs/*"))
 
 
+TRAINER = """\
+stages:
+  prepare: {source: embedded, max_rows: 50}
+  sft: {model: {vocab_size: 300}, trainer: {report_to: [wandb], use_liger_kernel: true}}
+"""
+
+
+def test_trackers_and_packages_of_trainer_fields_are_checked_before_anything_runs(
+    launch, tmp_path, monkeypatch
+):
+    for module in ("wandb", "liger_kernel"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "recipe.yaml").write_text(TRAINER)
+    finished = launch("recipe.yaml")
+    assert finished.code == 2
+    for line in (
+        "sft.trainer.report_to: wandb is not installed: pip install wandb",
+        "sft.trainer.use_liger_kernel: liger_kernel is not installed: pip install liger-kernel",
+    ):
+        assert line in finished.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
 EVERY_PHASE = """\
 stages:
   prepare: {source: rows.jsonl}

@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from helpers.damage import DAMAGES
 from pydantic import BaseModel
 from rich.console import Console
 
+from align.config import trl_fields
 from align.config.base import NewModel
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
@@ -33,7 +35,6 @@ from align.runtime import artifacts, checkpoints, checksums, distributed, signal
 from align.runtime.progress import Display
 from align.runtime.results import StageResult
 from align.stages import prepare
-from tests.helpers.damage import DAMAGES
 
 ROWS = "".join(
     json.dumps({"prompt": f"Say {i}.", "chosen": f"{i}!", "rejected": "No."}) + "\n"
@@ -204,12 +205,49 @@ def digest_with(stage: str, **changes: Any) -> str:
     return stage_digest(settings, inputs)
 
 
+NOT_IN_DIGEST = [("ppo", "save_steps"), ("ppo", "vllm_url")]
+
+
 @pytest.mark.parametrize(
-    ("stage", "key"), [(stage, key) for stage in STAGES for key in settings_of(stage)]
+    ("stage", "key"),
+    [
+        (stage, key)
+        for stage in STAGES
+        for key in settings_of(stage)
+        if (stage, key) not in NOT_IN_DIGEST
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # values are set unvalidated
 def test_a_change_of_any_setting_changes_the_digest(stage, key):
     assert digest_with(stage, **{key: OTHER[stage][key]}) != digest_with(stage)
+
+
+def test_what_is_logged_or_saved_does_not_change_the_digest():
+    def trained(**keys: Any) -> str:
+        return digest_with("dpo", **keys)
+
+    for field in trl_fields.REPORTING | trl_fields.SAVING:
+        assert field in trl_fields.trl_fields("DPOConfig")
+        assert trained(trainer={field: "x", "max_steps": 3}) == trained(trainer={"max_steps": 3})
+    for stage, key in NOT_IN_DIGEST:
+        assert digest_with(stage, **{key: OTHER[stage][key]}) == digest_with(stage)
+    # Here the checkpoints are part of the result, or decide on it.
+    kept = {"keep_checkpoints": True}
+    assert trained(trainer={"save_steps": 3}, **kept) != trained(**kept)
+    best = {"load_best_model_at_end": True}
+    assert trained(trainer=best | {"save_steps": 3}) != trained(trainer=best)
+    assert digest_with("ppo", save_steps=3, **kept) != digest_with("ppo", **kept)
+
+
+def test_the_name_of_a_run_is_not_read_as_a_path(here):
+    before = plan("dpo.trainer.run_name=wandb")["dpo"].digest
+    (here / "wandb").mkdir()
+    assert plan("dpo.trainer.run_name=wandb")["dpo"].digest == before
+
+
+def test_a_path_that_cannot_be_read_is_an_error_with_its_place(here):
+    with pytest.raises(UserError, match=r"command line: sft.trainer.chat_template_path: aaa.*too"):
+        plan(f"sft.trainer.chat_template_path={'a' * 300}")
 
 
 def test_the_code_version_of_a_stage_is_in_its_digest_and_in_later_ones(here, monkeypatch):
@@ -475,7 +513,9 @@ def test_a_finished_folder_from_outside_the_recipe_is_checked_as_well(here):
 def test_a_file_that_a_later_stage_would_load_is_not_added_unnoticed(here):
     run()
     (plan()["sft"].folder / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(UserError, match="chat_template.jinja: a file that the stage did not write"):
+    with pytest.raises(
+        UserError, match=r"chat_template.jinja: a file that the stage did not write"
+    ):
         run()
 
 

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.damage import DAMAGES
 
 from align.errors import ArtifactError
 from align.runtime import artifacts, checkpoints, checksums
-from tests.helpers.damage import DAMAGES
 
 WEIGHTS = "weights of step"
 
@@ -145,5 +145,5 @@ def test_a_sealed_object_survives_json_and_no_change(tmp_path):
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / artifacts.FILE)
-    with pytest.raises(ArtifactError, match="artifact.json: damaged, not a JSON object"):
+    with pytest.raises(ArtifactError, match=r"artifact.json: damaged, not a JSON object"):
         artifacts.read_artifact(tmp_path)

@@ -35,6 +35,25 @@ def test_truncate_jsonl_creates_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"[1]", b"null", b"\xff\xfe", b'{"step": "1"}', b'{"loss": 1}', b"[" * 100_000, b""]
+)
+def test_damaged_lines_are_dropped_with_a_warning(tmp_path, caplog, damaged):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n')
+    truncate_jsonl(file, 2)
+    assert file.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert caplog.messages == [f"{file}: 1 damaged lines removed"]
+
+
+def test_line_separators_of_unicode_within_a_sample_are_kept(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    line = json.dumps({"step": 1, "completion": "a\u2028b\x85c"}, ensure_ascii=False) + "\n"
+    file.write_text(line, encoding="utf-8")
+    truncate_jsonl(file, 1)
+    assert file.read_text(encoding="utf-8") == line
+
+
 def test_a_rewound_logger_appends_after_the_step(tmp_path):
     logger = Logger("dpo", tmp_path, plain_display()[0], main=True)
     for step in (1, 2, 3):

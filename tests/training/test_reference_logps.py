@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from helpers import tiny_models
+from helpers.damage import DAMAGES
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -257,7 +259,10 @@ def test_a_model_from_the_hub_is_recorded_by_its_id(runs: Runs):
     assert artifact is not None and artifact.inputs["model"]["folder"] == "some/model"
 
 
-@pytest.mark.parametrize("broken", ["missing", "truncated", "of other rows", "artifact"])
+@pytest.mark.parametrize(
+    "broken",
+    ["missing", "truncated", "of other rows", "reversed", "a folder", "artifact", "copied"],
+)
 def test_a_damaged_cache_is_computed_again(runs: Runs, broken: str):
     runs.add(runs.build())
     file = runs.caches[0] / reference_logps.FILE
@@ -268,6 +273,14 @@ def test_a_damaged_cache_is_computed_again(runs: Runs, broken: str):
         file.write_bytes(file.read_bytes()[:-20])
     elif broken == "artifact":
         (runs.caches[0] / artifacts.FILE).write_text("{")
+    elif broken == "reversed":
+        pq.write_table(complete[::-1], file)
+    elif broken == "a folder":
+        DAMAGES["a folder"](file)
+    elif broken == "copied":  # from the cache of another reference
+        artifact = artifacts.read_artifact(runs.caches[0])
+        assert artifact is not None
+        artifacts.write_artifact(runs.caches[0], dataclasses.replace(artifact, digest="0" * 64))
     else:
         pq.write_table(complete[:-1], file)
     assert runs.add(runs.build())["computed"] == 40
