@@ -7,6 +7,7 @@ decided by the stages that write them.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from align.data.rows import Row
 from align.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import pyarrow as pa
     from datasets import Dataset
@@ -50,12 +51,13 @@ def read(
     ``required_by`` names the setting that needs the table, for the error message.
 
     Raises:
-        DataError: The folder has no such table.
+        DataError: The folder has no such table, or a damaged one.
     """
     import pyarrow.parquet as pq
 
     file = _existing_file(folder, kind, split, required_by)
-    table = pq.read_table(file, columns=None if columns is None else list(columns))
+    with _damage_as_data_error(file):
+        table = pq.read_table(file, columns=None if columns is None else list(columns))
     if most is not None and len(table) > most:
         table = table.take([k * len(table) // most for k in range(most)])
     rows: list[Row] = table.to_pylist()
@@ -66,11 +68,13 @@ def column_names(folder: Path, kind: str, split: str, *, required_by: str = "") 
     """Names of the columns of a table, in order.
 
     Raises:
-        DataError: The folder has no such table.
+        DataError: The folder has no such table, or a damaged one.
     """
     import pyarrow.parquet as pq
 
-    names: list[str] = pq.read_schema(_existing_file(folder, kind, split, required_by)).names
+    file = _existing_file(folder, kind, split, required_by)
+    with _damage_as_data_error(file):
+        names: list[str] = pq.read_schema(file).names
     return names
 
 
@@ -79,7 +83,10 @@ def count_rows(folder: Path, kind: str, split: str) -> int:
     import pyarrow.parquet as pq
 
     file = table_file(folder, kind, split)
-    return int(pq.read_metadata(file).num_rows) if file.is_file() else 0
+    if not file.is_file():
+        return 0
+    with _damage_as_data_error(file):
+        return int(pq.read_metadata(file).num_rows)
 
 
 def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Dataset | None:
@@ -97,6 +104,18 @@ def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Datas
         return None
     file = _existing_file(folder, kind, split, "")
     return Dataset.from_parquet(str(file), cache_dir=str(output_dir / ".cache"))
+
+
+@contextlib.contextmanager
+def _damage_as_data_error(file: Path) -> Iterator[None]:
+    """Raise a ``DataError`` that names the file if it cannot be read as Parquet."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file}: damaged ({reason}); run its stage again with --force") from None
 
 
 def _existing_file(folder: Path, kind: str, split: str, required_by: str) -> Path:

@@ -65,11 +65,13 @@ def training_tables(folder: Path) -> set[tuple[Path, str]]:
     folder without an artifact is a model from elsewhere and has none.
 
     Raises:
-        ArtifactError: The folder of a stage in the lineage is missing.
+        ArtifactError: The folder of a stage in the lineage is missing, or its data are damaged.
     """
     artifact = artifacts.read_artifact(folder) if folder.is_dir() else None
     if artifact is None:
         return set()
+    if artifact.stage not in STAGES:
+        raise ArtifactError(f"{folder / artifacts.FILE}: unknown kind of stage `{artifact.stage}`")
     stage = STAGES[artifact.stage]
     lineage: set[tuple[Path, str]] = set()
     for name, entry in artifact.inputs.items():
@@ -86,5 +88,9 @@ def training_tables(folder: Path) -> set[tuple[Path, str]]:
         lineage |= training_tables(source)
         if stage.trains_model:
             kinds = [table.kind for table in stage.reads if table.input == name]
-            lineage |= {(source, kind) for kind in kinds if tables.has_table(source, kind, "train")}
+            read = {(source, kind) for kind in kinds if tables.has_table(source, kind, "train")}
+            data = artifacts.read_artifact(source) if read - lineage else None
+            if data is not None:
+                artifacts.check_contents(source, data)
+            lineage |= read
     return lineage

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,13 @@ def check_writable(errors: ErrorCollector, runs: Path) -> None:
         errors.lines.append(
             f"{runs}: cannot be written ({reason}); choose another folder with --runs"
         )
+    summary = runs / errors.recipe.name / "summary.json"
+    for path, expected in ((summary.parent, "a folder"), (summary, "a file")):
+        is_expected = path.is_dir() if path == summary.parent else path.is_file()
+        if os.path.lexists(path) and not is_expected:
+            errors.lines.append(
+                f"{path}: not {expected}, so no summary can be written; move it away"
+            )
 
 
 def examine(

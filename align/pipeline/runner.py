@@ -6,6 +6,7 @@ stage was interrupted, and the same command resumes it there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -194,6 +195,7 @@ def _execute(stage: PlannedStage, recipe: Recipe, display: Display) -> artifacts
         checkpoints.set_aside_damaged(
             stage.folder, lambda line: display.info(f"{stage.name}: {line}")
         )
+        artifacts.check_kinds(stage.folder)
     distributed.barrier()
     resumes = checkpoints.list_checkpoints(stage.folder)
     display.start(stage.name, stage.folder, "resuming" if resumes else "running")
@@ -280,19 +282,18 @@ def check_removable(folder: Path) -> None:
 
 
 def _remove_cache(folder: Path) -> None:
-    cache = folder / ".cache"
-    if cache.is_dir() and not cache.is_symlink():
-        shutil.rmtree(cache, ignore_errors=True)
-    else:
-        cache.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it may be missing
+        _remove(folder / ".cache")
 
 
 def clear_folder(folder: Path) -> None:
     """Remove the files of a stage, first those that mark it as finished or resumable."""
-    (folder / artifacts.FILE).unlink(missing_ok=True)
+    marks = [folder / artifacts.FILE]
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint.is_dir() and not checkpoint.is_symlink():
-            (checkpoint / checkpoints.COMPLETE_MARK).unlink(missing_ok=True)
+            marks.append(checkpoint / checkpoints.COMPLETE_MARK)
+    for mark in filter(os.path.lexists, marks):
+        _remove(mark)
     for path in folder.iterdir():
         if path.name != artifacts.WORKING:
             _remove(path)

@@ -27,6 +27,8 @@ WORKING = ".working"  # exists until a stage is finished; locked while it runs
 TRACKER_FILES = "events.out.tfevents."  # TensorBoard writes these until the process ends
 LOADED_SUFFIXES = (".json", ".jinja", ".safetensors", ".parquet")
 """Suffixes of files that a later stage would load from a folder although no stage wrote them."""
+FILE_SUFFIXES = (*LOADED_SUFFIXES, ".jsonl", ".png", ".md", ".bin", ".tmp")
+"""Suffixes of the files of stages; a folder of such a name would be in their way."""
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -113,6 +115,22 @@ def check_identity(folder: Path, artifact: Artifact, kind: str, digest: str) -> 
             f"{folder / FILE}: of a `{artifact.stage}` stage with digest {artifact.digest[:12]}, "
             f"expected `{kind}` with {digest[:12]}; {_repair(folder)}"
         )
+
+
+def check_kinds(folder: Path) -> None:
+    """Check that an unfinished stage can write its files: no folder or link has one of their names.
+
+    Raises:
+        ArtifactError: One line for each path of the wrong kind.
+    """
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.suffix in FILE_SUFFIXES:
+            lines.append(f"{path}: a folder, expected a file; move it away")
+        elif not (path.is_dir() or path.is_file()):
+            lines.append(f"{path}: neither a file nor a folder; move it away")
+    if lines:
+        raise ArtifactError(*lines)
 
 
 def check_sizes(folder: Path, artifact: Artifact) -> None:

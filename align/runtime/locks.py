@@ -26,7 +26,7 @@ def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]
     if nothing was written into it.
 
     Raises:
-        ArtifactError: The folder cannot be created.
+        ArtifactError: The folder cannot be created or locked.
     """
     if not distributed.is_main():
         distributed.barrier()
@@ -40,6 +40,8 @@ def folder_lock(folder: Path, announce: Callable[[str], None]) -> Iterator[None]
             "away"
         ) from None
     path = folder / artifacts.WORKING
+    if os.path.lexists(path) and not path.is_file():  # opening a pipe would wait for ever
+        raise ArtifactError(f"{path}: not a file, so it cannot be locked; move it away")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

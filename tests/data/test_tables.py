@@ -90,3 +90,10 @@ def test_trl_gets_a_data_set_none_without_a_held_out_split_and_an_error_without_
     assert tables.load_dataset(tmp_path, "prompts", "validation", tmp_path) is None
     with pytest.raises(UserError, match=r"no pairs-train.parquet; found prompts-train; the source"):
         tables.load_dataset(tmp_path, "pairs", "train", tmp_path)
+
+
+def test_a_damaged_table_is_named(tmp_path: Path):
+    tables.table_file(tmp_path, "pairs", "train").write_bytes(b"PAR1" + bytes(40) + b"PAR1")
+    for read in (tables.read, tables.column_names, tables.count_rows):
+        with pytest.raises(UserError, match=r"pairs-train.parquet: damaged .*--force"):
+            read(tmp_path, "pairs", "train")

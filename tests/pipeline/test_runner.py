@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -545,6 +546,43 @@ def test_the_cache_of_an_interrupted_run_is_not_used(here, monkeypatch):
     )
     run()
     assert not any(seen)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a link to itself", "a pipe"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "metrics.jsonl", artifacts.WORKING, ".cache", "README.md"]
+)
+def test_something_else_in_the_place_of_a_file_is_an_error_or_harmless(here, name, kind):
+    run(until="prepare")
+    path = plan()["sft"].folder / name
+    path.parent.mkdir(parents=True)
+    match kind:
+        case "a folder":
+            path.mkdir()
+        case "a link to itself":
+            path.symlink_to(path.name)
+        case "a pipe":
+            os.mkfifo(path)
+    if name == ".cache":
+        assert run(until="sft")["sft"] == "ran"
+        return
+    with pytest.raises(UserError, match=re.escape(str(path)) + r": .*; move it away$"):
+        run()
+    if name != artifacts.WORKING:
+        assert run(force="sft")["sft"] == "ran"
+
+
+@pytest.mark.parametrize("name", ["recipe", "recipe/summary.json"])
+def test_a_summary_that_cannot_be_written_is_reported_before_anything_runs(here, name):
+    path = here / "runs" / name
+    path.parent.mkdir(parents=True)
+    if name == "recipe":
+        path.write_text("")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match="no summary can be written; move it away"):
+        run()
+    assert list((here / "runs").glob("*-*")) == []
 
 
 def test_a_signal_in_the_last_step_ends_the_run_after_the_stage(here, monkeypatch):
