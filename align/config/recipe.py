@@ -147,6 +147,8 @@ def read_recipe(
     else:
         file = find_recipe(recipe)
         _collect(file, raw, parents=[])
+    if not file.stem.strip(". "):  # the summary of `...yaml` would be outside the runs folder
+        raise RecipeError(f"{file}: the name of a recipe must not consist of dots; rename it")
     if len(raw.stages) > MAX_STAGES:
         raise RecipeError(f"{file}: {len(raw.stages):,} stages, more than {MAX_STAGES:,}; split it")
     for override in overrides:

@@ -6,6 +6,7 @@ rows)``. Reward models are loaded in :mod:`align.online_rl.build`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from align.config.ppo import PPO
 from align.data.rows import Row
+from align.errors import UserError
 from align.models import tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.models import PPOModels
@@ -98,13 +100,23 @@ class Scorer:
         weights = config.weights or [1.0] * len(self.rewards)
         rewards = {name: r.score(completions, texts, rows) for name, r in self.rewards.items()}
         total = torch.zeros(len(texts))
-        for scores, weight in zip(rewards.values(), weights, strict=True):
+        for (name, scores), weight in zip(rewards.items(), weights, strict=True):
             total += weight * scores
+            _check_finite(name, total, texts)
         reward = total.clone()
         if config.missing_eos_penalty:
             total -= config.missing_eos_penalty * (~torch.tensor(completions.finished)).float()
         gold_scores = _gold_scores(texts, rows) if config.judge == "gold" else None
         return Scores(texts, rewards, reward, total, gold_scores)
+
+
+def _check_finite(name: str, scores: Tensor, texts: Sequence[str]) -> None:
+    for text, score in zip(texts, scores.tolist(), strict=True):
+        if not math.isfinite(score):
+            raise UserError(
+                f"rewards: with {name}, the reward of {text!r:.80} is {score}; rewards must be "
+                "finite: check the weights of this reward model, and `weights`"
+            )
 
 
 def _gold_scores(texts: Sequence[str], rows: Sequence[Row]) -> Tensor:

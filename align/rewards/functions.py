@@ -9,18 +9,26 @@ import contextlib
 import importlib.util
 import inspect
 import math
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib.machinery import all_suffixes
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
-from align.runtime import artifacts
+from align.runtime import artifacts, signals
 
 if TYPE_CHECKING:
     from align.models.tokenization import Message
 
 Score = Callable[..., Sequence[float]]
+LARGEST_SCORE = 1e15
+"""Squares of larger scores, summed over a batch, could overflow single precision."""
+_SEARCHED = "modules are searched in the working directory and in installed packages"
 
 
 def load_function(name: str) -> Score:
@@ -34,17 +42,14 @@ def load_function(name: str) -> Score:
         UserError: The module or function cannot be imported, or has other parameters.
     """
     module, _, attribute = name.partition(":")
-    with _working_directory_on_path():
-        try:
-            function = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # the user's module may raise anything
-            raise UserError(
-                f"{name}: cannot be imported: {type(error).__name__}: {error}; modules are "
-                "searched in the working directory and in installed packages"
-            ) from error
-    if not callable(function):
-        raise UserError(f"{name}: expected a function, got {type(function).__name__}")
-    parameters = inspect.signature(function).parameters
+    with _working_directory_on_path(), _contained(f"{name}: cannot be imported", _SEARCHED):
+        function = getattr(importlib.import_module(module), attribute)
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        kind = "async function" if callable(function) else type(function).__name__
+        raise UserError(f"{name}: expected a function, got {kind}")
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with contextlib.suppress(ValueError):  # a builtin has none
+        parameters = inspect.signature(function).parameters
     if not {"prompts", "completions"} <= parameters.keys():
         raise UserError(
             f"{name}: its parameters are {', '.join(parameters) or 'empty'}; define it as "
@@ -64,17 +69,29 @@ def missing_columns(name: str, columns: Collection[str]) -> list[str]:
 
 
 def function_file(name: str) -> Path | None:
-    """The file of ``module:function``, without importing it; None if there is none."""
+    """The file of ``module:function``; None if there is none. Nothing is imported."""
     module = name.partition(":")[0]
+    if module in sys.modules:  # may be the running script or notebook, which has no spec
+        file = getattr(sys.modules[module], "__file__", None)
+        return Path(file) if file else None
+    package, *below = module.split(".")
     with _working_directory_on_path():
         try:
-            spec = importlib.util.find_spec(module)
-            file = spec.origin if spec is not None else None
-        except ValueError:  # a module without a spec: the running script or notebook
-            file = getattr(sys.modules.get(module), "__file__", None)
-        except Exception:  # find_spec runs the parent package; errors are reported by the call
+            spec = importlib.util.find_spec(package)  # of `a.b`, it would import `a`
+        except (ValueError, AttributeError):
             return None
-    return Path(file) if file else None
+    if spec is None:
+        return None
+    if not below:
+        return Path(spec.origin) if spec.origin and spec.has_location else None
+    for folder in spec.submodule_search_locations or ():
+        path = Path(folder, *below)
+        files = [path / "__init__.py"]
+        files += [path.with_name(path.name + suffix) for suffix in all_suffixes()]
+        existing = next((file for file in files if file.is_file()), None)
+        if existing is not None:
+            return existing
+    return None
 
 
 def source_digest(name: str) -> str | None:
@@ -106,25 +123,86 @@ def call(
     """
     parameters = inspect.signature(score).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    options = {key: value for key, value in columns.items() if takes_all or key in parameters}
-    result = score(prompts=prompts, completions=completions, **options)
+    # Copies: the function may change its arguments.
+    options = {key: list(v) for key, v in columns.items() if takes_all or key in parameters}
+    messages = [[{**message} for message in prompt] for prompt in prompts]
+    with _contained(f"{name}: failed", "a reward function must return"):
+        result = score(prompts=messages, completions=list(completions), **options)
+    if hasattr(result, "tolist"):  # an array or a tensor
+        result = result.tolist()
+    if not isinstance(result, list | tuple):
+        raise UserError(
+            f"{name}: expected a list of numbers, got {_shown(result)}; return a list of numbers"
+        )
+    if len(result) != len(completions):
+        raise UserError(
+            f"{name}: {len(result)} scores for {len(completions)} completions; return one for each"
+        )
+    return [
+        _number(name, value, completion)
+        for value, completion in zip(result, completions, strict=True)
+    ]
+
+
+def _number(name: str, value: object, completion: str) -> float:
+    """A score as a number that is finite in single precision, as the policy is trained on it."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # of an array or a tensor
+    if not isinstance(value, Real):
+        raise UserError(
+            f"{name}: the score of {completion!r:.80} is {_shown(value)}; return a list of numbers"
+        )
     try:
-        scores = [float(value) for value in result]
-    except (TypeError, ValueError):
+        number = float(value)
+    except OverflowError:  # a large whole number
+        number = math.inf
+    if not abs(number) <= LARGEST_SCORE:  # true for NaN
         raise UserError(
-            f"{name}: expected a list of numbers, got {result!r:.80}; return a list of numbers"
-        ) from None
-    if len(scores) != len(completions):
-        raise UserError(
-            f"{name}: {len(scores)} scores for {len(completions)} completions; return one for each"
+            f"{name}: the score of {completion!r:.80} is {number}; scores must be finite, at most "
+            f"{LARGEST_SCORE:g} in size"
         )
-    invalid = next((i for i, value in enumerate(scores) if not math.isfinite(value)), None)
-    if invalid is not None:
-        raise UserError(
-            f"{name}: the score of {completions[invalid]!r} is {scores[invalid]}; scores must be "
-            "finite"
+    return number
+
+
+def _shown(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} {value!r:.80}"
+
+
+class _ExitError(Exception):
+    """The function would have ended the process."""
+
+
+@contextlib.contextmanager
+def _contained(place: str, repair: str) -> Iterator[None]:
+    """Turn whatever the user's code does instead of returning into a ``UserError``.
+
+    It may raise anything, exit, or change the working directory, on which relative paths depend.
+    """
+    process, directory, exit_process = os.getpid(), Path.cwd(), os._exit
+
+    def refuse(status: int) -> None:
+        if os.getpid() != process:
+            exit_process(status)  # a process that the user's code has forked
+        raise _ExitError(f"os._exit({status})")
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    except signals.Interrupted:
+        raise
+    except BaseException as error:
+        pressed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if isinstance(error, KeyboardInterrupt) and pressed:
+            raise  # Ctrl-C in a program that uses the Python API
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].removeprefix(
+            "_ExitError: "
         )
-    return scores
+        where = f" (line {frame.lineno} of {frame.filename})" if frame.lineno else ""
+        raise UserError(f"{place}: {reason}{where}; {repair}") from error
+    finally:
+        os._exit = exit_process
+        os.chdir(directory)
 
 
 @contextlib.contextmanager

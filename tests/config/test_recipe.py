@@ -761,3 +761,19 @@ def test_no_value_of_any_key_raises_anything_but_user_errors(
     except UserError as error:
         errors = error.lines
     assert all(line.startswith(f"{path}:") for line in errors)
+
+
+@pytest.mark.parametrize("name", ["...yaml", "..yaml", "recipes/...yaml", "...", " .yaml"])
+def test_a_name_of_dots_is_refused_because_its_summary_would_be_elsewhere(
+    tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("stages:\n  prepare: {source: embedded}\n")
+    stages = {"stages": {"prepare": {"source": "embedded"}}}
+    with pytest.raises(UserError, match="must not consist of dots"):
+        load_recipe(name)
+    with pytest.raises(UserError, match="must not consist of dots"):
+        load_recipe(stages, name=name)
+    assert load_recipe(stages, name="a...yaml").name == "a.."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from align.errors import UserError
 from align.rewards import functions
+from align.runtime import signals
 
 
 @pytest.fixture
@@ -32,7 +35,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("f = 3", "expected a function, got int"),
         ("def f(x): return x", "its parameters are x; define it as"),
         ("def f(", "cannot be imported: SyntaxError"),
-        ("raise RuntimeError('down')", "cannot be imported: RuntimeError: down"),
+        ("raise RuntimeError('down')", "cannot be imported: RuntimeError: down (line 1 of "),
+        ("import sys; sys.exit(0)", "cannot be imported: SystemExit: 0 (line 1 of "),
+        ("import os; os._exit(0)", "cannot be imported: os._exit(0)"),
+        ("async def f(prompts, completions): pass", "expected a function, got async function"),
+        ("f = max", "its parameters are empty; define it as"),
     ],
 )
 def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
@@ -50,15 +57,113 @@ def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
     [
         ("None", "expected a list of numbers, got None"),
         ("[None]", "return a list of numbers"),
+        ("['1']", "the score of 'a' is str '1'; return a list of numbers"),
+        ("[[1.0]]", "the score of 'a' is list"),
+        ("[1j]", "the score of 'a' is complex 1j"),
+        ("'1'", "expected a list of numbers, got str '1'"),
+        ("{1.0: 'a'}", "expected a list of numbers, got dict"),
+        ("{1.0}", "expected a list of numbers, got set"),
+        ("(1.0 for _ in completions)", "expected a list of numbers, got generator"),
+        ("3", "expected a list of numbers, got int 3"),
+        ("[]", "0 scores for 1 completions"),
         ("[1.0, 2.0]", "2 scores for 1 completions"),
         ("[float('nan')]", "scores must be finite"),
+        ("[-float('inf')]", "scores must be finite"),
+        ("[1e300]", "scores must be finite, at most 1e\\+15"),
+        ("[10**400]", "scores must be finite"),
+        ("torch.tensor([[1.0]])", "the score of 'a' is list"),
+        ("torch.tensor([float('nan')])", "scores must be finite"),
     ],
 )
 def test_the_scores_of_a_reward_function_are_checked(module: Any, scores: str, message: str):
-    module(f"def f(prompts, completions): return {scores}")
+    module(f"import torch\ndef f(prompts, completions): return {scores}")
     function = functions.load_function("mine:f")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         functions.call("mine:f", function, [[]], ["a"], {"prompt_id": ["1"]})
+    assert len(raised.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        *("[1]", "(1.0,)", "[True]", "[Fraction(1)]", "torch.ones(1)", "[torch.tensor(1)]"),
+        *("numpy.ones(1)", "[numpy.float32(1)]", "torch.ones(1, dtype=torch.bfloat16)"),
+    ],
+)
+def test_numbers_of_any_library_are_scores(module: Any, scores: str):
+    module(f"import numpy, torch\nfrom fractions import Fraction\ndef f(prompts, completions): return {scores}")  # fmt: skip
+    function = functions.load_function("mine:f")
+    assert functions.call("mine:f", function, [[]], ["a"], {}) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('no\\nnumber')", "failed: ValueError: no number \\(line 3 of "),
+        ("sys.exit(0)", "failed: SystemExit: 0"),
+        ("os._exit(0)", r"failed: os\._exit\(0\)"),
+        ("raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
+        ("raise GeneratorExit", "failed: GeneratorExit"),
+        ("raise MemoryError", "failed: MemoryError"),
+    ],
+)
+def test_a_reward_function_that_raises_or_exits_is_an_error_of_one_line(
+    module: Any, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+):
+    monkeypatch.setattr(functions.signal, "getsignal", lambda number: "the handler of a run")
+    module(f"import os, sys\ndef f(prompts, completions):\n    {body}")
+    function = functions.load_function("mine:f")
+    exit_process = os._exit
+    with pytest.raises(UserError, match=f"^mine:f: {message}") as raised:
+        functions.call("mine:f", function, [[]], ["a"], {})
+    assert len(raised.value.lines) == 1
+    assert os._exit is exit_process
+
+
+def test_signals_pass_through_a_reward_function(module: Any, monkeypatch: pytest.MonkeyPatch):
+    module("def f(prompts, completions): raise completions[0]")
+    function = functions.load_function("mine:f")
+    with pytest.raises(signals.Interrupted):
+        functions.call("mine:f", function, [[]], [signals.Interrupted()], {})  # type: ignore[list-item]
+    monkeypatch.setattr(functions.signal, "getsignal", lambda number: signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        functions.call("mine:f", function, [[]], [KeyboardInterrupt()], {})  # type: ignore[list-item]
+
+
+def test_a_reward_function_changes_neither_its_arguments_nor_the_working_directory(
+    module: Any, tmp_path: Path
+):
+    module(
+        "import os\n"
+        "def f(prompts, completions, level):\n"
+        "    os.chdir('/')\n"
+        "    prompts[0][0]['content'] = completions[0] = level[0] = 'changed'\n"
+        "    return [1.0]\n"
+    )
+    prompts, completions, columns = [[{"role": "user", "content": "a"}]], ["b"], {"level": ["c"]}
+    function = functions.load_function("mine:f")
+    functions.call("mine:f", function, prompts, completions, columns)
+    assert (prompts, completions) == ([[{"role": "user", "content": "a"}]], ["b"])
+    assert columns == {"level": ["c"]}
+    assert Path.cwd() == tmp_path
+
+
+def test_the_file_of_a_function_is_found_without_running_its_package(module: Any, tmp_path: Path):
+    package = tmp_path / "mine" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "scores.py").write_text("")
+    (tmp_path / "outer" / "space").mkdir(parents=True)  # namespace packages
+    (tmp_path / "outer" / "space" / "scores.py").write_text("")
+    assert functions.function_file("mine.inner.scores:f") == package / "scores.py"
+    assert functions.function_file("mine.inner:f") == package / "__init__.py"
+    assert functions.function_file("outer.space.scores:f") == tmp_path / "outer/space/scores.py"
+    assert functions.function_file("align.rewards.gold:f") is not None
+    for name in ("mine.none:f", "none.inner:f", "mine.inner.scores.f:f", "sys:f", ":f", "..a:f"):
+        assert functions.function_file(name) is None
+    assert functions.source_digest("mine.inner.scores:f") is not None
+    assert "mine" not in sys.modules
 
 
 def test_missing_columns_of_a_reward_function_are_reported_before_training(
