@@ -116,6 +116,9 @@ class TRLStage(TrainingStage):
 
     trainer: dict[str, Any] = Field({})
     """Fields of TRL's configuration class, passed on unchanged."""
+    max_lost_rows: float = Field(0.1, ge=0.0, le=1.0)
+    """Largest share of the training rows that may be lost. A row is lost if its prompt alone fills
+    ``trainer.max_length`` or the positions of the model, or if it is longer, in ``reward``."""
 
     @property
     def data_input(self) -> str:
@@ -144,8 +147,9 @@ class TRLStage(TrainingStage):
         return {}
 
     def digest_settings(self) -> dict[str, Any]:
-        """All settings but the fields of ``trainer`` that cannot change the trained model."""
+        """All settings but those, here and in ``trainer``, that cannot change the trained model."""
         settings = super().digest_settings()
+        del settings["max_lost_rows"]
         ignored = trl_fields.REPORTING
         if not (self.keep_checkpoints or self.trainer.get("load_best_model_at_end")):
             ignored |= trl_fields.SAVING

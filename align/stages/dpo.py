@@ -17,7 +17,7 @@ from align.models import adapters, logps
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import reference_logps, trl_trainer
+from align.training import reference_logps, row_limits, trl_trainer
 from align.training.dpo_trainer import TokenWeightedDPOTrainer
 
 
@@ -51,6 +51,8 @@ def build(
     train_rows = tables.load_dataset(data, "pairs", "train", output_dir)  # 1. data
     held_out_rows = tables.load_dataset(data, "pairs", "validation", output_dir)
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
+    limit = row_limits.max_length(config, row_limits.positions(models.policy.config))
+    arguments.max_length = limit
     with trl_trainer.construction(models.tokenizer, config):
         trainer = TokenWeightedDPOTrainer(  # 3. trainer
             model=models.policy,
@@ -63,6 +65,7 @@ def build(
         )
     if "ref" in getattr(trainer.model, "peft_config", {}):
         adapters.copy_adapter(trainer.model, "default", "ref")  # TRL leaves embeddings out
+    row_limits.check_lost_rows(config, trainer, train_rows, limit)
     if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
     return trainer

@@ -25,7 +25,7 @@ from align.models import adapters
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import trl_trainer
+from align.training import row_limits, trl_trainer
 from align.training.kto_batches import MixedLabels, label_weights, weights_warning, with_kl_partners
 
 COLUMNS = ["prompt", "completion", "label"]
@@ -85,6 +85,8 @@ def build_with_trl_batches(
         undesirable_weight=weights.undesirable,
     )
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
+    limit = row_limits.max_length(config, row_limits.positions(models.policy.config))
+    arguments.max_length = limit
     with trl_trainer.construction(models.tokenizer, config):
         trainer = KTOTrainer(  # 3. trainer
             model=models.policy,
@@ -97,6 +99,7 @@ def build_with_trl_batches(
         )
     if "ref" in getattr(trainer.model, "peft_config", {}):
         adapters.copy_adapter(trainer.model, "default", "ref")  # TRL leaves embeddings out
+    row_limits.check_lost_rows(config, trainer, train_rows, limit)
     if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
     return trainer

@@ -25,7 +25,7 @@ from align.rewards.reward_model import RewardModel, new_reward_model
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import trl_trainer
+from align.training import row_limits, trl_trainer
 from align.training.reward_rows import tokenize_pairs
 
 
@@ -67,17 +67,14 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
     )
     tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
     tokenization.set_pad_token_for_scores(tokenizer)
-    train_rows, held_out_rows = (  # 1. data
-        tokenize_pairs(
-            tables.load_dataset(data, "pairs", split, output_dir),
-            tokenizer,
-            config,
-            max_length=arguments.max_length,
-        )
-        for split in ("train", "validation")
-    )
-    model = new_reward_model(  # 2. model
+    model = new_reward_model(  # 1. model
         source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
+    )
+    limit = row_limits.max_length(config, row_limits.positions(model.config))
+    arguments.max_length = limit  # TRL leaves longer pairs out
+    train_rows, held_out_rows = (  # 2. data
+        tokenize_pairs(tables.load_dataset(data, "pairs", split, output_dir), tokenizer, config)
+        for split in ("train", "validation")
     )
     with trl_trainer.trl_errors_as_user_errors():
         trainer = RewardTrainer(  # 3. trainer
@@ -87,6 +84,7 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
             eval_dataset=held_out_rows,
             processing_class=tokenizer,
         )
+    row_limits.check_lost_rows(config, trainer, train_rows, limit)
     if config.prefix_sharing:
         wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
     return trainer

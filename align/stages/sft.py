@@ -20,7 +20,7 @@ from align.models.prefix_sharing import wrapper
 from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import trl_trainer
+from align.training import row_limits, trl_trainer
 
 
 def run(
@@ -42,6 +42,8 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SF
     train_rows = tables.load_dataset(data, "demonstrations", "train", output_dir)  # 1. data
     held_out_rows = tables.load_dataset(data, "demonstrations", "validation", output_dir)
     model = _load(config, inputs, train_rows, output_dir)  # 2. model
+    limit = row_limits.max_length(config, row_limits.positions(model.policy.config))
+    arguments.max_length = limit
     with trl_trainer.construction(model.tokenizer, config):
         trainer = SFTTrainer(  # 3. trainer
             model=model.policy,
@@ -51,6 +53,8 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SF
             processing_class=model.tokenizer,
             peft_config=model.new_adapter,
         )
+    if not arguments.packing:  # packed rows have no prompt
+        row_limits.check_lost_rows(config, trainer, train_rows, limit)
     if config.prefix_sharing:
         wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
     return trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +13,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-LOGGER = logging.getLogger("align.reward")
-
 
 def tokenize_pairs(
-    rows: Dataset | None,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Reward,
-    *,
-    max_length: int | None,
+    rows: Dataset | None, tokenizer: PreTrainedTokenizerBase, config: Reward
 ) -> Dataset | None:
     """Compute ``chosen_ids``, ``rejected_ids`` and, with ``margin_coef``, ``margin``.
 
-    TRL uses these columns as they are. Pairs longer than ``max_length`` are left out, and their
-    number is logged. None remains None.
+    TRL uses these columns as they are. None remains None.
 
     Raises:
-        DataError: The pairs have no ``margin``, or all of them are too long.
+        DataError: The pairs have no ``margin``.
     """
     if rows is None:
         return None
@@ -46,21 +38,4 @@ def tokenize_pairs(
             columns["margin"] = [config.margin_coef * margin for margin in batch["margin"]]
         return columns
 
-    tokenized = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
-    if max_length is None:
-        return tokenized
-    fitting = tokenized.filter(
-        lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
-    )
-    if len(fitting) == 0:
-        raise DataError(
-            f"trainer.max_length: every pair is longer than {max_length} tokens; increase it"
-        )
-    if len(fitting) < len(tokenized):
-        LOGGER.warning(
-            "%d of %d pairs are longer than `max_length` (%d tokens) and are left out",
-            len(tokenized) - len(fitting),
-            len(tokenized),
-            max_length,
-        )
-    return fitting
+    return rows.map(tokenize, batched=True, remove_columns=rows.column_names)

@@ -29,10 +29,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 
 
 def built(
-    world: tiny_models.World, data: Path, folder: Path, *, coef: float = 0.0, **trainer: Any
+    world: tiny_models.World,
+    data: Path,
+    folder: Path,
+    *,
+    coef: float = 0.0,
+    max_lost_rows: float = 0.1,
+    **trainer: Any,
 ) -> Any:
     config = Reward(
-        model="sft", margin_coef=coef, trainer=tiny_models.TRAINER | {"max_steps": 1} | trainer
+        model="sft",
+        margin_coef=coef,
+        max_lost_rows=max_lost_rows,
+        trainer=tiny_models.TRAINER | {"max_steps": 1} | trainer,
     )
     return reward.build(config, {"model": world.sft, "pairs": data}, folder)
 
@@ -96,16 +105,15 @@ def test_pairs_that_are_too_long_are_left_out_with_a_warning(
         for r in rows
     ]  # fmt: skip
     limit = sorted(lengths)[len(lengths) // 2]
-    trainer = built(world, world.data, tmp_path / "some", max_length=limit)
+    trainer = built(world, world.data, tmp_path / "some", max_lost_rows=0.6, max_length=limit)
     fitting = sum(length <= limit for length in lengths)
     assert len(trainer.train_dataset) == fitting < len(rows)
-    (record,) = [record for record in caplog.records if record.name == "align.reward"]
+    (record,) = [record for record in caplog.records if record.name == "align.training"]
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        f"{len(rows) - fitting} of {len(rows)} pairs are longer than `max_length` ({limit} tokens) "
-        "and are left out"
+        f"{len(rows) - fitting} of {len(rows)} rows are longer than `max_length` ({limit} tokens)"
     )
-    with pytest.raises(UserError, match="every pair is longer than 3 tokens"):
+    with pytest.raises(UserError, match=r"40 of 40 rows are longer than `max_length` \(3 tokens"):
         built(world, world.data, tmp_path / "none", max_length=3)
 
 

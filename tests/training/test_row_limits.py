@@ -1,0 +1,142 @@
+"""Rows longer than the model: they are cut at its positions, and lost rows are counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from helpers import ppo_fixtures, tiny_models
+
+from align.config.data import Prepare
+from align.config.training import DPO, KTO, SFT, Reward, TRLStage
+from align.errors import UserError
+from align.stages import dpo, kto, prepare, reward, sft
+from align.training import row_limits
+
+STAGES = [
+    pytest.param(sft, SFT, "demonstrations", id="sft"),
+    pytest.param(dpo, DPO, "pairs", id="dpo"),
+    pytest.param(reward, Reward, "pairs", id="reward"),
+    pytest.param(kto, KTO, "preferences", id="kto"),
+]
+Build = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
+
+
+def words(count: int) -> str:
+    return "a " * count
+
+
+@pytest.fixture(scope="module")
+def data(world: tiny_models.World) -> Path:
+    """30 short pairs, 3 with a prompt beyond the positions of the model, 1 with such an answer."""
+    folder = world.folder / "long"
+    lengths = [(3, 3)] * 30 + [(400, 3)] * 3 + [(3, 400)]
+    rows = [
+        {"prompt": f"{n} {words(a)}", "chosen": f"yes {words(b)}", "rejected": "no"}
+        for n, (a, b) in enumerate(lengths)
+    ]
+    folder.mkdir()
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = Prepare(source=str(file), test_fraction=0.0)
+    tiny_models.stage(prepare, config, {}, folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture
+def build(world: tiny_models.World, data: Path, tmp_path: Path) -> Build:
+    def call(
+        module: Any, config: Any, role: str, source: Path | None = None, **settings: Any
+    ) -> Any:
+        trainer = tiny_models.TRAINER | {"max_steps": 1} | settings.pop("trainer", {})
+        stage = config(model="sft", trainer=trainer, **settings)
+        return module.build(stage, {"model": source or world.sft, role: data}, tmp_path)
+
+    return call
+
+
+def ids_of(trainer: Any) -> list[int]:
+    """The lengths of the rows of all batches, without padding."""
+    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    return [int(row.sum()) for mask in masks for row in mask]
+
+
+@pytest.mark.parametrize(("module", "config", "role"), STAGES)
+def test_rows_end_at_the_positions_of_the_model_and_lost_ones_are_counted(
+    module: ModuleType, config: Any, role: str, build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "align.training"):
+        trainer = build(module, config, role, max_lost_rows=0.2)
+    assert trainer.args.max_length == tiny_models.POSITIONS
+    lengths = ids_of(trainer)
+    assert max(lengths) <= tiny_models.POSITIONS
+    n, rows = {"reward": (4, 34), "kto": (6, 68)}.get(module.__name__.rpartition(".")[2], (3, 34))
+    assert f"{n} of {rows} rows" in caplog.text
+    assert f"({tiny_models.POSITIONS} tokens)" in caplog.text
+
+
+@pytest.mark.parametrize(("module", "config", "role"), STAGES)
+def test_more_lost_rows_than_accepted_are_an_error(
+    module: ModuleType, config: Any, role: str, build: Build
+) -> None:
+    with pytest.raises(
+        UserError, match=r"rows .* `max_length` \(192 tokens\); drop .*: 0\.(09|12)"
+    ):
+        build(module, config, role, max_lost_rows=0.05)
+
+
+@pytest.mark.parametrize(("module", "config", "role"), STAGES)
+def test_a_stage_that_would_train_on_no_row_is_refused(
+    module: ModuleType, config: Any, role: str, build: Build
+) -> None:
+    with pytest.raises(UserError, match=r"(34 of 34|68 of 68) rows .*`max_length` \(4 tokens\)"):
+        build(module, config, role, max_lost_rows=1.0, trainer={"max_length": 4})
+
+
+@pytest.mark.parametrize(("module", "config", "role"), STAGES)
+def test_a_max_length_beyond_the_positions_of_the_model_is_an_error(
+    module: ModuleType, config: Any, role: str, build: Build
+) -> None:
+    with pytest.raises(UserError, match="max_length: 193 is more than the 192 positions of"):
+        build(module, config, role, trainer={"max_length": 193})
+
+
+def test_a_model_with_absolute_positions_trains_on_long_rows(
+    build: Build, world: tiny_models.World, tmp_path: Path
+) -> None:
+    ppo_fixtures.save_gpt2(world, tmp_path / "gpt2")
+    trainer = build(sft, SFT, "demonstrations", source=tmp_path / "gpt2")
+    trainer.train()
+    assert max(ids_of(trainer)) == tiny_models.POSITIONS
+
+
+@pytest.mark.parametrize(
+    ("stage", "start", "length", "lost"),
+    [
+        pytest.param(SFT(model="m"), 9, 20, False, id="a part of the completion is left"),
+        pytest.param(SFT(model="m"), 10, 20, True, id="the prompt alone fills the limit"),
+        pytest.param(
+            DPO(model="m", trainer={"truncation_mode": "keep_end"}), 10, 20, False, id="keep_end"
+        ),
+        pytest.param(Reward(model="m"), 5, 10, False, id="a reward row that fits"),
+        pytest.param(Reward(model="m"), 5, 11, True, id="a reward row that does not fit"),
+    ],
+)
+def test_which_rows_are_lost(stage: TRLStage, start: int, length: int, lost: bool) -> None:
+    assert row_limits.loses_row(stage, start, length, 10) is lost
+    assert not row_limits.loses_row(stage, start, length, None)
+
+
+def test_the_accepted_share_of_lost_rows_does_not_change_the_digest() -> None:
+    first, second = SFT(model="m"), SFT(model="m", max_lost_rows=0.5)
+    assert first.digest_settings() == second.digest_settings()
