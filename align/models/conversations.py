@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Conversations:
     """A tokenizer with its chat template and its end tokens."""
 
     template: ChatTemplate
-    encode: Callable[[str], list[int]]
-    """Token ids of a text that may contain special tokens; nothing is added."""
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    """Token ids of texts that may contain special tokens; nothing is added."""
     ends: frozenset[int]
     """Tokens at which a policy stops: eos, and those of its ``generation_config.json``."""
     special_tokens: frozenset[str]
@@ -84,39 +84,58 @@ class Conversations:
             for key, value in message.items()
         )
 
-    def prompt(self, messages: Sequence[Message], *, tools: Any = None) -> list[int]:
-        """Token ids of a prompt, up to and including the header of the assistant's turn.
+    def prompts(
+        self, prompts: Sequence[Sequence[Message]], *, tools: Any = None
+    ) -> list[list[int]]:
+        """Token ids of prompts, up to and including the header of the assistant's turn.
 
         Raises:
             UserError: The template fails.
         """
-        text = self.template.render(self._mark(messages), add_generation_prompt=True, tools=tools)
-        ids = self._encode(text)
-        if not ids:
+        texts = [
+            self.template.render(self._mark(messages), add_generation_prompt=True, tools=tools)
+            for messages in prompts
+        ]
+        rows = self._encode(texts)
+        if not all(rows):
             raise UserError(f"{self.template.name}: its chat template writes no prompt; {REPAIR}")
-        return ids
+        return rows
 
-    def row(
-        self, prompt: Sequence[Message], completion: Sequence[Message], *, tools: Any = None
-    ) -> TokenRow:
-        """Token ids of a prompt with a completion, which end with the completion.
+    def rows(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        completions: Sequence[Sequence[Message]],
+        *,
+        tools: Any = None,
+    ) -> list[TokenRow]:
+        """Token ids of prompts with completions, which end with the completion.
 
         Raises:
-            UserError: The template fails, or does not write the completion.
+            UserError: The template fails, or does not write a completion.
         """
-        marked, answer = self._mark(prompt), self._mark(completion)
-        before = self.template.render(marked, add_generation_prompt=True, tools=tools)
-        text = self._completion_text(before, marked, answer, tools)
-        prompt_ids, ids = self._encode(before), self._encode(before + text)
-        start = len(prompt_ids)
-        if ids[:start] != prompt_ids:  # tokens would merge across the boundary
-            ids = prompt_ids + self._encode_behind(text)
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            marked, answer = self._mark(prompt), self._mark(completion)
+            before = self.template.render(marked, add_generation_prompt=True, tools=tools)
+            texts.append((before, self._completion_text(before, marked, answer, tools)))
+        heads = self._encode([before for before, _ in texts])
+        wholes = self._encode([before + text for before, text in texts])
+        return [
+            self._row(head, whole, text)
+            for head, whole, (_, text) in zip(heads, wholes, texts, strict=True)
+        ]
+
+    def _row(self, prompt: list[int], ids: list[int], text: str) -> TokenRow:
+        """The row of a tokenized prompt and of prompt and completion, tokenized together."""
+        start = len(prompt)
+        if ids[:start] != prompt:  # tokens would merge across the boundary
+            ids = prompt + self._encode_behind(text)
         end = next((k for k in range(start, len(ids)) if ids[k] in self.ends), None)
         return TokenRow(ids if end is None else ids[: end + 1], start, end is not None)
 
     def end_of_turn(self) -> TokenRow:
         """A short row, which shows how the template ends a completion."""
-        return self.row([{"role": "user", "content": "User"}], [_answer("Assistant")])
+        return self.rows([[{"role": "user", "content": "User"}]], [[_answer("Assistant")]])[0]
 
     def check_end(self, *, repair: str) -> None:
         """Check that the template ends a completion with a token at which a policy stops.
@@ -184,13 +203,14 @@ class Conversations:
             text = f"{text[:place]}{BREAK}{text[place:]}"
         return text
 
-    def _encode(self, text: str) -> list[int]:
-        """Token ids of a rendered text; no token crosses a break."""
-        first, *others = text.split(BREAK)
-        ids = self.encode(first) if first else []
-        for other in others:
-            ids += self._encode_behind(other)
-        return ids
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts; no token crosses a break."""
+        starts = [text.partition(BREAK)[0] for text in texts]
+        rows = self.encode_batch(starts) if starts else []
+        for k, text in enumerate(texts):
+            for piece in text.split(BREAK)[1:]:
+                rows[k] = rows[k] + self._encode_behind(piece)
+        return rows
 
     def _encode_behind(self, text: str) -> list[int]:
         """Token ids of a text that continues another one.
@@ -202,10 +222,8 @@ class Conversations:
             return self._encode_behind(first) + self._encode_behind(others)
         if not text:
             return []
-        line_feed, ids = self.encode("\n"), self.encode(f"\n{text}")
-        if ids[: len(line_feed)] == line_feed:
-            return ids[len(line_feed) :]
-        return self.encode(text)
+        line_feed, ids, alone = self.encode_batch(["\n", f"\n{text}", text])
+        return ids[len(line_feed) :] if ids[: len(line_feed)] == line_feed else alone
 
 
 def _answer(text: str) -> Message:
@@ -217,9 +235,3 @@ def _common_prefix(first: str, second: str) -> int:
         (k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
     )
-
-
-def declared_ends(value: Any) -> Collection[int]:
-    """Token ids of an ``eos_token_id``, which is a number, a list or missing."""
-    values = value if isinstance(value, list) else [value]
-    return [each for each in values if isinstance(each, int) and not isinstance(each, bool)]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.models.conversations import declared_ends
 from align.models.tokenization import (
     decode_completion,
     end_tokens,
@@ -19,6 +18,7 @@ from align.models.tokenization import (
     tokenize_prompts,
     until_stop,
 )
+from align.models.tokenizer_files import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,7 +156,7 @@ def set_sampling(
     """
     from transformers import GenerationConfig
 
-    stops = {*declared_ends(model.generation_config.eos_token_id), *end_tokens(tokenizer)}
+    stops = {*token_ids(model.generation_config.eos_token_id), *end_tokens(tokenizer)}
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature > 0

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.models.chat_templates import ChatTemplate
-from align.models.conversations import Conversations, TokenRow, declared_ends
+from align.models.conversations import Conversations, TokenRow
+from align.models.files import ADAPTER_CONFIG, read_adapter_base
 from align.models.loading import adapter_base, cannot_load
+from align.models.tokenizer_files import GENERATION_CONFIG, listed_ends, read_end_tokens, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -54,17 +56,22 @@ def conversations(
             str(tokenizer.name_or_path),
             tokenizer.special_tokens_map,
         ),
-        functools.partial(tokenizer.encode, add_special_tokens=False),
+        functools.partial(_encode_batch, tokenizer),
         ends,
         frozenset(special),
         frozenset(added),
     )
 
 
+def _encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens at which a policy with this tokenizer stops: eos, and those its model's files list."""
     listed: frozenset[int] = getattr(tokenizer, ENDS, frozenset())
-    return listed | frozenset(declared_ends(tokenizer.eos_token_id))
+    return listed | token_ids(tokenizer.eos_token_id)
 
 
 def tokenize_prompts(
@@ -75,8 +82,7 @@ def tokenize_prompts(
     Raises:
         UserError: The tokenizer has no chat template, or the template fails.
     """
-    template = conversations(tokenizer)
-    return [template.prompt(prompt) for prompt in prompts]
+    return conversations(tokenizer).prompts(prompts)
 
 
 def tokenize_rows(
@@ -89,11 +95,7 @@ def tokenize_rows(
     Raises:
         UserError: The tokenizer has no chat template, or the template fails.
     """
-    template = conversations(tokenizer)
-    return [
-        template.row(prompt, completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return conversations(tokenizer).rows(prompts, completions)
 
 
 def assistant_turn(text: str) -> list[Message]:
@@ -179,9 +181,10 @@ class RowsForTRL:
             )
         template = self._conversations(chat_template)
         if add_generation_prompt:
-            ids = template.prompt(conversation, tools=tools)
+            (ids,) = template.prompts([conversation], tools=tools)
         else:
-            ids = template.row(conversation[:-1], conversation[-1:], tools=tools).ids
+            (row,) = template.rows([conversation[:-1]], [conversation[-1:]], tools=tools)
+            ids = row.ids
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def _conversations(self, chat_template: str | None) -> Conversations:
@@ -229,7 +232,6 @@ def pad_rows(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-GENERATION_CONFIG = "generation_config.json"
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = (
     "{% for message in messages %}"
@@ -299,14 +301,19 @@ def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTra
 
 
 def listed_end_tokens(source: Path | str, *, revision: str | None = None) -> frozenset[int]:
-    """The end tokens in ``generation_config.json`` of a model, or else in its ``config.json``.
+    """The end tokens that the files of a model list, in a folder or on the Hub.
 
-    Of an adapter, they are those of its base, unless its folder has the file.
+    Raises:
+        UserError: A file is malformed.
     """
     from transformers.utils import cached_file
 
-    file = None
-    for name in (GENERATION_CONFIG, "adapter_config.json", "config.json"):
+    if Path(source).is_dir():
+        base = adapter_base(source)
+        if base is None or (Path(source) / GENERATION_CONFIG).is_file():
+            return read_end_tokens(Path(source))
+        return listed_end_tokens(base.source, revision=base.hub_revision)
+    for name in (GENERATION_CONFIG, ADAPTER_CONFIG, "config.json"):
         file = cached_file(
             str(source),
             name,
@@ -315,20 +322,12 @@ def listed_end_tokens(source: Path | str, *, revision: str | None = None) -> fro
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
+        if file is not None and name == ADAPTER_CONFIG:
+            base = read_adapter_base(Path(file), source)
+            return listed_end_tokens(base.source, revision=base.hub_revision)
         if file is not None:
-            break
-    if file is None:
-        return frozenset()
-    if Path(file).name == "adapter_config.json":
-        base = adapter_base(source, revision=revision)
-        assert base is not None
-        return listed_end_tokens(base.source, revision=base.hub_revision)
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-        value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}; save the model again") from None
-    return frozenset(declared_ends(value))
+            return listed_ends(json.loads(Path(file).read_text(encoding="utf-8")))
+    return frozenset()
 
 
 def save_end_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
