@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.config import catalog
 from align.config.base import (
@@ -21,7 +21,10 @@ from align.config.base import (
 )
 from align.errors import nearest
 
-ALIGN_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label")
+ALIGN_COLUMNS = (
+    *("prompt", "completion", "chosen", "rejected", "messages", "label"),
+    *("system", "input"),
+)
 REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {  # of the readers of public data sets
     "ultrafeedback": ("instruction", "completions"),
     "shp": ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
@@ -63,7 +66,12 @@ class Source(Config):
     """Commit, branch or tag of a Hub data set."""
     columns: dict[str, str] = Field({})
     """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For
-    ``ultrafeedback``, ``shp`` and ``tldr``, the columns that they require: ``{history: post}``."""
+    ``ultrafeedback``, ``shp`` and ``tldr``, the columns that they require: ``{history: post}``.
+    ``system`` is the system turn; ``input`` is appended to the prompt, and is read without being
+    named if the prompt is ``instruction``."""
+    labels: dict[str, bool] = Field({})
+    """Labels of the source mapped to true and false, such as ``{up: true, down: false}``. Default:
+    true, false, 1 and 0; a row with another label is an error."""
     pairing: Literal["best_worst", "best_random", "all"] | None = None
     """Which pairs are made from several scored completions: best against worst (the default), best
     against a random other, or all pairs."""
@@ -81,6 +89,14 @@ class Source(Config):
     @classmethod
     def _apply_catalog(cls, values: Any) -> Any:
         return catalog.with_catalog_entry(values) if isinstance(values, dict) else values
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _convert_labels(cls, values: Any) -> Any:
+        """Keys as text: YAML reads ``1`` as a number and ``yes`` as true."""
+        if not isinstance(values, dict):
+            return values
+        return {str(label).strip().lower(): value for label, value in values.items()}
 
     @model_validator(mode="after")
     def _check_reader_options(self) -> Source:
@@ -106,7 +122,7 @@ class MixtureSource(Source):
 class Prepare(Source, Stage):
     """Read preference data, check it, split it by prompt, and write it as Parquet."""
 
-    code_version: ClassVar[int] = 3
+    code_version: ClassVar[int] = 4
     main_process_only: ClassVar[bool] = True
     prepares_data: ClassVar[bool] = True
 

@@ -43,14 +43,31 @@ def kind_of(names: Iterable[str]) -> str:
 def columns_of(part: Part, columns: Mapping[str, str] | None = None) -> list[str]:
     """Columns at the head of a part, renamed by ``columns``."""
     names = dict.fromkeys(name for row in part.head for name in row)
-    return list(rename_columns(names, columns or {}))
+    return list(rename_columns(names, columns) if columns else names)
+
+
+def columns_with_input(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """The column map of a source, with Alpaca's ``input`` if the prompt is its ``instruction``."""
+    if columns.get("prompt") == "instruction" and "input" not in columns.values():
+        return {"input": "input", **columns}
+    return columns
+
+
+def columns_of_kind(kind: str, reader: str, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Columns of Align that the rows of a kind are read from, if they are not mapped."""
+    required = {
+        "pairs": ("chosen", "rejected") if reader == "hh" else ("prompt", "chosen", "rejected"),
+        "unpaired": ("prompt", "completion", "messages", "label"),
+    }.get(kind, ("prompt", "completion", "messages"))
+    return tuple(name for name in (*required, "system") if name not in columns)
 
 
 def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
     """Rename columns by a map from Align's names to those of the source.
 
-    A renamed column is not available under its old name.
+    A renamed column is not available under its old name. ``input`` is read if it is mapped.
     """
+    raw = raw if "input" in columns else {k: v for k, v in raw.items() if k != "input"}
     if not columns:
         return raw
     renamed = {own: raw[name] for own, name in columns.items() if name in raw}
@@ -155,7 +172,10 @@ def _missing_columns(part: str, names: list[str], formats: tuple[tuple[str, ...]
             f" map them with `columns: {{{formats[0][0]}: ...}}`"
         )
     absent = missing(best)
-    column_map = ", ".join(f"{own}: {name or '...'}" for own, name in absent.items())
+    suggested = absent
+    if absent.get("prompt") == "instruction" and "input" in names:
+        suggested = {"prompt": "instruction", "input": "input", **absent}
+    column_map = ", ".join(f"{own}: {name or '...'}" for own, name in suggested.items())
     pairs = "" if "chosen" in best else f" (pairs have {_quoted(FORMATS[0])})"
     return (
         f"{part}: no column {_quoted(absent)}; found {_quoted(names)};"
@@ -165,7 +185,8 @@ def _missing_columns(part: str, names: list[str], formats: tuple[tuple[str, ...]
 
 def _nearest_column(own: str, names: list[str]) -> str | None:
     names = [name for name in names if name != "id" and not name.endswith("_id")]
-    alike = [name for name in names if name in _SYNONYMS.get(own, ()) or own in name]
+    synonyms = _SYNONYMS.get(own, ())
+    alike = [name for name in synonyms if name in names] + [name for name in names if own in name]
     return next(iter(alike or difflib.get_close_matches(own, names, n=1)), None)
 
 

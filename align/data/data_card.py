@@ -56,6 +56,9 @@ def data_card(config: Prepare, report: Mapping[str, Any]) -> str:
 
 def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
     """Sentences on margins, the bag-of-words baseline, long rows, near-duplicates and leakage."""
+    if "not_read" in report:
+        names = (f"{name} ({count:,} rows)" for name, count in report["not_read"].items())
+        yield f"Not read: {', '.join(names)}."
     if "margins" in report:
         margins = report["margins"]
         yield (

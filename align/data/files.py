@@ -76,7 +76,7 @@ def _open(path: Path) -> ByteStream:
         is_gzip = file.read(2) == b"\x1f\x8b"
     if not is_gzip and path.name.lower().endswith(".gz"):
         raise DataError(f"{path}: not a gzip file; rename it, or download it again")
-    stream = gzip.open(path, "rb") if is_gzip else path.open("rb")
+    stream = gzip.open(path, "rb") if is_gzip else path.open("rb")  # noqa: SIM115 (closed by callers)
     start = stream.peek(256)[:256]
     if start.startswith(UTF_16) or b"\x00" in start:
         stream.close()

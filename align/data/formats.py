@@ -2,32 +2,46 @@
 
 A prompt is an optional system turn, then user and assistant turns in alternation, ending in a user
 turn; a completion is one assistant turn. Plain text becomes one turn. Whole conversations, and the
-transcripts of HH-RLHF, are divided where their common beginning ends. Not supported: tool calls,
-images, the names of ShareGPT.
+transcripts of HH-RLHF, are divided where their common beginning ends. A column ``system`` is the
+system turn; a column ``input`` is appended to the prompt.
+
+Not supported, and dropped: tool calls, separate reasoning, images, the names of ShareGPT. Other
+fields of turns are ignored and counted (:func:`unread_fields`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 from align.data.rows import ROLES, DroppedError, Messages, Raw, Row, prompt_id
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "messages")
+_UNSUPPORTED_COLUMNS = ("tools", "functions")
+_UNSUPPORTED_FIELDS = (  # of a turn: without them, another text would be trained
+    *("tool_calls", "function_call", "tools", "functions"),
+    *("reasoning_content", "reasoning", "thinking", "refusal"),
+    *("images", "image", "audio", "video", "videos"),
+)
+_TRAIN_FIELDS = ("weight", "train", "training", "trainable")
+_EMPTY: tuple[Any, ...] = (None, False, "", "null", [], "[]", {}, "{}")
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+UNKNOWN_LABEL = "label is not true or false"
 
 
-def read_row(raw: Raw, kind: str, reader: str) -> Row:
-    """Convert a raw row of a kind.
+def read_row(raw: Raw, kind: str, reader: str, labels: Mapping[str, bool]) -> Row:
+    """Convert a raw row of a kind; ``labels`` maps the labels of the source, if they differ.
 
     Raises:
         DroppedError: The row cannot be used.
     """
     if kind == "pairs":
         return hh_pair(raw) if reader == "hh" else pair(raw)
-    return labeled(raw) if kind == "unpaired" else demonstration(raw)
+    return labeled(raw, labels) if kind == "unpaired" else demonstration(raw)
 
 
 def pair(raw: Raw) -> Row:
@@ -35,14 +49,14 @@ def pair(raw: Raw) -> Row:
 
     The prompt may be missing if the other two are whole conversations.
     """
-    sides = {side: _turns(raw.get(side), "assistant") for side in ("chosen", "rejected")}
-    return _check_distinct(_assemble(raw.get("prompt"), sides))
+    sides = {side: _completion(raw.get(side)) for side in ("chosen", "rejected")}
+    return _check_distinct(_assemble(raw, sides))
 
 
 def hh_pair(raw: Raw) -> Row:
     """Convert a row whose ``chosen`` and ``rejected`` are transcripts, as in HH-RLHF."""
     sides = {side: hh_turns(raw.get(side)) for side in ("chosen", "rejected")}
-    return _check_distinct(_assemble(None, sides))
+    return _check_distinct(_assemble({"system": raw.get("system")}, sides))
 
 
 def _check_distinct(row: Row) -> Row:
@@ -59,16 +73,24 @@ def demonstration(raw: Raw) -> Row:
     value = raw.get("completion") if "completion" in raw else raw.get("messages")
     if "completion" not in raw and isinstance(value, str):
         raise DroppedError("messages are not a list")
-    return _assemble(raw.get("prompt"), {"completion": _turns(value, "assistant")})
+    return _assemble(raw, {"completion": _completion(value)})
 
 
-def labeled(raw: Raw) -> Row:
-    """Convert a demonstration with a ``label``: true or false, also as a number or text."""
-    row = demonstration(raw)
-    label = _LABELS.get(str(raw.get("label")).strip().lower())
+def labeled(raw: Raw, labels: Mapping[str, bool] | None = None) -> Row:
+    """Convert a demonstration with a ``label``: a key of ``labels``, or true, false, 1 or 0."""
+    row, value = demonstration(raw), raw.get("label")
+    if value is None or value != value or not str(value).strip():  # `!=`: NaN
+        raise DroppedError("no label")
+    label = (labels or _LABELS).get(_label_text(value))
     if label is None:
-        raise DroppedError("label is not true or false")
+        raise DroppedError(UNKNOWN_LABEL, f"it is {str(value)[:40]!r}")
     return {**row, "label": label}
+
+
+def _label_text(value: object) -> str:
+    """A label as in the keys of ``labels``: lower case, whole numbers without a point."""
+    text = str(value).strip().lower()
+    return re.sub(r"^([-+]?\d+)\.0*$", r"\1", text).removeprefix("+")
 
 
 def hh_turns(text: object) -> Messages:
@@ -85,16 +107,47 @@ def hh_turns(text: object) -> Messages:
     return [{"role": _HH_ROLES[name], "content": _text(turn.strip())} for name, turn in turns]
 
 
-def _assemble(prompt: object, sides: Mapping[str, Messages]) -> Row:
-    """Join a prompt and completions; ``sides`` may be whole conversations instead."""
+def unread_fields(raw: Raw) -> set[str]:
+    """Fields of the turns of a row that are ignored, without empty ones."""
+    return {
+        field
+        for name in _CONVERSATIONS
+        for turn in _dictionaries(raw.get(name))
+        for field, value in turn.items()
+        if field not in ("role", "content", *_TRAIN_FIELDS) and not is_empty(value)
+    }
+
+
+def _dictionaries(value: object) -> Iterator[dict[str, object]]:
+    if isinstance(value, list):
+        yield from (turn for turn in value if isinstance(turn, dict))
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value has no content: missing, false, or an empty text, list or object."""
+    return value is None or value in _EMPTY
+
+
+def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
+    """Join the prompt of a row and completions; ``sides`` may be whole conversations instead."""
+    for column in _UNSUPPORTED_COLUMNS:
+        if not is_empty(raw.get(column)):
+            raise DroppedError(f"`{column}` are not supported")
+    prompt, addition = raw.get("prompt"), _optional_text(raw, "input")
     if any(not turns for turns in sides.values()):
         raise DroppedError("blank completion")
     if all(turns[0]["role"] != "assistant" for turns in sides.values()):
         prompt_turns, completions = _divide_conversations(prompt, sides)
+        if addition:
+            raise DroppedError("`input` next to a whole conversation")
     elif prompt is None:
         raise DroppedError("no prompt")
     else:
         prompt_turns, completions = _turns(prompt, "user"), dict(sides)
+    if addition and prompt_turns:
+        content = f"{prompt_turns[-1]['content']}\n\n{addition}"
+        prompt_turns = [*prompt_turns[:-1], {**prompt_turns[-1], "content": content}]
+    prompt_turns = _with_system(_optional_text(raw, "system"), prompt_turns)
     _check_prompt(prompt_turns)
     for turns in completions.values():
         _check_completion(turns)
@@ -123,26 +176,78 @@ def _divide_conversations(
     return shared, {side: turns[n_shared:] for side, turns in conversations.items()}
 
 
+def _optional_text(raw: Raw, column: str) -> str:
+    """Text of a column that belongs to the prompt; empty if it is missing or blank."""
+    value = raw.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DroppedError(f"`{column}` is not text", f"it is {_type_name(value)}")
+    return _text(value) if value.strip() else ""
+
+
+def _with_system(system: str, prompt: Messages) -> Messages:
+    if not system or not prompt:
+        return prompt
+    if prompt[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    if prompt[0]["content"].strip() != system.strip():
+        raise DroppedError("column `system` differs from the system turn")
+    return prompt
+
+
+def _completion(completion: object) -> Messages:
+    """Turns that end in a completion, which must not be excluded from training."""
+    turns = _turns(completion, "assistant")
+    last = completion[-1] if isinstance(completion, list) and completion else {}
+    for field in _TRAIN_FIELDS:
+        value = last.get(field)
+        if value is None or value != value:  # `!=`: NaN
+            continue
+        trained = _LABELS.get(_label_text(value))
+        if trained is None:
+            raise DroppedError(f"`{field}` of a turn is not 0 or 1", f"it is {str(value)[:40]!r}")
+        if not trained:
+            raise DroppedError("completion is marked as not to be trained on", f"by `{field}`")
+    return turns
+
+
 def _turns(value: object, role: str) -> Messages:
     if isinstance(value, str):
         return [{"role": role, "content": _text(value)}]
     if value is None:
         raise DroppedError("missing value")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise DroppedError("content is not text")
-    if any(turn.get("role") not in ROLES for turn in value):
-        raise DroppedError("wrong roles")
+        raise DroppedError("content is not text", f"it is {_type_name(value)}")
+    for turn in value:
+        if turn.get("role") not in ROLES:
+            raise DroppedError("wrong roles", _wrong_role(turn))
+        unsupported = [name for name in _UNSUPPORTED_FIELDS if not is_empty(turn.get(name))]
+        if unsupported:
+            raise DroppedError(f"`{unsupported[0]}` of a turn is not supported")
     return [{"role": turn["role"], "content": _text(turn.get("content"))} for turn in value]
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise DroppedError("content is not text")
+        raise DroppedError("content is not text", f"it is {_type_name(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, such as "\ud83d" in JSON
         raise DroppedError("content is not Unicode text") from None
     return value
+
+
+def _wrong_role(turn: Mapping[str, object]) -> str:
+    if "role" not in turn:
+        names = ", ".join(f"`{name}`" for name in list(turn)[:5]) or "nothing"
+        return f"a turn has {names}; rename to `role`, `content`"
+    return f"role `{str(turn['role'])[:40]}`; allowed are {', '.join(f'`{r}`' for r in ROLES)}"
+
+
+def _type_name(value: object) -> str:
+    names = {list: "a list", dict: "an object", bool: "true or false"}
+    return "missing" if value is None else names.get(type(value), "a number")
 
 
 def _check_prompt(prompt: Messages) -> None:
@@ -151,13 +256,15 @@ def _check_prompt(prompt: Messages) -> None:
     roles = [turn["role"] for turn in prompt]
     roles = roles[1:] if roles[0] == "system" else roles
     if any(one == next_one for one, next_one in pairwise([*roles, "assistant"])):
-        raise DroppedError("two turns in a row by one speaker")
+        raise DroppedError("two turns in a row by one speaker", f"roles: {', '.join(roles)}")
     if not roles or "system" in roles or roles[0] != "user":
-        raise DroppedError("wrong roles")
+        detail = "roles: " + ", ".join(turn["role"] for turn in prompt)
+        raise DroppedError("wrong roles", f"{detail}; allowed is system, user, assistant, user, …")
 
 
 def _check_completion(turns: Messages) -> None:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise DroppedError("completion is not one assistant turn")
+        detail = "roles: " + ", ".join(turn["role"] for turn in turns)
+        raise DroppedError("completion is not one assistant turn", detail)
     if not turns[0]["content"].strip():
         raise DroppedError("blank completion")

@@ -14,12 +14,14 @@ from align.data.columns import (
     check_column_map,
     check_columns,
     columns_of,
+    columns_of_kind,
+    columns_with_input,
     kind_of_part,
     rename_columns,
 )
 from align.data.decontamination import EvaluationPrompts, user_texts
 from align.data.deduplication import MinHashIndex
-from align.data.formats import read_row
+from align.data.formats import UNKNOWN_LABEL, is_empty, read_row, unread_fields
 from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_store import RowTable
@@ -41,6 +43,8 @@ class Ingested:
     """Signatures of all prompts, if near-duplicates are searched for."""
     files: list[Path]
     """Local files that were read."""
+    unread: dict[str, int]
+    """Columns and fields of turns that are not read, with the number of rows that have them."""
 
     @property
     def tables(self) -> list[RowTable]:
@@ -75,7 +79,9 @@ def ingest(config: Prepare) -> Ingested:
                 " set `source` to one of the two, and remove `demonstrations`"
             )
     files = list(dict.fromkeys(ingester.files))
-    return Ingested(sources, preferences, demonstrations, ingester.minhash, files)
+    return Ingested(
+        sources, preferences, demonstrations, ingester.minhash, files, dict(ingester.unread)
+    )
 
 
 def preference_sources(config: Prepare) -> list[MixtureSource]:
@@ -97,6 +103,7 @@ def _demonstration_source(config: Prepare, first: MixtureSource) -> MixtureSourc
         columns=first.columns,
         data_split=config.data_split,
         max_rows=config.max_rows,
+        labels=first.labels,
     )
 
 
@@ -136,6 +143,7 @@ class _Ingester:
         ]
         self.minhash = MinHashIndex() if config.near_duplicates else None
         self.files: list[Path] = []
+        self.unread: Counter[str] = Counter()
         self._n_sources = 0
 
     def read(self, sources: Sequence[MixtureSource]) -> dict[str, RowTable]:
@@ -151,6 +159,13 @@ class _Ingester:
             for part in parts:
                 if part.head:
                     self._read_part(part, source, tables, n_rows)
+            if "unpaired" in tables and not source.labels:
+                self._check_labels(tables["unpaired"], source)
+            if source.labels and "unpaired" not in tables:
+                raise DataError(
+                    f"{source.source}: `labels` has no effect, because there is no column `label`;"
+                    " remove it, or map the column with `columns: {label: ...}`"
+                )
             self.files += source_files(source.source, split=source.data_split)
             self._n_sources += 1
         return dict(sorted(tables.items()))
@@ -173,30 +188,53 @@ class _Ingester:
                 )
             )
 
+    def _check_labels(self, table: RowTable, source: MixtureSource) -> None:
+        """Raise an error for unknown labels: they may be all that are undesirable."""
+        count = table.n_invalid[self._n_sources, UNKNOWN_LABEL]
+        if count:
+            raise DataError(
+                f"{source.source}: {count} of {table.n_read[self._n_sources]} labels are not true,"
+                f" false, 1 or 0 ({table.examples[UNKNOWN_LABEL]}); map every label, as in"
+                " `labels: {up: true, down: false}`; other rows are then dropped"
+            )
+
     def _read_part(
         self, part: Part, source: MixtureSource, tables: dict[str, RowTable], n_rows: Counter[str]
     ) -> None:
         kind = kind_of_part(part, source.reader, source.columns)
         table = tables.setdefault(kind, RowTable(kind))
         options = _pairing_options(source, self._config.split_seed)
-        for raw in trees(part.rows) if source.reader == "oasst" else part.rows:
+        columns = columns_with_input(source.columns)
+        place = "" if part.name == source.source else f"{part.name}, "
+        used = {*columns.values(), *columns_of_kind(kind, source.reader, columns)}
+        rows = trees(part.rows) if source.reader == "oasst" else part.rows
+        for number, raw in enumerate(rows, start=1):
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
                 break
             n_rows[kind] += 1
             copied = {name: _flatten(raw.get(name)) for name in self._config.keep_columns}
-            renamed = rename_columns(raw, source.columns)
+            renamed = rename_columns(raw, columns)
+            self._count_unread(raw, renamed, source.reader, used)
             for converted in _convert(renamed, source.reader, options):
                 table.n_read[self._n_sources] += 1
                 try:
                     if isinstance(converted, DroppedError):
                         raise converted
-                    row = read_row(converted, kind, source.reader)
+                    row = read_row(converted, kind, source.reader, source.labels)
                     self._check_contamination(row)
-                except DroppedError as reason:
-                    table.n_invalid[self._n_sources, str(reason)] += 1
+                except DroppedError as error:
+                    table.add_invalid(error, self._n_sources, f"{place}row {number}")
                 else:
                     table.add(row, self._n_sources, copied, converted.get("margin"))
                     self._add_to_index(table, row)
+
+    def _count_unread(self, raw: Raw, renamed: Raw, reader: str, used: set[str]) -> None:
+        """Count the columns and fields of turns that only the readers of public data sets know."""
+        if reader in PUBLIC_FORMATS:
+            return
+        columns = raw.keys() - used - set(self._config.keep_columns)
+        self.unread.update(f"column `{name}`" for name in columns if not is_empty(raw[name]))
+        self.unread.update(f"field `{name}` of turns" for name in unread_fields(renamed))
 
     def _check_contamination(self, row: Row) -> None:
         if self._evaluation:

@@ -61,7 +61,7 @@ class PreparedData:
     sources: dict[str, dict[str, Any]]
     """Rows read, kept and dropped, by source and kind."""
     findings: dict[str, Any]
-    """Near-duplicates and leakage."""
+    """What is not read, near-duplicates and leakage."""
     margins: NDArray[np.float64]
     """Differences of the scores of the kept pairs, from sources that have scores."""
     files: list[Path]
@@ -159,6 +159,8 @@ def split(ingested: Ingested, near: NearDuplicates, config: Prepare) -> Prepared
     if config.near_duplicates is not None:
         findings["near_duplicate_prompts"] = len(near.prompt_ids)
         findings["near_duplicates"] = config.near_duplicates
+    if ingested.unread:
+        findings["not_read"] = dict(sorted(ingested.unread.items()))
     findings["leakage"] = leakage(kinds, config.test_fraction, config.split_seed)
     sources = count_by_source(ingested.sources, ingested.preferences)
     margins = kept_margins(ingested.preferences.get("pairs"))
@@ -172,7 +174,10 @@ def check_usable(tables: Iterable[RowTable], source: str) -> None:
     for table in tables:
         if not table.kept.any():
             reasons = table.count_dropped()
-            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            counts = ", ".join(
+                f"{count} {reason}" + (f" ({table.examples[reason]})" * (reason in table.examples))
+                for reason, count in reasons.most_common()
+            )
             transcripts = "not an HH transcript" in reasons
             repair = "try `reader: columns`" if transcripts else "fix its rows, or map `columns:`"
             raise DataError(

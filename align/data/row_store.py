@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align.data.rows import Row, conversation_id
+from align.data.rows import DroppedError, Row, conversation_id
 
 BATCH = 500  # rows written to the spool at once
 
@@ -79,6 +79,8 @@ class RowTable:
     n_invalid: Counter[tuple[int, str]] = field(default_factory=Counter)
     """Rows that failed a check, by the number of their source and the reason; they are not
     stored."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first row that failed each check: its place, and what was found."""
     spool: Spool = field(default_factory=Spool)
     """The rows, each with the columns that ``keep_columns`` copies."""
     row_digests: array[int] = field(default_factory=_ids)
@@ -93,6 +95,12 @@ class RowTable:
     status: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     """``KEPT``, or the reason why a row is dropped; set by deduplication, once all rows are
     stored."""
+
+    def add_invalid(self, error: DroppedError, source: int, place: str) -> None:
+        """Count a row that failed a check."""
+        self.n_invalid[source, error.reason] += 1
+        example = f"{place}: {error.detail}" if error.detail else place
+        self.examples.setdefault(error.reason, example)
 
     def add(self, row: Row, source: int, kept: Mapping[str, Any], margin: float | None) -> None:
         """Store a checked row of source number ``source``, with the columns that are copied."""

@@ -27,7 +27,14 @@ KINDS = ("pairs", "unpaired", "demonstrations")
 
 
 class DroppedError(ValueError):
-    """A raw row cannot be used; the message is the reason that the data card counts."""
+    """A raw row cannot be used.
+
+    ``reason`` is what the data card counts; ``detail`` is what this row contains.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
 
 
 def normalize_text(text: str) -> str:

@@ -252,4 +252,7 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if report["dropped"]:
         reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
         yield f"dropped {'; '.join(reasons)}"
+    if "not_read" in report:
+        names = (f"{name} ({count:,} rows)" for name, count in report["not_read"].items())
+        yield f"not read: {', '.join(names)}"
     yield from (f"warning: {warning}" for warning in report.get("warnings", ()))

@@ -598,7 +598,7 @@ DATA = [
     data(
         "plain columns read as transcripts",
         "pairs.jsonl",
-        "none of 20 pairs is usable: 20 not an HH transcript; try `reader: columns`",
+        "none of 20 pairs is usable: 20 not an HH transcript (row 1); try `reader: columns`",
         files={"pairs.jsonl": jsonl(*ROWS)},
         more=", reader: hh",
     ),
@@ -639,7 +639,7 @@ DATA = [
     data(
         "text in another encoding",
         "pairs.jsonl",
-        "pairs.jsonl:1: not UTF-8 at byte 12; save it as UTF-8",
+        "pairs.jsonl:1: not UTF-8 at byte 13; save it as UTF-8",
         files={"pairs.jsonl": '{"prompt": "é"}'.encode("latin-1")},
     ),
     data(
@@ -651,7 +651,7 @@ DATA = [
     data(
         "an incomplete download",
         "pairs.jsonl.gz",
-        "pairs.jsonl.gz: truncated gzip file",
+        "pairs.jsonl.gz: a truncated or damaged gzip file",
         "download it again",
         files={"pairs.jsonl.gz": gzip.compress(jsonl(*ROWS).encode())[:-20]},
     ),

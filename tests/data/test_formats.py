@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers.preference_data import PAIR, assistant, user
+from helpers.preference_data import PAIR, assistant, system, user
 
 from align.data.formats import demonstration, hh_pair, hh_turns, pair
 from align.data.rows import DroppedError, prompt_id
@@ -38,6 +38,69 @@ def test_the_last_turn_of_messages_is_the_completion():
     turns = [user("Hi"), assistant("Hm?"), user("Go"), assistant("A")]
     row = demonstration({"messages": turns})
     assert (row["prompt"], row["completion"]) == (turns[:3], turns[3:])
+
+
+TOOL_CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("tool_calls", TOOL_CALL, "`tool_calls` of a turn is not supported"),
+        ("function_call", {"name": "f"}, "`function_call` of a turn is not supported"),
+        ("reasoning_content", "two and two", "`reasoning_content` of a turn is not supported"),
+        ("thinking", "two and two", "`thinking` of a turn is not supported"),
+        ("images", ["a.png"], "`images` of a turn is not supported"),
+        ("weight", 0, "completion is marked as not to be trained on"),
+        ("weight", 0.0, "completion is marked as not to be trained on"),
+        ("train", False, "completion is marked as not to be trained on"),
+        ("weight", 0.5, "`weight` of a turn is not 0 or 1"),
+    ],
+)
+def test_a_row_whose_turns_have_more_than_text_is_dropped(field: str, value: Any, reason: str):
+    marked = {**assistant("4"), field: value}
+    for read, row in (
+        (demonstration, {"messages": [user("2+2?"), marked]}),
+        (demonstration, {"prompt": "2+2?", "completion": [marked]}),
+        (pair, {"prompt": "2+2?", "chosen": [marked], "rejected": "5"}),
+        (pair, {"chosen": [user("2+2?"), assistant("5")], "rejected": [user("2+2?"), marked]}),
+    ):
+        with pytest.raises(DroppedError, match=reason):
+            read(row)
+
+
+def test_weights_of_other_turns_and_empty_fields_change_nothing():
+    turns = [
+        {**user("Hi"), "weight": 0},
+        {**assistant("Hm?"), "weight": 0, "tool_calls": []},
+        {**user("Go"), "reasoning_content": None},
+        {**assistant("A"), "weight": 1.0, "train": None, "tool_calls": None},
+    ]
+    row = demonstration({"messages": turns, "tools": "[]"})
+    assert (row["prompt"], row["completion"]) == (
+        [user("Hi"), assistant("Hm?"), user("Go")],
+        [assistant("A")],
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"tools": [{"name": "f"}]}, "`tools` are not supported"),
+        ({"system": 3}, "`system` is not text"),
+        ({"prompt": [system("Be kind."), user("Hi")], "system": "Be brief."}, "differs from"),
+    ],
+)
+def test_columns_that_belong_to_the_prompt_are_not_lost(columns: dict[str, Any], reason: str):
+    with pytest.raises(DroppedError, match=reason):
+        pair({**PAIR, **columns})
+
+
+def test_a_column_system_is_the_system_turn_also_of_whole_conversations():
+    sides = {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant("B")]}
+    assert pair({**sides, "system": "Be brief."})["prompt"] == [system("Be brief."), user("Hi")]
+    repeated = {**PAIR, "prompt": [system("Be brief."), user("Hi")], "system": "Be brief. "}
+    assert pair(repeated)["prompt"] == [system("Be brief."), user("Hi")]
 
 
 def test_fields_of_a_turn_other_than_role_and_content_are_removed():

@@ -20,6 +20,7 @@ from helpers.preference_data import (
     random_pairs,
     run_prepare,
     split_by_prompt,
+    system,
     training_rows,
     user,
     write_jsonl,
@@ -89,7 +90,7 @@ def test_a_mapped_column_loses_its_old_name(tmp_path: Path):
 def test_labels_are_read_from_numbers_and_words_and_a_completion_with_both_is_dropped(
     tmp_path: Path,
 ):
-    labels = [(True, "a"), (0, "b"), ("False", "c"), ("perhaps", "d"), (1, "e"), (0, "e")]
+    labels = [(True, "a"), (0, "b"), ("False", "c"), (None, "d"), (1, "e"), (0, "e")]
     rows = [{"prompt": "Hi", "completion": text, "label": label} for label, text in labels]
     data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [row["label"] for row in training_rows(data, "unpaired")] == [True, False, False]
@@ -98,8 +99,71 @@ def test_labels_are_read_from_numbers_and_words_and_a_completion_with_both_is_dr
     ]
     assert data.dropped == {
         "unpaired: contradiction": 2,
-        "unpaired: label is not true or false": 1,
+        "unpaired: no label": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [
+        ({"up": True, "down": False}, ["up", "Down", "sideways"]),
+        ({1: True, -1: False}, [1, -1.0, 0]),
+        ({"chosen": True, "rejected": False}, ["chosen", "rejected", "true"]),
+    ],
+)
+def test_labels_of_the_source_are_mapped_and_others_dropped(
+    labels: dict[Any, bool], values: list[Any], tmp_path: Path
+):
+    rows = [{"prompt": f"{i}", "completion": "a", "label": v} for i, v in enumerate(values)]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows), labels=labels)
+    assert [row["label"] for row in training_rows(data, "unpaired")] == [True, False]
+    assert data.dropped == {"unpaired: label is not true or false": 1}
+
+
+def test_columns_and_fields_that_are_not_read_are_counted(tmp_path: Path):
+    rows = [
+        {**PAIR, "id": 1, "source": "x", "note": None},
+        {**PAIR, "prompt": [{**user("Go"), "name": "Ann"}], "id": 2, "source": ""},
+    ]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows), keep_columns=["source"])
+    assert data.findings["not_read"] == {"column `id`": 2, "field `name` of turns": 1}
+
+
+def test_instruction_and_input_of_alpaca_are_one_prompt(tmp_path: Path):
+    rows = [{"instruction": "Add.", "input": text, "output": "x"} for text in ("1 + 2", " ")]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    columns = {"prompt": "instruction", "completion": "output"}
+    for column_map in (columns, {**columns, "input": "input"}):
+        data = prepared_whole(file, columns=column_map)
+        prompts = [row["prompt"] for row in training_rows(data, "demonstrations")]
+        assert prompts == [[user("Add.\n\n1 + 2")], [user("Add.")]]
+        assert "not_read" not in data.findings
+
+
+def test_a_column_input_beside_a_prompt_is_not_read_unless_it_is_mapped(tmp_path: Path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{**PAIR, "input": "1"}])
+    data = prepared_whole(file)
+    assert training_rows(data)[0]["prompt"] == [user("Say a word.")]
+    assert data.findings["not_read"] == {"column `input`": 1}
+    mapped = prepared_whole(file, columns={"input": "input"})
+    assert training_rows(mapped)[0]["prompt"] == [user("Say a word.\n\n1")]
+
+
+def test_rows_with_different_systems_do_not_contradict_each_other(tmp_path: Path):
+    sides = {"chosen": "Yes.", "rejected": "No."}
+    swapped = {"chosen": "No.", "rejected": "Yes."}
+    rows = [
+        {"system": "Agree.", "question": "So?", **sides},
+        {"system": "Refuse.", "question": "So?", **swapped},
+        {"system": "", "question": "And?", **sides},
+    ]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows), columns={"prompt": "question"})
+    assert data.dropped == {}
+    assert [row["prompt"] for row in training_rows(data)] == [
+        [system("Agree."), user("So?")],
+        [system("Refuse."), user("So?")],
+        [user("And?")],
+    ]
 
 
 def test_a_separate_source_of_demonstrations_replaces_them(tmp_path: Path):

@@ -91,11 +91,24 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("transcripts read as columns", "a.jsonl", lines(TRANSCRIPT), {},
      "a.jsonl: the rows are whole transcripts; read them with `reader: hh`"),
     ("columns read as transcripts", "a.jsonl", lines(PAIR_LINE), {"reader": "hh"},
-     "a.jsonl: none of 1 pairs is usable: 1 not an HH transcript; try `reader: columns`"),
+     "a.jsonl: none of 1 pairs is usable: 1 not an HH transcript (row 1); try `reader: columns`"),
     ("transcripts without a side", "a.jsonl", lines('{"chosen": "a"}'), {"reader": "hh"},
      "a.jsonl: no column `rejected`; found `chosen`; map it with `columns: {rejected: ...}`"),
     ("nothing usable", "a.jsonl", lines(PAIR_LINE.replace("No.", "Hello."), PAIR_LINE.replace("No.", "")), {},
-     "a.jsonl: none of 2 pairs is usable: 1 chosen equals rejected, 1 blank completion"),
+     "a.jsonl: none of 2 pairs is usable: 1 chosen equals rejected (row 1), 1 blank completion (row 2);"
+     " fix its rows, or map `columns:`"),
+    ("wrong roles", "a.jsonl", lines('{"messages": [{"role": "human", "content": "a"}]}'), {},
+     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: role `human`; allowed are"
+     " `system`, `user`, `assistant`); fix its rows"),
+    ("turns of ShareGPT", "a.jsonl", lines('{"messages": [{"from": "human", "value": "a"}]}'), {},
+     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: a turn has `from`, `value`;"
+     " rename to `role`, `content`); fix its rows"),
+    ("unknown labels", "a.jsonl", lines(*(json.dumps({"prompt": f"{n}", "completion": "b", "label": n}) for n in (1, -1))), {},
+     "a.jsonl: 1 of 2 labels are not true, false, 1 or 0 (row 2: it is '-1'); map every label, as in"
+     " `labels: {up: true, down: false}`; other rows are then dropped"),
+    ("Alpaca's columns", "a.jsonl", lines('{"instruction": "a", "input": "b", "output": "c"}'), {},
+     "a.jsonl: no column `prompt`, `completion`; found `instruction`, `input`, `output`;"
+     " map it with `columns: {prompt: instruction, input: input, completion: output}`"),
     ("empty file", "a.jsonl", b"", {}, "a.jsonl: no rows; found 1 empty file"),
     ("malformed lines", "a.jsonl", lines(PAIR_LINE, "{,}", "[1]"), {},
      "a.jsonl:2: not JSON: Expecting property name enclosed in double quotes at column 2\n"

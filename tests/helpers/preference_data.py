@@ -36,6 +36,11 @@ WORDS = [
 PAIR = {"prompt": "Say a word.", "chosen": "Hello.", "rejected": "No."}
 
 
+def system(text: str) -> dict[str, str]:
+    """A system turn."""
+    return {"role": "system", "content": text}
+
+
 def user(text: str) -> dict[str, str]:
     """A user turn."""
     return {"role": "user", "content": text}
