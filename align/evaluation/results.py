@@ -62,7 +62,7 @@ class Comparison:
     length_controlled_win_rate: float | None
     """Win rate at equal lengths; None where length and quality cannot be separated."""
     p_value: float
-    """Two-sided p-value of a win rate of one half, by sign flips of prompts."""
+    """Two-sided p-value of a win rate of one half, by the studentized bootstrap over prompts."""
     mean_tokens: PerSide
     mean_score: PerSide
     score_difference: float

@@ -21,11 +21,11 @@ class WinRate:
     rate: float
     """Wins plus half the ties, as a fraction of all comparisons."""
     interval: Interval
-    """Confidence interval of ``rate``, by bootstrap over prompts; exact if all agree."""
+    """Confidence interval of ``rate``, by bootstrap over prompts; wider if nearly all agree."""
     length_controlled: float | None
     """Win rate at equal lengths; None without lengths, or if all pairs differ alike in length."""
     p_value: float
-    """Two-sided p-value of a win rate of one half, by sign flips of prompts."""
+    """Two-sided p-value of a win rate of one half, by the studentized bootstrap over prompts."""
     n_prompts: int
 
 
@@ -70,7 +70,7 @@ def win_rate(
         rate=winrate.win_rate(outcomes).item(),
         interval=Interval(float(low), float(high)),
         length_controlled=controlled,
-        p_value=winrate.paired_permutation_p_value((outcomes - 0.5).mean(dim=1), seed=seed).item(),
+        p_value=winrate.win_rate_p_value(outcomes, seed=seed).item(),
         n_prompts=len(policy),
     )
 

@@ -33,6 +33,7 @@ from align.functional.winrate import (
     paired_permutation_p_value,
     proportion_interval,
     win_rate,
+    win_rate_p_value,
 )
 
 __all__ = [
@@ -65,4 +66,5 @@ __all__ = [
     "rewards_to_go",
     "token_rewards",
     "win_rate",
+    "win_rate_p_value",
 ]

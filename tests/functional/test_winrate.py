@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
-from scipy.stats import binomtest, bootstrap, permutation_test
+from scipy.stats import binomtest, bootstrap, permutation_test, ttest_1samp
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.testing import assert_close
@@ -22,6 +22,7 @@ from align.functional.winrate import (
     paired_permutation_p_value,
     proportion_interval,
     win_rate,
+    win_rate_p_value,
 )
 
 
@@ -71,7 +72,7 @@ def test_a_nan_score_gives_a_nan_outcome_which_statistics_refuse():
     compared = outcomes(policy, torch.tensor([[0.0], [0.0], [math.nan]]))
     assert compared.isnan().flatten().tolist() == [False, True, True]
     assert win_rate(compared).isnan()
-    for statistic in (bootstrap_interval, paired_permutation_p_value):
+    for statistic in (bootstrap_interval, paired_permutation_p_value, win_rate_p_value):
         with pytest.raises(ValueError, match="2 of 3"):
             statistic(compared)
     with pytest.raises(ValueError, match="2 of 3"):
@@ -245,7 +246,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("statistic", [bootstrap_interval, paired_permutation_p_value])
+@pytest.mark.parametrize(
+    "statistic", [bootstrap_interval, paired_permutation_p_value, win_rate_p_value]
+)
 def test_memory_does_not_grow_with_the_resamples(statistic):
     values = torch.randn(10_000, generator=generator(0))
     with Largest() as largest:
@@ -471,8 +474,106 @@ def test_where_all_prompts_agree_the_interval_is_the_exact_one_of_clopper_and_pe
     assert interval == pytest.approx((exact.low, exact.high))
 
 
-def test_where_prompts_differ_the_interval_is_the_bootstrap():
-    values = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
-    assert proportion_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    same = torch.tensor([[1.0, 0.0]] * 4)  # every prompt ½: neither 0 nor 1
-    assert proportion_interval(same) == bootstrap_interval(same)
+@pytest.mark.parametrize("outcome", [0.5, 0.3])
+def test_where_all_prompts_have_one_value_the_interval_allows_for_others(outcome):
+    # At most a share q of prompts with another outcome: (1 - q)^20 = 0.025, so 1 - q = 0.8316
+    low, high = proportion_interval(torch.full((20, 3), outcome, dtype=torch.float64))
+    assert low == pytest.approx(outcome * 0.025 ** (1 / 20))
+    assert 1 - high == pytest.approx((1 - outcome) * 0.025 ** (1 / 20))
+
+
+def test_where_enough_prompts_differ_the_interval_is_the_bootstrap():
+    for values in (torch.tensor([1.0] * 50 + [0.0] * 5), torch.tensor([1.0, 0.0, 0.5, 1.0] * 3)):
+        assert proportion_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    one_win = torch.tensor([0.5] * 19 + [1.0])
+    wide, narrow = proportion_interval(one_win), bootstrap_interval(one_win)
+    assert narrow == pytest.approx((0.5, 0.575), abs=0.001)
+    # 0.525 * 0.8316, and as far below 1 as 0.475 * 0.8316
+    assert wide == pytest.approx((0.4366, 0.6050), abs=1e-4)
+
+
+def ties(prompts: int) -> Callable[[int], Tensor]:
+    """Evaluations of one completion with 6 % wins, 4 % losses and 90 % ties: a rate of 51 %."""
+
+    def evaluation(seed: int) -> Tensor:
+        rng = np.random.default_rng([seed, 2])
+        return torch.from_numpy(rng.choice([1.0, 0.5, 0.0], (prompts, 1), p=[0.06, 0.9, 0.04]))
+
+    return evaluation
+
+
+@pytest.mark.parametrize("prompts", [20, 50])
+def test_among_many_ties_the_interval_contains_the_true_rate(prompts):
+    evaluation, covered = ties(prompts), {bootstrap_interval: 0, proportion_interval: 0}
+    for seed in range(300):
+        for interval in covered:
+            low, high = interval(evaluation(seed), resamples=200, seed=seed)
+            covered[interval] += low - 1e-12 <= 0.51 <= high + 1e-12
+    # one standard error is sqrt(0.95 * 0.05 / 300) = 1.3 %
+    assert covered[proportion_interval] / 300 >= 0.93
+    if prompts == 20:
+        assert covered[bootstrap_interval] / 300 <= 0.85
+
+
+# --- the p-value of a win rate ---
+
+
+def test_where_all_prompts_are_won_the_p_value_is_that_of_the_sign_test():
+    for prompts in (1, 4, 12):
+        expected = binomtest(prompts, prompts).pvalue
+        assert_close(win_rate_p_value(torch.ones(prompts, 2)), float64(expected))
+        assert_close(win_rate_p_value(torch.zeros(prompts, 2)), float64(expected))
+    assert float(win_rate_p_value(torch.ones(500), resamples=999)) == 2 / 1000  # never 0
+
+
+def test_ties_alone_have_a_p_value_of_one():
+    assert_close(win_rate_p_value(torch.full((30, 2), 0.5)), float64(1.0))
+    assert_close(win_rate_p_value(torch.tensor([[1.0, 0.0]] * 30)), float64(1.0))
+
+
+def test_swapping_the_policies_leaves_the_p_value_about_equal():
+    won = torch.rand(40, 2, generator=generator(0)) ** 0.8
+    forward, backward = float(win_rate_p_value(won)), float(win_rate_p_value(1 - won))
+    assert forward == pytest.approx(backward, abs=0.02)
+    assert 0.02 < forward < 0.5
+
+
+def test_with_many_prompts_the_p_value_is_that_of_the_t_test():
+    won = torch.rand(400, generator=generator(1), dtype=torch.float64) + 0.03
+    expected = ttest_1samp(won.numpy(), 0.5).pvalue
+    assert 0.005 < expected < 0.2
+    assert float(win_rate_p_value(won)) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_interval_and_the_p_value_agree_where_nearly_all_prompts_agree():
+    # rate 0.55 in each of 20 prompts: 2 * (0.5 / 0.55)^20; the interval excludes 0.5 at that level
+    won = torch.full((20, 1), 0.55, dtype=torch.float64)
+    p_value = float(win_rate_p_value(won))
+    assert p_value == pytest.approx(2 * (0.5 / 0.55) ** 20)
+    for factor, excludes in ((1.02, True), (0.98, False)):
+        low, _ = proportion_interval(won, confidence=1 - factor * p_value)
+        assert (low > 0.5) == excludes
+
+
+SKEWED = {
+    "one loss for five narrow wins": ([0.6, 0.0], [5 / 6, 1 / 6]),
+    "one loss for ten narrower wins": ([0.55, 0.0], [10 / 11, 1 / 11]),
+    "symmetric": ([0.0, 1 / 3, 2 / 3, 1.0], [0.2, 0.3, 0.3, 0.2]),
+}
+
+
+@pytest.mark.parametrize("case", SKEWED)
+def test_of_equally_good_policies_at_most_one_p_value_in_twenty_is_below_a_twentieth(case):
+    values, chances = SKEWED[case]
+    low = {win_rate_p_value: 0, paired_permutation_p_value: 0}
+    for seed in range(300):
+        drawn = np.random.default_rng([seed, 3]).choice(values, 20, p=chances)
+        won = torch.from_numpy(drawn)
+        low[win_rate_p_value] += win_rate_p_value(won, resamples=400, seed=seed) < 0.05
+        low[paired_permutation_p_value] += (
+            paired_permutation_p_value(won - 0.5, resamples=400, seed=seed) < 0.05
+        )
+    # one standard error is sqrt(0.05 * 0.95 / 300) = 1.3 %
+    assert low[win_rate_p_value] / 300 <= 0.075
+    if case != "symmetric":
+        assert low[paired_permutation_p_value] / 300 > 0.1, "sign flips assume symmetry"
