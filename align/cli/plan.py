@@ -35,7 +35,7 @@ def plan(
     from rich.console import Console
 
     from align.config.recipe import ErrorCollector, read_recipe
-    from align.pipeline import estimates, preflight
+    from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline.plan import plan_stages
 
     errors = ErrorCollector(read_recipe(recipe, overrides or []))
@@ -48,8 +48,18 @@ def plan(
     if not console.is_terminal:
         console = Console(width=WIDTH)
     title = f"{recipe}: {_count_of_stages(len(stages))}"
-    console.print(_plan_table(title, stages, estimates.estimate(stages, world_size=processes)))
+    prepared = estimates.prepare_small(stages)
+    lost = token_lengths.lost_rows(stages, prepared)
+    table = estimates.estimate(
+        stages,
+        world_size=processes,
+        prepared=prepared,
+        lost={name: rows.count for name, rows in lost.items()},
+    )
+    console.print(_plan_table(title, stages, table))
     console.print(LEGEND, style="dim")
+    for name, rows in lost.items():
+        console.print(f"{name}: warning: {rows.reason}", markup=False, highlight=False)
 
 
 def _plan_table(

@@ -185,14 +185,6 @@ class TRLStage(TrainingStage):
         yield from super().problems(stages)
         for keys, message in trl_fields.conflicts(str(self.trainer_config), self.trainer):
             yield Problem(("trainer", *keys), message)
-        losses = self.trainer.get("loss_type")
-        smoothing = self.trainer.get("label_smoothing", 0)
-        if "exo_pair" in (losses if isinstance(losses, list) else [losses]) and smoothing == 0:
-            yield Problem(
-                ("trainer", "loss_type"),
-                "`exo_pair` requires label smoothing; set `label_smoothing` above 0 "
-                "(1.0e-3 in the paper)",
-            )
 
     def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
         """The number of training rows, from the metrics of the data; None if unknown."""
@@ -212,6 +204,8 @@ class TRLStage(TrainingStage):
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
         """Rows of the training table, optimizer steps and tokens of all epochs."""
         rows = self.count_rows(statistics)
+        if rows is not None:
+            rows -= statistics.get("lost_rows", 0)
         batch = self.trl_value(BATCH_SIZE) * world_size
         accumulation = self.trl_value("gradient_accumulation_steps")
         steps = self.trl_value("max_steps")

@@ -233,6 +233,14 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
             ("warmup_steps",),
             "`lr_scheduler_type: constant` has no warmup; set `constant_with_warmup`",
         )
+    losses = valid.get("loss_type")
+    if "exo_pair" in (losses if isinstance(losses, list) else [losses]):
+        if value_of("label_smoothing") == 0:
+            yield (
+                ("loss_type",),
+                "`exo_pair` requires label smoothing; set `label_smoothing` above 0 "
+                "(1.0e-3 in the paper)",
+            )
     scheduler = str(value_of("lr_scheduler_type"))
     kwargs = valid.get("lr_scheduler_kwargs")
     if kwargs is not None and scheduler in scheduler_fields():

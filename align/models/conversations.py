@@ -24,6 +24,11 @@ BREAK = "\ufdd0"
 """A noncharacter of Unicode that separates the characters of a special token within a message."""
 REASONING = ("<think>", "</think>")
 """Tokens that a completion may contain although some templates write them too."""
+MISSING_END_REPAIR = (
+    "set `trainer: {eos_token: TOKEN}` in the `sft` stage to the token that ends a turn, or add it "
+    "to `eos_token_id` in `generation_config.json`, or set `allow_missing_end_token: true`"
+)
+"""Repair of a template that writes no end token, in the stages that train on it."""
 PLACEHOLDER = "AnswerPlaceholder"
 """A completion whose surroundings show what a template writes around a completion."""
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 from align.config.base import NewModel, Workload
 from align.config.data import Prepare
 from align.data import sources, statistics
-from align.data.prepare import prepare
+from align.data.prepare import PreparedData, prepare
 from align.models.files import count_parameters
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, distributed
@@ -32,18 +32,44 @@ class Estimate:
     """Weights, gradients, optimizer states and frozen models of one process."""
 
 
-def estimate(stages: Sequence[PlannedStage], *, world_size: int) -> dict[str, Estimate]:
-    """Estimate each stage, by name. ``world_size`` processes share the batches."""
+def prepare_small(stages: Sequence[PlannedStage]) -> dict[Path, PreparedData]:
+    """Prepare the data of unfinished ``prepare`` stages in memory, if their sources are small."""
+    prepared = {}
+    for stage in stages:
+        if not stage.config.prepares_data or artifacts.read_artifact(stage.folder) is not None:
+            continue
+        read = [s for s in stage.config.external_sources() if s.split]
+        files = [sources.source_files(s.name, split=s.split) for s in read]
+        size = sum(file.stat().st_size for each in files for file in each)
+        if all(files) and size <= LARGEST_SOURCE:
+            prepared[stage.folder] = prepare(cast(Prepare, stage.config))
+    return prepared
+
+
+def estimate(
+    stages: Sequence[PlannedStage],
+    *,
+    world_size: int,
+    prepared: Mapping[Path, PreparedData] | None = None,
+    lost: Mapping[str, int] | None = None,
+) -> dict[str, Estimate]:
+    """Estimate each stage, by name. ``world_size`` processes share the batches.
+
+    ``prepared`` are the data of :func:`prepare_small`, and ``lost`` the numbers of training rows
+    that stages lose, by name.
+    """
+    prepared = prepare_small(stages) if prepared is None else prepared
     known: dict[Path, Mapping[str, Any]] = {}  # statistics of prepared data
     parameters: dict[Path, int | None] = {}
     estimates = {}
     for stage in stages:
         if stage.config.prepares_data:
-            known[stage.folder] = _data_statistics(stage)
+            known[stage.folder] = _data_statistics(stage, prepared)
             rows = sum(known[stage.folder].get("rows", {}).values()) or None
             estimates[stage.name] = Estimate(Workload(rows=rows))
             continue
-        work = stage.config.workload(_input_statistics(stage, known), world_size)
+        data = {**_input_statistics(stage, known), "lost_rows": (lost or {}).get(stage.name, 0)}
+        work = stage.config.workload(data, world_size)
         memory = None
         if stage.config.trains_model:
             count = parameters[stage.folder] = _count_parameters(stage, parameters)
@@ -54,19 +80,16 @@ def estimate(stages: Sequence[PlannedStage], *, world_size: int) -> dict[str, Es
     return estimates
 
 
-def _data_statistics(stage: PlannedStage) -> Mapping[str, Any]:
+def _data_statistics(
+    stage: PlannedStage, prepared: Mapping[Path, PreparedData]
+) -> Mapping[str, Any]:
     """The statistics of a ``prepare`` stage: of its artifact, or of its small local source."""
     artifact = artifacts.read_artifact(stage.folder)
     if artifact is not None:
         return artifact.metrics
-    config = stage.config
-    read = [
-        sources.source_files(s.name, split=s.split) for s in config.external_sources() if s.split
-    ]
-    size = sum(file.stat().st_size for files in read for file in files)
-    if not all(read) or size > LARGEST_SOURCE:
+    if stage.folder not in prepared:
         return {}
-    return statistics.collect(prepare(cast(Prepare, config))).summary()
+    return statistics.collect(prepared[stage.folder]).summary()
 
 
 def _input_statistics(

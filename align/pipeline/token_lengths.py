@@ -1,47 +1,116 @@
-"""Token lengths of the rows of a recipe, and how many rows its stages would truncate.
+"""Prepared data of a recipe, the token lengths of its rows, and how many rows its stages lose.
 
-Only the ``tokenizers`` library is used, without chat templates: a fixed number of tokens is added
-for each message, so a length may be wrong by a token or two for each message. ``align data show``
-prints the exact tokens.
+:mod:`align.pipeline.row_tokens` counts the tokens; ``align data show`` prints them.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
-from align.config.base import NewModel, Stage
 from align.config.data import Prepare
 from align.config.recipe import ErrorCollector
+from align.config.training import PolicyStage, TRLStage
 from align.data import sources, statistics
-from align.data.prepare import prepare
+from align.data.prepare import PreparedData, prepare
 from align.errors import UserError
+from align.models.conversations import MISSING_END_REPAIR
+from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
+from align.pipeline.row_tokens import Counts, Tables, TokenizedModel
 from align.pipeline.table_checks import PreparedTables, check_contents
+from align.training import row_limits
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+MAX_LENGTH = "trainer.max_length: "
+"""Beginning of the errors about the length of rows."""
 
-TOKENS_PER_MESSAGE = 5  # ChatML: start, role, newline, end, newline
-Tables = Mapping[str, Mapping[str, Sequence[Any]]]  # kind → split → rows
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The rows that a stage loses."""
+
+    count: int
+    reason: str
+    """The count and the reason in words."""
 
 
 def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[str]:
-    """Prepare the data in memory and measure the rows of training stages; yield lines."""
+    """Prepare the data in memory and count the tokens of training stages; yield lines."""
     tables: dict[Path, Tables] = {}
-    tokenizers: dict[Path, Tokenizer | None] = {}
+    models: dict[Path, TokenizedModel] = {}
     for stage in stages:
         if stage.config.prepares_data:
             with errors.at(stage.name):
                 yield from _prepared_lines(stage, stages, tables, errors)
-        elif stage.config.trainer_config:
-            rows = _training_rows(stage, tables)
-            with errors.at(stage.name, "model"):
-                tokenizer = tokenizers[stage.folder] = _tokenizer(stage, rows, tokenizers)
-                if rows is not None and tokenizer is not None:
-                    yield _length_line(stage.name, stage.config, rows, tokenizer)
+        elif isinstance(stage.config, TRLStage):
+            yield from _stage_lines(errors, stage, stage.config, tables, models)
+
+
+def _stage_lines(
+    errors: ErrorCollector,
+    stage: PlannedStage,
+    config: TRLStage,
+    tables: Mapping[Path, Tables],
+    models: dict[Path, TokenizedModel],
+) -> Iterator[str]:
+    """The lengths of the rows of a stage; its errors are collected."""
+    rows = row_tokens.rows_of(config, tables.get(Path(stage.inputs[config.data_input]), {}))
+    with errors.at(stage.name, "model"):
+        model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
+        if model.conversations is not None:
+            if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
+                model.conversations.check_end(repair=MISSING_END_REPAIR)
+            if rows:
+                with at_field(errors, stage.name):
+                    counts = row_tokens.count(config, rows, model)
+                    yield _length_line(stage.name, counts, config, len(rows))
+                    problem = row_limits.lost_rows_problem(
+                        config, counts.lost, len(rows), counts.limit
+                    )
+                    if problem is not None:
+                        raise UserError(f"{MAX_LENGTH}{problem}")
+
+
+@contextlib.contextmanager
+def at_field(errors: ErrorCollector, name: str) -> Iterator[None]:
+    """Collect an error about ``max_length`` at its key; others pass."""
+    try:
+        yield
+    except UserError as error:
+        if not all(line.startswith(MAX_LENGTH) for line in error.lines):
+            raise
+        lines = [line.removeprefix(MAX_LENGTH) for line in error.lines]
+        errors.add((name, "trainer", "max_length"), *lines)
+
+
+def lost_rows(
+    stages: Sequence[PlannedStage], prepared: Mapping[Path, PreparedData]
+) -> dict[str, Lost]:
+    """How many of its rows each training stage loses, by name; stages without loss are left out.
+
+    ``prepared`` are the data in memory, by folder. A stage with an error is left out.
+    """
+    lost: dict[str, Lost] = {}
+    models: dict[Path, TokenizedModel] = {}
+    for stage in stages:
+        config = stage.config
+        if not isinstance(config, TRLStage):
+            continue
+        data = prepared.get(Path(stage.inputs[config.data_input]))
+        rows = row_tokens.rows_of(config, data.tables()) if data is not None else []
+        with contextlib.suppress(UserError):
+            model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
+            if rows and model.conversations is not None:
+                counts = row_tokens.count(config, rows, model)
+                if counts.lost:
+                    lost[stage.name] = Lost(
+                        counts.lost,
+                        row_limits.lost_rows(config, counts.lost, len(rows), counts.limit),
+                    )
+    return lost
 
 
 def _prepared_lines(
@@ -77,83 +146,18 @@ def _prepared_lines(
     check_contents(errors, stage.folder, contents, stages)
 
 
-def _training_rows(stage: PlannedStage, tables: Mapping[Path, Tables]) -> Sequence[Any] | None:
-    """The training rows of a stage, if its data were prepared in memory."""
-    for table in stage.config.reads:
-        kinds = tables.get(Path(stage.inputs[table.input]), {})
-        if table.kind in kinds:
-            return kinds[table.kind]["train"]
-    return None
-
-
-def _tokenizer(
-    stage: PlannedStage, rows: Sequence[Any] | None, known: Mapping[Path, Tokenizer | None]
-) -> Tokenizer | None:
-    """The tokenizer of a stage, a new one trained on ``rows``; None if it is not available yet."""
-    from tokenizers import Tokenizer
-
-    model = getattr(stage.config, "model", None)
-    if isinstance(model, NewModel):
-        if rows is None:
-            return None
-        from align.models import tokenization
-
-        return tokenization.train_bpe(_texts(rows), vocab_size=model.vocab_size)
-    source = stage.inputs["model"]
-    if isinstance(source, str):
-        return None  # on the Hub
-    if source in known:
-        return known[source]
-    file = source / "tokenizer.json"
-    if not file.is_file():
-        return None  # not a fast tokenizer, or a stage that has not run
-    if not _has_template(source) and "chat_template_path" not in stage.config.trl_arguments():
-        raise UserError(
-            f"{source}: its tokenizer has no chat template; name one in its `sft` stage: "
-            "`trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
-        )
-    return Tokenizer.from_file(str(file))
-
-
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
-
-
-def _texts(rows: Sequence[Any]) -> Iterator[str]:
-    return (m["content"] for row in rows for m in [*row["prompt"], *row["completion"]])
-
-
-def _length_line(name: str, config: Stage, rows: Sequence[Any], tokenizer: Tokenizer) -> str:
-    """The distribution of the lengths of ``rows``, and how many exceed ``max_length``."""
-    columns = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
-    lengths = {column: _lengths(rows, column, tokenizer) for column in ("prompt", *columns)}
-    longest = [
-        prompt + max(lengths[column][i] for column in columns)
-        for i, prompt in enumerate(lengths["prompt"])
-    ]
-    ordered = sorted(longest)
+def _length_line(name: str, counts: Counts, config: TRLStage, rows: int) -> str:
+    """The distribution of the lengths of ``rows`` rows, and how many exceed the limit."""
+    ordered = sorted(counts.lengths)
     median, high = ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))]
-    summary = f"{name}: tokens per row: median {median}, 95th percentile {high}, max {ordered[-1]}"
-    limit = config.trl_value("max_length")
-    if limit is None:
+    summary = f"{name}: tokens per row: median {median}, 95th percentile {high}"
+    if counts.limit is None:
         return f"{summary}; no limit"
-    truncated = sum(length > limit for length in longest)
-    if not truncated:
-        return f"{summary}; `max_length` {limit}: none is truncated"
-    empty = sum(prompt >= limit for prompt in lengths["prompt"])
-    warning = " (warning: these rows train nothing; raise `max_length`)" if empty else ""
+    limited = "`max_length`" if counts.limit == config.trl_value("max_length") else "positions"
+    if not counts.truncated:
+        return f"{summary}; {limited} {counts.limit}: none is truncated"
+    lost = row_limits.lost_rows(config, counts.lost, rows, counts.limit)
+    warning = f" (warning: {lost})" if counts.lost else ""
     return (
-        f"{summary}; `max_length` {limit}: {truncated:,} of {len(rows):,} are truncated, "
-        f"{empty:,} lose the whole completion{warning}"
+        f"{summary}; {limited} {counts.limit}: {counts.truncated:,} of {rows:,} are longer{warning}"
     )
-
-
-def _lengths(rows: Sequence[Any], column: str, tokenizer: Tokenizer) -> list[int]:
-    texts = ["\n".join(m["content"] for m in row[column]) for row in rows]
-    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [
-        len(e) + TOKENS_PER_MESSAGE * len(row[column]) for e, row in zip(encoded, rows, strict=True)
-    ]

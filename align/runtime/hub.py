@@ -6,6 +6,7 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 from align.errors import ArtifactError
 
@@ -56,3 +57,15 @@ def hub_is_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def cached_folder(model: str, *, revision: str | None = None) -> Path | None:
+    """The folder of a Hub model in the local cache, if its tokenizer is there; None otherwise."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(model, "tokenizer.json", revision=revision)
+    except HFValidationError:
+        return None  # a missing path
+    return Path(file).parent if isinstance(file, str) else None

@@ -23,6 +23,7 @@ from transformers import (
 
 from align.config.training import PolicyStage
 from align.errors import UserError
+from align.models.conversations import MISSING_END_REPAIR
 from align.models.logps import small_vocabulary_tiles
 from align.models.tokenization import rows_for_trl
 from align.runtime import checkpoints, distributed, signals
@@ -33,10 +34,6 @@ from align.training.optimizer_check import check_optimizer
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
-MISSING_END_REPAIR = (
-    "set `trainer: {eos_token: TOKEN}` in the `sft` stage to the token that ends a turn, or add it "
-    "to `eos_token_id` in `generation_config.json`, or set `allow_missing_end_token: true`"
-)
 HEADLINE = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps")
 
 

@@ -15,6 +15,8 @@ from helpers import ppo_fixtures, tiny_models
 from align.config.data import Prepare
 from align.config.training import DPO, KTO, SFT, Reward, TRLStage
 from align.errors import UserError
+from align.pipeline import row_tokens
+from align.pipeline.plan import PlannedStage
 from align.stages import dpo, kto, prepare, reward, sft
 from align.training import row_limits
 
@@ -109,6 +111,45 @@ def test_a_max_length_beyond_the_positions_of_the_model_is_an_error(
 ) -> None:
     with pytest.raises(UserError, match="max_length: 193 is more than the 192 positions of"):
         build(module, config, role, trainer={"max_length": 193})
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+@pytest.mark.parametrize(("module", "config", "role"), STAGES)
+def test_before_a_run_the_lost_and_the_longest_rows_are_counted_exactly(
+    module: ModuleType,
+    config: Any,
+    role: str,
+    limit: int | None,
+    build: Build,
+    data: Path,
+    world: Any,
+) -> None:
+    fields = {} if limit is None else {"max_length": limit}
+    trainer = build(module, config, role, max_lost_rows=1.0, trainer=fields)
+    stage = config(model="sft", trainer=fields)
+    planned = PlannedStage("x", stage, "", data, {"model": world.sft, role: data}, {}, "run")
+    names = ("demonstrations", "pairs")
+    tables = {name: {"train": tiny_models.rows(data, f"{name}-train")} for name in names}
+    rows = row_tokens.rows_of(stage, tables)
+    counts = row_tokens.count(stage, rows, row_tokens.read_model(planned, rows, {}))
+    assert counts.limit == trainer.args.max_length
+    kept = getattr(trainer.train_dataset, "rows", trainer.train_dataset)  # KTO fills its batches
+    assert len(rows) - counts.lost == len(kept)
+    lengths = ids_of(trainer)
+    if counts.lost == 0:
+        assert max(lengths) == min(max(counts.lengths), counts.limit)
+
+
+def test_rows_near_the_limit_are_counted_outside_of_the_sample(
+    data: Path, world: tiny_models.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_tokens, "SAMPLE", 2)
+    stage = SFT(model="sft")
+    planned = PlannedStage("x", stage, "", data, {"model": world.sft}, {}, "run")
+    tables = {"demonstrations": {"train": tiny_models.rows(data, "demonstrations-train")}}
+    rows = row_tokens.rows_of(stage, tables)
+    counts = row_tokens.count(stage, rows, row_tokens.read_model(planned, rows, {}))
+    assert (len(counts.lengths), counts.lost, counts.truncated) == (2, 3, 4)
 
 
 def test_a_model_with_absolute_positions_trains_on_long_rows(

@@ -1,0 +1,194 @@
+"""The exact numbers of tokens of the rows that training stages read, before anything runs.
+
+Rows are tokenized as the stages do, with the chat template, but neither torch nor transformers is
+imported. Left out: tokenizers without a ``tokenizer.json``, and models on the Hub that are not in
+the local cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.base import NewModel
+from align.config.training import KTO, TRLStage
+from align.models import files, tokenizer_files
+from align.models.conversations import Conversations
+from align.pipeline.plan import PlannedStage
+from align.runtime import hub
+from align.training import row_limits
+
+Tables = Mapping[str, Mapping[str, Sequence[Any]]]
+"""The rows of prepared data, by kind and split."""
+SAMPLE = 200
+"""Number of rows whose tokens are counted in any case."""
+MARGIN = 16
+"""Tokens by which the template of a row may exceed that of the rows in the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedModel:
+    """What is known of the model of a stage before it runs."""
+
+    conversations: Conversations | None = None
+    positions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """The sequences of a row, which a stage keeps or leaves out together."""
+
+    prompt: Any
+    completions: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The tokens of the rows of a stage."""
+
+    lengths: list[int]
+    """Tokens of the longest sequence of each row of a sample."""
+    lost: int
+    """Rows of which nothing can be trained on."""
+    truncated: int
+    limit: int | None
+    """Largest number of tokens of a row."""
+
+
+def rows_of(stage: TRLStage, tables: Tables) -> list[Sequences]:
+    """The training rows of a stage; KTO reads both sides of a pair as rows."""
+    rows: list[Sequences] = []
+    for table in stage.reads:
+        found = tables.get(table.kind, {}).get("train", ())
+        if rows and found and not isinstance(stage, KTO):
+            break  # of several tables, other stages read the first
+        columns = ("chosen", "rejected") if table.kind == "pairs" else ("completion",)
+        for row in found:
+            sides = tuple(row[column] for column in columns)
+            if isinstance(stage, KTO):
+                rows += [Sequences(row["prompt"], (side,)) for side in sides]
+            else:
+                rows.append(Sequences(row["prompt"], sides))
+    return rows
+
+
+def read_model(
+    stage: PlannedStage, rows: Sequence[Sequences], known: Mapping[Path, TokenizedModel]
+) -> TokenizedModel:
+    """The tokenizer and the positions of the model that a stage starts from.
+
+    A new tokenizer is trained on ``rows``; ``known`` are the models that earlier stages will write.
+
+    Raises:
+        UserError: A file is malformed, or there is no chat template.
+    """
+    config = stage.config
+    model = getattr(config, "model", None)
+    if isinstance(model, NewModel):
+        return _new_model(model, rows)
+    source = stage.inputs["model"]
+    fields = config.trl_arguments() if isinstance(config, TRLStage) else {}
+    changes = {"chat_template_path", "eos_token"} & fields.keys()
+    folder: Path | None
+    if isinstance(source, str):
+        folder = hub.cached_folder(source, revision=getattr(config, "revision", None))
+    elif source in known:
+        return TokenizedModel(None, known[source].positions) if changes else known[source]
+    else:
+        folder = source
+    if folder is None:
+        return TokenizedModel()
+    template = fields.get("chat_template_path")
+    if template is not None and not Path(template).exists():
+        template = hub.cached_folder(template)
+        if template is None:
+            return TokenizedModel(None, _positions(folder))
+    return TokenizedModel(
+        tokenizer_files.read_conversations(
+            folder,
+            template=None if template is None else Path(template),
+            eos_token=fields.get("eos_token"),
+        ),
+        _positions(folder),
+    )
+
+
+def _new_model(model: NewModel, rows: Sequence[Sequences]) -> TokenizedModel:
+    if not rows:
+        return TokenizedModel(None, model.max_position_embeddings)
+    from align.models import tokenization
+
+    messages = (m for row in rows for m in [*row.prompt, *row.completions[0]])
+    tokenizer = tokenization.train_bpe(
+        (message["content"] for message in messages), vocab_size=model.vocab_size
+    )
+    special = {"eos_token": tokenization.END, "pad_token": tokenization.END_OF_TEXT}
+    return TokenizedModel(
+        tokenizer_files.conversations(
+            tokenizer, "a new model", template=tokenization.CHATML, special_tokens=special
+        ),
+        model.max_position_embeddings,
+    )
+
+
+def _positions(folder: Path) -> int | None:
+    """The positions in the ``config.json`` of a model folder, or of the base of an adapter."""
+    if (folder / files.ADAPTER_CONFIG).is_file():
+        base = Path(files.read_adapter_base(folder / files.ADAPTER_CONFIG, folder).source)
+        return _positions(base) if base.is_dir() and base != folder else None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config |= config.get("text_config") or {}
+    except (OSError, ValueError, TypeError):
+        return None  # reported by the check of the folder
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None
+
+
+def count(stage: TRLStage, rows: Sequence[Sequences], model: TokenizedModel) -> Counts:
+    """Count the rows that are lost or truncated, and the tokens of a sample of the rows.
+
+    Of all rows, the text alone is tokenized. Where the template cannot lead to the limit, judged
+    by the sample, the row is not tokenized as a whole.
+
+    Raises:
+        UserError: The template refuses a row, or ``max_length`` exceeds the model's positions.
+    """
+    assert model.conversations is not None
+    limit = row_limits.max_length(stage, model.positions)
+    step = max(1, len(rows) // SAMPLE)
+    sizes = _text_tokens(rows, model.conversations)
+    exact = dict(_tokenized(rows, range(0, len(rows), step), model.conversations))
+    if limit is not None:
+        frame = max(length - sizes[i] for i, (_, length) in exact.items()) + MARGIN
+        near = [i for i, size in enumerate(sizes) if i not in exact and size + frame > limit]
+        exact |= dict(_tokenized(rows, near, model.conversations))
+    lost = sum(row_limits.loses_row(stage, *spans, limit) for spans in exact.values())
+    truncated = sum(limit is not None and length > limit for _, length in exact.values())
+    sample = [exact[i][1] for i in range(0, len(rows), step)]
+    return Counts(sample, lost, truncated, limit)
+
+
+def _tokenized(
+    rows: Sequence[Sequences], chosen: Sequence[int], conversations: Conversations
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The tokens of the prompt and of the longest sequence of rows, by the index of the row."""
+    pairs = [(rows[i].prompt, completion) for i in chosen for completion in rows[i].completions]
+    tokenized = iter(conversations.rows([p for p, _ in pairs], [c for _, c in pairs]))
+    for i in chosen:
+        own = [next(tokenized) for _ in rows[i].completions]
+        yield i, (own[0].start, max(len(each.ids) for each in own))
+
+
+def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> list[int]:
+    """The tokens of the text of the longest sequence of each row, without the template."""
+    texts = [
+        "\n".join(str(m.get("content") or "") for m in [*row.prompt, *completion])
+        for row in rows
+        for completion in row.completions
+    ]
+    lengths = iter(map(len, conversations.encode_batch(texts)))
+    return [max(next(lengths) for _ in row.completions) for row in rows]

@@ -1,0 +1,94 @@
+"""Token counts, lost rows and end tokens in check and plan, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.config.recipe import ErrorCollector, load_recipe
+from align.pipeline import estimates, token_lengths
+from align.pipeline.plan import PlannedStage, plan
+
+RECIPE = """\
+stages:
+  prepare: {source: rows.jsonl, test_fraction: 0.0}
+  sft:
+    model: {vocab_size: 300, max_position_embeddings: 64}
+    trainer: {num_train_epochs: 1, per_device_train_batch_size: 1}
+  reward: {model: sft, trainer: {max_length: 200}}
+  dpo: {model: sft, trainer: {max_length: 48}}
+"""
+
+
+@pytest.fixture
+def stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ErrorCollector, list[PlannedStage]]:
+    """10 short pairs, and one with a prompt of more than 64 tokens."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"{n} {'a ' * (80 if n == 10 else 2)}", "chosen": "yes", "rejected": "no"}
+        for n in range(11)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    recipe = load_recipe("recipe.yaml")
+    return ErrorCollector(recipe), plan(recipe, Path("runs"))
+
+
+def test_check_counts_lost_rows_and_refuses_a_limit_beyond_the_positions(
+    stages: tuple[ErrorCollector, list[PlannedStage]],
+) -> None:
+    errors, planned = stages
+    lines = list(token_lengths.examine(errors, planned))
+    (line,) = [line for line in lines if line.startswith("sft: ")]
+    assert "positions 64: 1 of 11 are longer (warning: 1 of 11 rows are lost" in line
+    (line,) = [line for line in lines if line.startswith("dpo: ")]
+    assert "`max_length` 48: 1 of 11 are longer (warning: 1 of 11 rows are lost" in line
+    assert errors.lines == [
+        "recipe.yaml:6: reward.trainer.max_length: 200 is more than the 64 positions of the model; "
+        "set it to 64 or less"
+    ]
+
+
+def test_more_lost_rows_than_accepted_are_an_error_of_check(
+    stages: tuple[ErrorCollector, list[PlannedStage]],
+) -> None:
+    Path("recipe.yaml").write_text(RECIPE.replace("200}", "48}, max_lost_rows: 0.05"))
+    recipe = load_recipe("recipe.yaml")
+    errors = ErrorCollector(recipe)
+    list(token_lengths.examine(errors, plan(recipe, Path("runs"))))
+    assert errors.lines == [
+        "recipe.yaml:6: reward.trainer.max_length: 1 of 11 rows are longer than `max_length` (48 "
+        "tokens); drop long rows in `prepare`, or raise `max_length`; to accept it, set "
+        "`max_lost_rows: 0.1`"
+    ]
+
+
+def test_plan_counts_the_steps_of_the_rows_that_are_left(
+    stages: tuple[ErrorCollector, list[PlannedStage]],
+) -> None:
+    _, planned = stages
+    prepared = estimates.prepare_small(planned)
+    lost = token_lengths.lost_rows(planned, prepared)
+    counts = {name: rows.count for name, rows in lost.items()}
+    assert counts == {"sft": 1, "dpo": 1}  # `reward` has an error, which `check` reports
+    work = estimates.estimate(planned, world_size=1, prepared=prepared, lost=counts)["sft"].work
+    assert (work.rows, work.steps) == (10, 10)
+
+
+def test_a_template_without_an_end_token_is_an_error_of_check(
+    stages: tuple[ErrorCollector, list[PlannedStage]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.models import tokenization
+
+    errors, planned = stages
+    template = tokenization.CHATML.replace("<|im_end|>", "###")
+    monkeypatch.setattr(tokenization, "CHATML", template)
+    list(token_lengths.examine(errors, planned))
+    assert (
+        "sft.model: a new model: its chat template ends a completion with '###" in errors.lines[0]
+    )
+    assert "allow_missing_end_token: true" in errors.lines[0]
