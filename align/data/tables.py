@@ -8,6 +8,7 @@ decided by the stages that write them.
 from __future__ import annotations
 
 import contextlib
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,9 @@ def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Datas
     if split != "train" and not has_table(folder, kind, split):
         return None
     file = _existing_file(folder, kind, split, "")
-    return Dataset.from_parquet(str(file), cache_dir=str(output_dir / ".cache"))
+    # `datasets` reads a path as a pattern, below the working directory as it is.
+    pattern = glob.escape(str(file.absolute()))
+    return Dataset.from_parquet(pattern, cache_dir=str(output_dir / ".cache"))
 
 
 @contextlib.contextmanager

@@ -40,6 +40,11 @@ def check_writable(errors: ErrorCollector, runs: Path) -> None:
         errors.lines.append(
             f"{runs}: cannot be written ({reason}); choose another folder with --runs"
         )
+    if ":" in str(runs) or "::" in str(runs.absolute()):
+        errors.lines.append(
+            f"{runs}: the libraries for tables read a path with `:` as an address; choose another "
+            "folder with --runs"
+        )
     summary = runs / errors.recipe.name / "summary.json"
     for path, expected in ((summary.parent, "a folder"), (summary, "a file")):
         is_expected = path.is_dir() if path == summary.parent else path.is_file()

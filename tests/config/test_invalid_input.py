@@ -492,6 +492,13 @@ COMMANDS = [
         arguments=("--runs", "taken"),
     ),
     invalid(
+        "a runs folder that libraries read as an address",
+        WHOLE,
+        "runs-12:30: the libraries for tables read a path with `:` as an address",
+        "choose another folder with --runs",
+        arguments=("--runs", "runs-12:30"),
+    ),
+    invalid(
         "a runs folder that is not writable",
         WHOLE,
         "/proc/runs: cannot be written (",

@@ -97,3 +97,20 @@ def test_a_damaged_table_is_named(tmp_path: Path):
     for read in (tables.read, tables.column_names, tables.count_rows):
         with pytest.raises(UserError, match=r"pairs-train.parquet: damaged .*--force"):
             read(tmp_path, "pairs", "train")
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("name", ["runs [v1]", "runs*", "what?", "{a,b}", "é !x"])
+def test_the_path_of_a_table_is_not_read_as_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, relative: bool
+):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name) if relative else tmp_path / name
+    folder.mkdir()
+    write(folder, "prompts", "train", numbered_rows(3))
+    other = tmp_path / "runs1"  # matches the pattern `runs*`
+    other.mkdir()
+    write(other, "prompts", "train", numbered_rows(5))
+    dataset = tables.load_dataset(folder, "prompts", "train", folder)
+    assert dataset is not None
+    assert len(dataset) == 3
