@@ -10,12 +10,28 @@ import re
 from collections.abc import Iterable
 
 
+_UNPRINTABLE = re.compile(  # control characters, of directions of text too, and half pairs
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Replace characters that a terminal would obey by their escape sequences.
+
+    Newlines and tabs stay. Everything that prints text from data or file names uses this function.
+
+    >>> printable("\x1b[31mred\x1b[0m")
+    '\\x1b[31mred\\x1b[0m'
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 class UserError(ValueError):
     """Invalid input: one line per problem. A command prints the lines and exits with code 2."""
 
     def __init__(self, *lines: str) -> None:
-        super().__init__(*lines)
-        self.lines = lines
+        self.lines = tuple(map(printable, lines))
+        super().__init__(*self.lines)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from align.errors import printable
+
 
 def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Read lines from standard input and print the policy's answers while they are sampled.
@@ -22,8 +24,16 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
     dtype = "bfloat16" if device == "cuda" else "float32"
     model = loading.load_for_inference(source, dtype=dtype).to(device).eval()
     torch.manual_seed(seed)
-    print(f"{source}: an empty line starts a new conversation, Ctrl-D exits", file=sys.stderr)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    print(
+        printable(f"{source}: an empty line starts a new conversation, Ctrl-D exits"),
+        file=sys.stderr,
+    )
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    streamer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generation.set_sampling(
         model, tokenizer, temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens
     )

@@ -60,9 +60,9 @@ def prepare_config(source: str, keys: list[str] | None) -> Prepare:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from align.runtime.terminal import SafeConsole
 
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    return SafeConsole(soft_wrap=not sys.stdout.isatty())
 
 
 @data.command("prepare")

@@ -32,11 +32,10 @@ def plan(
     processes: Annotated[int, typer.Option(help="Number of processes of the run.", min=1)] = 1,
 ) -> None:
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
-    from rich.console import Console
-
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline.plan import plan_stages
+    from align.runtime.terminal import SafeConsole
 
     errors = ErrorCollector(read_recipe(recipe, overrides or []))
     stages = plan_stages(errors, runs, until=until)
@@ -44,9 +43,9 @@ def plan(
     preflight.check_environments(errors, pending)
     preflight.check_batch_sizes(errors, pending, processes)
     errors.raise_any()
-    console = Console()
+    console = SafeConsole()
     if not console.is_terminal:
-        console = Console(width=WIDTH)
+        console = SafeConsole(width=WIDTH)
     title = f"{recipe}: {_count_of_stages(len(stages))}"
     prepared = estimates.prepare_small(stages)
     lost = token_lengths.lost_rows(stages, prepared)
@@ -88,13 +87,12 @@ def _plan_table(
 
 def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
     """Check recipe, data, token lengths and chat template without training."""
-    from rich.console import Console
-
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight
     from align.pipeline.plan import plan_stages
+    from align.runtime.terminal import SafeConsole
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = SafeConsole(soft_wrap=True)
     loaded = read_recipe(recipe, overrides or [])
     console.print(f"{recipe}: {_count_of_stages(len(loaded.names))}: {', '.join(loaded.names)}")
     errors = ErrorCollector(loaded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.errors import ArtifactError, UserError
+from align.errors import ArtifactError, UserError, printable
 
 
 def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> None:
@@ -45,7 +45,8 @@ def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> 
             if gif is not None:
                 images.append(frame.image)
             if frame.episode_return is not None:
-                print(f"{trained.environment}, seed {selected}: return {frame.episode_return:.1f}")
+                name = printable(trained.environment)
+                print(f"{name}, seed {selected}: return {frame.episode_return:.1f}")
     except policy_files.render_errors() as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -53,4 +54,4 @@ def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> 
         ) from None
     if gif is not None:
         policy_files.write_gif(images, gif, fps=policy_files.frames_per_second(trained))
-        print(f"{gif}: {len(images)} frames, {gif.stat().st_size / 1e6:.1f} MB")
+        print(f"{printable(str(gif))}: {len(images)} frames, {gif.stat().st_size / 1e6:.1f} MB")

@@ -138,7 +138,7 @@ class Prepare(Source, Stage):
     """Fraction of the prompts held out for ``evaluate``."""
     validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
     """Fraction of the prompts held out for evaluation during training."""
-    split_seed: int = 0
+    split_seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the split, of random pairs, and of subsampling by weight."""
     near_duplicates: Literal["keep", "drop"] | None = None
     """Handling of near-duplicate prompts: ``keep`` puts them into the same split, ``drop``

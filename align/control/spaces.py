@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from align.errors import did_you_mean
+from align.errors import did_you_mean, printable
 
 if TYPE_CHECKING:
     import gymnasium
@@ -84,7 +84,7 @@ def silence_mujoco(environment: str) -> None:
 
 def _print_warning(text: str) -> None:
     if "settotalmass" not in text:
-        print(f"MuJoCo: {text}", file=sys.stderr)
+        print(f"MuJoCo: {printable(text)}", file=sys.stderr)
 
 
 def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:

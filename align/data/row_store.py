@@ -8,6 +8,7 @@ margin (8) and the number of its source (2). Sorting these arrays takes about as
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import tempfile
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.data.rows import DroppedError, Row, conversation_id
+from align.errors import DataError
 
 BATCH = 500  # rows written to the spool at once
 
@@ -38,7 +40,8 @@ class Spool:
     """Objects in a temporary file, read back in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the spool is collected)
+        with _writing_to_disk():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it is collected)
         weakref.finalize(self, self._file.close)
         self._batch: list[Any] = []
 
@@ -60,9 +63,22 @@ class Spool:
 
     def _flush(self) -> None:
         if self._batch:
-            self._file.seek(0, 2)
-            pickle.dump(self._batch, self._file, pickle.HIGHEST_PROTOCOL)
+            with _writing_to_disk():
+                self._file.seek(0, 2)
+                pickle.dump(self._batch, self._file, pickle.HIGHEST_PROTOCOL)
+                self._file.flush()
             self._batch = []
+
+
+@contextlib.contextmanager
+def _writing_to_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{tempfile.tempdir or 'the folder of temporary files'}: cannot be written"
+            f" ({error.strerror}); free space there, or set TMPDIR to another folder"
+        ) from None
 
 
 def _ids() -> array[int]:

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from align.evaluation.results import Comparison, EvaluationMetrics, ImplicitRewards, Interval
+from align.errors import printable
 from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ def sample_tables(
 
 def wrapped(text: str, width: int = SIDE_WIDTH) -> list[str]:
     """The lines of a text, wrapped to ``width`` terminal cells."""
-    from rich.console import Console
     from rich.text import Text
 
-    lines = Text(text or "(empty)").wrap(Console(width=width), width)
+    from align.runtime.terminal import SafeConsole
+
+    lines = Text(printable(text) or "(empty)").wrap(SafeConsole(width=width), width)
     return [line.plain.rstrip() for line in lines]

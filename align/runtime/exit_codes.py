@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from align.errors import UserError
+from align.errors import UserError, printable
 from align.runtime import distributed, signals
 
 SECONDS_FOR_RANK_0 = 30
@@ -83,7 +83,7 @@ def _exit(code: int, lines: Sequence[str]) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
         lines = [f"process {distributed.rank()}: {line}" for line in lines]  # only this rank failed
     for line in lines:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # With several ranks, the shutdown of the interpreter would wait for ranks that are gone.

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 5.0
 LOGGER = logging.getLogger("align")
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+LOGGER.addFilter(_make_printable)
 
 
 def truncate_jsonl(path: Path, after_step: int) -> None:
@@ -102,7 +112,7 @@ class Display:
 
     def info(self, line: str) -> None:
         """Print one permanent line."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     def start(self, name: str, folder: Path, status: str) -> None:
         """Show that a stage begins; ``status`` is "running" or "resuming"."""
@@ -182,7 +192,7 @@ class LiveDisplay(Display):
         duration = "" if status == "reused" else f"{seconds:7.1f} s"
         self.console.print(
             f"{mark} [bold]{name:<12}[/] {status:<7}{duration:>10}  [dim]{numbers(metrics)}[/]",
-            highlight=False,
+            markup=True,
         )
 
 
@@ -190,20 +200,19 @@ class NullDisplay(Display):
     """The display of every rank but rank 0: shows nothing."""
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from align.runtime.terminal import SafeConsole
 
-        super().__init__(Console(quiet=True))
+        super().__init__(SafeConsole(quiet=True))
 
 
 def display() -> Display:
     """The display that suits standard output."""
-    from rich.console import Console
-
     from align.runtime import distributed
+    from align.runtime.terminal import SafeConsole
 
     if not distributed.is_main():
         return NullDisplay()
-    console = Console()
+    console = SafeConsole()
     return LiveDisplay(console) if console.is_terminal else Display(console)
 
 

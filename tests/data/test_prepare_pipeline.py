@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
@@ -305,3 +306,20 @@ def test_importing_the_stage_imports_no_heavy_library():
         check=True,
     )
     assert process.stdout.strip() == "[]"
+
+
+def test_a_full_disk_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("align.data.row_store.pickle.dump", no_space)
+    with pytest.raises(UserError, match="No space left on device.*set TMPDIR to another") as error:
+        training_rows(prepared_whole(write_jsonl(tmp_path / "a.jsonl", [PAIR])))
+    assert len(error.value.lines) == 1
+
+
+def test_a_negative_seed_of_the_split_is_refused():
+    with pytest.raises(ValueError, match="split_seed"):
+        Prepare.model_validate({"source": "embedded", "split_seed": -1})
