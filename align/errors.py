@@ -9,7 +9,6 @@ import difflib
 import re
 from collections.abc import Iterable
 
-
 _UNPRINTABLE = re.compile(  # control characters, of directions of text too, and half pairs
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from align.evaluation.results import Comparison, EvaluationMetrics, ImplicitRewards, Interval
 from align.errors import printable
+from align.evaluation.results import Comparison, EvaluationMetrics, ImplicitRewards, Interval
 from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:

@@ -315,7 +315,7 @@ def test_a_full_disk_for_temporary_files_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("align.data.row_store.pickle.dump", no_space)
-    with pytest.raises(UserError, match="No space left on device.*set TMPDIR to another") as error:
+    with pytest.raises(UserError, match=r"No space left on device.*set TMPDIR to another") as error:
         training_rows(prepared_whole(write_jsonl(tmp_path / "a.jsonl", [PAIR])))
     assert len(error.value.lines) == 1
 
