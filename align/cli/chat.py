@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from align.errors import printable
 
@@ -17,12 +18,14 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
     import torch
     from transformers import TextStreamer
 
-    from align.models import generation, loading, tokenization
+    from align.models import generation, tokenization
+    from align.models.policy import load_policy
 
-    tokenizer = tokenization.load_tokenizer(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
-    model = loading.load_for_inference(source, dtype=dtype).to(device).eval()
+    policy = load_policy(source, dtype=dtype, device=device)
+    model: Any = policy.model
+    tokenizer = policy.tokenizer
     torch.manual_seed(seed)
     print(
         printable(f"{source}: an empty line starts a new conversation, Ctrl-D exits"),

@@ -8,19 +8,31 @@ base, and the reference is the same merge. A new policy therefore equals its ref
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.errors import UserError
-from align.models.loading import adapter_base, load_adapter, load_merged, pinned_revision
+from align.models.files import matches_module
+from align.models.loading import (
+    adapter_base,
+    check_vocabulary,
+    load_adapter,
+    load_merged,
+    pinned_revision,
+)
 from align.models.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+EMBEDDINGS_MULTIPLE = 64
+"""TRL extends the embeddings to a multiple of this where it takes over a chat template."""
 
 
 class LoadConfig(Protocol):
@@ -68,6 +80,7 @@ def load_policy_and_reference(config: LoadConfig, source: Path | str) -> PolicyA
     policy, new_adapter = load_for_training(
         source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
     )
+    check_vocabulary(source, policy, tokenizer)
     reference = None
     if config.lora_dict is None:
         reference = load_merged(source, dtype=config.dtype, revision=config.revision)
@@ -93,11 +106,73 @@ def load_for_training(
         return load_merged(source, dtype=dtype, revision=revision), None
     if adapter_base(source, revision=revision) is None:
         model = load_merged(source, dtype=dtype, revision=revision)
+        check_target_modules(source, model, lora)
         pinned = pinned_revision(source, revision=revision)
         return model, lora_config(lora, revision=pinned)
     model = load_adapter(source, dtype=dtype, revision=revision)
     check_lora(source, model, lora)
     return model, None
+
+
+def check_target_modules(source: Path | str, model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Check that each entry of ``target_modules`` is a part of the model, as peft matches it.
+
+    Raises:
+        UserError: An entry matches nothing, or is no regular expression.
+    """
+    targets = lora["target_modules"]
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    try:
+        unmatched = [target for target in targets if not matches_module(target, names)]
+        if isinstance(targets, str):
+            unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    except re.error as error:
+        raise UserError(
+            f"lora.target_modules: no regular expression: {targets} ({error})"
+        ) from None
+    if unmatched:
+        linear = {
+            n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in str(type(m))
+        }
+        raise UserError(
+            f"lora.target_modules: {source} has no {unmatched[0]}; its linear layers are "
+            f"{', '.join(sorted(linear))}"
+        )
+
+
+def check_no_new_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: PreTrainedTokenizerBase
+) -> None:
+    """Check that taking over a chat template adds no token, which an adapter could not store.
+
+    TRL adds the tokens that ``template`` has besides, and others until the number of embeddings is
+    a multiple of 64. An adapter is loaded on the base model, which has no embeddings for them.
+
+    Raises:
+        UserError: Tokens would be added.
+    """
+    vocabulary = tokenizer.get_vocab()
+    added = [str(token) for token in template.added_tokens_decoder.values()]
+    new = [token for token in added if token not in vocabulary]
+    if new or len(vocabulary) % EMBEDDINGS_MULTIPLE:
+        example = new[0] if new else "<extra_id_0>"
+        raise UserError(
+            f"trainer.chat_template_path: {template.name_or_path} adds tokens such as {example}, "
+            "whose embeddings an adapter does not store; remove `lora`, or name a Jinja file "
+            "whose tokens the model has (with `eos_token` for the end of a turn)"
+        )
+
+
+@contextlib.contextmanager
+def peft_errors_as_user_errors(source: Path | str) -> Iterator[None]:
+    """Re-raise errors of peft about layers that it cannot adapt as ``UserError``."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"lora: peft cannot adapt {source}: {text[:300]}") from None
 
 
 def lora_config(lora: dict[str, Any], **overrides: Any) -> LoraConfig:

@@ -5,14 +5,25 @@ Loads neither torch nor transformers, so that ``align plan`` answers in a second
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.errors import ArtifactError
+from align.models.model_config import (
+    Role,
+    adapter_problem,
+    config_problems,
+    largest_token_id,
+    too_large,
+    vocabulary_size,
+)
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
@@ -61,7 +72,7 @@ def read_adapter_base(file: Path, adapter: Path | str) -> AdapterBase:
     problems = _json_problems(file)
     if problems:
         raise ArtifactError(*problems)
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = _read_json(file)
     key = "`base_model_name_or_path`"
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if base is None or base == "":
@@ -107,8 +118,8 @@ def _digest(file: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_model_folder(folder: Path) -> None:
-    """Check that a folder contains a complete model in Hugging Face layout.
+def check_model_folder(folder: Path, role: Role = "policy") -> None:
+    """Check that a folder contains a complete model in Hugging Face layout that fits its role.
 
     Raises:
         ArtifactError: A file is missing, malformed or truncated; one line per file.
@@ -116,10 +127,14 @@ def check_model_folder(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_adapter_base(folder / ADAPTER_CONFIG, folder)
         base.check_unchanged(folder)
-        problems = []
+        other = adapter_problem(_read_json(folder / ADAPTER_CONFIG), role)
+        problems = [f"{folder}: {other}"] if other else []
+        config = Path(base.source) / "config.json"
         weights = [folder / "adapter_model.safetensors"]
     elif (folder / "config.json").is_file():
-        problems = _json_problems(folder / "config.json")
+        config = folder / "config.json"
+        problems = _json_problems(config)
+        problems = problems or config_problems(config, _read_json(config), role)
         weights = [folder / "model.safetensors"]
     else:
         raise ArtifactError(
@@ -148,8 +163,42 @@ def check_model_folder(folder: Path) -> None:
         problems += _weight_problems(file)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         problems.append(f"{folder}: no tokenizer; expected {_TOKENIZERS[0]}")
+    if config.is_file() and not problems:
+        embeddings = vocabulary_size(_read_json(config))
+        largest = largest_token_id(folder / _TOKENIZERS[0])
+        if embeddings is not None and largest is not None and largest >= embeddings:
+            problems.append(too_large(folder, largest, embeddings))
     if problems:
         raise ArtifactError(*problems)
+
+
+def check_config(folder: Path, role: Role) -> None:
+    """Check the config of a model whose weights may be elsewhere; it fits its role.
+
+    Raises:
+        ArtifactError: A value is wrong, or the model has another head than its role requires.
+    """
+    file = folder / "config.json"
+    if file.is_file():
+        problems = _json_problems(file) or config_problems(file, _read_json(file), role)
+        if problems:
+            raise ArtifactError(*problems)
+
+
+def matches_module(target: str, names: Iterable[str]) -> bool:
+    """Whether an entry of ``target_modules`` is one of these modules, or the end of its name."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def module_names(folder: Path) -> set[str]:
+    """Names of the modules with weights in a model folder, from the headers of its weights."""
+    from safetensors import SafetensorError, safe_open
+
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, "numpy") as tensors:
+            names |= {name.rpartition(".")[0] for name in tensors.keys()}  # noqa: SIM118
+    return names
 
 
 def count_parameters(file: Path) -> int:
@@ -171,6 +220,11 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ArtifactError(f"{index}: no `weight_map`; download or save the model again")
     return [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
 
 
 def _json_problems(file: Path) -> list[str]:

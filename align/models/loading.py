@@ -6,13 +6,16 @@ Training an adapter further, and references, are in :mod:`align.models.adapters`
 from __future__ import annotations
 
 import re
+import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.models.files import AdapterBase, fingerprint, read_adapter_base
 from align.models.merging import merge_adapter
+from align.models.model_config import other_head, too_large
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +59,7 @@ def adapter_base(source: Path | str, *, revision: str | None = None) -> AdapterB
 
 
 def pinned_revision(source: Path | str, *, revision: str | None) -> str | None:
-    """What identifies the weights of a base model: its commit on the Hub, or a folder's fingerprint.
+    """The commit of a base model on the Hub, or the fingerprint of its folder.
 
     peft stores it as the ``revision`` of an adapter, and the base is loaded at it again.
     """
@@ -177,6 +180,9 @@ def load_base(
             f"{source}: {len(missing)} weights are missing, such as {missing[0]}; "
             "save the complete model again"
         )
+    head = other_head(model.config.architectures, "policy")
+    if head is not None:
+        raise UserError(f"{source}: {head}")
     return model
 
 
@@ -214,24 +220,50 @@ def from_pretrained(
         # The files of a model may break transformers at any place, with any exception.
         raise UserError(cannot_load(source, what, error)) from None
     check_finite(source, model)
+    surplus = _weights_of_missing_layers(model, report["unexpected_keys"])
+    if surplus:
+        # transformers leaves them out and only logs it.
+        raise UserError(
+            f"{source}: its config describes fewer layers than its weights have, such as "
+            f"{min(surplus)}; restore its config.json"
+        )
     return model, sorted(report["missing_keys"])
 
 
+def _weights_of_missing_layers(model: Any, names: Iterable[str]) -> list[str]:
+    """Those of the stored weights that belong to a layer behind the last layer of the model."""
+    from torch.nn import ModuleList
+
+    lengths = {name: len(m) for name, m in model.named_modules() if isinstance(m, ModuleList)}
+    places = [(name, re.match(r"(.+?)\.(\d+)\.", name)) for name in names]
+    return [name for name, m in places if m and int(m[2]) >= lengths.get(m[1], sys.maxsize)]
+
+
 def check_finite(source: Path | str, model: Any) -> None:
-    """Check that no weight of a model is NaN or infinite.
+    """Check that no weight of a loaded model is NaN or infinite.
 
     Raises:
         UserError: A weight is; the message names it.
     """
-    import torch
+    from align.models.finite_weights import first_not_finite
 
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.numel() and weight.device.type != "meta":
-            extremes = torch.stack(torch.aminmax(weight.detach()))
-            if not torch.isfinite(extremes).all():
-                raise UserError(
-                    f"{source}: the weight {name} is not finite; save or download the model again"
-                )
+    name = first_not_finite(model)
+    if name is not None:
+        raise UserError(
+            f"{source}: the weight {name} is not finite; save or download the model again"
+        )
+
+
+def check_vocabulary(source: Path | str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model has an embedding for every token of a tokenizer.
+
+    Raises:
+        UserError: It has fewer.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= embeddings:
+        raise UserError(too_large(source, largest, embeddings))
 
 
 def cannot_load(source: Path | str, what: str, error: Exception) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.models.generation import sample
-from align.models.loading import load_for_inference
+from align.models.loading import check_vocabulary, load_for_inference
 from align.models.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def load_policy(
     """
     source = as_source(source)
     model: Any = load_for_inference(source, dtype=dtype, revision=revision)
-    return Policy(
-        model.to(device or default_device()).eval(), load_tokenizer(source, revision=revision)
-    )
+    tokenizer = load_tokenizer(source, revision=revision)
+    check_vocabulary(source, model, tokenizer)
+    return Policy(model.to(device or default_device()).eval(), tokenizer)
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:

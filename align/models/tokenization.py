@@ -291,8 +291,10 @@ def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTra
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # its files may break transformers at any place
         raise UserError(cannot_load(source, "tokenizer", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -66,6 +66,7 @@ def build_models(
         tokenization.load_tokenizer(source, revision=config.revision),
     )
     models = loader.separate_models() if config.lora is None else loader.shared_backbone()
+    loading.check_vocabulary(source, models.policy.model, models.tokenizer)
     trainable = {
         id(p) for view in (models.policy, models.critic) if view for p in models.parameters(view)
     }
@@ -165,7 +166,9 @@ class _Loader:
                 quantization=config.quantization,
             )
             _check_quantized(self.source, model)
-            return get_peft_model(model, self._lora_config()), None
+            adapters.check_target_modules(self.source, model, self._lora())
+            with adapters.peft_errors_as_user_errors(self.source):
+                return get_peft_model(model, self._lora_config()), None
         wrapped = loading.load_adapter(
             self.source,
             dtype=config.dtype,

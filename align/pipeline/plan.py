@@ -178,7 +178,7 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
             f"{folder}: no {artifacts.FILE}, so its stage is not finished; run its recipe again"
         )
     else:
-        check_model_folder(folder)
+        check_model_folder(folder, "policy" if expected.policies else "reward model")
     return folder, artifacts.digest_folder(folder)
 
 

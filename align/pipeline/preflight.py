@@ -21,10 +21,11 @@ from align.data import sources
 from align.data import tables as data_tables
 from align.errors import UserError
 from align.pipeline import token_lengths, trackers
+from align.pipeline.model_checks import check_hub_models, check_target_modules
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import check_tables
 from align.rewards.functions import load_function
-from align.runtime import artifacts, hub
+from align.runtime import artifacts
 
 SERVER_TIMEOUT_SECONDS = 5
 
@@ -111,20 +112,6 @@ def check_finished_stages(errors: ErrorCollector, planned: Sequence[PlannedStage
         errors.raise_any()
 
 
-def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Check that models on the Hub are cached or reachable; loading retries for a minute."""
-    models = {
-        (stage.name, *key.split(".")): target
-        for stage in pending
-        for key, target in stage.inputs.items()
-        if isinstance(target, str)
-    }
-    missing = {model for model in set(models.values()) if not hub.model_is_reachable(model)}
-    for keys, model in models.items():
-        if model in missing:
-            errors.add(keys, f"{model}: {hub.NOT_REACHABLE}")
-
-
 def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that the optional dependencies that settings require are installed."""
     for stage in pending:
@@ -185,6 +172,7 @@ def check_batch_sizes(
 
 CHECKS = (
     check_hub_models,
+    check_target_modules,
     check_packages,
     check_trackers,
     check_environments,

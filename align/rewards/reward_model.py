@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.models import tokenization
-from align.models.adapters import active_adapter, load_for_training
+from align.models.adapters import (
+    active_adapter,
+    load_for_training,
+    peft_errors_as_user_errors,
+)
 from align.models.files import AdapterBase
-from align.models.loading import adapter_base, attach_adapter, from_pretrained
+from align.models.loading import (
+    adapter_base,
+    attach_adapter,
+    check_vocabulary,
+    from_pretrained,
+)
 from align.models.merging import merge_adapter
 from align.models.prefix_sharing import wrapper
 
@@ -63,6 +73,8 @@ class RewardModel:
                 trained.
         """
         model: Any = load_reward_model(source, dtype=dtype).to(device)
+        tokenizer = tokenization.load_tokenizer(source)
+        check_vocabulary(source, model, tokenizer)
         if prefix_sharing:
             wrapper.enable_prefix_sharing(model)
         return cls(
@@ -70,7 +82,7 @@ class RewardModel:
             adapter="default" if getattr(model, "peft_config", None) else None,
             head=score_head(model),
             offset=score_mean(source),
-            tokenizer=tokenization.load_tokenizer(source),
+            tokenizer=tokenizer,
         )
 
     def score(
@@ -114,9 +126,24 @@ class RewardModel:
 
 
 def score_mean(source: Path | str) -> float:
-    """Stored mean score of the demonstrations, the offset of a reward model; 0 by default."""
+    """Stored mean score of the demonstrations, the offset of a reward model; 0 by default.
+
+    Raises:
+        ArtifactError: The file does not store a finite number.
+    """
     file = Path(source) / FILE
-    return float(json.loads(file.read_text())[MEAN]) if file.is_file() else 0.0
+    if not file.exists():
+        return 0.0
+    try:
+        mean = json.loads(file.read_text(encoding="utf-8"))[MEAN]
+    except (OSError, ValueError, KeyError, TypeError):
+        mean = None
+    if not isinstance(mean, int | float) or isinstance(mean, bool) or not math.isfinite(mean):
+        raise ArtifactError(
+            f"{file}: expected a JSON object whose `{MEAN}` is a number; run the `reward` stage "
+            "again with --force"
+        )
+    return float(mean)
 
 
 def new_reward_model(
@@ -158,7 +185,8 @@ def new_reward_model(
         return classifier
     adapter.task_type = "SEQ_CLS"
     adapter.modules_to_save = [*(adapter.modules_to_save or ()), HEAD]
-    wrapped = get_peft_model(classifier, adapter)
+    with peft_errors_as_user_errors(source):
+        wrapped = get_peft_model(classifier, adapter)
     if adapter_weights:
         adapter_weights |= {f"base_model.model.{HEAD}.weight": head.weight.detach()}
         set_peft_model_state_dict(wrapped, adapter_weights)

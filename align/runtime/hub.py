@@ -17,14 +17,25 @@ NOT_REACHABLE = (
 )
 
 
-def model_is_reachable(model: str) -> bool:
+def model_is_reachable(model: str, *, revision: str | None = None) -> bool:
     """Whether a Hub model is in the local cache, or else whether the Hub can be reached."""
-    from huggingface_hub import try_to_load_from_cache
+    cached = cached_folder(model, revision=revision) is not None
+    return cached or (not is_offline() and hub_is_reachable())
 
-    configs = ("config.json", "adapter_config.json")
-    if any(isinstance(try_to_load_from_cache(model, name), str) for name in configs):
-        return True
-    return not is_offline() and hub_is_reachable()
+
+def cached_folder(model: str, *, revision: str | None = None) -> Path | None:
+    """The folder of a Hub model in the local cache; None if its config is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for name in ("config.json", "adapter_config.json"):
+        try:
+            file = try_to_load_from_cache(model, name, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(file, str):
+            return Path(file).parent
+    return None
 
 
 def check_model(model: str) -> None:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from align.config.data import Sample
 from align.data import tables
-from align.models import generation, loading, tokenization
+from align.models import generation, tokenization
+from align.models.policy import load_policy
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -32,12 +33,12 @@ def run(
     data, source = Path(inputs["prompts"]), inputs["model"]
     prompts = tables.read(data, "prompts", config.split, required_by="split")  # 1. data
     prompts = prompts[: config.n_prompts]
-    model = loading.load_for_inference(  # 2. model
-        source, dtype=config.dtype, revision=config.revision
+    policy = load_policy(  # 2. model
+        source, dtype=config.dtype, revision=config.revision, device=PartialState().device
     )
     samples = generation.sample(  # 3. sample
-        model.to(PartialState().device),
-        tokenization.load_tokenizer(source, revision=config.revision),
+        policy.model,
+        policy.tokenizer,
         [row["prompt"] for row in prompts],
         n_completions=config.n_completions,
         temperature=config.temperature,

@@ -71,9 +71,16 @@ def _load(
         return PolicyAndReference(policy, None, None, tokenizer)
     source = inputs["model"]
     tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
+    template = config.trainer.get("chat_template_path")
+    if template is not None and not template.endswith((".jinja", ".j2")):
+        # TRL would ask on the terminal whether to run code from the repository of the template.
+        template_tokenizer = tokenization.load_tokenizer(template)
+        if config.lora is not None:
+            adapters.check_no_new_tokens(tokenizer, template_tokenizer)
     policy, new_adapter = adapters.load_for_training(
         source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
     )
+    loading.check_vocabulary(source, policy, tokenizer)
     return PolicyAndReference(policy, None, new_adapter, tokenizer)
 
 

@@ -235,3 +235,52 @@ def test_a_copied_adapter_computes_the_same_and_has_no_weight_of_the_base(adapte
     assert not members[0].keys() & members[1].keys()
     trained = {id(p) for p in base.parameters() if p.requires_grad}
     assert {id(p) for p in members[0].values()} == trained
+
+
+# Layers and tokens --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        pytest.param(["query_key_value"], "has no query_key_value; .*down_proj", id="nothing"),
+        pytest.param(["q_proj", "w_pack"], "has no w_pack", id="one of two"),
+        pytest.param("transformer.*", "has no transformer", id="an expression"),
+        pytest.param("*", "no regular expression", id="no expression"),
+    ],
+)
+@pytest.mark.parametrize("build", [adapters.load_for_training, reward_model.new_reward_model])
+def test_target_modules_that_match_nothing_are_a_user_error(
+    world: tiny_models.World, build: Any, targets: Any, message: str
+):
+    lora = tiny_models.LORA.model_dump() | {"target_modules": targets}
+    with pytest.raises(UserError, match=message):
+        build(world.sft, lora=lora, dtype="float32")
+
+
+def test_layers_that_peft_cannot_adapt_are_a_user_error(world: tiny_models.World):
+    lora = tiny_models.LORA.model_dump() | {"target_modules": ["input_layernorm"]}
+    with pytest.raises(UserError, match="peft cannot adapt"):
+        reward_model.new_reward_model(world.sft, lora=lora, dtype="float32")
+
+
+def test_a_trained_adapter_has_the_layers_that_the_recipe_lists(world: tiny_models.World):
+    lora = tiny_models.LORA.model_dump() | {"target_modules": ["q_proj"]}
+    with pytest.raises(UserError, match="this adapter has target_modules=.*down_proj"):
+        adapters.load_for_training(world.lora, lora=lora, dtype="float32")
+
+
+def test_a_template_that_adds_tokens_is_a_user_error_with_lora():
+    texts = ["The gentle wave rests near the quiet pier, and gulls call over cold water."]
+    tokenizers: list[Any] = [
+        tokenization.new_tokenizer(texts, vocab_size=size, max_length=64) for size in (264, 264)
+    ]
+    multiple_of_64, other = tokenizers
+    multiple_of_64.add_tokens([f"<{i}>" for i in range(320 - 264)])
+    assert (len(multiple_of_64), len(other) % 64) == (320, 8)
+    adapters.check_no_new_tokens(multiple_of_64, other)  # the same special tokens
+    with pytest.raises(UserError, match=r"adds tokens such as <extra_id_0>.*remove `lora`"):
+        adapters.check_no_new_tokens(other, other)
+    other.add_tokens(["<|turn|>"])
+    with pytest.raises(UserError, match=r"adds tokens such as <\|turn\|>"):
+        adapters.check_no_new_tokens(multiple_of_64, other)

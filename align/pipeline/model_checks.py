@@ -1,0 +1,110 @@
+"""Checks of the models that a recipe starts from, on disk or in the cache, without loading one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from align.config.base import Input, NewModel
+from align.config.recipe import ErrorCollector
+from align.errors import UserError
+from align.models import files
+from align.pipeline.plan import PlannedStage
+from align.runtime import hub
+
+NEW_MODEL = (
+    "model.embed_tokens",
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    "lm_head",
+)
+"""Names of the modules of a new model that an adapter can have."""
+
+
+def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that models on the Hub are cached or reachable, and the configs of cached ones.
+
+    Loading a model that is not reachable retries for a minute.
+    """
+    reachable: dict[tuple[str, str | None], bool] = {}
+    for stage, key, model, revision in _hub_models(pending):
+        known = (model, revision)
+        if known not in reachable:
+            reachable[known] = hub.model_is_reachable(model, revision=revision)
+        keys = (stage.name, *key.split("."))
+        if not reachable[known]:
+            errors.add(keys, f"{model}: {hub.NOT_REACHABLE}")
+            continue
+        folder = hub.cached_folder(model, revision=revision)
+        if folder is not None:
+            declared: Input = stage.config.inputs[key.split(".")[0]]
+            with errors.at(*keys):
+                files.check_config(folder, "policy" if declared.policies else "reward model")
+
+
+def check_target_modules(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that ``lora.target_modules`` names parts of the model that a stage starts from."""
+    stages = {stage.folder: stage for stage in pending}
+    for stage in pending:
+        lora = getattr(stage.config, "lora", None)
+        if lora is None or lora.target_modules == "all-linear":
+            continue
+        keys = (stage.name, "lora", "target_modules")
+        if isinstance(lora.target_modules, str):
+            try:
+                re.compile(lora.target_modules)
+            except re.error as error:
+                errors.add(keys, f"no regular expression: {lora.target_modules} ({error})")
+            continue  # it is matched to the whole name of a module, once the model is loaded
+        names = _module_names(stage, stages)
+        if names and not any(files.matches_module(t, names) for t in lora.target_modules):
+            parts = sorted({name.rpartition(".")[2] for name in names})
+            errors.add(
+                keys,
+                f"the model has no {', '.join(lora.target_modules)}; its parts are "
+                f"{', '.join(parts)}",
+            )
+
+
+def _hub_models(
+    pending: Sequence[PlannedStage],
+) -> Iterator[tuple[PlannedStage, str, str, str | None]]:
+    """Stages, keys, Hub ids and revisions of their inputs, and of the bases of given adapters."""
+    for stage in pending:
+        for key, target in stage.inputs.items():
+            if isinstance(target, str):
+                revision = getattr(stage.config, "revision", None) if key == "model" else None
+                yield stage, key, target, revision
+            elif (target / files.ADAPTER_CONFIG).is_file():
+                base = _adapter_base(target)
+                if base is not None and not Path(base.source).is_dir():
+                    yield stage, key, base.source, base.hub_revision
+
+
+def _adapter_base(folder: Path) -> files.AdapterBase | None:
+    """The base of an adapter; None if its config is malformed, which loading reports."""
+    try:
+        return files.read_adapter_base(folder / files.ADAPTER_CONFIG, folder)
+    except UserError:
+        return None
+
+
+def _module_names(stage: PlannedStage, stages: Mapping[Path, PlannedStage]) -> set[str]:
+    """Modules of the model that a stage starts from; empty if they are not known yet."""
+    model = stage.inputs.get("model")
+    if isinstance(getattr(stage.config, "model", None), NewModel):
+        return set(NEW_MODEL)
+    if isinstance(model, Path):
+        if model in stages:
+            return _module_names(stages[model], stages)
+        base = _adapter_base(model) if (model / files.ADAPTER_CONFIG).is_file() else None
+        if base is None:
+            return files.module_names(model)
+        model, revision = base.source, base.hub_revision
+        if Path(model).is_dir():
+            return files.module_names(Path(model))
+    else:
+        revision = getattr(stage.config, "revision", None)
+    folder = hub.cached_folder(model, revision=revision) if model else None
+    return files.module_names(folder) if folder is not None else set()

@@ -1,0 +1,193 @@
+"""Model folders from elsewhere: each fault is a line that names the file, before and at loading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_models
+from safetensors.torch import load_file, save_file
+
+from align.errors import UserError
+from align.models import files, loading, model_config, policy
+from align.rewards import reward_model
+
+CODE = "raise SystemExit('code of the repository was run')"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def folder(world: tiny_models.World, tmp_path: Path) -> Path:
+    """A model that a test may damage."""
+    return Path(shutil.copytree(world.sft, tmp_path / "model"))
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", **fields)
+
+
+def more_tokens(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    added = json.loads(file.read_text())["added_tokens"]
+    edit(file, added_tokens=[*added, added[0] | {"id": 300, "content": "<|more|>"}])
+
+
+def only_a_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+FAULTS = [
+    pytest.param(config(num_attention_heads=0), "`num_attention_heads` must be", id="no heads"),
+    pytest.param(config(num_hidden_layers=-1), "`num_hidden_layers` must be", id="layers below 0"),
+    pytest.param(config(hidden_size="32"), "`hidden_size` must be", id="a size as text"),
+    pytest.param(config(vocab_size=True), "`vocab_size` must be", id="a size as truth value"),
+    pytest.param(config(vocab_size=2.5), "`vocab_size` must be", id="a fraction"),
+    pytest.param(config(model_type=5), "`model_type` must be", id="a type as number"),
+    pytest.param(
+        config(architectures=["LlamaForSequenceClassification"]),
+        "LlamaForSequenceClassification, which predicts no next token",
+        id="a reward model",
+    ),
+    pytest.param(
+        config(architectures=["BertForMaskedLM"]), "predicts no next token", id="an encoder"
+    ),
+    pytest.param(more_tokens, r"ids up to 300, but the model has 300", id="too many tokens"),
+    pytest.param(only_a_pickle, "pickle.* may contain code", id="only a pickle"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FAULTS)
+def test_a_faulty_model_is_a_user_error_in_the_plan_and_when_it_is_loaded(
+    folder: Path, damage: Callable[[Path], None], message: str
+):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        files.check_model_folder(folder)
+    with pytest.raises(UserError):
+        policy.load_policy(folder)
+
+
+def test_classes_that_are_no_list_are_a_user_error(folder: Path):
+    edit(folder / "config.json", architectures="LlamaForCausalLM")
+    with pytest.raises(UserError, match="`architectures` must be a list of names"):
+        files.check_model_folder(folder)
+
+
+@pytest.mark.parametrize("layers", [-1, 0, 1])
+def test_weights_of_more_layers_than_the_config_describes_are_a_user_error(
+    folder: Path, layers: int
+):
+    edit(folder / "config.json", num_hidden_layers=layers)
+    with pytest.raises(UserError, match=r"fewer layers|cannot be loaded"):
+        loading.load_merged(folder, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"hidden_act": "no-such"}, id="an unknown function"),
+        pytest.param({"model_type": "no-such"}, id="an unknown type"),
+        pytest.param({"rope_parameters": "x"}, id="text for a mapping"),
+        pytest.param({"hidden_size": 30}, id="weights of other shapes"),
+    ],
+)
+def test_what_only_transformers_detects_is_a_user_error(folder: Path, fields: dict[str, Any]):
+    edit(folder / "config.json", **fields)
+    with pytest.raises(UserError, match="its model cannot be loaded"):
+        loading.load_merged(folder, dtype="float32")
+
+
+def test_a_weight_that_is_not_finite_is_named(folder: Path):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        loading.load_merged(folder, dtype="float32")
+
+
+def test_an_adapter_with_a_weight_that_is_not_finite_is_a_user_error(
+    world: tiny_models.World, tmp_path: Path
+):
+    adapter = Path(shutil.copytree(world.lora, tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values()))[0] = float("inf")
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not finite"):
+        loading.load_for_inference(adapter, dtype="float32")
+
+
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"])
+def test_the_code_of_a_repository_never_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, auto_class: str
+):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "code.py").write_text(CODE)
+    fields = {"auto_map": {auto_class: "code.Model"}, "model_type": "of_the_repository"}
+    if auto_class == "AutoTokenizer":
+        fields |= {"auto_map": {auto_class: ["code.Model", None]}, "tokenizer_class": "Model"}
+        edit(folder / "tokenizer_config.json", **fields)
+    edit(folder / "config.json", **fields)
+    with pytest.raises(UserError) as raised:
+        policy.load_policy(folder)
+    if auto_class == "AutoConfig":
+        assert "which Align never runs" in str(raised.value)
+
+
+# Reward models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM, which has no trained score"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "a classifier with 2 labels"),
+        ({"architectures": None}, "no trained score head"),
+    ],
+)
+def test_a_reward_model_is_a_classifier_with_one_label(
+    folder: Path, fields: dict[str, Any], message: str
+):
+    edit(folder / "config.json", **fields)
+    with pytest.raises(UserError, match=message):
+        files.check_model_folder(folder, "reward model")
+
+
+def test_an_adapter_has_the_head_that_its_role_requires(world: tiny_models.World, tmp_path: Path):
+    adapter = Path(shutil.copytree(world.lora, tmp_path / "adapter"))
+    with pytest.raises(UserError, match="has no score head"):
+        files.check_model_folder(adapter, "reward model")
+    edit(adapter / "adapter_config.json", task_type="SEQ_CLS")
+    files.check_model_folder(adapter, "reward model")
+    with pytest.raises(UserError, match="is not a policy"):
+        files.check_model_folder(adapter)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "7", "null", "{}", '{"score_mean": "1"}', '{"score_mean": NaN}', "\xff",
+     '{"score_mean": null}', '{"score_mean": true}', '{"score_mean": [1]}'],
+)  # fmt: skip
+def test_a_stored_mean_that_is_no_number_is_a_user_error(tmp_path: Path, content: str):
+    (tmp_path / "reward.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"reward\.json: expected a JSON object"):
+        reward_model.score_mean(tmp_path)
+
+
+def test_sizes_may_differ_between_layers():
+    fields = {"intermediate_size": [32, 64], "text_config": {"vocab_size": 7}}
+    assert not model_config.config_problems(Path("config.json"), fields, "policy")
+    assert model_config.vocabulary_size(fields) == 7
