@@ -23,6 +23,8 @@ from align.training import row_limits
 
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
 """The rows of prepared data, by kind and split."""
+TOKENIZERS = ("tokenizer.json",)
+"""What a model in the cache of the Hub must have, for its tokens to be counted."""
 SAMPLE = 200
 """Number of rows whose tokens are counted in any case."""
 MARGIN = 16
@@ -94,7 +96,9 @@ def read_model(
     changes = {"chat_template_path", "eos_token"} & fields.keys()
     folder: Path | None
     if isinstance(source, str):
-        folder = hub.cached_folder(source, revision=getattr(config, "revision", None))
+        folder = hub.cached_folder(
+            source, revision=getattr(config, "revision", None), containing=TOKENIZERS
+        )
     elif source in known:
         return TokenizedModel(None, known[source].positions) if changes else known[source]
     else:
@@ -103,7 +107,7 @@ def read_model(
         return TokenizedModel()
     template = fields.get("chat_template_path")
     if template is not None and not Path(template).exists():
-        template = hub.cached_folder(template)
+        template = hub.cached_folder(template, containing=TOKENIZERS)
         if template is None:
             return TokenizedModel(None, _positions(folder))
     return TokenizedModel(

@@ -6,11 +6,13 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from align.errors import ArtifactError
 
 SECONDS = 5
+CONFIGS = ("config.json", "adapter_config.json")
 NOT_REACHABLE = (
     "no such folder, not in the cache, and the Hub cannot be reached; "
     "name a folder, or download the model first"
@@ -23,16 +25,18 @@ def model_is_reachable(model: str, *, revision: str | None = None) -> bool:
     return cached or (not is_offline() and hub_is_reachable())
 
 
-def cached_folder(model: str, *, revision: str | None = None) -> Path | None:
-    """The folder of a Hub model in the local cache; None if its config is not there."""
+def cached_folder(
+    model: str, *, revision: str | None = None, containing: Sequence[str] = CONFIGS
+) -> Path | None:
+    """The folder of a Hub model in the local cache; None unless it contains one of these files."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in ("config.json", "adapter_config.json"):
+    for name in containing:
         try:
             file = try_to_load_from_cache(model, name, revision=revision)
         except HFValidationError:
-            return None
+            return None  # a missing path
         if isinstance(file, str):
             return Path(file).parent
     return None
@@ -68,15 +72,3 @@ def hub_is_reachable() -> bool:
     except OSError:
         return False
     return True
-
-
-def cached_folder(model: str, *, revision: str | None = None) -> Path | None:
-    """The folder of a Hub model in the local cache, if its tokenizer is there; None otherwise."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        file = try_to_load_from_cache(model, "tokenizer.json", revision=revision)
-    except HFValidationError:
-        return None  # a missing path
-    return Path(file).parent if isinstance(file, str) else None
