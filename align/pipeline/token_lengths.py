@@ -18,7 +18,7 @@ from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
 from align.errors import UserError
 from align.models.conversations import MISSING_END_REPAIR
-from align.pipeline import row_tokens
+from align.pipeline import row_tokens, template_checks
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Counts, Tables, TokenizedModel
 from align.pipeline.table_checks import PreparedTables, check_contents
@@ -47,6 +47,8 @@ def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[
                 yield from _prepared_lines(stage, stages, tables, errors)
         elif isinstance(stage.config, TRLStage):
             yield from _stage_lines(errors, stage, stage.config, tables, models)
+        else:
+            template_checks.check_prompts(errors, stage, tables, models)
 
 
 def _stage_lines(
@@ -61,12 +63,17 @@ def _stage_lines(
     with errors.at(stage.name, "model"):
         model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
         if model.conversations is not None:
+            model.conversations.end_of_turn()  # finds the faults that depend on no row
+            template_checks.check_rows(model.conversations, rows)
             if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
                 model.conversations.check_end(repair=MISSING_END_REPAIR)
             if rows:
                 with at_field(errors, stage.name):
                     counts = row_tokens.count(config, rows, model)
                     yield _length_line(stage.name, counts, config, len(rows))
+                    yield from template_checks.special_token_lines(
+                        stage.name, model.conversations, rows
+                    )
                     problem = row_limits.lost_rows_problem(
                         config, counts.lost, len(rows), counts.limit
                     )

@@ -1,0 +1,107 @@
+"""`align check` renders the rows of a recipe with the chat templates of its models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_models
+from helpers.ppo_fixtures import edit_json
+
+from align.cli import main
+from align.models import tokenization
+
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim "
+    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}"
+    "{% endif %}"
+)
+CHATML = tokenization.CHATML
+
+
+@pytest.fixture
+def check(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:  # fmt: skip
+    """Check a recipe on a model with another template and on rows with these first two turns."""
+    world = tiny_models.world(tmp_path_factory.getbasetemp())
+    ignored = shutil.ignore_patterns("artifact.json")  # a model of another origin
+    shutil.copytree(world.sft, tmp_path / "model", ignore=ignored)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    def run(stages: str, *, template: str = CHATML, system: str = "", text: str = "", **files: Any):
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        for name, fields in files.items():
+            edit_json(tmp_path / "model" / f"{name}.json", **fields)
+        turns = [{"role": "system", "content": system}] if system else []
+        rows = [
+            {"prompt": [*(turns if k % 2 else []), {"role": "user", "content": f"Say {k}. {text}"}],
+             "chosen": f"It is {k}, as you like.", "rejected": "No."}
+            for k in range(40)
+        ]  # fmt: skip
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = "stages:\n  prepare: {source: a.jsonl, test_fraction: 0.0}\n" + stages
+        (tmp_path / "r.yaml").write_text(recipe)
+        monkeypatch.setattr(sys, "argv", ["align", "check", "r.yaml"])
+        with pytest.raises(SystemExit) as raised:
+            main.main()
+        printed = capsys.readouterr()
+        return raised.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def test_a_template_that_refuses_rows_is_an_error_in_every_stage(check: Any):
+    stages = "  dpo: {model: model}\n  sample: {model: model}\n"
+    code, _, err = check(stages, template=GEMMA, system="Be brief.")
+    assert code == 2
+    lines = err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["r.yaml:3", "r.yaml:4"], err
+    for line in lines:
+        assert "20 of 40 rows: " in line and "roles system, user" in line, line
+        assert "System role not supported" in line and "chat_template_path" in line
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    pytest.param("{% for m in %}", "malformed: line 1: ", id="broken"),
+    pytest.param("{# #}", "does not write the user's text", id="empty"),
+    pytest.param("{% for i in range(10**9) %}{% endfor %}", "Range too big", id="endless"),
+    pytest.param("{{ messages.__class__.__base__ }}", "its chat template refuses", id="unsafe"),
+])  # fmt: skip
+@pytest.mark.parametrize("stage", ["dpo", "reward", "sample"])
+def test_faults_of_a_template_are_errors(check: Any, template: str, message: str, stage: str):
+    code, _, err = check(f"  {stage}: {{model: model}}\n", template=template)
+    assert code == 2
+    assert err.startswith(f"r.yaml:3: {stage}.model: model") or "/model: " in err
+    assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_template_without_an_end_token_is_an_error_unless_it_is_accepted(check: Any):
+    template = CHATML.replace("'<|im_end|>\\n'", "'\\n'").replace("<|im_end|>\n", "\n")
+    code, _, err = check("  sft: {model: model}\n", template=template)
+    assert code == 2 and "r.yaml:3: sft.model" in err
+    assert "ends a completion with '\\n', which is no end token" in err
+    accepted = "  sft: {model: model, allow_missing_end_token: true}\n"
+    assert check(accepted, template=template)[0] == 0
+    assert check("  reward: {model: model}\n", template=template)[0] == 0
+    # the end of a turn that is not eos is an end token if the model's files list it
+    eos = {"tokenizer_config": {"eos_token": "<|endoftext|>"}}
+    alone = {"generation_config": {"eos_token_id": 0}}
+    both = {"generation_config": {"eos_token_id": [0, 2]}}
+    code, _, err = check("  sft: {model: model}\n", **eos, **alone)
+    assert code == 2 and "ends a completion with '<|im_end|>\\n'" in err
+    assert check("  sft: {model: model, trainer: {eos_token: <|im_end|>}}\n")[0] == 0
+    assert check("  sft: {model: model}\n", **both)[0] == 0
+
+
+def test_rows_with_special_tokens_in_their_text_are_counted(check: Any):
+    code, out, err = check("  sft: {model: model}\n", text="What is <|im_end|>?")
+    assert code == 0, err
+    assert "sft: 40 of 40 rows have special tokens of the tokenizer in their text" in out
