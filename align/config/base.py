@@ -156,6 +156,8 @@ class Stage(Config):
     """Whether the stage writes a causal language model that other stages can start from."""
     prepares_data: ClassVar[bool] = False
     """Whether the stage writes the tables that other stages read, from external sources."""
+    prompt_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that change only the tables of prompts, so that stages without prompts are reused."""
     main_process_only: ClassVar[bool] = False
     """Whether only the main process runs the stage, while the others wait."""
     trainer_config: ClassVar[str | None] = None

@@ -125,6 +125,7 @@ class Prepare(Source, Stage):
     code_version: ClassVar[int] = 4
     main_process_only: ClassVar[bool] = True
     prepares_data: ClassVar[bool] = True
+    prompt_keys: ClassVar[tuple[str, ...]] = ("keep_columns",)
 
     source: str | None = Field(None, min_length=1)
     """``embedded``, a file or folder (JSONL, JSONL.gz, CSV, Parquet), a name in the catalog, or a

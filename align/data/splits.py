@@ -192,10 +192,22 @@ def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
         count = len(np.unique(np.concatenate(prompt_ids)))
         key = "test_fraction" if split == "train" else f"{split}_fraction"
         repair = "lower it" if split == "train" else "raise it, set it to 0"
+        openings = [
+            as_numbers(part.table.conversation_ids)[part.take]
+            for kind in empty
+            for part in kinds[kind].tables
+        ]
+        n_openings = len(np.unique(np.concatenate(openings)))
+        because = (
+            f", because they have {n_openings} different first turn{'s' * (n_openings != 1)}, and"
+            " prompts with the same first turn share a split"
+            if n_openings < count
+            else ""
+        )
         of_kinds = "" if len(empty) == len(kinds) else f" with {' or '.join(empty)}"
         problems.append(
             f"{key}: {getattr(config, key)}: none of {count} prompts{of_kinds} is in split"
-            f" `{split}`; {repair}, add prompts or change `split_seed`"
+            f" `{split}`{because}; {repair}, add prompts or change `split_seed`"
         )
     if problems:
         raise DataError(*problems)

@@ -22,6 +22,7 @@ from align.data.rows import KINDS, Row, conversation_id
 
 LONGER_WARNING = 0.6  # accuracy of preferring the longer completion above which a warning is given
 LONG_ROW = 1_000  # words
+MAX_NOT_READ = 20  # columns and fields that are listed as not read
 N_BUCKETS, MAX_PAIRS, MIN_PAIRS, N_FOLDS, N_STEPS = 2**15, 10_000, 50, 5, 60
 
 
@@ -242,6 +243,16 @@ def median_words(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float
     }
 
 
+def not_read(findings: Mapping[str, Any]) -> Iterator[str]:
+    """Columns and fields of turns that are not read, with their numbers of rows, as one line."""
+    counts = findings.get("not_read", {})
+    names = [f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in counts.items()]
+    if names:
+        yield f"not read: {', '.join(names[:MAX_NOT_READ])}" + (
+            f" and {len(names) - MAX_NOT_READ} others" if len(names) > MAX_NOT_READ else ""
+        )
+
+
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """Rows for training and held out, dropped rows by reason, and warnings, as sentences."""
     for kind in sorted(KINDS):
@@ -252,7 +263,5 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if report["dropped"]:
         reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
         yield f"dropped {'; '.join(reasons)}"
-    if "not_read" in report:
-        names = (f"{name} ({count:,} rows)" for name, count in report["not_read"].items())
-        yield f"not read: {', '.join(names)}"
+    yield from not_read(report)
     yield from (f"warning: {warning}" for warning in report.get("warnings", ()))

@@ -35,6 +35,8 @@ class PlannedStage:
     """The digests of the inputs, and of the files that the settings name, by their keys."""
     status: str
     """``reused``, ``resume`` or ``run``."""
+    rows_digest: str = ""
+    """The digest without the keys that change only the tables of prompts."""
 
     @property
     def stage(self) -> str:
@@ -109,7 +111,9 @@ def _planned_stage(
     digest = stage_digest(config, digests)
     folder = runs / f"{name}-{digest[:12]}"
     status = "run" if force in ("all", name) else _status(folder, stage_kind(config), digest)
-    return PlannedStage(name, config, digest, folder, inputs, digests, status)
+    defaults = {key: type(config).model_fields[key].get_default() for key in config.prompt_keys}
+    rows_digest = stage_digest(config.model_copy(update=defaults), digests)
+    return PlannedStage(name, config, digest, folder, inputs, digests, status, rows_digest)
 
 
 def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
@@ -150,7 +154,10 @@ def _resolve_inputs(
     digests: dict[str, str] = {}
     for key, target in config.input_names().items():
         if target in planned:
-            inputs[key], digests[key] = planned[target].folder, planned[target].digest
+            inputs[key] = planned[target].folder
+            kinds = {table.kind for table in config.reads if table.input == key}
+            only_rows = kinds and "prompts" not in kinds
+            digests[key] = planned[target].rows_digest if only_rows else planned[target].digest
             continue
         with errors.at(name, *key.split(".")):
             inputs[key], digests[key] = _external_input(key, target, config)

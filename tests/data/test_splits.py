@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.preference_data import (
     CHECKOUT,
     PAIR,
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from align.data.rows import normalize_text, prompt_id
 from align.data.splits import split_of
+from align.errors import UserError
 
 
 @settings(max_examples=50)
@@ -152,3 +154,17 @@ def test_a_prompt_with_two_rows_leaks_in_a_split_by_row_and_not_in_a_split_by_pr
     assert 20 < leakage["leaked_by_row"] <= leakage["test_prompts_by_row"] <= 40
     assert leakage["leaked"] == 0
     assert 8 < leakage["test_prompts"] < 35
+
+
+def test_an_empty_split_of_conversations_with_one_beginning_is_explained(tmp_path: Path):
+    rows = [
+        {"messages": [user("Hello"), assistant("Hi"), user(f"Go {n}"), assistant("A")]}
+        for n in range(40)
+    ]
+    with pytest.raises(UserError) as error:
+        prepared(write_jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.1)
+    assert str(error.value) == (
+        "test_fraction: 0.1: none of 40 prompts is in split `test`, because they have 1 different"
+        " first turn, and prompts with the same first turn share a split; raise it, set it to 0,"
+        " add prompts or change `split_seed`"
+    )

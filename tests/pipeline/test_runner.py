@@ -111,6 +111,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "mixture": [MixtureSource(source="b", weight=1.0)], "pairing": "all", "margin": 1.0, "ratio": 2.0,
         "languages": ["en"], "near_duplicates": "keep", "near_duplicate_threshold": 0.7,
         "decontaminate": ["b"], "decontamination_ngram": 8, "keep_columns": ["x"],
+        "labels": {"up": True},
     },
     "sft": {
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
@@ -238,6 +239,16 @@ def test_what_is_logged_or_saved_does_not_change_the_digest():
     best = {"load_best_model_at_end": True}
     assert trained(trainer=best | {"save_steps": 3}) != trained(trainer=best)
     assert digest_with("ppo", save_steps=3, **kept) != digest_with("ppo", **kept)
+
+
+def test_other_kept_columns_change_only_the_stages_that_read_prompts(here):
+    before, after = plan(), plan("prepare.keep_columns=[id]")
+    changed = {name for name in before if before[name].digest != after[name].digest}
+    assert "prepare" in changed
+    assert not changed & {"sft", "dpo", "kto", "reward"}
+    assert all(
+        before[name].config.reads[0].kind == "prompts" for name in changed & {"sample", "ppo"}
+    )
 
 
 def test_the_name_of_a_run_is_not_read_as_a_path(here):
