@@ -66,6 +66,8 @@ def mismatch(expected: str, value: object, text: str | None) -> str:
             f"expected {expected}, got {text}, which YAML reads as {str(value).lower()}: "
             f"write '{text}' in quotes"
         )
+    if expected == "a list" and isinstance(value, str) and value:
+        return f"{message} (a list of one item is written [{value}])"
     if "number" in expected and isinstance(value, str) and NUMBER.match(value.strip()):
         if "e" in value.lower():
             mantissa, exponent = value.strip().lower().split("e")
@@ -92,8 +94,16 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean `beta`?`` for the most similar known word; empty if none is similar."""
-    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """``; did you mean `beta`?`` for the most similar known word; empty if none is similar.
+
+    A word that begins with the given one is preferred.
+
+    >>> did_you_mean("env", ["n_envs", "environment_options", "environment"])
+    '; did you mean `environment`?'
+    """
+    known = list(known)
+    longer = [each for each in known if len(word) > 2 and each.startswith(word)]
+    similar = [min(longer, key=len)] if longer else difflib.get_close_matches(word, known, n=1)
     return f"; did you mean `{similar[0]}`?" if similar else ""
 
 

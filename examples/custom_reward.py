@@ -34,4 +34,7 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except align.UserError as error:
+        sys.exit(str(error))

@@ -29,4 +29,12 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if not 4 <= len(sys.argv) <= 6:
+        sys.exit(
+            "usage: python examples/evaluate_hub_model.py POLICY BASELINE REWARD_MODEL [DATA] "
+            "[N_PROMPTS]"
+        )
+    try:
+        main(*sys.argv[1:])
+    except align.UserError as error:
+        sys.exit(str(error))

@@ -82,3 +82,21 @@ def test_evaluate_hub_model(example, world, tmp_path):
     tiny_models.stage(reward, config, {"model": world.sft, "pairs": world.data}, tmp_path / "rm")
     out = example("evaluate_hub_model.py", world.lora, world.sft, tmp_path / "rm", "embedded", 3)
     assert "win rate" in out and "on 3 prompts" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "line"),
+    [
+        ("evaluate_hub_model.py", [], "usage: python examples/evaluate_hub_model.py POLICY BASE"),
+        ("evaluate_hub_model.py", ["none", "none", "none"], "Anthropic/hh-rlhf: no such file"),
+        ("win_rate_of_two_files.py", ["a.jsonl"], "usage: python examples/win_rate_of_two_files"),
+        ("win_rate_of_two_files.py", ["none", "none"], "none: cannot be read as lines with prompt"),
+        ("quickstart.py", ["dpo.bta=1"], "command line: dpo.bta: unknown key; did you mean `beta`"),
+        ("custom_reward.py", ["ppo.step=1"], "command line: ppo.step: unknown key; did you mean"),
+    ],
+)
+def test_wrong_arguments_end_an_example_with_one_line(example, name, arguments, line):
+    with pytest.raises(SystemExit) as error:
+        example(name, *arguments)
+    assert str(error.value.code).startswith(line)
+    assert "\n" not in str(error.value.code)

@@ -145,16 +145,15 @@ PATHS = (
     "accelerator_config", "chat_template_path", "deepspeed", "fsdp_config", "parallelism_config",
 )  # fmt: skip
 """Fields whose text may be the path of a file or a folder."""
-REPORTING = frozenset(
-    """
-    report_to run_name project include_num_input_tokens_seen skip_memory_metrics logging_steps
-    logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica
-    log_on_each_node trackio_bucket_id trackio_space_id trackio_static_space_id
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token
-    dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataloader_persistent_workers ddp_timeout
-    """.split()
-)
+REPORTING = frozenset((
+    "report_to", "run_name", "project", "include_num_input_tokens_seen",
+    "skip_memory_metrics", "logging_steps", "logging_strategy", "logging_first_step",
+    "logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "hub_always_push",
+    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+    "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout",
+))  # fmt: skip
 """Fields that change what is logged, where, or how fast, and never the trained model."""
 SAVING = frozenset(("save_strategy", "save_steps", "save_total_limit", "save_on_each_node"))
 """Fields that decide which checkpoints exist: a resumed run trains the same model from any."""

@@ -62,13 +62,12 @@ def _input_error(
     except (OSError, RuntimeError, ValueError) as error:  # the name is too long, or no such user
         return f"invalid path: {shown(target)}: {error}; name an earlier stage, or a folder"
     if "/" not in target and "\\" not in target:
-        order = list(classes)
-        earlier = order[: order.index(name)]
-        hint = did_you_mean(target, earlier)
-        hint = hint or f"; earlier stages: {', '.join(earlier) or 'none'}"
-        note = (
-            " (a folder is a path that exists; a Hub id is owner/name)" if expected.models else ""
-        )
+        fitting = _fitting_stages(expected, name, classes)
+        hint = did_you_mean(target, fitting)
+        hint = hint or f"; earlier stages that fit: {', '.join(fitting) or 'none'}"
+        notes = ["a folder is a path that exists", "a Hub id is owner/name"] * expected.models
+        notes += ["a function is module:function"] * expected.functions
+        note = f" ({'; '.join(notes)})" if notes else ""
         return f"no earlier stage `{target}`{hint}{note}"
     if not expected.models:
         kinds = " or ".join(f"`{kind}`" for kind in accepted_kinds(expected))
@@ -77,6 +76,15 @@ def _input_error(
         repair = "name an earlier stage, a folder with a model, or a Hub id (owner/name)"
         return f"no such folder: {target}; {repair}"
     return None
+
+
+def _fitting_stages(
+    expected: Input, name: str, classes: Mapping[str, type[Stage] | None]
+) -> list[str]:
+    """The stages before ``name`` of a kind that the input may name."""
+    order = list(classes)
+    accepted = [STAGES[kind] for kind in accepted_kinds(expected)]
+    return [each for each in order[: order.index(name)] if classes[each] in accepted]
 
 
 def _stage_error(

@@ -58,7 +58,7 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
     """
     names: set[str] = set()
     matching: list[Path] = []
-    unfinished = False
+    unfinished, other_kind = False, ""
     for folder in runs.glob("*-????????????"):
         is_called_so = folder.name.rpartition("-")[0] == name
         try:
@@ -71,6 +71,8 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
         if artifact is not None and artifact.stage in kinds:
             names.add(artifact.name)
             matching += [folder] * (artifact.name == name)
+        elif artifact is not None and artifact.name == name:
+            other_kind = f"; the stage `{name}` is of kind `{artifact.stage}`"
     if matching:
         newest = max(matching, key=lambda folder: (folder / artifacts.FILE).lstat().st_mtime)
         _check_contents(newest)
@@ -78,7 +80,7 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
     hint = nearest(name, sorted(names)) if names else f"; run a recipe first, such as {recipe}"
     raise ArtifactError(
         f"{runs}: no finished policy `{name}`{' (it is not finished yet)' if unfinished else ''}"
-        f"{hint}"
+        f"{other_kind}{hint}"
     )
 
 

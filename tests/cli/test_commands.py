@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import sys
@@ -15,6 +16,7 @@ from align import __version__
 from align.cli import chat, data, env, launcher, main, plan
 from align.errors import ArtifactError, RecipeError
 from align.models import tokenization
+from align.runtime import artifacts
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,17 @@ def test_without_a_network_a_hub_model_is_rejected_before_any_retry(tmp_path, mo
             main.chat("owner/name", runs=tmp_path)
         else:
             data.data_show("embedded", model="owner/name")
+
+
+def test_a_stage_that_is_no_policy_is_named_with_its_kind(tmp_path):
+    artifacts.write_json(
+        tmp_path / "prepare-0123456789ab" / artifacts.FILE,
+        dataclasses.asdict(artifacts.Artifact(
+            "prepare", "prepare", "0123456789ab", {}, {}, {}, {}, None, None, 1, 1.0, None
+        )),
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match="`prepare`; the stage `prepare` is of kind `prepare`"):
+        main.chat("prepare", runs=tmp_path)
 
 
 def test_plan_and_check_count_one_stage(tmp_path, capsys):

@@ -329,7 +329,30 @@ REFERENCES = [
     invalid(
         "a missing second policy",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft, dpo], baseline: sft, judge: gold}"),
-        "recipe.yaml:4: evaluate.policies.1: no earlier stage `dpo`; earlier stages: prepare, sft",
+        "recipe.yaml:4: evaluate.policies.1: no earlier stage `dpo`; earlier stages that fit: sft",
+    ),
+    invalid(
+        "a reward model without a stage that trains it",
+        recipe(PREPARE, SFT, "ppo: {model: sft, rewards: [reward], steps: 1, batch_size: 4}"),
+        "recipe.yaml:4: ppo.rewards.0: no earlier stage `reward`; earlier stages that fit: none",
+        "a function is module:function",
+    ),
+    invalid(
+        "a text for a list of rewards",
+        recipe(PREPARE, SFT, "ppo: {model: sft, rewards: reward, steps: 1, batch_size: 4}"),
+        "recipe.yaml:4: ppo.rewards: expected a list, got the text 'reward'",
+        "(a list of one item is written [reward])",
+    ),
+    invalid(
+        "the beginning of a key",
+        recipe("control: {env: CartPole-v1, steps: 100}"),
+        "recipe.yaml:2: control.env: unknown key; did you mean `environment`?",
+    ),
+    invalid(
+        "a forced stage that is not reached",
+        recipe(PREPARE, SFT, "dpo: {model: sft}"),
+        "--force dpo: `--until sft` stops before this stage; remove one of the two",
+        arguments=("--until", "sft", "--force", "dpo"),
     ),
     invalid(
         "the home folder of an unknown user",
