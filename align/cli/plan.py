@@ -46,7 +46,7 @@ def plan(
     console = SafeConsole()
     if not console.is_terminal:
         console = SafeConsole(width=WIDTH)
-    title = f"{recipe}: {_count_of_stages(len(stages))}"
+    title = f"{recipe}: {_count_of_stages(len(stages))}; folders in {runs}"
     prepared = estimates.prepare_small(stages)
     lost = token_lengths.lost_rows(stages, prepared)
     table = estimates.estimate(
@@ -64,19 +64,21 @@ def plan(
 def _plan_table(
     title: str, stages: Sequence[PlannedStage], estimates: Mapping[str, Estimate]
 ) -> Table:
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    for column in ("stage", "status", "folder"):
-        table.add_column(column, overflow="fold")
+    # Without borders, and with the name of a stage only in that of its folder: 80 columns suffice.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("folder", no_wrap=True, overflow="ignore")
+    table.add_column("status", no_wrap=True)
     for column in ("rows", "steps", "tokens", "memory"):
         table.add_column(column, justify="right")
     for stage in stages:
         work, memory = estimates[stage.name].work, estimates[stage.name].memory_bytes
         table.add_row(
-            stage.name,
+            stage.folder.name,
             STATUS[stage.status],
-            str(stage.folder),
             "" if work.rows is None else f"{work.rows:,}",
             "" if work.steps is None else f"{work.steps:,}",
             "" if work.tokens is None else f"≈ {_with_unit(work.tokens)}",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -105,12 +105,14 @@ def test_without_a_network_a_hub_model_is_rejected_before_any_retry(tmp_path, mo
 
 
 def test_a_stage_that_is_no_policy_is_named_with_its_kind(tmp_path):
-    artifacts.write_json(
-        tmp_path / "prepare-0123456789ab" / artifacts.FILE,
-        dataclasses.asdict(artifacts.Artifact(
-            "prepare", "prepare", "0123456789ab", {}, {}, {}, {}, None, None, 1, 1.0, None
-        )),
-    )  # fmt: skip
+    folder = tmp_path / "prepare-0123456789ab"
+    folder.mkdir()
+    record = dict.fromkeys(("recipe", "inputs", "metrics", "versions"), {})
+    record |= dict.fromkeys(("commit", "seed", "peak_memory_bytes"))
+    names = {"stage": "prepare", "name": "prepare", "digest": "0123456789ab"}
+    artifacts.write_artifact(
+        folder, artifacts.Artifact(**names, **record, world_size=1, seconds=1.0)
+    )
     with pytest.raises(ArtifactError, match="`prepare`; the stage `prepare` is of kind `prepare`"):
         main.chat("prepare", runs=tmp_path)
 
@@ -123,6 +125,15 @@ def test_plan_and_check_count_one_stage(tmp_path, capsys):
     output = capsys.readouterr().out
     assert output.count(": 1 stage") == 2
     assert "1 stages" not in output
+
+
+def test_a_plan_fits_80_columns_and_shows_names_as_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "WIDTH", 80)
+    plan.plan(Path("iterated_dpo"), runs=tmp_path / "runs [/v1]")
+    output = capsys.readouterr().out
+    assert re.search(r"onpolicy_dpo-[0-9a-f]{12} +run .* MB", output)
+    assert "[/v1]" in output
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_invalid_overrides_are_reported_before_the_launcher_starts(tmp_path, monkeypatch):
