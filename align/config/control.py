@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align.config.base import GymEnvironment, Stage, Workload, duplicates
+from align.errors import shown
 
 PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl")
 
@@ -15,10 +16,12 @@ PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_
 class Control(Stage):
     """REINFORCE, A2C or PPO on a Gymnasium environment, with the update of language models."""
 
+    code_version: ClassVar[int] = 2
+
     environment: str = Field(min_length=1)
     """Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""
     environment_options: dict[str, Any] = Field({})
-    """Keyword arguments of ``gymnasium.make``."""
+    """Keyword arguments of ``gymnasium.make``, such as ``max_episode_steps``."""
     algorithm: Literal["reinforce", "a2c", "ppo"] = "ppo"
     """Algorithm."""
     baseline: Literal["value", "none"] = "value"
@@ -99,6 +102,23 @@ class Control(Stage):
         if self.algorithm == "reinforce" and self.gae_lambda not in (None, 1.0):
             raise ValueError(
                 "`algorithm: reinforce` uses whole returns (`gae_lambda: 1.0`); remove `gae_lambda`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_environment_options(self) -> Control:
+        options = self.environment_options
+        limit = options.get("max_episode_steps", 1)
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ValueError(
+                "`environment_options.max_episode_steps` must be a whole number from 1, got "
+                f"{shown(limit)}: an episode without a limit may never end; remove it to use the "
+                "limit of the environment"
+            )
+        if "render_mode" in options:
+            raise ValueError(
+                "`environment_options.render_mode` has no effect in training; remove it, and watch "
+                "the trained policy with `align play`"
             )
         return self
 

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from align.control.spaces import silence_mujoco
 
 Array = NDArray[Any]
+CARTPOLE_OPTIONS = {"max_episode_steps", "sutton_barto_reward"}
+"""Options that :class:`CartPole` accepts; with others, its environments are stepped one by one."""
 CLIP = 10.0
 """Bound of the absolute values of normalized observations and rewards."""
 
@@ -76,10 +78,9 @@ def make_vector_env(
     """``n_envs`` environments that reset in the step that ends an episode."""
     silence_mujoco(environment)
     spec = gymnasium.spec(environment)
-    if spec.vector_entry_point == "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv":
-        limit = options.get("max_episode_steps", spec.max_episode_steps)
-        others = {key: value for key, value in options.items() if key != "max_episode_steps"}
-        return CartPole(n_envs, max_episode_steps=limit, **others)
+    in_one_array = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+    if spec.vector_entry_point == in_one_array and options.keys() <= CARTPOLE_OPTIONS:
+        return CartPole(n_envs, **{"max_episode_steps": spec.max_episode_steps, **options})
     same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
     return gymnasium.make_vec(environment, n_envs, "sync", same_step, **options)
 

@@ -21,6 +21,9 @@ from torch.nn import functional
 from align.control.spaces import EnvSpec
 from align.functional.policy_gradient import entropy
 
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
+_QUADRATURE = (_NODES, _WEIGHTS / math.sqrt(2 * math.pi))
+"""Nodes and weights of means under the standard normal distribution."""
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
@@ -95,21 +98,27 @@ class Gaussian(nn.Module):
 class SquashedGaussian(Gaussian):
     """:class:`Gaussian` values u; the environment receives ``tanh(u)``, scaled to its bounds.
 
-    Actions are stored as u, which cannot be recovered from a saturated tanh. Densities are those of
-    the action that the environment receives; the entropy is that of u, because that of ``tanh(u)``
-    has no closed form.
+    Actions are stored as u, which cannot be recovered from a saturated tanh. Densities and entropy
+    are those of the action that the environment receives.
 
     Source: Haarnoja et al. 2018, arXiv:1801.01290, appendix C.
     """
 
     def logps(self, means: Float[Tensor, "*b k"], actions: Float[Tensor, "*b k"]) -> Tensor:
-        """Log-densities: that of u minus the logarithm of the slope from u to the action.
+        """Log-densities: that of u minus the logarithm of the slope from u to the action."""
+        slopes = _tanh_log_slope(actions) + ((self.high - self.low) / 2).log()
+        return (_normal_logps(means, self.log_std, actions) - slopes).sum(-1)
 
-        ``log(1 - tanh(u)**2)`` is ``2 (log 2 - u - softplus(-2 u))``, which does not overflow.
+    def entropy(self, means: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
+        """Differential entropy in nats: that of u plus the mean logarithm of the slope.
+
+        The mean has no closed form and is computed by Gauss-Hermite quadrature. The entropy of u
+        alone grows without bound as the deviation grows, whereas the actions gather at the bounds.
         """
-        slope = 2 * (math.log(2) - actions - functional.softplus(-2 * actions))
-        slope = slope + ((self.high - self.low) / 2).log()
-        return (_normal_logps(means, self.log_std, actions) - slope).sum(-1)
+        nodes, weights = (torch.from_numpy(a).to(means) for a in _QUADRATURE)
+        values = means[..., None] + self.log_std.exp()[:, None] * nodes
+        slopes = (_tanh_log_slope(values) * weights).sum(-1) + ((self.high - self.low) / 2).log()
+        return super().entropy(means) + slopes.sum(-1)
 
     def env_actions(self, actions: Float[Tensor, "*b k"]) -> np.ndarray:
         """Actions for the environment, within its bounds."""
@@ -119,6 +128,11 @@ class SquashedGaussian(Gaussian):
 def _normal_logps(means: Tensor, log_std: Tensor, values: Tensor) -> Tensor:
     scaled = (values - means) * (-log_std).exp()
     return -0.5 * scaled.square() - log_std - 0.5 * math.log(2 * math.pi)
+
+
+def _tanh_log_slope(values: Tensor) -> Tensor:
+    """``log(1 - tanh(u)**2)`` as ``2 (log 2 - u - softplus(-2 u))``, which does not overflow."""
+    return 2 * (math.log(2) - values - functional.softplus(-2 * values))
 
 
 Head = Categorical | Gaussian

@@ -49,7 +49,7 @@ def inspect_env(environment: str, options: Mapping[str, Any], distribution: str 
 
     Raises:
         UnfitError: The environment does not exist, is not installed, does not accept its options,
-            or has spaces that no policy supports.
+            has no time limit, or has spaces that no policy supports.
     """
     try:
         import gymnasium
@@ -61,7 +61,14 @@ def inspect_env(environment: str, options: Mapping[str, Any], distribution: str 
         warnings.simplefilter("ignore")  # that a newer version of the environment exists
         env = _make(gymnasium, environment, options)
     try:
-        return _spec(env, environment, distribution)
+        spec = _spec(env, environment, distribution)
+        if env.spec is None or env.spec.max_episode_steps is None:
+            raise UnfitError(
+                "environment_options",
+                f"{environment} has no time limit, so an episode may never end; set "
+                "`environment_options: {max_episode_steps: …}`",
+            )
+        return spec
     finally:
         env.close()
 

@@ -8,7 +8,8 @@ A row is a sequence of steps that may contain several episodes, one after anothe
 - ``next_values[t]``: the value of the state that step t led to, read unless terminated; inside an
   episode it is ``values[t + 1]``.
 
-Nothing after a cut influences what comes before it, so padding changes no result. Left out:
+Nothing after a cut influences what comes before it, so padding changes no result, not even NaN in
+it. Left out:
 normalization of advantages (:func:`align.functional.masked.masked_whiten`).
 """
 
@@ -44,7 +45,7 @@ def discounted_returns(
     """
     stopped = _stopped(terminated, cut)
     bootstrap = next_values.masked_fill(terminated | ~stopped, 0)
-    return _backward_sum(rewards + gamma * bootstrap, gamma * (~stopped).to(rewards.dtype))
+    return _backward_sum(rewards + gamma * bootstrap, gamma * (~stopped).to(rewards.dtype), stopped)
 
 
 def gae(
@@ -79,7 +80,7 @@ def gae(
     """
     stopped = _stopped(terminated, cut)
     deltas = rewards + gamma * next_values.masked_fill(terminated, 0) - values
-    return _backward_sum(deltas, gamma * lam * (~stopped).to(rewards.dtype))
+    return _backward_sum(deltas, gamma * lam * (~stopped).to(rewards.dtype), stopped)
 
 
 def _stopped(terminated: Tensor, cut: Tensor) -> Tensor:
@@ -89,12 +90,13 @@ def _stopped(terminated: Tensor, cut: Tensor) -> Tensor:
     return stopped
 
 
-def _backward_sum(terms: Tensor, decays: Tensor) -> Tensor:
-    """``S_t = terms_t + decays_t * S_{t+1}``, column by column from the last; 0 after it."""
+def _backward_sum(terms: Tensor, decays: Tensor, stopped: Tensor) -> Tensor:
+    """``S_t = terms_t + decays_t * S_{t+1}``, from the last column; only terms_t where stopped."""
     columns = terms.T.contiguous()  # time-major: each column is contiguous in memory
     running = torch.zeros_like(terms[:, 0])
     sums = []
-    for term, decay in zip(columns.flip(0), decays.T.flip(0), strict=True):
-        running = torch.addcmul(term, decay, running)
+    for term, decay, stop in zip(columns.flip(0), decays.T.flip(0), stopped.T.flip(0), strict=True):
+        # A decay of 0 would not do: 0 times NaN is NaN.
+        running = torch.addcmul(term, decay, running.masked_fill(stop, 0))
         sums.append(running)
     return torch.stack(sums[::-1], dim=1)

@@ -1,8 +1,8 @@
 """Rewards and advantages of tokens from the score of their completion.
 
 Rows are completions; columns are the tokens of prompt and completion. ``mask`` is True on the
-completion's real tokens, which are contiguous and include its eos. All other entries are padding;
-they are 0 in every result.
+completion's real tokens, which are contiguous and include its eos. All other entries are padding,
+which may have any value, NaN included; they are 0 in every result.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def token_rewards(
     arXiv:2403.17031, section 4.
     """
     penalties = -kl_coef * kl.masked_fill(~mask, 0)
-    return penalties + scores[:, None] * last_tokens(mask)
+    return penalties + scores[:, None].where(last_tokens(mask), 0)
 
 
 def completion_gae(

@@ -116,8 +116,8 @@ def win_rate_p_value(
     prompts with one loss of all completions for five narrow wins, 3 % of the p-values are below
     0.05; of :func:`paired_permutation_p_value`, which assumes a symmetric distribution, 13 %.
 
-    The p-value is at least ``2 * (0.5 / rate) ** prompts``, where rate is that of the better policy:
-    as in :func:`proportion_interval`, prompts with other outcomes may exist. It is never 0.
+    The p-value is at least ``2 * (0.5 / rate) ** prompts``, where rate is that of the better
+    policy: as in :func:`proportion_interval`, prompts with other outcomes may exist. It is never 0.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sections 12.5 and 16.4.
     """

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from align.config.control import Control
 from align.control import evaluate as control_evaluate
 from align.control import policy_files, spaces, trainer
-from align.control.environments import CLIP, Environments
+from align.control.environments import CLIP, CartPole, Environments, make_vector_env
 from align.control.evaluate import evaluate
 from align.control.networks import (
     Categorical,
@@ -71,7 +71,7 @@ def counting() -> Iterator[None]:
     Counting.steps = 0
     torch.manual_seed(0)
     never = {"ends": False}
-    gymnasium.register("Counting-v0", Counting)
+    gymnasium.register("Counting-v0", Counting, max_episode_steps=1000)
     gymnasium.register("CountingCut-v0", Counting, max_episode_steps=5, kwargs=never)
     gymnasium.register("Forever-v0", Counting, max_episode_steps=20, kwargs=never | {"scale": 0.0})
     yield
@@ -287,6 +287,33 @@ def test_the_squashed_gaussian_equals_torchs_transformed_distribution():
     assert_close(head.logps(means, values), other.log_prob(actions).sum(-1))
 
 
+@pytest.mark.parametrize("log_std", [-2.0, 0.0, 1.0])
+def test_the_entropy_of_a_squashed_gaussian_is_that_of_its_density(log_std):
+    head = SquashedGaussian(EnvSpec(1, 1, [-2.0], [3.0])).double()
+    head.log_std.data.fill_(log_std)
+    for mean in (-1.5, 0.0, 0.7):
+        # -E[log density] over u, on a fine grid
+        width = math.exp(log_std)
+        u = (mean + width * torch.linspace(-9, 9, 20_001)).double()[:, None]
+        means = torch.full_like(u, mean)
+        chances = torch.distributions.Normal(mean, width).log_prob(u[:, 0]).exp()
+        exact = -torch.trapezoid(chances * head.logps(means, u), u[:, 0])
+        assert_close(head.entropy(torch.tensor([[mean]]).double())[0], exact, rtol=0, atol=0.02)
+
+
+def test_the_entropy_of_a_squashed_gaussian_has_a_maximum():
+    # That of the uniform distribution on [-2, 3], log 5, bounds it; the entropy of u has no bound.
+    head = SquashedGaussian(EnvSpec(1, 1, [-2.0], [3.0]))
+    entropies = []
+    for log_std in (-3.0, -0.1, 3.0):
+        head.log_std.data.fill_(log_std)
+        entropies.append(head.entropy(torch.zeros(1, 1)).item())
+    assert entropies[1] == pytest.approx(math.log(5), abs=0.03)
+    assert entropies[0] < entropies[1] > entropies[2]
+    (gradient,) = torch.autograd.grad(head.entropy(torch.zeros(1, 1)).sum(), [head.log_std])
+    assert gradient < 0, "a bonus no longer widens a distribution that is too wide"
+
+
 def test_the_density_of_a_squashed_gaussian_integrates_to_one():
     head = SquashedGaussian(EnvSpec(1, 1, [-2.0], [3.0])).double()
     actions = torch.linspace(-2, 3, 200_001, dtype=torch.float64)[1:-1]
@@ -401,7 +428,7 @@ def test_a_squashed_distribution_requires_bounded_actions():
             super().__init__()
             self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
 
-    gymnasium.register("Unbounded-v0", Unbounded)
+    gymnasium.register("Unbounded-v0", Unbounded, max_episode_steps=1000)
     try:
         assert spaces.inspect_env("Unbounded-v0", {}, None).n_actions == 1
         with pytest.raises(
@@ -603,3 +630,31 @@ def test_inside_single_process_there_is_one_rank(monkeypatch):
     with masked.single_process():
         assert masked.ranks() == 1
     assert masked.ranks() == 2
+
+
+@pytest.mark.parametrize("limit", [-1, 0, None, True, 1.5, "500"])
+def test_a_time_limit_that_is_no_positive_number_is_refused(limit):
+    with pytest.raises(ValueError, match="must be a whole number from 1"):
+        Control(
+            environment="CartPole-v1", steps=10, environment_options={"max_episode_steps": limit}
+        )
+
+
+def test_an_environment_without_a_time_limit_is_refused():
+    gymnasium.register("Endless-v0", Counting)
+    try:
+        with pytest.raises(
+            spaces.UnfitError, match=r"has no time limit.*max_episode_steps"
+        ) as error:
+            spaces.inspect_env("Endless-v0", {}, None)
+        assert error.value.key == "environment_options"
+        spaces.inspect_env("Endless-v0", {"max_episode_steps": 50}, None)
+    finally:
+        del gymnasium.registry["Endless-v0"]
+
+
+def test_cartpole_with_other_options_is_stepped_one_by_one():
+    options = {"max_episode_steps": 7, "disable_env_checker": True}
+    environments = make_vector_env("CartPole-v1", options, 2)
+    assert not isinstance(environments, CartPole)
+    assert isinstance(make_vector_env("CartPole-v1", {"max_episode_steps": 7}, 2), CartPole)

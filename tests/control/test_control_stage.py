@@ -212,6 +212,7 @@ ERRORS = [  # name, keys of the recipe, texts that one line of the error contain
     ("an old version", {"environment": "CartPole-v7"}, ["control.environment: unknown environment CartPole-v7; did you mean `CartPole-v1`?"]),
     ("a missing module", {"environment": "nothing_here:World-v0"}, ["control.environment: unknown environment nothing_here:World-v0"]),
     ("an unknown option of the environment", {"environment_options": {"gravity_": 3}}, ["control.environment_options: CartPole-v1 does not accept", "gravity_"]),
+    ("no limit", {"environment_options": {"max_episode_steps": -1}}, ["`environment_options.max_episode_steps` must be a whole number from 1, got -1"]),
     ("discrete actions, a continuous distribution", {"distribution": "gaussian"}, ["control.distribution: CartPole-v1 has 2 discrete actions; expected categorical"]),
     ("continuous actions, a discrete distribution", {"environment": "Pendulum-v1", "distribution": "categorical"}, ["control.distribution: Pendulum-v1 has continuous actions", "gaussian or squashed"]),
     ("a tuple of observations", {"environment": "Blackjack-v1"}, ["control.environment: Blackjack-v1 has observations Tuple", "one vector of numbers"]),

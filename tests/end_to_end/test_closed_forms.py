@@ -198,7 +198,7 @@ ON_POLICY: dict[str, Any] = {
 }
 GAE = {"critic_learning_rate": 1.0e-2, "value_clip": None, "value_coef": 0.5}
 RLOO = {"advantages": "rloo", "n_completions": 128}
-LOSS = {**RLOO, "kl_placement": "loss"}
+LOSS = {**RLOO, "kl_placement": "loss", "learning_rate": 1.5e-3}
 REINFORCE = {"advantages": "reinforce", "epochs": 1, "normalize_advantages": True}
 
 
@@ -222,15 +222,21 @@ def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tenso
     return distribution(world.folder / "ppo")
 
 
+METHODS = {  # settings, smallest share, seeds
+    "gae": (GAE | {"steps": 200}, 0.99, SEEDS),
+    "rloo": (RLOO | {"steps": 150}, 0.99, SEEDS),
+    "rloo, KL in the loss": (LOSS | {"steps": 200}, 0.98, SEEDS[:1]),
+    "reinforce": (REINFORCE | {"steps": 150}, 0.9, SEEDS),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    ("settings", "share"),
+    ("seed", "settings", "share"),
     [
-        pytest.param(GAE | {"steps": 200}, 0.99, id="gae"),
-        pytest.param(RLOO | {"steps": 150}, 0.99, id="rloo"),
-        pytest.param(LOSS | {"steps": 150}, 0.95, id="rloo, KL in the loss"),
-        pytest.param(REINFORCE | {"steps": 150}, 0.9, id="reinforce"),
+        pytest.param(seed, settings, share, id=f"{name}-{seed}")
+        for name, (settings, share, seeds) in METHODS.items()
+        for seed in seeds
     ],
 )
 def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(
@@ -250,7 +256,7 @@ def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(
     assert world.distance(world.reference) > 1
     print(world.summary(policy))  # `pytest -rP` shows it
     assert world.share(policy) >= share, world.summary(policy)
-    if share == 0.99:
+    if share > 0.9:
         assert world.distance(policy) <= 0.02, world.summary(policy)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from align.functional.returns import discounted_returns, gae
+from align.functional.token_rewards import completion_gae, rewards_to_go, token_rewards
 
 
 def row(*values: float) -> Tensor:
@@ -201,3 +204,40 @@ def test_the_arguments_are_not_changed():
     rows.gae(0.9, 0.9)
     discounted_returns(rows.rewards, rows.next_values, rows.terminated, rows.cut, gamma=0.9)
     assert all(torch.equal(getattr(rows, name), before[name]) for name in names)
+
+
+def test_nan_after_a_cut_and_in_padding_changes_nothing_before_it():
+    rewards = torch.tensor([[1.0, 2.0, math.nan, math.nan]])
+    values = torch.tensor([[0.5, 0.5, math.nan, math.nan]])
+    next_values = torch.tensor([[0.5, 0.5, math.nan, math.nan]])
+    never = torch.zeros(1, 4).bool()
+    cut = torch.tensor([[False, True, True, True]])
+    for terminated, stop in ((never, cut), (cut, never)):
+        advantages = gae(rewards, values, next_values, terminated, stop, gamma=0.9, lam=0.8)
+        returns = discounted_returns(rewards, next_values, terminated, stop, gamma=0.9)
+        short = [tensor[:, :2] for tensor in (rewards, values, next_values, terminated, stop)]
+        assert torch.equal(advantages[:, :2], gae(*short, gamma=0.9, lam=0.8))
+        del short[1]
+        assert torch.equal(returns[:, :2], discounted_returns(*short, gamma=0.9))
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_padding_of_a_completion_may_be_nan_or_infinite(junk):
+    mask = torch.tensor([[False, True, True, False], [False, True, True, True]])
+    numbers = torch.arange(8.0).view(2, 4)
+    wild = numbers.masked_fill(~mask, junk)
+    for result, expected in (
+        (
+            completion_gae(wild, wild, mask, gamma=0.9, lam=0.8),
+            completion_gae(numbers, numbers, mask, gamma=0.9, lam=0.8),
+        ),
+        (rewards_to_go(wild, mask, gamma=0.9), rewards_to_go(numbers, mask, gamma=0.9)),
+        (
+            token_rewards(torch.ones(2), wild, mask, kl_coef=0.5),
+            token_rewards(torch.ones(2), numbers, mask, kl_coef=0.5),
+        ),
+    ):
+        assert torch.equal(result, expected)
+    # A score that is not finite stays on the last token of its completion.
+    rewards = token_rewards(torch.tensor([junk, 1.0]), numbers, mask, kl_coef=0.5)
+    assert rewards.isfinite().sum() == 7
