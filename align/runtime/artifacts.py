@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from align import __version__
 from align.errors import ArtifactError
 from align.runtime import checksums
@@ -96,12 +98,15 @@ def read_artifact(folder: Path) -> Artifact | None:
     except ArtifactError as error:
         raise ArtifactError(f"{error}; {_repair(folder)}") from None
     try:
-        return Artifact(**data)
-    except TypeError as error:
+        artifact: Artifact = TypeAdapter(Artifact).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
         raise ArtifactError(
-            f"{folder / FILE}: not an artifact of this version of Align ({error}); "
+            f"{folder / FILE}: not an artifact of this version of Align ({place}: {first['msg']}); "
             f"{_repair(folder)}"
         ) from None
+    return artifact
 
 
 def check_identity(folder: Path, artifact: Artifact, kind: str, digest: str) -> None:
