@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.damage import DAMAGES
 from torch.testing import assert_close
 
 import align
@@ -235,6 +237,16 @@ def test_a_reward_model_scores_nested_completions(world, tmp_path):
     assert_close(scores[1, :1], expected)
     with pytest.raises(align.DataError, match="expected one list for each prompt"):
         scorer.score(["Hello.", "Bye."], [["a"], ["b", "c"]])
+    DAMAGES["a flipped bit"](tmp_path / "rm" / "tokenizer.json")
+    with pytest.raises(align.ArtifactError, match=r"tokenizer.json: its content differs"):
+        align.load_reward_model(tmp_path / "rm")
+
+
+def test_a_damaged_policy_is_not_loaded(world, tmp_path):
+    shutil.copytree(world.sft, tmp_path / "sft")
+    DAMAGES["a flipped bit"](tmp_path / "sft" / "model.safetensors")
+    with pytest.raises(align.ArtifactError, match=r"model.safetensors: its content differs"):
+        align.load_policy(tmp_path / "sft")
 
 
 def test_prefix_sharing_is_enabled_inside_the_block_only(world):

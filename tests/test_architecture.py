@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "models.prefix_sharing": "",
     "rl": "functional",
     "config": "errors",
-    "models": "errors models.prefix_sharing",
+    "models": "errors models.prefix_sharing runtime",
     "runtime": "errors __version__",
     "report": "errors",
     "data": "errors config runtime",

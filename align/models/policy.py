@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from align.models.generation import sample
 from align.models.loading import check_vocabulary, load_for_inference
 from align.models.tokenization import load_tokenizer
+from align.runtime import artifacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,9 +81,11 @@ def load_policy(
     CPU.
 
     Raises:
-        UserError: The model or its tokenizer cannot be loaded.
+        UserError: The model or its tokenizer cannot be loaded, or a file of its stage is damaged.
     """
     source = as_source(source)
+    if isinstance(source, Path):
+        artifacts.check_folder(source)
     model: Any = load_for_inference(source, dtype=dtype, revision=revision)
     tokenizer = load_tokenizer(source, revision=revision)
     check_vocabulary(source, model, tokenizer)

@@ -24,7 +24,7 @@ def find_policy(policy: str, runs: Path) -> Path | str:
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
-        _check_contents(folder)
+        artifacts.check_folder(folder)
         files.check_model_folder(folder)
         return folder
     if "/" in policy:
@@ -44,7 +44,7 @@ def find_control_policy(policy: str, runs: Path) -> Path:
         return newest_run(policy, runs, ("control",), recipe=CONTROL_RECIPE)
     if not (folder / "policy.json").is_file():
         raise ArtifactError(f"{folder}: no policy.json; name a `control` stage, or its folder")
-    _check_contents(folder)
+    artifacts.check_folder(folder)
     return folder
 
 
@@ -75,17 +75,10 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
             other_kind = f"; the stage `{name}` is of kind `{artifact.stage}`"
     if matching:
         newest = max(matching, key=lambda folder: (folder / artifacts.FILE).lstat().st_mtime)
-        _check_contents(newest)
+        artifacts.check_folder(newest)
         return newest
     hint = nearest(name, sorted(names)) if names else f"; run a recipe first, such as {recipe}"
     raise ArtifactError(
         f"{runs}: no finished policy `{name}`{' (it is not finished yet)' if unfinished else ''}"
         f"{other_kind}{hint}"
     )
-
-
-def _check_contents(folder: Path) -> None:
-    """Check the files of a finished stage against their checksums; other folders have none."""
-    artifact = artifacts.read_artifact(folder)
-    if artifact is not None:
-        artifacts.check_contents(folder, artifact)

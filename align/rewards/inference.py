@@ -11,6 +11,7 @@ from align.errors import DataError
 from align.models.policy import as_messages, as_source, default_device
 from align.models.tokenization import assistant_turn
 from align.rewards.reward_model import RewardModel
+from align.runtime import artifacts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,10 @@ def load_reward_model(
     """Load a reward model: a ``reward`` stage's folder, or any classifier with one label.
 
     Raises:
-        UserError: It cannot be loaded, has several labels, or its head was never trained.
+        UserError: It cannot be loaded, a file of its stage is damaged, it has several labels, or its head was never trained.
     """
-    model = RewardModel.load(as_source(source), dtype=dtype, device=device or default_device())
+    source = as_source(source)
+    if isinstance(source, Path):
+        artifacts.check_folder(source)
+    model = RewardModel.load(source, dtype=dtype, device=device or default_device())
     return CompletionScorer(model)

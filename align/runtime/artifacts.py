@@ -122,6 +122,17 @@ def check_identity(folder: Path, artifact: Artifact, kind: str, digest: str) -> 
         )
 
 
+def check_folder(folder: Path) -> None:
+    """Check the contents of a finished stage; a folder without an artifact has no checksums.
+
+    Raises:
+        ArtifactError: As :func:`check_contents`.
+    """
+    artifact = read_artifact(folder)
+    if artifact is not None:
+        check_contents(folder, artifact)
+
+
 def check_kinds(folder: Path) -> None:
     """Check that an unfinished stage can write its files: no folder or link has one of their names.
 
@@ -211,16 +222,28 @@ def digest_folder(folder: Path) -> str:
     The latter covers the base model of an adapter as well, if the base model is a folder on this
     disk.
     """
+    base = _base_folder(folder)
+    digests = [_digest_one_folder(each) for each in (folder, base) if each is not None]
+    return digests[0] if len(digests) == 1 else digest(digests)
+
+
+def _digest_one_folder(folder: Path) -> str:
     artifact = read_artifact(folder)
     if artifact is not None:
         return artifact.digest
-    own = digest_files(p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != ".")
-    config = folder / "adapter_config.json"
-    if config.is_file():
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base and Path(base).is_dir():
-            return digest([own, digest_folder(Path(base))])
-    return own
+    return digest_files(p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != ".")
+
+
+def _base_folder(folder: Path) -> Path | None:
+    """The base model of an adapter from elsewhere, if it is a folder on this disk."""
+    if (folder / FILE).is_file():
+        return None  # its digest covers its inputs
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = Path(config["base_model_name_or_path"])
+        return base if base.is_dir() else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None  # not an adapter; what is wrong with a damaged one is reported elsewhere
 
 
 @functools.cache

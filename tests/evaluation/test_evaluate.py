@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.damage import DAMAGES
 from rich.console import Console
 from rich.control import strip_control_codes
 from sklearn.linear_model import LogisticRegression
@@ -362,6 +363,17 @@ def test_prompts_are_refused_after_the_runs_folder_was_moved(
     assert training_tables(model) == {(runs / "data", "demonstrations")}
     with pytest.raises(UserError, match="in the training data of"):
         run(tmp_path / "out", other_split, {"sft": baseline, "dpo": model}, judge="gold")
+
+
+def test_damaged_training_data_of_a_model_are_named(
+    world: tiny_models.World, other_split: Path, tmp_path: Path
+):
+    # A changed prompt_id would not be recognized as held out.
+    shutil.copytree(other_split, tmp_path / "data")
+    model = copy_of(world.sft, tmp_path / "sft", {"demonstrations": tmp_path / "data"})
+    DAMAGES["a flipped bit"](tmp_path / "data" / "demonstrations-train.parquet")
+    with pytest.raises(UserError, match=r"demonstrations-train.parquet: its content differs"):
+        training_tables(model)
 
 
 def test_a_model_without_an_artifact_is_evaluated(

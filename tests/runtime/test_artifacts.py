@@ -1,0 +1,73 @@
+"""Tests of ``artifact.json``: types of its values, and digests of folders from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import ArtifactError
+from align.runtime import artifacts, checksums
+
+ARTIFACT = artifacts.Artifact("dpo", "dpo", "1" * 64, {}, {}, {}, {}, None, 0, 1, 0.0, None)
+
+
+def test_an_artifact_is_read_as_it_was_written(tmp_path):
+    (tmp_path / "model.safetensors").write_text("weights")
+    artifacts.write_artifact(tmp_path, ARTIFACT)
+    files = {
+        "model.safetensors": {
+            "bytes": 7,
+            "sha256": checksums.digest_file(tmp_path / "model.safetensors"),
+        }
+    }
+    assert artifacts.read_artifact(tmp_path) == dataclasses.replace(ARTIFACT, files=files)
+    artifacts.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(artifacts.Artifact)])
+def test_a_value_of_another_type_is_named(tmp_path, field):
+    # With a matching checksum, as if another program had written it.
+    content: dict[str, Any] = dataclasses.asdict(ARTIFACT)
+    content[field] = [{"x": []}] if not isinstance(content[field], list) else {"x": 1}
+    artifacts.write_json(tmp_path / artifacts.FILE, checksums.seal(content))
+    with pytest.raises(ArtifactError, match=rf"not an artifact of this version of Align \({field}"):
+        artifacts.read_artifact(tmp_path)
+
+
+def test_what_a_stage_did_not_write_is_not_recorded(tmp_path):
+    for name in (
+        ".cache/x.arrow",
+        "checkpoint-2/a.json",
+        "damaged-checkpoint-2/a.json",
+        ".working",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "events.out.tfevents.1").write_text("TensorBoard still writes to it")
+    artifacts.write_artifact(tmp_path, ARTIFACT)
+    artifact = artifacts.read_artifact(tmp_path)
+    assert artifact is not None and artifact.files == {}
+
+
+@pytest.mark.parametrize("base", [3, None, ["x"], "itself", "missing", "a model"])
+def test_the_digest_of_an_adapter_covers_its_base_folder(tmp_path, base):
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    for folder in (adapter, model):
+        folder.mkdir()
+    (model / "config.json").write_text("{}")
+    name = {"itself": str(adapter), "a model": str(model)}.get(str(base), base)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    before = artifacts.digest_folder(adapter)
+    (model / "config.json").write_text("[]")
+    assert (artifacts.digest_folder(adapter) != before) == (base == "a model")
+
+
+def test_the_digest_of_a_folder_with_a_damaged_adapter_configuration(tmp_path: Path):
+    for content in ("[]", "{", "null", "[" * 100_000):
+        (tmp_path / "adapter_config.json").write_text(content)
+        assert len(artifacts.digest_folder(tmp_path)) == 64
