@@ -145,7 +145,9 @@ def _column_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
         return [f"{part.name}: the rows are whole transcripts; read them with `reader: hh`"]
     kind = kind_of(names)
     has_prompt = "prompt" in names or any(isinstance(row.get("chosen"), list) for row in rows)
-    if not kind or (kind == "pairs" and not has_prompt):
+    if kind == "pairs" and not has_prompt:
+        return [_missing_columns(part.name, names, FORMATS[:1])]
+    if not kind:
         return [_missing_columns(part.name, names, FORMATS)]
     return []
 

@@ -24,7 +24,7 @@ from align.data.file_limits import (
     Problems,
     check_row_size,
 )
-from align.data.json_list import json_limit, json_type, read_json_list
+from align.data.json_list import json_limit, json_reason, json_type, read_json_list
 from align.data.rows import Raw
 from align.errors import DataError
 
@@ -99,7 +99,7 @@ def _read_jsonl(path: Path, stream: ByteStream) -> Iterator[Raw]:
         except UnicodeDecodeError as error:
             problems.add(f"{path}:{number}: not UTF-8 at byte {error.start + 1}; save it as UTF-8")
         except json.JSONDecodeError as error:
-            problems.add(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+            problems.add(f"{path}:{number}: not JSON: {json_reason(error)} at column {error.colno}")
         except (RecursionError, ValueError) as error:
             problems.add(f"{path}:{number}: unreadable JSON: {json_limit(error)}")
         else:

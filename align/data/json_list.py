@@ -83,10 +83,10 @@ class _JsonText:
                 value, self._position = self._json.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 if len(self._text) - self._position > MAX_ROW:
-                    reason = f"{error.msg}, or a row of more than {MAX_ROW // 2**20} MiB"
+                    reason = f"{json_reason(error)}, or a row of more than {MAX_ROW // 2**20} MiB"
                     raise self._error(reason, error.pos) from None
                 if not self._read_more():
-                    raise self._error(error.msg, error.pos) from None
+                    raise self._error(json_reason(error), error.pos) from None
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{self._path}: unreadable JSON: {json_limit(error)}") from None
             else:
@@ -122,6 +122,11 @@ def json_type(value: object) -> str:
     """Name of the type of a JSON value, with its article."""
     names = {list: "a list", dict: "an object", str: "a text", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
+
+
+def json_reason(error: json.JSONDecodeError) -> str:
+    """Message of Python's parser, without the "at" that some of them end in."""
+    return error.msg.removesuffix(" at").removesuffix(" starting")
 
 
 def json_limit(error: Exception) -> str:

@@ -175,7 +175,8 @@ def check_usable(tables: Iterable[RowTable], source: str) -> None:
         if not table.kept.any():
             reasons = table.count_dropped()
             counts = ", ".join(
-                f"{count} {reason}" + (f" ({table.examples[reason]})" * (reason in table.examples))
+                f"{count} {reason}"
+                + (f" ({first})" if (first := table.examples.get(reason)) else "")
                 for reason, count in reasons.most_common()
             )
             transcripts = "not an HH transcript" in reasons

@@ -88,6 +88,9 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("pairs of plain text without a prompt", "a.jsonl", lines('{"chosen": "a", "rejected": "b"}'),
      {}, "a.jsonl: no column `prompt`; found `chosen`, `rejected`;"
      " map it with `columns: {prompt: ...}`"),
+    ("pairs without a prompt beside messages", "a.jsonl", lines('{"chosen": "a", "rejected": "b", "messages": []}'),
+     {}, "a.jsonl: no column `prompt`; found `chosen`, `rejected`, `messages`;"
+     " map it with `columns: {prompt: ...}`"),
     ("transcripts read as columns", "a.jsonl", lines(TRANSCRIPT), {},
      "a.jsonl: the rows are whole transcripts; read them with `reader: hh`"),
     ("columns read as transcripts", "a.jsonl", lines(PAIR_LINE), {"reader": "hh"},
@@ -97,6 +100,8 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("nothing usable", "a.jsonl", lines(PAIR_LINE.replace("No.", "Hello."), PAIR_LINE.replace("No.", "")), {},
      "a.jsonl: none of 2 pairs is usable: 1 chosen equals rejected (row 1), 1 blank completion (row 2);"
      " fix its rows, or map `columns:`"),
+    ("only contradictions", "a.jsonl", lines(PAIR_LINE, json.dumps({**PAIR, "chosen": "No.", "rejected": "Hello."})), {},
+     "a.jsonl: none of 2 pairs is usable: 2 contradiction; fix its rows, or map `columns:`"),
     ("wrong roles", "a.jsonl", lines('{"messages": [{"role": "human", "content": "a"}]}'), {},
      "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: role `human`; allowed are"
      " `system`, `user`, `assistant`); fix its rows"),
