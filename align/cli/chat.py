@@ -18,7 +18,7 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
     import torch
     from transformers import TextStreamer
 
-    from align.models import generation, tokenization
+    from align.models import files, generation, tokenization
     from align.models.policy import load_policy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +51,17 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
             continue
         messages.append({"role": "user", "content": line})
         ids = tokenization.tokenize_prompts(tokenizer, [messages])
+        limit = files.position_limit(model.config)
+        left = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids[0]))
+        if left < 1:
+            del messages[-1]
+            print(
+                f"the conversation fills the {limit} positions of the model; an empty line starts "
+                "a new one",
+                file=sys.stderr,
+            )
+            continue
+        model.generation_config.max_new_tokens = left
         inputs, mask = tokenization.pad_rows(
             ids, pad=tokenizer.pad_token_id, side="left", device=device
         )

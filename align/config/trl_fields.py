@@ -109,8 +109,10 @@ MAPPINGS = {
     "activation_checkpointing_kwargs": _CHECKPOINTING,
     "accelerator_config": {"even_batches": "bool", "non_blocking": "bool"},
 }
-"""The keys of mappings, with their types. Of ``accelerator_config``, those that keep Align's batches
-and its order of rows."""
+"""The keys of mappings, with their types.
+
+Of ``accelerator_config``, those that keep the batches and the order of rows.
+"""
 
 NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "discopop_tau": ("loss_type", ("discopop",)),

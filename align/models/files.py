@@ -243,3 +243,23 @@ def _weight_problems(file: Path) -> list[str]:
     except (OSError, SafetensorError) as error:
         return [f"{file}: malformed or truncated: {error}; download or save the model again"]
     return []
+
+
+def position_limit(config: Any) -> int | None:
+    """The number of positions of a loaded model, from its configuration; None without a limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def read_position_limit(folder: Path) -> int | None:
+    """The number of positions of the model in a folder, or of the base of the adapter in it."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = Path(read_adapter_base(folder / ADAPTER_CONFIG, folder).source)
+        return read_position_limit(base) if base.is_dir() else None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config |= config.get("text_config") or {}
+    except (OSError, ValueError, TypeError):
+        return None  # the check of the folder reports it
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from align.errors import UserError
+from align.models.files import position_limit
 from align.models.tokenization import (
     decode_completion,
     end_tokens,
@@ -64,14 +66,19 @@ def sample(
     number, so the result does not depend on which process samples which batch. ``map_batches``
     distributes the batches, such as ``runtime.distributed.map_rows``; by default this process
     samples all of them.
+
+    Raises:
+        UserError: A prompt with ``max_new_tokens`` exceeds the model's positions.
     """
+    tokens = tokenize_prompts(tokenizer, prompts)
+    check_positions(model.config, tokens, max_new_tokens)
     stops = set_sampling(
         model, tokenizer, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
     )
     model.eval()
     completions = generate(
         model,
-        tokenize_prompts(tokenizer, prompts),
+        tokens,
         stops,
         n_completions=n_completions,
         batch_size=max(1, batch_size // n_completions),
@@ -79,6 +86,24 @@ def sample(
         map_batches=map_batches,
     )
     return [[_completion(row, stops, tokenizer) for row in rows] for rows in completions]
+
+
+def check_positions(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Check that tokenized prompts and their completions fit into the positions of a model.
+
+    Raises:
+        UserError: Some do not.
+    """
+    limit = position_limit(config)
+    if limit is None:
+        return
+    n_long = sum(len(ids) + max_new_tokens > limit for ids in prompts)
+    if n_long:
+        raise UserError(
+            f"max_new_tokens: {n_long:,} of {len(prompts):,} prompts plus {max_new_tokens} new "
+            f"tokens exceed the model's {limit} positions; lower `max_new_tokens`, or drop long "
+            "prompts in `prepare`"
+        )
 
 
 def generate(

@@ -11,15 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.models.files import position_limit
 from align.models.generation import sample
 from align.models.loading import check_vocabulary, load_for_inference
-from align.models.tokenization import load_tokenizer
+from align.models.tokenization import load_tokenizer, tokenize_prompts
 from align.runtime import artifacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from align.models.tokenization import Message
+
+
+NEW_TOKENS = 256
+"""Largest number of tokens of a completion, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +41,36 @@ class Policy:
         n: int = 1,
         temperature: float = 0.7,
         top_p: float = 1.0,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         batch_size: int = 64,
         seed: int | None = None,
     ) -> list[list[str]]:
         """Sample ``n`` completions for each prompt, in the order of the prompts.
 
         A prompt is the text of a user's turn, or a list of messages. ``temperature=0`` takes the
-        most likely token. Without ``seed`` every call draws other completions. The same seed gives
+        most likely token. ``max_new_tokens`` is by default 256, or what the longest prompt leaves of
+        the model's positions. Without ``seed`` every call draws other completions. The same seed gives
         the same completions; two policies that are compared need different seeds, because equal
         ones couple their completions and raise the win rate of the better one. torch's random state
         is restored afterwards.
 
         Raises:
-            UserError: The tokenizer has no chat template.
+            UserError: The tokenizer has no chat template, or a prompt with its completion exceeds
+                the model's positions.
         """
         import torch
 
+        messages = [as_messages(prompt) for prompt in prompts]
+        if max_new_tokens is None:
+            longest = max(map(len, tokenize_prompts(self.tokenizer, messages)), default=0)
+            limit = position_limit(self.model.config)
+            left = NEW_TOKENS if limit is None else limit - longest
+            max_new_tokens = max(1, min(NEW_TOKENS, left))
         with torch.random.fork_rng():
             completions = sample(
                 self.model,
                 self.tokenizer,
-                [as_messages(prompt) for prompt in prompts],
+                messages,
                 n_completions=n,
                 temperature=temperature,
                 top_p=top_p,

@@ -9,8 +9,7 @@ from torch import randperm
 
 from align.config.ppo import PPO
 from align.data.rows import Row
-from align.errors import UserError
-from align.models import tokenization
+from align.models import generation, tokenization
 from align.online_rl.models import PPOModels
 from align.runtime import distributed
 from align.runtime.seeds import generator
@@ -43,15 +42,7 @@ def tokenize(rows: Sequence[Row], models: PPOModels, config: PPO) -> Prompts:
         UserError: A prompt and ``max_new_tokens`` exceed the model's positions.
     """
     tokens = tokenization.tokenize_prompts(models.tokenizer, [row["prompt"] for row in rows])
-    limit = getattr(models.policy.model.config, "max_position_embeddings", None)
-    if limit is not None:
-        n_long = sum(len(ids) + config.max_new_tokens > limit for ids in tokens)
-        if n_long:
-            raise UserError(
-                f"max_new_tokens: {n_long:,} of {len(tokens):,} prompts plus "
-                f"{config.max_new_tokens} new tokens exceed the model's {limit} positions; lower "
-                "`max_new_tokens`, or drop long prompts in `prepare`"
-            )
+    generation.check_positions(models.policy.model.config, tokens, config.max_new_tokens)
     return Prompts(rows, tokens)
 
 

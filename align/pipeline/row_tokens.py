@@ -7,7 +7,6 @@ the local cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,33 +90,51 @@ def read_model(
     model = getattr(config, "model", None)
     if isinstance(model, NewModel):
         return _new_model(model, rows)
-    source = stage.inputs["model"]
     fields = config.trl_arguments() if isinstance(config, TRLStage) else {}
-    changes = {"chat_template_path", "eos_token"} & fields.keys()
-    folder: Path | None
-    if isinstance(source, str):
-        folder = hub.cached_folder(
-            source, revision=getattr(config, "revision", None), containing=TOKENIZERS
-        )
-    elif source in known:
-        return TokenizedModel(None, known[source].positions) if changes else known[source]
-    else:
-        folder = source
+    source = stage.inputs["model"]
+    revision = getattr(config, "revision", None)
+    if not {"chat_template_path", "eos_token"} & fields.keys():
+        return find_model(source, known, revision=revision)
+    if isinstance(source, Path) and source in known:
+        return TokenizedModel(None, known[source].positions)
+    folder, template = _folder(source, revision), fields.get("chat_template_path")
     if folder is None:
         return TokenizedModel()
-    template = fields.get("chat_template_path")
+    positions = files.read_position_limit(folder)
     if template is not None and not Path(template).exists():
         template = hub.cached_folder(template, containing=TOKENIZERS)
         if template is None:
-            return TokenizedModel(None, _positions(folder))
-    return TokenizedModel(
-        tokenizer_files.read_conversations(
-            folder,
-            template=None if template is None else Path(template),
-            eos_token=fields.get("eos_token"),
-        ),
-        _positions(folder),
+            return TokenizedModel(None, positions)
+    conversations = tokenizer_files.read_conversations(
+        folder,
+        template=None if template is None else Path(template),
+        eos_token=fields.get("eos_token"),
     )
+    return TokenizedModel(conversations, positions)
+
+
+def find_model(
+    source: Path | str, known: Mapping[Path, TokenizedModel], *, revision: str | None = None
+) -> TokenizedModel:
+    """The tokenizer and the positions of a model, given by its folder or Hub id.
+
+    Raises:
+        UserError: A file is malformed, or there is no chat template.
+    """
+    if isinstance(source, Path) and source in known:
+        return known[source]
+    folder = _folder(source, revision)
+    if folder is None:
+        return TokenizedModel()
+    conversations = tokenizer_files.read_conversations(folder)
+    return TokenizedModel(conversations, files.read_position_limit(folder))
+
+
+def _folder(source: Path | str, revision: str | None) -> Path | None:
+    """The folder of a model; None if it is not on this machine."""
+    if isinstance(source, Path):
+        return source
+    return hub.cached_folder(source, revision=revision, containing=TOKENIZERS)
 
 
 def _new_model(model: NewModel, rows: Sequence[Sequences]) -> TokenizedModel:
@@ -136,20 +153,6 @@ def _new_model(model: NewModel, rows: Sequence[Sequences]) -> TokenizedModel:
         ),
         model.max_position_embeddings,
     )
-
-
-def _positions(folder: Path) -> int | None:
-    """The positions in the ``config.json`` of a model folder, or of the base of an adapter."""
-    if (folder / files.ADAPTER_CONFIG).is_file():
-        base = Path(files.read_adapter_base(folder / files.ADAPTER_CONFIG, folder).source)
-        return _positions(base) if base.is_dir() and base != folder else None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config |= config.get("text_config") or {}
-    except (OSError, ValueError, TypeError):
-        return None  # reported by the check of the folder
-    limit = config.get("max_position_embeddings", config.get("n_positions"))
-    return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None
 
 
 def count(stage: TRLStage, rows: Sequence[Sequences], model: TokenizedModel) -> Counts:
@@ -196,3 +199,20 @@ def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> lis
     ]
     lengths = iter(map(len, conversations.encode_batch(texts)))
     return [max(next(lengths) for _ in row.completions) for row in rows]
+
+
+def count_long_prompts(
+    prompts: Sequence[Sequence[Mapping[str, Any]]], model: TokenizedModel, max_new_tokens: int
+) -> int:
+    """The number of prompts that, with a completion, exceed the positions of a model.
+
+    Raises:
+        UserError: The template refuses a prompt.
+    """
+    if model.conversations is None or model.positions is None:
+        return 0
+    left = model.positions - max_new_tokens
+    # No token is shorter than a byte.
+    sizes = [sum(len(str(m.get("content")).encode()) + MARGIN * 4 for m in p) for p in prompts]
+    near = [p for p, size in zip(prompts, sizes, strict=True) if size + MARGIN * 8 > left]
+    return sum(len(ids) > left for ids in model.conversations.prompts(near))

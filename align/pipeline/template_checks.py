@@ -13,8 +13,8 @@ from typing import Any
 from align.config.base import Stage
 from align.config.recipe import ErrorCollector
 from align.errors import UserError
-from align.models import tokenizer_files
 from align.models.conversations import Conversations
+from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Sequences, Tables, TokenizedModel
 
@@ -59,23 +59,40 @@ def check_prompts(
     errors: ErrorCollector,
     stage: PlannedStage,
     tables: Mapping[Path, Tables],
-    models: Mapping[Path, TokenizedModel],
+    models: dict[Path, TokenizedModel],
 ) -> None:
-    """Check the prompts of a stage that samples, with the template of each of its policies."""
-    rows = [Sequences(row["prompt"], ()) for row in _prompts(stage.config, stage.inputs, tables)]
+    """Check the prompts of a stage that samples, with each of its policies.
+
+    The template must accept them, and they must leave positions for the completions.
+    """
+    config: Any = stage.config
+    rows = [Sequences(row["prompt"], ()) for row in _prompts(config, stage.inputs, tables)]
     for key, source in stage.inputs.items():
-        if key != "model" and not key.startswith("policies."):
+        if key not in ("model", "baseline") and not key.startswith("policies."):
             continue
         with errors.at(stage.name, *key.split(".")):
-            if isinstance(source, str):
-                continue  # on the Hub
-            known = models.get(source)
-            conversations = (
-                tokenizer_files.read_conversations(source) if known is None else known.conversations
-            )
-            if conversations is not None:
-                conversations.prompts([[{"role": "user", "content": "User"}]])
-                check_rows(conversations, rows)
+            revision = getattr(config, "revision", None)
+            model = row_tokens.find_model(source, models, revision=revision)
+            if key == "model":
+                models[stage.folder] = model
+            if model.conversations is not None:
+                model.conversations.prompts([[{"role": "user", "content": "User"}]])
+                check_rows(model.conversations, rows)
+                _check_positions(errors, stage, rows, model)
+
+
+def _check_positions(
+    errors: ErrorCollector, stage: PlannedStage, rows: Sequence[Sequences], model: TokenizedModel
+) -> None:
+    new_tokens = getattr(stage.config, "max_new_tokens", 0)
+    prompts = [row.prompt for row in rows[: getattr(stage.config, "n_prompts", None)]]
+    n_long = row_tokens.count_long_prompts(prompts, model, new_tokens)
+    if n_long:
+        errors.add(
+            (stage.name, "max_new_tokens"),
+            f"{n_long:,} of {len(prompts):,} prompts plus {new_tokens} new tokens exceed the "
+            f"{model.positions} positions of the model; lower it, or drop long prompts in `prepare`",
+        )
 
 
 def _prompts(

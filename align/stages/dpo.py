@@ -13,7 +13,7 @@ from trl import DPOConfig
 
 from align.config.training import DPO
 from align.data import tables
-from align.models import adapters, logps
+from align.models import adapters, files, logps
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -51,7 +51,7 @@ def build(
     train_rows = tables.load_dataset(data, "pairs", "train", output_dir)  # 1. data
     held_out_rows = tables.load_dataset(data, "pairs", "validation", output_dir)
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
-    limit = row_limits.max_length(config, row_limits.positions(models.policy.config))
+    limit = row_limits.max_length(config, files.position_limit(models.policy.config))
     arguments.max_length = limit
     with trl_trainer.construction(models.tokenizer, config):
         trainer = TokenWeightedDPOTrainer(  # 3. trainer

@@ -21,7 +21,7 @@ from trl.data_utils import unpair_preference_dataset
 
 from align.config.training import KTO
 from align.data import tables
-from align.models import adapters
+from align.models import adapters, files
 from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -85,7 +85,7 @@ def build_with_trl_batches(
         undesirable_weight=weights.undesirable,
     )
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
-    limit = row_limits.max_length(config, row_limits.positions(models.policy.config))
+    limit = row_limits.max_length(config, files.position_limit(models.policy.config))
     arguments.max_length = limit
     with trl_trainer.construction(models.tokenizer, config):
         trainer = KTOTrainer(  # 3. trainer

@@ -19,7 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from align.config.training import Reward
 from align.data import tables
 from align.evaluation import reward_model as evaluation
-from align.models import tokenization
+from align.models import files, tokenization
 from align.models.loading import check_vocabulary
 from align.models.prefix_sharing import wrapper
 from align.rewards.reward_model import RewardModel, new_reward_model
@@ -72,7 +72,7 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
         source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
     )
     check_vocabulary(source, model, tokenizer)
-    limit = row_limits.max_length(config, row_limits.positions(model.config))
+    limit = row_limits.max_length(config, files.position_limit(model.config))
     arguments.max_length = limit  # TRL leaves longer pairs out
     train_rows, held_out_rows = (  # 2. data
         tokenize_pairs(tables.load_dataset(data, "pairs", split, output_dir), tokenizer, config)

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from align.config.base import NewModel
 from align.config.training import SFT
 from align.data import tables
-from align.models import adapters, loading, tokenization
+from align.models import adapters, files, loading, tokenization
 from align.models.adapters import PolicyAndReference
 from align.models.prefix_sharing import wrapper
 from align.runtime import checkpoints, distributed
@@ -42,7 +42,7 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SF
     train_rows = tables.load_dataset(data, "demonstrations", "train", output_dir)  # 1. data
     held_out_rows = tables.load_dataset(data, "demonstrations", "validation", output_dir)
     model = _load(config, inputs, train_rows, output_dir)  # 2. model
-    limit = row_limits.max_length(config, row_limits.positions(model.policy.config))
+    limit = row_limits.max_length(config, files.position_limit(model.policy.config))
     arguments.max_length = limit
     with trl_trainer.construction(model.tokenizer, config):
         trainer = SFTTrainer(  # 3. trainer

@@ -33,12 +33,6 @@ def max_length(stage: TRLStage, positions: int | None) -> int | None:
     return positions
 
 
-def positions(model_config: Any) -> int | None:
-    """The number of positions of a loaded model; None if it has no limit."""
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def loses_row(stage: TRLStage, start: int, length: int, limit: int | None) -> bool:
     """Whether truncation leaves nothing to train on of a row whose completion begins at ``start``.
 

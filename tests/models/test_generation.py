@@ -22,6 +22,7 @@ from transformers import (
 from align.errors import UserError
 from align.models import generation, loading, logps, tokenization
 from align.models.generation import Completion
+from align.models.policy import Policy
 from align.runtime import distributed
 
 SAMPLING = {
@@ -385,3 +386,19 @@ def test_operations_on_logits_of_other_architectures_are_applied(
     other = AutoModelForCausalLM.from_config(config).eval()
     sums = logps.completion_logps(other, tokenizer, pairs[:2], batch_size=2)
     assert_close(sums, by_hand(other, tokenizer, pairs[:2]), rtol=1e-5, atol=1e-5)
+
+
+# Positions ----------------------------------------------------------------------------------------
+
+
+def test_prompts_that_leave_no_positions_for_a_completion_are_refused(
+    model: Any, tokenizer: Any, prompts: Any, world: tiny_models.World
+):
+    longest = max(map(len, tokenization.tokenize_prompts(tokenizer, prompts)))
+    left = tiny_models.POSITIONS - longest
+    with pytest.raises(UserError, match=rf"^max_new_tokens: 1 of {len(prompts)} prompts plus"):
+        sample(model, tokenizer, prompts, max_new_tokens=left + 1)
+    sample(model, tokenizer, prompts, max_new_tokens=left)
+    # By default, the completions of the Python API end at the positions of the model.
+    texts = Policy(model, tokenizer).generate([prompts[0], "a " * 160], temperature=0.0)
+    assert len(texts) == 2

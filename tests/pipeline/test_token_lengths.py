@@ -92,3 +92,27 @@ def test_a_template_without_an_end_token_is_an_error_of_check(
         "sft.model: a new model: its chat template ends a completion with '###" in errors.lines[0]
     )
     assert "allow_missing_end_token: true" in errors.lines[0]
+
+
+def test_prompts_that_leave_no_positions_for_a_completion_are_an_error_of_check(
+    stages: tuple[ErrorCollector, list[PlannedStage]],
+) -> None:
+    Path("recipe.yaml").write_text(
+        RECIPE.replace("test_fraction: 0.0", "test_fraction: 0.5").replace(
+            "{max_length: 200}", "{}"
+        )
+        + """\
+  sample: {model: sft, max_new_tokens: 16, n_prompts: 5}
+  ppo: {model: sft, rewards: [reward], steps: 2, max_new_tokens: 50, batch_size: 4}
+  evaluate: {policies: [dpo], baseline: sft, judge: gold, max_new_tokens: 48}
+  evaluate_2: {stage: evaluate, policies: [dpo], baseline: sft, implicit_rewards: true, max_new_tokens: 48}
+""",
+        encoding="utf-8",
+    )
+    recipe = load_recipe("recipe.yaml")
+    errors = ErrorCollector(recipe)
+    list(token_lengths.examine(errors, plan(recipe, Path("runs"))))
+    places = [line.partition(": ")[2].partition(": ")[0] for line in dict.fromkeys(errors.lines)]
+    places.remove("evaluate.judge")  # the prompts are no task of the gold score
+    assert places == ["ppo.max_new_tokens", "evaluate.max_new_tokens"]
+    assert any("prompts plus 50 new tokens exceed the 64 positions" in e for e in errors.lines)
