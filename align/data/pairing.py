@@ -17,7 +17,10 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 from align.data.rows import DroppedError, Raw, Row
+from align.errors import DataError
 
+LARGEST_SCORE = 1e30
+"""Largest absolute value of a score; differences of larger ones overflow in single precision."""
 Pairing = Literal["best_worst", "best_random", "all"]
 PairsOrDrops = Iterator[Raw | DroppedError]
 
@@ -76,7 +79,16 @@ def pairs_from_scores(
     are dropped. Without ``slope`` the completion with the higher score is chosen, and ties are
     dropped. With ``slope`` the label is drawn from the Bradley-Terry model of the scores,
     ``sigmoid(slope * difference)``, which models the noise of human labels.
+
+    Raises:
+        DataError: A score is not finite or very large, so that it orders no pair.
     """
+    for row, score in zip(rows, scores, strict=True):
+        if not is_usable(score):
+            raise DataError(
+                f"the score of {row['completion'][-1]['content']!r:.80} is {score}; scores must be "
+                f"finite, at most {LARGEST_SCORE:g}: check the weights of the judge"
+            )
     random = Random(seed)
     dropped: Counter[str] = Counter()
     pairs: list[Row] = []
@@ -100,6 +112,11 @@ def pairs_from_scores(
     gaps = [row["chosen_score"] - row["rejected_score"] for row in pairs]
     agreement = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
     return PairingResult(pairs, dict(dropped), agreement / max(len(pairs), 1))
+
+
+def is_usable(score: float) -> bool:
+    """Whether a score is a number with which pairs can be ordered; False for NaN."""
+    return abs(score) <= LARGEST_SCORE
 
 
 def _distinct_completions(
@@ -155,6 +172,10 @@ def pair_completions(
     prompt: object, scored: Sequence[Scored], options: PairingOptions
 ) -> PairsOrDrops:
     """Pair the scored completions of one prompt, the higher score chosen."""
+    usable = [item for item in scored if is_usable(item.score)]
+    if len(usable) < len(scored):
+        yield DroppedError("a score is not a finite number")
+        return
     if len(scored) < 2:
         yield DroppedError("fewer than two scored completions")
         return

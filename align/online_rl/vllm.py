@@ -85,6 +85,11 @@ class VLLMSampler:
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
             responses = list(pool.map(request, range(len(prompts))))
         completions = [row for row, _ in responses]
+        if not all(completions):
+            raise UserError(
+                f"{self.config.vllm_url}: the server returned a completion without tokens; it must "
+                "return the stop token too: start it without options that remove tokens"
+            )
         return Completions(
             [list(prompt) for prompt in prompts],
             completions,

@@ -103,6 +103,9 @@ class RewardModel:
         """Scores of tokenized prompts with completions, in float32.
 
         Rows with a common prefix share a batch, so that prefix sharing computes the prefix once.
+
+        Raises:
+            UserError: A score is not finite.
         """
         import torch
 
@@ -122,7 +125,14 @@ class RewardModel:
                 # apart.
                 raw = states.float() @ head_weight(self.head)[0].float()
                 scores[torch.tensor(batch)] = raw.cpu()
-        return scores - self.offset
+        scores -= self.offset
+        if n_invalid := int((~scores.isfinite()).sum()):
+            raise UserError(
+                f"{self.model.name_or_path}: this reward model gives {n_invalid} of {len(rows)} "
+                f"completions a score that is not finite; check its weights and {FILE}, or train "
+                "it again"
+            )
+        return scores
 
 
 def score_mean(source: Path | str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from align.data import pairing
+from align.errors import DataError
 
 
 def rows(*texts: str, prompt: str = "p") -> list[dict[str, Any]]:
@@ -134,3 +135,17 @@ def test_noisy_labels_have_the_probability_of_the_sigmoid_on_both_sides():
         sampled = [row for i in range(8000) for row in rows("a", "b", prompt=str(i))]
         result = pairing.pairs_from_scores(sampled, scores * 8000, pairing="all", slope=1.0, seed=2)
         assert words(result).count("ab") / 8000 == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, 1e308, -1e308])
+@pytest.mark.parametrize("slope", [None, 2.0])
+def test_a_score_that_orders_no_pair_is_an_error_with_its_completion(score, slope):
+    with pytest.raises(DataError, match=r"the score of 'b' is .*scores must be finite"):
+        pairing.pairs_from_scores(rows(*"abc"), [0.1, score, 0.3], pairing="all", slope=slope)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, 1e308])
+def test_a_public_row_with_a_score_that_orders_no_pair_is_dropped(score):
+    scored = [pairing.Scored(0.1, "a"), pairing.Scored(score, "b"), pairing.Scored(0.3, "c")]
+    (dropped,) = pairing.pair_completions("p", scored, pairing.PairingOptions())
+    assert str(dropped) == "a score is not a finite number"

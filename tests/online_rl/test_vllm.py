@@ -116,3 +116,12 @@ def test_without_vllm_installed_the_error_names_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(distributed, "is_main", lambda: True)
     with pytest.raises(UserError, match="vLLM is not installed"):
         vllm.connect("http://localhost:1", "cpu")
+
+
+def test_a_completion_without_tokens_is_an_error_that_names_the_server(world):
+    models = ppo_fixtures.build_models(world.sft, [], lora=False)
+    client = Client([[7, 8, 2], []], [[-0.5, -1.0, -0.25], []])
+    config = ppo_fixtures.ppo_config(sampler="vllm", vllm_url="http://here:8000")
+    sampler = vllm.VLLMSampler(client, models.policy, {2}, config)
+    with pytest.raises(UserError, match=r"http://here:8000: .* completion without tokens"):
+        sampler.generate([[4, 5], [6]], seed=0)

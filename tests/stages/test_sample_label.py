@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,19 @@ def test_the_adapter_of_a_reward_model_changes_its_scores(
         for folder in rewards.values()
     )
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("offset", [float("nan"), 1e308, -float("inf")])
+def test_scores_that_are_not_finite_are_an_error_with_the_folder(
+    completions: Path, rewards: dict[str, Path], offset: float
+):
+    rows = tiny_models.rows(completions, "completions-train")[:3]
+    model = reward_model.RewardModel.load(rewards["reward"], dtype="float32", device="cpu")
+    broken = dataclasses.replace(model, offset=offset)
+    arguments = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    with pytest.raises(UserError, match="3 of 3 completions a score that is not finite") as error:
+        broken.score(*arguments, batch_size=2)
+    assert str(rewards["reward"]) in str(error.value)
 
 
 def test_a_policy_is_not_a_reward_model(world: tiny_models.World):
