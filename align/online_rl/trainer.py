@@ -112,12 +112,27 @@ class PPOTrainer:
                 if config.eval_steps and (done % config.eval_steps == 0 or is_last):
                     self.evaluate(done)
                 stopping = distributed.any_rank(stop.requested) and not is_last
+                if stopping or is_last or done % save_steps == 0:
+                    self.check_weights(done)
                 if stopping or (done % save_steps == 0 and not is_last):
                     checkpoint.save(
                         self.output_dir, done, self.models, self.optimizer, self.kl_coef
                     )
                 if stopping:
                     raise signals.Interrupted
+
+    def check_weights(self, done: int) -> None:
+        """Check trained weights before they are saved; gradients are checked in each update.
+
+        Raises:
+            UserError: A weight is not finite.
+        """
+        for name, weight in self.models.weights().items():
+            if not bool(weight.isfinite().all()):
+                raise UserError(
+                    f"a weight of the {name.partition('.')[0]} is not finite after {done} steps and "
+                    "was not saved: lower `learning_rate` or `critic_learning_rate`"
+                )
 
     def step(self, step: int) -> None:
         """One training step; ``step`` counts from 0."""

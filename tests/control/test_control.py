@@ -28,6 +28,7 @@ from align.control.networks import (
 )
 from align.control.spaces import EnvSpec
 from align.control.trainer import PolicyGradientTrainer, derive_seed
+from align.errors import UserError
 from align.functional import masked
 
 DISCRETE = EnvSpec(n_features=2, n_actions=2, low=None, high=None)
@@ -658,3 +659,11 @@ def test_cartpole_with_other_options_is_stepped_one_by_one():
     environments = make_vector_env("CartPole-v1", options, 2)
     assert not isinstance(environments, CartPole)
     assert isinstance(make_vector_env("CartPole-v1", {"max_episode_steps": 7}, 2), CartPole)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "squashed"])
+def test_weights_that_are_not_finite_end_the_run(distribution):
+    learner = build(environment="Pendulum-v1", learning_rate=1e38, distribution=distribution)
+    with pytest.raises(UserError, match=r"seed 0: a weight is not finite after \d+ steps"):
+        for _ in range(3):
+            learner.train_step()

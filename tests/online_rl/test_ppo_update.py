@@ -273,6 +273,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_changes_a_weight(
     assert torch.equal(flat_weights(ppo), before)
 
 
+def test_weights_that_are_not_finite_are_not_saved(folders: Folders, tmp_path: Path):
+    ppo = ppo_fixtures.build_trainer(folders, tmp_path)
+    ppo.check_weights(0)
+    next(iter(ppo.models.weights().values())).data.flatten()[0] = float("inf")
+    with pytest.raises(UserError, match=r"a weight of the policy is not finite after 3 steps"):
+        ppo.check_weights(3)
+
+
 def test_row_22_adams_epsilon_of_1e_5_changes_the_weights(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
