@@ -107,12 +107,10 @@ def test_without_a_network_a_hub_model_is_rejected_before_any_retry(tmp_path, mo
 def test_a_stage_that_is_no_policy_is_named_with_its_kind(tmp_path):
     folder = tmp_path / "prepare-0123456789ab"
     folder.mkdir()
-    record = dict.fromkeys(("recipe", "inputs", "metrics", "versions"), {})
-    record |= dict.fromkeys(("commit", "seed", "peak_memory_bytes"))
-    names = {"stage": "prepare", "name": "prepare", "digest": "0123456789ab"}
-    artifacts.write_artifact(
-        folder, artifacts.Artifact(**names, **record, world_size=1, seconds=1.0)
+    record = artifacts.Artifact(
+        "prepare", "prepare", "0123456789ab", {}, {}, {}, {}, None, None, 1, 1.0, None
     )
+    artifacts.write_artifact(folder, record)
     with pytest.raises(ArtifactError, match="`prepare`; the stage `prepare` is of kind `prepare`"):
         main.chat("prepare", runs=tmp_path)
 
