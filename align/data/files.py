@@ -32,6 +32,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".par
 BATCH = 100  # Parquet rows in memory at once
 MAX_RATIO = 50  # of the sizes of a Parquet column without and with compression
 ALLOWED_VALUES = 10_000_000  # values that any Parquet file may contain
+GZIP_RATIO = 1032  # the highest compression that the format can reach
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -76,6 +77,8 @@ def _open(path: Path) -> ByteStream:
         is_gzip = file.read(2) == b"\x1f\x8b"
     if not is_gzip and path.name.lower().endswith(".gz"):
         raise DataError(f"{path}: not a gzip file; rename it, or download it again")
+    if is_gzip:
+        _check_stated_size(path)
     stream = gzip.open(path, "rb") if is_gzip else path.open("rb")  # noqa: SIM115 (closed by callers)
     start = stream.peek(256)[:256]
     if start.startswith(UTF_16) or b"\x00" in start:
@@ -83,6 +86,19 @@ def _open(path: Path) -> ByteStream:
         encoding = "UTF-16" if start.startswith(UTF_16) else "UTF-16 or binary"
         raise DataError(f"{path}: {encoding}; save it as UTF-8")
     return stream
+
+
+def _check_stated_size(path: Path) -> None:
+    """Check the size that a gzip file states for its content, before rows are read and counted.
+
+    The last bytes of a truncated file usually state a size that gzip cannot reach.
+    """
+    n_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, n_bytes - 4))
+        stated = int.from_bytes(file.read(4), "little")
+    if stated <= GZIP_RATIO * n_bytes:
+        ExpansionLimit(path).add(stated)
 
 
 def _read_jsonl(path: Path, stream: ByteStream) -> Iterator[Raw]:

@@ -40,13 +40,14 @@ LINE = json.dumps({**PAIR, "chosen": "a" * 100}) + "\n"
     ("name", "content", "message"),
     [
         ("a.jsonl.gz", gzip.compress(LINE.encode() * 2000), "bytes expand to more than"),
-        ("a.jsonl.gz", gzip.compress(b'"' + b"a" * 2**20), "a.jsonl.gz:1: a row of more than"),
+        ("a.jsonl", b'"' + b"a" * 2**20, "a.jsonl:1: a row of more than"),
+        ("a.jsonl.gz", gzip.compress(LINE.encode() * 2000)[:-4] + bytes(4), "bytes expand to more than"),
         ("a.json.gz", gzip.compress(f"[{LINE.replace(chr(10), ',') * 2000}{LINE}]".encode()),
          "bytes expand to more than"),
         ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20), "bytes expand to more than"),
         ("a.csv.gz", gzip.compress(b"prompt,chosen\n" + b"a,b\n" * 2**16), "bytes expand to more"),
-        ("a.csv.gz", gzip.compress(b"prompt,chosen\n" + b"a" * 2**20), "a row of more than"),
-        ("a.csv.gz", gzip.compress(b'prompt,chosen\n"' + b"a\n" * 2**20), "a row of more than"),
+        ("a.csv", b"prompt,chosen\n" + b"a" * 2**20, "a row of more than"),
+        ("a.csv", b'prompt,chosen\n"' + b"a\n" * 2**20, "a row of more than"),
     ],
 )  # fmt: skip
 def test_a_compressed_file_that_expands_too_far_is_refused(
