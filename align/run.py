@@ -6,9 +6,11 @@ place before anything else is imported.
 """
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while modules are loaded
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from align.cli.run import main
 

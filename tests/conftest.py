@@ -28,6 +28,11 @@ import typer
 SECONDS_PER_SLOW_TEST = 1800
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the number of kills of the test of killed runs."""
+    parser.addoption("--kills", type=int, default=5, help="kills of tests/end_to_end/test_chaos.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests may take longer than the timeout in pyproject.toml."""
     for item in items:

@@ -46,6 +46,7 @@ def guarded(command: Callable[[], object], *, interrupted: str = "interrupted") 
     except UserError as error:
         _exit(2, error.lines)
     except signals.Interrupted:
+        signals.ignore()
         _exit(signals.EXIT_CODE, [interrupted])
     except Exception as error:
         failed_write = describe_failed_write(error)
@@ -64,6 +65,8 @@ def describe_failed_write(error: BaseException) -> str | None:
         if is_write or _UNWRITABLE_TEXT.search(str(cause)):
             file = getattr(cause, "filename", None)
             reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+            if "inline_container" in reason:
+                reason = "torch could not write the whole file"
             place = f"{file}: " if file else ""
             return f"{place}cannot be written or read: {reason}; free space or change permissions"
         cause = cause.__cause__

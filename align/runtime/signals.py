@@ -56,6 +56,12 @@ def install() -> None:
         signal.signal(number, _handle)
 
 
+def ignore() -> None:
+    """Ignore the signals from now on: a copy would kill the interpreter while it shuts down."""
+    for number in handled():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def handled() -> list[signal.Signals]:
     """The signals that stop a run."""
     numbers = [signal.SIGINT, signal.SIGTERM]

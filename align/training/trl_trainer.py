@@ -28,6 +28,7 @@ from align.models.logps import small_vocabulary_tiles
 from align.models.tokenization import rows_for_trl
 from align.runtime import checkpoints, distributed, signals
 from align.runtime.artifacts import make_readable
+from align.runtime.exit_codes import describe_failed_write
 from align.runtime.progress import Logger
 from align.training.finiteness import check_weights, stop_unless_finite
 from align.training.optimizer_check import check_optimizer
@@ -116,6 +117,8 @@ def trl_errors_as_user_errors() -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
+        if describe_failed_write(error) is not None:
+            raise
         if type(error) is RuntimeError and "install" not in str(error):
             raise  # a RuntimeError is the user's only if it names a tracker to install
         message = " ".join(str(error).split())

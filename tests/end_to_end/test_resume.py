@@ -133,10 +133,8 @@ def test_killed_in_two_stages_a_chain_ends_in_the_same_weights(uninterrupted, tm
         assert_as_if_uninterrupted(runs, uninterrupted, stage)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "kills"), [("sft", 5), ("dpo", 5), ("sft_lora", 2), ("dpo_lora", 2), ("kto", 2)]
-)
+@pytest.mark.slow  # without LoRA: test_chaos.py
+@pytest.mark.parametrize(("stage", "kills"), [("sft_lora", 2), ("dpo_lora", 2)])
 def test_killed_at_random_moments_a_stage_ends_in_the_same_weights(
     uninterrupted, tmp_path, stage, kills
 ):

@@ -133,6 +133,13 @@ def test_after_two_seconds_ctrl_c_stops_at_once_and_sigterm_does_not(monkeypatch
     assert exits == [130]
 
 
+def test_copies_of_a_signal_do_not_kill_the_interpreter_while_it_shuts_down():
+    with pytest.raises(SystemExit):
+        exit_codes.guarded(raising(signals.Interrupted("SIGTERM")))
+    # Python resets its own handlers then, but not ignored signals.
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals.install()
