@@ -67,4 +67,5 @@ def build_sampler(config: PPO, models: PPOModels) -> Sampler:
     from align.online_rl import vllm
 
     client = vllm.connect(config.vllm_url, models.device)
+    vllm.check_mergeable(models.policy.model)
     return vllm.VLLMSampler(client, models.policy, stops, config)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from align.config.ppo import PPO
 from align.errors import UserError
+from align.models.adapters import adapter_layers
 from align.online_rl.completions import Completions
 from align.online_rl.models import POLICY, ModelView
 from align.runtime import distributed
@@ -108,6 +109,29 @@ class VLLMSampler:
             self.client.update_named_params(shapes, merged_weights(self.policy.model))
             self.client.reset_prefix_cache()
         distributed.barrier()
+
+
+def check_mergeable(model: Any) -> None:
+    """Check that the server can hold the policy: its adapter is a sum with weights of the base.
+
+    Raises:
+        UserError: The adapter is of another kind, or changes embeddings that the model ties.
+    """
+    adapter = getattr(model, "peft_config", {}).get(POLICY)
+    if adapter is None:
+        return
+    tied = model.config.get_text_config().tie_word_embeddings
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    reason = None
+    if adapter.use_dora or adapter.modules_to_save or adapter.trainable_token_indices:
+        reason = "is more than LoRA"
+    elif tied and any(layer in adapter_layers(model) for layer in embeddings):
+        reason = "changes tied embeddings"
+    if reason is not None:
+        raise UserError(
+            f"sampler: vllm: the adapter of the policy {reason}, which the server cannot hold; "
+            "remove `sampler`, or remove `lora` to train all weights"
+        )
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

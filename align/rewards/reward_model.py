@@ -20,6 +20,7 @@ from align.errors import ArtifactError, UserError
 from align.models import tokenization
 from align.models.adapters import (
     active_adapter,
+    adapter_parameters,
     load_for_training,
     peft_errors_as_user_errors,
 )
@@ -27,6 +28,8 @@ from align.models.files import AdapterBase
 from align.models.loading import (
     adapter_base,
     attach_adapter,
+    cannot_load,
+    check_finite,
     check_vocabulary,
     from_pretrained,
 )
@@ -290,7 +293,11 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
     base = adapter_base(source)
     assert base is not None, f"{source} is not an adapter"
     base.check_unchanged(source)
-    weights = load_peft_weights(str(source), device="cpu")
+    try:
+        weights = load_peft_weights(str(source), device="cpu")
+        config = PeftConfig.from_pretrained(str(source))
+    except Exception as error:  # its files may break peft at any place
+        raise UserError(cannot_load(source, "adapter", error)) from None
     head = next((key for key in weights if key.endswith(f"{HEAD}.weight")), None)
     if head is None:
         raise UserError(
@@ -298,17 +305,27 @@ def attach_reward_model(model: PeftModel, source: Path | str, *, name: str) -> A
             "`reward` stage or its folder"
         )
     weight = weights.pop(head)
-    config = PeftConfig.from_pretrained(str(source))
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-    model.add_adapter(name, config)
-    unknown = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
-    if unknown:
+    try:
+        model.add_adapter(name, config)
+        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(cannot_load(source, "adapter", error)) from None
+    if loaded.unexpected_keys:
         raise UserError(
             f"{source}: the adapter does not fit the base of the policy, which has no "
-            f"{unknown[0]}; train the reward model on the same base"
+            f"{loaded.unexpected_keys[0]}; train the reward model on the same base"
+        )
+    missing = adapter_parameters(model, name).keys() & set(loaded.missing_keys)
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} weights of the adapter are missing, such as {min(missing)}; "
+            "save the complete adapter again"
         )
     layer = torch.nn.Linear(weight.shape[1], 1, bias=False)
     layer.weight.data.copy_(weight)
+    for part in (model, layer):
+        check_finite(source, part)
     return layer.requires_grad_(False)
 
 

@@ -15,9 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from align.config.base import Lora
+from align.config.training import DPO, KTO
 from align.errors import UserError
 from align.models import adapters, files, loading, merging, tokenization
+from align.online_rl import vllm
 from align.rewards import reward_model
+from align.stages import dpo, kto
 
 # peft advises about embeddings that are adapted, which is what some of the adapters here do.
 pytestmark = [
@@ -27,6 +31,8 @@ pytestmark = [
 ]
 MAIN, V2 = "1" * 40, "2" * 40
 """Commits of `acme/tiny`."""
+SCORE = "base_model.model.score.weight"
+ADAPTED = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 KINDS: list[Any] = [
     pytest.param({"target_modules": ["q_proj", "up_proj"]}, id="LoRA"),
     pytest.param({"target_modules": ["q_proj"], "use_rslora": True}, id="rsLoRA"),
@@ -243,7 +249,7 @@ def test_a_copied_adapter_computes_the_same_and_has_no_weight_of_the_base(adapte
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        pytest.param(["query_key_value"], "has no query_key_value; .*down_proj", id="nothing"),
+        pytest.param(["query_key_value"], r"has no query_key_value; .*down_proj", id="nothing"),
         pytest.param(["q_proj", "w_pack"], "has no w_pack", id="one of two"),
         pytest.param("transformer.*", "has no transformer", id="an expression"),
         pytest.param("*", "no regular expression", id="no expression"),
@@ -266,7 +272,7 @@ def test_layers_that_peft_cannot_adapt_are_a_user_error(world: tiny_models.World
 
 def test_a_trained_adapter_has_the_layers_that_the_recipe_lists(world: tiny_models.World):
     lora = tiny_models.LORA.model_dump() | {"target_modules": ["q_proj"]}
-    with pytest.raises(UserError, match="this adapter has target_modules=.*down_proj"):
+    with pytest.raises(UserError, match=r"this adapter has target_modules=.*down_proj"):
         adapters.load_for_training(world.lora, lora=lora, dtype="float32")
 
 
@@ -284,3 +290,87 @@ def test_a_template_that_adds_tokens_is_a_user_error_with_lora():
     other.add_tokens(["<|turn|>"])
     with pytest.raises(UserError, match=r"adds tokens such as <\|turn\|>"):
         adapters.check_no_new_tokens(multiple_of_64, other)
+
+
+# Several adapters on one model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [dpo, kto], ids=["dpo", "kto"])
+def test_the_reference_of_an_adapter_of_embeddings_is_a_copy_of_it(
+    world: tiny_models.World, tmp_path: Path, stage: Any
+):
+    lora = Lora(r=4, alpha=8, target_modules=["q_proj", "embed_tokens"])
+    kind = {"target_modules": ["q_proj", "embed_tokens"]}
+    source = trained_adapter(tmp_path / "adapter", world.sft, None, **kind)
+    data = {"pairs": world.data, "preferences": world.data}
+    config = {dpo: DPO, kto: KTO}[stage](model="sft", lora=lora, trainer=tiny_models.TRAINER)
+    trainer = stage.build(config, {"model": source} | data, tmp_path)
+    base = trainer.model.get_base_model()
+    policy = logits(base)
+    with adapters.active_adapter(base, "ref"):
+        assert torch.equal(logits(base), policy)
+    with adapters.active_adapter(base, None):
+        assert not torch.equal(logits(base), policy)
+
+
+def reward_adapter(world: tiny_models.World, folder: Path) -> Path:
+    lora = tiny_models.LORA.model_dump()
+    model: Any = reward_model.new_reward_model(world.sft, lora=lora, dtype="float32")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda w: w | {SCORE: w[SCORE] * torch.nan}, "is not finite", id="NaN head"),
+        pytest.param(
+            lambda w: w | {ADAPTED: w[ADAPTED] * torch.nan}, "is not finite", id="NaN adapter"
+        ),
+        pytest.param(
+            lambda w: {k: v for k, v in w.items() if k != ADAPTED},
+            "1 weights of the adapter are missing",
+            id="a missing weight",
+        ),
+        pytest.param(
+            lambda w: w | {ADAPTED: w[ADAPTED][:, :3].contiguous()},
+            "cannot be loaded",
+            id="another shape",
+        ),
+    ],
+)
+def test_a_damaged_reward_adapter_is_a_user_error_on_the_policy_and_alone(
+    world: tiny_models.World, tmp_path: Path, damage: Any, message: str
+):
+    folder = reward_adapter(world, tmp_path / "reward")
+    file = folder / "adapter_model.safetensors"
+    save_file(damage(load_file(file)), file, metadata={"format": "pt"})
+    policy = loading.load_adapter(world.lora, dtype="float32")
+    with pytest.raises(UserError, match=message):
+        reward_model.attach_reward_model(policy, folder, name="reward0")
+    with pytest.raises(UserError):
+        reward_model.load_reward_model(folder, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"target_modules": ["q_proj"], "use_rslora": True}, None),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "is more than LoRA"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "is more than LoRA"),
+        ({"target_modules": ["embed_tokens"]}, "changes tied embeddings"),
+    ],
+)
+def test_a_vllm_server_receives_plain_lora_only(
+    world: tiny_models.World, tmp_path: Path, kind: dict[str, Any], message: str | None
+):
+    source = trained_adapter(tmp_path / "adapter", world.sft, None, **kind)
+    model = loading.load_for_inference(source, dtype="float32")
+    if message is None:
+        vllm.check_mergeable(model)
+        merged = loading.load_merged(source, dtype="float32").state_dict()
+        for name, weight in vllm.merged_weights(model):
+            assert_close(weight, merged[name])
+    else:
+        with pytest.raises(UserError, match=message):
+            vllm.check_mergeable(model)
