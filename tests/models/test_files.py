@@ -14,7 +14,7 @@ from helpers import tiny_models
 from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
-from align.models import files, loading, model_config, policy
+from align.models import files, loading, model_config, policy, tokenization
 from align.rewards import reward_model
 
 CODE = "raise SystemExit('code of the repository was run')"
@@ -141,9 +141,10 @@ def test_the_code_of_a_repository_never_runs(
         fields |= {"auto_map": {auto_class: ["code.Model", None]}, "tokenizer_class": "Model"}
         edit(folder / "tokenizer_config.json", **fields)
     edit(folder / "config.json", **fields)
+    load = tokenization.load_tokenizer if auto_class == "AutoTokenizer" else policy.load_policy
     with pytest.raises(UserError) as raised:
-        policy.load_policy(folder)
-    if auto_class == "AutoConfig":
+        load(folder)
+    if auto_class != "AutoModelForCausalLM":
         assert "which Align never runs" in str(raised.value)
 
 
