@@ -2,8 +2,8 @@
 
 The stages declare what they need (:class:`align.config.base.Stage`); the checks here look whether
 it exists. :func:`examine` makes all of them, the same for ``align check`` and for a run, and
-collects their errors. None of them loads a training library; what only TRL knows is checked after
-them, by :func:`check_trainer_arguments`.
+collects their errors. None of them loads a training library; what only TRL or a reward function
+itself knows is checked after them, by :func:`check_before_training`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from align.pipeline import token_lengths, trackers
 from align.pipeline.model_checks import check_hub_models, check_target_modules
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import check_tables
+from align.rewards.function_source import signature
 from align.rewards.functions import load_function
 from align.runtime import artifacts
 
@@ -142,11 +143,11 @@ def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
 
 
 def check_reward_functions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Import each reward function once: it must exist and be callable."""
+    """Look for each reward function in the source of its module, which is not run."""
     for stage in pending:
         for keys, function in stage.config.reward_functions.items():
             with errors.at(stage.name, *keys):
-                load_function(function)
+                signature(function)
 
 
 def check_servers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -180,6 +181,15 @@ CHECKS = (
     check_servers,
 )
 """The checks of what the stages declare. A new one is added here."""
+
+
+def check_before_training(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Make the checks of a run that run code of the recipe, or import a training library."""
+    for stage in pending:
+        for keys, function in stage.config.reward_functions.items():
+            with errors.at(stage.name, *keys):
+                load_function(function)
+    check_trainer_arguments(errors, pending)
 
 
 def check_trainer_arguments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

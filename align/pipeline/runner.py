@@ -93,7 +93,7 @@ def run_recipe(
     pending = [stage for stage in planned if stage.status != "reused"]
     if pending or distributed.world_size() > 1:
         distributed.init_process_group()
-        _raise_errors(recipe, preflight.check_trainer_arguments, pending)
+        _raise_errors(recipe, preflight.check_before_training, pending)
     finished = []
     for stage in planned:
         forced = force in ("all", stage.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from align.config.recipe import ErrorCollector
 from align.data import tables as data_tables
 from align.pipeline.plan import PlannedStage
-from align.rewards.functions import missing_columns
+from align.rewards.function_source import missing_columns
 
 
 @dataclass(frozen=True, slots=True)

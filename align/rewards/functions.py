@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Score = Callable[..., Sequence[float]]
 LARGEST_SCORE = 1e15
 """Squares of larger scores, summed over a batch, could overflow single precision."""
-_SEARCHED = "modules are searched in the working directory and in installed packages"
+SEARCHED = "modules are searched in the working directory and in installed packages"
 
 
 def load_function(name: str) -> Score:
@@ -42,7 +42,7 @@ def load_function(name: str) -> Score:
         UserError: The module or function cannot be imported, or has other parameters.
     """
     module, _, attribute = name.partition(":")
-    with _working_directory_on_path(), _contained(f"{name}: cannot be imported", _SEARCHED):
+    with _working_directory_on_path(), _contained(f"{name}: cannot be imported", SEARCHED):
         function = getattr(importlib.import_module(module), attribute)
     if not callable(function) or inspect.iscoroutinefunction(function):
         kind = "async function" if callable(function) else type(function).__name__
@@ -50,22 +50,21 @@ def load_function(name: str) -> Score:
     parameters: Mapping[str, inspect.Parameter] = {}
     with contextlib.suppress(ValueError):  # a builtin has none
         parameters = inspect.signature(function).parameters
-    if not {"prompts", "completions"} <= parameters.keys():
+    check_parameters(name, parameters)
+    return function
+
+
+def check_parameters(name: str, parameters: Collection[str]) -> None:
+    """Check that a function takes prompts and completions.
+
+    Raises:
+        UserError: It takes other parameters.
+    """
+    if not {"prompts", "completions"} <= set(parameters):
         raise UserError(
             f"{name}: its parameters are {', '.join(parameters) or 'empty'}; define it as "
             "`def score(prompts, completions, **columns)`, returning a list of numbers"
         )
-    return function
-
-
-def missing_columns(name: str, columns: Collection[str]) -> list[str]:
-    """Required parameters of a function that are not among ``columns``."""
-    parameters = inspect.signature(load_function(name)).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    required = [
-        p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in kinds
-    ]
-    return [column for column in required if column not in {"prompts", "completions", *columns}]
 
 
 def function_file(name: str) -> Path | None:

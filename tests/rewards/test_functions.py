@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.rewards import functions
+from align.rewards import function_source, functions
 from align.runtime import signals
 
 
@@ -166,12 +166,62 @@ def test_the_file_of_a_function_is_found_without_running_its_package(module: Any
     assert "mine" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be imported: .*mine.py has no function `f`"),
+        (
+            "def g(prompts, completions): return []\nff = g",
+            "has no function `f`; did you mean `ff`",
+        ),
+        ("def f(x): return x", "its parameters are x; define it as"),
+        ("if True:\n    def f(x, /, *y, **z): return x", "its parameters are x, y, z; define it"),
+        ("def f(", "cannot be imported: SyntaxError"),
+        ("\0", "cannot be imported: "),
+    ],
+)
+def test_the_source_of_a_function_is_checked_without_running_it(
+    module: Any, text: str, message: str
+):
+    module(f"{text}\nraise SystemExit")
+    with pytest.raises(UserError, match=message) as raised:
+        function_source.signature("mine:f")
+    assert len(raised.value.lines) == 1
+    assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(prompts, completions, *, a, b=1): ...",
+        "from os.path import *",
+        "f: object = make()",
+        "try:\n    import fast as f\nexcept ImportError:\n    f = None",
+        "@wraps\ndef f(x): ...",
+        "class f: ...",
+        "exec('f = 1')",
+    ],
+)
+def test_what_the_source_does_not_decide_is_accepted(module: Any, text: str):
+    module(f"{text}\nraise SystemExit")
+    known = function_source.signature("mine:f")
+    assert known is None or known.required == ("prompts", "completions", "a")
+
+
+def test_a_module_that_does_not_exist_is_known_without_an_import(module: Any):
+    for name in ("no_such_module:f", "no.such.module:f", "xml.no_such:f"):
+        with pytest.raises(UserError, match="cannot be imported: no module `"):
+            function_source.signature(name)
+    with pytest.raises(UserError, match="its parameters are"):
+        function_source.signature("json:loads")
+
+
 def test_missing_columns_of_a_reward_function_are_reported_before_training(
     module: Any, tmp_path: Path, launch: Any
 ):
     module("def f(prompts, completions, answer, level=1, **columns): return [0.0]")
-    assert functions.missing_columns("mine:f", ["prompt_id"]) == ["answer"]
-    assert functions.missing_columns("mine:f", ["prompt_id", "answer"]) == []
+    assert function_source.missing_columns("mine:f", ["prompt_id"]) == ["answer"]
+    assert function_source.missing_columns("mine:f", ["prompt_id", "answer"]) == []
     (tmp_path / "recipe.yaml").write_text(
         "stages:\n"
         "  prepare: {source: embedded, max_rows: 40}\n"
