@@ -67,7 +67,8 @@ def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
 
     A renamed column is not available under its old name. ``input`` is read if it is mapped.
     """
-    raw = raw if "input" in columns else {k: v for k, v in raw.items() if k != "input"}
+    if "input" in raw and "input" not in columns:
+        raw = {name: value for name, value in raw.items() if name != "input"}
     if not columns:
         return raw
     renamed = {own: raw[name] for own, name in columns.items() if name in raw}

@@ -16,8 +16,8 @@ class ExpansionLimit:
     """Limit of the total size of the rows of a file, relative to its size on disk."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._size = path, path.stat().st_size
-        self._total = 0
+        self._path, self._size, self._total = path, path.stat().st_size, 0
+        self._limit = max(ALWAYS_ALLOWED, MAX_EXPANSION * self._size)
 
     def add(self, n_bytes: int) -> None:
         """Count bytes that were read.
@@ -26,7 +26,7 @@ class ExpansionLimit:
             DataError: The total exceeds the limit.
         """
         self._total += n_bytes
-        if self._total > max(ALWAYS_ALLOWED, MAX_EXPANSION * self._size):
+        if self._total > self._limit:
             raise DataError(
                 f"{self._path}: {self._size:,} bytes expand to more than"
                 f" {self._total / 2**20:,.0f} MiB, as in a damaged or malicious file; if it is"
@@ -34,14 +34,15 @@ class ExpansionLimit:
             )
 
 
-def check_row_size(place: str, n_bytes: int) -> None:
-    """Check the size of a row.
+def check_row_size(path: Path, line: int, n_bytes: int) -> None:
+    """Check the size of the row at a line.
 
     Raises:
         DataError: It exceeds ``MAX_ROW``.
     """
     if n_bytes > MAX_ROW:
-        raise DataError(f"{place}: a row of more than {MAX_ROW // 2**20} MiB; remove or shorten it")
+        size = f"a row of more than {MAX_ROW // 2**20} MiB"
+        raise DataError(f"{path}:{line}: {size}; remove or shorten it")
 
 
 class Problems:

@@ -105,7 +105,7 @@ def _read_jsonl(path: Path, stream: ByteStream) -> Iterator[Raw]:
     limit, problems, number = ExpansionLimit(path), Problems(path), 0
     while line := stream.readline(MAX_ROW + 1):
         number += 1
-        check_row_size(f"{path}:{number}", len(line))
+        check_row_size(path, number, len(line))
         limit.add(len(line))
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -134,7 +134,7 @@ def _read_csv(path: Path, stream: ByteStream) -> Iterator[Raw]:
         nonlocal row_size
         while line := text.readline(MAX_ROW + 1):
             row_size += len(line)
-            check_row_size(f"{path}:{reader.line_num + 1}", row_size)
+            check_row_size(path, reader.line_num + 1, row_size)
             limit.add(len(line))
             yield line
 
@@ -178,7 +178,7 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
         with pq.ParquetFile(path) as file:
             _check_parquet(path, file)
             for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
-                check_row_size(f"{path}: rows from {number + 1}", batch.nbytes // len(batch))
+                check_row_size(path, number + 1, batch.nbytes // len(batch))
                 limit.add(batch.nbytes)
                 number += len(batch)
                 yield from batch.to_pylist()

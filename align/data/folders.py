@@ -8,7 +8,8 @@ split name as a word, such as ``data/train/0000.parquet``, ``pairs-train.jsonl``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ _KEYWORDS = {
 }
 _SHARD = re.compile(r"-\d{4,}-of-\d{4,}.*")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")  # those of `datasets`
+MAX_ENTRIES = 100_000  # files and folders that are searched
 _METADATA = ("dataset_info.json", "dataset_infos.json")
 
 
@@ -76,7 +78,7 @@ def data_files(folder: Path) -> list[Path]:
     Raises:
         DataError: The folder has no data files, or was written by ``save_to_disk``.
     """
-    visible = list(_visible_files(folder))
+    visible = _visible_files(folder)
     saved = next((file for file in visible if file.suffix == ".arrow"), None)
     if saved is not None and (saved.parent / "state.json").is_file():
         raise DataError(
@@ -96,11 +98,18 @@ def data_files(folder: Path) -> list[Path]:
     return files
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
-            yield file
+def _visible_files(folder: Path) -> list[Path]:
+    entries = list(islice(folder.rglob("*"), MAX_ENTRIES + 1))
+    if len(entries) > MAX_ENTRIES:
+        raise DataError(
+            f"{folder}: contains more than {MAX_ENTRIES:,} files and folders; name the folder of the"
+            " data"
+        )
+    return [file for file in sorted(entries) if not _is_hidden(file, folder) and file.is_file()]
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def split_name(folder: Path, file: Path) -> SplitName | None:

@@ -12,7 +12,7 @@ fields of turns are ignored and counted (:func:`unread_fields`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ _UNSUPPORTED_FIELDS = (  # of a turn: without them, another text would be traine
     *("images", "image", "audio", "video", "videos"),
 )
 _TRAIN_FIELDS = ("weight", "train", "training", "trainable")
+_KNOWN_FIELDS = {"role", "content", *_TRAIN_FIELDS, *_UNSUPPORTED_FIELDS}
 _EMPTY: tuple[Any, ...] = (None, False, "", "null", [], "[]", {}, "{}")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 UNKNOWN_LABEL = "label is not true or false"
@@ -108,19 +109,16 @@ def hh_turns(text: object) -> Messages:
 
 
 def unread_fields(raw: Raw) -> set[str]:
-    """Fields of the turns of a row that are ignored, without empty ones."""
+    """Fields of the turns of a row that are neither read nor a reason to drop it."""
+    conversations = [value for value in map(raw.get, _CONVERSATIONS) if isinstance(value, list)]
     return {
         field
-        for name in _CONVERSATIONS
-        for turn in _dictionaries(raw.get(name))
+        for turns in conversations
+        for turn in turns
+        if isinstance(turn, dict) and len(turn) > 2
         for field, value in turn.items()
-        if field not in ("role", "content", *_TRAIN_FIELDS) and not is_empty(value)
+        if field not in _KNOWN_FIELDS and not is_empty(value)
     }
-
-
-def _dictionaries(value: object) -> Iterator[dict[str, object]]:
-    if isinstance(value, list):
-        yield from (turn for turn in value if isinstance(turn, dict))
 
 
 def is_empty(value: object) -> bool:
@@ -199,9 +197,10 @@ def _with_system(system: str, prompt: Messages) -> Messages:
 def _completion(completion: object) -> Messages:
     """Turns that end in a completion, which must not be excluded from training."""
     turns = _turns(completion, "assistant")
-    last = completion[-1] if isinstance(completion, list) and completion else {}
+    if not isinstance(completion, list) or not completion:
+        return turns
     for field in _TRAIN_FIELDS:
-        value = last.get(field)
+        value = completion[-1].get(field)
         if value is None or value != value:  # `!=`: NaN
             continue
         trained = _LABELS.get(_label_text(value))

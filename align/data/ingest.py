@@ -206,7 +206,11 @@ class _Ingester:
         options = _pairing_options(source, self._config.split_seed)
         columns = columns_with_input(source.columns)
         place = "" if part.name == source.source else f"{part.name}, "
-        used = {*columns.values(), *columns_of_kind(kind, source.reader, columns)}
+        used = {
+            *self._config.keep_columns,
+            *columns.values(),
+            *columns_of_kind(kind, source.reader, columns),
+        }
         rows = trees(part.rows) if source.reader == "oasst" else part.rows
         for number, raw in enumerate(rows, start=1):
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
@@ -214,7 +218,8 @@ class _Ingester:
             n_rows[kind] += 1
             copied = {name: _flatten(raw.get(name)) for name in self._config.keep_columns}
             renamed = rename_columns(raw, columns)
-            self._count_unread(raw, renamed, source.reader, used)
+            if source.reader not in PUBLIC_FORMATS:
+                self._count_unread(raw, renamed, used)
             for converted in _convert(renamed, source.reader, options):
                 table.n_read[self._n_sources] += 1
                 try:
@@ -228,13 +233,13 @@ class _Ingester:
                     table.add(row, self._n_sources, copied, converted.get("margin"))
                     self._add_to_index(table, row)
 
-    def _count_unread(self, raw: Raw, renamed: Raw, reader: str, used: set[str]) -> None:
-        """Count the columns and fields of turns that only the readers of public data sets know."""
-        if reader in PUBLIC_FORMATS:
-            return
-        columns = raw.keys() - used - set(self._config.keep_columns)
-        self.unread.update(f"column `{name}`" for name in columns if not is_empty(raw[name]))
-        self.unread.update(f"field `{name}` of turns" for name in unread_fields(renamed))
+    def _count_unread(self, raw: Raw, renamed: Raw, used: set[str]) -> None:
+        """Count the columns and the fields of turns that are not read."""
+        for name in raw:
+            if name not in used and not is_empty(raw[name]):
+                self.unread[f"column `{name}`"] += 1
+        for name in unread_fields(renamed):
+            self.unread[f"field `{name}` of turns"] += 1
 
     def _check_contamination(self, row: Row) -> None:
         if self._evaluation:

@@ -97,6 +97,8 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
         return split_files(path, split)
     if is_file:
         return [path]
+    if path.exists():
+        raise DataError(f"{source}: neither a regular file nor a folder")
     if _is_path(source):
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{source}: no such file or folder{did_you_mean(path.name, siblings)}")

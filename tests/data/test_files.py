@@ -79,7 +79,7 @@ def test_parquet_that_expands_too_far_is_refused(
     columns: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ):
     write_parquet(tmp_path / "a.parquet", columns, **options)
-    with pytest.raises(DataError, match=f"a.parquet(: rows from 1)?: (.*bytes )?{message}"):
+    with pytest.raises(DataError, match=f"a.parquet(:1)?: (.*bytes )?{message}"):
         list(read_file(tmp_path / "a.parquet"))
 
 

@@ -3,6 +3,7 @@ except where the comment of a case gives another reason."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_an_unknown_split_lists_those_found(
     with pytest.raises(DataError) as error:
         split_files(tmp_path, split)
     assert message in str(error.value)
+
+
+def test_a_folder_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("align.data.folders.MAX_ENTRIES", 3)
+    for n in range(4):
+        (tmp_path / f"{n}.jsonl").touch()
+    with pytest.raises(DataError, match="more than 3 files and folders; name the folder"):
+        split_files(tmp_path, "train")
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a.jsonl: neither a regular file nor a folder"):
+        prepared_whole(tmp_path / "a.jsonl")
 
 
 def test_a_folder_of_save_to_disk_is_refused_with_its_repair(tmp_path: Path):
