@@ -315,6 +315,17 @@ class Reward(TRLStage):
     """Difference of scores that a pair must reach, per unit of its ``margin`` (Touvron et al. 2023,
     arXiv:2307.09288)."""
 
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Fields of TRL that would change the tokens after the pairs were tokenized."""
+        yield from super().problems(stages)
+        for field in ("chat_template_path", "eos_token"):
+            if self.trainer.get(field) is not None:
+                yield Problem(
+                    ("trainer", field),
+                    "a reward model reads the tokens of its policy; set this key in the `sft` "
+                    "stage, and name that stage as `model`",
+                )
+
     @property
     def required_columns(self) -> dict[str, tuple[Table, str]]:
         """The margin of the pairs, if it is used."""

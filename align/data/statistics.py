@@ -6,6 +6,7 @@ All are computed from one pass over the rows.
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,10 @@ from align.data.rows import KINDS, Row, conversation_id
 LONGER_WARNING = 0.6  # accuracy of preferring the longer completion above which a warning is given
 LONG_ROW = 1_000  # words
 MAX_NOT_READ = 20  # columns and fields that are listed as not read
+SPECIAL_TOKENS = re.compile(
+    r"<\|[A-Za-z][\w-]*\|>|<｜[^｜<>\s]+｜>|<(?:start|end)_of_turn>|</?s>|<(?:bos|eos|pad)>|\[/?INST\]"
+)
+"""Special tokens of common tokenizers; ``align check`` uses those of the models."""
 N_BUCKETS, MAX_PAIRS, MIN_PAIRS, N_FOLDS, N_STEPS = 2**15, 10_000, 50, 5, 60
 
 
@@ -47,6 +52,7 @@ class DatasetStatistics:
         self._words: dict[str, Counter[int]] = {}
         self._longer_side: Counter[str] = Counter()
         self._longest: dict[str, dict[str, Any]] = {}
+        self._special_tokens: Counter[str] = Counter()
         self._baseline = BagOfWordsBaseline()
 
     def add(self, split_row: SplitRow) -> None:
@@ -61,6 +67,10 @@ class DatasetStatistics:
             if name in row
         }
         self._add_longest(kind, row, lengths)
+        if kind == next(kind for kind in KINDS if kind in self._rows):  # others repeat its rows
+            texts = "\n".join(turn["content"] for name in lengths for turn in row[name])
+            match = SPECIAL_TOKENS.search(texts)
+            self._special_tokens.update([match.group()] if match else [])
         if kind in ("demonstrations", "pairs"):
             for name, length in lengths.items():
                 self._words.setdefault(f"{kind}.{name}", Counter())[length] += 1
@@ -98,7 +108,7 @@ class DatasetStatistics:
             for name, value in (("median", _median(counts)), ("p95", percentile(counts, 95)))
         }
         summary["longest_rows"] = self._longest
-        summary["warnings"] = []
+        summary["warnings"] = list(self._special_token_warnings())
         n_pairs = self._longer_side.total()
         if n_pairs:
             longer = self._longer_side["chosen"] / n_pairs
@@ -115,6 +125,14 @@ class DatasetStatistics:
                     " the pairs; a model can learn length instead of quality"
                 )
         return summary
+
+    def _special_token_warnings(self) -> Iterator[str]:
+        if self._special_tokens:
+            ((example, _),) = self._special_tokens.most_common(1)
+            yield (
+                f"{self._special_tokens.total():,} rows have special tokens in their text, such as "
+                f"{example}; models read them as text"
+            )
 
     def report(self) -> dict[str, Any]:
         """The summary, counts by source, near-duplicates, leakage, margins and the baseline."""

@@ -149,6 +149,16 @@ def tokenize_for_reward(
     return [row.ids if row.ended else [*row.ids, eos] for row in rows]
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token in which a completion ends as a reward model reads it.
+
+    Raises:
+        UserError: The tokenizer has no chat template or no eos, or the template fails.
+    """
+    turns = {"role": "user", "content": "User"}, {"role": "assistant", "content": "Assistant"}
+    return tokenize_for_reward(tokenizer, [turns[:1]], [turns[1:]])[0][-1]
+
+
 class RowsForTRL:
     """Replaces ``apply_chat_template`` of a tokenizer while TRL tokenizes conversations.
 
@@ -175,17 +185,35 @@ class RowsForTRL:
         Raises:
             UserError: The template fails, or writes no end token although one is required.
         """
-        if options.get("return_assistant_tokens_mask"):
-            return type(self.tokenizer).apply_chat_template(
-                self.tokenizer, conversation, chat_template=chat_template, tools=tools, **options
-            )
         template = self._conversations(chat_template)
+        if options.get("return_assistant_tokens_mask"):
+            return self._with_assistant_mask(template, conversation, chat_template, tools, options)
         if add_generation_prompt:
             (ids,) = template.prompts([conversation], tools=tools)
         else:
             (row,) = template.rows([conversation[:-1]], [conversation[-1:]], tools=tools)
             ids = row.ids
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def _with_assistant_mask(
+        self,
+        template: Conversations,
+        conversation: Sequence[Message],
+        chat_template: str | None,
+        tools: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """The tokens of transformers, which knows the turns of the assistant, up to the end."""
+        (row,) = template.rows([conversation[:-1]], [conversation[-1:]], tools=tools)
+        if template.contains_control_token(conversation):
+            raise UserError(
+                f"{template.template.name}: a message has a special token in its text, which "
+                "`assistant_only_loss` would read as one; remove such rows, or this key"
+            )
+        tokens = type(self.tokenizer).apply_chat_template(
+            self.tokenizer, conversation, chat_template=chat_template, tools=tools, **options
+        )
+        return {key: ids[: len(row.ids)] for key, ids in tokens.items()}
 
     def _conversations(self, chat_template: str | None) -> Conversations:
         """The present template: TRL sets ``chat_template_path`` and ``eos_token`` by itself."""

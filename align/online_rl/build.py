@@ -277,9 +277,4 @@ def _same_tokens(one: Any, other: Any) -> bool:
     """Whether two tokenizers turn a conversation into the same ids, up to the same end."""
     if (one.get_vocab(), one.chat_template) != (other.get_vocab(), other.chat_template):
         return False
-    turns = {"role": "user", "content": "User"}, {"role": "assistant", "content": "Assistant"}
-    first, second = (
-        tokenization.tokenize_for_reward(tokenizer, [turns[:1]], [turns[1:]])
-        for tokenizer in (one, other)
-    )
-    return first == second
+    return tokenization.end_of_turn(one) == tokenization.end_of_turn(other)

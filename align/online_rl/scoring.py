@@ -60,11 +60,18 @@ class ModelReward:
 
     model: RewardModel
     batch_size: int
+    end: int
+    """The token in which the chat template ends a completion."""
 
     def score(self, completions: Completions, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
         """Scores of the sampled tokens, or of the texts if the model has another tokenizer."""
         if self.model.tokenizer is None:
-            return self.model.score_tokens(completions.rows, batch_size=self.batch_size)
+            # A policy may stop at another end token, which the reward model has never read.
+            tokens = [
+                [*ids[:-1], self.end] if finished else ids
+                for ids, finished in zip(completions.rows, completions.finished, strict=True)
+            ]
+            return self.model.score_tokens(tokens, batch_size=self.batch_size)
         turns = [tokenization.assistant_turn(text) for text in texts]
         prompts = [row["prompt"] for row in rows]
         return self.model.score(prompts, turns, batch_size=self.batch_size)
@@ -136,10 +143,11 @@ def load_functions(config: PPO) -> dict[str, Score]:
 def build_scorer(config: PPO, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:
     """The scorer of a recipe. Its reward models are ``models.rewards``, in the recipe's order."""
     reward_models = iter(models.rewards)
+    end = tokenization.end_of_turn(models.tokenizer) if models.rewards else -1
     rewards: dict[str, RewardSource] = {
         name: FunctionReward(name, functions[name])
         if name in functions
-        else ModelReward(next(reward_models), config.sample_batch_size)
+        else ModelReward(next(reward_models), config.sample_batch_size, end)
         for name in config.rewards
     }
     return Scorer(rewards, config, models.tokenizer)

@@ -255,6 +255,12 @@ MEANING = [
         "set `label_smoothing` above 0",
     ),
     invalid(
+        "another chat template for a reward model than for its policy",
+        recipe(PREPARE, SFT, "reward: {model: sft, trainer: {eos_token: <|im_end|>}}"),
+        "recipe.yaml:4: reward.trainer.eos_token: a reward model reads the tokens of its policy",
+        "set this key in the `sft` stage",
+    ),
+    invalid(
         "evaluation during training without a validation split",
         recipe(PREPARE, "sft: {model: {}, trainer: {eval_strategy: steps}}"),
         "recipe.yaml:3: sft.trainer.eval_strategy: `prepare` has no validation split",

@@ -35,6 +35,17 @@ def test_lengths_by_hand(tmp_path: Path):
     assert (summary["words"]["chosen_p95"], summary["words"]["prompt_median"]) == (3, 2)
 
 
+def test_rows_with_special_tokens_in_their_text_are_counted(tmp_path: Path):
+    marks = ["<|im_end|>", "<|im_end|> twice <|im_end|>", "</s>", "<｜User｜>", "a < b | c", "<b>"]
+    rows = [
+        {"prompt": f"What is {k}?", "chosen": f"It is {mark}.", "rejected": "no"}
+        for k, mark in enumerate(marks)
+    ]
+    summary = collect(prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows))).summary()
+    (warning,) = [line for line in summary["warnings"] if "special" in line]
+    assert warning.startswith("4 rows have special tokens in their text, such as <|im_end|>;")
+
+
 @pytest.mark.skipif(not HH_FILE.is_file(), reason="the HH-RLHF file is not next to this checkout")
 def test_of_2312_real_pairs_13_are_dropped_for_three_reasons():
     data = prepared(HH_FILE, reader="hh")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from align.models import tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience
 from align.online_rl.metrics import compute_metrics
+from align.online_rl.scoring import ModelReward
 from align.rewards import reward_model
 from align.rewards.reward_model import RewardModel
 from align.stages import reward
@@ -56,6 +58,13 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
     experience = compute_experience(trainer.models, completions, batch_size=4)
     metrics = compute_metrics(completions, experience, scores, sample_batch_size=4)
     assert metrics["missing_eos"] == 0.25
+
+
+def test_a_reward_model_reads_the_end_of_its_template_whichever_end_token_the_policy_wrote():
+    model = Mock(tokenizer=None)
+    completions = Completions([[1], [1], [1]], [[5, 9], [5, 8], [5, 6]], [True, True, False])
+    ModelReward(model, batch_size=2, end=9).score(completions, ["a", "a", "a"], [])
+    model.score_tokens.assert_called_once_with([[1, 5, 9], [1, 5, 9], [1, 5, 6]], batch_size=2)
 
 
 def shaped_like_gemma(folders: Folders, target: Path) -> tuple[Path, Path]:
