@@ -37,9 +37,6 @@ class TrainingStage(Stage):
 
     trains_model: ClassVar[bool] = True
     writes_policy: ClassVar[bool] = True
-    continues_adapter: ClassVar[bool] = True
-    """Whether the adapter of ``model`` is trained further, rather than merged before a new one is
-    added."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type in which the weights are loaded; ``bfloat16`` requires ``lora``. Mixed precision is
@@ -87,7 +84,7 @@ class TrainingStage(Stage):
         name = getattr(self, "model", None)
         parent = stages.get(name) if isinstance(name, str) else None
         trained = parent.lora if isinstance(parent, TrainingStage) else None
-        if trained and self.lora and trained != self.lora and self.continues_adapter:
+        if trained and self.lora and trained != self.lora:
             yield Problem(
                 ("lora",),
                 f"training continues with the adapter of `{name}`, so `lora` must equal "
@@ -236,7 +233,6 @@ class SFT(PolicyStage):
         "demonstrations": Input(("prepare",)),
     }
     reads: ClassVar = (Table("demonstrations", "demonstrations"),)
-    continues_adapter: ClassVar[bool] = False
 
     model: ModelOrNew
     """An earlier stage, a folder or a Hub id; or a mapping with the shape of a new model to train

@@ -43,6 +43,20 @@ def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
                 files.check_config(folder, "policy" if declared.policies else "reward model")
 
 
+def check_revisions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that a ``revision`` belongs to a model on the Hub: no other model has one."""
+    for stage in pending:
+        revision = getattr(stage.config, "revision", None)
+        if revision is None or "model" not in type(stage.config).inputs:
+            continue  # that of a data set
+        if not isinstance(stage.inputs.get("model"), str):
+            errors.add(
+                (stage.name, "revision"),
+                "`model` is not on the Hub, so it has no revision; remove this key (an adapter "
+                "stores the revision of its base)",
+            )
+
+
 def check_target_modules(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that ``lora.target_modules`` names parts of the model that a stage starts from."""
     stages = {stage.folder: stage for stage in pending}

@@ -21,7 +21,7 @@ from align.data import sources
 from align.data import tables as data_tables
 from align.errors import UserError
 from align.pipeline import token_lengths, trackers
-from align.pipeline.model_checks import check_hub_models, check_target_modules
+from align.pipeline.model_checks import check_hub_models, check_revisions, check_target_modules
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import check_tables
 from align.rewards.function_source import signature
@@ -173,6 +173,7 @@ def check_batch_sizes(
 
 CHECKS = (
     check_hub_models,
+    check_revisions,
     check_target_modules,
     check_packages,
     check_trackers,

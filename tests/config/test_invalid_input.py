@@ -300,6 +300,15 @@ MEANING = [
         "without `lora` the adapter is merged",
     ),
     invalid(
+        "another shape for an adapter that a second sft trains further",
+        recipe(
+            PREPARE,
+            "sft: {model: a/b, lora: {r: 8}}",
+            "sft_2: {stage: sft, model: sft, lora: {r: 4}}",
+        ),
+        "recipe.yaml:4: sft_2.lora: training continues with the adapter of `sft`",
+    ),
+    invalid(
         "attention heads that do not divide the width",
         recipe(PREPARE, "sft: {model: {hidden_size: 100}}"),
         "recipe.yaml:3: sft.model: `hidden_size` (100) must be a multiple of twice",

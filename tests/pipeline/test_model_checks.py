@@ -50,6 +50,7 @@ def lines(**stages: Any) -> list[str]:
     errors = ErrorCollector(recipe)
     planned = plan_stages(errors, Path("runs"))
     model_checks.check_hub_models(errors, planned)
+    model_checks.check_revisions(errors, planned)
     model_checks.check_target_modules(errors, planned)
     return errors.lines
 
@@ -74,6 +75,13 @@ def test_a_model_on_the_hub_is_looked_up_at_its_revision():
     assert not lines(sft={"model": "acme/tiny", "revision": "v2"})
     (line,) = lines(sft={"model": "acme/tiny", "revision": "v3"})
     assert "sft.model: acme/tiny: no such folder, not in the cache" in line
+
+
+@pytest.mark.parametrize("model", ["sft", {"vocab_size": 300}])
+def test_a_revision_without_a_model_on_the_hub_is_an_error(model: Any):
+    stage = {"stage": "dpo" if model == "sft" else "sft", "model": model, "revision": "v2"}
+    (line,) = lines(sft=SFT, other=stage)
+    assert "other.revision: `model` is not on the Hub, so it has no revision" in line
 
 
 def test_the_config_of_a_cached_model_is_checked_for_its_role():
