@@ -322,6 +322,7 @@ def load_tokenizer(source: Path | str, *, revision: str | None = None) -> PreTra
         tokenizer = AutoTokenizer.from_pretrained(
             str(source), revision=revision, trust_remote_code=False
         )
+        tokenizer("")  # some values of a config are read only here
     except Exception as error:  # its files may break transformers at any place
         raise UserError(cannot_load(source, "tokenizer", error)) from None
     if tokenizer.pad_token is None:

@@ -111,6 +111,12 @@ def test_what_only_transformers_detects_is_a_user_error(folder: Path, fields: di
         loading.load_merged(folder, dtype="float32")
 
 
+def test_a_setting_of_the_tokenizer_of_a_wrong_type_is_a_user_error(folder: Path):
+    edit(folder / "tokenizer_config.json", model_max_length=[None])
+    with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
+        tokenization.load_tokenizer(folder)
+
+
 def test_a_weight_that_is_not_finite_is_named(folder: Path):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
