@@ -93,6 +93,11 @@ def shown(value: object) -> str:
     return str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: ``1 score``, ``2 scores``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean `beta`?`` for the most similar known word; empty if none is similar.
 

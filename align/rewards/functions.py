@@ -19,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import UserError
+from align.errors import UserError, counted
 from align.runtime import artifacts, signals
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def call(
         )
     if len(result) != len(completions):
         raise UserError(
-            f"{name}: {len(result)} scores for {len(completions)} completions; return one for each"
+            f"{name}: {counted(len(result), 'score')} for"
+            f" {counted(len(completions), 'completion')}; return one for each"
         )
     return [
         _number(name, value, completion)
