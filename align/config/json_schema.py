@@ -71,7 +71,7 @@ def _trainer_schema(config: str) -> dict[str, Any]:
         "properties": {
             name: _field_schema(field)
             for name, field in sorted(fields)
-            if name not in trl_fields.RESERVED
+            if not trl_fields.reserved(config, name)
         },
     }
 

@@ -347,7 +347,7 @@ def _key_hint(cls: type[Stage], keys: list[str | int]) -> str:
         if renamed:
             return renamed
         fields = trl_fields.trl_fields(cls.trainer_config) if cls.trainer_config else {}
-        if key in fields and key not in trl_fields.RESERVED:
+        if key in fields and not trl_fields.reserved(str(cls.trainer_config), key):
             return f"; it is a field of TRL's {cls.trainer_config}; put it under `trainer:`"
     declared: Any = cls if len(keys) == 1 else declared_type(cls, [str(k) for k in keys[:-1]])
     return nearest(key, [name for model in nested_models(declared) for name in model.model_fields])

@@ -75,6 +75,13 @@ RESERVED = {  # field → what to do instead
     "use_cache": "training needs no key/value cache",
 }
 """Fields that the pipeline sets itself, or that would have no effect in it."""
+_REWARD_ROWS = "set it in the `sft` stage; the reward model reads the rows of its policy"
+RESERVED_IN = {
+    "KTOConfig": {"dataloader_drop_last": "all batches of an epoch are full"},
+    "DPOConfig": {"padding_free": "TRL ignores it; `prefix_sharing` skips padding"},
+    "RewardConfig": dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _REWARD_ROWS),
+}
+"""Fields that are reserved in one class of TRL."""
 
 RANGES = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), "[0, inf)"),
@@ -114,6 +121,8 @@ MAPPINGS = {
 Of ``accelerator_config``, those that keep the batches and the order of rows.
 """
 
+PAIR_CONFIGS = ("DPOConfig", "RewardConfig")
+"""Classes whose trainers read pairs."""
 NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "discopop_tau": ("loss_type", ("discopop",)),
     "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
@@ -194,8 +203,8 @@ def check(config: str, name: str, value: object, text: str | None) -> Iterator[t
     if field is None:
         hint = did_you_mean(name, trl_fields(config))
         yield (), f"no field of TRL's {config}{hint}"
-    elif name in RESERVED:
-        yield (), f"cannot be set under `trainer`; {RESERVED[name]}"
+    elif reason := reserved(config, name):
+        yield (), f"cannot be set under `trainer`; {reason}"
     elif not fits(field, value):
         yield (), mismatch(expected(field), value, text)
     elif isinstance(value, float) and not math.isfinite(value):
@@ -208,6 +217,11 @@ def check(config: str, name: str, value: object, text: str | None) -> Iterator[t
         for position, item in invalid_choices(field, value):
             below = () if position is None else (position,)
             yield below, f"no such {name}: {item}{nearest(item, field.choices)}"
+
+
+def reserved(config: str, name: str) -> str | None:
+    """What to do instead of setting a field; None if it can be set."""
+    return RESERVED.get(name) or RESERVED_IN.get(config, {}).get(name)
 
 
 def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -233,6 +247,12 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
         yield (
             ("warmup_steps",),
             "`lr_scheduler_type: constant` has no warmup; set `constant_with_warmup`",
+        )
+    by_length = ("group_by_length", "batch_rebalance")
+    if config in PAIR_CONFIGS and valid.get("train_sampling_strategy") in by_length:
+        yield (
+            ("train_sampling_strategy",),
+            "TRL cannot measure the length of pairs; set `random` or `sequential`",
         )
     losses = valid.get("loss_type")
     if "exo_pair" in (losses if isinstance(losses, list) else [losses]):

@@ -48,11 +48,11 @@ class Policy:
         """Sample ``n`` completions for each prompt, in the order of the prompts.
 
         A prompt is the text of a user's turn, or a list of messages. ``temperature=0`` takes the
-        most likely token. ``max_new_tokens`` is by default 256, or what the longest prompt leaves of
-        the model's positions. Without ``seed`` every call draws other completions. The same seed gives
-        the same completions; two policies that are compared need different seeds, because equal
-        ones couple their completions and raise the win rate of the better one. torch's random state
-        is restored afterwards.
+        most likely token. ``max_new_tokens`` is by default 256, or what the longest prompt leaves
+        of the model's positions. Without ``seed`` every call draws other completions. The same seed
+        gives the same completions; two policies that are compared need different seeds, because
+        equal ones couple their completions and raise the win rate of the better one. torch's random
+        state is restored afterwards.
 
         Raises:
             UserError: The tokenizer has no chat template, or a prompt with its completion exceeds

@@ -91,8 +91,9 @@ def trl_arguments(
         raise UserError(
             f"trainer: {config_class.__name__} rejects these values: {' '.join(str(error).split())}"
         ) from None
-    if cpu and getattr(arguments, "activation_offloading", False):
-        raise UserError("trainer.activation_offloading: requires a GPU; remove it")
+    for field in ("activation_offloading", "fp16"):
+        if cpu and getattr(arguments, field, False):
+            raise UserError(f"trainer.{field}: requires a GPU; remove it")
     check_optimizer(arguments)
     return arguments
 

@@ -36,6 +36,7 @@ def arguments(folder: Path, **trainer: Any) -> Any:
         ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay cannot be built"),
         ({"lr_scheduler_kwargs": {"cycles": 2}}, "linear cannot be built: TypeError"),
         ({"activation_offloading": True}, "requires a GPU"),
+        ({"fp16": True}, "fp16: requires a GPU"),
         ({"logging_steps": 1.5}, "SFTConfig rejects these values: --logging_steps must be an int"),
     ],
 )

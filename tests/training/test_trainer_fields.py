@@ -1,0 +1,284 @@
+"""Every field of TRL under ``trainer`` has an effect, or is refused.
+
+A field is set to another value, in a context in which it matters. Then the recipe is refused, or
+the trained weights, the log, the held-out losses or the checkpoints differ from those without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from helpers import tiny_models
+
+from align.config import trl_fields
+from align.config.data import Prepare
+from align.config.training import DPO, KTO, SFT, Reward, TRLStage
+from align.errors import UserError
+from align.models.tokenization import CHATML
+from align.stages import dpo, kto, prepare, reward, sft
+from align.training import trl_trainer
+
+STAGES: dict[str, tuple[ModuleType, type[TRLStage], str]] = {
+    "SFTConfig": (sft, SFT, "demonstrations"),
+    "DPOConfig": (dpo, DPO, "pairs"),
+    "KTOConfig": (kto, KTO, "preferences"),
+    "RewardConfig": (reward, Reward, "pairs"),
+}
+BASE = tiny_models.TRAINER | {"max_steps": 3, "lr_scheduler_type": "linear"}
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
+SAVES = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+BEST = EVALUATES | SAVES | {"load_best_model_at_end": True, "learning_rate": 0.3}
+
+# The value of a field, and the context in which it has an effect. In another class than the first,
+# a value may be refused.
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adam_beta1": (0.5, {}),
+    "adam_beta2": (0.5, {}),
+    "adam_epsilon": (0.1, {}),
+    "bf16": (True, {}),
+    "center_rewards_coefficient": (0.5, {}),
+    "completion_only_loss": (False, {}),
+    "dataloader_drop_last": (True, {"per_device_train_batch_size": 32}),
+    "discopop_tau": (0.5, {"loss_type": "discopop"}),
+    "eos_token": ("<|endoftext|>", {}),
+    "eval_delay": (2, EVALUATES),
+    "eval_on_start": (True, {}),
+    "eval_packing": (False, EVALUATES | {"packing": True, "max_length": 128}),
+    "eval_steps": (2, EVALUATES),
+    "eval_strategy": ("steps", {"logging_steps": 1}),
+    "f_alpha_divergence_coef": (0.2, {"f_divergence_type": "alpha_divergence"}),
+    "f_divergence_type": ("js_divergence", {}),
+    "gradient_accumulation_steps": (2, {}),
+    "greater_is_better": (True, BEST | {"metric_for_best_model": "eval_loss"}),
+    "include_num_input_tokens_seen": ("all", {}),
+    "label_smoothing": (0.2, {"loss_type": "robust"}),
+    "label_smoothing_factor": (0.2, {}),
+    "ld_alpha": (0.5, {}),
+    "learning_rate": (1e-3, {}),
+    "load_best_model_at_end": (
+        True,
+        EVALUATES | SAVES | {"metric_for_best_model": "eval_loss", "greater_is_better": True},
+    ),
+    "logging_first_step": (True, {"logging_steps": 2}),
+    "logging_steps": (2, {}),
+    "logging_strategy": ("epoch", {}),
+    "loss_weights": ([3.0], {}),
+    "lr_scheduler_kwargs": ({"num_cycles": 3}, {"lr_scheduler_type": "cosine"}),
+    "lr_scheduler_type": ("cosine", {}),
+    "max_grad_norm": (1e-4, {"optim": "sgd"}),
+    "max_length": (70, {}),
+    "max_steps": (2, {}),
+    "metric_for_best_model": ("eval_num_tokens", BEST | {"greater_is_better": False}),
+    "neftune_noise_alpha": (20.0, {}),
+    "num_train_epochs": (2, {"max_steps": -1, "per_device_train_batch_size": 64}),
+    "optim": ("sgd", {}),
+    "optim_args": ("momentum=0.5", {"optim": "sgd"}),
+    "packing": (True, {"max_length": 64}),
+    "packing_strategy": ("wrapped", {"packing": True, "max_length": 64}),
+    "per_device_train_batch_size": (4, {}),
+    "ref_model_mixup_alpha": (0.1, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "ref_model_sync_steps": (2, {"sync_ref_model": True}),
+    "save_steps": (2, SAVES | {"save_total_limit": 3}),
+    "save_strategy": ("epoch", SAVES),
+    "save_total_limit": (3, SAVES),
+    "shuffle_dataset": (True, {"train_sampling_strategy": "sequential"}),
+    "skip_memory_metrics": (False, {}),
+    "sync_ref_model": (True, {"ref_model_sync_steps": 1}),
+    "train_sampling_strategy": ("group_by_length", {}),
+    "truncation_mode": ("keep_end", {"max_length": 70}),
+    "use_weighting": (True, {}),
+    "warmup_steps": (2, {}),
+    "weight_decay": (0.5, {}),
+}
+LOSSES = {"SFTConfig": "dft", "DPOConfig": "ipo", "KTOConfig": "apo_zero_unpaired"}
+
+NOT_HERE = {
+    "speed or memory": """
+        activation_checkpointing activation_checkpointing_kwargs dataloader_in_order
+        dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
+        dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc eval_accumulation_steps
+        full_determinism gradient_checkpointing gradient_checkpointing_kwargs liger_kernel_config
+        optim_target_modules pad_to_multiple_of pad_token padding_free per_device_eval_batch_size
+        precompute_ref_batch_size remove_unused_columns tf32 torch_compile torch_compile_backend
+        torch_compile_mode torch_empty_cache_steps use_liger_kernel
+    """,
+    "several processes": """
+        accelerator_config average_tokens_across_devices ddp_broadcast_buffers ddp_bucket_cap_mb
+        ddp_find_unused_parameters ddp_static_graph ddp_timeout
+    """,
+    "a tracker or the log of transformers": """
+        log_level log_level_replica project report_to run_name trackio_bucket_id trackio_space_id
+        trackio_static_space_id
+    """,
+    "models with dropout, or with experts": "disable_dropout router_aux_loss_coef",
+}
+"""Fields without an effect on a tiny dense model on one CPU, and on what they have one."""
+ELSEWHERE = {field for fields in NOT_HERE.values() for field in fields.split()}
+
+
+def fields(config: str) -> list[str]:
+    """The fields that a recipe may set."""
+    return [n for n in trl_fields.trl_fields(config) if not trl_fields.reserved(config, n)]
+
+
+ALL = [(config, name) for config in STAGES for name in fields(config)]
+COMMON = set.intersection(*(set(trl_fields.trl_fields(config)) for config in STAGES))
+DIFFERENT = {"dataloader_drop_last", "gradient_accumulation_steps", "label_smoothing_factor"}
+DIFFERENT |= {"eval_strategy", "max_length", "neftune_noise_alpha"}
+"""Fields that all classes have, and whose code differs between their trainers."""
+EVERYWHERE = "ALIGN_ALL_FIELDS" in os.environ
+"""Whether fields that all classes share are tested in all stages: four minutes in place of one."""
+TRAINED = [
+    (config, name)
+    for config, name in ALL
+    if name not in ELSEWHERE
+    and (EVERYWHERE or config == "SFTConfig" or name not in COMMON - DIFFERENT)
+]
+
+
+def test_every_field_has_a_place_in_the_tables() -> None:
+    names = {name for _, name in ALL}
+    tested = CHANGES.keys() | {"assistant_only_loss", "chat_template_path", "fp16", "loss_type"}
+    tested |= {"activation_offloading"}
+    assert names - ELSEWHERE - tested == set()
+    assert (ELSEWHERE | tested) - names == set()
+    assert not ELSEWHERE & tested
+
+
+@pytest.mark.parametrize("config", STAGES)
+def test_reserved_fields_are_refused(config: str) -> None:
+    refused = set(trl_fields.trl_fields(config)) - set(fields(config))
+    assert refused
+    for name in refused:
+        assert "cannot be set" in next(trl_fields.check(config, name, None, None))[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def run(world: tiny_models.World) -> Callable[[str, str], str]:
+    """The fingerprint of a stage with fields as JSON: weights, log and checkpoints; or its error."""
+    data = world.folder / "with-validation"
+    settings = Prepare(source="embedded", max_rows=60, test_fraction=0.0, validation_fraction=0.2)
+    tiny_models.stage(prepare, settings, {}, data)
+
+    @functools.cache
+    def call(config: str, fields: str) -> str:
+        module, stage_class, role = STAGES[config]
+        trainer = BASE | json.loads(fields)
+        stage = stage_class(model="sft", trainer=trainer, max_lost_rows=1.0)
+        problems = [m for f, v in trainer.items() for _, m in trl_fields.check(config, f, v, None)]
+        problems += [problem.message for problem in stage.problems({})]
+        if problems:
+            return f"refused: {problems}"
+        folder = world.folder / hashlib.sha256(f"{config}{fields}".encode()).hexdigest()[:16]
+        tiny_models.distributed.reset_process_state(0)
+        try:
+            built = module.build(stage, {"model": world.sft, role: data}, folder)
+            trl_trainer.train(built, folder, tiny_models.logger("x", folder))
+        except UserError as error:
+            return f"refused: {error}"
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            digest.update(file.read_bytes())
+        log = [
+            {k: v for k, v in entry.items() if not k.endswith(("runtime", "second", "flos"))}
+            for entry in built.state.log_history
+        ]
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+        special = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
+        return f"{digest.hexdigest()} {json.dumps(log)} {checkpoints} {special}"
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is deprecated in `SFTTrainer`:FutureWarning")
+@pytest.mark.parametrize(("config", "name"), TRAINED)
+def test_a_field_changes_the_result_or_is_refused(
+    config: str, name: str, run: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML.replace("assistant", "helper"), encoding="utf-8")
+    value, context = {
+        "activation_offloading": (True, {}),
+        "assistant_only_loss": (True, {}),
+        "chat_template_path": (str(template), {}),
+        "fp16": (True, {}),
+        "loss_type": (LOSSES.get(config), {}),
+        **CHANGES,
+    }[name]
+    with_field, without = context | {name: value}, {k: v for k, v in context.items() if k != name}
+    known = trl_fields.trl_fields(config)
+    with_field = {k: v for k, v in with_field.items() if k in known or k == name}
+    without = {k: v for k, v in without.items() if k in known}
+    changed = run(config, json.dumps(with_field))
+    if not changed.startswith("refused"):
+        assert changed != run(config, json.dumps(without))
+
+
+@pytest.mark.parametrize(("stage_class", "refused"), [(SFT, False), (DPO, True), (Reward, True)])
+def test_pairs_cannot_be_grouped_by_length(stage_class: Any, refused: bool) -> None:
+    stage = stage_class(model="m", trainer={"train_sampling_strategy": "group_by_length"})
+    assert bool(list(stage.problems({}))) is refused
+
+
+def test_a_field_that_needs_another_is_refused_alone() -> None:
+    for name in ("assistant_only_loss", "packing_strategy"):
+        value = {"assistant_only_loss": True, "packing_strategy": "wrapped"}[name]
+        assert list(SFT(model="m", trainer={name: value}).problems({}))
+
+
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        pytest.param({}, ["two<|im_end|>"], id="the last turn of the assistant"),
+        pytest.param(
+            {"assistant_only_loss": True, "completion_only_loss": False},
+            ["one<|im_end|>", "two<|im_end|>"],
+            id="all of its turns",
+        ),
+    ],
+)
+def test_which_turns_of_a_conversation_are_trained(
+    fields: dict[str, Any], trained: list[str], world: tiny_models.World, tmp_path: Path
+) -> None:
+    turns = [("user", "first"), ("assistant", "one"), ("user", "second"), ("assistant", "two")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "template.jinja").write_text(GENERATION, encoding="utf-8")
+    settings = Prepare(source=str(tmp_path / "rows.jsonl"), test_fraction=0.0)
+    tiny_models.stage(prepare, settings, {}, tmp_path / "data")
+    fields = fields | {"chat_template_path": str(tmp_path / "template.jinja")}
+    stage = SFT(model="sft", trainer=tiny_models.TRAINER | fields)
+    assert not list(stage.problems({}))
+    inputs = {"model": world.sft, "demonstrations": tmp_path / "data"}
+    trainer = sft.build(stage, inputs, tmp_path / "sft")
+    (example,) = trainer.train_dataset
+    runs, previous = [], False
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        if label != -100:
+            runs = runs if previous else [*runs, []]
+            runs[-1].append(token)
+        previous = label != -100
+    assert [trainer.processing_class.decode(run) for run in runs] == trained
