@@ -58,13 +58,7 @@ stages:
     minibatches: 2
     save_steps: 3
 """
-INPUTS = {  # by stage; all of one process
-    "sft": ["prepare"],
-    "dpo": ["prepare", "sft"],
-    "kto": ["prepare", "sft"],
-    "reward": ["prepare", "sft"],
-    "ppo": ["prepare", "sft", "reward"],
-}
+STAGES = ("prepare", "sft", "dpo", "kto", "reward", "ppo")
 EPISODES = [("ppo", 2), ("sft", 1), ("kto", 1), ("dpo", 1), ("reward", 1)]
 EPISODES += [(stage, 3 - processes) for stage, processes in EPISODES]
 ANY = ("SIGKILL of rank 0", "SIGTERM to rank 0", "SIGINT to rank 0")
@@ -81,10 +75,10 @@ class Chaos:
     counts: Counter[str] = field(default_factory=Counter)
 
     def inputs(self, stage: str, runs: Path) -> None:
-        """Link the finished inputs of a stage into a new runs folder."""
+        """Link everything before a stage, finished by one process, into a new runs folder."""
         runs.mkdir(parents=True)
         (runs.parent / "recipe.yaml").write_text(RECIPE)
-        for name in INPUTS[stage]:
+        for name in STAGES[: STAGES.index(stage)]:
             (source,) = (self.folder / "whole" / "runs").glob(f"{name}-*")
             (runs / source.name).symlink_to(source)
 
