@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
     generation.set_sampling(
         model, tokenizer, temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     messages: list[dict[str, str]] = []
     while True:
         try:

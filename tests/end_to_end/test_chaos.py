@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,6 @@ class Chaos:
     """Uninterrupted results, and what happened to the kills."""
 
     folder: Path
-    seconds: dict[tuple[str, int], float] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
     def inputs(self, stage: str, runs: Path) -> None:
@@ -94,7 +94,6 @@ class Chaos:
         artifact = artifacts.read_artifact(result)
         assert artifact is not None
         assert artifact.world_size == processes
-        self.seconds[stage, processes] = artifact.seconds
         return result
 
 
@@ -156,22 +155,39 @@ def log(runs: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def kill(runs: Path, stage: str, processes: int, kind: str, delay: float) -> int | None:
-    """Start a run, and end it ``delay`` seconds after its stage began.
+def logged_step(folder: Path) -> int:
+    """The last step in the metrics of a stage; 0 before the first."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return max((int(step) for step in re.findall(r'"step": (\d+)', "\n".join(lines))), default=0)
+
+
+def kill(
+    runs: Path, stage: str, processes: int, kind: str, last: int, generator: random.Random
+) -> int | None:
+    """Start a run, and end it within half a second after a random one of its ``last`` steps.
 
     Returns its exit code; None if it was faster.
     """
     begin = len(log(runs))
     with launched(runs, stage, processes, kind) as process:
         deadline = time.monotonic() + SECONDS
-        while f"{stage}: r" not in log(runs)[begin:]:  # running or resuming
-            assert process.poll() is None, log(runs)
-            assert time.monotonic() < deadline, log(runs)
-            time.sleep(0.01)
+
+        def wait_until(condition: Callable[[], bool]) -> None:
+            while process.poll() is None and not condition():
+                assert time.monotonic() < deadline, log(runs)
+                time.sleep(0.01)
+
+        # "running" or "resuming"
+        wait_until(lambda: f"{stage}: r" in log(runs)[begin:])
+        assert process.poll() is None, log(runs)
         members = ranks(process)
         assert sorted(members) == list(range(processes)), log(runs)
-        time.sleep(delay)
-        if list(runs.glob(f"{stage}-*/artifact.json")):
+        (folder,) = runs.glob(f"{stage}-*")
+        step = generator.randint(logged_step(folder), last)
+        wait_until(lambda: logged_step(folder) >= step)
+        time.sleep(generator.random() / 2)
+        if process.poll() is not None or (folder / artifacts.FILE).exists():
             process.wait(timeout=SECONDS)
             return None
         name, _, target = kind.partition(" ")
@@ -246,9 +262,8 @@ def test_runs_that_are_killed_at_random_moments_end_bit_for_bit_as_if_nothing_ha
             pending: list[str] = []
             while left:
                 kind = generator.choice(kinds)
-                delay = chaos.seconds[stage, processes] * generator.random()
                 begin = len(log(runs))
-                code = kill(runs, stage, processes, kind, delay)
+                code = kill(runs, stage, processes, kind, logged_step(expected), generator)
                 if code is None:
                     break  # the stage is finished: the rest of the kills hit another run
                 check_end(runs, kind, code, log(runs)[begin:])
