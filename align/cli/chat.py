@@ -41,13 +41,11 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
     generation.set_sampling(
         model, tokenizer, temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens
     )
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text
+    _replace_invalid_bytes()
     messages: list[dict[str, str]] = []
     while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
+        line = _read_line()
+        if line is None:
             return
         if not line:
             messages = []
@@ -72,3 +70,17 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
             output = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer)
         answer = tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _replace_invalid_bytes() -> None:
+    """Read bytes of standard input that are no text as replacement characters."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
+def _read_line() -> str | None:
+    """A line of standard input; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None

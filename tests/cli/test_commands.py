@@ -34,7 +34,9 @@ def chat_with(policy, lines, monkeypatch, capsys):
         return tokenize(tokenizer, prompts)
 
     monkeypatch.setattr(tokenization, "tokenize_prompts", recording)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    text = "".join(f"{line}\n" for line in lines)
+    stdin = io.BytesIO(text.encode(errors="surrogateescape"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, errors="surrogateescape"))
     chat.chat(policy, temperature=1.0, max_new_tokens=24, seed=0)
     return conversations, capsys.readouterr()
 
@@ -51,6 +53,11 @@ def test_a_conversation_grows_until_an_empty_line(policy, monkeypatch, capsys):
     assert answer
     assert output.out.startswith(answer)
     assert "an empty line starts a new conversation" in output.err
+
+
+def test_bytes_that_are_no_text_are_replaced(policy, monkeypatch, capsys):
+    conversations, _ = chat_with(policy, ["a\udcff"], monkeypatch, capsys)
+    assert conversations == [[{"role": "user", "content": "a\N{REPLACEMENT CHARACTER}"}]]
 
 
 def test_env_lists_versions_and_optional_packages():
