@@ -160,8 +160,16 @@ def generate_tokens(
 
     pad = model.generation_config.pad_token_id
     ids, mask = pad_rows(rows, pad=pad, side="left", device=model.device)
-    with torch.inference_mode():
-        output = model.generate(input_ids=ids, attention_mask=mask)
+    try:
+        with torch.inference_mode():
+            output = model.generate(input_ids=ids, attention_mask=mask)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            f"{model.name_or_path}: the probabilities of the next token are not finite, although "
+            "the weights are; check its config.json, such as `rope_theta`"
+        ) from None
     return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
 
 

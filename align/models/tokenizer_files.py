@@ -111,6 +111,10 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     return {key: token for key, token in tokens.items() if isinstance(token, str)}
 
 
+MAX_TOKEN_ID = 2**31
+"""Token ids are smaller; a larger or negative ``eos_token_id`` is none."""
+
+
 def read_end_tokens(folder: Path) -> frozenset[int]:
     """The end tokens in ``generation_config.json`` of a model, or else in its ``config.json``.
 
@@ -134,7 +138,8 @@ def listed_ends(config: Mapping[str, Any]) -> frozenset[int]:
 def token_ids(value: Any) -> frozenset[int]:
     """The token ids in an ``eos_token_id``, which is a number, a list or missing."""
     values = value if isinstance(value, list) else [value]
-    return frozenset(i for i in values if isinstance(i, int) and not isinstance(i, bool))
+    numbers = (i for i in values if isinstance(i, int) and not isinstance(i, bool))
+    return frozenset(i for i in numbers if 0 <= i < MAX_TOKEN_ID)
 
 
 def _encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -27,8 +27,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 
 @pytest.fixture
 def folder(world: tiny_models.World, tmp_path: Path) -> Path:
-    """A model that a test may damage."""
-    return Path(shutil.copytree(world.sft, tmp_path / "model"))
+    """A model without checksums, as one from elsewhere, that a test may damage."""
+    ignored = shutil.ignore_patterns("artifact.json")
+    return Path(shutil.copytree(world.sft, tmp_path / "model", ignore=ignored))
 
 
 def edit(file: Path, **fields: Any) -> None:
@@ -109,6 +110,20 @@ def test_what_only_transformers_detects_is_a_user_error(folder: Path, fields: di
     edit(folder / "config.json", **fields)
     with pytest.raises(UserError, match="its model cannot be loaded"):
         loading.load_merged(folder, dtype="float32")
+
+
+def test_a_config_that_makes_probabilities_not_finite_is_a_user_error(folder: Path):
+    rope = {"rope_type": "default", "rope_theta": float("nan")}
+    edit(folder / "config.json", rope_parameters=rope)
+    loaded = policy.load_policy(folder)
+    with pytest.raises(UserError, match="probabilities of the next token are not finite"):
+        loaded.generate(["hello"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("eos", [2**40, -1, "2", None, [2, 2**40]])
+def test_an_end_token_that_is_no_token_is_left_out(folder: Path, eos: Any):
+    edit(folder / "generation_config.json", eos_token_id=eos)
+    assert policy.load_policy(folder).generate(["hello"], max_new_tokens=2)
 
 
 def test_a_setting_of_the_tokenizer_of_a_wrong_type_is_a_user_error(folder: Path):
