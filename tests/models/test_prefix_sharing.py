@@ -764,7 +764,7 @@ def curve(
 @pytest.mark.parametrize(("kind", "start", "extra"), [
     pytest.param("DPO", "full", {}, id="DPO, full fine-tuning, a reference model"),
     pytest.param("DPO", "new adapter", {"gradient_checkpointing": True}, id="DPO, new adapter, checkpointing"),
-    pytest.param("DPO", "trained adapter", {}, id="DPO, a trained adapter, its frozen copy as reference"),
+    pytest.param("DPO", "trained adapter", {"learning_rate": 6.0e-4}, id="DPO, a trained adapter, its frozen copy as reference"),
     pytest.param("SFT", "full", {"completion_only_loss": False}, id="SFT, all tokens"),
     pytest.param("SFT", "new adapter", {"gradient_accumulation_steps": 2}, id="SFT, completions, accumulated"),
     pytest.param("Reward", "full", {}, id="reward model"),
