@@ -114,15 +114,18 @@ OTHER: dict[str, dict[str, Any]] = {
         "labels": {"up": True},
     },
     "sft": {
+        "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "dpo": {
+        "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "kto": {
+        "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,
         "prefix_sharing": False, "trainer": {"max_steps": 3},
@@ -137,6 +140,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "label_noise": "bradley_terry", "label_noise_slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
     },
     "reward": {
+        "max_lost_rows": 0.5,
         "model": "sft_2", "pairs": "prepare_2", "margin_coef": 0.5, "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
@@ -208,6 +212,7 @@ def digest_with(stage: str, **changes: Any) -> str:
 
 
 NOT_IN_DIGEST = [("ppo", "save_steps"), ("ppo", "vllm_url")]
+NOT_IN_DIGEST += [(stage, "max_lost_rows") for stage in ("sft", "dpo", "kto", "reward")]
 
 
 @pytest.mark.parametrize(
