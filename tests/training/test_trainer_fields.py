@@ -168,7 +168,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 
 @pytest.fixture(scope="module")
 def run(world: tiny_models.World) -> Callable[[str, str], str]:
-    """The fingerprint of a stage with fields as JSON: weights, log and checkpoints; or its error."""
+    """The fingerprint of a stage with fields as JSON, or its error."""
     data = world.folder / "with-validation"
     settings = Prepare(source="embedded", max_rows=60, test_fraction=0.0, validation_fraction=0.2)
     tiny_models.stage(prepare, settings, {}, data)
