@@ -92,8 +92,10 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight
     from align.pipeline.plan import plan_stages
+    from align.runtime.environment import quiet_libraries
     from align.runtime.terminal import SafeConsole
 
+    quiet_libraries()
     console = SafeConsole(soft_wrap=True)
     loaded = read_recipe(recipe, overrides or [])
     console.print(f"{recipe}: {_count_of_stages(len(loaded.names))}: {', '.join(loaded.names)}")
@@ -103,6 +105,8 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     for line in preflight.examine(errors, stages, runs, world_size=1):
         console.print(line)
         warnings += "warning:" in line
+    errors.raise_any()
+    preflight.check_unusual_trainers(errors, stages)
     errors.raise_any()
     for name, estimate in estimates.estimate(stages, world_size=1).items():
         if estimate.memory_bytes is not None:

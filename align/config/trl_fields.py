@@ -166,6 +166,14 @@ REPORTING = frozenset((
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout",
 ))  # fmt: skip
 """Fields that change what is logged, where, or how fast, and never the trained model."""
+PLAIN = REPORTING | {
+    "learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
+    "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "max_length", "bf16", "gradient_checkpointing", "loss_type",
+    "loss_weights", "label_smoothing", "chat_template_path", "eos_token", "eval_strategy",
+    "eval_steps", "save_steps", "save_total_limit", "center_rewards_coefficient",
+}  # fmt: skip
+"""Fields with values that TRL accepts once they have passed the checks here."""
 SAVING = frozenset(("save_strategy", "save_steps", "save_total_limit", "save_on_each_node"))
 """Fields that decide which checkpoints exist: a resumed run trains the same model from any."""
 
@@ -262,6 +270,15 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
                 "`exo_pair` requires label smoothing; set `label_smoothing` above 0 "
                 "(1.0e-3 in the paper)",
             )
+    if valid.get("fp16") is True and valid.get("bf16") is True:
+        yield ("fp16",), "at most one of `fp16` and `bf16` can be true; remove one of them"
+    weights = valid.get("loss_weights")
+    if isinstance(weights, list):
+        losses = value_of("loss_type")
+        n_losses = len(losses) if isinstance(losses, list) else 1
+        if len(weights) != n_losses:
+            message = f"{len(weights)} weights for {n_losses} of `loss_type`; list one for each"
+            yield ("loss_weights",), message
     scheduler = str(value_of("lr_scheduler_type"))
     kwargs = valid.get("lr_scheduler_kwargs")
     if kwargs is not None and scheduler in scheduler_fields():

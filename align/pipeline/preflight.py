@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.request import urlopen
 
+from align.config import trl_fields
 from align.config.recipe import ErrorCollector
 from align.data import sources
 from align.data import tables as data_tables
@@ -191,6 +192,19 @@ def check_before_training(errors: ErrorCollector, pending: Sequence[PlannedStage
             with errors.at(stage.name, *keys):
                 load_function(function)
     check_trainer_arguments(errors, pending)
+
+
+def check_unusual_trainers(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> None:
+    """Build the TRL configurations of stages whose fields only TRL can check together.
+
+    Importing TRL takes seconds, which ``align check`` spends only on such a stage.
+    """
+    unusual = [
+        stage
+        for stage in stages
+        if stage.config.trl_arguments().keys() - trl_fields.PLAIN - {"beta"}
+    ]
+    check_trainer_arguments(errors, unusual)
 
 
 def check_trainer_arguments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

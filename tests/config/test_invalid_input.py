@@ -934,8 +934,7 @@ TRL = [
     invalid(
         "two precisions at once",
         recipe(PREPARE, "sft: {model: {}, trainer: {fp16: true, bf16: true}}"),
-        "recipe.yaml:3: sft.trainer: SFTConfig rejects these values: ",
-        "At most one of fp16 and bf16 can be True",
+        "recipe.yaml:3: sft.trainer.fp16: at most one of `fp16` and `bf16` can be true",
     ),
     invalid(
         "an unknown evaluation strategy",
@@ -954,7 +953,7 @@ TRL = [
     invalid(
         "more weights than losses",
         recipe(PREPARE, SFT, "dpo: {model: sft, trainer: {loss_weights: [1.0, 1.0]}}"),
-        "recipe.yaml:4: dpo.trainer: DPOConfig rejects these values: `loss_weights` must have the same length",
+        "recipe.yaml:4: dpo.trainer.loss_weights: 2 weights for 1 of `loss_type`; list one for each",
     ),
 ]
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from align.cli import main as cli
+from align.config.recipe import ErrorCollector, load_recipe
+from align.pipeline import preflight
+from align.pipeline.plan import plan_stages
 
 PPO = """\
 stages:
@@ -88,3 +92,16 @@ def test_errors_of_all_phases_are_reported_at_once_and_equal_in_check_and_run(
         cli.main()
     assert capfd.readouterr().err.splitlines() == lines[:-1]
     assert not (tmp_path / "runs").exists()
+
+
+def test_check_builds_the_configurations_of_trl_that_only_trl_can_check(monkeypatch):
+    recipe = load_recipe("dpo", ["sft.trainer.load_best_model_at_end=true"])
+    stages = plan_stages(ErrorCollector(recipe), Path("runs"))
+    built = []
+    monkeypatch.setattr(
+        preflight,
+        "check_trainer_arguments",
+        lambda errors, stages: built.extend(stage.name for stage in stages),
+    )
+    preflight.check_unusual_trainers(ErrorCollector(recipe), stages)
+    assert built == ["sft"]
