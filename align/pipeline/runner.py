@@ -204,7 +204,7 @@ def _execute(stage: PlannedStage, recipe: Recipe, display: Display) -> artifacts
         stage=stage.stage,
         name=stage.name,
         digest=stage.digest,
-        recipe=stage.config.model_dump(exclude={"stage"}),
+        recipe=artifacts.without_credentials(stage.config.model_dump(exclude={"stage"})),
         inputs={
             key: {"folder": str(target), "digest": stage.digests[key]}
             for key, target in stage.inputs.items()

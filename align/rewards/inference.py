@@ -62,7 +62,8 @@ def load_reward_model(
     """Load a reward model: a ``reward`` stage's folder, or any classifier with one label.
 
     Raises:
-        UserError: It cannot be loaded, a file of its stage is damaged, it has several labels, or its head was never trained.
+        UserError: It cannot be loaded, a file of its stage is damaged, it has several labels, or
+            its head was never trained.
     """
     source = as_source(source)
     if isinstance(source, Path):

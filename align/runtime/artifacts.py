@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -71,6 +72,13 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
     """
     files = checksums.record_files(folder, stage_files(folder))
     write_json(folder / FILE, checksums.seal(asdict(replace(artifact, files=files))))
+
+
+def without_credentials(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stage's configuration without user names and passwords in addresses."""
+    text = re.sub(r"://[^/@\s\"]+@", "://", json.dumps(recipe))
+    cleaned: dict[str, Any] = json.loads(text)
+    return cleaned
 
 
 def stage_files(folder: Path) -> list[Path]:

@@ -18,10 +18,12 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,18 @@ def assert_no_damage_is_used(outcomes: Mapping[Trial, str], title: str) -> None:
     assert wrong == {}
 
 
+def use_finished(world: World, file: Path) -> str:
+    """Find a policy as `align chat` and `align play` do, then run the recipe."""
+    name = file.parent.name.rpartition("-")[0]
+    if name in (*POLICIES, "control"):
+        with pytest.raises(UserError, match=re.escape(file.name)):
+            if name == "control":
+                lookup.find_control_policy(str(file.parent), world.runs)
+            else:
+                lookup.find_policy(name, world.runs)
+    return world.run()
+
+
 @pytest.mark.slow
 def test_no_damaged_file_of_a_finished_stage_is_used(world: World, tmp_path: Path):
     files = [file for folder in world.runs.glob("*-????????????") for file in folder.rglob("*")]
@@ -205,20 +219,9 @@ def test_no_damaged_file_of_a_finished_stage_is_used(world: World, tmp_path: Pat
             continue  # used by unfinished stages, see below
         shutil.copy2(file, tmp_path / "whole")
         DAMAGES[damage](file)
-
-        def use() -> str:
-            name = file.parent.name.rpartition("-")[0]
-            with pytest.raises(UserError) as raised:
-                if name == "control":
-                    lookup.find_control_policy(str(file.parent), world.runs)
-                elif name in POLICIES:
-                    lookup.find_policy(name, world.runs)
-                else:
-                    raise UserError(file.name)
-            assert file.name in str(raised.value)
-            return world.run()
-
-        outcomes[file, damage] = outcome(use, file, file.parent, lambda: True)
+        outcomes[file, damage] = outcome(
+            partial(use_finished, world, file), file, file.parent, lambda: True
+        )
         restore(file, tmp_path / "whole")
     assert_no_damage_is_used(outcomes, "finished stages")
     assert "running" not in world.run()

@@ -54,6 +54,11 @@ def test_what_a_stage_did_not_write_is_not_recorded(tmp_path):
     assert artifact is not None and artifact.files == {}
 
 
+def test_passwords_in_addresses_are_not_stored():
+    recipe = {"vllm_url": "https://me:secret@host:8000/v1", "n": [1, None], "text": "a@b://c"}
+    assert artifacts.without_credentials(recipe) == recipe | {"vllm_url": "https://host:8000/v1"}
+
+
 @pytest.mark.parametrize("base", [3, None, ["x"], "itself", "missing", "a model"])
 def test_the_digest_of_an_adapter_covers_its_base_folder(tmp_path, base):
     adapter, model = tmp_path / "adapter", tmp_path / "model"
