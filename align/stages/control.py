@@ -11,7 +11,7 @@ import pickle
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ def run(
         for seed in own_seeds:
             finished = finished and _is_finished(output_dir, seed, logger)
             if not finished:
+                # Of an earlier run, if this seed is trained again.
+                _remove_checkpoints(config, own_seeds[own_seeds.index(seed) + 1 :], output_dir)
                 _train(config, spec, seed, output_dir, logger)
     distributed.barrier()
     if not distributed.is_main():
@@ -122,9 +124,8 @@ def _finish(config: Control, trainer: PolicyGradientTrainer, output_dir: Path) -
         "files": checksums.record_files(output_dir, [file]),
     }
     artifacts.write_json(_result_file(output_dir, seed), checksums.seal(result))
-    for checkpoint in seed_checkpoints(config, seed, output_dir):
-        if not config.keep_checkpoints:
-            shutil.rmtree(checkpoint)
+    if not config.keep_checkpoints:
+        _remove_checkpoints(config, [seed], output_dir)
 
 
 def _result_file(folder: Path, seed: int) -> Path:
@@ -173,6 +174,13 @@ def seed_checkpoints(config: Control, seed: int, folder: Path) -> list[Path]:
         for checkpoint in checkpoints.list_checkpoints(folder)
         if int(checkpoint.name.rpartition("-")[2]) in own_numbers
     ]
+
+
+def _remove_checkpoints(config: Control, seeds: Iterable[int], folder: Path) -> None:
+    """Remove the checkpoints of some seeds."""
+    for seed in seeds:
+        for checkpoint in seed_checkpoints(config, seed, folder):
+            shutil.rmtree(checkpoint)
 
 
 def _save_checkpoint(config: Control, trainer: PolicyGradientTrainer, folder: Path) -> None:

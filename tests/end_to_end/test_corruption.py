@@ -256,7 +256,7 @@ def test_no_damaged_file_of_an_unfinished_stage_is_used(
         if file in reference:
             restore(file, tmp_path / "whole")
         shutil.rmtree(folder)
-    finished.rename(folder)
+    finished.rename(folder)  # for the stages that start from it
     assert_no_damage_is_used(outcomes, f"unfinished {name}")
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 
 def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
+    content = bytearray(file.read_bytes() or b"\0")
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
