@@ -140,7 +140,9 @@ def load(folder: Path, seed: int) -> LoadedPolicy:
         weights = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
         policy.load_state_dict(weights)
         statistics = _load_statistics(spec, tensors)
-        environment, options = str(description["environment"]), dict(description["options"])
+        environment, options = description["environment"], dict(description["options"])
+        if not isinstance(environment, str):
+            raise TypeError("`environment` is not text")
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(
