@@ -1,8 +1,8 @@
 """Mutated recipes, overrides, options and data: exit 0, or exit 2 with lines that name the place.
 
 ``ALIGN_FUZZ=400`` tries that many inputs with ``align check``, and a tenth of it with a run;
-``ALIGN_FUZZ_SEED`` is the first seed. A check takes at most 20 seconds; a run, which may train,
-20 seconds of processor time.
+``ALIGN_FUZZ_SEED`` is the first seed. Each input takes at most 20 seconds of processor time, and
+the import of a training library may be among them; at most two minutes pass on a busy machine.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ def outcomes(
     run: Callable[[fuzzing.Case], tuple[object, str]],
     count: int,
     folder: Path,
-    clock: Callable[[], float],
 ) -> None:
-    """Run ``count`` cases, each within ``SECONDS`` of ``clock``, and print what became of them.
+    """Run ``count`` cases and print what became of them.
 
     Raises:
         AssertionError: One of the cases ended in a traceback, without a place or too late.
@@ -68,9 +67,10 @@ def outcomes(
         place.mkdir()
         fuzzing.write(place, case.files)
         os.chdir(place)
-        started = clock()
+        started, processor = time.monotonic(), time.process_time()
         code, err = run(case)
-        problem = judge(code, err, clock() - started)
+        seconds = max(time.process_time() - processor, (time.monotonic() - started) / 6)
+        problem = judge(code, err, seconds)
         results["fault" if problem else "accepted" if code == 0 else "refused with a place"] += 1
         if problem:
             faults.append(f"seed {seed}: {problem}: {case.mutations}\n{err[-600:]}")
@@ -105,7 +105,7 @@ def test_check_accepts_an_input_or_names_the_place_of_its_fault(in_process, tmp_
     def check(case: fuzzing.Case) -> tuple[object, str]:
         return in_process(cli.main, "check", "recipe.yaml", *case.overrides)
 
-    outcomes(check, COUNT, tmp_path, time.monotonic)
+    outcomes(check, COUNT, tmp_path)
 
 
 def test_a_run_finishes_or_names_the_place_of_the_fault(launch, tmp_path):
@@ -116,4 +116,4 @@ def test_a_run_finishes_or_names_the_place_of_the_fault(launch, tmp_path):
             return f"{type(error).__name__}: {error}", ""
         return finished.code, finished.err
 
-    outcomes(run, max(4, COUNT // 10), tmp_path, time.process_time)
+    outcomes(run, max(4, COUNT // 10), tmp_path)
