@@ -130,7 +130,7 @@ def make_world(
     environment.quiet_libraries()
     distributed.init_process_group()
     words = {word: n for n, word in enumerate(dict.fromkeys((EOS, *WORDS, pad)))}
-    splitter = Tokenizer(tokenizer_models.WordLevel(words))
+    splitter = Tokenizer(tokenizer_models.WordLevel(words, unk_token=WORDS[0]))
     splitter.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, eos_token=EOS, pad_token=pad)
     tokenizer.chat_template = TEMPLATE
