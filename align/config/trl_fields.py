@@ -152,16 +152,13 @@ NEEDS_REASON = {
 }
 
 
-PATHS = (
-    "accelerator_config", "chat_template_path", "deepspeed", "fsdp_config", "parallelism_config",
-)  # fmt: skip
+PATHS = ("accelerator_config", "chat_template_path")
 """Fields whose text may be the path of a file or a folder."""
 REPORTING = frozenset((
     "report_to", "run_name", "project", "include_num_input_tokens_seen",
     "skip_memory_metrics", "logging_steps", "logging_strategy", "logging_first_step",
-    "logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node",
-    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "hub_always_push",
-    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+    "log_level", "log_level_replica",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
     "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout",
 ))  # fmt: skip
@@ -174,7 +171,7 @@ PLAIN = REPORTING | {
     "eval_steps", "save_steps", "save_total_limit", "center_rewards_coefficient",
 }  # fmt: skip
 """Fields with values that TRL accepts once they have passed the checks here."""
-SAVING = frozenset(("save_strategy", "save_steps", "save_total_limit", "save_on_each_node"))
+SAVING = frozenset(("save_strategy", "save_steps", "save_total_limit"))
 """Fields that decide which checkpoints exist: a resumed run trains the same model from any."""
 
 

@@ -6,7 +6,6 @@ Loads neither torch nor transformers, so that ``align plan`` answers in a second
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -20,10 +19,8 @@ from align.models.model_config import (
     Role,
     adapter_problem,
     config_problems,
-    largest_token_id,
-    too_large,
-    vocabulary_size,
 )
+from align.runtime import checksums
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
@@ -97,25 +94,12 @@ def read_adapter_base(file: Path, adapter: Path | str) -> AdapterBase:
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of the config and weights of a model folder, with the prefix ``sha256:``.
-
-    A file is read once per process, unless its size or time of change differs.
-    """
+    """Digest of the config and weights of a model folder, with the prefix ``sha256:``."""
     digest = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         if file.is_file():
-            stat = file.stat()
-            digest.update(
-                f"{file.name}\n{_digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode()
-            )
+            digest.update(f"{file.name}\n{checksums.digest_once(file)}\n".encode())
     return FINGERPRINT + digest.hexdigest()
-
-
-@functools.cache
-def _digest(file: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file in hex; ``size`` and ``changed`` are the key of the cache."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_model_folder(folder: Path, role: Role = "policy") -> None:
@@ -129,7 +113,6 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
         base.check_unchanged(folder)
         other = adapter_problem(_read_json(folder / ADAPTER_CONFIG), role)
         problems = [f"{folder}: {other}"] if other else []
-        config = Path(base.source) / "config.json"
         weights = [folder / "adapter_model.safetensors"]
     elif (folder / "config.json").is_file():
         config = folder / "config.json"
@@ -163,11 +146,6 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
         problems += _weight_problems(file)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         problems.append(f"{folder}: no tokenizer; expected {_TOKENIZERS[0]}")
-    if config.is_file() and not problems:
-        embeddings = vocabulary_size(_read_json(config))
-        largest = largest_token_id(folder / _TOKENIZERS[0])
-        if embeddings is not None and largest is not None and largest >= embeddings:
-            problems.append(too_large(folder, largest, embeddings))
     if problems:
         raise ArtifactError(*problems)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from align.errors import UserError
 from align.models.files import AdapterBase, fingerprint, read_adapter_base
 from align.models.merging import merge_adapter
-from align.models.model_config import other_head, too_large
+from align.models.model_config import WRITTEN_TOKENS, other_head, vocabulary_problem
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -255,15 +255,23 @@ def check_finite(source: Path | str, model: Any) -> None:
 
 
 def check_vocabulary(source: Path | str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a model has an embedding for every token of a tokenizer.
+    """Check that a model has an embedding for every token that a row can have.
 
     Raises:
         UserError: It has fewer.
     """
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= embeddings:
-        raise UserError(too_large(source, largest, embeddings))
+    problem = vocabulary_problem(
+        source,
+        tokenizer.get_vocab(),
+        special={t.content for t in tokenizer.added_tokens_decoder.values() if t.special},
+        written=[
+            str(tokenizer.chat_template),
+            *(getattr(tokenizer, name) for name in WRITTEN_TOKENS),
+        ],
+        embeddings=model.get_input_embeddings().weight.shape[0],
+    )
+    if problem is not None:
+        raise UserError(problem)
 
 
 def cannot_load(source: Path | str, what: str, error: Exception) -> str:

@@ -5,9 +5,8 @@ Loads neither torch nor transformers, so that ``align plan`` answers in a second
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,8 @@ _SIZES = (
     "n_head",
     "n_positions",
 )
+WRITTEN_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+"""Special tokens that are in rows although no template writes them."""
 _OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration|ImageTextToText)[A-Z]")
 """A class of transformers whose head predicts no next token."""
 
@@ -67,8 +68,8 @@ def other_head(architectures: Any, role: Role) -> str | None:
 
 def _count_labels(config: dict[str, Any]) -> int:
     """Number of labels of a classifier, which is 2 in transformers if it is not stated."""
-    labels = config.get("num_labels", config.get("id2label", {"0": "", "1": ""}))
-    return len(labels) if isinstance(labels, dict) else int(labels)
+    labels = config.get("num_labels") or config.get("id2label") or 2
+    return len(labels) if isinstance(labels, dict | list | str) else int(labels)
 
 
 def adapter_problem(config: dict[str, Any], role: Role) -> str | None:
@@ -88,20 +89,25 @@ def vocabulary_size(config: dict[str, Any]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def largest_token_id(tokenizer: Path) -> int | None:
-    """The largest id in a ``tokenizer.json``; None if the file is missing or of another shape."""
-    try:
-        content = json.loads(tokenizer.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = [token["id"] for token in content.get("added_tokens", [])]
-        return max([*ids, *added], default=None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # loading the tokenizer raises the error
+def vocabulary_problem(
+    source: Path | str,
+    vocabulary: Mapping[str, int],
+    *,
+    special: Collection[str],
+    written: Iterable[str | None],
+    embeddings: int,
+) -> str | None:
+    """The error for a tokenizer with ids for which the model has no embedding.
 
-
-def too_large(source: Path | str, largest: int, embeddings: int) -> str:
-    """The error for a tokenizer with ids for which the model has no embedding."""
+    A ``special`` token that is in none of the texts ``written`` (the chat template, and the tokens
+    of :data:`WRITTEN_TOKENS`) is in no row and does not count. Gemma 3's models for text have such
+    a placeholder of an image.
+    """
+    texts = [text for text in written if text]
+    unused = {token for token in special if not any(token in text for text in texts)}
+    largest = max((i for token, i in vocabulary.items() if token not in unused), default=-1)
+    if largest < embeddings:
+        return None
     return (
         f"{source}: its tokenizer has ids up to {largest}, but the model has {embeddings} "
         f"embeddings, for ids up to {embeddings - 1}; use the tokenizer of the model, or resize "

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.models.chat_templates import ChatTemplate
 from align.models.conversations import Conversations
 from align.models.files import ADAPTER_CONFIG, read_adapter_base
+from align.models.model_config import WRITTEN_TOKENS, vocabulary_problem, vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -87,6 +88,38 @@ def read_conversations(
     return conversations(tokenizer, str(folder), template=text, special_tokens=special, ends=ends)
 
 
+def check_vocabulary(folder: Path) -> None:
+    """Check that the model in a folder has an embedding for every token that a row can have.
+
+    Raises:
+        UserError: It has fewer, or a file is malformed.
+    """
+    from tokenizers import Tokenizer
+
+    config = _read_json(_base_folder(folder) / "config.json")
+    embeddings = vocabulary_size(config)
+    if embeddings is None or not (folder / "tokenizer.json").is_file():
+        return
+    tokenizer = _read(folder / "tokenizer.json", Tokenizer.from_file)
+    tokens = read_special_tokens(folder)
+    problem = vocabulary_problem(
+        folder,
+        tokenizer.get_vocab(),
+        special={t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special},
+        written=[read_template(folder), *map(tokens.get, WRITTEN_TOKENS)],
+        embeddings=embeddings,
+    )
+    if problem is not None:
+        raise ArtifactError(problem)
+
+
+def _base_folder(folder: Path) -> Path:
+    """The folder of the full weights: that of the base of an adapter, or the folder itself."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Path(read_adapter_base(folder / ADAPTER_CONFIG, folder).source)
+    return folder
+
+
 def read_template(folder: Path) -> str | None:
     """The chat template of a folder: its own file, or in ``tokenizer_config.json``."""
     if (folder / TEMPLATE).is_file():
@@ -122,9 +155,8 @@ def read_end_tokens(folder: Path) -> frozenset[int]:
     """
     if (folder / GENERATION_CONFIG).is_file():
         return listed_ends(_read_json(folder / GENERATION_CONFIG))
-    if (folder / ADAPTER_CONFIG).is_file():
-        base = read_adapter_base(folder / ADAPTER_CONFIG, folder)
-        return read_end_tokens(Path(base.source)) if Path(base.source).is_dir() else frozenset()
+    if (base := _base_folder(folder)) != folder:
+        return read_end_tokens(base)
     return listed_ends(_read_json(folder / "config.json"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from align.config.base import Input
 from align.config.stages import accepted_kinds
 from align.errors import ArtifactError, nearest
-from align.models import files
+from align.models import files, tokenizer_files
 from align.runtime import artifacts, hub
 
 CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
@@ -26,6 +26,7 @@ def find_policy(policy: str, runs: Path) -> Path | str:
     if folder.is_dir():
         artifacts.check_folder(folder)
         files.check_model_folder(folder)
+        tokenizer_files.check_vocabulary(folder)
         return folder
     if "/" in policy:
         hub.check_model(policy)

@@ -17,6 +17,7 @@ from align.config.stages import accepted_kinds, stage_kind
 from align.data.sources import source_files
 from align.errors import ArtifactError, nearest
 from align.models.files import check_model_folder
+from align.models.tokenizer_files import check_vocabulary
 from align.rewards import functions
 from align.runtime import artifacts, checkpoints
 
@@ -186,6 +187,7 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
         )
     else:
         check_model_folder(folder, "policy" if expected.policies else "reward model")
+        check_vocabulary(folder)
     return folder, artifacts.digest_folder(folder)
 
 

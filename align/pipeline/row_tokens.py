@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from align.config.base import NewModel
 from align.config.training import KTO, TRLStage
@@ -20,12 +20,15 @@ from align.pipeline.plan import PlannedStage
 from align.runtime import hub
 from align.training import row_limits
 
+T = TypeVar("T")
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
 """The rows of prepared data, by kind and split."""
 TOKENIZERS = ("tokenizer.json",)
 """What a model in the cache of the Hub must have, for its tokens to be counted."""
 SAMPLE = 200
 """Number of rows whose tokens are counted in any case."""
+BATCH = 1_000
+"""Number of rows that are tokenized at once."""
 MARGIN = 16
 """Tokens by which the template of a row may exceed that of the rows in the sample."""
 
@@ -183,22 +186,31 @@ def _tokenized(
     rows: Sequence[Sequences], chosen: Sequence[int], conversations: Conversations
 ) -> Iterator[tuple[int, tuple[int, int]]]:
     """The tokens of the prompt and of the longest sequence of rows, by the index of the row."""
-    pairs = [(rows[i].prompt, completion) for i in chosen for completion in rows[i].completions]
-    tokenized = iter(conversations.rows([p for p, _ in pairs], [c for _, c in pairs]))
-    for i in chosen:
-        own = [next(tokenized) for _ in rows[i].completions]
-        yield i, (own[0].start, max(len(each.ids) for each in own))
+    for indices in _batches(chosen):
+        pairs = [(rows[i].prompt, side) for i in indices for side in rows[i].completions]
+        tokenized = iter(conversations.rows([p for p, _ in pairs], [c for _, c in pairs]))
+        for i in indices:
+            own = [next(tokenized) for _ in rows[i].completions]
+            yield i, (own[0].start, max(len(each.ids) for each in own))
 
 
 def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> list[int]:
     """The tokens of the text of the longest sequence of each row, without the template."""
-    texts = [
-        "\n".join(str(m.get("content") or "") for m in [*row.prompt, *completion])
-        for row in rows
-        for completion in row.completions
-    ]
-    lengths = iter(map(len, conversations.encode_batch(texts)))
-    return [max(next(lengths) for _ in row.completions) for row in rows]
+    longest = []
+    for batch in _batches(rows):
+        texts = [
+            "\n".join(str(m.get("content") or "") for m in [*row.prompt, *completion])
+            for row in batch
+            for completion in row.completions
+        ]
+        lengths = iter(map(len, conversations.encode_batch(texts)))
+        longest += [max(next(lengths) for _ in row.completions) for row in batch]
+    return longest
+
+
+def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Consecutive parts: the tokens of a million rows at once would take tens of gigabytes."""
+    return (values[first : first + BATCH] for first in range(0, len(values), BATCH))
 
 
 def count_long_prompts(

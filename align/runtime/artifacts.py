@@ -239,7 +239,8 @@ def _digest_one_folder(folder: Path) -> str:
     artifact = read_artifact(folder)
     if artifact is not None:
         return artifact.digest
-    return digest_files(p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != ".")
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
+    return digest([[file.name, checksums.digest_once(file)] for file in files])
 
 
 def _base_folder(folder: Path) -> Path | None:

@@ -7,6 +7,7 @@ because whoever changes a file can also change the checksum.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,20 @@ def digest_file(file: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_once(file: Path) -> str:
+    """:func:`digest_file`, computed once per process for inputs that several stages name.
+
+    A file of another inode, size or time of change is read again.
+    """
+    status = file.stat()
+    return _cached_digest(file, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _cached_digest(file: Path, *_state: int) -> str:
+    return digest_file(file)
 
 
 def record_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 Rows are tokenized here and not by TRL, so that training, evaluation and PPO read the same last
 token: the end of the completion, at which a policy stops. ``align data show --stage reward`` prints
-the result. The
-mean score of the demonstrations is stored as ``score_mean`` in ``reward.json`` beside the weights;
-Align subtracts it from every score, so that a score of 0 is as good as a demonstration. The output
-of ``from_pretrained`` alone differs by that constant, which no comparison depends on.
+the result. The mean score of the demonstrations is stored as ``score_mean`` in ``reward.json``
+beside the weights; Align subtracts it from every score, so that a score of 0 is as good as a
+demonstration. The output of ``from_pretrained`` alone differs by that constant, which no comparison
+depends on.
 """
 
 from __future__ import annotations

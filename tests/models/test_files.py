@@ -14,7 +14,7 @@ from helpers import tiny_models
 from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
-from align.models import files, loading, model_config, policy, tokenization
+from align.models import files, loading, model_config, policy, tokenization, tokenizer_files
 from align.rewards import reward_model
 
 CODE = "raise SystemExit('code of the repository was run')"
@@ -40,10 +40,27 @@ def config(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: edit(folder / "config.json", **fields)
 
 
-def more_tokens(folder: Path) -> None:
+def add_token(folder: Path, *, special: bool) -> None:
+    """Add a token for which the model has no embedding."""
     file = folder / "tokenizer.json"
     added = json.loads(file.read_text())["added_tokens"]
-    edit(file, added_tokens=[*added, added[0] | {"id": 300, "content": "<|more|>"}])
+    token = {"id": 300, "content": "<|more|>", "special": special}
+    edit(file, added_tokens=[*added, added[0] | token])
+
+
+def more_tokens(folder: Path) -> None:
+    add_token(folder, special=False)
+
+
+def more_tokens_in_the_template(folder: Path) -> None:
+    add_token(folder, special=True)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "<|more|>")
+
+
+def check(folder: Path) -> None:
+    files.check_model_folder(folder)
+    tokenizer_files.check_vocabulary(folder)
 
 
 def only_a_pickle(folder: Path) -> None:
@@ -67,6 +84,7 @@ FAULTS = [
         config(architectures=["BertForMaskedLM"]), "predicts no next token", id="an encoder"
     ),
     pytest.param(more_tokens, r"ids up to 300, but the model has 300", id="too many tokens"),
+    pytest.param(more_tokens_in_the_template, r"ids up to 300", id="too many special tokens"),
     pytest.param(only_a_pickle, "pickle.* may contain code", id="only a pickle"),
 ]
 
@@ -77,9 +95,20 @@ def test_a_faulty_model_is_a_user_error_in_the_plan_and_when_it_is_loaded(
 ):
     damage(folder)
     with pytest.raises(UserError, match=message):
-        files.check_model_folder(folder)
+        check(folder)
     with pytest.raises(UserError):
         policy.load_policy(folder)
+
+
+def test_a_special_token_that_no_row_has_needs_no_embedding(folder: Path):
+    add_token(folder, special=True)  # as the placeholder of an image in Gemma 3's models for text
+    edit(folder / "tokenizer_config.json", image_token="<|more|>")
+    check(folder)
+    loaded = policy.load_policy(folder)
+    ids = tokenization.tokenize_prompts(
+        loaded.tokenizer, [[{"role": "user", "content": "<|more|>"}]]
+    )
+    assert max(ids[0]) < loaded.model.config.vocab_size
 
 
 def test_classes_that_are_no_list_are_a_user_error(folder: Path):

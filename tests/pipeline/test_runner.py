@@ -235,6 +235,7 @@ def test_what_is_logged_or_saved_does_not_change_the_digest():
 
     for field in trl_fields.REPORTING | trl_fields.SAVING:
         assert field in trl_fields.trl_fields("DPOConfig")
+        assert trl_fields.reserved("DPOConfig", field) is None
         assert trained(trainer={field: "x", "max_steps": 3}) == trained(trainer={"max_steps": 3})
     for stage, key in NOT_IN_DIGEST:
         assert digest_with(stage, **{key: OTHER[stage][key]}) == digest_with(stage)

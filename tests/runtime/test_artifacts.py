@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from align.errors import ArtifactError
+from align.models import files as model_files
 from align.runtime import artifacts, checksums
 
 ARTIFACT = artifacts.Artifact("dpo", "dpo", "1" * 64, {}, {}, {}, {}, None, 0, 1, 0.0, None)
@@ -70,6 +71,23 @@ def test_the_digest_of_an_adapter_covers_its_base_folder(tmp_path, base):
     before = artifacts.digest_folder(adapter)
     (model / "config.json").write_text("[]")
     assert (artifacts.digest_folder(adapter) != before) == (base == "a model")
+
+
+def test_a_file_of_an_input_is_read_once_unless_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads: list[Path] = []
+    digest = checksums.digest_file
+    monkeypatch.setattr(checksums, "digest_file", lambda file: reads.append(file) or digest(file))
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("one")
+    first = [artifacts.digest_folder(tmp_path) for _ in range(2)]
+    model_files.fingerprint(tmp_path)
+    assert len(reads) == 1
+    other = tmp_path / "other"
+    other.write_text("two")
+    other.replace(weights)
+    assert {*first, artifacts.digest_folder(tmp_path)} != {*first}
 
 
 def test_the_digest_of_a_folder_with_a_damaged_adapter_configuration(tmp_path: Path):

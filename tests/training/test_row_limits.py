@@ -144,6 +144,7 @@ def test_rows_near_the_limit_are_counted_outside_of_the_sample(
     data: Path, world: tiny_models.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_tokens, "SAMPLE", 2)
+    monkeypatch.setattr(row_tokens, "BATCH", 3)
     stage = SFT(model="sft")
     planned = PlannedStage("x", stage, "", data, {"model": world.sft}, {}, "run")
     tables = {"demonstrations": {"train": tiny_models.rows(data, "demonstrations-train")}}
