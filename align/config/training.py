@@ -123,12 +123,9 @@ class TRLStage(TrainingStage):
         return self.reads[0].input
 
     def named_paths(self) -> dict[str, str]:
-        """The paths in ``trainer``, such as that of a chat template."""
-        return {
-            f"trainer.{field}": self.trainer[field]
-            for field in trl_fields.PATHS
-            if isinstance(self.trainer.get(field), str) and self.trainer[field]
-        }
+        """The chat template, if it is a path."""
+        template = self.trainer.get("chat_template_path")
+        return {"trainer.chat_template_path": template} if isinstance(template, str) else {}
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -152,8 +152,6 @@ NEEDS_REASON = {
 }
 
 
-PATHS = ("accelerator_config", "chat_template_path")
-"""Fields whose text may be the path of a file or a folder."""
 REPORTING = frozenset((
     "report_to", "run_name", "project", "include_num_input_tokens_seen",
     "skip_memory_metrics", "logging_steps", "logging_strategy", "logging_first_step",

@@ -9,8 +9,7 @@ A row is a sequence of steps that may contain several episodes, one after anothe
   episode it is ``values[t + 1]``.
 
 Nothing after a cut influences what comes before it, so padding changes no result, not even NaN in
-it. Left out:
-normalization of advantages (:func:`align.functional.masked.masked_whiten`).
+it. Left out: normalization of advantages (:func:`align.functional.masked.masked_whiten`).
 """
 
 from __future__ import annotations

@@ -161,25 +161,46 @@ def _new_model(model: NewModel, rows: Sequence[Sequences]) -> TokenizedModel:
 def count(stage: TRLStage, rows: Sequence[Sequences], model: TokenizedModel) -> Counts:
     """Count the rows that are lost or truncated, and the tokens of a sample of the rows.
 
-    Of all rows, the text alone is tokenized. Where the template cannot lead to the limit, judged
-    by the sample, the row is not tokenized as a whole.
+    A row whose text, with what the template adds to the rows of the sample, stays below the limit
+    is not tokenized as a whole.
 
     Raises:
         UserError: The template refuses a row, or ``max_length`` exceeds the model's positions.
     """
     assert model.conversations is not None
     limit = row_limits.max_length(stage, model.positions)
-    step = max(1, len(rows) // SAMPLE)
-    sizes = _text_tokens(rows, model.conversations)
-    exact = dict(_tokenized(rows, range(0, len(rows), step), model.conversations))
+    sample = range(0, len(rows), max(1, len(rows) // SAMPLE))
+    exact = dict(_tokenized(rows, sample, model.conversations))
     if limit is not None:
-        frame = max(length - sizes[i] for i, (_, length) in exact.items()) + MARGIN
-        near = [i for i, size in enumerate(sizes) if i not in exact and size + frame > limit]
+        lengths = [exact[i][1] for i in sample]
+        near = _near_limit(rows, sample, lengths, limit, model.conversations)
         exact |= dict(_tokenized(rows, near, model.conversations))
     lost = sum(row_limits.loses_row(stage, *spans, limit) for spans in exact.values())
     truncated = sum(limit is not None and length > limit for _, length in exact.values())
-    sample = [exact[i][1] for i in range(0, len(rows), step)]
-    return Counts(sample, lost, truncated, limit)
+    return Counts([exact[i][1] for i in sample], lost, truncated, limit)
+
+
+def _near_limit(
+    rows: Sequence[Sequences],
+    sample: range,
+    lengths: Sequence[int],
+    limit: int,
+    conversations: Conversations,
+) -> list[int]:
+    """The rows outside of a sample, whose rows have ``lengths``, that may exceed the limit."""
+    sizes = _text_tokens([rows[i] for i in sample], conversations)
+    added = [length - size for length, size in zip(lengths, sizes, strict=True)]
+    per_row = max(*added, 0)
+    per_turn = max(count / _turns(rows[i]) for i, count in zip(sample, added, strict=True))
+
+    def may_exceed(i: int, size: int) -> bool:
+        return size + max(per_row, per_turn * _turns(rows[i])) + MARGIN > limit
+
+    others = [i for i in range(len(rows)) if i not in sample]
+    # No token is shorter than a byte, so most rows need not be tokenized.
+    others = [i for i in others if may_exceed(i, max(len(t.encode()) for t in _texts(rows[i])))]
+    sizes = _text_tokens([rows[i] for i in others], conversations)
+    return [i for i, size in zip(others, sizes, strict=True) if may_exceed(i, size)]
 
 
 def _tokenized(
@@ -198,14 +219,22 @@ def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> lis
     """The tokens of the text of the longest sequence of each row, without the template."""
     longest = []
     for batch in _batches(rows):
-        texts = [
-            "\n".join(str(m.get("content") or "") for m in [*row.prompt, *completion])
-            for row in batch
-            for completion in row.completions
-        ]
+        texts = [text for row in batch for text in _texts(row)]
         lengths = iter(map(len, conversations.encode_batch(texts)))
         longest += [max(next(lengths) for _ in row.completions) for row in batch]
     return longest
+
+
+def _texts(row: Sequences) -> list[str]:
+    """The text of each sequence of a row."""
+    return [
+        "\n".join(str(m.get("content") or "") for m in [*row.prompt, *completion])
+        for completion in row.completions
+    ]
+
+
+def _turns(row: Sequences) -> int:
+    return len(row.prompt) + 1
 
 
 def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:

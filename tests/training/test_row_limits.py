@@ -15,6 +15,7 @@ from helpers import ppo_fixtures, tiny_models
 from align.config.data import Prepare
 from align.config.training import DPO, KTO, SFT, Reward, TRLStage
 from align.errors import UserError
+from align.models import tokenizer_files
 from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
 from align.stages import dpo, kto, prepare, reward, sft
@@ -151,6 +152,18 @@ def test_rows_near_the_limit_are_counted_outside_of_the_sample(
     rows = row_tokens.rows_of(stage, tables)
     counts = row_tokens.count(stage, rows, row_tokens.read_model(planned, rows, {}))
     assert (len(counts.lengths), counts.lost, counts.truncated) == (2, 3, 4)
+
+
+def test_the_tokens_that_a_template_adds_to_many_turns_are_counted(
+    world: tiny_models.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_tokens, "SAMPLE", 1)
+    conversations = tokenizer_files.read_conversations(world.sft)
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+    prompts = [[user], [user], [*[user, answer] * 30, user]]
+    rows = [row_tokens.Sequences(prompt, ([answer],)) for prompt in prompts]
+    model = row_tokens.TokenizedModel(conversations, positions=200)
+    assert row_tokens.count(SFT(model="sft"), rows, model).truncated == 1
 
 
 def test_a_model_with_absolute_positions_trains_on_long_rows(
