@@ -125,7 +125,9 @@ class TRLStage(TrainingStage):
     def named_paths(self) -> dict[str, str]:
         """The chat template, if it is a path."""
         template = self.trainer.get("chat_template_path")
-        return {"trainer.chat_template_path": template} if isinstance(template, str) else {}
+        if not isinstance(template, str) or not template:
+            return {}
+        return {"trainer.chat_template_path": template}
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -185,6 +185,9 @@ def _optional_text(raw: Raw, column: str) -> str:
 
 
 def _with_system(system: str, prompt: Messages) -> Messages:
+    """The prompt with its system turn, which is left out if it is blank, as in the column."""
+    if prompt and prompt[0]["role"] == "system" and not prompt[0]["content"].strip():
+        prompt = prompt[1:]
     if not system or not prompt:
         return prompt
     if prompt[0]["role"] != "system":

@@ -103,6 +103,16 @@ def test_a_column_system_is_the_system_turn_also_of_whole_conversations():
     assert pair(repeated)["prompt"] == [system("Be brief."), user("Hi")]
 
 
+def test_a_blank_system_turn_is_left_out():
+    blank = [system(" "), user("Hi")]
+    sides = {"chosen": [*blank, assistant("A")], "rejected": [*blank, assistant("B")]}
+    for row in (sides, {**PAIR, "prompt": blank}, {**PAIR, "prompt": blank, "system": ""}):
+        assert pair(row)["prompt"] == [user("Hi")]
+    assert pair({**sides, "system": "Be brief."})["prompt"] == [system("Be brief."), user("Hi")]
+    with pytest.raises(DroppedError, match="blank prompt"):
+        pair({**PAIR, "prompt": [system(" ")]})
+
+
 def test_fields_of_a_turn_other_than_role_and_content_are_removed():
     row = demonstration({"prompt": [{**user("Hi"), "tool_calls": None}], "completion": "A"})
     assert row["prompt"] == [user("Hi")]
