@@ -31,12 +31,13 @@ def digest_file(file: Path) -> str:
 
 
 def digest_once(file: Path) -> str:
-    """:func:`digest_file`, computed once per process for inputs that several stages name.
+    """:func:`digest_file`, computed once per process: several stages may read the same input.
 
     A file of another inode, size or time of change is read again.
     """
     status = file.stat()
-    return _cached_digest(file, status.st_ino, status.st_size, status.st_mtime_ns)
+    state = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return _cached_digest(file, *state)
 
 
 @functools.cache
@@ -80,7 +81,7 @@ def content_problems(folder: Path, records: FileRecords) -> list[str]:
         return lines
     for name, record in records.items():
         try:
-            if digest_file(folder / name) != record["sha256"]:
+            if digest_once(folder / name) != record["sha256"]:
                 lines.append(f"{folder / name}: its content differs from its checksum")
         except OSError as error:
             lines.append(f"{folder / name}: cannot be read: {error.strerror}")

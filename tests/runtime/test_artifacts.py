@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,16 @@ def test_the_digest_of_an_adapter_covers_its_base_folder(tmp_path, base):
     assert (artifacts.digest_folder(adapter) != before) == (base == "a model")
 
 
-def test_a_file_of_an_input_is_read_once_unless_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    reads: list[Path] = []
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read for their digests."""
+    files: list[Path] = []
     digest = checksums.digest_file
-    monkeypatch.setattr(checksums, "digest_file", lambda file: reads.append(file) or digest(file))
+    monkeypatch.setattr(checksums, "digest_file", lambda file: files.append(file) or digest(file))
+    return files
+
+
+def test_a_file_of_an_input_is_read_once_unless_it_changes(tmp_path: Path, reads: list[Path]):
     weights = tmp_path / "model.safetensors"
     weights.write_text("one")
     first = [artifacts.digest_folder(tmp_path) for _ in range(2)]
@@ -88,6 +94,22 @@ def test_a_file_of_an_input_is_read_once_unless_it_changes(
     other.write_text("two")
     other.replace(weights)
     assert {*first, artifacts.digest_folder(tmp_path)} != {*first}
+
+
+def test_a_finished_stage_is_read_once_unless_it_changes(tmp_path: Path, reads: list[Path]):
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("one")
+    artifacts.write_artifact(tmp_path, ARTIFACT)
+    del reads[:]
+    for _ in range(3):
+        artifacts.check_folder(tmp_path)
+    assert reads == [weights]
+    times = weights.stat()
+    time.sleep(0.02)  # the clock of some file systems has steps of 10 ms
+    weights.write_text("two")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArtifactError, match="its content differs"):
+        artifacts.check_folder(tmp_path)
 
 
 def test_the_digest_of_a_folder_with_a_damaged_adapter_configuration(tmp_path: Path):
