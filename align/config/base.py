@@ -291,19 +291,19 @@ def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]
 class NewModel(Config):
     """A new Llama model, and a byte-level BPE tokenizer trained on the demonstrations."""
 
-    vocab_size: int = Field(512, ge=264)
+    vocab_size: int = Field(512, ge=264, le=1_000_000)
     """Upper bound on the size of the vocabulary, including the 256 bytes and the special tokens."""
-    hidden_size: int = Field(128, ge=8)
+    hidden_size: int = Field(128, ge=8, le=65_536)
     """Width of the hidden states."""
-    intermediate_size: int = Field(384, ge=8)
+    intermediate_size: int = Field(384, ge=8, le=1_000_000)
     """Width of the feed-forward layers."""
-    num_hidden_layers: int = Field(4, ge=1)
+    num_hidden_layers: int = Field(4, ge=1, le=1_000)
     """Number of layers."""
-    num_attention_heads: int = Field(4, ge=1)
+    num_attention_heads: int = Field(4, ge=1, le=1_000)
     """Number of attention heads; twice this number must divide ``hidden_size``."""
     num_key_value_heads: int | None = Field(None, ge=1)
     """Number of key and value heads (grouped-query attention). Default: ``num_attention_heads``."""
-    max_position_embeddings: int = Field(512, ge=16)
+    max_position_embeddings: int = Field(512, ge=16, le=10_000_000)
     """Longest sequence in tokens."""
     tie_word_embeddings: bool = True
     """Use the input embeddings as the output layer."""

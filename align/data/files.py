@@ -156,8 +156,19 @@ def _read_csv(path: Path, stream: ByteStream) -> Iterator[Raw]:
         except csv.Error as error:
             problems.add(f"{path}:{reader.line_num}: not CSV: {error}")
         except UnicodeDecodeError:
-            problems.add(f"{path}:{reader.line_num + 1}: not UTF-8; save it as UTF-8")
+            problems.add(f"{path}:{_first_line_not_utf8(path)}: not UTF-8; save it as UTF-8")
     problems.raise_any()
+
+
+def _first_line_not_utf8(path: Path) -> int:
+    """The number of the first line that is not UTF-8; a text stream decodes many lines at once."""
+    with _open(path) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW), b""), 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _check_header(path: Path, header: list[str]) -> None:

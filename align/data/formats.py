@@ -24,10 +24,11 @@ _CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "messages")
 _UNSUPPORTED_COLUMNS = ("tools", "functions")
 _UNSUPPORTED_FIELDS = (  # of a turn: without them, another text would be trained
     *("tool_calls", "function_call", "tools", "functions"),
-    *("reasoning_content", "reasoning", "thinking", "refusal"),
+    *("reasoning_content", "reasoning_details", "reasoning", "thinking", "refusal"),
+    *("train_detail", "masked"),
     *("images", "image", "audio", "video", "videos"),
 )
-_TRAIN_FIELDS = ("weight", "train", "training", "trainable")
+_TRAIN_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _KNOWN_FIELDS = {"role", "content", *_TRAIN_FIELDS, *_UNSUPPORTED_FIELDS}
 _EMPTY: tuple[Any, ...] = (None, False, "", "null", [], "[]", {}, "{}")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -248,7 +249,7 @@ def _wrong_role(turn: Mapping[str, object]) -> str:
 
 
 def _type_name(value: object) -> str:
-    names = {list: "a list", dict: "an object", bool: "true or false"}
+    names = {list: "a list", dict: "an object", bool: "true or false", bytes: "binary"}
     return "missing" if value is None else names.get(type(value), "a number")
 
 

@@ -192,9 +192,16 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
     """Check that an adapter which is trained further has the shape that the recipe describes.
 
     Raises:
-        UserError: Rank, alpha or dropout differ, or it adapts other layers than those listed.
+        UserError: It is no LoRA adapter, its rank, alpha or dropout differ, or it adapts other
+            layers than those listed.
     """
     trained = model.peft_config["default"]
+    kind = str(getattr(trained.peft_type, "value", trained.peft_type))
+    if kind != "LORA":
+        raise UserError(
+            f"{source}: an adapter of the kind {kind}, which `lora` cannot train further; remove "
+            "`lora` to merge it and train all weights, or start from a model without an adapter"
+        )
     listed = lora["target_modules"]
     if isinstance(listed, list) and set(listed) != set(trained.target_modules):
         raise UserError(

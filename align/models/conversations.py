@@ -166,12 +166,17 @@ class Conversations:
 
         Usually this is how the template continues ``before``. Some templates write the header of a
         finished turn differently (without the ``<think>`` of the generation prompt), or leave out a
-        part of the completion (its reasoning). Then the completion is taken as it is.
+        part of the completion (its reasoning). Then the completion is taken as it is. What the
+        template writes between ``before`` and the completion, such as a space, a policy writes too:
+        it is not written twice if a sampled completion begins with it.
         """
-        content = str(completion[-1].get("content") or "").strip()
+        written = str(completion[-1].get("content") or "")
+        content = written.strip()
         whole = self.template.render([*prompt, *completion], tools=tools)
         if whole.startswith(before) and content in whole[len(before) :]:
-            return whole[len(before) :]
+            text = whole[len(before) :]
+            lead = text[: text.find(written)] if written in text else ""
+            return text[len(lead) :] if written.startswith(lead) else text
         framed = self.template.render(
             [*prompt, *completion[:-1], {**completion[-1], "content": PLACEHOLDER}], tools=tools
         )

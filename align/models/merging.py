@@ -32,13 +32,21 @@ def merge_adapter(model: PeftModel, source: Path | str) -> PreTrainedModel:
     """
     _untie_adapted_embeddings(model)
     before = probe(model)
-    merged: Any = model.merge_and_unload()
+    try:
+        merged: Any = model.merge_and_unload()
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{source}: peft cannot merge this adapter into its base: {text[:300]}; set `lora`, "
+            "so that the adapter is not merged"
+        ) from None
+    _separate_embeddings(merged)
     after = probe(merged)
     difference = float((after - before).norm() / (before - before.mean()).norm())
     if not difference <= TOLERANCE.get(str(merged.dtype), 0.1):
         raise UserError(
             f"{source}: merging this adapter into its base changes the logits by "
-            f"{difference:.0%}; set `lora`, so that the adapter is not merged"
+            f"{difference:.1%}; set `lora`, so that the adapter is not merged"
         )
     trainable: PreTrainedModel = merged.requires_grad_(True)  # peft has frozen the base
     return trainable
@@ -78,6 +86,16 @@ def _untie_adapted_embeddings(model: PeftModel) -> None:
     layers[1].weight = torch.nn.Parameter(layers[1].weight.detach().clone())
     base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
     base.all_tied_weights_keys = {}
+
+
+def _separate_embeddings(model: Any) -> None:
+    """Give the output layer its own tensor if it is not tied, as peft may tie trained copies."""
+    import torch
+
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    if outputs is not None and not tied and outputs.weight is inputs.weight:
+        outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone())
 
 
 def _innermost(layer: Any) -> Any:

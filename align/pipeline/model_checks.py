@@ -70,14 +70,26 @@ def check_target_modules(errors: ErrorCollector, pending: Sequence[PlannedStage]
                 re.compile(lora.target_modules)
             except re.error as error:
                 errors.add(keys, f"no regular expression: {lora.target_modules} ({error})")
-            continue  # it is matched to the whole name of a module, once the model is loaded
+            else:
+                if lora.target_modules in {
+                    n.rpartition(".")[2] for n in _module_names(stage, stages)
+                }:
+                    errors.add(
+                        keys,
+                        "a text is matched to the whole name of a module; write a list: "
+                        f"[{lora.target_modules}]",
+                    )
+            continue  # other expressions are matched once the model is loaded
+        if not lora.target_modules:
+            errors.add(keys, "an empty list; name layers, or remove it to adapt all linear layers")
+            continue
         names = _module_names(stage, stages)
-        if names and not any(files.matches_module(t, names) for t in lora.target_modules):
+        unmatched = [t for t in lora.target_modules if not files.matches_module(t, names)]
+        if names and unmatched:
             parts = sorted({name.rpartition(".")[2] for name in names})
             errors.add(
                 keys,
-                f"the model has no {', '.join(lora.target_modules)}; its parts are "
-                f"{', '.join(parts)}",
+                f"the model has no {', '.join(unmatched)}; its parts are {', '.join(parts)}",
             )
 
 

@@ -24,12 +24,18 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 def world_size() -> int:
     """Number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Index of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def _number(variable: str, default: int) -> int:
+    """The value of a variable of the launcher; ``check_launch`` refuses what is no number."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_main() -> bool:
@@ -41,9 +47,21 @@ def check_launch() -> None:
     """Check that the launcher started as many processes as it was configured for.
 
     Raises:
-        UserError: It started one process, or several that are not connected.
+        UserError: It started one process, or several that are not connected, or its variables are
+            wrong.
     """
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(variable, "0")
+        if not value.isdecimal():
+            raise UserError(
+                f"the environment variable {variable} is no whole number: {value[:40]!r}; unset it"
+            )
     if "WORLD_SIZE" in os.environ:
+        if world_size() > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError(
+                f"the environment variable WORLD_SIZE is {world_size()}, but RANK, MASTER_ADDR or "
+                "MASTER_PORT is not set; start with accelerate launch, or unset WORLD_SIZE"
+            )
         return
     # On a CPU, `accelerate launch --num_processes 2` starts one process, which gets the port for
     # several.
@@ -54,7 +72,7 @@ def check_launch() -> None:
             "launch, --config in align run), or unset MASTER_PORT for one process"
         )
     for variable in _MPI_SIZES:
-        if int(os.environ.get(variable, "1")) > 1:
+        if _number(variable, 1) > 1:
             raise UserError(
                 f"mpirun started {os.environ[variable]} processes ({variable}), which are not "
                 "connected; start them with accelerate launch and a file in accelerate_configs/"

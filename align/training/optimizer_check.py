@@ -6,6 +6,7 @@ Left out: optimizers that choose among the layers of a model, such as GaLore and
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -16,6 +17,8 @@ from align.errors import UserError
 
 BY_LAYER = ("galore", "apollo", "lomo", "muon", "dion")
 """Parts of the names of optimizers that need the model."""
+PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
+"""Packages of those of them that torch does not have."""
 STEPS = 10
 
 
@@ -28,6 +31,9 @@ def check_optimizer(arguments: Any) -> None:
     name = str(getattr(arguments.optim, "value", arguments.optim))
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=arguments.learning_rate)
+    package = next((each for part, each in PACKAGES.items() if part in name), None)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"trainer.optim: {name} requires the package {package}, which is missing")
     if not any(part in name for part in BY_LAYER):
         try:
             optimizer_class, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)

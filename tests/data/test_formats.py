@@ -54,6 +54,11 @@ TOOL_CALL = [{"type": "function", "function": {"name": "get_weather", "arguments
         ("weight", 0, "completion is marked as not to be trained on"),
         ("weight", 0.0, "completion is marked as not to be trained on"),
         ("train", False, "completion is marked as not to be trained on"),
+        ("loss", False, "completion is marked as not to be trained on"),
+        ("loss_mask", 0, "completion is marked as not to be trained on"),
+        ("masked", True, "`masked` of a turn is not supported"),
+        ("train_detail", [{"train": False}], "`train_detail` of a turn is not supported"),
+        ("reasoning_details", [{"text": "x"}], "`reasoning_details` of a turn is not supported"),
         ("weight", 0.5, "`weight` of a turn is not 0 or 1"),
     ],
 )

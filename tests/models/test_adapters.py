@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_models
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -27,6 +27,8 @@ from align.stages import dpo, kto
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor"),
     pytest.mark.filterwarnings("ignore:Could not find a config file in acme/tiny"),  # offline
 ]
 MAIN, V2 = "1" * 40, "2" * 40
@@ -44,6 +46,14 @@ KINDS: list[Any] = [
     ),
     pytest.param(
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, id="saved output layer"
+    ),
+    pytest.param(
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        id="saved embeddings, tied",
     ),
     pytest.param(
         {"target_modules": ["q_proj"], "trainable_token_indices": [3, 299]}, id="single tokens"
@@ -204,8 +214,27 @@ def test_a_merge_that_changes_the_logits_is_a_user_error(
     kind = {"target_modules": ["q_proj", "embed_tokens"]}
     adapter = trained_adapter(tmp_path / "adapter", world.sft, None, **kind)
     monkeypatch.setattr(merging, "_untie_adapted_embeddings", lambda model: None)
-    with pytest.raises(UserError, match=r"changes the logits by \d+%"):
+    with pytest.raises(UserError, match=r"changes the logits by \d+\.\d%"):
         loading.load_merged(adapter, dtype="float32")
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_adapters_that_cannot_be_merged_or_trained_further_are_named(
+    world: tiny_models.World, tmp_path: Path
+):
+    kind = {"target_modules": ["q_proj"], "lora_bias": True}
+    biased = trained_adapter(tmp_path / "a", world.sft, None, **kind)
+    with pytest.raises(UserError, match=r"peft cannot merge this adapter .*; set `lora`"):
+        loading.load_merged(biased, dtype="float32")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(world.sft),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(UserError, match="an adapter of the kind IA3"):
+        adapters.load_for_training(
+            tmp_path / "ia3", lora=tiny_models.LORA.model_dump(), dtype="float32"
+        )
 
 
 def test_a_reward_model_on_an_adapter_of_any_kind_starts_with_its_hidden_states(

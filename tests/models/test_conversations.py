@@ -27,6 +27,13 @@ MARKS = re.compile(
 )
 
 
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}"
+    "{% else %}USER: {{ m.content }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
 def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
@@ -77,6 +84,9 @@ SHAPES = {
     ),
     "Nemotron: the end of the reasoning is written differently": (
         lambda: shape("nemotron_3_nano", eos="<|im_end|>"), "</think>answer<|im_end|>"
+    ),
+    "Vicuna: a space before the completion, which the generation prompt lacks": (
+        lambda: make_tokenizer(VICUNA), " answer</s>"
     ),
     "a template without an end, for a reward model": (
         lambda: make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),

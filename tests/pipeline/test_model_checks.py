@@ -65,6 +65,12 @@ def test_target_modules_are_compared_with_the_model_that_the_chain_starts_from(t
     (line,) = lines(sft={"model": str(model(tmp_path / "base"))}, reward=reward)
     assert line.endswith("its parts are q_proj, up_proj")
     assert not lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": ["q_proj"]}})
+    (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": ["q_proj", "W"]}})
+    assert "the model has no W; its parts" in line
+    (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": "q_proj"}})
+    assert line.endswith("write a list: [q_proj]")
+    (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": []}})
+    assert "an empty list" in line
     assert not lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": "all-linear"}})
     (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": "*"}})
     assert "no regular expression: *" in line

@@ -70,7 +70,16 @@ def test_a_function_that_returns_too_few_results_is_an_error():
         ({"PMI_SIZE": "4"}, "mpirun started 4 processes"),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, None),
         ({"MASTER_PORT": "29500"}, None),  # set by a cluster, without a launcher
-        ({"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}, None),
+        (
+            {
+                "MASTER_PORT": "29500",
+                "MASTER_ADDR": "localhost",
+                "RANK": "0",
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "WORLD_SIZE": "2",
+            },
+            None,
+        ),
     ],
 )
 def test_fewer_processes_than_the_launcher_was_configured_for_are_an_error(
@@ -85,3 +94,20 @@ def test_fewer_processes_than_the_launcher_was_configured_for_are_an_error(
     else:
         with pytest.raises(UserError, match=message):
             distributed.check_launch()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is no whole number: 'abc'"),
+        ({"WORLD_SIZE": "1", "RANK": "-1"}, "RANK is no whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is not set"),
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_named(monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.check_launch()

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from align.config.training import DPO, KTO, SFT, Reward, TRLStage
 from align.errors import UserError
 from align.models.tokenization import CHATML
 from align.stages import dpo, kto, prepare, reward, sft
-from align.training import trl_trainer
+from align.training import optimizer_check, trl_trainer
 
 STAGES: dict[str, tuple[ModuleType, type[TRLStage], str]] = {
     "SFTConfig": (sft, SFT, "demonstrations"),
@@ -282,3 +282,9 @@ def test_which_turns_of_a_conversation_are_trained(
             runs[-1].append(token)
         previous = label != -100
     assert [trainer.processing_class.decode(run) for run in runs] == trained
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "lomo"])
+def test_an_optimizer_without_its_package_is_refused_before_training(name: str):
+    with pytest.raises(UserError, match=rf"{name} requires the package \w+, which is missing"):
+        optimizer_check.check_optimizer(SimpleNamespace(optim=name, learning_rate=1e-3))
