@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from align.runtime import checksums
+
 Files = Mapping[str, str | bytes]
 Launch = Callable[..., tuple[int, str, str]]
 
@@ -398,7 +400,7 @@ RECIPES = [
     invalid(
         "a stage's name in capitals",
         recipe("Prepare: {source: embedded}"),
-        "recipe.yaml:2: Prepare: the name of a stage must consist of lower-case letters, digits and _",
+        "recipe.yaml:2: Prepare: the name of a stage must consist of at most 64 lower-case letters, digits and _",
     ),
     invalid("an empty file", "", "recipe.yaml:1: expected a mapping with `stages:`, got nothing"),
     invalid(
@@ -744,22 +746,21 @@ MODEL = {
 
 def finished(stage: str) -> str:
     """An ``artifact.json`` as a finished stage leaves it."""
-    return json.dumps(
-        {
-            "stage": stage,
-            "name": stage,
-            "digest": "0" * 64,
-            "recipe": {},
-            "inputs": {},
-            "metrics": {},
-            "versions": {},
-            "commit": None,
-            "seed": 0,
-            "world_size": 1,
-            "seconds": 1.0,
-            "peak_memory_bytes": None,
-        }
-    )
+    content = {
+        "stage": stage,
+        "name": stage,
+        "digest": "0" * 64,
+        "recipe": {},
+        "inputs": {},
+        "metrics": {},
+        "versions": {},
+        "commit": None,
+        "seed": 0,
+        "world_size": 1,
+        "seconds": 1.0,
+        "peak_memory_bytes": None,
+    }
+    return json.dumps(checksums.seal(content))
 
 
 def model(phrase: str, changed: Mapping[str, str | bytes | None], *expected: str) -> Any:
@@ -843,7 +844,7 @@ FOLDERS = [
     invalid(
         "an artifact of another version",
         recipe(PREPARE, "dpo: {model: ./base}"),
-        "recipe.yaml:3: dpo.model: base/artifact.json: not an artifact of this version of Align",
+        "recipe.yaml:3: dpo.model: base/artifact.json: has no checksum: damaged, or of an earlier version",
         "or run its stage with --force",
         files={**MODEL, "base/artifact.json": '{"stage": "sft"}'},
     ),

@@ -165,6 +165,14 @@ def perturb(models: PPOModels, view: ModelView | None = None, *, scale: float = 
             p += scale * torch.randn(p.shape, generator=generator)
 
 
+def make_ends_likely(models: PPOModels) -> None:
+    """Give eos the logit of a frequent token, so that about half of the completions end early."""
+    tokenizer, head = models.tokenizer, models.policy.model.get_output_embeddings()
+    frequent = tokenizer.encode("s", add_special_tokens=False)[0]
+    with torch.no_grad():
+        head.weight[tokenizer.eos_token_id] = head.weight[frequent]
+
+
 def set_learning_rates_to_0(trainer: PPOTrainer) -> None:
     """Let steps run completely without changing a weight."""
     for group in trainer.optimizer.param_groups:

@@ -96,6 +96,7 @@ def test_row_04_sampling_from_a_prompt_does_not_depend_on_its_padding(
 ):
     source = folders.world.sft if positions == "rotary" else folders.gpt2
     models = ppo_fixtures.build_models(source, [], lora=False, share=True)
+    ppo_fixtures.perturb(models, scale=0.1)  # as it is, it completes every prompt with "the the"
     model, tokenizer = models.policy.model, models.tokenizer
     rows = tiny_models.rows(folders.world.data, "prompts-train")[:4]
     prompts = tokenization.tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
@@ -124,6 +125,7 @@ def test_row_05_lengths_decide_which_tokens_are_real_if_pad_equals_eos(
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for trainer in (with_eos, other):
         ppo_fixtures.perturb(trainer.models)
+        ppo_fixtures.make_ends_likely(trainer.models)
         trainer.step(0)
     completions, again = recorder.completions
     assert completions == again  # the same weights, another pad
@@ -194,6 +196,7 @@ def test_row_06_tokens_after_eos_change_no_score_no_advantage_and_no_loss(
     for name in ("unchanged", "with junk"):
         trainer = ppo_fixtures.build_trainer(folders, tmp_path / name, lora=lora, max_new_tokens=40)
         ppo_fixtures.perturb(trainer.models)
+        ppo_fixtures.make_ends_likely(trainer.models)
         if name == "with junk":
             model, eos = trainer.models.policy.model, trainer.models.tokenizer.eos_token_id
             generate = model.generate

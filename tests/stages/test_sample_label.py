@@ -363,6 +363,9 @@ def test_held_out_prompts_that_were_sampled_and_trained_on_are_refused(
     held_out = finished(sampled(world, tmp_path / "sample", split="test"), tmp_path / "finished")
     folder = labeled(held_out, tmp_path / "label")
     (folder / "pairs-test.parquet").rename(folder / "pairs-train.parquet")
+    artifact = artifacts.read_artifact(folder)
+    assert artifact is not None
+    artifacts.write_artifact(folder, artifact)  # with the checksums of the renamed tables
     config = DPO(model="sft", pairs="label", trainer=tiny_models.TRAINER | {"max_steps": 1})
     tiny_models.stage(dpo, config, {"model": world.sft, "pairs": folder}, tmp_path / "dpo")
     evaluation = Evaluate(policies=["dpo"], baseline="sft", judge="gold")
