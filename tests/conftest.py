@@ -57,9 +57,10 @@ def launch(
     Environment, signal handlers and working directory are restored.
     """
     from align.cli import run
-    from align.runtime import exit_codes
+    from align.runtime import exit_codes, signals
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signals, "_stop", signals._Stop())  # a signal concerns this run only
     before = dict(os.environ)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}

@@ -19,13 +19,12 @@ import torch
 from helpers import tiny_models
 from helpers.damage import DAMAGES
 from rich.console import Console
-from rich.control import strip_control_codes
 from sklearn.linear_model import LogisticRegression
 
 from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.training import DPO
-from align.errors import UserError
+from align.errors import UserError, printable
 from align.evaluation import tables, win_rates
 from align.evaluation.held_out import training_tables
 from align.evaluation.win_rates import Samples
@@ -565,7 +564,7 @@ def test_the_tables_contain_the_first_completions_of_three_prompts(measured: Any
         assert row["prompt"].startswith(shown["title"])
         for k, side in enumerate(("policy", "baseline")):
             text = " ".join(" ".join(line[k] for line in shown["rows"]).split())
-            completion = strip_control_codes(row[f"{side}_completion"]) or "(empty)"
+            completion = printable(row[f"{side}_completion"]) or "(empty)"
             assert text == " ".join(completion.split())
             assert shown["columns"][k] == f"{row[side]} ({row[f'{side}_score']:.2f})<"
 

@@ -18,7 +18,8 @@ from align.runtime import exit_codes, signals
 
 
 @pytest.fixture(autouse=True)
-def restored_handlers():
+def restored_handlers(monkeypatch):
+    monkeypatch.setattr(signals, "_stop", signals._Stop())  # `install` replaces it
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield

@@ -137,7 +137,7 @@ def test_a_sweep_over_beta_and_seeds_computes_them_once(runs: Runs, monkeypatch)
         {"trainer": {"max_length": 100}},
         {"trainer": {"ld_alpha": 0.5}},
         {"trainer": {"bf16": True}},
-        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "lora": tiny_models.LORA},
         {"lora": tiny_models.LORA, "source": "lora"},
     ],
     ids=lambda keys: str(keys)[:40],
@@ -310,7 +310,8 @@ def test_the_cache_is_locked_while_it_is_computed(runs: Runs, monkeypatch):
 
 
 def test_in_bfloat16_the_first_loss_is_log_2_up_to_its_rounding(runs: Runs):
-    for keys in ({"dtype": "bfloat16"}, {"trainer": {"bf16": True}}):
+    adapter = {"dtype": "bfloat16", "lora": tiny_models.LORA}
+    for keys in (adapter, {"trainer": {"bf16": True}}):
         trainer = runs.build(**keys)
         runs.add(trainer)
         trainer.train()
