@@ -14,6 +14,15 @@ from align.runtime import signals
 from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import RESUMES, guarded
 
+
+def _expand_home(folder: Path) -> Path:
+    """A folder with the home directory for ``~``, which a shell leaves in ``--runs=~/x``."""
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:  # an unknown user, or no home directory
+        raise typer.BadParameter(f"{folder}: {error}") from None
+
+
 RecipePath = Annotated[
     Path,
     typer.Argument(
@@ -27,7 +36,9 @@ Overrides = Annotated[
         help="Overrides, such as dpo.beta=0.3 or all.seed=1.",
     ),
 ]
-Runs = Annotated[Path, typer.Option(metavar="DIR", help="The folder for results.")]
+Runs = Annotated[
+    Path, typer.Option(metavar="DIR", callback=_expand_home, help="The folder for results.")
+]
 Force = Annotated[
     str | None,
     typer.Option(metavar="STAGE|all", help="Remove the results of a stage and run it again."),

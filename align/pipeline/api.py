@@ -62,7 +62,7 @@ def plan(
     Raises:
         UserError: The recipe, an option or an input is invalid.
     """
-    return plan_recipe(_loaded(recipe), Path(runs), until=until, force=force)
+    return plan_recipe(_loaded(recipe), Path(runs).expanduser(), until=until, force=force)
 
 
 def run(
@@ -82,7 +82,8 @@ def run(
     quiet_libraries()
     loaded = _loaded(recipe)
     with progress.display() as display:
-        summary = runner.run_recipe(loaded, Path(runs), display, until=until, force=force)
+        folder = Path(runs).expanduser()
+        summary = runner.run_recipe(loaded, folder, display, until=until, force=force)
     stages = {
         stage.name: replace(
             stage, metrics=_typed(stage.metrics, loaded.stages[stage.name].metrics_class)

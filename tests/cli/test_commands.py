@@ -141,6 +141,14 @@ def test_a_plan_fits_80_columns_and_shows_names_as_written(tmp_path, capsys, mon
     assert max(map(len, output.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("runs", ["~", "~/my runs"])
+def test_the_folder_of_runs_may_begin_with_the_home_directory(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["chat", "sft", f"--runs={runs}"]
+    with pytest.raises(ArtifactError, match=f"^{tmp_path / runs.removeprefix('~').lstrip('/')}: "):
+        main.app(arguments, standalone_mode=False)
+
+
 def test_invalid_overrides_are_reported_before_the_launcher_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(main, "launch", pytest.fail)
     recipe = tmp_path / "recipe.yaml"
