@@ -56,7 +56,6 @@ def test_losses_that_are_not_finite_are_not_filtered(tmp_path: Path) -> None:
     [
         {},
         {"optim": "adafactor"},
-        {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
     ],
