@@ -191,7 +191,7 @@ def _execute(stage: PlannedStage, recipe: Recipe, display: Display) -> artifacts
     seed = getattr(stage.config, "seed", None)
     distributed.reset_process_state(seed or 0)
     if distributed.is_main():
-        _remove_cache(stage.folder)  # an interrupted run may have left anything in it
+        _remove_leftovers(stage.folder)
         checkpoints.set_aside_damaged(
             stage.folder, lambda line: display.info(f"{stage.name}: {line}")
         )
@@ -262,7 +262,7 @@ def stage_module(kind: str) -> Any:
 
 def _remove_working_files(stage: PlannedStage) -> None:
     """Remove what only an unfinished stage needs. Called after the artifact has been written."""
-    _remove_cache(stage.folder)
+    _remove_leftovers(stage.folder)
     if not getattr(stage.config, "keep_checkpoints", True):
         for checkpoint in stage.folder.glob("checkpoint-*"):
             _remove(checkpoint)
@@ -281,9 +281,11 @@ def check_removable(folder: Path) -> None:
         )
 
 
-def _remove_cache(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it may be missing
-        _remove(folder / ".cache")
+def _remove_leftovers(folder: Path) -> None:
+    """Remove caches and temporary files that an interrupted run may have left in a stage."""
+    for path in (folder / ".cache", *folder.glob(artifacts.TEMPORARY), *folder.glob("*.tmp")):
+        with contextlib.suppress(OSError):  # it may be missing
+            _remove(path)
 
 
 def clear_folder(folder: Path) -> None:

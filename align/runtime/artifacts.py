@@ -26,6 +26,8 @@ from align.runtime import checksums
 from align.runtime.checksums import digest_file
 
 FILE = "artifact.json"
+TEMPORARY = ".*.json.*"
+"""Pattern of the names that JSON files have while they are written."""
 WORKING = ".working"  # exists until a stage is finished; locked while it runs
 TRACKER_FILES = "events.out.tfevents."  # TensorBoard writes these until the process ends
 LOADED_SUFFIXES = (".json", ".jinja", ".safetensors", ".parquet")

@@ -159,7 +159,11 @@ def test_a_damaged_checkpoint_is_skipped_and_no_step_is_trained_twice(uninterrup
     written = recipe_runs.file_exists(runs, "sft-*/model.safetensors")
     recipe_runs.stop(runs, "--until", "sft", when=written)
     (folder / artifacts.FILE).unlink(missing_ok=True)
+    temporaries = [folder / ".artifact.json.123", folder / "metrics.tmp"]  # of a killed process
+    for path in temporaries:
+        path.write_text("{")
     assert recipe_runs.run(runs, "--until", "sft") == 0, recipe_runs.log(runs)
+    assert not any(path.exists() for path in temporaries)
     assert_as_if_uninterrupted(runs, uninterrupted, "sft")
     artifact = artifacts.read_artifact(folder)
     assert artifact is not None
