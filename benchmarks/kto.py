@@ -57,7 +57,8 @@ def train(variant: str, config: KTO, inputs: dict[str, Any], folder: Path, logge
         # TRL assigns the KL completions again, in the new order.
         rows = trainer.train_dataset.select_columns(kto.COLUMNS).shuffle(seed=config.seed)
         tokenizer = trainer.processing_class
-        trainer.train_dataset = trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
+        with trl_trainer.construction(tokenizer, config):  # TRL tokenizes as we do
+            trainer.train_dataset = trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
     started = time.monotonic()
     trl_trainer.train(trainer, folder, logger)
     return time.monotonic() - started
