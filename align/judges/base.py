@@ -38,11 +38,28 @@ class Verdict:
     """Why, in the words of the judge; or why there is no usable verdict."""
     criteria: Mapping[str, float] | None = None
     """The preference by each criterion of a rubric."""
+    votes: tuple[float, ...] = ()
+    """The preferences of repeated verdicts, whose mean is ``preference``; empty for a single one.
+    """
 
     @property
     def is_valid(self) -> bool:
         """Whether the verdict can be used."""
         return not math.isnan(self.preference)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the verdicts of a judge behind an API took."""
+
+    requests: int
+    """Requests that were sent, with retries."""
+    cached: int
+    """Verdicts that were read from the cache."""
+    input_tokens: int
+    output_tokens: int
+    cost: float | None = None
+    """Price of the tokens; None where the configuration has no prices."""
 
 
 class ScoreJudge(Protocol):
@@ -74,6 +91,13 @@ class PairJudge(Protocol):
     reads_in_order: ClassVar[bool]
     """Whether the judge reads one completion after the other, so that it is asked in both orders.
     """
+    covers_all: ClassVar[bool]
+    """Whether a missing verdict is a failure. People decide about some pairs only: the others are
+    left out, and not counted as invalid."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What all verdicts so far took; None for a judge that sends no requests."""
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict per pair, in the given order. Failures are verdicts that are not valid."""
