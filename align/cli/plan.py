@@ -108,7 +108,8 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     errors.raise_any()
     preflight.check_unusual_trainers(errors, stages)
     errors.raise_any()
-    for name, estimate in estimates.estimate(stages, world_size=1).items():
+    # Memory does not depend on the data, which are therefore not prepared again.
+    for name, estimate in estimates.estimate(stages, world_size=1, prepared={}).items():
         if estimate.memory_bytes is not None:
             memory = _with_unit(estimate.memory_bytes)
             console.print(f"{name}: memory ≥ {memory}B for weights, gradients and Adam")

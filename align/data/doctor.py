@@ -53,7 +53,7 @@ def examine(config: Prepare) -> DataReport:
         UserError: One line for each problem with the sources.
     """
     prepared = prepare(config)
-    counted = statistics.collect(prepared)
+    counted = statistics.collect(prepared, baseline=statistics.BagOfWordsBaseline())
     histograms = [
         length_histogram(f"words of {column}", counts)
         for column, counts in counted.lengths().items()

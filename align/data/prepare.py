@@ -98,12 +98,14 @@ class PreparedData:
 
     def tables(self) -> dict[str, dict[str, list[Row]]]:
         """All rows in memory, by kind and split."""
-        tables: dict[str, dict[str, list[Row]]] = {
-            kind: {split: [] for split in self.splits} for kind in self.table_kinds
-        }
+        tables = self.empty_tables()
         for kind, split, row in self.rows():
             tables[kind][split].append(row)
         return tables
+
+    def empty_tables(self) -> dict[str, dict[str, list[Row]]]:
+        """The kinds and splits of all tables, without their rows."""
+        return {kind: {split: [] for split in self.splits} for kind in self.table_kinds}
 
     def _table_rows(self, kind: str, part: TableSplit) -> Iterator[SplitRow]:
         table = part.table

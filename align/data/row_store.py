@@ -131,7 +131,7 @@ class RowTable:
         self.row_digests.extend((high, low - low % 2 + direction))
         self.completion_digests.extend(digest_words(prompt_id, completion))
         self.prompt_ids.append(int(prompt_id, 16))
-        self.conversation_ids.append(int(conversation_id(row["prompt"]), 16))
+        self.conversation_ids.append(int(conversation_id(row), 16))
         self.margins.append(float("nan") if margin is None else margin)
         self.source_numbers.append(source)
         self.spool.add((row, dict(kept)))

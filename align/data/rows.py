@@ -52,7 +52,13 @@ def prompt_id(prompt: Messages) -> str:
     return hashlib.blake2b("\x1e".join(turns).encode(), digest_size=8).hexdigest()
 
 
-def conversation_id(prompt: Messages) -> str:
-    """Hash of the beginning of a prompt: all turns up to and including the first user turn."""
+def conversation_id(row: Row) -> str:
+    """Hash of the beginning of a row's prompt: all turns up to and including the first user turn.
+
+    Of a prompt with one user turn, it is the ``prompt_id``.
+    """
+    prompt: Messages = row["prompt"]
     first = next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), len(prompt))
-    return prompt_id(prompt[: first + 1])
+    is_whole = first + 1 >= len(prompt)
+    conversation: str = row["prompt_id"] if is_whole else prompt_id(prompt[: first + 1])
+    return conversation

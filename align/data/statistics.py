@@ -32,10 +32,16 @@ N_BUCKETS, MAX_PAIRS, MIN_PAIRS, N_FOLDS, N_STEPS = 2**15, 10_000, 50, 5, 60
 
 
 def collect(
-    prepared: PreparedData, *, sink: Callable[[SplitRow], None] | None = None
+    prepared: PreparedData,
+    *,
+    sink: Callable[[SplitRow], None] | None = None,
+    baseline: BagOfWordsBaseline | None = None,
 ) -> DatasetStatistics:
-    """Count all rows of prepared data, and pass each to ``sink``, such as a table writer."""
-    statistics = DatasetStatistics(prepared)
+    """Count all rows of prepared data, and pass each to ``sink``, such as a table writer.
+
+    ``baseline`` collects the pairs too. It takes half of the time and is only part of a report.
+    """
+    statistics = DatasetStatistics(prepared, baseline)
     for row in prepared.rows():
         if sink is not None:
             sink(row)
@@ -46,14 +52,14 @@ def collect(
 class DatasetStatistics:
     """Counts of rows, and histograms of lengths. Memory does not grow with the number of rows."""
 
-    def __init__(self, prepared: PreparedData) -> None:
+    def __init__(self, prepared: PreparedData, baseline: BagOfWordsBaseline | None = None) -> None:
         self._prepared = prepared
         self._rows = {kind: dict.fromkeys(prepared.splits, 0) for kind in prepared.table_kinds}
         self._words: dict[str, Counter[int]] = {}
         self._longer_side: Counter[str] = Counter()
         self._longest: dict[str, dict[str, Any]] = {}
         self._special_tokens: Counter[str] = Counter()
-        self._baseline = BagOfWordsBaseline()
+        self._baseline = baseline
 
     def add(self, split_row: SplitRow) -> None:
         """Count one row."""
@@ -79,7 +85,8 @@ class DatasetStatistics:
             self._longer_side[
                 "chosen" if chosen > rejected else "rejected" if chosen < rejected else "neither"
             ] += 1
-            self._baseline.add(row)
+            if self._baseline is not None:
+                self._baseline.add(row)
 
     def _add_longest(self, kind: str, row: Row, lengths: Mapping[str, int]) -> None:
         """Length of a row: the prompt and its longer completion, which is truncated first."""
@@ -135,12 +142,12 @@ class DatasetStatistics:
             )
 
     def report(self) -> dict[str, Any]:
-        """The summary, counts by source, near-duplicates, leakage, margins and the baseline."""
+        """The summary, counts by source, near-duplicates, leakage, margins, and the baseline if it was collected."""
         report = self.summary() | {"sources": self._prepared.sources} | self._prepared.findings
         if len(self._prepared.margins):
             low, median, high = np.percentile(self._prepared.margins, [5, 50, 95]).tolist()
             report["margins"] = {"p5": low, "median": median, "p95": high}
-        baseline = self._baseline.accuracy()
+        baseline = self._baseline.accuracy() if self._baseline is not None else None
         if baseline is not None:
             report["bag_of_words"] = baseline
         return report
@@ -192,7 +199,7 @@ class BagOfWordsBaseline:
                 bucket = crc32(word.encode()) % N_BUCKETS
                 difference[bucket] = difference.get(bucket, 0) + sign * math.log1p(count)
         nonzero = {bucket: value for bucket, value in difference.items() if value}
-        conversation = int(conversation_id(row["prompt"]), 16)
+        conversation = int(conversation_id(row), 16)
         pair = (conversation, array("I", nonzero), array("d", nonzero.values()))
         self._pairs[place : place + 1] = [pair]
 

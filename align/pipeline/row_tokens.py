@@ -198,7 +198,7 @@ def _near_limit(
 
     others = [i for i in range(len(rows)) if i not in sample]
     # No token is shorter than a byte, so most rows need not be tokenized.
-    others = [i for i in others if may_exceed(i, max(len(t.encode()) for t in _texts(rows[i])))]
+    others = [i for i in others if may_exceed(i, _bytes(rows[i]))]
     sizes = _text_tokens([rows[i] for i in others], conversations)
     return [i for i, size in zip(others, sizes, strict=True) if may_exceed(i, size)]
 
@@ -216,21 +216,31 @@ def _tokenized(
 
 
 def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> list[int]:
-    """The tokens of the text of the longest sequence of each row, without the template."""
+    """The tokens of the messages of the longest sequence of each row, without the template.
+
+    A text that several rows have, as rows of one prompt do, is tokenized once.
+    """
     longest = []
+    sizes: dict[str, int] = {}
     for batch in _batches(rows):
-        texts = [text for row in batch for text in _texts(row)]
-        lengths = iter(map(len, conversations.encode_batch(texts)))
-        longest += [max(next(lengths) for _ in row.completions) for row in batch]
+        texts = dict.fromkeys(t for row in batch for side in _texts(row) for t in side)
+        new = [text for text in texts if text not in sizes]
+        sizes |= zip(new, map(len, conversations.encode_batch(new)), strict=True)
+        longest += [max(sum(sizes[t] for t in side) for side in _texts(row)) for row in batch]
     return longest
 
 
-def _texts(row: Sequences) -> list[str]:
-    """The text of each sequence of a row."""
+def _texts(row: Sequences) -> list[list[str]]:
+    """The texts of the messages of each sequence of a row."""
     return [
-        "\n".join(str(m.get("content") or "") for m in [*row.prompt, *completion])
+        [str(message.get("content") or "") for message in [*row.prompt, *completion]]
         for completion in row.completions
     ]
+
+
+def _bytes(row: Sequences) -> int:
+    """The bytes of the messages of the longest sequence of a row."""
+    return max(sum(len(text.encode()) for text in side) for side in _texts(row))
 
 
 def _turns(row: Sequences) -> int:

@@ -10,6 +10,7 @@ from align.config.recipe import ErrorCollector
 from align.data import tables as data_tables
 from align.pipeline.plan import PlannedStage
 from align.rewards.function_source import missing_columns
+from align.training.label_counts import check_label_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,9 @@ def _check_labels(errors: ErrorCollector, stage: PlannedStage, data: Path) -> No
     size = stage.config.labels_per_batch
     if size is None or not data_tables.has_table(data, "unpaired", "train"):
         return
-    from align.training import kto_batches
-
     rows = data_tables.read(data, "unpaired", "train", columns=["label"])
     labels = [row["label"] for row in rows]
     paired = data_tables.count_rows(data, "pairs", "train")
     desirable, undesirable = sum(labels) + paired, labels.count(False) + paired
     with errors.at(stage.name, stage.config.reads[0].input):
-        kto_batches.check_label_counts(desirable, undesirable, batch_size=size)
+        check_label_counts(desirable, undesirable, batch_size=size)

@@ -134,22 +134,24 @@ def _prepared_lines(
         yield f"{stage.name}: {hub} is on the Hub; its rows are checked when the stage runs"
         return
     prepared = prepare(cast(Prepare, stage.config))
-    tables[stage.folder] = prepared.tables()
+    in_memory = prepared.empty_tables()
+    counted = statistics.collect(
+        prepared, sink=lambda row: in_memory[row.kind][row.split].append(row.row)
+    )
+    tables[stage.folder] = in_memory
     counts = []
-    for kind, splits in tables[stage.folder].items():
+    for kind, splits in in_memory.items():
         n_train, total = len(splits["train"]), sum(map(len, splits.values()))
         counts.append(f"{kind} {n_train:,} + {total - n_train:,} held out")
     dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
     yield f"{stage.name}: {', '.join(counts)}{f'; dropped: {dropped}' if dropped else ''}"
     yield from (f"{stage.name}: {line}" for line in statistics.not_read(prepared.findings))
-    for warning in statistics.collect(prepared).summary()["warnings"]:
+    for warning in counted.summary()["warnings"]:
         yield f"{stage.name}: warning: {warning}"
-    names = {f"{kind}-{split}" for kind, splits in tables[stage.folder].items() for split in splits}
+    names = {f"{kind}-{split}" for kind, splits in in_memory.items() for split in splits}
     contents = PreparedTables(
         names,
-        lambda split: [
-            row["prompt"][-1]["content"] for row in tables[stage.folder]["prompts"][split]
-        ],
+        lambda split: [row["prompt"][-1]["content"] for row in in_memory["prompts"][split]],
     )
     check_contents(errors, stage.folder, contents, stages)
 

@@ -37,7 +37,9 @@ def run(
             writers[table] = TableWriter(table_file(output_dir, *table))
         writers[table].add(row.row)
 
-    report = statistics.collect(prepared, sink=write).report()
+    report = statistics.collect(
+        prepared, sink=write, baseline=statistics.BagOfWordsBaseline()
+    ).report()
     for writer in writers.values():
         writer.close()
     files = {displayed_path(file): checksums.digest_file(file) for file in prepared.files}

@@ -21,6 +21,7 @@ import torch
 
 from align.config.training import KTO
 from align.errors import DataError
+from align.training.label_counts import check_label_counts
 
 RECOMMENDED_RATIO = (1.0, 4 / 3)
 """Range of the ratio of the summed weights of desirable and undesirable completions, from the KTO
@@ -71,27 +72,6 @@ def interleaved(
         batches.append(_take_batch(batch_labels, queues, prompts, limit=size // 2))
     _repair(batches, labels, prompts)
     return [row for batch in batches for row in batch]
-
-
-def check_label_counts(desirable: int, undesirable: int, *, batch_size: int) -> None:
-    """Check that there is at least one completion of each label per batch.
-
-    Raises:
-        DataError: A label has too few completions.
-    """
-    rows = desirable + undesirable
-    batches = math.ceil(rows / batch_size)
-    for count, label in ((desirable, "desirable"), (undesirable, "undesirable")):
-        if count == 0:
-            raise DataError(
-                f"no completion is {label}, but KTO needs both labels; use a source that has both"
-            )
-        if count < batches:
-            raise DataError(
-                f"{count:,} {label} of {rows:,} completions are not enough for {batches:,} "
-                "batches, which all need both labels; set `per_device_train_batch_size` to "
-                f"{math.ceil(rows / count)} or more"
-            )
 
 
 def _shuffled(

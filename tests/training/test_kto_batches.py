@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from align.errors import UserError
-from align.training import kto_batches
+from align.training import kto_batches, label_counts
 
 
 def pairs(prompts: Sequence[int]) -> tuple[list[bool], list[int]]:
@@ -123,7 +123,7 @@ def test_labels_that_give_no_valid_batches_are_a_user_error(labels, prompts, siz
 def test_the_suggested_batch_size_is_the_smallest_that_works():
     labels = [True] * 3 + [False] * 97
     with pytest.raises(UserError):
-        kto_batches.check_label_counts(3, 97, batch_size=33)
+        label_counts.check_label_counts(3, 97, batch_size=33)
     for epoch in range(3):
         kto_batches.interleaved(labels, list(range(100)), batch_size=34, seed=0, epoch=epoch)
 
