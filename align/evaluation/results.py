@@ -109,6 +109,49 @@ class ImplicitRewards:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DriftMetrics:
+    """How far a policy is from the baseline, and what its sampled completions look like."""
+
+    policy: str
+    reference: str | None
+    """Name of the model that ``kl`` is measured to: the baseline. None without such a model."""
+    kl: float | None
+    """KL(policy, reference) in nats per completion, both at the sampling temperature.
+
+    Estimated as the mean log-ratio of the policy's own samples (k1), so it may be negative by
+    chance. None where the samples are not drawn from the whole distribution (temperature 0, top_p
+    below 1), where the tokens of the two models differ, and for completions from a file.
+    """
+    kl_ci: Interval | None
+    """Confidence interval of ``kl``, by bootstrap over prompts."""
+    kl_per_token: float | None
+    """Sum of all log-ratios over the number of all tokens, stop tokens included."""
+    entropy: float | None
+    """Mean entropy of the distributions that the tokens were drawn from, in nats."""
+    missing_eos: float | None
+    """Share of completions without a stop token, cut off by the length limit."""
+    mean_tokens: float | None
+    """Mean length in tokens, without the stop token."""
+    mean_words: float
+    """Mean length in words, which are separated by white space."""
+    distinct_1: float | None
+    """Distinct words over all words of the completions (distinct-1).
+
+    A longer text repeats more, so all policies are compared at equal numbers of words: the expected
+    value for a random subset of as many as the shortest policy has. None if one has no words.
+    """
+    distinct_2: float | None
+    """As ``distinct_1``, for pairs of consecutive words."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> DriftMetrics:
+        """Read one entry of ``drift``."""
+        interval = metrics["kl_ci"]
+        typed = {"kl_ci": None if interval is None else Interval(*interval)}
+        return cls(**_known(cls, metrics) | typed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationMetrics:
     """Metrics of an ``evaluate`` stage. A part that was not measured is empty."""
 
@@ -118,6 +161,8 @@ class EvaluationMetrics:
     """Sampling temperature of the compared completions."""
     implicit_rewards: tuple[ImplicitRewards, ...] = ()
     """One entry per policy."""
+    drift: tuple[DriftMetrics, ...] = ()
+    """One entry per policy, and the baseline last."""
 
     def to_metrics(self) -> dict[str, Any]:
         """The metrics as ``artifact.json`` stores them; parts that were not measured are absent."""
@@ -126,6 +171,8 @@ class EvaluationMetrics:
             del metrics["comparisons"], metrics["temperature"]
         if not self.implicit_rewards:
             del metrics["implicit_rewards"]
+        if not self.drift:
+            del metrics["drift"]
         return dict(metrics)
 
     @classmethod
@@ -136,6 +183,7 @@ class EvaluationMetrics:
             implicit_rewards=tuple(
                 map(ImplicitRewards.from_metrics, metrics.get("implicit_rewards", ()))
             ),
+            drift=tuple(map(DriftMetrics.from_metrics, metrics.get("drift", ()))),
             temperature=metrics.get("temperature"),
         )
 

@@ -45,6 +45,8 @@ class Completion:
     """Number of tokens, without the stop token."""
     finished: bool
     """Whether the completion ends in a stop token; False where the length limit cut it off."""
+    tokens: tuple[int, ...] = ()
+    """The sampled tokens, stop token included; empty where only the text is known."""
 
 
 def sample(
@@ -207,4 +209,4 @@ def set_sampling(
 def _completion(row: Tokens, stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
     finished = row[-1] in stops
     text = decode_completion(tokenizer, row, finished=finished)
-    return Completion(text, len(row) - finished, finished)
+    return Completion(text, len(row) - finished, finished, tuple(row))

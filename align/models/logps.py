@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align.errors import UserError
 from align.models.tokenization import pad_rows, tokenize_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from align.models.tokenization import Message
+
+ROWS = 512
+"""Rows of logits whose probabilities are computed at once, which bounds the memory."""
 
 
 def completion_logps(
@@ -40,13 +44,102 @@ def completion_logps(
 
     tokenized = tokenize_rows(tokenizer, [row[0] for row in rows], [row[1] for row in rows])
     sequences = [row.ids[:max_length] for row in tokenized]
-    starts = [row.start for row in tokenized]
     prompts = [row.ids[: row.start] for row in tokenized]
+    result = torch.zeros(len(rows), dtype=torch.float64)
+    done = 0
+    for batch in _batches(model, tokenizer, prompts, sequences, batch_size=batch_size):
+        logps = -cross_entropy(batch.logits, batch.tokens, reduction="none")
+        sums = batch.sum_rows(logps)
+        _check_finite(sums, model)
+        sums[~batch.has_tokens] = torch.nan
+        result[torch.tensor(batch.rows)] = sums
+        done += len(batch.rows)
+        progress(done, len(rows))
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class SampledLogps:
+    """Log-probabilities and entropies of sampled completions, summed over their tokens."""
+
+    logps: Float[Tensor, " rows"]
+    entropies: Float[Tensor, " rows"]
+    """Sum over the tokens of the entropy of the distribution that each is drawn from, in nats."""
+
+
+def sampled_logps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    temperature: float,
+    batch_size: int,
+) -> SampledLogps:
+    """Log-probabilities of sampled tokens at a sampling temperature, the stop token included.
+
+    A row is a tokenized prompt and the tokens that a policy sampled for it. Reading the tokens, and
+    not their text, matters: encoding a text again may give other tokens than were sampled.
+
+    Raises:
+        UserError: A log-probability is not finite.
+    """
+    import torch
+
+    sequences = [[*prompt, *completion] for prompt, completion in rows]
+    prompts = [list(prompt) for prompt, _ in rows]
+    logps, entropies = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
+    for batch in _batches(model, tokenizer, prompts, sequences, batch_size=batch_size):
+        parts = zip(batch.logits.split(ROWS), batch.tokens.split(ROWS), strict=True)
+        columns = []
+        for logits, tokens in parts:
+            distribution = torch.log_softmax(logits / temperature, dim=-1)
+            entropy = torch.special.entr(distribution.exp()).sum(dim=-1)
+            columns.append(torch.stack([distribution.gather(1, tokens[:, None])[:, 0], entropy]))
+        token_logps, token_entropies = torch.cat(columns, dim=1)
+        where = torch.tensor(batch.rows)
+        logps[where] = batch.sum_rows(token_logps)
+        entropies[where] = batch.sum_rows(token_entropies)
+    _check_finite(logps, model)
+    return SampledLogps(logps, entropies)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Logits of the completions of some rows."""
+
+    rows: list[int]
+    """Index of each row."""
+    logits: Float[Tensor, "tokens vocabulary"]
+    """Logits in float32 at each position before a token of a completion."""
+    tokens: Int[Tensor, " tokens"]
+    row_of_token: Int[Tensor, " tokens"]
+    """Place in ``rows`` of each token's row."""
+    has_tokens: Bool[Tensor, " rows"]
+    """Whether a row has a token of a completion."""
+
+    def sum_rows(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " rows"]:
+        """Sum of the values of each row's tokens, in float64 on the CPU."""
+        import torch
+
+        sums = torch.zeros(len(self.rows), dtype=torch.float64)
+        return sums.index_add_(0, self.row_of_token.cpu(), values.double().cpu())
+
+
+def _batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sequences: Sequence[list[int]],
+    *,
+    batch_size: int,
+) -> Iterator[_Batch]:
+    """Logits of the tokens behind the prompt of each sequence, ``batch_size`` rows at a time."""
+    import torch
+
     # Completions of one prompt share a batch, so that prefix sharing computes the prompt once.
     order = sorted(
-        range(len(rows)), key=lambda i: (-len(prompts[i]), prompts[i], -len(sequences[i]))
+        range(len(sequences)), key=lambda i: (-len(prompts[i]), prompts[i], -len(sequences[i]))
     )
-    result = torch.zeros(len(rows), dtype=torch.float64)
     model.eval()
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
@@ -57,7 +150,7 @@ def completion_logps(
             device=model.device,
         )
         columns = torch.arange(ids.shape[1], device=ids.device)
-        begin = torch.tensor([starts[i] for i in batch], device=ids.device)
+        begin = torch.tensor([len(prompts[i]) for i in batch], device=ids.device)
         scored = (mask.bool() & (columns >= begin[:, None]))[:, 1:]  # [batch, time - 1]
         # The head computes logits of the completions' positions only. Operations that a model
         # applies to its logits (Gemma's soft cap, Granite's scale) still run.
@@ -66,15 +159,8 @@ def completion_logps(
         )
         with hook, torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
-            logps = -cross_entropy(logits, ids[:, 1:][scored], reduction="none")
         row = torch.arange(len(batch), device=ids.device)[:, None].expand_as(scored)[scored]
-        sums = torch.zeros(len(batch), dtype=torch.float64)
-        sums.index_add_(0, row.cpu(), logps.double().cpu())
-        _check_finite(sums, model)
-        sums[~scored.any(dim=1).cpu()] = torch.nan
-        result[torch.tensor(batch)] = sums
-        progress(min(first + batch_size, len(order)), len(order))
-    return result
+        yield _Batch(batch, logits, ids[:, 1:][scored], row, scored.any(dim=1).cpu())
 
 
 def _check_finite(sums: Tensor, model: PreTrainedModel) -> None:

@@ -111,7 +111,8 @@ def test_greedy_completions_are_the_most_probable_tokens_up_to_a_stop(
         ends = [place for place, token in enumerate(row) if token in (stop, tokenizer.eos_token_id)]
         kept = row[: ends[0]] if ends else row
         text = tokenizer.decode(kept, skip_special_tokens=True)
-        assert completions[i] == [Completion(text, len(kept), bool(ends))]
+        sampled = tuple(row[: ends[0] + 1] if ends else row)
+        assert completions[i] == [Completion(text, len(kept), bool(ends), sampled)]
     assert {rows[0].finished for rows in completions} == {True, False}
 
 
