@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from align.evaluation.results import Interval
-from align.functional import winrate
+from align.functional import intervals
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class Bootstrap:
     """Seed of the resamples."""
 
     def mean(self, values: Float[Tensor, "prompts *rest"]) -> Interval:
-        """Interval of a mean, by :func:`align.functional.winrate.bootstrap_interval`."""
-        return Interval(*winrate.bootstrap_interval(values, **self._settings()))
+        """Interval of a mean, by :func:`align.functional.intervals.bootstrap_interval`."""
+        return Interval(*intervals.bootstrap_interval(values, **self._settings()))
 
     def proportion(self, values: Float[Tensor, "prompts *rest"]) -> Interval:
-        """Interval of a mean in [0, 1], by :func:`align.functional.winrate.proportion_interval`."""
-        return Interval(*winrate.proportion_interval(values, **self._settings()))
+        """Interval of a mean in [0, 1], by ``proportion_interval`` of the same module."""
+        return Interval(*intervals.proportion_interval(values, **self._settings()))
 
     def _settings(self) -> dict[str, Any]:
         return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}

@@ -12,6 +12,8 @@ from torch import Tensor
 from align.errors import DataError
 from align.evaluation.results import Interval
 from align.functional import winrate
+from align.functional.intervals import proportion_interval
+from align.functional.length_control import length_controlled_win_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,10 @@ def win_rate(
         _check_shapes(policy, sides[0], "scores", "lengths")
         _check_shapes(policy, sides[1], "scores", "baseline_lengths")
         try:
-            controlled = winrate.length_controlled_win_rate(outcomes, sides[0] - sides[1]).item()
+            controlled = length_controlled_win_rate(outcomes, sides[0] - sides[1]).item()
         except ValueError:
             controlled = None  # all lengths differ alike, so length and quality cannot be separated
-    low, high = winrate.proportion_interval(
-        outcomes, confidence=confidence, resamples=resamples, seed=seed
-    )
+    low, high = proportion_interval(outcomes, confidence=confidence, resamples=resamples, seed=seed)
     return WinRate(
         rate=winrate.win_rate(outcomes).item(),
         interval=Interval(float(low), float(high)),

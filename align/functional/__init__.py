@@ -4,6 +4,17 @@ They use no configuration, model, device or global random state. The names below
 public Python API.
 """
 
+from align.functional.agreement import (
+    cohen_kappa,
+    consistency,
+    detectable_difference,
+    length_bias,
+    position_bias,
+    self_agreement,
+)
+from align.functional.bradley_terry import bradley_terry_strengths, holm_adjusted, win_matrix
+from align.functional.intervals import bootstrap_interval, proportion_interval
+from align.functional.length_control import length_controlled_win_rate, length_controlled_win_rates
 from align.functional.masked import masked_scale, masked_var, masked_whiten
 from align.functional.policy_gradient import (
     adaptive_kl_coef,
@@ -18,6 +29,7 @@ from align.functional.policy_gradient import (
     kl_loss,
     reinforce_loss,
 )
+from align.functional.prediction_powered import prediction_powered_mean
 from align.functional.preference import bradley_terry_loss, dpo_loss, kto_loss
 from align.functional.returns import discounted_returns, gae
 from align.functional.token_rewards import (
@@ -27,11 +39,9 @@ from align.functional.token_rewards import (
     token_rewards,
 )
 from align.functional.winrate import (
-    bootstrap_interval,
-    length_controlled_win_rate,
+    missing_bounds,
     outcomes,
     paired_permutation_p_value,
-    proportion_interval,
     win_rate,
     win_rate_p_value,
 )
@@ -40,14 +50,19 @@ __all__ = [
     "adaptive_kl_coef",
     "bootstrap_interval",
     "bradley_terry_loss",
+    "bradley_terry_strengths",
     "clipped_surrogate_loss",
     "clipped_value_loss",
+    "cohen_kappa",
     "completion_gae",
+    "consistency",
+    "detectable_difference",
     "discounted_returns",
     "dpo_loss",
     "entropy",
     "explained_variance",
     "gae",
+    "holm_adjusted",
     "importance_ratio",
     "importance_weights",
     "kl_k1",
@@ -55,16 +70,23 @@ __all__ = [
     "kl_loss",
     "kto_loss",
     "leave_one_out",
+    "length_bias",
     "length_controlled_win_rate",
+    "length_controlled_win_rates",
     "masked_scale",
     "masked_var",
     "masked_whiten",
+    "missing_bounds",
     "outcomes",
     "paired_permutation_p_value",
+    "position_bias",
+    "prediction_powered_mean",
     "proportion_interval",
     "reinforce_loss",
     "rewards_to_go",
+    "self_agreement",
     "token_rewards",
+    "win_matrix",
     "win_rate",
     "win_rate_p_value",
 ]

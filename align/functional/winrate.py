@@ -1,30 +1,23 @@
-"""Win rates, their confidence intervals and p-values.
+"""Win rates and their p-values.
 
 All computations are in float64 on the CPU, and nothing draws from the global random state. An
-outcome is 1 for a win, 0.5 for a tie and 0 for a loss. Prompts are independent of each other,
-completions of one prompt are not: a prompt is one observation, however many completions it has.
-Left out: bootstrap intervals of anything but a mean.
+outcome is 1 for a win, 0.5 for a tie, 0 for a loss, and NaN where it is missing. Prompts are
+independent of each other, completions of one prompt are not: a prompt is one observation, however
+many completions it has. Intervals are in :mod:`align.functional.intervals`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from align.functional.intervals import Interval, batches, prompt_means
+
 ROUNDING = 1e-12
 """Differences that are round-off: sums that are mathematically equal differ by less."""
-
-
-class Interval(NamedTuple):
-    """A confidence interval."""
-
-    low: float
-    high: float
 
 
 def outcomes(
@@ -40,70 +33,22 @@ def outcomes(
 
 
 def win_rate(outcomes: Float[Tensor, "prompts *rest"]) -> Float[Tensor, ""]:
-    """Mean outcome: wins plus half the ties, as a fraction of all comparisons."""
-    return outcomes.double().mean()
+    """Mean outcome: wins plus half the ties, as a fraction of all comparisons that are not NaN."""
+    return outcomes.double().nanmean()
 
 
-def bootstrap_interval(
-    values: Float[Tensor, "prompts *rest"],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Interval for the mean of ``values``, by the percentile bootstrap over prompts.
+def missing_bounds(outcomes: Float[Tensor, "prompts *rest"]) -> Interval:
+    """Win rate if every missing (NaN) outcome were a loss, and if every one were a win.
 
-    A resample draws whole prompts with all their completions (a cluster bootstrap). For the
-    difference between two policies on the same prompts, pass the difference of their outcomes.
+    Bounds on the rate of the complete sample, whatever the missing verdicts are; not a confidence
+    interval.
 
-    Over 2,000 synthetic evaluations each of 100 or 200 prompts with win rates of 0.5, 0.8 and 0.9,
-    clustered or not, the 95 % interval contains the true rate in 93.9 to 96.5 of 100. BCa and
-    studentized intervals are no better there, and need special cases where data or resamples have
-    no spread. The interval relies on about five prompts that differ from the others. Where all
-    prompts agree its width is 0: for values in [0, 1] use :func:`proportion_interval`.
-
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; clusters:
-    Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
+    Source: Horowitz and Manski 2000, Journal of the American Statistical Association 95, 77 to 84.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
-    means = _prompt_means(values)
-    generator = torch.Generator().manual_seed(seed)
-    resampled = []
-    for batch in _batches(resamples, len(means)):
-        drawn = torch.randint(len(means), (len(batch), len(means)), generator=generator)
-        resampled.append(means[drawn].mean(dim=1))
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(resampled), tails).tolist()
-    return Interval(low, high)
-
-
-def proportion_interval(
-    values: Float[Tensor, "prompts *rest"],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Interval for a mean of outcomes in [0, 1]: :func:`bootstrap_interval`, never of width 0.
-
-    Resamples contain no other values than the sample, which matters where nearly all prompts
-    agree, such as on a tie. The interval therefore allows for outcomes that were not drawn: a share
-    q of prompts with outcome 0 at its lower end and with 1 at its upper end. That none of them is
-    drawn is as likely as each tail: ``(1 - q) ** prompts`` is ``(1 - confidence) / 2``. If all
-    prompts are won or all are lost, this is the exact interval of Clopper and Pearson.
-
-    >>> ends = proportion_interval(torch.ones(55, 1))  # 0.025 ** (1 / 55)
-    >>> ties = proportion_interval(torch.full((55, 1), 0.5))  # 0.5 * 0.9351, and as far above 0.5
-    >>> [round(end, 4) for end in (*ends, *ties)]
-    [0.9351, 1.0, 0.4676, 0.5324]
-
-    Source: Clopper and Pearson 1934, Biometrika 26 (4), 404 to 413.
-    """
-    low, high = bootstrap_interval(values, confidence=confidence, resamples=resamples, seed=seed)
-    means = _prompt_means(values)
-    mean, drawn = float(means.mean()), ((1 - confidence) / 2) ** (1 / len(means))
-    return Interval(min(low, mean * drawn), max(high, 1 - (1 - mean) * drawn))
+    rows = outcomes.detach().to("cpu", torch.float64)
+    if rows.numel() == 0:
+        raise ValueError(f"expected outcomes, found none: shape {tuple(rows.shape)}")
+    return Interval(rows.nan_to_num(nan=0.0).mean().item(), rows.nan_to_num(nan=1.0).mean().item())
 
 
 def win_rate_p_value(
@@ -121,15 +66,16 @@ def win_rate_p_value(
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sections 12.5 and 16.4.
     """
-    means = _prompt_means(outcomes)
-    n, mean = len(means), float(means.mean())
+    prompts = prompt_means(outcomes)
+    n, mean = len(prompts.means), prompts.mean
     least = 2 * (0.5 / max(mean, 1 - mean)) ** n
-    observed = float(_t_statistics(means[None] - 0.5))
+    distances = prompts.weights * (prompts.means - 0.5)
+    observed = float(_t_statistics(distances[None]))
     generator = torch.Generator().manual_seed(seed)
     above = below = 0
-    for batch in _batches(resamples, n):
+    for batch in batches(resamples, n):
         drawn = torch.randint(n, (len(batch), n), generator=generator)
-        statistics = _t_statistics((means - mean)[drawn])
+        statistics = _t_statistics((distances - distances.mean())[drawn])
         above += int((statistics >= observed - ROUNDING).sum())
         below += int((statistics <= observed + ROUNDING).sum())
     p_value = 2 * (min(above, below) + 1) / (resamples + 1)
@@ -143,57 +89,6 @@ def _t_statistics(rows: Tensor) -> Tensor:
     errors = rows.std(dim=1, correction=0) / math.sqrt(rows.shape[1])
     errors = torch.where(errors > ROUNDING, errors, 0.0)
     return torch.where(means == 0, 0.0, means / errors)
-
-
-def length_controlled_win_rate(
-    outcomes: Float[Tensor, "*cases"],
-    length_differences: Float[Tensor, "*cases"],
-    *,
-    ridge: float = 0.01,
-) -> Float[Tensor, ""]:
-    """Estimated win rate if both completions were equally long.
-
-    Fits ``P(win) = sigmoid(quality + bias * tanh(difference / std))``, where a difference is the
-    policy's length minus the baseline's, and returns ``sigmoid(quality)``. The regressor is
-    antisymmetric, so swapping policy and baseline gives one minus the result. If all lengths are
-    equal, the result is :func:`win_rate`.
-
-    The loss is the summed cross-entropy plus ``ridge / 2 * (quality**2 + bias**2)`` (scikit-learn's
-    ``C`` is ``1 / ridge``). The ridge keeps the fit finite where outcomes are perfectly separated;
-    it lowers a win rate of 100 % slightly: with 100 prompts to 99.92 %. Left out: the term of
-    AlpacaEval 2 for the difficulty of an instruction, which needs the outcomes of other models.
-
-    Source: Dubois et al. 2024, arXiv:2404.04475, section 3; fitted by Newton's method.
-
-    Raises:
-        ValueError: An outcome lies outside [0, 1], a value is not finite, the fit does not
-            converge, or all lengths differ by the same amount, which cannot separate length from
-            quality.
-    """
-    won = _finite(outcomes).flatten()
-    differences = _finite(length_differences).flatten()
-    if won.min() < 0 or won.max() > 1:
-        raise ValueError(f"outcomes: expected 0 to 1, found {won.min():g} to {won.max():g}")
-    if not differences.any():
-        return win_rate(won)
-    deviation = differences.std(correction=min(1, len(differences) - 1))
-    lengths = torch.tanh(differences / deviation)
-    if lengths.min() == lengths.max():
-        raise ValueError(
-            "length_differences: cannot separate length from quality, "
-            f"found {differences.min():g} to {differences.max():g}"
-        )
-
-    design = torch.stack([torch.ones_like(lengths), lengths], dim=1)
-    weights = torch.zeros(2, dtype=torch.float64)
-    for _ in range(100):
-        fitted = torch.sigmoid(design @ weights)
-        gradient = design.T @ (won - fitted) - ridge * weights
-        if gradient.abs().max() <= 1e-13 * len(won):
-            return torch.sigmoid(weights[0])
-        hessian = (design.T * fitted * (1 - fitted)) @ design + ridge * torch.eye(2).double()
-        weights = weights + torch.linalg.solve(hessian, gradient)
-    raise ValueError(f"the logistic model did not converge; use a ridge above {ridge}")
 
 
 def paired_permutation_p_value(
@@ -215,15 +110,15 @@ def paired_permutation_p_value(
     Source: Fisher 1935, The Design of Experiments, section 21; Phipson and Smyth 2010,
     arXiv:1603.05766.
     """
-    means = _prompt_means(differences)
-    means = means[means != 0]
+    prompts = prompt_means(differences)
+    means = (prompts.weights * prompts.means)[prompts.means != 0]
     exact = 2 ** len(means) <= resamples
     total = 2 ** len(means) if exact else resamples
     # Sums that are mathematically equal differ by round-off; they must count as equal.
     observed = means.sum().abs() - 1e-12 * means.abs().sum()
     generator = torch.Generator().manual_seed(seed)
     extreme = 0
-    for batch in _batches(total, len(means)):
+    for batch in batches(total, len(means)):
         if exact:
             flips = torch.arange(batch.start, batch.stop)[:, None] >> torch.arange(len(means)) & 1
         else:
@@ -231,28 +126,3 @@ def paired_permutation_p_value(
         extreme += int(((1 - 2 * flips).double() @ means).abs().ge(observed).sum())
     p_value = extreme / total if exact else (extreme + 1) / (total + 1)
     return torch.tensor(p_value, dtype=torch.float64)
-
-
-def _prompt_means(values: Float[Tensor, "prompts *rest"]) -> Float[Tensor, " prompts"]:
-    """Average the values of each prompt."""
-    return _finite(values).reshape(len(values), -1).mean(dim=1)
-
-
-def _finite(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Values as float64 on the CPU.
-
-    Raises:
-        ValueError: There are no values, or some are NaN or infinite.
-    """
-    if values.numel() == 0:
-        raise ValueError(f"expected values, found none: shape {tuple(values.shape)}")
-    if invalid := int((~values.isfinite()).sum()):
-        raise ValueError(f"expected finite values; {invalid} of {values.numel()} are not")
-    return values.detach().to("cpu", torch.float64)
-
-
-def _batches(total: int, width: int) -> Iterator[range]:
-    """Split ``range(total)`` so that rows of ``width`` 8-byte numbers fill at most 8 MiB."""
-    rows = max(1, 2**20 // max(1, width))
-    for start in range(0, total, rows):
-        yield range(start, min(start + rows, total))

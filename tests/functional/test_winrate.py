@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from align.functional.intervals import bootstrap_interval, proportion_interval
+from align.functional.length_control import length_controlled_win_rate
 from align.functional.winrate import (
-    bootstrap_interval,
-    length_controlled_win_rate,
+    missing_bounds,
     outcomes,
     paired_permutation_p_value,
-    proportion_interval,
     win_rate,
     win_rate_p_value,
 )
@@ -67,16 +67,32 @@ def test_infinite_scores_are_compared():
     assert_close(outcomes(policy, baseline), float64([[1.0, 0.0, 0.5]]))
 
 
-def test_a_nan_score_gives_a_nan_outcome_which_statistics_refuse():
-    policy = torch.tensor([[1.0], [math.nan], [0.0]])
-    compared = outcomes(policy, torch.tensor([[0.0], [0.0], [math.nan]]))
-    assert compared.isnan().flatten().tolist() == [False, True, True]
-    assert win_rate(compared).isnan()
-    for statistic in (bootstrap_interval, paired_permutation_p_value, win_rate_p_value):
-        with pytest.raises(ValueError, match="2 of 3"):
-            statistic(compared)
-    with pytest.raises(ValueError, match="2 of 3"):
-        length_controlled_win_rate(compared, torch.ones(3, 1))
+def test_a_nan_score_gives_a_missing_outcome_which_statistics_leave_out():
+    policy = torch.tensor([[1.0], [math.nan], [0.0], [0.0], [2.0]])
+    compared = outcomes(policy, torch.tensor([[0.0], [0.0], [math.nan], [1.0], [2.0]]))
+    assert compared.isnan().flatten().tolist() == [False, True, True, False, False]
+    valid = float64([[1.0], [0.0], [0.5]])
+    assert_close(win_rate(compared), float64(0.5))
+    statistics = (bootstrap_interval, proportion_interval, paired_permutation_p_value)
+    for statistic in (*statistics, win_rate_p_value):
+        assert statistic(compared) == statistic(valid)
+        with pytest.raises(ValueError, match="all 5 are NaN"):
+            statistic(torch.full((5, 1), math.nan))
+        with pytest.raises(ValueError, match="1 of 5 are infinite"):
+            statistic(torch.tensor([0.0, 1.0, 1.0, 0.0, math.inf]))
+    differences = float64([[3.0], [math.nan], [1.0], [-4.0], [2.0]])
+    assert_close(
+        length_controlled_win_rate(compared, differences),
+        length_controlled_win_rate(valid, differences[[0, 3, 4]]),
+    )
+
+
+def test_missing_verdicts_are_all_lost_or_all_won_at_the_bounds():
+    # 1 + 1/2 of 4 comparisons, one of them missing: 1.5 / 4 and 2.5 / 4; of the others 1.5 / 3
+    won = torch.tensor([[1.0, 0.5], [0.0, math.nan]])
+    assert missing_bounds(won) == pytest.approx((0.375, 0.625))
+    assert_close(win_rate(won), float64(0.5))
+    assert missing_bounds(won.nan_to_num(0.0)) == pytest.approx((0.375, 0.375))
 
 
 def test_outcomes_of_reduced_precision_are_averaged_in_double():

@@ -1,0 +1,149 @@
+"""How far a judge can be trusted: agreement, position bias, length bias, power.
+
+A preference is 1 if the policy's completion is the better one, 0.5 for a tie and 0 otherwise; NaN
+is missing and left out. ``forward`` has the preferences for the policy when its completion is read
+first, and ``backward`` those when it is read second.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from align.functional.distributions import normal_quantile
+from align.functional.intervals import Estimate, Interval, batches, proportion_interval
+
+
+def decisions(preferences: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Round preferences to a decision: 1 above one half, 0.5 at one half, 0 below; NaN stays."""
+    decided = (torch.sign(preferences.double() - 0.5) + 1) / 2
+    return decided.masked_fill(preferences.isnan(), math.nan)  # sign(NaN) is 0
+
+
+def cohen_kappa(
+    first: Float[Tensor, "prompts *rest"],
+    second: Float[Tensor, "prompts *rest"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Agreement of two judges beyond chance: 1 for equal decisions, 0 for independent ones.
+
+    ``(p - e) / (1 - e)``, where p is the share of equal decisions and e that of independent judges
+    with the same frequencies of win, tie and loss. NaN where both judges always give one and the
+    same decision. The interval is a bootstrap over prompts.
+
+    Source: Cohen 1960, Educational and Psychological Measurement 20, 37 to 46.
+    """
+    tables = _tables(first, second)
+    generator = torch.Generator().manual_seed(seed)
+    resampled = []
+    for batch in batches(resamples, len(tables)):
+        drawn = torch.randint(len(tables), (len(batch), len(tables)), generator=generator)
+        times = torch.zeros(len(batch), len(tables), dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        resampled.append(_kappa(torch.einsum("rn,nij->rij", times, tables)))
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = torch.nanquantile(torch.cat(resampled), tails).tolist()
+    return Estimate(float(_kappa(tables.sum(dim=0))), Interval(low, high))
+
+
+def _tables(first: Tensor, second: Tensor) -> Float[Tensor, "prompts 3 3"]:
+    """How often each pair of decisions occurs, by prompt."""
+    levels = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    rows = decisions(first).flatten(start_dim=1) if first.dim() > 1 else decisions(first)[:, None]
+    columns = decisions(second).reshape(rows.shape)
+    valid = ~(rows.isnan() | columns.isnan())
+    if not bool(valid.any()):
+        raise ValueError("expected pairs with two decisions, found none")
+    one = (rows[..., None] == levels).double() * valid[..., None]
+    other = (columns[..., None] == levels).double()
+    tables = torch.einsum("nki,nkj->nij", one, other)
+    return tables[tables.sum(dim=(1, 2)) > 0]
+
+
+def _kappa(tables: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch"]:
+    shares = tables / tables.sum(dim=(-2, -1), keepdim=True)
+    agreed = shares.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    chance = (shares.sum(dim=-1) * shares.sum(dim=-2)).sum(dim=-1)
+    return torch.where(chance < 1 - 1e-12, (agreed - chance) / (1 - chance), torch.nan)
+
+
+def consistency(
+    forward: Float[Tensor, "prompts *rest"],
+    backward: Float[Tensor, "prompts *rest"],
+    *,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Share of the pairs with the same decision in both orders."""
+    same = (decisions(forward) == decisions(backward)).double()
+    same = same.masked_fill(forward.isnan() | backward.isnan(), math.nan)
+    return _share(same, confidence)
+
+
+def position_bias(
+    forward: Float[Tensor, "prompts *rest"],
+    backward: Float[Tensor, "prompts *rest"],
+    *,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Win rate of the completion that is read first; one half without bias.
+
+    Each pair is read in both orders, so the quality of the completions cancels.
+    """
+    return _share((forward.double() + 1 - backward.double()) / 2, confidence)
+
+
+def length_bias(
+    outcomes: Float[Tensor, "prompts *rest"],
+    length_differences: Float[Tensor, "prompts *rest"],
+    *,
+    confidence: float = 0.95,
+) -> Estimate | None:
+    """Win rate of the longer completion; pairs of equal length are left out.
+
+    None where all lengths are equal. Longer completions may deserve to win: the rate of people on
+    the same pairs is what to compare with.
+    """
+    longer = torch.where(length_differences > 0, outcomes.double(), 1 - outcomes.double())
+    longer = longer.masked_fill(length_differences == 0, math.nan)
+    return None if bool(longer.isnan().all()) else _share(longer, confidence)
+
+
+def self_agreement(
+    preferences: Float[Tensor, "prompts *rest verdicts"], *, confidence: float = 0.95
+) -> Estimate | None:
+    """Probability that two verdicts about one pair are the same decision.
+
+    The mean over all pairs of verdicts about the same pair in the same order; None with fewer than
+    two.
+    """
+    decided = decisions(preferences)
+    first, second = torch.triu_indices(decided.shape[-1], decided.shape[-1], offset=1)
+    same = (decided[..., first] == decided[..., second]).double()
+    same = same.masked_fill(decided[..., first].isnan() | decided[..., second].isnan(), math.nan)
+    return None if same.numel() == 0 or bool(same.isnan().all()) else _share(same, confidence)
+
+
+def detectable_difference(
+    n_prompts: int, *, deviation: float = 0.5, power: float = 0.8, confidence: float = 0.95
+) -> float:
+    """Smallest distance of the win rate from one half that an evaluation probably detects.
+
+    A policy that is so much better has an interval without one half with probability ``power``.
+    ``deviation`` is the standard deviation of the mean outcomes of prompts; 0.5 for one completion
+    per prompt without ties.
+
+    Source: Cohen 1988, Statistical Power Analysis for the Behavioral Sciences, section 2.4.
+    """
+    quantiles = normal_quantile((1 + confidence) / 2) + normal_quantile(power)
+    return quantiles * deviation / math.sqrt(n_prompts)
+
+
+def _share(values: Float[Tensor, "prompts *rest"], confidence: float) -> Estimate:
+    """Mean of values in [0, 1] with its interval."""
+    return Estimate(float(values.nanmean()), proportion_interval(values, confidence=confidence))
