@@ -1,0 +1,283 @@
+"""A client of servers with the chat completions interface of OpenAI.
+
+A request has a bounded time, also where the server sends its answer in small pieces, and answers
+have a bounded size. Rate limits, server errors, timeouts and lost connections are tried again. What
+another attempt cannot change is a ``UserError`` at once. The API key is a header of requests and
+nothing else: it is removed from every text that comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import email.utils
+import json
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from align.config.judges import Server
+from align.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx2
+
+LARGEST_ANSWER = 4 * 2**20
+"""Bytes of an answer, after it is decompressed."""
+LONGEST_WAIT_SECONDS = 60.0
+"""Longest wait before another attempt, also where the server sends a longer ``Retry-After``."""
+FIRST_WAIT_SECONDS = 2.0
+"""Wait before the second attempt. It doubles with each further one."""
+SHORTEST_PIECE = 8
+"""Characters of the API key that are removed from a text even without the others."""
+_AGAIN = (408, 409, 425, 429)
+_TOO_LONG = re.compile(r"context.{0,12}(length|size|window)|too (long|large)", re.IGNORECASE)
+
+
+class RequestFailedError(Exception):
+    """A request without a usable answer; others may succeed."""
+
+    def __init__(
+        self, reason: str, *, again: bool, wait: float | None = None, reached: bool = True
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.again = again
+        """Whether another attempt may succeed."""
+        self.wait = wait
+        """Seconds until the next attempt, if the server names them."""
+        self.reached = reached
+        """Whether a connection with the server was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The first choice of an answer, and the tokens that it took."""
+
+    choice: Mapping[str, Any]
+    input_tokens: int
+    output_tokens: int
+
+
+def read_key(variable: str | None) -> str | None:
+    """The API key in the environment variable called ``variable``.
+
+    Raises:
+        UserError: The variable is not set, or has characters that no key has.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(
+            f"key_variable: the environment variable {variable} is not set; set it to the API key, "
+            "or remove `key_variable` if the server needs none"
+        )
+    if not re.fullmatch(r"[!-~]+", key):
+        raise UserError(
+            f"key_variable: the environment variable {variable} has characters that no API key "
+            "has; set it to the key alone"
+        )
+    return key
+
+
+class ChatClient:
+    """Sends requests to one server, within ``async with``."""
+
+    def __init__(
+        self, server: Server, key: str | None, *, first_wait: float = FIRST_WAIT_SECONDS
+    ) -> None:
+        self.server = server
+        self.url = f"{server.base_url}/chat/completions"
+        self.n_requests = 0
+        """Requests that were sent, with further attempts."""
+        self.answered = False
+        """Whether the server has answered a request, so that the settings are valid."""
+        self._key = key
+        self._first_wait = first_wait
+        self._resume_at = 0.0  # a rate limit holds for all requests
+        self._client: httpx2.AsyncClient | None = None
+
+    async def __aenter__(self) -> ChatClient:
+        import httpx2
+
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._client is not None
+        await self._client.aclose()
+
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
+        """Send a request until it is answered, and at most ``max_retries`` times again.
+
+        Raises:
+            RequestFailedError: There is no usable answer to this request.
+            UserError: The server accepts no such request.
+        """
+        failures = 0
+        while True:
+            pause = self._resume_at - time.monotonic()
+            if pause > 0:  # not all requests at the same moment
+                await asyncio.sleep(pause + self._first_wait * random.random())
+            try:
+                return await self._attempt(body)
+            except RequestFailedError as error:
+                failures += 1
+                if not error.again or failures > self.server.max_retries:
+                    error.reason += f" (attempt {failures})" * (failures > 1)
+                    raise
+                if error.wait is not None:
+                    wait = min(error.wait, LONGEST_WAIT_SECONDS)
+                    self._resume_at = max(self._resume_at, time.monotonic() + wait)
+            wait = min(self._first_wait * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+
+    def without_key(self, text: object) -> str:
+        """A text without the API key, and without long parts of it."""
+        words, key = str(text), self._key or ""
+        if len(key) < SHORTEST_PIECE:
+            return words.replace(key, "***") if key else words
+        pieces = {key[i : i + SHORTEST_PIECE] for i in range(len(key) - SHORTEST_PIECE + 1)}
+        hidden: set[int] = set()
+        for i in range(len(words) - SHORTEST_PIECE + 1):
+            if words[i : i + SHORTEST_PIECE] in pieces:
+                hidden.update(range(i, i + SHORTEST_PIECE))
+        if not hidden:
+            return words
+        shown = ["\0" if i in hidden else char for i, char in enumerate(words)]
+        return re.sub("\0+", "***", "".join(shown))
+
+    async def _attempt(self, body: Mapping[str, Any]) -> Answer:
+        """Send a request once."""
+        import httpx2
+
+        assert self._client is not None
+        self.n_requests += 1
+        sent = json.dumps(body).encode()
+        try:
+            async with asyncio.timeout(self.server.timeout_seconds):
+                async with self._client.stream("POST", self.url, content=sent) as response:
+                    received = await _read(response)
+        except TimeoutError:
+            reason = f"no complete answer in {self.server.timeout_seconds:g} seconds"
+            raise RequestFailedError(reason, again=True) from None
+        except httpx2.ConnectError as error:
+            again = "CERTIFICATE_VERIFY_FAILED" not in str(error)
+            reason = f"cannot connect: {self._one_line(error)}"
+            raise RequestFailedError(reason, again=again, reached=False) from None
+        except httpx2.DecodingError:
+            raise RequestFailedError("the compressed answer is damaged", again=True) from None
+        except httpx2.TransportError as error:
+            reason = self._one_line(error) or type(error).__name__
+            raise RequestFailedError(f"the connection was lost: {reason}", again=True) from None
+        if response.is_success:
+            answer = self._read_answer(received, response.headers.get("Content-Type", ""))
+            self.answered = True
+            return answer
+        raise self._refusal(response, received)
+
+    def _read_answer(self, content: bytes, content_type: str) -> Answer:
+        """The answer in the body of a response."""
+        try:
+            data = json.loads(content)
+            choice = data["choices"][0]
+            usage = data.get("usage") or {}
+            tokens = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+            if not isinstance(choice, dict):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            kind = content_type.partition(";")[0].strip() or "no content type"
+            reason = (
+                f"no chat completion: {self._one_line(content.decode(errors='replace'))!r:.100} "
+                f"({kind}); `base_url` usually ends in /v1"
+            )
+            raise RequestFailedError(reason, again=True) from None
+        counts = [n if isinstance(n, int) and n > 0 else 0 for n in tokens]
+        return Answer(choice, *counts)
+
+    def _refusal(self, response: httpx2.Response, content: bytes) -> Exception:
+        """The error for a response that is no success."""
+        status = response.status_code
+        detail = self._one_line(_error_message(content))
+        reason = f"HTTP {status}" + f": {detail}" * bool(detail)
+        if status == 402 or "insufficient_quota" in detail:
+            return UserError(f"{self.url}: {reason}; the account has no quota left")
+        if status in _AGAIN or status >= 500:
+            wait = _seconds(response.headers.get("Retry-After"))
+            return RequestFailedError(reason, again=True, wait=wait)
+        if status in (400, 413, 422) and (self.answered or _TOO_LONG.search(detail)):
+            return RequestFailedError(reason, again=False)
+        return UserError(f"{self.url}: {reason}; {self._repair(status, response)}")
+
+    def _repair(self, status: int, response: httpx2.Response) -> str:
+        """What to change after a response that forbids all requests."""
+        if response.is_redirect:
+            target = self._one_line(response.headers.get("Location", "").partition("?")[0])
+            return f"the server redirects to {target!r}; correct `base_url`"
+        if status in (401, 403):
+            variable = self.server.key_variable
+            if variable is None:
+                return "name the environment variable with the API key in `key_variable`"
+            return f"correct the API key in the environment variable {variable}"
+        if status in (404, 405):
+            return (
+                f"correct `base_url`, which usually ends in /v1, or `model` ({self.server.model})"
+            )
+        return "correct the settings under `api`, such as `structured_output` or `extra_body`"
+
+    def _one_line(self, text: object) -> str:
+        return " ".join(self.without_key(text).split())[:300]
+
+
+async def _read(response: httpx2.Response) -> bytes:
+    """The body of a response, up to :data:`LARGEST_ANSWER`."""
+    if "text/event-stream" in response.headers.get("Content-Type", ""):
+        reason = "the server streams its answer, although `stream: false` was requested"
+        raise RequestFailedError(reason, again=False)
+    content = bytearray()
+    async for piece in response.aiter_bytes():
+        content += piece
+        if len(content) > LARGEST_ANSWER:
+            reason = f"the answer is larger than {LARGEST_ANSWER // 2**20} MiB"
+            raise RequestFailedError(reason, again=False)
+    return bytes(content)
+
+
+def _error_message(content: bytes) -> str:
+    """The message of an error in the formats of common servers, else the body itself."""
+    text = content.decode(errors="replace")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return "an HTML page" if text.lstrip()[:1] == "<" else text
+    error = data.get("error", data) if isinstance(data, dict) else data
+    if not isinstance(error, dict):
+        return str(error)
+    words = [error.get(key) for key in ("code", "message", "detail")]
+    return ": ".join(str(word) for word in words if word) or text
+
+
+def _seconds(header: str | None) -> float | None:
+    """The wait that a ``Retry-After`` header names: seconds, or a date. None if it has neither."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
+        seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+    return None if math.isnan(seconds) else max(0.0, seconds)
