@@ -11,6 +11,7 @@ import typer
 
 from align import __version__
 from align.cli.data import data
+from align.cli.eval import evaluation
 from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
 from align.cli.run import Force, Overrides, RecipePath, Runs, Until
@@ -138,6 +139,7 @@ def env() -> None:
 
 
 app.add_typer(data, name="data")
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Annotations: decisions about two completions of one prompt, in Align's own layout or AlpacaEval's.
+"""Annotations: decisions about two completions of a prompt, in Align's or AlpacaEval's layout.
 
 A row in Align's layout has the keys ``prompt`` (text, or a list of turns), ``first``, ``second``
 and ``decision``: ``first``, ``second``, ``tie``, ``both_bad`` or ``skip``. Its other keys are
