@@ -289,9 +289,10 @@ class Reward(TRLStage):
     Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
     """
 
+    code_version: ClassVar[int] = 3
     trainer_config: ClassVar[str | None] = "RewardConfig"
     writes_policy: ClassVar[bool] = False
-    metrics_class: ClassVar = "align.evaluation.results:RewardModelReport"
+    metrics_class: ClassVar = "align.evaluation.reward_results:RewardModelReport"
     inputs: ClassVar = {
         "model": Input(policies=True, models=True),
         "pairs": Input(("prepare", "label")),

@@ -1,4 +1,4 @@
-"""Typed results of ``evaluate`` and ``reward``, as ``artifact.json`` stores them.
+"""Typed results of ``evaluate``, as ``artifact.json`` stores them.
 
 Loads no heavy library, so that finished runs can be read in a moment. ``from_metrics`` accepts the
 dictionaries as they are stored and ignores keys that it does not know, so results of a later
@@ -29,17 +29,6 @@ class PerSide:
 
     policy: float
     baseline: float
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationBin:
-    """Pairs whose likelier completion has about the same predicted probability."""
-
-    confidence: float
-    """Mean predicted probability of the likelier completion."""
-    accuracy: float
-    """Share of the pairs in which it is the chosen one; a tie counts one half."""
-    pairs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +70,7 @@ class Comparison:
         typed = {"ci": Interval(*metrics["ci"])}
         typed["score_difference_ci"] = Interval(*metrics["score_difference_ci"])
         sides = {key: PerSide(**metrics[key]) for key in ("mean_tokens", "mean_score", "finished")}
-        return cls(**_known(cls, metrics) | typed | sides)
+        return cls(**known_fields(cls, metrics) | typed | sides)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +94,7 @@ class ImplicitRewards:
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> ImplicitRewards:
         """Read one entry of ``implicit_rewards``."""
-        return cls(**_known(cls, metrics) | {"ci": Interval(*metrics["ci"])})
+        return cls(**known_fields(cls, metrics) | {"ci": Interval(*metrics["ci"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +137,7 @@ class DriftMetrics:
         """Read one entry of ``drift``."""
         interval = metrics["kl_ci"]
         typed = {"kl_ci": None if interval is None else Interval(*interval)}
-        return cls(**_known(cls, metrics) | typed)
+        return cls(**known_fields(cls, metrics) | typed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,42 +177,7 @@ class EvaluationMetrics:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardModelReport:
-    """Accuracy and calibration of a reward model on held-out pairs."""
-
-    split: str
-    pairs: int
-    accuracy: float
-    """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
-    ci: Interval
-    """95 % confidence interval of ``accuracy``, by bootstrap over prompts; exact if all agree."""
-    mean_margin: float
-    """Mean score of the chosen completion minus that of the rejected one."""
-    calibration: tuple[CalibrationBin, ...]
-    expected_calibration_error: float
-    accuracy_upper_bound: float | None = None
-    """Accuracy of the best classifier on these noisy labels; known for the embedded task only."""
-    agreement_with_gold: float | None = None
-    """Share of pairs ordered as by the exact score; known for the embedded task only."""
-
-    def to_metrics(self) -> dict[str, Any]:
-        """The report as ``artifact.json`` stores it; what is unknown is absent."""
-        metrics = json.loads(json.dumps(asdict(self)))
-        return {key: value for key, value in metrics.items() if value is not None}
-
-    @classmethod
-    def from_metrics(cls, metrics: Mapping[str, Any]) -> RewardModelReport | None:
-        """Read the metrics of a finished ``reward`` stage; None where no pair was held out."""
-        held_out = metrics.get("held_out")
-        if held_out is None:
-            return None
-        bins = tuple(CalibrationBin(**each) for each in held_out["calibration"])
-        typed = {"ci": Interval(*held_out["ci"]), "calibration": bins}
-        return cls(**_known(cls, held_out) | typed)
-
-
-def _known(cls: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(cls: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that are fields of ``cls``."""
     names = {field.name for field in fields(cls)}
     return {key: value for key, value in metrics.items() if key in names}

@@ -12,6 +12,7 @@ from align.functional.agreement import (
     position_bias,
     self_agreement,
 )
+from align.functional.best_of_n import best_of_n_accuracy, best_of_n_kl, best_of_n_values
 from align.functional.bradley_terry import bradley_terry_strengths, holm_adjusted, win_matrix
 from align.functional.intervals import bootstrap_interval, proportion_interval
 from align.functional.length_control import length_controlled_win_rate, length_controlled_win_rates
@@ -48,6 +49,9 @@ from align.functional.winrate import (
 
 __all__ = [
     "adaptive_kl_coef",
+    "best_of_n_accuracy",
+    "best_of_n_kl",
+    "best_of_n_values",
     "bootstrap_interval",
     "bradley_terry_loss",
     "bradley_terry_strengths",

@@ -18,6 +18,7 @@ from trl import RewardConfig, RewardTrainer
 
 from align.config.training import Reward
 from align.data import tables
+from align.evaluation import reward_accuracy
 from align.evaluation import reward_model as evaluation
 from align.models import files, tokenization
 from align.models.loading import check_vocabulary
@@ -57,7 +58,8 @@ def run(
     headline = {"accuracy": report.accuracy}
     if report.accuracy_upper_bound is not None:
         headline["accuracy_upper_bound"] = report.accuracy_upper_bound
-    return StageResult(metrics, headline, tables=(evaluation.result_table(report),))
+    shown = (reward_accuracy.result_table(report), reward_accuracy.group_table(report))
+    return StageResult(metrics, headline, tables=shown)
 
 
 def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) -> RewardTrainer:

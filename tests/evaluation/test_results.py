@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from align.evaluation.results import EvaluationMetrics, PerSide, RewardModelReport
+from align.evaluation.results import EvaluationMetrics, PerSide
+from align.evaluation.reward_results import RewardModelReport
 
 COMPARISON = {
     "policy": "dpo",
