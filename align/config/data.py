@@ -331,6 +331,11 @@ class Label(Stage):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of random pairs, noisy labels and subsampling."""
 
+    def required_tables(self) -> tuple[Table, ...]:
+        """The sampled completions, of any split."""
+        splits = ("train", "validation", "test")
+        return tuple(Table("completions", "completions", split) for split in splits)
+
     @model_validator(mode="after")
     def _check_label_noise(self) -> Label:
         if self.label_noise_slope is not None and self.label_noise is None:

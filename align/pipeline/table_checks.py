@@ -26,11 +26,16 @@ class PreparedTables:
 def check_tables(errors: ErrorCollector, data: Path, pending: Sequence[PlannedStage]) -> None:
     """Check that finished prepared data have the tables and columns of pending stages."""
 
-    def prompts(split: str) -> list[str]:
-        rows = data_tables.read(data, "prompts", split, columns=["prompt"])
-        return [row["prompt"][-1]["content"] for row in rows]
+    names = data_tables.table_names(data)
+    sampled = [name.partition("-")[2] for name in names if name.startswith("completions-")]
 
-    tables = PreparedTables(set(data_tables.table_names(data)), prompts)
+    def prompts(split: str) -> list[str]:
+        """Of prepared data, those of a split; of sampled completions, all, which are labeled."""
+        kind, splits = ("completions", sampled) if sampled else ("prompts", [split])
+        tables = (data_tables.read(data, kind, each, columns=["prompt"]) for each in splits)
+        return [row["prompt"][-1]["content"] for rows in tables for row in rows]
+
+    tables = PreparedTables(set(names), prompts)
     check_contents(errors, data, tables, pending)
     for stage in pending:
         if data in stage.inputs.values():

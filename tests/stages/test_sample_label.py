@@ -17,11 +17,13 @@ from transformers import AutoModelForSequenceClassification
 
 from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
+from align.config.recipe import read_recipe
 from align.config.training import DPO, KTO
 from align.errors import UserError
 from align.evaluation.held_out import training_tables
 from align.judges import scores
 from align.models import tokenization
+from align.pipeline import runner
 from align.rewards import gold, reward_model
 from align.runtime import artifacts
 from align.stages import dpo, evaluate, kto, label, sample
@@ -53,6 +55,16 @@ def finished(source: Path, folder: Path, *, except_first: int = 0) -> Path:
 @pytest.fixture(scope="module")
 def raw(world: tiny_models.World) -> Path:
     return sampled(world, world.folder / "sample")
+
+
+def test_an_interrupted_run_labels_the_completions_that_were_sampled(
+    world: tiny_models.World, raw: Path, tmp_path: Path
+) -> None:
+    held_out = sampled(world, tmp_path / "held-out", split="test", n_prompts=2)
+    for folder in (raw, held_out):
+        recipe = {"stages": {"label": {"completions": folder, "judge": "gold"}}}
+        (label_stage,) = runner.plan_checked(read_recipe(recipe), tmp_path / "runs")
+        assert label_stage.status == "run"
 
 
 @pytest.fixture(scope="module")
