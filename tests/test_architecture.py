@@ -178,7 +178,16 @@ RULED_OUT = [
 
 
 def test_texts_contain_no_word_that_the_style_guide_rules_out():
-    folders = ("align", "tests", "docs", "recipes", "benchmarks", "examples", "accelerate_configs")
+    folders = (
+        "align",
+        "tests",
+        "docs",
+        "recipes",
+        "benchmarks",
+        "examples",
+        "metrics",
+        "accelerate_configs",
+    )
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".yml", ".cff")]
     pattern = re.compile(rf"\b({'|'.join(RULED_OUT)})\b", re.IGNORECASE)
