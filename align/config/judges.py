@@ -128,13 +128,6 @@ class ServerJudge(Config):
         """What tables call the judge: its model, and its rubric."""
         return self.api.model + (f" by {Path(self.rubric).stem}" if self.rubric else "")
 
-    def count_requests(self, n_pairs: int, n_criteria: int = 1) -> int:
-        """Requests for ``n_pairs`` pairs in both orders, without further attempts.
-
-        ``n_criteria`` counts the criteria of the rubric.
-        """
-        return 2 * n_pairs * n_criteria * self.api.n_verdicts
-
 
 JudgeConfig = str | FunctionJudge | AnnotationJudge | ServerJudge
 """``gold``, a reward model, or one of the other judges."""

@@ -12,14 +12,16 @@ import asyncio
 import datetime
 import email.utils
 import json
+import logging
 import math
 import os
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.config.judges import Server
 from align.errors import UserError
@@ -27,14 +29,21 @@ from align.errors import UserError
 if TYPE_CHECKING:
     import httpx2
 
+T = TypeVar("T")
+
 LARGEST_ANSWER = 4 * 2**20
 """Bytes of an answer, after it is decompressed."""
 LONGEST_WAIT_SECONDS = 60.0
 """Longest wait before another attempt, also where the server sends a longer ``Retry-After``."""
 FIRST_WAIT_SECONDS = 2.0
 """Wait before the second attempt. It doubles with each further one."""
+LIST_SECONDS = 5.0
+"""Longest time until a complete list of models."""
 SHORTEST_PIECE = 8
 """Characters of the API key that are removed from a text even without the others."""
+LONGEST_MESSAGE = 10_000
+"""Characters of a message of the server that are read."""
+LOGGER = logging.getLogger(__name__)
 _AGAIN = (408, 409, 425, 429)
 _TOO_LONG = re.compile(r"context.{0,12}(length|size|window)|too (long|large)", re.IGNORECASE)
 
@@ -86,6 +95,33 @@ def read_key(variable: str | None) -> str | None:
     return key
 
 
+class Redactor:
+    """Removes an API key, and long parts of it, from texts that come from a server."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key or ""
+        last = len(self._key) - SHORTEST_PIECE
+        self._pieces = {self._key[i : i + SHORTEST_PIECE] for i in range(last + 1)}
+
+    def remove(self, text: object) -> str:
+        """A text without the key."""
+        words = str(text)
+        if not self._pieces:
+            return words.replace(self._key, "***") if self._key else words
+        hidden: set[int] = set()
+        for i in range(len(words) - SHORTEST_PIECE + 1):
+            if words[i : i + SHORTEST_PIECE] in self._pieces:
+                hidden.update(range(i, i + SHORTEST_PIECE))
+        if not hidden:
+            return words
+        shown = ["\0" if i in hidden else char for i, char in enumerate(words)]
+        return re.sub("\0+", "***", "".join(shown))
+
+    def one_line(self, text: object) -> str:
+        """The beginning of a text on one line, without the key."""
+        return " ".join(self.remove(str(text)[:LONGEST_MESSAGE]).split())[:300]
+
+
 class ChatClient:
     """Sends requests to one server, within ``async with``."""
 
@@ -98,6 +134,8 @@ class ChatClient:
         """Requests that were sent, with further attempts."""
         self.answered = False
         """Whether the server has answered a request, so that the settings are valid."""
+        self.redact = Redactor(key)
+        """Removes the API key from texts."""
         self._key = key
         self._first_wait = first_wait
         self._resume_at = 0.0  # a rate limit holds for all requests
@@ -109,8 +147,15 @@ class ChatClient:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
+            # Its debugging output has the headers of answers, which may repeat the key.
+            logging.getLogger("httpcore2").setLevel(logging.INFO)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits)
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            timeout=None,
+            limits=limits,
+            verify=self.url.startswith("https:"),  # reading certificates takes 0.1 s
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -142,55 +187,66 @@ class ChatClient:
             wait = min(self._first_wait * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 
-    def without_key(self, text: object) -> str:
-        """A text without the API key, and without long parts of it."""
-        words, key = str(text), self._key or ""
-        if len(key) < SHORTEST_PIECE:
-            return words.replace(key, "***") if key else words
-        pieces = {key[i : i + SHORTEST_PIECE] for i in range(len(key) - SHORTEST_PIECE + 1)}
-        hidden: set[int] = set()
-        for i in range(len(words) - SHORTEST_PIECE + 1):
-            if words[i : i + SHORTEST_PIECE] in pieces:
-                hidden.update(range(i, i + SHORTEST_PIECE))
-        if not hidden:
-            return words
-        shown = ["\0" if i in hidden else char for i, char in enumerate(words)]
-        return re.sub("\0+", "***", "".join(shown))
+    async def list_models(self) -> list[str]:
+        """Names of the models that the server lists; empty if it has no such list.
+
+        Raises:
+            RequestFailedError: No server answers.
+            UserError: The server refuses the API key.
+        """
+        url = f"{self.server.base_url}/models"
+        seconds = min(LIST_SECONDS, self.server.timeout_seconds)
+        response, content = await self._send("GET", url, None, seconds)
+        if response.status_code in (401, 403):
+            raise self._refusal(response, content)
+        try:
+            return [str(model["id"]) for model in json.loads(content)["data"]]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return []
 
     async def _attempt(self, body: Mapping[str, Any]) -> Answer:
         """Send a request once."""
+        self.n_requests += 1
+        content, seconds = json.dumps(body).encode(), self.server.timeout_seconds
+        response, received = await self._send("POST", self.url, content, seconds)
+        if not response.is_success:
+            raise self._refusal(response, received)
+        answer = self._read_answer(received, response.headers.get("Content-Type", ""))
+        self.answered = True
+        return answer
+
+    async def _send(
+        self, method: str, url: str, content: bytes | None, seconds: float
+    ) -> tuple[httpx2.Response, bytes]:
+        """Send a request once, and receive all of its answer within ``seconds``."""
         import httpx2
 
         assert self._client is not None
-        self.n_requests += 1
-        sent = json.dumps(body).encode()
         try:
-            async with asyncio.timeout(self.server.timeout_seconds):
-                async with self._client.stream("POST", self.url, content=sent) as response:
-                    received = await _read(response)
+            async with asyncio.timeout(seconds):
+                async with self._client.stream(method, url, content=content) as response:
+                    return response, await _read(response)
         except TimeoutError:
-            reason = f"no complete answer in {self.server.timeout_seconds:g} seconds"
+            reason = f"no complete answer in {seconds:g} seconds"
             raise RequestFailedError(reason, again=True) from None
+        except (httpx2.InvalidURL, UnicodeError):
+            raise UserError(f"{url}: not a valid address; correct `base_url`") from None
         except httpx2.ConnectError as error:
             again = "CERTIFICATE_VERIFY_FAILED" not in str(error)
-            reason = f"cannot connect: {self._one_line(error)}"
+            reason = f"cannot connect: {self.redact.one_line(error)}"
             raise RequestFailedError(reason, again=again, reached=False) from None
         except httpx2.DecodingError:
             raise RequestFailedError("the compressed answer is damaged", again=True) from None
         except httpx2.TransportError as error:
-            reason = self._one_line(error) or type(error).__name__
+            reason = self.redact.one_line(error) or type(error).__name__
             raise RequestFailedError(f"the connection was lost: {reason}", again=True) from None
-        if response.is_success:
-            answer = self._read_answer(received, response.headers.get("Content-Type", ""))
-            self.answered = True
-            return answer
-        raise self._refusal(response, received)
 
     def _read_answer(self, content: bytes, content_type: str) -> Answer:
         """The answer in the body of a response."""
         try:
             data = json.loads(content)
             choice = data["choices"][0]
+            self._check_model(data.get("model"))
             usage = data.get("usage") or {}
             tokens = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
             if not isinstance(choice, dict):
@@ -198,22 +254,35 @@ class ChatClient:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             kind = content_type.partition(";")[0].strip() or "no content type"
             reason = (
-                f"no chat completion: {self._one_line(content.decode(errors='replace'))!r:.100} "
+                f"no chat completion: {self.redact.one_line(content.decode(errors='replace'))!r:.100} "
                 f"({kind}); `base_url` usually ends in /v1"
             )
             raise RequestFailedError(reason, again=True) from None
         counts = [n if isinstance(n, int) and n > 0 else 0 for n in tokens]
         return Answer(choice, *counts)
 
+    def _check_model(self, name: object) -> None:
+        """Warn once about a server that answers as another model than the requested one."""
+        asked, answering = (
+            str(each).rpartition("/")[2].lower() for each in (self.server.model, name)
+        )
+        if name and asked not in answering and answering not in asked and not self.answered:
+            LOGGER.warning(
+                "%s: the server answers as model `%s`, not `%s`",
+                self.url,
+                self.redact.one_line(name),
+                self.server.model,
+            )
+
     def _refusal(self, response: httpx2.Response, content: bytes) -> Exception:
         """The error for a response that is no success."""
         status = response.status_code
-        detail = self._one_line(_error_message(content))
+        detail = self.redact.one_line(_error_message(content))
         reason = f"HTTP {status}" + f": {detail}" * bool(detail)
         if status == 402 or "insufficient_quota" in detail:
             return UserError(f"{self.url}: {reason}; the account has no quota left")
         if status in _AGAIN or status >= 500:
-            wait = _seconds(response.headers.get("Retry-After"))
+            wait = retry_after_seconds(response.headers.get("Retry-After"))
             return RequestFailedError(reason, again=True, wait=wait)
         if status in (400, 413, 422) and (self.answered or _TOO_LONG.search(detail)):
             return RequestFailedError(reason, again=False)
@@ -222,7 +291,7 @@ class ChatClient:
     def _repair(self, status: int, response: httpx2.Response) -> str:
         """What to change after a response that forbids all requests."""
         if response.is_redirect:
-            target = self._one_line(response.headers.get("Location", "").partition("?")[0])
+            target = self.redact.one_line(response.headers.get("Location", "").partition("?")[0])
             return f"the server redirects to {target!r}; correct `base_url`"
         if status in (401, 403):
             variable = self.server.key_variable
@@ -234,9 +303,6 @@ class ChatClient:
                 f"correct `base_url`, which usually ends in /v1, or `model` ({self.server.model})"
             )
         return "correct the settings under `api`, such as `structured_output` or `extra_body`"
-
-    def _one_line(self, text: object) -> str:
-        return " ".join(self.without_key(text).split())[:300]
 
 
 async def _read(response: httpx2.Response) -> bytes:
@@ -253,6 +319,16 @@ async def _read(response: httpx2.Response) -> bytes:
     return bytes(content)
 
 
+def run(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine function to its end, also inside the event loop of a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(function())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(function())).result()
+
+
 def _error_message(content: bytes) -> str:
     """The message of an error in the formats of common servers, else the body itself."""
     text = content.decode(errors="replace")
@@ -267,7 +343,7 @@ def _error_message(content: bytes) -> str:
     return ": ".join(str(word) for word in words if word) or text
 
 
-def _seconds(header: str | None) -> float | None:
+def retry_after_seconds(header: str | None) -> float | None:
     """The wait that a ``Retry-After`` header names: seconds, or a date. None if it has neither."""
     if header is None:
         return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,7 +103,11 @@ class LanguageModelJudge:
         self._used |= found
         missing = [question for key, question in by_key.items() if key not in found]
         self._progress(len(found), len(by_key))
-        failed = _run(functools.partial(self._ask_all, missing, len(found))) if missing else {}
+        failed = (
+            chat_client.run(functools.partial(self._ask_all, missing, len(found)))
+            if missing
+            else {}
+        )
 
         def verdict_of(question: _Question) -> Verdict:
             answer = self._used.get(question.key)
@@ -191,7 +194,7 @@ class LanguageModelJudge:
         verdict = verdicts.read_choice(answer.choice, max_tokens=self._server.max_tokens)
         stored = StoredVerdict(
             stored_preference(verdict.preference),
-            self._client.without_key(verdict.reason),
+            self._client.redact.remove(verdict.reason),
             answer.input_tokens,
             answer.output_tokens,
         )
@@ -233,13 +236,3 @@ def _mean(repeats: Sequence[Verdict]) -> Verdict:
             for name in valid[0].criteria
         }
     return Verdict(sum(votes) / len(votes), valid[0].reason, criteria, votes)
-
-
-def _run(function: Callable[[], Any]) -> Any:
-    """Run a coroutine function to its end, also inside the event loop of a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(function())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(function())).result()

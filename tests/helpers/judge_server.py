@@ -73,6 +73,8 @@ class JudgeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    models: list[str] | None = None
+    """Models that it lists; None: it has no such list."""
     at_once: int = 0
     """Largest number of requests that were answered at the same time."""
 
@@ -90,6 +92,7 @@ def judge_server(script: Script) -> Iterator[JudgeServer]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each body waits 40 ms for an acknowledgment
 
         def do_POST(self) -> None:
             nonlocal running
@@ -108,6 +111,15 @@ def judge_server(script: Script) -> Iterator[JudgeServer]:
             finally:
                 with lock:
                     running -= 1
+
+        def do_GET(self) -> None:
+            request = Request(self, 0, {})
+            server.headers.append(dict(self.headers))
+            if server.models is None:
+                request.error(404)
+            else:
+                models = [{"id": name, "object": "model"} for name in server.models]
+                request.send(200, json.dumps({"object": "list", "data": models}))
 
         def log_message(self, *arguments: Any) -> None:
             pass
