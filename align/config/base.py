@@ -36,10 +36,17 @@ class Input:
     models: bool = False
     functions: bool = False
     words: tuple[str, ...] = ()
+    suffix: str = ""
+    """Suffix of files that the key may name beside inputs; empty: it names no file."""
 
     def names_no_input(self, value: str) -> bool:
-        """Whether ``value`` is a fixed word or a function, not a stage, folder or model."""
-        return value in self.words or (self.functions and FUNCTION.match(value) is not None)
+        """Whether ``value`` is a fixed word, a function or a file: no stage, folder or model."""
+        is_function = self.functions and FUNCTION.match(value) is not None
+        return value in self.words or is_function or self.names_file(value)
+
+    def names_file(self, value: str) -> bool:
+        """Whether ``value`` is a file."""
+        return bool(self.suffix) and value.endswith(self.suffix)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config import catalog
+from align.config import catalog, judges
 from align.config.base import (
     Config,
     ExternalSource,
     GoldPrompts,
     HeldOut,
     Input,
+    Keys,
     Problem,
     Stage,
     Table,
     Workload,
 )
+from align.config.judges import FunctionJudge, Judges
 from align.errors import nearest
 
 ALIGN_COLUMNS = (
@@ -307,9 +309,9 @@ class Label(Stage):
 
     completions: str = "sample"
     """The sampled completions: an earlier ``sample`` stage, or its folder."""
-    judge: str
-    """``gold``, the exact score of the embedded task, or a reward model: a stage, a folder or a Hub
-    id."""
+    judge: Judges
+    """The judge, or a list of several: ``gold``, the exact score of the embedded task; a ``reward``
+    stage, a folder or a Hub id; or a mapping with ``function``, ``annotations`` or ``api``."""
     pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
     """Which pairs are made from the completions of a prompt: best against worst, best against a
     random other, or all pairs."""
@@ -342,7 +344,36 @@ class Label(Stage):
             raise ValueError(
                 "`label_noise_slope` has no effect without `label_noise: bradley_terry`; remove it"
             )
+        if self.compares:
+            for key in ("margin", "label_noise"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"`{key}` needs the scores of one judge, and this judge compares "
+                        "completions; remove it"
+                    )
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether pairs of completions are compared, and not the scores of one judge."""
+        return not isinstance(self.judge, str | FunctionJudge)
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Wrong judges, and files that do not exist."""
+        yield from judges.judge_problems(self.judge)
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings but those of requests to a server."""
+        return super().digest_settings() | {"judge": judges.digest_settings(self.judge)}
+
+    def named_paths(self) -> dict[str, str]:
+        """Files that the judges read."""
+        return judges.judge_files(self.judge)
+
+    @property
+    def reward_functions(self) -> dict[Keys, str]:
+        """The judges that are Python functions."""
+        return judges.judge_functions(self.judge)
 
     def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
         """Labeled completions have the one split that was sampled."""
@@ -358,6 +389,6 @@ class Label(Stage):
     @property
     def gold_prompts(self) -> GoldPrompts | None:
         """The prompts of the sampled completions."""
-        if self.judge != "gold":
+        if "gold" not in judges.by_key(self.judge).values():
             return None
         return GoldPrompts("completions", "train", repair="set `judge` to a reward model")

@@ -3,44 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from align.config import judges
 from align.config.base import (
     GoldPrompts,
     HeldOut,
     Input,
+    Keys,
     Problem,
     Stage,
     Table,
     duplicates,
 )
+from align.config.judges import Judges
+
+REFERENCE = "reference"
+"""The baseline whose completions are those of the data set."""
 
 
 class Evaluate(Stage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
-    code_version: ClassVar = 2
+    code_version: ClassVar = 3
     metrics_class: ClassVar = "align.evaluation.results:EvaluationMetrics"
     inputs: ClassVar = {
-        "policies": Input(policies=True, models=True),
-        "baseline": Input(policies=True, models=True),
+        "policies": Input(policies=True, models=True, suffix=".jsonl"),
+        "baseline": Input(policies=True, models=True, words=(REFERENCE,), suffix=".jsonl"),
         "prompts": Input(("prepare",)),
+        "judge": Input(("reward",), models=True, words=("gold",)),
     }
 
     policies: list[str] = Field(min_length=1)
-    """The policies to evaluate: earlier stages, folders or Hub ids."""
+    """The policies to evaluate: earlier stages, folders, Hub ids, or ``.jsonl`` files of
+    completions, with ``prompt`` and ``completion`` in each row."""
     baseline: str
-    """The policy that the others are compared with: an earlier stage, a folder or a Hub id."""
+    """What the policies are compared with: an earlier stage, a folder, a Hub id, a ``.jsonl`` file
+    of completions, or ``reference``, the completions of the data set: those of demonstrations, the
+    chosen ones of pairs, the desirable ones of labeled completions."""
     prompts: str = "prepare"
     """The prepared data with the held-out prompts and pairs: an earlier ``prepare`` stage, or its
     folder."""
     split: Literal["test", "validation"] = "test"
     """Split of the prompts and pairs."""
-    judge: Literal["gold"] | None = None
-    """Judge of the win rates: ``gold`` is the exact score of the embedded task. Default: no
-    completion is sampled."""
+    judge: Judges | None = None
+    """Judge of the win rates, or a list of several: ``gold``, the exact score of the embedded task;
+    a ``reward`` stage, a folder or a Hub id; or a mapping with ``function``, ``annotations`` or
+    ``api``. Default: no completion is sampled."""
     implicit_rewards: bool = False
     """Measure how often the chosen completion of a held-out pair has the higher implicit reward."""
     n_prompts: int | None = Field(None, ge=1)
@@ -69,8 +81,29 @@ class Evaluate(Stage):
     @model_validator(mode="after")
     def _check_measures(self) -> Evaluate:
         if self.judge is None and not self.implicit_rewards:
-            raise ValueError("nothing to measure; set `judge: gold` or `implicit_rewards: true`")
+            raise ValueError("nothing to measure; set `judge`, or `implicit_rewards: true`")
+        if self.implicit_rewards and (self.baseline == REFERENCE or self.completion_files):
+            raise ValueError(
+                "`implicit_rewards` needs models on both sides; remove it, or the files of "
+                "completions and `baseline: reference`"
+            )
         return self
+
+    @property
+    def completion_files(self) -> dict[str, str]:
+        """Files of completions among the policies and the baseline, by key."""
+        named = {f"policies.{i}": name for i, name in enumerate(self.policies)}
+        named["baseline"] = self.baseline
+        return {
+            key: name
+            for key, name in named.items()
+            if self.inputs[key.split(".")[0]].names_file(name)
+        }
+
+    @property
+    def judges(self) -> dict[str, judges.JudgeConfig]:
+        """The judges by name, in the order of the recipe."""
+        return {judges.judge_name(each): each for each in judges.by_key(self.judge).values()}
 
     def required_tables(self) -> tuple[Table, ...]:
         """Prompts to sample completions for, and pairs to measure implicit rewards on."""
@@ -86,14 +119,34 @@ class Evaluate(Stage):
         yield HeldOut(("split",), "prompts", self.split)
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Policies that are listed more than once."""
+        """Policies that are listed more than once, wrong judges, files that do not exist."""
         for policy in duplicates(self.policies):
             yield Problem(("policies",), f"`{policy}` is listed more than once; list it once")
+        if REFERENCE in stages and self.baseline == REFERENCE:
+            yield Problem(("baseline",), f"`{REFERENCE}` is also a stage; rename the stage")
+        for key, file in self.completion_files.items():
+            if not Path(file).is_file():
+                name, _, place = key.partition(".")
+                yield Problem((name, int(place)) if place else (name,), f"no such file: {file}")
+        yield from judges.judge_problems(self.judge)
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings but those of requests to a server."""
+        return super().digest_settings() | {"judge": judges.digest_settings(self.judge)}
+
+    def named_paths(self) -> dict[str, str]:
+        """Files of completions, and those that the judges read."""
+        return self.completion_files | judges.judge_files(self.judge)
+
+    @property
+    def reward_functions(self) -> dict[Keys, str]:
+        """The judges that are Python functions."""
+        return judges.judge_functions(self.judge)
 
     @property
     def gold_prompts(self) -> GoldPrompts | None:
         """The held-out prompts, if the gold score judges."""
-        if self.judge is None:
+        if "gold" not in self.judges:
             return None
-        repair = "set `implicit_rewards: true` and no `judge`"
+        repair = "choose another `judge`, or set `implicit_rewards: true` and no `judge`"
         return GoldPrompts("prompts", self.split, repair)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from align.config.base import Config
+from align.config.base import FUNCTION, Config, Keys, Problem, duplicates
+
+VERIFIERS = ("math", "regex", "json_schema", "length", "contains")
+"""Built-in score functions, in :mod:`align.rewards.verifiers`."""
+PANEL = "panel"
+"""Name of the mean over several judges in results."""
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 _OWN_FIELDS = ("model", "messages", "stream", "n", "response_format")
@@ -21,7 +27,23 @@ class FunctionJudge(Config):
     """Scores of a Python function."""
 
     function: str
-    """The function, written ``module:function``, with the signature of reward functions."""
+    """The function, written ``module:function``, with the signature of reward functions; or a
+    built-in verifier: ``math``, ``regex``, ``json_schema``, ``length`` or ``contains``."""
+
+    @model_validator(mode="after")
+    def _check_function(self) -> FunctionJudge:
+        if self.function not in VERIFIERS and not FUNCTION.match(self.function):
+            raise ValueError(
+                f"`function` must be written module:function, or be {', '.join(VERIFIERS)}; got "
+                f"{self.function!r}"
+            )
+        return self
+
+    @property
+    def address(self) -> str:
+        """The function as ``module:function``."""
+        verifier = self.function in VERIFIERS
+        return f"align.rewards.verifiers:{self.function}" if verifier else self.function
 
 
 class AnnotationJudge(Config):
@@ -129,5 +151,116 @@ class ServerJudge(Config):
         return self.api.model + (f" by {Path(self.rubric).stem}" if self.rubric else "")
 
 
-JudgeConfig = str | FunctionJudge | AnnotationJudge | ServerJudge
+REQUEST_KEYS = frozenset(
+    {
+        "base_url",
+        "key_variable",
+        "concurrency",
+        "timeout_seconds",
+        "max_retries",
+        "input_price",
+        "output_price",
+    }
+)
+"""Keys of a server that change no verdict, and are therefore not part of a digest."""
+_MAPPINGS = {"function": "«function»", "annotations": "«annotations»", "api": "«api»"}
+
+
+def _kind_of_judge(value: Any) -> str | None:
+    """The tag of a judge in a recipe; None if it is no judge."""
+    if isinstance(value, str):
+        return "«text»"
+    keys = value if isinstance(value, Mapping) else getattr(type(value), "model_fields", {})
+    return next((tag for key, tag in _MAPPINGS.items() if key in keys), None)
+
+
+JudgeConfig = Annotated[
+    Annotated[str, Tag("«text»")]
+    | Annotated[FunctionJudge, Tag("«function»")]
+    | Annotated[AnnotationJudge, Tag("«annotations»")]
+    | Annotated[ServerJudge, Tag("«api»")],
+    Discriminator(
+        _kind_of_judge,
+        custom_error_type="judge",
+        custom_error_message=(
+            "expected `gold`, a reward model, or a mapping with `function`, `annotations` or `api`"
+        ),
+    ),
+]
 """``gold``, a reward model, or one of the other judges."""
+Judges = Annotated[
+    Annotated[JudgeConfig, Tag("«one»")] | Annotated[list[JudgeConfig], Tag("«several»")],
+    Discriminator(lambda value: "«several»" if isinstance(value, list) else "«one»"),
+]
+"""One judge, or a list of several."""
+
+
+def by_key(judges: Judges | None) -> dict[str, JudgeConfig]:
+    """Judges by their keys in the recipe: ``judge``, or ``judge.0`` and so on in a list."""
+    if isinstance(judges, list):
+        return {f"judge.{i}": judge for i, judge in enumerate(judges)}
+    return {} if judges is None else {"judge": judges}
+
+
+def judge_name(judge: JudgeConfig) -> str:
+    """The name of a judge in results and tables."""
+    if isinstance(judge, str):
+        return judge
+    if isinstance(judge, FunctionJudge):
+        return judge.function
+    return judge.annotations if isinstance(judge, AnnotationJudge) else judge.name
+
+
+def judge_functions(judges: Judges | None) -> dict[Keys, str]:
+    """Python functions, written ``module:function``, by the key that names them."""
+    return {
+        (*_keys(key), "function"): judge.address
+        for key, judge in by_key(judges).items()
+        if isinstance(judge, FunctionJudge)
+    }
+
+
+def judge_files(judges: Judges | None) -> dict[str, str]:
+    """Files that judges read, by key."""
+    files: dict[str, str | None] = {}
+    for key, judge in by_key(judges).items():
+        if isinstance(judge, AnnotationJudge):
+            files[f"{key}.annotations"] = judge.annotations
+        elif isinstance(judge, ServerJudge):
+            files |= {f"{key}.rubric": judge.rubric, f"{key}.api.prompt": judge.api.prompt}
+    return {key: file for key, file in files.items() if file is not None}
+
+
+def judge_problems(judges: Judges | None) -> Iterator[Problem]:
+    """Judges with the same name, and files that do not exist."""
+    names = [judge_name(judge) for judge in by_key(judges).values()]
+    if isinstance(judges, list) and not judges:
+        yield Problem(("judge",), "expected at least one judge, got an empty list")
+    for name in duplicates(names):
+        yield Problem(("judge",), f"`{name}` is listed more than once; list it once")
+    if PANEL in names and len(names) > 1:
+        yield Problem(("judge",), f"`{PANEL}` is the name of the mean over judges; rename this one")
+    for key, file in judge_files(judges).items():
+        try:
+            exists = Path(file).exists()
+        except (OSError, ValueError):
+            exists = False
+        if not exists:
+            yield Problem(_keys(key), f"no such file: {file}")
+
+
+def digest_settings(judges: Judges | None) -> Any:
+    """The settings of judges that can change a verdict, for a digest."""
+
+    def settings(judge: JudgeConfig) -> Any:
+        if isinstance(judge, ServerJudge):
+            return judge.model_dump(exclude={"api": set(REQUEST_KEYS)})
+        return judge if isinstance(judge, str) else judge.model_dump()
+
+    if isinstance(judges, list):
+        return [settings(judge) for judge in judges]
+    return None if judges is None else settings(judges)
+
+
+def _keys(address: str) -> Keys:
+    return tuple(int(part) if part.isdigit() else part for part in address.split("."))

@@ -60,10 +60,13 @@ def declared_type(cls: type[Stage] | None, keys: list[str]) -> Any:
         return trl_fields.python_type(known[keys[1]].annotation) if keys[1] in known else None
     declared: Any = cls
     for key in keys:
-        fields = next((m.model_fields for m in nested_models(declared)), None)
-        if fields is None:  # a plain mapping, such as `columns`, or a value without keys
+        models = list(nested_models(declared))
+        if not models:  # a plain mapping, such as `columns`, or a value without keys
             return get_args(declared)[1] if get_origin(declared) is dict else None
-        if key not in fields:
+        if key.isdigit():  # an item of a list
+            continue
+        fields = next((m.model_fields for m in models if key in m.model_fields), None)
+        if fields is None:
             return None
         declared = fields[key].annotation
     return declared
@@ -73,7 +76,7 @@ def nested_models(declared: Any) -> Iterator[type[BaseModel]]:
     """The configuration classes in a declared type, which may be a union."""
     if isinstance(declared, type) and issubclass(declared, BaseModel):
         yield declared
-    elif get_origin(declared) in (Union, types.UnionType, Annotated):
+    elif get_origin(declared) in (Union, types.UnionType, Annotated, list):
         parts: Iterable[Any] = get_args(declared)
         for part in parts:
             yield from nested_models(part)

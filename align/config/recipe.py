@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from align.config import renamed_keys, trl_fields, validation
-from align.config.base import TAGS, Stage
+from align.config.base import Stage
 from align.config.overrides import apply_override, declared_type, nested_models
 from align.config.python_values import plain_values
 from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
@@ -317,7 +317,7 @@ def _validate(name: str, values: dict[str, Any], raw: RawRecipe) -> Stage | None
 
 def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -> None:
     """Report an error of pydantic in our words."""
-    keys = [key for key in detail["loc"] if key not in TAGS]
+    keys = [key for key in detail["loc"] if not str(key).startswith("«")]  # without tags
     value = detail["input"]
     context = detail.get("ctx", {})
     match detail["type"]:

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from align.config.base import Lora, NewModel
 from align.config.data import MixtureSource
+from align.config.judges import AnnotationJudge, FunctionJudge, Server, ServerJudge
 from align.config.stages import STAGES
 
 _INTRODUCTION = """\
@@ -41,6 +42,10 @@ _MAPPINGS: dict[type[BaseModel], str] = {
     NewModel: "new-model",
     Lora: "lora",
     MixtureSource: "mixture-entry",
+    FunctionJudge: "function-judge",
+    AnnotationJudge: "annotation-judge",
+    ServerJudge: "server-judge",
+    Server: "server",
 }
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

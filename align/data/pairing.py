@@ -106,12 +106,96 @@ def pairs_from_scores(
                 probability = float(gap > 0) if slope is None else _sigmoid(slope * gap)
                 first_wins = random.random() < probability
                 pairs.append(_pair(*((first, second) if first_wins else (second, first))))
-    if max_pairs is not None and len(pairs) > max_pairs:
-        dropped["above `max_pairs`"] = len(pairs) - max_pairs
-        pairs = [pairs[i] for i in sorted(random.sample(range(len(pairs)), max_pairs))]
+    pairs = _subsample(pairs, max_pairs, random, dropped)
     gaps = [row["chosen_score"] - row["rejected_score"] for row in pairs]
     agreement = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
     return PairingResult(pairs, dict(dropped), agreement / max(len(pairs), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Two completions of a prompt that a judge compares: the rows of both."""
+
+    first: Row
+    second: Row
+
+
+def candidates(rows: Sequence[Row], dropped: Counter[str]) -> list[Candidate]:
+    """All pairs of distinct completions of each prompt, in the order of the rows."""
+    pairs = []
+    for completions in _distinct_completions(rows, [0.0] * len(rows), dropped):
+        if len(completions) < 2:
+            dropped["prompt with one completion"] += 1
+        combinations = itertools.combinations(completions, 2)
+        pairs += [Candidate(one.completion, other.completion) for one, other in combinations]
+    return pairs
+
+
+def pairs_from_preferences(
+    compared: Sequence[Candidate],
+    preferences: Sequence[float],
+    dropped: Counter[str],
+    *,
+    pairing: Pairing,
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> PairingResult:
+    """Pair completions by the decisions of a judge about all pairs of :func:`candidates`.
+
+    A preference is that for the first completion: above one half it is chosen, at one half the pair
+    is dropped as a tie, and NaN is a missing verdict. ``best_worst`` and ``best_random`` order the
+    completions of a prompt by their mean preference over the others.
+    """
+    random = Random(seed)
+    by_prompt: dict[str, dict[tuple[str, str], tuple[Candidate, float]]] = {}
+    for pair, preference in zip(compared, preferences, strict=True):
+        key = _text(pair.first), _text(pair.second)
+        by_prompt.setdefault(pair.first["prompt_id"], {})[key] = pair, preference
+    pairs: list[Row] = []
+    for decided in by_prompt.values():
+        scored = _mean_preferences(list(decided.values()))
+        if len(scored) < 2:
+            dropped["no usable verdict"] += 1
+            continue
+        for one, other in candidate_pairs(scored, pairing, random):
+            key = _text(one.completion), _text(other.completion)
+            preference = decided[key][1] if key in decided else 1 - decided[key[::-1]][1]
+            if math.isnan(preference):
+                dropped["no usable verdict"] += 1
+            elif preference == 0.5:
+                dropped["tie"] += 1
+            else:
+                sides = (one, other) if preference > 0.5 else (other, one)
+                certainty = max(preference, 1 - preference)
+                scores = {"chosen_score": certainty, "rejected_score": 1 - certainty}
+                pairs.append(_pair(*sides) | scores)
+    pairs = _subsample(pairs, max_pairs, random, dropped)
+    return PairingResult(pairs, dict(dropped), 1.0 if pairs else 0.0)
+
+
+def _mean_preferences(decided: Sequence[tuple[Candidate, float]]) -> list[Scored]:
+    """The completions of a prompt with their mean preferences; those without verdict left out."""
+    rows: dict[str, Row] = {}
+    wins: dict[str, list[float]] = {}
+    for pair, preference in decided:
+        for row, won in ((pair.first, preference), (pair.second, 1 - preference)):
+            rows.setdefault(_text(row), row)
+            wins.setdefault(_text(row), []).extend([] if math.isnan(won) else [won])
+    return [Scored(sum(each) / len(each), rows[text]) for text, each in wins.items() if each]
+
+
+def _text(row: Row) -> str:
+    text: str = row["completion"][-1]["content"]
+    return text
+
+
+def _subsample(
+    pairs: list[Row], max_pairs: int | None, random: Random, dropped: Counter[str]
+) -> list[Row]:
+    if max_pairs is None or len(pairs) <= max_pairs:
+        return pairs
+    dropped["above `max_pairs`"] = len(pairs) - max_pairs
+    return [pairs[i] for i in sorted(random.sample(range(len(pairs)), max_pairs))]
 
 
 def is_usable(score: float) -> bool:
@@ -126,7 +210,7 @@ def _distinct_completions(
     prompts: dict[str, dict[str, Scored]] = {}
     for row, score in zip(rows, scores, strict=True):
         completions = prompts.setdefault(row["prompt_id"], {})
-        text = row["completion"][-1]["content"]
+        text = _text(row)
         if text in completions:
             dropped["same completion again"] += 1
         else:

@@ -25,10 +25,23 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PerSide:
-    """One number for the policy and one for its baseline."""
+    """One number for the policy and one for its baseline; None where it is unknown."""
 
-    policy: float
-    baseline: float
+    policy: float | None
+    baseline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its confidence interval."""
+
+    value: float
+    ci: Interval
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any] | None) -> Estimate | None:
+        """Read an estimate; None where it was not measured."""
+        return None if metrics is None else cls(metrics["value"], Interval(*metrics["ci"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,38 +52,52 @@ class Comparison:
     """Name of the policy. That of the control, the baseline with other seeds, ends in " again"."""
     baseline: str
     judge: str
+    """Name of the judge; ``panel`` for the mean over several."""
     win_rate: float
-    """Wins plus half the ties, as a fraction of all comparisons."""
+    """Wins plus half the ties, as a fraction of all comparisons with a verdict."""
     ci: Interval
     """Confidence interval of ``win_rate``, by bootstrap over prompts; exact if all agree."""
     ties: float
     """Share of ties."""
     n_prompts: int
+    """Prompts with at least one verdict."""
     n_completions: int
     """Completions per prompt and policy."""
     length_controlled_win_rate: float | None
     """Win rate at equal lengths; None where length and quality cannot be separated."""
     p_value: float
     """Two-sided p-value of a win rate of one half, by the studentized bootstrap over prompts."""
+    adjusted_p_value: float | None = None
+    """The p-value adjusted for the number of policies by Holm's method; None for the control."""
     mean_tokens: PerSide
-    mean_score: PerSide
-    score_difference: float
+    """Mean length in tokens; None for completions that are not sampled here."""
+    mean_characters: PerSide | None = None
+    mean_score: PerSide | None
+    """Mean scores; None for judges that compare completions."""
+    score_difference: float | None
     """Mean score of the policy minus that of the baseline."""
-    score_difference_ci: Interval
+    score_difference_ci: Interval | None
     finished: PerSide
     """Share of the completions that end in an end-of-sequence token."""
     consistency: float | None
     """Share of equal verdicts in both orders; None for judges that score single completions."""
     invalid: int
     """Comparisons without a usable verdict, left out of all rates."""
+    bounds: Interval | None = None
+    """Win rate if all invalid comparisons were lost, and if all were won; None without any."""
+    corrected: Estimate | None = None
+    """Win rate by people, estimated from their labels of some prompts and the judge's of all."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Comparison:
         """Read one entry of ``comparisons``."""
-        typed = {"ci": Interval(*metrics["ci"])}
-        typed["score_difference_ci"] = Interval(*metrics["score_difference_ci"])
-        sides = {key: PerSide(**metrics[key]) for key in ("mean_tokens", "mean_score", "finished")}
-        return cls(**known_fields(cls, metrics) | typed | sides)
+        typed: dict[str, Any] = {"ci": Interval(*metrics["ci"])}
+        for key in ("score_difference_ci", "bounds"):
+            typed[key] = None if metrics.get(key) is None else Interval(*metrics[key])
+        for key in ("mean_tokens", "mean_characters", "mean_score", "finished"):
+            typed[key] = None if metrics.get(key) is None else PerSide(**metrics[key])
+        typed["corrected"] = Estimate.from_metrics(metrics.get("corrected"))
+        return cls(**known_fields(cls, metrics) | typed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Win rate from scores alone, for ``evaluate``, the Python API and files of scored completions."""
+"""Win rate from scores or outcomes: for ``evaluate``, the Python API, and files of annotations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from align.errors import DataError
 from align.evaluation.results import Interval
 from align.functional import winrate
-from align.functional.intervals import proportion_interval
+from align.functional.intervals import prompt_means, proportion_interval
 from align.functional.length_control import length_controlled_win_rate
 
 
@@ -54,24 +55,49 @@ def win_rate(
     policy, baseline = _matrix(scores, "scores"), _matrix(baseline_scores, "baseline_scores")
     _check_shapes(policy, baseline, "scores", "baseline_scores")
     outcomes = winrate.outcomes(policy, baseline)
-    controlled = None
+    differences = None
     if (lengths is None) != (baseline_lengths is None):
         raise DataError("lengths and baseline_lengths must be given together")
     if lengths is not None and baseline_lengths is not None:
         sides = _matrix(lengths, "lengths"), _matrix(baseline_lengths, "baseline_lengths")
         _check_shapes(policy, sides[0], "scores", "lengths")
         _check_shapes(policy, sides[1], "scores", "baseline_lengths")
+        differences = sides[0] - sides[1]
+    return outcome_rate(
+        outcomes, differences, confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+def outcome_rate(
+    outcomes: Float[Tensor, "prompts completions"],
+    length_differences: Float[Tensor, "prompts completions"] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> WinRate:
+    """Win rate of outcomes, which are NaN where a verdict is missing.
+
+    Raises:
+        ValueError: All outcomes are missing.
+    """
+    valid = ~outcomes.isnan()
+    means = prompt_means(outcomes)
+    controlled = None
+    if length_differences is not None:
         try:
-            controlled = length_controlled_win_rate(outcomes, sides[0] - sides[1]).item()
+            controlled = length_controlled_win_rate(
+                outcomes[valid], length_differences[valid]
+            ).item()
         except ValueError:
             controlled = None  # all lengths differ alike, so length and quality cannot be separated
     low, high = proportion_interval(outcomes, confidence=confidence, resamples=resamples, seed=seed)
     return WinRate(
-        rate=winrate.win_rate(outcomes).item(),
+        rate=means.mean,
         interval=Interval(float(low), float(high)),
         length_controlled=controlled,
         p_value=winrate.win_rate_p_value(outcomes, seed=seed).item(),
-        n_prompts=len(policy),
+        n_prompts=len(means.means),
     )
 
 

@@ -7,15 +7,24 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from align.errors import printable
-from align.evaluation.results import Comparison, EvaluationMetrics, ImplicitRewards, Interval
+from align.evaluation.results import (
+    Comparison,
+    EvaluationMetrics,
+    ImplicitRewards,
+    Interval,
+    PerSide,
+)
 from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:
     from align.data.rows import Row
-    from align.evaluation.win_rates import Samples
+    from align.evaluation.completions import Samples
+    from align.evaluation.judging import Outcomes
 
 N_SAMPLES = 3
 """Prompts whose completions are shown."""
+INVALID_SHARE = 0.05
+"""Share of invalid verdicts above which there is a warning."""
 SIDE_WIDTH = 38
 """Terminal cells of each of two completions that are shown side by side."""
 
@@ -32,34 +41,78 @@ def percent_interval(interval: Interval) -> str:
 
 
 def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
-    """One row per policy, the control last."""
+    """One row per policy by one judge, the control last."""
     first = comparisons[0]
+    has_scores = first.mean_score is not None
+    has_orders = first.consistency is not None
+    columns = ["policy", "win rate", "interval", "ties", "length-\ncontrolled"]
+    columns += ["score"] * has_scores + ["consist-\nency", "invalid"] * has_orders
+    rows = []
+    for row in comparisons:
+        cells = [
+            row.policy,
+            percent(row.win_rate),
+            percent_interval(row.ci),
+            percent(row.ties),
+            percent(row.length_controlled_win_rate),
+        ]
+        if has_scores:
+            cells.append(per_side(row.mean_score, ".3f"))
+        if has_orders:
+            cells += [percent(row.consistency), str(row.invalid)]
+        rows.append((*cells, lengths(row)))
+    unit = "tokens" if has_token_counts(first) else "characters"
     return ResultTable(
         title=f"held-out win rates against {first.baseline}, judged by {first.judge}; "
         f"{first.n_prompts} prompts × {first.n_completions}",
-        columns=(
-            "policy",
-            "win rate",
-            "interval",
-            "ties",
-            "length-\ncontrolled",
-            "score",
-            "tokens",
-        ),
-        rows=[
-            (
-                row.policy,
-                percent(row.win_rate),
-                percent_interval(row.ci),
-                percent(row.ties),
-                percent(row.length_controlled_win_rate),
-                f"{row.mean_score.policy:.3f}/{row.mean_score.baseline:.3f}",
-                f"{row.mean_tokens.policy:.1f}/{row.mean_tokens.baseline:.1f}",
-            )
-            for row in comparisons
-        ],
+        columns=(*columns, unit),
+        rows=rows,
         note="ties count one half; intervals: bootstrap over prompts; a/b: policy/baseline",
     )
+
+
+def has_token_counts(row: Comparison) -> bool:
+    """Whether the lengths in tokens of both sides are known."""
+    return None not in (row.mean_tokens.policy, row.mean_tokens.baseline)
+
+
+def lengths(row: Comparison) -> str:
+    """Mean lengths of both sides: in tokens if they are known, else in characters."""
+    if has_token_counts(row):
+        return per_side(row.mean_tokens, ".1f")
+    return per_side(row.mean_characters, ".0f")
+
+
+def per_side(sides: PerSide | None, form: str) -> str:
+    """Both numbers; a dash where one is unknown."""
+    if sides is None:
+        return "–"
+    return "/".join(
+        "–" if each is None else format(each, form) for each in (sides.policy, sides.baseline)
+    )
+
+
+def by_judge(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+    """The comparisons of each judge, in their order."""
+    grouped: dict[str, list[Comparison]] = {}
+    for row in comparisons:
+        grouped.setdefault(row.judge, []).append(row)
+    return list(grouped.values())
+
+
+def remarks(metrics: EvaluationMetrics, samples: Mapping[str, Samples]) -> tuple[str, ...]:
+    """What was left out, and judges of which many verdicts are missing."""
+    lines = [each.remark for each in samples.values() if each.remark]
+    for row in metrics.comparisons:
+        if row.bounds is not None:
+            low, high = row.bounds
+            line = (
+                f"{row.judge}: {row.invalid} verdicts about {row.policy} are invalid; were they "
+                f"lost or won, its win rate would be {100 * low:.1f} or {100 * high:.1f} %"
+            )
+            many = row.invalid > INVALID_SHARE * row.n_prompts * row.n_completions
+            lines.append(f"warning: {line}" if many else line)
+    return tuple(lines)
 
 
 def implicit_reward_table(results: Sequence[ImplicitRewards]) -> ResultTable:
@@ -91,29 +144,36 @@ def headline(metrics: EvaluationMetrics) -> dict[str, float]:
 
 
 def all_tables(
-    metrics: EvaluationMetrics, prompts: Sequence[Row], samples: Mapping[str, Samples]
+    metrics: EvaluationMetrics,
+    prompts: Sequence[Row],
+    samples: Mapping[str, Samples],
+    outcomes: Sequence[Outcomes],
 ) -> tuple[ResultTable, ...]:
     """Completions of the first policy, win rates, implicit rewards: what was measured of them."""
     tables: list[ResultTable] = []
-    if metrics.comparisons:
-        first = metrics.comparisons[0]
-        tables += sample_tables(prompts, first.policy, first.baseline, samples)
-        tables.append(win_rate_table(metrics.comparisons))
+    if outcomes:
+        tables += sample_tables(prompts, outcomes[0], samples)
+    tables += map(win_rate_table, by_judge(metrics.comparisons))
     if metrics.implicit_rewards:
         tables.append(implicit_reward_table(metrics.implicit_rewards))
     return tuple(tables)
 
 
 def sample_tables(
-    prompts: Sequence[Row], policy: str, baseline: str, samples: Mapping[str, Samples]
+    prompts: Sequence[Row], outcomes: Outcomes, samples: Mapping[str, Samples]
 ) -> list[ResultTable]:
     """The first completions of a policy and the baseline, side by side, for a few prompts."""
-    tables = []
-    for i, prompt in enumerate(prompts[:N_SAMPLES]):
-        texts = [samples[name].completions[i][0].text for name in (policy, baseline)]
-        scores = [samples[name].scores[i, 0].item() for name in (policy, baseline)]
+    names = outcomes.policy, outcomes.baseline
+    scores = outcomes.scores, outcomes.baseline_scores
+    tables: list[ResultTable] = []
+    for i, prompt in enumerate(prompts):
+        sides = [samples[name].completions[i][:1] for name in names]
+        if len(tables) == N_SAMPLES or not all(sides):
+            continue
+        texts = [side[0].text for side in sides]
         headers = [
-            f"{name} ({score:.2f})<" for name, score in zip((policy, baseline), scores, strict=True)
+            f"{name}<" if each is None else f"{name} ({each[i, 0].item():.2f})<"
+            for name, each in zip(names, scores, strict=True)
         ]
         lines = zip_longest(*map(wrapped, texts), fillvalue="")
         title = " ".join(wrapped(prompt["prompt"][-1]["content"], 2 * SIDE_WIDTH)[:1])

@@ -1,38 +1,25 @@
-"""Held-out win rates: sample completions, score them, compare policies with a baseline.
+"""Held-out win rates: the statistics of the outcomes of each policy against the baseline.
 
-Every policy is sampled from its own random stream. From equal random states the completions of two
-policies are coupled: both follow the same draws, and the better policy wins more often than with
-independent samples, which is what a win rate means.
-
-The judge scores one completion at a time. Every evaluation includes a control, the baseline against
-itself in another stream, whose interval must contain one half. Left out: judges that compare two
-completions.
+Every evaluation with a baseline that is a model includes a control, the baseline against itself in
+another random stream, whose interval must contain one half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from align.config.evaluate import Evaluate
+from align.errors import DataError
+from align.evaluation.completions import Samples, length_differences, matches
 from align.evaluation.intervals import Bootstrap
-from align.evaluation.results import Comparison, PerSide
-from align.evaluation.scores import win_rate
-from align.functional import winrate
-from align.judges.scores import Judge, score_rows
-from align.models import generation, tokenization
-from align.models.generation import Completion
-from align.models.policy import Policy
-from align.runtime import distributed
-from align.runtime.progress import Logger
-from align.runtime.seeds import derive_seed
+from align.evaluation.judging import Outcomes
+from align.evaluation.results import Comparison, Interval, PerSide
+from align.evaluation.scores import outcome_rate
 
 if TYPE_CHECKING:
     from align.data.rows import Row
@@ -40,160 +27,124 @@ if TYPE_CHECKING:
 COMPARISONS = "comparisons.parquet"
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Completions of one policy for the held-out prompts, with their scores."""
+def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]) -> Comparison:
+    """Statistics of the outcomes of one policy by one judge.
 
-    completions: list[list[Completion]]
-    """The completions of each prompt."""
-    scores: Float[Tensor, "prompts completions"]
-
-    @property
-    def lengths(self) -> Float[Tensor, "prompts completions"]:
-        """Lengths in tokens, without the stop token."""
-        lengths = [[c.n_tokens for c in row] for row in self.completions]
-        return torch.tensor(lengths, dtype=torch.float64)
-
-    @property
-    def finished(self) -> float:
-        """Share of the completions that end in a stop token."""
-        finished = [c.finished for row in self.completions for c in row]
-        return sum(finished) / len(finished)
-
-
-def control_name(config: Evaluate) -> str:
-    """Name of the control: the baseline, sampled from another random stream."""
-    return f"{config.baseline} again"
-
-
-def compared_names(config: Evaluate) -> list[str]:
-    """Names of the policies that are compared with the baseline, the control last."""
-    policies = [name for name in config.policies if name != config.baseline]
-    return [*policies, control_name(config)]
-
-
-def stream_seed(config: Evaluate, name: str) -> int:
-    """Seed of the random stream that the policy called ``name`` is sampled from.
-
-    It depends on the recipe's seed and on the place of the policy in the recipe. Each batch of
-    prompts has its own seed, derived from this one.
+    Raises:
+        DataError: The judge gave no usable verdict.
     """
-    places = {control_name(config): "control", config.baseline: "baseline"}
-    place = places[name] if name in places else config.policies.index(name)
-    return derive_seed(config.seed, "evaluate", place) % 2**32
-
-
-def sample_policy(
-    name: str,
-    policy: Policy,
-    prompts: Sequence[Row],
-    judge: Judge,
-    config: Evaluate,
-    logger: Logger,
-) -> dict[str, Samples]:
-    """Samples of the policy called ``name``; for the baseline, those of the control as well.
-
-    The ranks share the work. The completions depend on the seed, not on the number of ranks.
-    """
-    names = [name, control_name(config)] if name == config.baseline else [name]
-    samples = {}
-    for sampled_name in names:
-        completions = generation.sample(
-            policy.model,
-            policy.tokenizer,
-            [row["prompt"] for row in prompts],
-            n_completions=config.n_completions,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            seed=stream_seed(config, sampled_name),
-            map_batches=partial(
-                distributed.map_rows,
-                progress=partial(logger.step, unit=f"{sampled_name}: sampled batch"),
-            ),
+    own, baseline = samples[outcomes.policy], samples[outcomes.baseline]
+    won = outcomes.outcomes
+    invalid = int(outcomes.is_missing.sum())
+    if bool(won.isnan().all()):
+        raise DataError(
+            f"judge {outcomes.judge}: no usable verdict about `{outcomes.policy}` and "
+            f"`{outcomes.baseline}`{_first_reason(outcomes)}"
         )
-        rows = [
-            {"prompt": row["prompt"], "completion": tokenization.assistant_turn(completion.text)}
-            for row, sampled in zip(prompts, completions, strict=True)
-            for completion in sampled
-        ]
-        scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
-        by_prompt = torch.tensor(scores, dtype=torch.float64).view(len(prompts), -1)
-        samples[sampled_name] = Samples(completions, by_prompt)
-    return samples
-
-
-def compare_all(config: Evaluate, samples: Mapping[str, Samples]) -> tuple[Comparison, ...]:
-    """Compare every policy, and the control last, with the baseline."""
-    return tuple(compare(config, name, samples) for name in compared_names(config))
-
-
-def compare(config: Evaluate, policy: str, samples: Mapping[str, Samples]) -> Comparison:
-    """Compare completion k of the policy with completion k of the baseline, for each prompt.
-
-    ``consistency`` and ``invalid`` describe judges that read two completions. For a judge that
-    scores one completion at a time, they are None and 0.
-    """
-    own, baseline = samples[policy], samples[config.baseline]
-    result = win_rate(
-        own.scores,
-        baseline.scores,
-        lengths=own.lengths,
-        baseline_lengths=baseline.lengths,
+    result = outcome_rate(
+        won,
+        length_differences(own, baseline, config.n_completions),
         confidence=config.confidence,
         resamples=config.resamples,
         seed=config.seed,
     )
-    ties = winrate.outcomes(own.scores, baseline.scores) == 0.5
-    differences = (own.scores - baseline.scores).mean(dim=1)
-    bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
+    valid = ~won.isnan()
     return Comparison(
-        policy=policy,
-        baseline=config.baseline,
-        judge=str(config.judge),
+        policy=outcomes.policy,
+        baseline=outcomes.baseline,
+        judge=outcomes.judge,
         win_rate=result.rate,
         ci=result.interval,
-        ties=ties.double().mean().item(),
+        ties=(won[valid] == 0.5).double().mean().item(),
         n_prompts=result.n_prompts,
-        n_completions=ties.shape[1],
+        n_completions=config.n_completions,
         length_controlled_win_rate=result.length_controlled,
         p_value=result.p_value,
-        mean_tokens=PerSide(own.lengths.mean().item(), baseline.lengths.mean().item()),
-        mean_score=PerSide(own.scores.mean().item(), baseline.scores.mean().item()),
-        score_difference=differences.mean().item(),
-        score_difference_ci=bootstrap.mean(differences),
+        mean_tokens=PerSide(own.mean_tokens, baseline.mean_tokens),
+        mean_characters=PerSide(own.mean_characters, baseline.mean_characters),
         finished=PerSide(own.finished, baseline.finished),
-        consistency=None,
-        invalid=0,
+        consistency=_consistency(outcomes),
+        invalid=invalid,
+        bounds=_bounds(outcomes) if invalid else None,
+        **_scores(config, outcomes),
     )
 
 
+def _bounds(outcomes: Outcomes) -> Interval:
+    """Win rate if every missing outcome were a loss, and if every one were a win."""
+    compared = ~outcomes.outcomes.isnan() | outcomes.is_missing
+    ends = (outcomes.outcomes[compared].nan_to_num(nan=value).mean().item() for value in (0.0, 1.0))
+    return Interval(*ends)
+
+
+def _first_reason(outcomes: Outcomes) -> str:
+    reasons = [reason for reason in (outcomes.reasons or {}).values() if reason]
+    return f": {reasons[0]}" if reasons else ""
+
+
+def _scores(config: Evaluate, outcomes: Outcomes) -> dict[str, Any]:
+    """Mean scores and their difference, for a judge that scores."""
+    if outcomes.scores is None or outcomes.baseline_scores is None:
+        return dict.fromkeys(("mean_score", "score_difference", "score_difference_ci"))
+    own, baseline = outcomes.scores, outcomes.baseline_scores
+    differences = (own - baseline).nanmean(dim=1)
+    differences = differences[~differences.isnan()]
+    bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
+    return {
+        "mean_score": PerSide(own.nanmean().item(), baseline.nanmean().item()),
+        "score_difference": differences.mean().item(),
+        "score_difference_ci": bootstrap.mean(differences),
+    }
+
+
+def _consistency(outcomes: Outcomes) -> float | None:
+    """Share of pairs with the same decision in both orders."""
+    if outcomes.first is None or outcomes.second is None:
+        return None
+    decisions = [torch.sign(each - 0.5) for each in (outcomes.first, outcomes.second)]
+    valid = ~(decisions[0].isnan() | decisions[1].isnan())
+    return (decisions[0] == decisions[1])[valid].double().mean().item()
+
+
 def write_comparisons(
-    output_dir: Path, config: Evaluate, prompts: Sequence[Row], samples: Mapping[str, Samples]
+    output_dir: Path,
+    config: Evaluate,
+    prompts: Sequence[Row],
+    samples: Mapping[str, Samples],
+    outcomes: Sequence[Outcomes],
 ) -> None:
-    """Write every compared pair of completions, with scores and lengths, to a Parquet file."""
+    """Write every compared pair of completions, with the outcome of each judge, to Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    baseline = samples[config.baseline]
     rows = []
-    for policy in compared_names(config):
-        own = samples[policy]
-        for i, prompt in enumerate(prompts):
-            sides = zip(own.completions[i], baseline.completions[i], strict=True)
-            for k, (completion, baseline_completion) in enumerate(sides):
-                rows.append(
-                    {
-                        "prompt": prompt["prompt"][-1]["content"],
-                        "policy": policy,
-                        "baseline": config.baseline,
-                        "policy_completion": completion.text,
-                        "baseline_completion": baseline_completion.text,
-                        "policy_score": own.scores[i, k].item(),
-                        "baseline_score": baseline.scores[i, k].item(),
-                        "policy_tokens": completion.n_tokens,
-                        "baseline_tokens": baseline_completion.n_tokens,
-                    }
-                )
+    for each in outcomes:
+        own, baseline = samples[each.policy], samples[each.baseline]
+        for i, column, j, k in matches(own, baseline, config.n_completions):
+            sides = own.completions[i][j], baseline.completions[i][k]
+            rows.append(
+                {
+                    "prompt": prompts[i]["prompt"][-1]["content"],
+                    "messages": prompts[i]["prompt"],
+                    "judge": each.judge,
+                    "policy": each.policy,
+                    "baseline": each.baseline,
+                    "policy_completion": sides[0].text,
+                    "baseline_completion": sides[1].text,
+                    "outcome": _value(each.outcomes, i, column),
+                    "outcome_first": _value(each.first, i, column),
+                    "outcome_second": _value(each.second, i, column),
+                    "reason": (each.reasons or {}).get((i, column), ""),
+                    "policy_score": _value(each.scores, i, column),
+                    "baseline_score": _value(each.baseline_scores, i, column),
+                    "policy_tokens": sides[0].n_tokens if own.is_sampled else None,
+                    "baseline_tokens": sides[1].n_tokens if baseline.is_sampled else None,
+                }
+            )
     pq.write_table(pa.Table.from_pylist(rows), output_dir / COMPARISONS)
+
+
+def _value(values: Tensor | None, i: int, column: int) -> float | None:
+    if values is None or bool(values[i, column].isnan()):
+        return None
+    return float(values[i, column])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from align.models.tokenization import Message
 
@@ -62,6 +62,7 @@ class Usage:
     """Price of the tokens; None where the configuration has no prices."""
 
 
+@runtime_checkable
 class ScoreJudge(Protocol):
     """Scores completions; a higher score is better."""
 
@@ -83,6 +84,7 @@ class ScoreJudge(Protocol):
         """
 
 
+@runtime_checkable
 class PairJudge(Protocol):
     """Compares two completions of one prompt."""
 

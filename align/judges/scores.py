@@ -1,37 +1,30 @@
-"""Judges that score one completion at a time: the gold score, or a reward model.
+"""Judges that score one completion at a time: the gold score, a reward model, a Python function.
 
-Left out: judges that compare two completions.
+Left out: judges that compare two completions, which :mod:`align.judges.build` builds as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from align.models.tokenization import Message
-from align.rewards import gold
+from align.errors import DataError
+from align.judges.base import Messages, ScoreJudge
+from align.rewards import functions, gold
+from align.rewards.function_source import missing_columns
 from align.rewards.reward_model import RewardModel
 from align.runtime import distributed
 from align.runtime.progress import Logger
 
-Messages = Sequence[Message]
 BATCHES_PER_CHUNK = 16
 """Batches that a judge receives in one call, so that it can group rows of similar length."""
 
 
-class Judge(Protocol):
-    """Scores completions; a higher score is better."""
-
-    def check_prompts(self, prompts: Sequence[Messages], *, repair: str) -> None:
-        """Raise a ``UserError``, ending in ``repair``, if the judge cannot score these prompts."""
-
-    def score(self, prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
-        """One score per completion. Prompts and completions are lists of messages."""
-
-
 class GoldJudge:
     """The exact score of the embedded task, in [0, 1]."""
+
+    name = "gold"
 
     def check_prompts(self, prompts: Sequence[Messages], *, repair: str) -> None:
         """Check that the prompts are the embedded task's.
@@ -41,7 +34,12 @@ class GoldJudge:
         """
         gold.check_prompts((prompt[-1]["content"] for prompt in prompts), repair=repair)
 
-    def score(self, prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
+    def score(
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Messages],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[float]:
         """Score each completion by the text of its last message."""
         texts = [completion[-1]["content"] for completion in completions]
         return gold.rewards(prompts, texts)
@@ -50,7 +48,7 @@ class GoldJudge:
 class RewardModelJudge:
     """A reward model, on the device of this process."""
 
-    def __init__(self, source: Path | str, *, dtype: str, batch_size: int) -> None:
+    def __init__(self, name: str, source: Path | str, *, dtype: str, batch_size: int) -> None:
         """Load the model from a folder or the Hub, to score ``batch_size`` completions at a time.
 
         Raises:
@@ -58,39 +56,81 @@ class RewardModelJudge:
         """
         from accelerate import PartialState
 
+        self.name = name
         self._model = RewardModel.load(source, dtype=dtype, device=PartialState().device)
         self._batch_size = batch_size
 
     def check_prompts(self, prompts: Sequence[Messages], *, repair: str) -> None:
         """Accept any prompts."""
 
-    def score(self, prompts: Sequence[Messages], completions: Sequence[Messages]) -> list[float]:
+    def score(
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Messages],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[float]:
         """Score each completion as a finished turn of the assistant."""
         scores = self._model.score(prompts, completions, batch_size=self._batch_size)
         return [float(score) for score in scores.tolist()]
 
 
-def build_judge(name: str, source: Path | str | None, *, dtype: str, batch_size: int) -> Judge:
-    """Build the judge that a recipe names: ``gold``, or the reward model at ``source``.
+class FunctionJudge:
+    """A Python function of prompts, completion texts and columns of the prompts' rows."""
 
-    Raises:
-        UserError: The reward model cannot be loaded.
-    """
-    if name == "gold":
-        return GoldJudge()
-    assert source is not None, f"judge {name}: no reward model"
-    return RewardModelJudge(source, dtype=dtype, batch_size=batch_size)
+    def __init__(self, name: str, address: str) -> None:
+        """Import the function ``module:function``; ``name`` is what the recipe calls it.
+
+        Raises:
+            UserError: The function cannot be imported, or has other parameters.
+        """
+        self.name = name
+        self._address = address
+        self._function = functions.load_function(address)
+
+    def check_prompts(self, prompts: Sequence[Messages], *, repair: str) -> None:
+        """Accept any prompts."""
+
+    def score(
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Messages],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[float]:
+        """Score each completion by the text of its last message.
+
+        Raises:
+            DataError: The prompts' rows lack a column that the function requires.
+        """
+        if missing := missing_columns(self._address, columns.keys()):
+            raise DataError(
+                f"{self.name}: requires the column `{missing[0]}`; the prompts have "
+                f"{', '.join(columns) or 'no further columns'}; add it to `keep_columns` of the "
+                "`prepare` stage"
+            )
+        texts = [completion[-1]["content"] for completion in completions]
+        return functions.call(self._address, self._function, prompts, texts, columns)
+
+
+ROW_KEYS = frozenset({"prompt", "completion"})
+"""Keys of a scored row that are no further columns."""
 
 
 def score_rows(
-    judge: Judge, rows: Sequence[Mapping[str, Any]], *, batch_size: int, logger: Logger
+    judge: ScoreJudge, rows: Sequence[Mapping[str, Any]], *, batch_size: int, logger: Logger
 ) -> list[float]:
     """Score the ``completion`` of every row, in row order. The rows are shared over the ranks."""
+
+    def score(chunk: list[Mapping[str, Any]]) -> list[float]:
+        columns = chunk[0].keys() - ROW_KEYS
+        return judge.score(
+            [row["prompt"] for row in chunk],
+            [row["completion"] for row in chunk],
+            {key: [row[key] for row in chunk] for key in sorted(columns)},
+        )
+
     return distributed.map_rows(
         rows,
-        lambda chunk: judge.score(
-            [row["prompt"] for row in chunk], [row["completion"] for row in chunk]
-        ),
+        score,
         size=BATCHES_PER_CHUNK * batch_size,
         progress=lambda done, total: logger.step(done, total, unit="scored part"),
     )

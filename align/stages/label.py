@@ -1,12 +1,14 @@
-"""Label: score sampled completions with a judge, and write them as pairs for DPO and KTO.
+"""Label: judge sampled completions, and write them as pairs for DPO and KTO.
 
-``pairs-<split>.parquet`` has the columns of prepared data; ``scores-<split>.parquet`` has every
-completion with its score. Left out: judges that compare two completions, and judges behind an API.
+``pairs-<split>.parquet`` has the columns of prepared data. A judge that scores also writes
+``scores-<split>.parquet``, every completion with its score. Judges that compare, and several
+judges, decide about all pairs of completions of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +21,10 @@ from align.config.data import Label
 from align.data import pairing, statistics, tables
 from align.data.rows import Row
 from align.errors import DataError
-from align.judges.scores import Judge, build_judge, score_rows
+from align.judges.base import Pair, ScoreJudge
+from align.judges.build import Judge, build_judges, check_prompts
+from align.judges.preferences import preferences
+from align.judges.scores import score_rows
 from align.rewards import gold
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -31,7 +36,8 @@ class LabeledSplit:
     """Finished completions of a split with their scores, and the pairs made of them."""
 
     rows: list[Row]
-    scores: list[float]
+    scores: list[float] | None
+    """None for judges that compare."""
     pairs: list[Row]
     agreement: float
     dropped: dict[str, int]
@@ -46,12 +52,16 @@ def run(
     splits = [split for kind, _, split in names if kind == "completions"]
     if not splits:
         raise DataError(f"{data}: no completions-*.parquet; set `completions` to a `sample` stage")
-    judge = build_judge(  # 1. judge
-        config.judge, inputs.get("judge"), dtype=config.dtype, batch_size=config.batch_size
+    judges = build_judges(  # 1. judges
+        config.judge,
+        inputs,
+        runs=output_dir.parent,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
     )
     labeled: dict[str, LabeledSplit] = {}
     for split in splits:
-        labeled[split] = _label(config, judge, data, split, logger)  # 2. score and pair
+        labeled[split] = _label(config, judges, data, split, logger)  # 2. judge and pair
         if distributed.is_main():
             _write(output_dir, split, labeled[split])  # 3. write
     metrics = _metrics(labeled)
@@ -60,8 +70,10 @@ def run(
     )
 
 
-def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) -> LabeledSplit:
-    """Score the completions of a split and make pairs of them.
+def _label(
+    config: Label, judges: Mapping[str, Judge], data: Path, split: str, logger: Logger
+) -> LabeledSplit:
+    """Judge the completions of a split and make pairs of them.
 
     Raises:
         DataError: No completion ends in a stop token, no pair is left, or the judge cannot score
@@ -77,20 +89,15 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
             f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with a "
             "larger `max_new_tokens`"
         )
-    judge.check_prompts([row["prompt"] for row in rows], repair="set `judge` to a reward model")
-    slope = None
-    if config.label_noise == "bradley_terry":
-        slope = config.label_noise_slope or (gold.LABEL_SLOPE if config.judge == "gold" else 1.0)
-    scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
-    result = pairing.pairs_from_scores(
-        rows,
-        scores,
-        pairing=config.pairing,
-        margin=config.margin,
-        slope=slope,
-        max_pairs=config.max_pairs,
-        seed=config.seed,
-    )
+    check_prompts(judges, [row["prompt"] for row in rows], repair="set `judge` to a reward model")
+    scores = None
+    if config.compares:
+        result = _compare(config, judges, rows, logger)
+    else:
+        (judge,) = judges.values()
+        assert isinstance(judge, ScoreJudge)
+        scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
+        result = _pair(config, rows, scores)
     if not result.rows:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in result.dropped.items())
         raise DataError(
@@ -101,17 +108,60 @@ def _label(config: Label, judge: Judge, data: Path, split: str, logger: Logger) 
     return LabeledSplit(rows, scores, result.rows, result.agreement, cut_off | result.dropped)
 
 
+def _pair(config: Label, rows: Sequence[Row], scores: Sequence[float]) -> pairing.PairingResult:
+    """Pairs by the scores of one judge."""
+    slope = None
+    if config.label_noise == "bradley_terry":
+        slope = config.label_noise_slope or (gold.LABEL_SLOPE if config.judge == "gold" else 1.0)
+    return pairing.pairs_from_scores(
+        rows,
+        scores,
+        pairing=config.pairing,
+        margin=config.margin,
+        slope=slope,
+        max_pairs=config.max_pairs,
+        seed=config.seed,
+    )
+
+
+def _compare(
+    config: Label, judges: Mapping[str, Judge], rows: Sequence[Row], logger: Logger
+) -> pairing.PairingResult:
+    """Pairs by the decisions of judges about all pairs of completions of a prompt."""
+    dropped: Counter[str] = Counter()
+    candidates = pairing.candidates(rows, dropped)
+    keys = rows[0].keys() - {"prompt", "completion"}
+    pairs = [
+        Pair(
+            each.first["prompt"],
+            each.first["completion"],
+            each.second["completion"],
+            {key: each.first[key] for key in sorted(keys)},
+        )
+        for each in candidates
+    ]
+    decided = preferences(judges, pairs, batch_size=config.batch_size, logger=logger)
+    return pairing.pairs_from_preferences(
+        candidates,
+        decided,
+        dropped,
+        pairing=config.pairing,
+        max_pairs=config.max_pairs,
+        seed=config.seed,
+    )
+
+
 def _write(output_dir: Path, split: str, labeled: LabeledSplit) -> None:
     contents = {
-        "scores": [
-            row | {"score": score} for row, score in zip(labeled.rows, labeled.scores, strict=True)
-        ],
         "pairs": [
             {key: value for key, value in pair.items() if not key.endswith("_score")}
             | {"margin": pair["chosen_score"] - pair["rejected_score"]}
             for pair in labeled.pairs
-        ],
+        ]
     }
+    if labeled.scores is not None:
+        scored = zip(labeled.rows, labeled.scores, strict=True)
+        contents["scores"] = [row | {"score": score} for row, score in scored]
     for kind, rows in contents.items():
         file = tables.table_file(output_dir, kind, split)
         pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
@@ -130,6 +180,6 @@ def _metrics(labeled: Mapping[str, LabeledSplit]) -> dict[str, Any]:
             for reason, count in each.dropped.items()
         },
         "agreement": {split: each.agreement for split, each in labeled.items()},
-        "mean_score": fmean(last.scores),
+        "mean_score": None if last.scores is None else fmean(last.scores),
         "words": statistics.median_words(last.pairs, ("prompt", "chosen", "rejected")),
     }

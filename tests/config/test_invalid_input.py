@@ -281,7 +281,7 @@ MEANING = [
     invalid(
         "evaluate with nothing to measure",
         recipe(PREPARE, SFT, "evaluate: {policies: [sft], baseline: sft}"),
-        "recipe.yaml:4: evaluate: nothing to measure; set `judge: gold`",
+        "recipe.yaml:4: evaluate: nothing to measure; set `judge`, or",
     ),
     invalid(
         "a duplicate policy",

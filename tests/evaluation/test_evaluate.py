@@ -25,9 +25,10 @@ from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.training import DPO
 from align.errors import UserError, printable
-from align.evaluation import tables, win_rates
+from align.evaluation import completions, tables
+from align.evaluation.completions import Samples
 from align.evaluation.held_out import training_tables
-from align.evaluation.win_rates import Samples
+from align.evaluation.judging import Outcomes
 from align.models import generation, loading, tokenization
 from align.models.generation import Completion
 from align.models.prefix_sharing import wrapper
@@ -172,7 +173,8 @@ def test_metrics_are_recomputed_from_the_comparisons(
     assert row["p_value"] == pytest.approx(p_value, abs=0.03)
 
     # each comparison as a win and a loss, weighted by its outcome; 1 and tanh(difference / std)
-    lengths = (rows["policy_tokens"] - rows["baseline_tokens"]).flatten()
+    characters = [np.vectorize(len)(rows[f"{side}_completion"]) for side in ("policy", "baseline")]
+    lengths = (characters[0] - characters[1]).flatten()
     design = np.stack([np.ones(len(lengths)), np.tanh(lengths / lengths.std(ddof=1))], axis=1)
     fit = LogisticRegression(C=100.0, fit_intercept=False, tol=1e-10)
     labels = np.repeat([1, 0], len(lengths))
@@ -205,7 +207,7 @@ def test_comparisons_hold_the_completions_of_each_model_from_its_own_stream(
             top_p=1.0,
             max_new_tokens=16,
             batch_size=32,
-            seed=win_rates.stream_seed(config, name),
+            seed=completions.stream_seed(config, name),
         )
         assert [[c.text for c in row] for row in sampled] == texts.tolist()
     finished = [c.finished for row in sampled for c in row]
@@ -241,7 +243,7 @@ def test_copies_of_the_baseline_are_independent_samples_of_it(
 def test_each_seed_and_place_has_its_own_stream():
     policies = ["a", "b", "sft"]
     seeds = [
-        win_rates.stream_seed(
+        completions.stream_seed(
             Evaluate(policies=policies, baseline="sft", judge="gold", seed=seed), name
         )
         for seed in (0, 1)
@@ -256,7 +258,7 @@ def test_the_judge_is_the_embedded_tasks_gold_score(
 ):
     pairs = {row["prompt"][0]["content"]: row for row in tiny_models.rows(world.data, "pairs-test")}
     prompts = [row["prompt"][0]["content"] for row in tiny_models.rows(world.data, "prompts-test")]
-    sides = ("rejected", "rejected", "chosen")  # the baseline, the control, the policy
+    sides = ("chosen", "rejected", "rejected")  # the policy, the baseline, the control
     texts = [
         [pairs[text][side][0]["content"] if text in pairs else "" for text in prompts]
         for side in sides
@@ -268,7 +270,7 @@ def test_the_judge_is_the_embedded_tasks_gold_score(
 
     monkeypatch.setattr(generation, "sample", sample)
     metrics = run(tmp_path, world.data, {"sft": world.sft, "dpo": policy}, judge="gold")
-    baseline, _, policy_scores = (
+    policy_scores, baseline, _ = (
         [gold.gold_score(*row) for row in zip(prompts, completions, strict=True)]
         for completions in texts
     )
@@ -278,7 +280,6 @@ def test_the_judge_is_the_embedded_tasks_gold_score(
     wins = np.mean([(a > b) + 0.5 * (a == b) for a, b in zip(policy_scores, baseline, strict=True)])
     assert row["win_rate"] == pytest.approx(wins)
     assert abs(wins - 0.5) > 0.01, "at one half a swap would not show"
-    assert row["length_controlled_win_rate"] == pytest.approx(wins), "all lengths are equal"
 
 
 # Refused prompts ----------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def other_split(world: tiny_models.World) -> Path:
 def test_prompts_in_the_training_data_of_a_policy_are_refused(
     world: tiny_models.World, policy: Path, other_split: Path, tmp_path: Path, what: dict[str, Any]
 ):
-    with pytest.raises(UserError, match=r"held-out prompts of .* training data of `sft`") as error:
+    with pytest.raises(UserError, match=r"held-out prompts of .* training data of `dpo`") as error:
         run(tmp_path, other_split, {"sft": world.sft, "dpo": policy}, **what)
     assert "demonstrations-train.parquet" in str(error.value)
     kind = "prompts" if "judge" in what else "pairs"
@@ -592,10 +593,10 @@ def test_completions_are_wrapped_by_their_width_in_the_terminal():
 def test_completions_are_printed_without_interpreting_markup():
     prompts = [{"prompt": [{"role": "user", "content": "[red]Write[/red] a line."}]}]
     text = "[bold]b[/bold] [/] :smile:"
-    samples = {
-        name: Samples([[Completion(text, 3, True)]], torch.tensor([[0.5]])) for name in ("a", "b")
-    }
-    (table,) = tables.sample_tables(prompts, "a", "b", samples)
+    samples = {name: Samples([[Completion(text, 3, True)]]) for name in ("a", "b")}
+    score = torch.tensor([[0.5]])
+    outcomes = Outcomes("gold", "a", "b", score, score > 1, score, score)
+    (table,) = tables.sample_tables(prompts, outcomes, samples)
     out = io.StringIO()
     Console(file=out, width=100).print(render_table(table, "evaluate"))
     assert out.getvalue().count(text) == 2

@@ -12,7 +12,7 @@ import pytest
 from align.evaluation.results import EvaluationMetrics, PerSide
 from align.evaluation.reward_results import RewardModelReport
 
-COMPARISON = {
+OLD_COMPARISON = {  # as version 0.2.0 stored it
     "policy": "dpo",
     "baseline": "sft",
     "judge": "gold",
@@ -30,6 +30,13 @@ COMPARISON = {
     "finished": {"policy": 1.0, "baseline": 0.9},
     "consistency": None,
     "invalid": 0,
+}
+COMPARISON = OLD_COMPARISON | {
+    "adjusted_p_value": 0.02,
+    "mean_characters": {"policy": 60.0, "baseline": None},
+    "invalid": 1,
+    "bounds": [0.7, 0.8],
+    "corrected": {"value": 0.6, "ci": [0.5, 0.7]},
 }
 IMPLICIT_REWARDS = {
     "policy": "dpo",
@@ -63,7 +70,12 @@ HELD_OUT = {
 )
 def test_stored_metrics_are_read_and_written_unchanged(metrics):
     assert EvaluationMetrics.from_metrics(metrics).to_metrics() == metrics
-    assert json.dumps(EvaluationMetrics.from_metrics(metrics).to_metrics()) == json.dumps(metrics)
+    assert json.loads(json.dumps(EvaluationMetrics.from_metrics(metrics).to_metrics())) == metrics
+
+
+def test_metrics_of_an_earlier_version_are_read():
+    (read,) = EvaluationMetrics.from_metrics({"comparisons": [OLD_COMPARISON]}).comparisons
+    assert (read.win_rate, read.bounds, read.mean_characters) == (0.75, None, None)
 
 
 def test_results_have_typed_fields():

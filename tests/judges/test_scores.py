@@ -26,16 +26,16 @@ def messages(text: str) -> list[dict[str, str]]:
 
 
 def test_gold_scores_the_last_message_of_each_completion():
-    judge = scores.build_judge("gold", None, dtype="float32", batch_size=1)
+    judge = scores.GoldJudge()
     prompts = [messages(PROMPT)] * len(TEXTS)
     judge.check_prompts(prompts, repair="")
-    values = judge.score(prompts, [assistant_turn(text) for text in TEXTS])
+    values = judge.score(prompts, [assistant_turn(text) for text in TEXTS], {})
     assert values == [gold.gold_score(PROMPT, text) for text in TEXTS]
     assert values[0] > values[1] > values[2] == 0
 
 
 def test_gold_rejects_other_prompts_with_the_repair_of_the_caller():
-    judge = scores.build_judge("gold", None, dtype="float32", batch_size=1)
+    judge = scores.GoldJudge()
     with pytest.raises(DataError) as raised:
         judge.check_prompts([messages(PROMPT), messages("How are you?")], repair="set `judge`")
     (line,) = raised.value.lines
@@ -49,9 +49,11 @@ def test_rows_keep_their_order_and_are_scored_in_chunks(n_rows: int, tmp_path: P
     calls: list[int] = []
 
     class Lengths:
+        name = "lengths"
+
         def check_prompts(self, prompts: Any, *, repair: str) -> None: ...
 
-        def score(self, prompts: Any, completions: Any) -> list[float]:
+        def score(self, prompts: Any, completions: Any, columns: Any) -> list[float]:
             calls.append(len(prompts))
             return [float(len(completion[0]["content"])) for completion in completions]
 

@@ -262,8 +262,8 @@ def test_a_reward_is_the_logit_at_eos_one_row_at_a_time(
     completions: Path, rewards: dict[str, Path], kind: str
 ):
     rows = tiny_models.rows(completions, "completions-train")[:7]
-    judge = scores.RewardModelJudge(rewards[kind], dtype="float32", batch_size=3)
-    values = judge.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    judge = scores.RewardModelJudge("reward", rewards[kind], dtype="float32", batch_size=3)
+    values = judge.score([row["prompt"] for row in rows], [row["completion"] for row in rows], {})
     tokenizer = tokenization.load_tokenizer(rewards["reward"])
     model = reward_model.load_merged_reward_model(rewards[kind], dtype="float32").eval()
     expected = []
@@ -286,7 +286,9 @@ def test_the_adapter_of_a_reward_model_changes_its_scores(
     rows = tiny_models.rows(completions, "completions-train")[:4]
     arguments = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     one, other = (
-        scores.RewardModelJudge(folder, dtype="float32", batch_size=4).score(*arguments)
+        scores.RewardModelJudge("reward", folder, dtype="float32", batch_size=4).score(
+            *arguments, {}
+        )
         for folder in rewards.values()
     )
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.01
@@ -309,7 +311,7 @@ def test_a_policy_is_not_a_reward_model(world: tiny_models.World):
     with pytest.raises(
         UserError, match=r"weights are missing, such as score.weight; a reward model is"
     ):
-        scores.RewardModelJudge(world.sft, dtype="float32", batch_size=2)
+        scores.RewardModelJudge("sft", world.sft, dtype="float32", batch_size=2)
 
 
 def test_pairs_of_a_reward_model_follow_its_scores(

@@ -1,0 +1,173 @@
+"""Outcomes: the decisions of a judge about the completions of a policy and of the baseline.
+
+A judge that scores is called once for each completion. A judge that compares reads every pair in
+both orders; the outcome is the mean of the two verdicts, so a flip is half a win. A pair without a
+usable verdict in each order has no outcome: it is missing, not lost. Equal completions are a tie,
+and no judge is called for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from align.config.evaluate import Evaluate
+from align.evaluation.completions import Samples, compared_names, matches
+from align.functional import winrate
+from align.judges.base import Pair, PairJudge, ScoreJudge
+from align.judges.build import Judge
+from align.judges.orders import decide
+from align.judges.scores import score_rows
+from align.models import tokenization
+from align.runtime.progress import Logger
+
+if TYPE_CHECKING:
+    from align.data.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """Outcomes of a policy against the baseline by one judge; NaN where there is none."""
+
+    judge: str
+    policy: str
+    baseline: str
+    outcomes: Float[Tensor, "prompts completions"]
+    """1 for a win of the policy, 0.5 for a tie, 0 for a loss, or a value between them."""
+    is_missing: Bool[Tensor, "prompts completions"]
+    """Whether the judge failed to give a usable verdict."""
+    scores: Float[Tensor, "prompts completions"] | None = None
+    """Scores of the policy's completions, for a judge that scores."""
+    baseline_scores: Float[Tensor, "prompts completions"] | None = None
+    first: Float[Tensor, "prompts completions"] | None = None
+    """Preference for the policy where its completion is read first, for a judge that compares."""
+    second: Float[Tensor, "prompts completions"] | None = None
+    """Preference for the policy where its completion is read second."""
+    votes: Float[Tensor, "prompts completions orders votes"] | None = None
+    """Repeated verdicts, in favor of the policy."""
+    reasons: Mapping[tuple[int, int], str] | None = None
+    """Reasons of the judge by prompt and column."""
+
+
+def judge_all(
+    config: Evaluate,
+    judges: Mapping[str, Judge],
+    prompts: Sequence[Row],
+    samples: Mapping[str, Samples],
+    logger: Logger,
+) -> list[Outcomes]:
+    """Outcomes of every judge about every policy, the control last."""
+    results = []
+    for name, judge in judges.items():
+        if isinstance(judge, ScoreJudge):
+            scores = {
+                policy: _score(judge, prompts, each, config, logger)
+                for policy, each in samples.items()
+            }
+            for policy in compared_names(config):
+                results.append(_from_scores(name, policy, config, samples, scores))
+        else:
+            for policy in compared_names(config):
+                results.append(_compare(name, judge, policy, config, prompts, samples, logger))
+    return results
+
+
+Scores = list[list[float]]
+"""Scores of the completions of each prompt."""
+
+
+def _score(
+    judge: ScoreJudge, prompts: Sequence[Row], samples: Samples, config: Evaluate, logger: Logger
+) -> Scores:
+    rows = [
+        {**prompt, "completion": tokenization.assistant_turn(completion.text)}
+        for prompt, sampled in zip(prompts, samples.completions, strict=True)
+        for completion in sampled
+    ]
+    scores = iter(score_rows(judge, rows, batch_size=config.batch_size, logger=logger))
+    return [[next(scores) for _ in sampled] for sampled in samples.completions]
+
+
+def _from_scores(
+    judge: str,
+    policy: str,
+    config: Evaluate,
+    samples: Mapping[str, Samples],
+    scores: Mapping[str, Scores],
+) -> Outcomes:
+    """Outcomes of a judge that scores: the higher score wins."""
+    own, baseline, is_pair = (_empty(samples[policy], config) for _ in range(3))
+    for i, column, j, k in matches(samples[policy], samples[config.baseline], config.n_completions):
+        own[i, column] = scores[policy][i][j]
+        baseline[i, column] = scores[config.baseline][i][k]
+        is_pair[i, column] = 1
+    outcomes = winrate.outcomes(own, baseline)
+    return Outcomes(
+        judge=judge,
+        policy=policy,
+        baseline=config.baseline,
+        outcomes=outcomes,
+        is_missing=outcomes.isnan() & ~is_pair.isnan(),
+        scores=own,
+        baseline_scores=baseline,
+    )
+
+
+def _compare(
+    name: str,
+    judge: PairJudge,
+    policy: str,
+    config: Evaluate,
+    prompts: Sequence[Row],
+    samples: Mapping[str, Samples],
+    logger: Logger,
+) -> Outcomes:
+    """Outcomes of a judge that compares, which reads each pair in both orders."""
+    places, pairs = [], []
+    first, second = (_empty(samples[policy], config) for _ in range(2))
+    for i, column, j, k in matches(samples[policy], samples[config.baseline], config.n_completions):
+        own = samples[policy].completions[i][j].text
+        baseline = samples[config.baseline].completions[i][k].text
+        if own == baseline and judge.covers_all:
+            first[i, column] = second[i, column] = 0.5
+        else:
+            places.append((i, column))
+            pairs.append(pair_of(prompts[i], own, baseline))
+    decisions = decide(judge, pairs, unit=f"{name}, {policy}: compared pair", logger=logger)
+    is_missing = torch.zeros_like(first, dtype=torch.bool)
+    n_votes = max((len(decision.forward.votes) for decision in decisions), default=0)
+    votes = torch.full((*first.shape, 2, n_votes), torch.nan, dtype=torch.float64)
+    for place, decision in zip(places, decisions, strict=True):
+        first[place], second[place] = decision.preferences
+        is_missing[place] = judge.covers_all and math.isnan(decision.preference)
+        for order, repeated in enumerate(decision.votes):
+            votes[*place, order, : len(repeated)] = torch.tensor(repeated, dtype=torch.float64)
+    return Outcomes(
+        judge=name,
+        policy=policy,
+        baseline=config.baseline,
+        outcomes=(first + second) / 2,
+        is_missing=is_missing,
+        first=first if judge.reads_in_order else None,
+        second=second if judge.reads_in_order else None,
+        votes=votes if n_votes > 1 else None,
+        reasons={place: decision.reason for place, decision in zip(places, decisions, strict=True)},
+    )
+
+
+def pair_of(row: Row, own: str, baseline: str) -> Pair:
+    """Two completions of the prompt of a row."""
+    columns = {key: value for key, value in row.items() if key != "prompt"}
+    turns = tokenization.assistant_turn(own), tokenization.assistant_turn(baseline)
+    return Pair(row["prompt"], turns[0], turns[1], columns)
+
+
+def _empty(samples: Samples, config: Evaluate) -> Tensor:
+    shape = len(samples.completions), config.n_completions
+    return torch.full(shape, torch.nan, dtype=torch.float64)

@@ -1,0 +1,136 @@
+"""Scores of completions that are computed exactly: math, patterns, JSON schemas, lengths, words.
+
+Each is a reward function: a recipe names it as ``{function: math}`` in ``judge``, or as
+``align.rewards.verifiers:math`` in ``rewards`` of ``ppo``. It compares the completion with the
+column ``answer`` of its prompt's row (add it to ``keep_columns`` of the ``prepare`` stage) and
+returns 1 where the completion passes, else 0. Imports no heavy library.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w/])|"
+    r"(?<![\w.])[-+]?\.\d+(?![\w/])"
+)
+_MARKED = (
+    re.compile(r"####\s*(.+)"),
+    re.compile(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*\{[^{}]*\}|\{[^{}]*\})?[^{}]*)\}"),
+)
+"""How the final answer is marked: GSM8K's ``#### 42``, and LaTeX's ``\\boxed{42}``."""
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+
+
+def math(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> list[float]:
+    r"""Whether the final number of a completion equals that of the reference answer, exactly.
+
+    The final answer follows ``####``, or is in ``\boxed{}``; without a mark, it is the last number
+    of the text. Numbers may have signs, decimals, thousands separators, a percent sign, and one
+    fraction bar; ``1/2`` equals ``0.5``. Left out: algebra, units, words for numbers.
+
+    >>> math([], ["so 3 * 14 = 42.", "#### 1,000"], ["42", "#### 1000"])
+    [1.0, 1.0]
+    >>> math([], [r"\boxed{\frac{1}{2}}", "41"], ["0.5", "42"])
+    [1.0, 0.0]
+    """
+    return [
+        float((number := final_number(text)) is not None and number == final_number(str(reference)))
+        for text, reference in zip(completions, answer, strict=True)
+    ]
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number that a text ends its reasoning with; None if there is none.
+
+    >>> final_number("It costs $1,250.50 in all")
+    Fraction(2501, 2)
+    """
+    marked = [match for pattern in _MARKED for match in pattern.finditer(text)]
+    if marked:
+        text = max(marked, key=lambda match: match.start())[1]
+    text = _LATEX_FRACTION.sub(r" \1/\2 ", text).replace("\\", " ").replace("$", " ")
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    top, _, bottom = numbers[-1].replace(",", "").replace(" ", "").partition("/")
+    if bottom and not int(bottom):
+        return None
+    return Fraction(top) / (int(bottom) if bottom else 1)
+
+
+def regex(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> list[float]:
+    """Whether a completion contains a match of the regular expression in ``answer``.
+
+    >>> regex([], ["It is 1999.", "no year"], ["[0-9]{4}", "[0-9]{4}"])
+    [1.0, 0.0]
+    """
+    return [
+        float(re.search(str(pattern), text) is not None)
+        for text, pattern in zip(completions, answer, strict=True)
+    ]
+
+
+def contains(
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]
+) -> list[float]:
+    """Whether a completion contains the text in ``answer``, or all texts of a list.
+
+    Letter case is ignored.
+
+    >>> contains([], ["Paris, France", "Lyon"], ["paris", ["lyon", "rhone"]])
+    [1.0, 0.0]
+    """
+    needles = [[each] if isinstance(each, str) else list(each) for each in answer]
+    return [
+        float(all(str(needle).casefold() in text.casefold() for needle in each))
+        for text, each in zip(completions, needles, strict=True)
+    ]
+
+
+def length(
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]
+) -> list[float]:
+    """Whether a completion has at least one word and at most as many as ``answer``.
+
+    >>> length([], ["one two", "one two three"], [2, "2"])
+    [1.0, 0.0]
+    """
+    return [
+        float(0 < len(text.split()) <= int(most))
+        for text, most in zip(completions, answer, strict=True)
+    ]
+
+
+def json_schema(
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]
+) -> list[float]:
+    """Whether a completion is JSON that is valid under the schema in ``answer``.
+
+    The schema is a mapping, or JSON as text. The JSON may be inside a Markdown fence. Schemas are
+    checked with the package jsonschema; ``{}`` requires valid JSON only and needs no package.
+
+    >>> json_schema([], ['{"a": 1}', "a: 1"], ["{}", "{}"])
+    [1.0, 0.0]
+    """
+    return [
+        float(_is_valid(text, json.loads(schema) if isinstance(schema, str) else schema))
+        for text, schema in zip(completions, answer, strict=True)
+    ]
+
+
+def _is_valid(text: str, schema: Any) -> bool:
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
+    try:
+        value = json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return False
+    if not schema:
+        return True
+    from jsonschema import Draft202012Validator
+
+    return bool(Draft202012Validator(schema).is_valid(value))
