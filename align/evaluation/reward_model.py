@@ -41,7 +41,7 @@ def center(
     has_demonstrations = tables.has_table(data, "demonstrations", "train")
     kind, column = ("demonstrations", "completion") if has_demonstrations else ("pairs", "chosen")
     rows = rows_that_fit(model, tables.read(data, kind, "train", most=N_CENTER), [column])
-    scores = _score_column(model, rows, column, logger)
+    scores = score_column(model, rows, column, logger)
     mean = scores.mean().item()
     if distributed.is_main():
         artifacts.write_json(output_dir / reward_model.FILE, {reward_model.MEAN: mean})
@@ -61,7 +61,7 @@ def measure_pairs(
 ) -> RewardModelReport:
     """Measure accuracy and calibration on pairs of which each side fits the model."""
     rows = rows_that_fit(model, pairs, ["chosen", "rejected"])
-    chosen, rejected = (_score_column(model, rows, side, logger) for side in ("chosen", "rejected"))
+    chosen, rejected = (score_column(model, rows, side, logger) for side in ("chosen", "rejected"))
     return reward_accuracy.report(rows, chosen, rejected, split=split)
 
 
@@ -101,7 +101,7 @@ def rows_that_fit(
     return fitting
 
 
-def _score_column(
+def score_column(
     model: RewardModel, rows: Sequence[Mapping[str, Any]], column: str, logger: Logger
 ) -> Tensor:
     """Scores of one column of completions, ``[rows]``. The rows are shared over the ranks."""

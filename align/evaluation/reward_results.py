@@ -159,9 +159,10 @@ class ChoicesReport:
     """Accuracy of a reward model among several completions, as in RewardBench 2."""
 
     prompts: int
-    accuracy: float
-    """Mean over all prompts of all groups."""
-    ci: Interval
+    """Prompts of all groups."""
+    accuracy: float | None
+    """Mean over these prompts; None if all prompts are in the subset of ties."""
+    ci: Interval | None
     """95 % confidence interval of ``accuracy``."""
     groups: tuple[ChoiceGroup, ...]
     """One entry per subset; the subset ``Ties`` is in ``ties``."""
