@@ -133,6 +133,9 @@ def click_command(words: list[str]):
     """The command that `align ...` runs, and its arguments."""
     command, rest = typer.main.get_command(app), words[1:]
     while getattr(command, "commands", None) and rest and not rest[0].startswith("-"):
+        default = command.commands.get("compare") if rest[0] not in command.commands else None
+        if default:  # `align eval dpo` is `align eval compare dpo`
+            return default, rest
         assert rest[0] in command.commands, words
         command, rest = command.commands[rest[0]], rest[1:]
     return command, rest

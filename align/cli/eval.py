@@ -1,6 +1,7 @@
-"""Commands ``align eval annotations``.
+"""Commands ``align eval RUN_OR_FOLDER [POLICY ...]`` and ``align eval annotations``.
 
-Win rates of annotations are computed by :mod:`align.evaluation.annotated_win_rates`.
+Policies are compared by an ``evaluate`` stage, see :mod:`align.cli.comparison`; win rates of
+annotations are computed by :mod:`align.evaluation.annotated_win_rates`.
 """
 
 from __future__ import annotations
@@ -11,21 +12,84 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from align.cli.run import Runs
+from align.runtime.environment import quiet_libraries
 from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:
     from align.evaluation.annotated_win_rates import AnnotatedWinRate
 
+COMPARE = "compare"
+
+
+class _ComparesByDefault(TyperGroup):
+    """``align eval dpo`` is ``align eval compare dpo``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the default command where none is named."""
+        if args and args[0] not in (*self.commands, "--help"):
+            args = [COMPARE, *args]
+        return super().parse_args(ctx, args)
+
+
 evaluation = typer.Typer(
+    cls=_ComparesByDefault,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Re-score published annotations.",
+    subcommand_metavar="RUN_OR_FOLDER [POLICY]... | COMMAND [ARGS]...",
+    help="Compare finished policies, or re-score published annotations.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+
+
+@evaluation.command(COMPARE)
+def eval_compare(
+    policies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_OR_FOLDER [POLICY]... [KEY=VALUE]...",
+            help="A run such as runs/dpo, or a policy: a stage, a folder, a Hub id, a .jsonl file "
+            "of completions; further policies; keys of `evaluate`, such as n_prompts=100.",
+        ),
+    ],
+    baseline: Annotated[
+        str, typer.Option(metavar="POLICY", help="What they are compared with, or `reference`.")
+    ],
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="gold, a reward stage or model, module:function, a file of annotations, or "
+            "{api: {...}}; several times: a panel.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE_OR_FOLDER",
+            help="Prepared data with held-out prompts; by default those of the policies.",
+        ),
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Compare finished policies without a recipe: `align eval dpo kto --baseline sft`."""
+    quiet_libraries()
+    from align.cli.comparison import comparison_recipe
+    from align.pipeline import runner
+    from align.pipeline.summary import show_summary
+    from align.runtime import progress
+
+    recipe = comparison_recipe(
+        policies, baseline=baseline, judges=judge or [], prompts=prompts, runs=runs
+    )
+    with progress.display() as display:
+        summary = runner.run_recipe(recipe, runs, display)
+    show_summary(summary, display.console, runs / recipe.name / "summary.json")
 
 
 @evaluation.command("annotations")

@@ -1,0 +1,172 @@
+"""The recipe of an evaluation that the command line describes: finished policies, no file.
+
+Names are looked up in the run that is named first, and then among all finished stages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.config.base import FUNCTION
+from align.config.recipe import Recipe, read_recipe
+from align.config.stages import STAGES
+from align.config.yaml_loader import scalar
+from align.errors import ArtifactError, UserError
+from align.pipeline import lookup
+from align.runtime import artifacts
+
+SUMMARY = "summary.json"
+KEY = re.compile(r"\w+(\.\w+)*=")  # of an argument KEY=VALUE
+_ANNOTATIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_RECIPES = {"prepare": "recipes/sft.yaml", "reward": "recipes/ppo.yaml"}  # that have the stage
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Finished stages by name: those of one run, then the newest in the runs folder."""
+
+    runs: Path
+    of_run: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
+    """Kind and folder of the stages of the run that is named first."""
+    problems: list[str] = field(default_factory=list)
+
+    def policy(self, name: str) -> str:
+        """A policy: a file of completions as it is, a folder or a Hub id."""
+        if name in self.of_run:
+            return str(self.of_run[name][1])
+        if name.endswith(".jsonl"):
+            return name
+        return self._collect(lambda: str(lookup.find_policy(name, self.runs)), name)
+
+    def stage(self, name: str, kind: str) -> str:
+        """The folder of a stage of a kind; a path or a Hub id as it is."""
+        if self.of_run.get(name, ("",))[0] == kind:
+            return str(self.of_run[name][1])
+        if "/" in name or Path(name).expanduser().is_dir():
+            return name
+        recipe = _RECIPES[kind]
+        return self._collect(
+            lambda: str(lookup.newest_run(name, self.runs, (kind,), recipe=recipe)), name
+        )
+
+    def policies_of_run(self) -> list[str]:
+        """The folders of all policies of the run."""
+        return [
+            str(folder)
+            for kind, folder in self.of_run.values()
+            if kind in STAGES and STAGES[kind].writes_policy
+        ]
+
+    def _collect(self, find: Callable[[], str], name: str) -> str:
+        try:
+            return find()
+        except UserError as error:
+            self.problems += error.lines
+            return name
+
+
+def comparison_recipe(
+    arguments: Sequence[str],
+    *,
+    baseline: str,
+    judges: Sequence[str],
+    prompts: str | None,
+    runs: Path,
+) -> Recipe:
+    """A recipe with one ``evaluate`` stage.
+
+    ``arguments`` are a run or a policy, further policies, and keys of ``evaluate``. Of a run
+    without named policies, all are compared. Without ``prompts``, the held-out prompts are those of
+    the prepared data that the policies were trained on.
+
+    Raises:
+        UserError: One line for each name that is not found.
+    """
+    names = [argument for argument in arguments if not KEY.match(argument)]
+    keys = [argument for argument in arguments if KEY.match(argument)]
+    if not names:
+        raise UserError("no policy; name a run or a policy first, such as `align eval dpo`")
+    is_run = (Path(names[0]).expanduser() / SUMMARY).is_file()
+    stages = _Stages(runs, _stages_of_run(Path(names.pop(0)).expanduser()) if is_run else {})
+    compared = "reference" if baseline == "reference" else stages.policy(baseline)
+    policies = [stages.policy(name) for name in names]
+    if not names:
+        policies = [policy for policy in stages.policies_of_run() if policy != compared]
+        if not policies:
+            stages.problems.append(f"{arguments[0]}: no policy but the baseline; name another one")
+    judged = [_judge(judge, stages) for judge in judges]
+    data = stages.stage(prompts, "prepare") if prompts else _prepared([*policies, compared])
+    if data is None and not stages.problems:
+        stages.problems.append(
+            "--prompts: missing, because the policies were not trained on prepared data; name a "
+            "`prepare` stage or its folder"
+        )
+    if stages.problems:
+        raise UserError(*dict.fromkeys(stages.problems))
+    settings: dict[str, Any] = {"policies": policies, "baseline": compared, "prompts": data}
+    if judged:
+        settings["judge"] = judged if len(judged) > 1 else judged[0]
+    title = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([*map(_short, policies), _short(compared)]))
+    recipe = {"stages": {"evaluate": settings}}
+    return read_recipe(recipe, [f"evaluate.{key}" for key in keys], name=f"eval-{title[:80]}")
+
+
+def _stages_of_run(run: Path) -> dict[str, tuple[str, Path]]:
+    """Kind and folder of the finished stages of a run, by name.
+
+    Raises:
+        ArtifactError: Its summary is damaged, or a folder is missing.
+    """
+    file = run / SUMMARY
+    try:
+        stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+        listed = {str(s["name"]): (str(s["stage"]), Path(s["folder"])) for s in stages}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ArtifactError(f"{file}: damaged; run the recipe again") from None
+    beside = {name: run.parent / folder.name for name, (_, folder) in listed.items()}
+    return {  # beside the run first: it may be a copy
+        name: (kind, beside[name] if beside[name].is_dir() else folder)
+        for name, (kind, folder) in listed.items()
+    }
+
+
+def _judge(text: str, stages: _Stages) -> Any:
+    """A judge as in a recipe: a name, or a mapping for functions, annotations and servers."""
+    if text == "gold":
+        return text
+    if text.lstrip().startswith("{"):
+        return scalar(text)
+    if FUNCTION.match(text):
+        return {"function": text}
+    if text.lower().endswith(_ANNOTATIONS):
+        return {"annotations": text}
+    return stages.stage(text, "reward")
+
+
+def _prepared(sources: Sequence[str]) -> str | None:
+    """The prepared data that the first of the sources with a lineage was trained on."""
+    return next((str(data) for source in sources for data in _prepared_inputs(source)), None)
+
+
+def _prepared_inputs(source: str) -> Iterator[Path]:
+    """Folders of prepared data in the lineage of a stage, the nearest first."""
+    pending = [Path(source).expanduser()]
+    for folder in pending:  # it grows: breadth first
+        artifact = artifacts.read_artifact(folder) if folder.is_dir() else None
+        if artifact is None:
+            continue
+        if artifact.stage in STAGES and STAGES[artifact.stage].prepares_data:
+            yield folder
+        for entry in artifact.inputs.values():
+            target = Path(entry["folder"])
+            pending.append(target if target.is_dir() else folder.parent / target.name)
+
+
+def _short(source: str) -> str:
+    """The name of a stage without the digest of its folder."""
+    return re.sub(r"-[0-9a-f]{12}$", "", Path(source).name.removesuffix(".jsonl"))

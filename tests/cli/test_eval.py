@@ -1,0 +1,135 @@
+"""`align eval` with finished policies: names, runs, prompts by lineage, judges, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from helpers import tiny_models
+from typer.testing import CliRunner
+
+from align.cli.comparison import comparison_recipe
+from align.cli.main import app
+from align.errors import RecipeError, UserError
+from align.runtime import artifacts
+
+
+@pytest.fixture
+def runs(tmp_path_factory, tmp_path, monkeypatch):
+    """A runs folder with the stages `prepare`, `sft` and `lora`, and a run of them."""
+    world = tiny_models.world(tmp_path_factory.getbasetemp())
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs"
+    (folder / "tiny").mkdir(parents=True)
+    stages = []
+    for name, kind, source in (
+        ("prepare", "prepare", world.data),
+        ("sft", "sft", world.sft),
+        ("lora", "sft", world.lora),
+    ):
+        target = folder / f"{name}-{'0' * 12}"
+        target.symlink_to(source)
+        stages.append({"name": name, "stage": kind, "folder": f"elsewhere/{target.name}"})
+    (folder / "tiny" / "summary.json").write_text(json.dumps({"stages": stages}))
+    return folder
+
+
+def settings(runs, *arguments, baseline="sft", judges=("gold",), prompts=None):
+    recipe = comparison_recipe(
+        arguments, baseline=baseline, judges=judges, prompts=prompts, runs=runs
+    )
+    assert recipe.problems == ()
+    return recipe, recipe.stages["evaluate"]
+
+
+def test_stages_are_found_by_name_and_prompts_by_lineage(runs):
+    recipe, stage = settings(runs, "lora", "n_prompts=7", "temperature=0.5")
+    assert stage.policies == [str(runs / "lora-000000000000")]
+    assert stage.baseline == str(runs / "sft-000000000000")
+    assert os.path.samefile(stage.prompts, runs / "prepare-000000000000")
+    assert (stage.judge, stage.n_prompts, stage.temperature) == ("gold", 7, 0.5)
+    assert recipe.name == "eval-lora-sft"
+
+
+def test_all_policies_of_a_run_are_compared(runs):
+    _, stage = settings(runs, "runs/tiny")
+    assert stage.policies == ["runs/lora-000000000000"]  # without the baseline and the data
+    _, named = settings(runs, "runs/tiny", "sft", baseline="lora", prompts="prepare")
+    assert named.policies == ["runs/sft-000000000000"]
+    assert named.baseline == "runs/lora-000000000000"
+    assert named.prompts == "runs/prepare-000000000000"
+
+
+def test_folders_are_taken_as_they_are(runs):
+    folder = str(runs / "lora-000000000000")
+    _, stage = settings(runs, folder, baseline=folder, prompts=str(runs / "prepare-000000000000"))
+    assert stage.policies == [stage.baseline] == [folder]
+
+
+def test_every_name_that_is_not_found_is_reported_at_once(runs):
+    with pytest.raises(UserError) as error:
+        settings(runs, "lroa", baseline="stf", judges=["score"], prompts="prepared")
+    found = [line.split("`")[1] for line in error.value.lines]
+    assert found == ["stf", "lroa", "score", "prepared"]
+    assert "did you mean `sft`?" in error.value.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "baseline", "message"),
+    [
+        pytest.param(["n_prompts=3"], "sft", "no policy; name a run or a policy first", id="keys only"),
+        pytest.param(["runs/only"], "sft", "no policy but the baseline", id="nothing to compare"),
+        pytest.param(["runs/damaged"], "sft", "summary.json: damaged", id="damaged summary"),
+    ],
+)  # fmt: skip
+def test_wrong_runs_are_errors(runs, arguments, baseline, message):
+    for name, text in (("damaged", '{"stages": 3}'), ("only", '{"stages": []}')):
+        (runs / name).mkdir()
+        (runs / name / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        settings(runs, *arguments, baseline=baseline)
+
+
+def test_policies_without_prepared_data_need_prompts(runs, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "?", "completion": "!"}\n')
+    with pytest.raises(UserError, match="--prompts: missing"):
+        settings(runs, str(file), baseline=str(file))
+
+
+def test_keys_are_checked_as_in_a_recipe(runs):
+    recipe = comparison_recipe(
+        ["lora", "n_prompts=many", "temp=1"],
+        baseline="sft",
+        judges=["gold"],
+        prompts=None,
+        runs=runs,
+    )
+    assert any("`temperature`" in problem for problem in recipe.problems)
+    assert any("n_prompts: expected a whole number" in problem for problem in recipe.problems)
+
+
+def test_a_stage_called_like_a_command_is_named_after_compare():
+    listed = CliRunner().invoke(app, ["eval", "--help"]).output
+    assert "compare" in listed
+    assert "annotations" in listed
+    for arguments in (["eval", "dpo"], ["eval", "compare", "annotations"]):
+        result = CliRunner().invoke(app, arguments)
+        assert (result.exit_code, "--baseline" in result.output) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_and_stores_the_result(runs):
+    arguments = ["eval", "runs/tiny", "--baseline", "sft", "--judge", "gold"]
+    keys = ["n_prompts=3", "max_new_tokens=4", "resamples=100"]
+    result = CliRunner().invoke(app, [*arguments, *keys], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (folder,) = runs.glob("evaluate-*")
+    metrics = artifacts.read_artifact(folder).metrics
+    assert [each["n_prompts"] for each in metrics["comparisons"]] == [3, 3]
+    assert (runs / "eval-lora-sft" / "summary.json").is_file()
+    again = CliRunner().invoke(app, [*arguments, *keys], catch_exceptions=False)
+    assert "1 stage, 1 reused" in again.output
+    with pytest.raises(RecipeError, match="temperature"):
+        CliRunner().invoke(app, [*arguments, "temp=1"], catch_exceptions=False)
