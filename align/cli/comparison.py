@@ -1,4 +1,4 @@
-"""The recipe of an evaluation that the command line describes: finished policies, no file.
+"""Names of the command line as finished stages, and the recipe of an evaluation of policies.
 
 Names are looked up in the run that is named first, and then among all finished stages.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import FUNCTION
+from align.config.judges import VERIFIERS
 from align.config.recipe import Recipe, read_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import scalar
@@ -24,11 +25,16 @@ SUMMARY = "summary.json"
 KEY = re.compile(r"\w+(\.\w+)*=")  # of an argument KEY=VALUE
 _ANNOTATIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _RECIPES = {"prepare": "recipes/sft.yaml", "reward": "recipes/ppo.yaml"}  # that have the stage
+COMPLETIONS = ("prepare", "sample", "label")
+"""Kinds of stages that a reward model can be measured on."""
 
 
 @dataclass(slots=True)
-class _Stages:
-    """Finished stages by name: those of one run, then the newest in the runs folder."""
+class FinishedStages:
+    """Finished stages by name: those of one run, then the newest in the runs folder.
+
+    Names that are not found are collected in ``problems``.
+    """
 
     runs: Path
     of_run: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
@@ -43,16 +49,28 @@ class _Stages:
             return name
         return self._collect(lambda: str(lookup.find_policy(name, self.runs)), name)
 
-    def stage(self, name: str, kind: str) -> str:
-        """The folder of a stage of a kind; a path or a Hub id as it is."""
-        if self.of_run.get(name, ("",))[0] == kind:
+    def stage(self, name: str, *kinds: str) -> str:
+        """The folder of a stage of one of these kinds; a path or a Hub id as it is."""
+        if self.of_run.get(name, ("",))[0] in kinds:
             return str(self.of_run[name][1])
-        if "/" in name or Path(name).expanduser().is_dir():
+        if "/" in name or Path(name).expanduser().exists():
             return name
-        recipe = _RECIPES[kind]
+        recipe = _RECIPES[kinds[0]]
         return self._collect(
-            lambda: str(lookup.newest_run(name, self.runs, (kind,), recipe=recipe)), name
+            lambda: str(lookup.newest_run(name, self.runs, kinds, recipe=recipe)), name
         )
+
+    def judge(self, text: str) -> Any:
+        """A judge as in a recipe: a name, or a mapping for functions, annotations and servers."""
+        if text == "gold":
+            return text
+        if text.lstrip().startswith("{"):
+            return scalar(text)
+        if text in VERIFIERS or FUNCTION.match(text):
+            return {"function": text}
+        if text.lower().endswith(_ANNOTATIONS):
+            return {"annotations": text}
+        return self.stage(text, "reward")
 
     def policies_of_run(self) -> list[str]:
         """The folders of all policies of the run."""
@@ -68,6 +86,15 @@ class _Stages:
         except UserError as error:
             self.problems += error.lines
             return name
+
+    def raise_problems(self) -> None:
+        """Report the names that were not found.
+
+        Raises:
+            UserError: There is at least one.
+        """
+        if self.problems:
+            raise UserError(*dict.fromkeys(self.problems))
 
 
 def comparison_recipe(
@@ -92,22 +119,21 @@ def comparison_recipe(
     if not names:
         raise UserError("no policy; name a run or a policy first, such as `align eval dpo`")
     is_run = (Path(names[0]).expanduser() / SUMMARY).is_file()
-    stages = _Stages(runs, _stages_of_run(Path(names.pop(0)).expanduser()) if is_run else {})
+    stages = FinishedStages(runs, _stages_of_run(Path(names.pop(0)).expanduser()) if is_run else {})
     compared = "reference" if baseline == "reference" else stages.policy(baseline)
     policies = [stages.policy(name) for name in names]
     if not names:
         policies = [policy for policy in stages.policies_of_run() if policy != compared]
         if not policies:
             stages.problems.append(f"{arguments[0]}: no policy but the baseline; name another one")
-    judged = [_judge(judge, stages) for judge in judges]
+    judged = [stages.judge(judge) for judge in judges]
     data = stages.stage(prompts, "prepare") if prompts else _prepared([*policies, compared])
     if data is None and not stages.problems:
         stages.problems.append(
             "--prompts: missing, because the policies were not trained on prepared data; name a "
             "`prepare` stage or its folder"
         )
-    if stages.problems:
-        raise UserError(*dict.fromkeys(stages.problems))
+    stages.raise_problems()
     settings: dict[str, Any] = {"policies": policies, "baseline": compared, "prompts": data}
     if judged:
         settings["judge"] = judged if len(judged) > 1 else judged[0]
@@ -133,19 +159,6 @@ def _stages_of_run(run: Path) -> dict[str, tuple[str, Path]]:
         name: (kind, beside[name] if beside[name].is_dir() else folder)
         for name, (kind, folder) in listed.items()
     }
-
-
-def _judge(text: str, stages: _Stages) -> Any:
-    """A judge as in a recipe: a name, or a mapping for functions, annotations and servers."""
-    if text == "gold":
-        return text
-    if text.lstrip().startswith("{"):
-        return scalar(text)
-    if FUNCTION.match(text):
-        return {"function": text}
-    if text.lower().endswith(_ANNOTATIONS):
-        return {"annotations": text}
-    return stages.stage(text, "reward")
 
 
 def _prepared(sources: Sequence[str]) -> str | None:

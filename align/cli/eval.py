@@ -1,7 +1,8 @@
-"""Commands ``align eval RUN_OR_FOLDER [POLICY ...]`` and ``align eval annotations``.
+"""Commands ``align eval RUN_OR_FOLDER [POLICY ...]``, ``eval annotations`` and ``eval reward``.
 
-Policies are compared by an ``evaluate`` stage, see :mod:`align.cli.comparison`; win rates of
-annotations are computed by :mod:`align.evaluation.annotated_win_rates`.
+Policies are compared by an ``evaluate`` stage, see :mod:`align.cli.comparison`. Annotations and
+reward models are evaluated by :mod:`align.evaluation.annotated_win_rates` and
+:mod:`align.evaluation.reward_evaluation`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
 from align.cli.run import Runs
+from align.errors import UserError
 from align.runtime.environment import quiet_libraries
 from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:
     from align.evaluation.annotated_win_rates import AnnotatedWinRate
+    from align.judges.base import ScoreJudge
 
 COMPARE = "compare"
 
@@ -42,7 +45,7 @@ evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     subcommand_metavar="RUN_OR_FOLDER [POLICY]... | COMMAND [ARGS]...",
-    help="Compare finished policies, or re-score published annotations.",
+    help="Compare finished policies, re-score annotations, or measure a reward model.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 
@@ -115,7 +118,84 @@ def eval_annotations(
         comparisons = [asdict(result) for result in results]
         print(json.dumps({"comparisons": comparisons}, indent=2, allow_nan=False))
     else:
-        _print_tables(_annotation_tables(results))
+        _print_tables("annotations", _annotation_tables(results))
+
+
+@evaluation.command("reward")
+def eval_reward(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A reward stage, a folder or a Hub id.")
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A prepare, sample or label stage, its folder, or a file of pairs, choices or "
+            "scored completions.",
+        ),
+    ],
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="Scores completions for best-of-n: gold, a reward model, module:function.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Measure a reward model: accuracy, calibration, choices and best-of-n."""
+    from align.cli.comparison import COMPLETIONS, FinishedStages
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
+    stages = FinishedStages(runs)
+    source, place = stages.stage(model, "reward"), stages.stage(data, *COMPLETIONS)
+    scorer = None if judge is None else stages.judge(judge)
+    stages.raise_problems()
+    quiet_libraries()
+    from align.evaluation.reward_evaluation import evaluate_reward_model, result_tables
+    from align.runtime import distributed
+    from align.runtime.progress import Display, Logger, display
+    from align.runtime.terminal import SafeConsole
+
+    distributed.init_process_group()
+    with Display(SafeConsole(stderr=True)) if as_json else display() as shown:
+        shown.start("reward", Path(place), "measuring")
+        measured = evaluate_reward_model(
+            source,
+            Path(place).expanduser(),
+            judge=None if scorer is None else _score_judge(scorer, judge, runs, dtype),
+            logger=Logger("reward", Path(place), shown, main=True),
+            dtype=dtype,
+        )
+    if as_json:
+        print(json.dumps(measured.to_metrics(), indent=2, allow_nan=False))
+    else:
+        _print_tables("reward", result_tables(measured))
+
+
+def _score_judge(judge: Any, text: str | None, runs: Path, dtype: str) -> ScoreJudge:
+    """A judge that scores single completions.
+
+    Raises:
+        UserError: The judge compares two completions, or cannot be loaded.
+    """
+    from align.config.judges import FunctionJudge
+    from align.judges.build import build_judges
+
+    config = (
+        FunctionJudge(**judge) if isinstance(judge, dict) and [*judge] == ["function"] else judge
+    )
+    if not isinstance(config, str | FunctionJudge):
+        raise UserError(
+            f"--judge {text}: compares two completions; expected one that scores single ones: gold, "
+            "a reward model, module:function"
+        )
+    inputs = {"judge": config} if isinstance(config, str) and config != "gold" else {}
+    (built,) = build_judges(config, inputs, runs=runs, dtype=dtype, batch_size=64).values()
+    return cast("ScoreJudge", built)
 
 
 def _annotation_tables(results: Sequence[AnnotatedWinRate]) -> list[ResultTable]:
@@ -171,10 +251,10 @@ def _note(rows: Sequence[AnnotatedWinRate]) -> str:
     )
 
 
-def _print_tables(tables: Sequence[ResultTable]) -> None:
+def _print_tables(name: str, tables: Sequence[ResultTable]) -> None:
     from align.pipeline.summary import WIDTH, render_table
     from align.runtime.terminal import SafeConsole
 
     console = SafeConsole() if sys.stdout.isatty() else SafeConsole(width=WIDTH)
     for table in tables:
-        console.print(render_table(table, "annotations"))
+        console.print(render_table(table, name))

@@ -51,8 +51,9 @@ class AnnotatedWinRate:
     n_decisions: int
     invalid: int
     """Rows without a decision, left out of all rates."""
-    bounds: Interval
-    """``win_rate`` if all rows without a decision were lost, and if all were won."""
+    bounds: Interval | None
+    """``win_rate`` if all rows without a decision were lost, and if all were won; None without any.
+    """
     mean_characters: PerSide
     """Mean length of the completions with a decision."""
 
@@ -211,7 +212,7 @@ def _result(
         n_prompts=len(comparison.by_prompt),
         n_decisions=len(decisions),
         invalid=invalid,
-        bounds=Interval(won / n_rows, (won + invalid) / n_rows),
+        bounds=Interval(won / n_rows, (won + invalid) / n_rows) if invalid else None,
         mean_characters=PerSide(
             _mean(each.characters for each in decisions),
             _mean(each.baseline_characters for each in decisions),

@@ -6,10 +6,10 @@ import json
 import os
 
 import pytest
-from helpers import tiny_models
+from helpers import ppo_fixtures, tiny_models
 from typer.testing import CliRunner
 
-from align.cli.comparison import comparison_recipe
+from align.cli.comparison import FinishedStages, comparison_recipe
 from align.cli.main import app
 from align.errors import RecipeError, UserError
 from align.runtime import artifacts
@@ -108,6 +108,49 @@ def test_keys_are_checked_as_in_a_recipe(runs):
     )
     assert any("`temperature`" in problem for problem in recipe.problems)
     assert any("n_prompts: expected a whole number" in problem for problem in recipe.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "judge"),
+    [
+        ("gold", "gold"),
+        ("math", {"function": "math"}),
+        ("rewards:short", {"function": "rewards:short"}),
+        ("people.jsonl", {"annotations": "people.jsonl"}),
+        ("{annotations: folder}", {"annotations": "folder"}),
+        ("owner/reward-model", "owner/reward-model"),
+    ],
+)
+def test_the_form_of_a_judge_decides_its_kind(tmp_path, text, judge):
+    assert FinishedStages(tmp_path).judge(text) == judge
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["rewrad", "preparre"], ["no finished policy `rewrad`", "no finished policy `preparre`"]),
+        (["o/m", "o/d", "--dtype", "int8"], ["--dtype int8: expected float32 or bfloat16"]),
+        (["o/m", "o/d", "--judge", "a.json"], ["--judge a.json: compares two completions"]),
+        (["o/m", "o/d"], ["o/d: no such file or folder"]),
+    ],
+)
+def test_wrong_arguments_of_eval_reward_are_reported(tmp_path, options, lines):
+    with pytest.raises(UserError) as error:
+        CliRunner().invoke(
+            app, ["eval", "reward", *options, "--runs", str(tmp_path)], catch_exceptions=False
+        )
+    assert len(error.value.lines) == len(lines)
+    assert all(map(str.__contains__, error.value.lines, lines))
+
+
+@pytest.mark.slow
+def test_eval_reward_prints_tables_or_json(tmp_path_factory, tmp_path):
+    folders = ppo_fixtures.folders(tmp_path_factory.getbasetemp())
+    arguments = ["eval", "reward", str(folders.adapter), str(folders.world.data)]
+    printed = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    shown = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout
+    accuracy = json.loads(shown)["pairs"]["accuracy"]
+    assert f"{100 * accuracy:.1f} %" in printed
 
 
 def test_a_stage_called_like_a_command_is_named_after_compare():
