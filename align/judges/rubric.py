@@ -34,12 +34,14 @@ class Criterion(Config):
 class Rubric(Config):
     """Criteria that are decided one by one."""
 
-    criteria: tuple[Criterion, ...] = Field(min_length=1, strict=False)
+    criteria: list[Criterion]
     """The criteria, each with its own name."""
 
     @field_validator("criteria")
     @classmethod
-    def _check_names(cls, criteria: tuple[Criterion, ...]) -> tuple[Criterion, ...]:
+    def _check_criteria(cls, criteria: list[Criterion]) -> list[Criterion]:
+        if not criteria:
+            raise ValueError("expected at least one criterion, got an empty list")
         for name in duplicates([criterion.name for criterion in criteria]):
             raise ValueError(f"`{name}` is the name of several criteria; give each its own")
         return criteria

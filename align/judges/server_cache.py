@@ -63,10 +63,12 @@ class VerdictCache:
         except OSError as error:
             raise self._unusable(error) from None
         if self._damaged:
+            one = self._damaged == 1
             LOGGER.warning(
-                "%s: %d damaged lines are skipped; their verdicts are requested again",
+                "%s: %s skipped; %s requested again",
                 self.path,
-                self._damaged,
+                "1 damaged line is" if one else f"{self._damaged} damaged lines are",
+                "its verdict is" if one else "their verdicts are",
             )
             self._damaged = 0
         return self._verdicts
