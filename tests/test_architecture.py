@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "evaluation": "errors config data functional models models.prefix_sharing rewards judges runtime",
     "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
     "online_rl evaluation judges report",
-    "pipeline": "errors config control data models rewards runtime training",  # stages by name only
+    "pipeline": "errors config control data judges models rewards runtime training",  # stages by name only
     "cli": "errors config control data evaluation functional judges models models.prefix_sharing online_rl pipeline "
     "report rewards rl runtime stages training __version__",
     "run": "cli",

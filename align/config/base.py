@@ -223,6 +223,11 @@ class Stage(Config):
         return {}
 
     @property
+    def server_judges(self) -> Mapping[Keys, Any]:
+        """The judges behind an API whose server must answer, by key."""
+        return {}
+
+    @property
     def trackers(self) -> tuple[str, ...]:
         """The experiment trackers that the stage reports to."""
         return ()

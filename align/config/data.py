@@ -375,6 +375,11 @@ class Label(Stage):
         """The judges that are Python functions."""
         return judges.judge_functions(self.judge)
 
+    @property
+    def server_judges(self) -> dict[Keys, judges.ServerJudge]:
+        """The judges behind an API."""
+        return judges.server_judges(self.judge)
+
     def missing_split(self, split: str, name: str, stages: Mapping[str, Stage]) -> str | None:
         """Labeled completions have the one split that was sampled."""
         sample = stages.get(self.completions)

@@ -19,7 +19,7 @@ from align.config.base import (
     Table,
     duplicates,
 )
-from align.config.judges import Judges
+from align.config.judges import Judges, ServerJudge
 
 REFERENCE = "reference"
 """The baseline whose completions are those of the data set."""
@@ -142,6 +142,11 @@ class Evaluate(Stage):
     def reward_functions(self) -> dict[Keys, str]:
         """The judges that are Python functions."""
         return judges.judge_functions(self.judge)
+
+    @property
+    def server_judges(self) -> dict[Keys, ServerJudge]:
+        """The judges behind an API."""
+        return judges.server_judges(self.judge)
 
     @property
     def gold_prompts(self) -> GoldPrompts | None:

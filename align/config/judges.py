@@ -220,6 +220,13 @@ def judge_functions(judges: Judges | None) -> dict[Keys, str]:
     }
 
 
+def server_judges(judges: Judges | None) -> dict[Keys, ServerJudge]:
+    """The judges behind an API, by key."""
+    return {
+        _keys(key): judge for key, judge in by_key(judges).items() if isinstance(judge, ServerJudge)
+    }
+
+
 def judge_files(judges: Judges | None) -> dict[str, str]:
     """Files that judges read, by key."""
     files: dict[str, str | None] = {}

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.config.judges import Server
 from align.errors import UserError
+from align.runtime.progress import LOGGER
 
 if TYPE_CHECKING:
     import httpx2
@@ -43,7 +44,6 @@ SHORTEST_PIECE = 8
 """Characters of the API key that are removed from a text even without the others."""
 LONGEST_MESSAGE = 10_000
 """Characters of a message of the server that are read."""
-LOGGER = logging.getLogger(__name__)
 _AGAIN = (408, 409, 425, 429)
 _TOO_LONG = re.compile(r"context.{0,12}(length|size|window)|too (long|large)", re.IGNORECASE)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -18,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ArtifactError
-
-FILE = "judge-verdicts.jsonl"
-"""Name of the file in a folder of runs."""
-LOGGER = logging.getLogger(__name__)
+from align.runtime.progress import LOGGER
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ def examine(
     for check in CHECKS:
         check(errors, stages)
     check_batch_sizes(errors, stages, world_size)
+    yield from check_server_judges(errors, stages)
     inputs = (target for stage in stages for target in stage.inputs.values())
     for folder in dict.fromkeys(target for target in inputs if isinstance(target, Path)):
         if (folder / artifacts.FILE).is_file() and data_tables.table_names(folder):
@@ -161,6 +162,20 @@ def check_servers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> No
             except (OSError, ValueError) as error:
                 repair = "start it with `vllm serve`, or set `sampler: transformers`"
                 errors.add((stage.name, key), f"{address}: no server answers ({error}); {repair}")
+
+
+def check_server_judges(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> Iterator[str]:
+    """Check the files, the API key and the server of each judge; yield a line for each warning.
+
+    The server lists its models; no completion is sent.
+    """
+    for stage in pending:
+        for keys, judge in stage.config.server_judges.items():
+            from align.judges.server_check import check_judge  # only where there is such a judge
+
+            with errors.at(stage.name, *keys):
+                for warning in check_judge(judge):
+                    yield f"{stage.name}: warning: {warning}"
 
 
 def check_batch_sizes(

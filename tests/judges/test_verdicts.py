@@ -23,7 +23,7 @@ from align.judges.verdicts import PREFERENCES, SCHEMA, read_choice, read_verdict
         ('{"reason": null, "verdict": "B", "confidence": 0.3}', 0.0),
         ('```json\n{"reason": "x", "verdict": "B"}\n```', 0.0),
         ('My verdict on {A} and {B}:\n{"verdict": "A"}\nI hope this helps.', 1.0),
-        ('{"verdict": "A"} as I said: {"verdict": "A"}', 1.0),
+        ('{"verdict": "A"}, in short: {"verdict": "A"}', 1.0),
         ('<think>{"verdict": "B"}? No.</think>\n{"verdict": "A"}', 1.0),
         ('First {"verdict": "B"}.</think>{"verdict": "A"}', 1.0),
         ('{"reason": "A writes </think> and {\\"verdict\\": \\"B\\"}", "verdict": "A"}', 1.0),
