@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from align.errors import DataError as DataError
     from align.errors import RecipeError as RecipeError
     from align.errors import UserError as UserError
+    from align.evaluation.annotated_win_rates import annotated_win_rates as annotated_win_rates
     from align.evaluation.scores import win_rate as win_rate
     from align.models.policy import load_policy as load_policy
     from align.models.prefix_sharing.wrapper import prefix_sharing as prefix_sharing
@@ -35,6 +36,7 @@ _PUBLIC = {
     "RecipeError": "align.errors",
     "Run": "align.pipeline.api",
     "UserError": "align.errors",
+    "annotated_win_rates": "align.evaluation.annotated_win_rates",
     "load_policy": "align.models.policy",
     "load_recipe": "align.config.recipe",
     "load_reward_model": "align.rewards.inference",

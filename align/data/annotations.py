@@ -85,20 +85,24 @@ def from_alpaca_eval(row: Raw) -> Iterator[Annotation]:
     """The annotation in a row of AlpacaEval's layout.
 
     ``preference`` is 1 where ``output_1`` is better, 2 where ``output_2`` is, or a value between
-    them; 0 and 1.5 are ties, null is no decision. An output that is null is empty.
+    them; 0 and 1.5 are ties, null is no decision. An output that is null is empty. A further
+    ``input`` is the end of the prompt.
 
     Raises:
         InvalidRowError: A value is missing or wrong.
     """
     empty = {key: "" for key in ("output_1", "output_2") if row.get(key, "") is None}
+    prompt = as_prompt(row, "instruction")
+    if addition := as_name(row, "input"):
+        prompt[-1]["content"] += f"\n\n{addition}"
     yield Annotation(
-        prompt=as_prompt(row, "instruction"),
+        prompt=prompt,
         first=as_completion(row | empty, "output_1"),
         second=as_completion(row | empty, "output_2"),
         preference=_alpaca_eval_preference(row),
         first_policy=as_name(row, "generator_1"),
         second_policy=as_name(row, "generator_2"),
-        annotator=as_name(row, "annotator"),
+        annotator=as_name(row, "annotator") or as_name(row, "annotator_index"),
     )
 
 
@@ -147,10 +151,12 @@ def as_completion(row: Raw, key: str) -> str:
 def as_name(row: Raw, key: str) -> str:
     """The optional text or number at a key as text; empty if it is missing."""
     value = row.get(key)
-    if value is None:
+    if value is None or value != value:  # `!=`: NaN
         return ""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return str(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
     raise InvalidRowError(f"`{key}`: expected a text, got {json_type(value)}")
 
 

@@ -95,16 +95,19 @@ class _Comparison:
 
 
 def annotated_win_rates(
-    sources: Sequence[Path], *, baseline: str | None = None
+    sources: Sequence[Path | str], *, baseline: str | None = None
 ) -> list[AnnotatedWinRate]:
-    """Win rates of all files and folders, the highest first.
+    """Win rates of all files and folders of annotations, the highest first.
 
-    The policy behind the first completion of a row is its baseline, unless one is named.
+    The files are in the layout of AlpacaEval, Align, Label Studio or Argilla. The policy behind the
+    first completion of a row is its baseline, unless one is named.
 
     Raises:
         DataError: A file is invalid, has no decision, or does not compare with the baseline.
     """
-    files = dict.fromkeys(file for source in sources for file in annotation_files(source))
+    files = dict.fromkeys(
+        file for source in sources for file in annotation_files(Path(source).expanduser())
+    )
     comparisons: list[_Comparison] = []
     problems: list[str] = []
     for file in files:

@@ -179,6 +179,15 @@ def test_a_folder_is_read_in_the_order_of_its_files(tmp_path):
     assert [each.first for each in read_annotations(tmp_path)] == ["4", "b"]
 
 
+def test_the_input_of_an_instruction_and_numbers_of_annotators_are_read(tmp_path):
+    rows = [ALPACA | {"input": "a, b", "annotator_index": n} for n in (12, 12.0)]
+    rows += [ALPACA | {"input": "", "annotator": math.nan}]
+    one, two, three = read_annotations(write(tmp_path / "a.json", rows))
+    assert one.prompt == [{"role": "user", "content": "2 + 2?\n\na, b"}]
+    assert (one.annotator, two.annotator, three.annotator) == ("12", "12", "")
+    assert three.prompt_id != one.prompt_id
+
+
 def test_an_output_that_is_null_is_empty(tmp_path):
     (annotation,) = read_annotations(write(tmp_path / "a.json", [ALPACA | {"output_2": None}]))
     assert annotation.second == ""
