@@ -114,7 +114,7 @@ def best_of_n_table(report: BestOfNReport) -> ResultTable:
         title=f"best-of-n, judged by {report.judge}; {report.prompts:,} prompts{left_out}",
         columns=("n", "KL", "score", "gold", "interval", "best", "accuracy", "interval"),
         rows=rows,
-        note="score: by the reward model, of its pick; gold: by the judge, of that pick; best: of\n"
-        "the best of n; accuracy: the pick is the best; means over all subsets of n; KL in\n"
-        "nats from the sampled policy, an upper bound",
+        note="score: by the reward model, of its pick; gold: by the judge, of that pick;\n"
+        "best: of the best of n; accuracy: the pick is the best; means over all subsets;\n"
+        "KL: in nats from the sampled policy, an upper bound",
     )

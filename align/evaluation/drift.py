@@ -28,11 +28,11 @@ from align.models.policy import Policy
 from align.models.prefix_sharing import wrapper
 from align.runtime import distributed
 from align.runtime.progress import Logger
-from align.runtime.results import ResultTable
 
 if TYPE_CHECKING:
     from align.config.evaluate import Evaluate
     from align.data.rows import Row
+    from align.evaluation.completions import Samples
 
 Completions = Sequence[Sequence[Completion]]
 """The completions of each prompt."""
@@ -46,6 +46,48 @@ class ScoredSamples:
     entropies: Float[Tensor, "prompts completions"]
     vocabulary: str
     """Digest of the vocabulary of the model's tokenizer."""
+
+
+class DriftMeter:
+    """Collects log-probabilities while the models of an evaluation are loaded one after another."""
+
+    def __init__(self, config: Evaluate, prompts: Sequence[Row], logger: Logger) -> None:
+        self._config, self._prompts, self._logger = config, prompts, logger
+        self._own: dict[str, ScoredSamples] = {}
+        self._under_baseline: dict[str, ScoredSamples] = {}
+
+    def add(self, name: str, policy: Policy, samples: Mapping[str, Samples]) -> None:
+        """Score the samples of a loaded policy; if it is the baseline, those of all policies.
+
+        ``samples`` has those of all policies so far. The baseline must come last. Nothing is scored
+        where KL cannot be estimated, see :func:`is_measurable`.
+        """
+        if not is_measurable(self._config):
+            return
+        self._own[name] = self._score(name, policy, samples[name])
+        if name == self._config.baseline:
+            others = [each for each in self._own if each != name]
+            self._under_baseline = {
+                each: self._score(name, policy, samples[each]) for each in others
+            }
+
+    def _score(self, name: str, policy: Policy, samples: Samples) -> ScoredSamples:
+        return score_samples(
+            policy, self._prompts, samples.completions, self._config, self._logger, name=name
+        )
+
+    def metrics(self, samples: Mapping[str, Samples]) -> tuple[DriftMetrics, ...]:
+        """Drift of all policies, the baseline last."""
+        config = self._config
+        names = [*(name for name in config.policies if name != config.baseline), config.baseline]
+        bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
+        return measure(
+            config.baseline,
+            {name: samples[name].completions for name in names},
+            self._own,
+            self._under_baseline,
+            bootstrap,
+        )
 
 
 def is_measurable(config: Evaluate) -> bool:
@@ -118,13 +160,15 @@ def measure(
     for name, rows in completions.items():
         flat = [completion for row in rows for completion in row]
         n_tokens = sum(len(completion.tokens) for completion in flat)
-        scored, reference = own.get(name), under_baseline.get(name)
+        has_tokens = all(completion.tokens for completion in flat)
+        scored, reference = (
+            each.get(name) if has_tokens else None for each in (own, under_baseline)
+        )
         kl = kl_ci = None
         if scored is not None and reference is not None and name != baseline:
             if scored.vocabulary == reference.vocabulary:
                 logratios = scored.logps - reference.logps
                 kl, kl_ci = logratios.mean().item(), bootstrap.mean(logratios)
-        has_tokens = all(completion.tokens for completion in flat)
         results.append(
             DriftMetrics(
                 policy=name,
@@ -149,7 +193,7 @@ def distinct_n_grams(
     """Share of distinct n-grams for each of several sets of texts, at equal numbers of n-grams.
 
     The number is that of the smallest set; for a larger one, the result is the expected share in a
-    random subset of its n-grams. None for all if a set has no n-gram. Letter case is ignored.
+    random subset of its n-grams. None for a set without an n-gram. Letter case is ignored.
 
     >>> distinct_n_grams({"a": [["to", "be", "or", "not", "to", "be"]]}, n=1)
     {'a': 0.6666666666666666}
@@ -158,10 +202,11 @@ def distinct_n_grams(
     (4), 577 to 586, eq. 17 (the expected value).
     """
     counts = {name: Counter(_n_grams(sequences, n)) for name, sequences in texts.items()}
-    least = min(each.total() for each in counts.values())
-    if least == 0:
-        return dict.fromkeys(counts)
-    return {name: expected_distinct(each, draws=least) / least for name, each in counts.items()}
+    least = min((each.total() for each in counts.values() if each), default=0)
+    return {
+        name: expected_distinct(each, draws=least) / least if each else None
+        for name, each in counts.items()
+    }
 
 
 def expected_distinct(counts: Counter[tuple[str, ...]], *, draws: int) -> float:
@@ -187,40 +232,3 @@ def _n_grams(texts: Iterable[Sequence[str]], n: int) -> Iterable[tuple[str, ...]
     for words in texts:
         folded = [word.casefold() for word in words]
         yield from zip(*(folded[i:] for i in range(n)), strict=False)
-
-
-def drift_table(metrics: Sequence[DriftMetrics]) -> ResultTable:
-    """One row per policy, the baseline last."""
-
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    rows = [
-        (
-            row.policy,
-            number(row.kl, ".2f"),
-            "–" if row.kl_ci is None else f"{row.kl_ci.low:.2f} to {row.kl_ci.high:.2f}",
-            number(row.kl_per_token, ".3f"),
-            number(row.entropy, ".2f"),
-            "–" if row.missing_eos is None else f"{100 * row.missing_eos:.1f} %",
-            number(row.distinct_1, ".2f"),
-            number(row.distinct_2, ".2f"),
-        )
-        for row in metrics
-    ]
-    reference = next((row.reference for row in metrics if row.reference is not None), None)
-    return ResultTable(
-        title="drift" if reference is None else f"drift from {reference}",
-        columns=(
-            "policy",
-            "KL",
-            "interval",
-            "KL per\ntoken",
-            "entropy",
-            "no eos",
-            "distinct-1",
-            "2",
-        ),
-        rows=rows,
-        note="KL in nats per completion, by the log-ratios of the policy's samples (k1)",
-    )

@@ -154,7 +154,7 @@ class DriftMetrics:
     """Distinct words over all words of the completions (distinct-1).
 
     A longer text repeats more, so all policies are compared at equal numbers of words: the expected
-    value for a random subset of as many as the shortest policy has. None if one has no words.
+    value for a random subset of as many as the shortest policy has. None without words.
     """
     distinct_2: float | None
     """As ``distinct_1``, for pairs of consecutive words."""

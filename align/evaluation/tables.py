@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from align.errors import printable
 from align.evaluation.results import (
     Comparison,
+    DriftMetrics,
     EvaluationMetrics,
     ImplicitRewards,
     Interval,
@@ -134,6 +135,43 @@ def implicit_reward_table(results: Sequence[ImplicitRewards]) -> ResultTable:
     )
 
 
+def drift_table(metrics: Sequence[DriftMetrics]) -> ResultTable:
+    """Drift from the baseline, one row per policy, the baseline last."""
+
+    def number(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    rows = [
+        (
+            row.policy,
+            number(row.kl, ".2f"),
+            "–" if row.kl_ci is None else f"{row.kl_ci.low:.2f} to {row.kl_ci.high:.2f}",
+            number(row.kl_per_token, ".3f"),
+            number(row.entropy, ".2f"),
+            "–" if row.missing_eos is None else f"{100 * row.missing_eos:.1f} %",
+            number(row.distinct_1, ".2f"),
+            number(row.distinct_2, ".2f"),
+        )
+        for row in metrics
+    ]
+    reference = next((row.reference for row in metrics if row.reference is not None), None)
+    return ResultTable(
+        title="drift" if reference is None else f"drift from {reference}",
+        columns=(
+            "policy",
+            "KL",
+            "interval",
+            "KL per\ntoken",
+            "entropy",
+            "no eos",
+            "distinct-1",
+            "2",
+        ),
+        rows=rows,
+        note="KL in nats per completion, by the log-ratios of the policy's samples (k1)",
+    )
+
+
 def headline(metrics: EvaluationMetrics) -> dict[str, float]:
     """The metric on the stage's line: of the first policy, the win rate or else the accuracy."""
     if metrics.comparisons:
@@ -149,11 +187,13 @@ def all_tables(
     samples: Mapping[str, Samples],
     outcomes: Sequence[Outcomes],
 ) -> tuple[ResultTable, ...]:
-    """Completions of the first policy, win rates, implicit rewards: what was measured of them."""
+    """Completions of the first policy, then win rates, drift and implicit rewards."""
     tables: list[ResultTable] = []
     if outcomes:
         tables += sample_tables(prompts, outcomes[0], samples)
     tables += map(win_rate_table, by_judge(metrics.comparisons))
+    if metrics.drift:
+        tables.append(drift_table(metrics.drift))
     if metrics.implicit_rewards:
         tables.append(implicit_reward_table(metrics.implicit_rewards))
     return tuple(tables)

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from align.config.evaluate import Evaluate
 from align.evaluation import tables
 from align.evaluation.completions import read_completions, sample_policy
+from align.evaluation.drift import DriftMeter
 from align.evaluation.held_out import read_held_out
 from align.evaluation.implicit_rewards import implicit_rewards, pair_logps
 from align.evaluation.judging import judge_all
@@ -51,12 +52,14 @@ def run(
         repair="choose another `judge`, or set `implicit_rewards: true` and no `judge`",
     )
     samples = read_completions(config, data, prompts) if config.judge else {}
-    # 2. one model at a time: completions, and log-probabilities of the pairs
+    # 2. one model at a time: completions, and log-probabilities of them and of the pairs
     logps: dict[str, Tensor] = {}
+    drift = DriftMeter(config, prompts, logger)
     for name, source in sources.items():
         policy = load_policy(source, dtype=config.dtype, device=PartialState().device)
         if config.judge is not None:
             samples |= sample_policy(name, policy, prompts, config, logger)
+            drift.add(name, policy, samples)
         if config.implicit_rewards:
             logps[name] = pair_logps(name, policy, pairs, config, logger)
         del policy  # frees its memory before the next one is loaded
@@ -65,6 +68,7 @@ def run(
     metrics = EvaluationMetrics(
         comparisons=tuple(compare(config, each, samples) for each in outcomes),
         implicit_rewards=implicit_rewards(config, pairs, logps) if config.implicit_rewards else (),
+        drift=drift.metrics(samples) if config.judge else (),
         temperature=config.temperature if config.judge else None,
     )
     if config.judge is not None and distributed.is_main():

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config.evaluate import Evaluate
-from align.evaluation import drift
+from align.evaluation import drift, tables
 from align.evaluation.drift import ScoredSamples
 from align.evaluation.intervals import Bootstrap
 from align.evaluation.results import DriftMetrics, EvaluationMetrics, Interval
@@ -169,7 +169,7 @@ def test_distinct_n_grams_do_not_fall_with_length():
     assert distinct == {"short": 1.0, "long": pytest.approx((2 - 19 / 39) / 2)}
     # within one text only: "d c" across two texts is no pair
     assert drift.distinct_n_grams(texts, n=2) == {"short": 1.0, "long": pytest.approx(1.0)}
-    assert drift.distinct_n_grams({"a": [["x"]], "b": [[]]}, n=1) == {"a": None, "b": None}
+    assert drift.distinct_n_grams({"a": [["x"]], "b": [[]]}, n=1) == {"a": 1.0, "b": None}
 
 
 def test_results_are_stored_and_read():
@@ -180,7 +180,7 @@ def test_results_are_stored_and_read():
     )  # fmt: skip
     metrics = EvaluationMetrics(drift=(row,)).to_metrics()
     assert EvaluationMetrics.from_metrics(metrics).drift == (row,)
-    table = drift.drift_table([row])
+    table = tables.drift_table([row])
     assert table.rows == [
         ("dpo", "1.25", "1.00 to 1.50", "0.050", "0.90", "1.0 %", "0.40", "–")
     ]  # fmt: skip

@@ -534,8 +534,13 @@ def test_the_tables_contain_win_rates_intervals_and_implicit_rewards(measured: A
     folder, metrics = measured
     artifact = artifacts.read_artifact(folder)
     assert artifact is not None
-    *_, win_rates, rewards = cells(folder)
-    assert "against sft, judged by gold" in artifact.tables[-2]["title"]
+    *_, win_rates, drift, rewards = cells(folder)
+    assert "against sft, judged by gold" in artifact.tables[-3]["title"]
+    first, baseline = metrics["drift"]
+    assert drift[1][:2] == ["dpo", f"{first['kl']:.2f}"]
+    assert first["kl_ci"][0] < first["kl"] < first["kl_ci"][1]
+    assert (baseline["policy"], baseline["kl"]) == ("sft", None)
+    assert baseline["entropy"] > 0
     for comparison, (name, *row) in zip(metrics["comparisons"], win_rates[1:], strict=True):
         assert name == comparison["policy"]
         shares = (
