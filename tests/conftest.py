@@ -30,7 +30,7 @@ SECONDS_PER_SLOW_TEST = 1800
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the number of kills of the test of killed runs."""
-    parser.addoption("--kills", type=int, default=5, help="kills of tests/end_to_end/test_chaos.py")
+    parser.addoption("--kills", type=int, default=3, help="kills of tests/end_to_end/test_chaos.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -130,16 +130,8 @@ def test_a_second_run_reuses_the_stage_and_prints_the_same_table(launch, tmp_pat
     ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "cartpole_ppo",
-        pytest.param("cartpole_reinforce", marks=pytest.mark.slow),
-        pytest.param("cartpole_a2c", marks=pytest.mark.slow),
-    ],
-)
-def test_one_seed_of_each_recipe_solves_cartpole(name, tmp_path):
-    text = (RECIPES / f"{name}.yaml").read_text()
+def test_one_seed_of_ppo_solves_cartpole(tmp_path):
+    text = (RECIPES / "cartpole_ppo.yaml").read_text()
     (row,) = call(tmp_path / "runs", text, "control.seeds=[0]")["metrics"]["control"]
     assert row["mean_return"] >= SOLVED
 

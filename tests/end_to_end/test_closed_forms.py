@@ -9,12 +9,15 @@ There are 43 completions of at most two tokens: eos alone, 6 words with eos, and
 that the length limit cuts off. The template writes eos after one word and not after two, so a
 completion has the same tokens in PPO and in DPO. Prompts begin with eos; it must not count as the
 eos of a completion.
+
+``ALIGN_SEEDS=3`` trains with the seeds 0, 1 and 2; the default is one seed.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +41,7 @@ WORDS = ("a", "b", "c", "d", "e", "f")
 PROMPTS = ("a b", "c d e", "f")
 LIMIT = 2
 BETA = 1.0
-SEEDS = (0, 1, 2)
+SEEDS = range(int(os.environ.get("ALIGN_SEEDS", "1")))
 EOS, PAD = "<eos>", "<pad>"
 TEMPLATE = (
     "{{ '<eos> ' }}{% for message in messages %}{{ message['content'] + ' ' }}"
@@ -222,11 +225,11 @@ def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tenso
     return distribution(world.folder / "ppo")
 
 
-METHODS = {  # settings, smallest share, seeds
-    "gae": (GAE | {"steps": 200}, 0.99, SEEDS),
-    "rloo": (RLOO | {"steps": 150}, 0.99, SEEDS),
-    "rloo, KL in the loss": (LOSS | {"steps": 200}, 0.98, SEEDS[:1]),
-    "reinforce": (REINFORCE | {"steps": 150}, 0.9, SEEDS),
+METHODS = {  # settings, smallest share
+    "gae": (GAE | {"steps": 200}, 0.99),
+    "rloo": (RLOO | {"steps": 150}, 0.99),
+    "rloo, KL in the loss": (LOSS | {"steps": 200}, 0.98),
+    "reinforce": (REINFORCE | {"steps": 150}, 0.9),
 }
 
 
@@ -235,8 +238,8 @@ METHODS = {  # settings, smallest share, seeds
     ("seed", "settings", "share"),
     [
         pytest.param(seed, settings, share, id=f"{name}-{seed}")
-        for name, (settings, share, seeds) in METHODS.items()
-        for seed in seeds
+        for name, (settings, share) in METHODS.items()
+        for seed in SEEDS
     ],
 )
 def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(

@@ -248,21 +248,11 @@ def truncate_weights(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def remove_state(checkpoint: Path) -> None:
-    (checkpoint / "state.json").unlink()
-
-
-def truncate_mark(checkpoint: Path) -> None:
-    (checkpoint / checkpoints.COMPLETE_MARK).write_text('{"world_size": 1, "fil')
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         pytest.param(remove_mark, id="no mark: killed while writing", marks=pytest.mark.slow),
         pytest.param(truncate_weights, id="truncated weights", marks=pytest.mark.slow),
-        pytest.param(remove_state, id="a missing file", marks=pytest.mark.slow),
-        pytest.param(truncate_mark, id="truncated mark", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, damage):
