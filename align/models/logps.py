@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ROWS = 512
 """Rows of logits whose probabilities are computed at once, which bounds the memory."""
+LOGITS = 2**28
+"""Logits in memory at once, 1 GiB in float32; more only if a single completion has more."""
 
 
 def completion_logps(
@@ -133,7 +135,10 @@ def _batches(
     *,
     batch_size: int,
 ) -> Iterator[_Batch]:
-    """Logits of the tokens behind the prompt of each sequence, ``batch_size`` rows at a time."""
+    """Logits of the tokens behind the prompt of each sequence.
+
+    A batch has at most ``batch_size`` rows and, unless it is a single row, :data:`LOGITS` logits.
+    """
     import torch
 
     # Completions of one prompt share a batch, so that prefix sharing computes the prompt once.
@@ -141,8 +146,9 @@ def _batches(
         range(len(sequences)), key=lambda i: (-len(prompts[i]), prompts[i], -len(sequences[i]))
     )
     model.eval()
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
+    n_tokens = [len(ids) - len(p) for ids, p in zip(sequences, prompts, strict=True)]
+    most = LOGITS // len(tokenizer)
+    for batch in _divide(order, n_tokens, most_rows=batch_size, most_tokens=most):
         ids, mask = pad_rows(
             [sequences[i] for i in batch],
             pad=tokenizer.pad_token_id,
@@ -161,6 +167,22 @@ def _batches(
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
         row = torch.arange(len(batch), device=ids.device)[:, None].expand_as(scored)[scored]
         yield _Batch(batch, logits, ids[:, 1:][scored], row, scored.any(dim=1).cpu())
+
+
+def _divide(
+    order: Sequence[int], n_tokens: Sequence[int], *, most_rows: int, most_tokens: int
+) -> Iterator[list[int]]:
+    """Divide rows into batches with at most so many rows and tokens; a longer row is alone."""
+    batch: list[int] = []
+    for row in order:
+        if batch and (
+            len(batch) == most_rows or sum(n_tokens[i] for i in [*batch, row]) > most_tokens
+        ):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _check_finite(sums: Tensor, model: PreTrainedModel) -> None:

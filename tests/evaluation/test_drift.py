@@ -19,7 +19,7 @@ from align.evaluation import drift, tables
 from align.evaluation.drift import ScoredSamples
 from align.evaluation.intervals import Bootstrap
 from align.evaluation.results import DriftMetrics, EvaluationMetrics, Interval
-from align.models import generation, tokenization
+from align.models import generation, logps, tokenization
 from align.models.generation import Completion
 from align.models.policy import Policy
 
@@ -125,6 +125,28 @@ def test_log_probabilities_are_those_of_the_sampled_tokens_one_at_a_time(
             ids.append(token)
     for more in ({}, {"prefix_sharing": False, "batch_size": 3}):
         assert_close(score(policy, few, tmp_path, **more).logps, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_hold_a_bounded_number_of_logits(
+    policies: dict[str, Policy], samples: list[list[Completion]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    few = [rows[:5] for rows in samples]
+    expected = score(policies["base"], few, tmp_path).logps
+    rows = []
+    forward = LlamaForCausalLM.forward
+
+    def count(self: Any, *args: Any, **more: Any) -> Any:
+        rows.append(len(more["input_ids"]))
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", count)
+    # four tokens at a time: two rows with two tokens, or more of one token
+    monkeypatch.setattr(logps, "LOGITS", 4 * len(policies["base"].tokenizer))
+    bounded = score(policies["base"], few, tmp_path, prefix_sharing=False).logps
+    assert_close(bounded, expected, rtol=1e-5, atol=1e-5)
+    n_tokens = sum(len(completion.tokens) for row in few for completion in row)
+    assert sum(rows) == 10 and n_tokens / 4 <= len(rows) < 10
 
 
 def test_a_policy_has_no_kl_to_another_vocabulary_or_from_a_file():
