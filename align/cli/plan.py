@@ -57,6 +57,8 @@ def plan(
     )
     console.print(_plan_table(title, stages, table))
     console.print(LEGEND, style="dim")
+    for line in estimates.count_requests(stages, table):
+        console.print(line, markup=False, highlight=False)
     for name, rows in lost.items():
         console.print(f"{name}: warning: {rows.reason}", markup=False, highlight=False)
 

@@ -17,6 +17,7 @@ from align.config.base import (
     Problem,
     Stage,
     Table,
+    Workload,
     duplicates,
 )
 from align.config.judges import Judges, ServerJudge
@@ -147,6 +148,16 @@ class Evaluate(Stage):
     def server_judges(self) -> dict[Keys, ServerJudge]:
         """The judges behind an API."""
         return judges.server_judges(self.judge)
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """One row per compared pair of completions; the control is compared as well."""
+        prompts = statistics.get("prompts", {}).get(self.split)
+        if self.judge is None or prompts is None:
+            return Workload()
+        is_sampled = self.baseline != REFERENCE and "baseline" not in self.completion_files
+        n_policies = len(set(self.policies) - {self.baseline}) + is_sampled
+        n_prompts = min(prompts, self.n_prompts or prompts)
+        return Workload(rows=n_prompts * self.n_completions * n_policies)
 
     @property
     def gold_prompts(self) -> GoldPrompts | None:

@@ -125,9 +125,7 @@ class Redactor:
 class ChatClient:
     """Sends requests to one server, within ``async with``."""
 
-    def __init__(
-        self, server: Server, key: str | None, *, first_wait: float = FIRST_WAIT_SECONDS
-    ) -> None:
+    def __init__(self, server: Server, key: str | None) -> None:
         self.server = server
         self.url = f"{server.base_url}/chat/completions"
         self.n_requests = 0
@@ -137,7 +135,6 @@ class ChatClient:
         self.redact = Redactor(key)
         """Removes the API key from texts."""
         self._key = key
-        self._first_wait = first_wait
         self._resume_at = 0.0  # a rate limit holds for all requests
         self._client: httpx2.AsyncClient | None = None
 
@@ -173,7 +170,7 @@ class ChatClient:
         while True:
             pause = self._resume_at - time.monotonic()
             if pause > 0:  # not all requests at the same moment
-                await asyncio.sleep(pause + self._first_wait * random.random())
+                await asyncio.sleep(pause + FIRST_WAIT_SECONDS * random.random())
             try:
                 return await self._attempt(body)
             except RequestFailedError as error:
@@ -184,7 +181,7 @@ class ChatClient:
                 if error.wait is not None:
                     wait = min(error.wait, LONGEST_WAIT_SECONDS)
                     self._resume_at = max(self._resume_at, time.monotonic() + wait)
-            wait = min(self._first_wait * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
+            wait = min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 
     async def list_models(self) -> list[str]:

@@ -55,12 +55,11 @@ class LanguageModelJudge:
         *,
         cache: Path,
         progress: Callable[[int, int], None] = lambda done, total: None,
-        first_wait: float = chat_client.FIRST_WAIT_SECONDS,
     ) -> None:
         """Read the prompt, the rubric and the API key; no request is sent.
 
         ``cache`` is the file of verdicts; ``progress`` is called with the verdicts that are done
-        and their total; ``first_wait`` is the wait in seconds before a second attempt.
+        and their total.
 
         Raises:
             UserError: A file cannot be used, or the variable with the API key is not set.
@@ -71,7 +70,7 @@ class LanguageModelJudge:
         template = None if config.api.prompt is None else Path(config.api.prompt)
         self._prompt = JudgePrompt(template, with_criterion=self._rubric is not None)
         key = chat_client.read_key(config.api.key_variable)
-        self._client = ChatClient(config.api, key, first_wait=first_wait)
+        self._client = ChatClient(config.api, key)
         self._cache = VerdictCache(cache)
         self._progress = progress
         self._used: dict[str, StoredVerdict] = {}

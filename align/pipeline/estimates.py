@@ -7,7 +7,7 @@ activations, which depend on the batch. An unknown number is None.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +80,28 @@ def estimate(
     return estimates
 
 
+def count_requests(
+    stages: Sequence[PlannedStage], estimates: Mapping[str, Estimate]
+) -> Iterator[str]:
+    """A line for each judge behind an API, with the largest number of its requests.
+
+    Raises:
+        UserError: A rubric cannot be used.
+    """
+    for stage in stages:
+        rows = estimates[stage.name].work.rows
+        for judge in stage.config.server_judges.values():
+            from align.judges import server_check  # only where there is such a judge
+
+            if rows is None or stage.status == "reused":
+                continue
+            requests = server_check.count_requests(judge, rows)
+            yield (
+                f"{stage.name}: at most {requests:,} requests to {judge.name}, without further "
+                "attempts; stored verdicts are not requested again"
+            )
+
+
 def _data_statistics(
     stage: PlannedStage, prepared: Mapping[Path, PreparedData]
 ) -> Mapping[str, Any]:
@@ -96,9 +118,10 @@ def _input_statistics(
     stage: PlannedStage, known: Mapping[Path, Mapping[str, Any]]
 ) -> Mapping[str, Any]:
     """The statistics of the data that a stage reads; empty if unknown."""
-    if not stage.config.reads:
+    tables = stage.config.required_tables()
+    if not tables or tables[0].input not in stage.inputs:
         return {}
-    data = Path(stage.inputs[stage.config.reads[0].input])
+    data = Path(stage.inputs[tables[0].input])
     if data in known:
         return known[data]
     artifact = artifacts.read_artifact(data)

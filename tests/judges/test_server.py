@@ -20,8 +20,12 @@ from align.judges.base import Pair
 from align.judges.server import LanguageModelJudge
 from align.judges.server_check import check_judge, count_requests
 
-FIRST_WAIT = 0.002
 KEY = "sk-test-0123456789abcdefghij"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.judges.chat_client.FIRST_WAIT_SECONDS", 0.002)
 
 
 def messages(role: str, text: str) -> list[dict[str, str]]:
@@ -45,7 +49,7 @@ def config(base_url: str, **keys: Any) -> ServerJudge:
 
 def judge(base_url: str, folder: Path, **keys: Any) -> LanguageModelJudge:
     cache = folder / "verdicts.jsonl"
-    return LanguageModelJudge(config(base_url, **keys), cache=cache, first_wait=FIRST_WAIT)
+    return LanguageModelJudge(config(base_url, **keys), cache=cache)
 
 
 def honest(request: Request) -> None:

@@ -117,7 +117,7 @@ from align.judges.server import LanguageModelJudge
 config = ServerJudge.model_validate({"api": {"base_url": sys.argv[1], "model": "m"}})
 turns = [[{"role": "assistant", "content": text}] for text in ("good", "bad")]
 pairs = [Pair([{"role": "user", "content": f"{n}"}], *turns, {}) for n in range(60)]
-judge = LanguageModelJudge(config, cache=Path(sys.argv[2]), first_wait=0.01)
+judge = LanguageModelJudge(config, cache=Path(sys.argv[2]))
 print([verdict.preference for verdict in judge.compare(pairs)] == [1.0] * 60)
 """
 

@@ -9,6 +9,7 @@ import pytest
 from align.config.base import Lora, NewModel, Stage, Workload
 from align.config.control import Control
 from align.config.data import Sample
+from align.config.evaluate import Evaluate
 from align.config.ppo import PPO
 from align.config.training import DPO, KTO, SFT, Reward
 
@@ -42,6 +43,22 @@ POLICY: dict[str, Any] = {"model": "sft"}
         # 120 completions, ceil(120 / 16) = 8; (10 + 30 + 10 + 40) / 2 * 1.35 * 16 * 16 = 15,552
         pytest.param(KTO(**POLICY, trainer=TRAINER), Workload(120, 16, 15552), id="kto"),
         pytest.param(Sample(**POLICY, n_completions=3, n_prompts=20), Workload(60), id="sample"),
+        # 5 prompts * 2 completions * (2 policies besides the baseline + the control)
+        pytest.param(
+            Evaluate(policies=["a", "b", "c"], baseline="c", judge="gold", n_completions=2),
+            Workload(30),
+            id="evaluate",
+        ),
+        pytest.param(
+            Evaluate(policies=["a", "b.jsonl"], baseline="reference", judge="gold", n_prompts=3),
+            Workload(6),
+            id="evaluate without a control",
+        ),
+        pytest.param(
+            Evaluate(policies=["a"], baseline="b", implicit_rewards=True),
+            Workload(),
+            id="evaluate without completions",
+        ),
         pytest.param(
             PPO(**POLICY, rewards=["reward"], steps=5, batch_size=8, epochs=3, minibatches=2),
             Workload(40, 30),
