@@ -46,6 +46,8 @@ class FinishedStages:
         if name in self.of_run:
             return str(self.of_run[name][1])
         if name.endswith(".jsonl"):
+            if not Path(name).is_file():
+                self.problems.append(f"{name}: no such file of completions")
             return name
         return self._collect(lambda: str(lookup.find_policy(name, self.runs)), name)
 

@@ -156,7 +156,7 @@ def as_name(row: Raw, key: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:g}"
+        return str(value).removesuffix(".0")
     raise InvalidRowError(f"`{key}`: expected a text, got {json_type(value)}")
 
 

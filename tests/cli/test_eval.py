@@ -69,9 +69,11 @@ def test_folders_are_taken_as_they_are(runs):
 
 def test_every_name_that_is_not_found_is_reported_at_once(runs):
     with pytest.raises(UserError) as error:
-        settings(runs, "lroa", baseline="stf", judges=["score"], prompts="prepared")
-    found = [line.split("`")[1] for line in error.value.lines]
-    assert found == ["stf", "lroa", "score", "prepared"]
+        settings(runs, "lroa", "a.jsonl", baseline="stf", judges=["score"], prompts="prepared")
+    *_, policy, file, judge, prompts = error.value.lines
+    assert file == "a.jsonl: no such file of completions"
+    names = [line.split("`")[1] for line in (policy, judge, prompts)]
+    assert names == ["lroa", "score", "prepared"]
     assert "did you mean `sft`?" in error.value.lines[0]
 
 
