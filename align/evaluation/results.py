@@ -158,6 +158,8 @@ class DriftMetrics:
     """
     distinct_2: float | None
     """As ``distinct_1``, for pairs of consecutive words."""
+    kl_estimator: str = "k1"
+    """Estimator of ``kl`` and ``kl_per_token``: the mean log-ratio of the policy's samples."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> DriftMetrics:

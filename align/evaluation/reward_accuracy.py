@@ -5,6 +5,7 @@ Left out: scoring the pairs, which :mod:`align.evaluation.reward_model` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from align.evaluation.intervals import Bootstrap, prompt_means
 from align.evaluation.reward_results import AccuracyGroup, CalibrationBin, RewardModelReport
 from align.evaluation.tables import percent, percent_interval
 from align.functional import winrate
+from align.functional.agreement import length_bias
 from align.rewards import gold
 from align.runtime.results import ResultTable
 
@@ -50,14 +52,13 @@ def report(
     outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
     accuracies = prompt_means(rows, outcomes.tolist())
     lengths = length_differences(rows)
-    unequal = lengths != 0
-    longer_is_chosen = longer_scores_higher = None
-    if unequal.any():
-        longer_is_chosen = (lengths > 0)[unequal].double().mean().item()
-        won_by_longer = torch.where(lengths > 0, outcomes, 1 - outcomes)
-        longer_scores_higher = won_by_longer[unequal].mean().item()
-    has_margin = all(isinstance(row.get("margin"), int | float) for row in rows)
-    labels = [row["margin"] for row in rows] if has_margin else []
+    # In every pair the chosen completion has won, by the labels.
+    by_labels, by_scores = (
+        length_bias(won[:, None], lengths[:, None]) for won in (torch.ones_like(outcomes), outcomes)
+    )
+    labels = [row.get("margin") for row in rows]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in labels):
+        labels = []
     return RewardModelReport(
         split=split,
         pairs=len(rows),
@@ -67,8 +68,8 @@ def report(
         calibration=calibration(margins),
         expected_calibration_error=calibration_error(margins),
         log_loss=-torch.nn.functional.logsigmoid(margins).mean().item(),
-        longer_is_chosen=longer_is_chosen,
-        longer_scores_higher=longer_scores_higher,
+        longer_is_chosen=None if by_labels is None else by_labels.value,
+        longer_scores_higher=None if by_scores is None else by_scores.value,
         accuracy_by_score_difference=_accuracies(rows, outcomes, quarters(margins.abs())),
         accuracy_by_margin=_accuracies(
             rows, outcomes, quarters(torch.tensor(labels, dtype=torch.float64))
