@@ -120,8 +120,10 @@ def comparison_recipe(
     keys = [argument for argument in arguments if KEY.match(argument)]
     if not names:
         raise UserError("no policy; name a run or a policy first, such as `align eval dpo`")
-    is_run = (Path(names[0]).expanduser() / SUMMARY).is_file()
-    stages = FinishedStages(runs, _stages_of_run(Path(names.pop(0)).expanduser()) if is_run else {})
+    of_run = _stages_of_run(Path(names[0]).expanduser())
+    stages = FinishedStages(runs, of_run or {})
+    if of_run is not None:
+        del names[0]
     compared = "reference" if baseline == "reference" else stages.policy(baseline)
     policies = [stages.policy(name) for name in names]
     if not names:
@@ -144,23 +146,38 @@ def comparison_recipe(
     return read_recipe(recipe, [f"evaluate.{key}" for key in keys], name=f"eval-{title[:80]}")
 
 
-def _stages_of_run(run: Path) -> dict[str, tuple[str, Path]]:
-    """Kind and folder of the finished stages of a run, by name.
+def _stages_of_run(folder: Path) -> dict[str, tuple[str, Path]] | None:
+    """Kind and folder of the finished stages of a run or of a runs folder, by name.
+
+    None if the folder is neither.
 
     Raises:
-        ArtifactError: Its summary is damaged, or a folder is missing.
+        ArtifactError: The summary of a run, or a stage, is damaged.
     """
-    file = run / SUMMARY
-    try:
-        stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
-        listed = {str(s["name"]): (str(s["stage"]), Path(s["folder"])) for s in stages}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ArtifactError(f"{file}: damaged; run the recipe again") from None
-    beside = {name: run.parent / folder.name for name, (_, folder) in listed.items()}
-    return {  # beside the run first: it may be a copy
-        name: (kind, beside[name] if beside[name].is_dir() else folder)
-        for name, (kind, folder) in listed.items()
-    }
+    file = folder / SUMMARY
+    if file.is_file():
+        try:
+            stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+            listed = {str(s["name"]): (str(s["stage"]), Path(s["folder"])) for s in stages}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise ArtifactError(f"{file}: damaged; run the recipe again") from None
+        beside = {name: folder.parent / target.name for name, (_, target) in listed.items()}
+        return {  # beside the run first: it may be a copy
+            name: (kind, beside[name] if beside[name].is_dir() else target)
+            for name, (kind, target) in listed.items()
+        }
+    if (folder / artifacts.FILE).is_file():
+        return None  # a stage
+    finished = sorted(folder.glob(f"*-????????????/{artifacts.FILE}"), key=_modified)
+    newest: dict[str, tuple[str, Path]] = {}
+    for stage in (file.parent for file in finished):
+        if artifact := artifacts.read_artifact(stage):
+            newest[artifact.name] = (artifact.stage, stage)
+    return newest or None
+
+
+def _modified(file: Path) -> float:
+    return file.lstat().st_mtime
 
 
 def _prepared(sources: Sequence[str]) -> str | None:

@@ -55,9 +55,9 @@ def eval_compare(
     policies: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN_OR_FOLDER [POLICY]... [KEY=VALUE]...",
+            metavar="RUN_OR_FOLDER",
             help="A run such as runs/dpo, or a policy: a stage, a folder, a Hub id, a .jsonl file "
-            "of completions; further policies; keys of `evaluate`, such as n_prompts=100.",
+            "of completions. Then further policies, and keys such as n_prompts=100.",
         ),
     ],
     baseline: Annotated[

@@ -61,6 +61,15 @@ def test_all_policies_of_a_run_are_compared(runs):
     assert named.prompts == "runs/prepare-000000000000"
 
 
+def test_a_folder_of_runs_names_its_newest_stages(runs):
+    runs.rename(runs.parent / "other")
+    _, stage = settings(runs, "other", "lora")
+    assert stage.policies == ["other/lora-000000000000"]
+    assert stage.baseline == "other/sft-000000000000"
+    with pytest.raises(UserError, match="no finished policy `sft`"):
+        settings(runs, "lora")  # without the folder, stages are looked up in --runs
+
+
 def test_folders_are_taken_as_they_are(runs):
     folder = str(runs / "lora-000000000000")
     _, stage = settings(runs, folder, baseline=folder, prompts=str(runs / "prepare-000000000000"))
