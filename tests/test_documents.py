@@ -117,7 +117,7 @@ def test_recipe_blocks_are_valid(tmp_path):
         path = tmp_path / f"block-{number}.yaml"
         path.write_text(block, encoding="utf-8")
         assert load_recipe(path).stages, document
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 def test_python_blocks_are_valid():
@@ -228,7 +228,7 @@ def test_every_recipe_is_loaded_and_listed():
     for path in RECIPES:
         assert load_recipe(path).stages
         assert f"`{path.relative_to(ROOT / 'recipes')}`" in listed
-    assert len(RECIPES) == 24
+    assert len(RECIPES) == 25
 
 
 def test_recipes_mentioned_in_documents_exist():

@@ -20,6 +20,8 @@ from align.runtime import artifacts
 Sources = Mapping[str, Path | str]
 """Folder or Hub id of each evaluated model, by name."""
 
+PREFERENCES = ("pairs", "unpaired")
+"""Kinds of tables with preferences."""
 STAGE_FOLDER = re.compile(r"-[0-9a-f]{12}$")  # ends in the digest of a stage
 
 
@@ -56,6 +58,15 @@ def check_not_trained_on(rows: Sequence[Row], data: Path, sources: Sources) -> N
                     f"training data of `{name}` ({tables.table_file(folder, kind, 'train')}); "
                     "evaluate on the `prepare` stage that the policy was trained on"
                 )
+
+
+def policies_with_data_of(judge: Path, sources: Sources) -> list[str]:
+    """Policies in whose lineage a model was trained on the preferences that a judge learned from.
+
+    Such a judge is no independent evidence. Demonstrations do not count.
+    """
+    learned = {table for table in training_tables(judge) if table[1] in PREFERENCES}
+    return [name for name, source in sources.items() if learned & training_tables(Path(source))]
 
 
 def training_tables(folder: Path) -> set[tuple[Path, str]]:

@@ -51,6 +51,8 @@ class Outcomes:
     """Preference for the policy where its completion is read second."""
     votes: Float[Tensor, "prompts completions orders votes"] | None = None
     """Repeated verdicts, in favor of the policy."""
+    covers_all: bool = True
+    """Whether the judge decides about all pairs; False for people, who label some."""
     reasons: Mapping[tuple[int, int], str] | None = None
     """Reasons of the judge by prompt and column."""
 
@@ -157,6 +159,7 @@ def _compare(
         first=first if judge.reads_in_order else None,
         second=second if judge.reads_in_order else None,
         votes=votes if n_votes > 1 else None,
+        covers_all=judge.covers_all,
         reasons={place: decision.reason for place, decision in zip(places, decisions, strict=True)},
     )
 

@@ -170,6 +170,81 @@ class DriftMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How often two judges make the same decision about a pair."""
+
+    first: str
+    second: str
+    n_pairs: int
+    """Pairs about which both have a verdict."""
+    same: float
+    """Share of the pairs with the same decision."""
+    kappa: Estimate | None
+    """Cohen's kappa; None where both always make one and the same decision."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> Agreement:
+        """Read one entry of ``agreement``."""
+        kappa = Estimate.from_metrics(metrics["kappa"])
+        return cls(**known_fields(cls, metrics) | {"kappa": kappa})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeCard:
+    """How far a judge can be trusted, computed on the evaluation itself."""
+
+    judge: str
+    n_pairs: int
+    """Compared pairs with a verdict, of all policies without the control."""
+    invalid: int
+    """Compared pairs without a usable verdict."""
+    length_bias: Estimate | None
+    """Win rate of the longer completion; None where all lengths are equal."""
+    position_bias: Estimate | None
+    """Win rate of the completion that is read first; None for judges that do not read in order."""
+    consistency: Estimate | None
+    """Share of pairs with the same decision in both orders."""
+    self_agreement: Estimate | None
+    """Probability that two verdicts about a pair in one order are equal; None without repeats."""
+    detectable_difference: float
+    """Smallest distance of a win rate from one half that this number of prompts detects with a
+    probability of 80 %."""
+    usage: dict[str, Any] | None = None
+    """Requests, verdicts from the cache, tokens and cost of a judge behind an API."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> JudgeCard:
+        """Read one entry of ``judges``."""
+        keys = ("length_bias", "position_bias", "consistency", "self_agreement")
+        estimates = {key: Estimate.from_metrics(metrics[key]) for key in keys}
+        return cls(**known_fields(cls, metrics) | estimates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """All policies and the baseline, compared with each other by one judge."""
+
+    judge: str
+    policies: tuple[str, ...]
+    """Names in the order of the matrix, the baseline last."""
+    win_rates: tuple[tuple[float | None, ...], ...]
+    """Win rate of the policy of each row against that of each column; None if not compared."""
+    strengths: tuple[Estimate, ...]
+    """Bradley-Terry strengths: log-odds of winning against the baseline, whose strength is 0."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> Ranking:
+        """Read one entry of ``rankings``."""
+        strengths = (Estimate.from_metrics(each) for each in metrics["strengths"])
+        typed = {
+            "policies": tuple(metrics["policies"]),
+            "win_rates": tuple(map(tuple, metrics["win_rates"])),
+            "strengths": tuple(each for each in strengths if each is not None),
+        }
+        return cls(**known_fields(cls, metrics) | typed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationMetrics:
     """Metrics of an ``evaluate`` stage. A part that was not measured is empty."""
 
@@ -181,29 +256,36 @@ class EvaluationMetrics:
     """One entry per policy."""
     drift: tuple[DriftMetrics, ...] = ()
     """One entry per policy, and the baseline last."""
+    judges: tuple[JudgeCard, ...] = ()
+    """One entry per judge."""
+    agreement: tuple[Agreement, ...] = ()
+    """One entry for each two of several judges."""
+    rankings: tuple[Ranking, ...] = ()
+    """One entry per judge, if there are several policies."""
 
     def to_metrics(self) -> dict[str, Any]:
         """The metrics as ``artifact.json`` stores them; parts that were not measured are absent."""
         metrics = json.loads(json.dumps(asdict(self)))
         if not self.comparisons:
-            del metrics["comparisons"], metrics["temperature"]
-        if not self.implicit_rewards:
-            del metrics["implicit_rewards"]
-        if not self.drift:
-            del metrics["drift"]
-        return dict(metrics)
+            del metrics["temperature"]
+        return {key: value for key, value in metrics.items() if value != []}
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> EvaluationMetrics:
         """Read the metrics of a finished stage."""
-        return cls(
-            comparisons=tuple(map(Comparison.from_metrics, metrics.get("comparisons", ()))),
-            implicit_rewards=tuple(
-                map(ImplicitRewards.from_metrics, metrics.get("implicit_rewards", ()))
-            ),
-            drift=tuple(map(DriftMetrics.from_metrics, metrics.get("drift", ()))),
-            temperature=metrics.get("temperature"),
-        )
+        classes: dict[str, Any] = {
+            "comparisons": Comparison,
+            "implicit_rewards": ImplicitRewards,
+            "drift": DriftMetrics,
+            "judges": JudgeCard,
+            "agreement": Agreement,
+            "rankings": Ranking,
+        }
+        parts = {
+            key: tuple(map(each.from_metrics, metrics.get(key, ())))
+            for key, each in classes.items()
+        }
+        return cls(**parts, temperature=metrics.get("temperature"))
 
 
 def known_fields(cls: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from align.errors import printable
+from align.errors import counted, printable
+from align.evaluation.held_out import STAGE_FOLDER
 from align.evaluation.results import (
     Comparison,
     DriftMetrics,
@@ -26,6 +27,8 @@ N_SAMPLES = 3
 """Prompts whose completions are shown."""
 INVALID_SHARE = 0.05
 """Share of invalid verdicts above which there is a warning."""
+POLICY_WIDTH = 14
+"""Longest name of a policy that is shown in full."""
 SIDE_WIDTH = 38
 """Terminal cells of each of two completions that are shown side by side."""
 
@@ -35,10 +38,27 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def number(value: float | None) -> str:
+    """A share in percent, for a table whose note names the unit; a dash if it is unknown."""
+    return percent(value).removesuffix(" %")
+
+
 def percent_interval(interval: Interval) -> str:
     """An interval of shares, in percent."""
     low, high = interval
     return f"{100 * low:.1f}–{100 * high:.1f} %"
+
+
+def short_name(name: str, width: int) -> str:
+    """A name in at most ``width`` characters: of a folder its last part, without the digest.
+
+    >>> short_name("runs/dpo_with_more_pairs-0123456789ab", 14)
+    'dpo_with_more…'
+    """
+    name = printable(name)
+    if len(name) > width:
+        name = STAGE_FOLDER.sub("", name.rstrip("/").rpartition("/")[2] or name)
+    return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
 def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
@@ -46,29 +66,29 @@ def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
     first = comparisons[0]
     has_scores = first.mean_score is not None
     has_orders = first.consistency is not None
-    columns = ["policy", "win rate", "interval", "ties", "length-\ncontrolled"]
+    columns = ["policy", "wins", "interval", "ties", "at equal\nlength"]
     columns += ["score"] * has_scores + ["consist-\nency", "invalid"] * has_orders
     rows = []
     for row in comparisons:
         cells = [
-            row.policy,
-            percent(row.win_rate),
-            percent_interval(row.ci),
-            percent(row.ties),
-            percent(row.length_controlled_win_rate),
+            short_name(row.policy, POLICY_WIDTH),
+            number(row.win_rate),
+            f"{number(row.ci.low)}–{number(row.ci.high)}",
+            number(row.ties),
+            number(row.length_controlled_win_rate),
         ]
         if has_scores:
             cells.append(per_side(row.mean_score, ".3f"))
         if has_orders:
-            cells += [percent(row.consistency), str(row.invalid)]
+            cells += [number(row.consistency), str(row.invalid)]
         rows.append((*cells, lengths(row)))
     unit = "tokens" if has_token_counts(first) else "characters"
     return ResultTable(
-        title=f"held-out win rates against {first.baseline}, judged by {first.judge}; "
-        f"{first.n_prompts} prompts × {first.n_completions}",
+        title=f"win rates against {short_name(first.baseline, 14)} by "
+        f"{short_name(first.judge, 14)}; {first.n_prompts} prompts × {first.n_completions}",
         columns=(*columns, unit),
         rows=rows,
-        note="ties count one half; intervals: bootstrap over prompts; a/b: policy/baseline",
+        note="in %; ties count one half; intervals by bootstrap; a/b: policy/baseline",
     )
 
 
@@ -79,17 +99,15 @@ def has_token_counts(row: Comparison) -> bool:
 
 def lengths(row: Comparison) -> str:
     """Mean lengths of both sides: in tokens if they are known, else in characters."""
-    if has_token_counts(row):
-        return per_side(row.mean_tokens, ".1f")
-    return per_side(row.mean_characters, ".0f")
+    return per_side(row.mean_tokens if has_token_counts(row) else row.mean_characters, ".1f")
 
 
 def per_side(sides: PerSide | None, form: str) -> str:
-    """Both numbers; a dash where one is unknown."""
-    if sides is None:
-        return "–"
+    """Both numbers, without decimals from 100 on; a dash where one is unknown."""
+    numbers = [] if sides is None else [sides.policy, sides.baseline]
     return "/".join(
-        "–" if each is None else format(each, form) for each in (sides.policy, sides.baseline)
+        "–" if each is None else format(each, ".0f" if abs(each) >= 100 else form)
+        for each in numbers
     )
 
 
@@ -101,17 +119,25 @@ def by_judge(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
     return list(grouped.values())
 
 
-def remarks(metrics: EvaluationMetrics, samples: Mapping[str, Samples]) -> tuple[str, ...]:
+def remarks(
+    metrics: EvaluationMetrics, samples: Mapping[str, Samples], judges: Collection[str]
+) -> tuple[str, ...]:
     """What was left out, and judges of which many verdicts are missing."""
     lines = [each.remark for each in samples.values() if each.remark]
+    judged = {row.judge for row in metrics.comparisons}
+    lines += [
+        f"warning: {name}: no annotation is about a compared pair of completions"
+        for name in judges
+        if name not in judged
+    ]
     for row in metrics.comparisons:
         if row.bounds is not None:
             low, high = row.bounds
             line = (
-                f"{row.judge}: {row.invalid} verdicts about {row.policy} are invalid; were they "
+                f"{row.judge}: {counted(row.invalid, 'verdict')} about {row.policy} invalid; were they "
                 f"lost or won, its win rate would be {100 * low:.1f} or {100 * high:.1f} %"
             )
-            many = row.invalid > INVALID_SHARE * row.n_prompts * row.n_completions
+            many = high - low > INVALID_SHARE + 1e-9  # the width is the share of invalid ones
             lines.append(f"warning: {line}" if many else line)
     return tuple(lines)
 
@@ -212,7 +238,9 @@ def sample_tables(
             continue
         texts = [side[0].text for side in sides]
         headers = [
-            f"{name}<" if each is None else f"{name} ({each[i, 0].item():.2f})<"
+            f"{short_name(name, 28)}<"
+            if each is None
+            else f"{short_name(name, 28)} ({each[i, 0].item():.2f})<"
             for name, each in zip(names, scores, strict=True)
         ]
         lines = zip_longest(*map(wrapped, texts), fillvalue="")

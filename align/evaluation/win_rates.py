@@ -7,10 +7,10 @@ another random stream, whose interval must contain one half.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from align.config.evaluate import Evaluate
@@ -18,13 +18,44 @@ from align.errors import DataError
 from align.evaluation.completions import Samples, length_differences, matches
 from align.evaluation.intervals import Bootstrap
 from align.evaluation.judging import Outcomes
+from align.evaluation.panel import adjust_for_several, correct
 from align.evaluation.results import Comparison, Interval, PerSide
 from align.evaluation.scores import outcome_rate
+from align.functional import agreement
 
 if TYPE_CHECKING:
     from align.data.rows import Row
 
 COMPARISONS = "comparisons.parquet"
+
+
+def compare_all(
+    config: Evaluate, outcomes: Sequence[Outcomes], samples: Mapping[str, Samples]
+) -> tuple[Comparison, ...]:
+    """Statistics of every policy by every judge, the control of each judge last.
+
+    Raises:
+        DataError: A judge gave no usable verdict about a policy.
+    """
+    by_people = {each.policy: each for each in outcomes if not each.covers_all}
+    results: list[Comparison] = []
+    for judge in dict.fromkeys(each.judge for each in outcomes):
+        of_judge = [each for each in outcomes if each.judge == judge]
+        if not of_judge[0].covers_all:  # people may have compared only some policies
+            of_judge = [each for each in of_judge if not bool(each.outcomes.isnan().all())]
+        rows = []
+        for each in of_judge:
+            row = compare(config, each, samples)
+            if each.covers_all and each.policy in by_people:
+                row = replace(row, corrected=correct(config, each, by_people[each.policy]))
+            rows.append(row)
+        results += adjust_for_several(config, rows, of_judge, samples)
+    if not results:
+        raise DataError(
+            f"judge {outcomes[0].judge}: no annotation is about a compared pair of completions; "
+            "name annotations of the completions in `comparisons.parquet`, or add another judge"
+        )
+    return tuple(results)
 
 
 def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]) -> Comparison:
@@ -101,9 +132,7 @@ def _consistency(outcomes: Outcomes) -> float | None:
     """Share of pairs with the same decision in both orders."""
     if outcomes.first is None or outcomes.second is None:
         return None
-    decisions = [torch.sign(each - 0.5) for each in (outcomes.first, outcomes.second)]
-    valid = ~(decisions[0].isnan() | decisions[1].isnan())
-    return (decisions[0] == decisions[1])[valid].double().mean().item()
+    return agreement.consistency(outcomes.first, outcomes.second).value
 
 
 def write_comparisons(

@@ -5,22 +5,26 @@ Win rates need a judge; implicit rewards need held-out pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
 from align.config.evaluate import Evaluate
+from align.config.judges import by_key
 from align.evaluation import tables
-from align.evaluation.completions import read_completions, sample_policy
+from align.evaluation.completions import Samples, read_completions, sample_policy
 from align.evaluation.drift import DriftMeter
-from align.evaluation.held_out import read_held_out
+from align.evaluation.held_out import policies_with_data_of, read_held_out
 from align.evaluation.implicit_rewards import implicit_rewards, pair_logps
-from align.evaluation.judging import judge_all
+from align.evaluation.judge_card import agreements, judge_cards
+from align.evaluation.judge_tables import judge_tables
+from align.evaluation.judging import Outcomes, judge_all
+from align.evaluation.panel import panel, rank
 from align.evaluation.results import EvaluationMetrics
-from align.evaluation.win_rates import compare, write_comparisons
-from align.judges.build import build_judges, check_prompts
+from align.evaluation.win_rates import compare_all, write_comparisons
+from align.judges.build import Judge, build_judges, check_prompts
 from align.models.policy import load_policy
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -66,19 +70,56 @@ def run(
     # 3. verdicts and metrics
     outcomes = judge_all(config, judges, prompts, samples, logger)
     metrics = EvaluationMetrics(
-        comparisons=tuple(compare(config, each, samples) for each in outcomes),
         implicit_rewards=implicit_rewards(config, pairs, logps) if config.implicit_rewards else (),
         drift=drift.metrics(samples) if config.judge else (),
-        temperature=config.temperature if config.judge else None,
+        **judged_metrics(config, judges, outcomes, samples),
     )
     if config.judge is not None and distributed.is_main():
         write_comparisons(output_dir, config, prompts, samples, outcomes)
     return StageResult(
         metrics=metrics.to_metrics(),
         headline=tables.headline(metrics),
-        remarks=tables.remarks(metrics, samples),
-        tables=tables.all_tables(metrics, prompts, samples, outcomes),
+        remarks=(
+            *tables.remarks(metrics, samples, judges),
+            *dependent_judges(config, inputs, sources),
+        ),
+        tables=(*tables.all_tables(metrics, prompts, samples, outcomes), *judge_tables(metrics)),
     )
+
+
+def judged_metrics(
+    config: Evaluate,
+    judges: Mapping[str, Judge],
+    outcomes: Sequence[Outcomes],
+    samples: Mapping[str, Samples],
+) -> dict[str, Any]:
+    """What is computed of verdicts: win rates, rankings, the judge card and agreement."""
+    if not judges:
+        return {}
+    everyone = [*outcomes, *panel(outcomes)]
+    comparisons = compare_all(config, everyone, samples)
+    shown = dict.fromkeys(row.judge for row in comparisons)
+    rankings = [rank(config, [each for each in everyone if each.judge == judge]) for judge in shown]
+    return {
+        "comparisons": comparisons,
+        "temperature": config.temperature,
+        "rankings": tuple(each for each in rankings if each is not None),
+        "judges": judge_cards(config, judges, outcomes, samples),
+        "agreement": agreements(config, outcomes),
+    }
+
+
+def dependent_judges(
+    config: Evaluate, inputs: Mapping[str, Path | str], sources: Mapping[str, Path | str]
+) -> Iterator[str]:
+    """Warnings about reward models that learned from the preferences that policies learned from."""
+    for key, judge in by_key(config.judge).items():
+        names = policies_with_data_of(Path(inputs[key]), sources) if key in inputs else []
+        if names:
+            yield (
+                f"warning: judge `{judge}` was trained on the same preferences as "
+                f"{', '.join(names)}: its win rates are no independent evidence"
+            )
 
 
 def model_sources(config: Evaluate, inputs: Mapping[str, Path | str]) -> dict[str, Path | str]:

@@ -25,7 +25,7 @@ from align.config.training import DPO, SFT, TRLStage
 from align.config.yaml_loader import read_yaml
 from align.errors import UserError, did_you_mean, mismatch, nearest
 
-N_RECIPES = 24
+N_RECIPES = 25
 RECIPES = Path(__file__).parents[2] / "recipes"
 CHAIN = """\
 stages:

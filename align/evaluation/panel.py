@@ -1,0 +1,153 @@
+"""Several judges and several policies: the mean over judges, rankings, correction by people.
+
+People decide about some pairs only. They are no part of the panel; where they labeled some prompts,
+the win rate of every other judge is corrected by their labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from align.config.evaluate import Evaluate
+from align.config.judges import PANEL
+from align.evaluation.completions import Samples, control_name, length_differences
+from align.evaluation.judge_card import estimate
+from align.evaluation.judging import Outcomes
+from align.evaluation.results import Comparison, Estimate, Interval, Ranking
+from align.functional import bradley_terry, length_control, winrate
+from align.functional.prediction_powered import prediction_powered_mean
+
+
+def panel(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
+    """The mean over all judges but people, where every judge has a verdict."""
+    judges = list(dict.fromkeys(each.judge for each in outcomes if each.covers_all))
+    if len(judges) < 2:
+        return []
+    results = []
+    for policy in dict.fromkeys(each.policy for each in outcomes):
+        members = [each for each in outcomes if each.policy == policy and each.covers_all]
+        results.append(
+            Outcomes(
+                judge=PANEL,
+                policy=policy,
+                baseline=members[0].baseline,
+                outcomes=torch.stack([each.outcomes for each in members]).mean(dim=0),
+                is_missing=torch.stack([each.is_missing for each in members]).any(dim=0),
+            )
+        )
+    return results
+
+
+def adjust_for_several(
+    config: Evaluate,
+    comparisons: Sequence[Comparison],
+    outcomes: Sequence[Outcomes],
+    samples: Mapping[str, Samples],
+) -> list[Comparison]:
+    """The comparisons of one judge with joint length control and Holm's p-values.
+
+    With several policies, the difficulty of each completion of the baseline is estimated jointly.
+    The control takes no part.
+    """
+    is_policy = [row.policy != control_name(config) for row in comparisons]
+    policies = [row for row, each in zip(comparisons, is_policy, strict=True) if each]
+    if not policies:
+        return list(comparisons)
+    adjusted = iter(bradley_terry.holm_adjusted([row.p_value for row in policies]))
+    controlled = iter(
+        _joint_length_control(
+            config, [each for each, ok in zip(outcomes, is_policy, strict=True) if ok], samples
+        )
+        if len(policies) > 1
+        else [policies[0].length_controlled_win_rate]
+    )
+    return [
+        dataclasses.replace(
+            row, adjusted_p_value=next(adjusted), length_controlled_win_rate=next(controlled)
+        )
+        if each
+        else row
+        for row, each in zip(comparisons, is_policy, strict=True)
+    ]
+
+
+def _joint_length_control(
+    config: Evaluate, outcomes: Sequence[Outcomes], samples: Mapping[str, Samples]
+) -> list[float | None]:
+    won = torch.stack([each.outcomes.flatten() for each in outcomes])
+    differences = torch.stack(
+        [
+            length_differences(
+                samples[each.policy], samples[each.baseline], config.n_completions
+            ).flatten()
+            for each in outcomes
+        ]
+    )
+    rates = length_control.length_controlled_win_rates(won, differences).rates.tolist()
+    return [None if math.isnan(rate) else rate for rate in rates]
+
+
+def rank(config: Evaluate, outcomes: Sequence[Outcomes]) -> Ranking | None:
+    """The ranking of several policies by one judge; None for one, or if some are not connected.
+
+    A judge that scores compares all policies with each other, a judge that compares only with the
+    baseline.
+    """
+    compared = [each for each in outcomes if each.policy != control_name(config)]
+    if len(compared) < 2:
+        return None
+    n = len(compared)
+    table = torch.full((n + 1, n + 1, *compared[0].outcomes.shape), math.nan, dtype=torch.float64)
+    for i, each in enumerate(compared):
+        table[i, n], table[n, i] = each.outcomes, 1 - each.outcomes
+        for j, other in enumerate(compared):
+            if i != j and each.scores is not None and other.scores is not None:
+                table[i, j] = winrate.outcomes(each.scores, other.scores)
+    try:
+        strengths = bradley_terry.bradley_terry_strengths(
+            table,
+            baseline=n,
+            confidence=config.confidence,
+            resamples=config.resamples,
+            seed=config.seed,
+        )
+    except ValueError:
+        return None  # people compared only some of the policies
+    matrix = bradley_terry.win_matrix(table).tolist()
+    return Ranking(
+        judge=compared[0].judge,
+        policies=(*(each.policy for each in compared), config.baseline),
+        win_rates=tuple(
+            tuple(None if math.isnan(rate) else rate for rate in row) for row in matrix
+        ),
+        strengths=tuple(
+            Estimate(value, Interval(*interval))
+            for value, interval in zip(strengths.values, strengths.intervals, strict=True)
+        ),
+    )
+
+
+def correct(config: Evaluate, judged: Outcomes, people: Outcomes) -> Estimate | None:
+    """The win rate by people, from their labels of some prompts and the judge's outcomes of all.
+
+    None where people labeled fewer than two prompts, or all of them.
+    """
+    labeled = ~(people.outcomes.isnan() | judged.outcomes.isnan()).all(dim=1)
+    others = ~labeled & ~judged.outcomes.isnan().all(dim=1)
+    if int(labeled.sum()) < 2 or not bool(others.any()):
+        return None
+    corrected = estimate(
+        prediction_powered_mean(
+            people.outcomes[labeled],
+            judged.outcomes[labeled],
+            judged.outcomes[others],
+            confidence=config.confidence,
+        )
+    )
+    assert corrected is not None
+    low, high = corrected.ci
+    return Estimate(min(1.0, max(0.0, corrected.value)), Interval(max(0.0, low), min(1.0, high)))

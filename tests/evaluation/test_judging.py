@@ -1,0 +1,344 @@
+"""Judges in an evaluation: both orders, missing verdicts, panels, people, cards; no model runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_models
+from rich.console import Console
+
+from align.config.evaluate import Evaluate
+from align.errors import DataError
+from align.evaluation import tables
+from align.evaluation.completions import Samples, read_completions
+from align.evaluation.judge_tables import judge_tables
+from align.evaluation.judging import judge_all
+from align.evaluation.results import EvaluationMetrics
+from align.judges.base import Pair, Verdict
+from align.models.generation import Completion
+from align.pipeline.summary import render_table
+from align.stages.evaluate import judged_metrics
+
+NOTHING = Verdict(math.nan, "no answer")
+
+
+class Comparer:
+    """Compares two texts by a function of both, in the order in which they are read."""
+
+    name = "comparer"
+    reads_in_order = True
+    covers_all = True
+    usage = None
+
+    def __init__(self, prefer: Callable[[str, str], float | Verdict]) -> None:
+        self.prefer = prefer
+        self.pairs: list[Pair] = []
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        self.pairs += pairs
+        verdicts = [self.prefer(p.first[-1]["content"], p.second[-1]["content"]) for p in pairs]
+        return [each if isinstance(each, Verdict) else Verdict(each) for each in verdicts]
+
+
+class People(Comparer):
+    """The same for people, who label some pairs, in one order."""
+
+    name = "people"
+    reads_in_order = False
+    covers_all = False
+
+
+class Lengths:
+    """Scores a completion by its length."""
+
+    name = "lengths"
+
+    def check_prompts(self, prompts: Any, *, repair: str) -> None: ...
+
+    def score(self, prompts: Any, completions: Any, columns: Any) -> list[float]:
+        return [float(len(each[-1]["content"])) for each in completions]
+
+
+def prompts(n: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": [{"role": "user", "content": f"Question {i}?"}], "prompt_id": str(i)}
+        for i in range(n)
+    ]
+
+
+def texts(rows: Sequence[Sequence[str]], *, is_sampled: bool = False) -> Samples:
+    return Samples(
+        [[Completion(text, len(text), True) for text in row] for row in rows], is_sampled
+    )
+
+
+def settings(*policies: str, **more: Any) -> Evaluate:
+    return Evaluate(
+        policies=list(policies),
+        **{"baseline": "reference", "judge": "gold", "resamples": 200} | more,
+    )
+
+
+def evaluate(
+    config: Evaluate, judges: dict[str, Any], samples: dict[str, Samples], folder: Path
+) -> EvaluationMetrics:
+    rows = prompts(len(next(iter(samples.values())).completions))
+    logger = tiny_models.logger("evaluate", folder)
+    outcomes = judge_all(config, judges, rows, samples, logger)
+    return EvaluationMetrics(**judged_metrics(config, judges, outcomes, samples))
+
+
+def test_a_judge_that_compares_reads_both_orders_and_a_flip_is_half_a_win(tmp_path: Path):
+    # always the first: 1/2 in each pair; always the longer: decided in each pair
+    samples = {"a": texts([["long"], ["longer"], ["x"]]), "reference": texts([["no"]] * 3)}
+    first = Comparer(lambda one, other: 1.0)
+    longer = Comparer(lambda one, other: float(len(one) > len(other)))
+    metrics = evaluate(settings("a"), {"first": first, "longer": longer}, samples, tmp_path)
+    by_first, by_longer, panel = metrics.comparisons
+    assert (by_first.win_rate, by_first.ties, by_first.consistency) == (0.5, 1.0, 0.0)
+    assert by_longer.win_rate == pytest.approx(2 / 3)
+    assert (by_longer.ties, by_longer.consistency) == (0.0, 1.0)
+    assert len(first.pairs) == 6
+    assert {(p.first[-1]["content"], p.second[-1]["content"]) for p in first.pairs[:2]} == {
+        ("long", "no"),
+        ("no", "long"),
+    }
+    assert panel.judge == "panel"
+    assert panel.win_rate == pytest.approx((1 / 2 + 2 / 3) / 2)
+    card = {each.judge: each for each in metrics.judges}
+    assert card["first"].position_bias.value == 1.0
+    assert card["longer"].position_bias.value == 0.5
+    assert card["longer"].length_bias.value == 1.0
+    assert card["first"].length_bias.value == 0.5
+
+
+def test_equal_completions_are_a_tie_and_not_sent_to_the_judge(tmp_path: Path):
+    judge = Comparer(lambda one, other: 1.0)
+    samples = {"a": texts([["same"], ["more"]]), "reference": texts([["same"], ["less"]])}
+    (row,) = evaluate(settings("a"), {"judge": judge}, samples, tmp_path).comparisons
+    assert len(judge.pairs) == 2
+    assert row.n_prompts == 2
+
+
+def test_missing_verdicts_are_no_losses_and_give_bounds(tmp_path: Path):
+    # 20 prompts: the policy wins 12 and loses 4; 4 have no verdict in one of the orders.
+    own = [["won"]] * 12 + [["lost"]] * 4 + [["lost, unclear"]] * 4
+    verdicts = {"won": 1.0, "lost": 0.0, "base": 0.5, "lost, unclear": 0.0}
+
+    def prefer(one: str, other: str) -> float | Verdict:
+        if other == "lost, unclear":
+            return NOTHING
+        return verdicts[one] if other == "base" else 1 - verdicts[other]
+
+    samples = {"a": texts(own), "reference": texts([["base"]] * 20)}
+    metrics = evaluate(settings("a"), {"judge": Comparer(prefer)}, samples, tmp_path)
+    (row,) = metrics.comparisons
+    assert (row.win_rate, row.n_prompts, row.invalid) == (12 / 16, 16, 4)
+    assert row.bounds == (12 / 20, 16 / 20)
+    (line,) = tables.remarks(metrics, samples, ["judge"])
+    assert line.startswith("warning: judge: 4 verdicts about a invalid")
+    assert "60.0 or 80.0 %" in line
+
+
+def test_few_missing_verdicts_are_reported_without_a_warning(tmp_path: Path):
+    def prefer(one: str, other: str) -> float | Verdict:
+        return NOTHING if "odd" in (one, other) else 1.0
+
+    samples = {
+        "a": texts([["odd"]] + [["even"]] * 19),
+        "reference": texts([["base"]] * 20),
+    }
+    metrics = evaluate(settings("a"), {"judge": Comparer(prefer)}, samples, tmp_path)
+    (line,) = tables.remarks(metrics, samples, ["judge"])
+    assert line.startswith("judge: 1 verdict about a invalid"), "5 % are not above 5 %"
+
+
+def test_a_judge_without_any_verdict_is_an_error_with_its_reason(tmp_path: Path):
+    samples = {"a": texts([["x"]]), "reference": texts([["y"]])}
+    judge = Comparer(lambda one, other: NOTHING)
+    with pytest.raises(DataError, match=r"judge: no usable verdict about `a`.*no answer"):
+        evaluate(settings("a"), {"judge": judge}, samples, tmp_path)
+
+
+def test_people_label_some_pairs_and_correct_the_judge(tmp_path: Path):
+    # The judge prefers the longer text, people the text with "good"; they labeled 40 of 200.
+    generator = random.Random(0)
+    own, labels = [], []
+    for i in range(200):
+        good = generator.random() < 0.3
+        long = generator.random() < (0.9 if good else 0.6)
+        own.append([f"{'good' if good else 'bad'} {'word ' * 5 * long}{i}"])
+        labels.append(i % 5 == 0)
+    samples = {"a": texts(own), "reference": texts([["a base text"]] * 200)}
+    labeled = {text for (text,), each in zip(own, labels, strict=True) if each}
+
+    def by_people(one: str, other: str) -> float | Verdict:
+        return float(one.startswith("good")) if one in labeled else NOTHING
+
+    longer = Comparer(lambda one, other: float(len(one) > len(other)))
+    judges = {"longer": longer, "people": People(by_people)}
+    metrics = evaluate(settings("a"), judges, samples, tmp_path)
+    judged, people = metrics.comparisons
+    truth = sum(text.startswith("good") for (text,) in own) / 200
+    assert (people.n_prompts, people.invalid, people.bounds) == (40, 0, None)
+    assert people.corrected is None
+    assert judged.win_rate > truth + 0.2, "the judge is biased"
+    assert judged.corrected.ci.low < truth < judged.corrected.ci.high
+    width = judged.corrected.ci.high - judged.corrected.ci.low
+    assert width < people.ci.high - people.ci.low, "narrower than people alone"
+    (agreement,) = metrics.agreement
+    assert (agreement.first, agreement.second, agreement.n_pairs) == ("longer", "people", 40)
+    assert agreement.kappa.ci.low < agreement.kappa.value < agreement.kappa.ci.high
+    assert "panel" not in {row.judge for row in metrics.comparisons}, "people are no panel"
+
+
+def test_several_policies_are_ranked_with_adjusted_p_values(tmp_path: Path):
+    generator = random.Random(1)
+    rows = {
+        name: texts([["x" * (10 + generator.randint(-9, 9) + bonus)] for _ in range(60)])
+        for name, bonus in (("weak", -2), ("strong", 6), ("reference", 0))
+    }
+    metrics = evaluate(settings("weak", "strong"), {"lengths": Lengths()}, rows, tmp_path)
+    (ranking,) = metrics.rankings
+    assert ranking.policies == ("weak", "strong", "reference")
+    weak, strong, baseline = (each.value for each in ranking.strengths)
+    assert weak < baseline == 0.0 < strong
+    by_name = {row.policy: row for row in metrics.comparisons}
+    assert ranking.win_rates[0][2] == pytest.approx(by_name["weak"].win_rate)
+    assert ranking.win_rates[1][0] == pytest.approx(1 - ranking.win_rates[0][1])
+    for row in metrics.comparisons:
+        assert row.p_value <= row.adjusted_p_value <= 1
+    least = min(row.p_value for row in metrics.comparisons)
+    assert min(row.adjusted_p_value for row in metrics.comparisons) == pytest.approx(2 * least)
+
+
+def test_a_judge_that_compares_ranks_by_the_baseline_alone(tmp_path: Path):
+    samples = {
+        "a": texts([["aaa"], ["b"], ["aaa"]]),
+        "b": texts([["a"], ["bbb"], ["a"]]),
+        "reference": texts([["cc"]] * 3),
+    }
+    longer = Comparer(lambda one, other: float(len(one) > len(other)))
+    (ranking,) = evaluate(settings("a", "b"), {"longer": longer}, samples, tmp_path).rankings
+    assert ranking.win_rates[0][1] is None
+    assert ranking.strengths[0].value > 0 > ranking.strengths[1].value
+
+
+def test_the_self_agreement_of_repeated_verdicts(tmp_path: Path):
+    # 1 pair in 2 has the votes 1, 1 and 1 in 2 the votes 1, 0: (1 + 0) / 2 agree
+    def prefer(one: str, other: str) -> Verdict:
+        votes = (1.0, 1.0) if "sure" in (one, other) else (1.0, 0.0)
+        return Verdict(sum(votes) / 2, votes=votes)
+
+    samples = {"a": texts([["sure"], ["unsure"]]), "reference": texts([["base"]] * 2)}
+    metrics = evaluate(settings("a"), {"judge": Comparer(prefer)}, samples, tmp_path)
+    assert metrics.judges[0].self_agreement.value == 0.5
+
+
+def test_the_control_is_in_no_card_and_no_ranking(tmp_path: Path):
+    config = settings("a", baseline="sft")
+    rows = [["x" * k] for k in range(1, 9)]
+    samples = {
+        "a": texts([["y" * 20]] * 8),
+        "sft": texts(rows),
+        "sft again": texts(rows[::-1]),
+    }
+    metrics = evaluate(config, {"lengths": Lengths()}, samples, tmp_path)
+    assert [row.policy for row in metrics.comparisons] == ["a", "sft again"]
+    assert metrics.comparisons[1].adjusted_p_value is None
+    assert metrics.judges[0].n_pairs == 8
+    assert metrics.rankings == ()
+
+
+@pytest.mark.parametrize("n_policies", [1, 4, 7])
+def test_every_table_fits_into_80_columns(tmp_path: Path, n_policies: int):
+    names = [f"runs/a_long_name_of_a_folder_{k}-0123456789ab" for k in range(n_policies)]
+    generator = random.Random(2)
+    samples = {
+        name: texts([["x" * generator.randint(1, 900)] for _ in range(120)], is_sampled=True)
+        for name in [*names, "reference"]
+    }
+
+    def some(one: str, other: str) -> float | Verdict:
+        return float(len(one) > len(other)) if len(one) % 2 else NOTHING
+
+    judges = {
+        "a_model/with-a-long-name-2026-01-01 by thoroughness": Comparer(
+            lambda one, other: float(len(one) >= len(other))
+        ),
+        "lengths": Lengths(),
+        "annotations/of/many/people.jsonl": People(some),
+    }
+    metrics = evaluate(settings(*names), judges, samples, tmp_path)
+    assert {"comparisons", "judges", "agreement"} <= metrics.to_metrics().keys()
+    assert EvaluationMetrics.from_metrics(json.loads(json.dumps(metrics.to_metrics()))) == metrics
+    shown = [*map(tables.win_rate_table, tables.by_judge(metrics.comparisons))]
+    shown += judge_tables(metrics)
+    assert len(shown) == 4 + 3 + {1: 0, 4: 8, 7: 4}[n_policies]
+    for table in shown:
+        out = io.StringIO()
+        Console(file=out, width=300).print(render_table(table, "evaluate"))
+        assert max(map(len, map(str.rstrip, out.getvalue().splitlines()))) <= 80, out.getvalue()
+
+
+# Completions that are not sampled -----------------------------------------------------------------
+
+
+def completion_file(file: Path, rows: Sequence[tuple[Any, Any]]) -> str:
+    lines = [json.dumps({"prompt": prompt, "completion": text}) for prompt, text in rows]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+def test_a_file_of_completions_is_matched_by_prompt(tmp_path: Path):
+    from align.data.rows import prompt_id
+
+    rows = [row | {"prompt_id": prompt_id(row["prompt"])} for row in prompts(3)]
+    turns = [{"role": "user", "content": "Question 1?"}]
+    file = completion_file(
+        tmp_path / "other.jsonl",
+        [("question 0? ", "zero"), (turns, "one"), (turns, "one b"), ("Who?", "me")],
+    )
+    config = settings(file, n_completions=1)
+    samples = read_completions(config.model_copy(update={"baseline": "sft"}), tmp_path, rows)[file]
+    assert [[c.text for c in row] for row in samples.completions] == [["zero"], ["one"], []]
+    assert samples.remark == (
+        f"{file}: left out: 1 of 3 held-out prompts have no completion, 1 prompt not held out, "
+        "1 completion above `n_completions`"
+    )
+    assert samples.mean_tokens is None
+
+
+def test_a_prompt_without_completion_is_left_out_and_not_invalid(tmp_path: Path):
+    samples = {"a": texts([["xx"], [], ["x"]]), "reference": texts([["x"], ["x"], ["xx"]])}
+    (row,) = evaluate(settings("a"), {"lengths": Lengths()}, samples, tmp_path).comparisons
+    assert (row.n_prompts, row.invalid, row.win_rate) == (2, 0, 0.5)
+
+
+def test_fewer_completions_of_one_side_are_used_again(tmp_path: Path):
+    samples = {"a": texts([["x", "xxx", "x"]]), "reference": texts([["xx"]])}
+    config = settings("a", n_completions=3)
+    (row,) = evaluate(config, {"lengths": Lengths()}, samples, tmp_path).comparisons
+    assert row.win_rate == pytest.approx(1 / 3)
+    both = {"a": texts([["xxx"]]), "reference": texts([["xx"]])}
+    metrics = evaluate(config, {"lengths": Lengths()}, both, tmp_path)
+    assert metrics.judges[0].n_pairs == 1, "no pair is compared twice"
+
+
+def test_wrong_rows_of_a_file_are_named(tmp_path: Path):
+    file = completion_file(tmp_path / "wrong.jsonl", [("Question 0?", 3), ("Question 1?", "a")])
+    with pytest.raises(DataError, match=r"wrong.jsonl: row 1: `completion`: expected a text"):
+        read_completions(settings(file), tmp_path, prompts(2))
+
+
+def test_a_file_of_other_prompts_is_refused(tmp_path: Path):
+    file = completion_file(tmp_path / "other.jsonl", [("Who?", "me")])
+    with pytest.raises(DataError, match="none of its 1 prompt is a held-out prompt"):
+        read_completions(settings(file), tmp_path, prompts(2))
