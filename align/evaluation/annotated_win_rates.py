@@ -159,19 +159,23 @@ def _length_control(comparisons: Sequence[_Comparison]) -> list[tuple[float | No
     results: dict[int, tuple[float | None, int]] = {}
     for group in _groups_over_same_prompts(comparisons):
         prompts = dict.fromkeys(prompt for n in group for prompt in comparisons[n].by_prompt)
-        outcomes = torch.full((len(group), len(prompts)), math.nan, dtype=torch.float64)
-        differences = torch.zeros_like(outcomes)
-        for row, number in enumerate(group):
-            for column, prompt in enumerate(prompts):
-                if decisions := comparisons[number].by_prompt.get(prompt):
-                    outcomes[row, column] = _mean(each.outcome for each in decisions)
-                    differences[row, column] = _mean(
-                        each.characters - each.baseline_characters for each in decisions
-                    )
+        means = [[_prompt_mean(comparisons[n], prompt) for prompt in prompts] for n in group]
+        outcomes, differences = torch.tensor(means, dtype=torch.float64).unbind(dim=-1)
         rates = length_controlled_win_rates(outcomes, differences).rates.tolist()
         for number, rate in zip(group, rates, strict=True):
             results[number] = (None if math.isnan(rate) else rate, len(group))
     return [results[number] for number in range(len(comparisons))]
+
+
+def _prompt_mean(comparison: _Comparison, prompt: str) -> tuple[float, float]:
+    """Mean outcome and length difference of a prompt; NaN and 0 without a decision."""
+    decisions = comparison.by_prompt.get(prompt)
+    if not decisions:
+        return math.nan, 0.0
+    return (
+        _mean(each.outcome for each in decisions),
+        _mean(each.characters - each.baseline_characters for each in decisions),
+    )
 
 
 def _groups_over_same_prompts(comparisons: Sequence[_Comparison]) -> list[list[int]]:
