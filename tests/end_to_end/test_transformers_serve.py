@@ -1,0 +1,85 @@
+"""The judge behind an API with a real server: ``transformers serve`` and a tiny model."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_models
+
+from align.config.judges import ServerJudge
+from align.judges.base import Pair
+from align.judges.server import LanguageModelJudge
+from align.judges.server_check import check_judge
+
+pytest.importorskip("fastapi", reason="pip install transformers[serving]")
+pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
+pytest.importorskip("openai", reason="pip install transformers[serving]")
+
+SECONDS_TO_START = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.world(tmp_path_factory.getbasetemp()).sft
+
+
+@pytest.fixture(scope="module")
+def base_url(model: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", code, "serve", model, "--host", "127.0.0.1", "--port", port]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(10 * SECONDS_TO_START):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                    break
+                except OSError:
+                    assert process.poll() is None
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
+def config(base_url: str, model: Path, **keys: Any) -> ServerJudge:
+    api = {"base_url": base_url, "model": str(model), "max_tokens": 8, **keys}
+    return ServerJudge.model_validate({"api": api})
+
+
+def pairs(count: int) -> list[Pair]:
+    turns = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+    return [Pair([{"role": "user", "content": f"Is {n} even?"}], *turns, {}) for n in range(count)]
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_asked_and_gives_no_verdict(tmp_path, base_url, model):
+    settings = config(base_url, model, structured_output="none")
+    list(check_judge(settings))
+    judge = LanguageModelJudge(settings, cache=tmp_path / "verdicts.jsonl")
+    verdicts = judge.compare(pairs(4))
+    assert [verdict.is_valid for verdict in verdicts] == [False] * 4
+    assert all(verdict.reason for verdict in verdicts)
+    assert judge.usage.requests == 4
+    assert judge.usage.input_tokens > 400 and 0 < judge.usage.output_tokens <= 32
+    again = LanguageModelJudge(settings, cache=tmp_path / "verdicts.jsonl")
+    assert again.compare(pairs(4)) == verdicts and again.usage.requests == 0
+
+
+@pytest.mark.slow
+def test_another_model_than_the_requested_one_is_a_warning(tmp_path, base_url, model, caplog):
+    settings = config(base_url, Path("other/judge-7b"))
+    LanguageModelJudge(settings, cache=tmp_path / "verdicts.jsonl").compare(pairs(2))
+    (record,) = caplog.records
+    assert f"answers as model `{model}" in record.getMessage()
