@@ -299,7 +299,9 @@ class ChatClient:
             return (
                 f"correct `base_url`, which usually ends in /v1, or `model` ({self.server.model})"
             )
-        return "correct the settings under `api`, such as `structured_output` or `extra_body`"
+        return (
+            "correct the settings under `api`, such as `model`, `structured_output`, `extra_body`"
+        )
 
 
 async def _read(response: httpx2.Response) -> bytes:
@@ -320,7 +322,10 @@ def run(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine function to its end, also inside the event loop of a notebook."""
     try:
         asyncio.get_running_loop()
+        in_notebook = True
     except RuntimeError:
+        in_notebook = False
+    if not in_notebook:
         return asyncio.run(function())
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(function())).result()

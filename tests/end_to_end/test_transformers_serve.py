@@ -15,6 +15,7 @@ import pytest
 from helpers import tiny_models
 
 from align.config.judges import ServerJudge
+from align.errors import UserError
 from align.judges.base import Pair
 from align.judges.server import LanguageModelJudge
 from align.judges.server_check import check_judge
@@ -78,8 +79,8 @@ def test_a_tiny_model_is_asked_and_gives_no_verdict(tmp_path, base_url, model):
 
 
 @pytest.mark.slow
-def test_another_model_than_the_requested_one_is_a_warning(tmp_path, base_url, model, caplog):
-    settings = config(base_url, Path("other/judge-7b"))
-    LanguageModelJudge(settings, cache=tmp_path / "verdicts.jsonl").compare(pairs(2))
-    (record,) = caplog.records
-    assert f"answers as model `{model}" in record.getMessage()
+def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
+    judge = LanguageModelJudge(config(base_url, Path("no/judge")), cache=tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="HTTP 400.*no/judge.*correct .* `model`") as raised:
+        judge.compare(pairs(2))
+    assert len(raised.value.lines) == 1 and judge.usage.requests == 1
