@@ -117,14 +117,18 @@ def test_log_probabilities_are_those_of_the_sampled_tokens_one_at_a_time(
     few = [rows[:7] for rows in samples]
     policy = policies["base"]
     prompts = tokenization.tokenize_prompts(policy.tokenizer, [row["prompt"] for row in PROMPTS])
-    expected = torch.zeros(2, 7, dtype=torch.float64)
+    expected, entropies = torch.zeros(2, 2, 7, dtype=torch.float64)
     for i, k in itertools.product(range(2), range(7)):
         ids = list(prompts[i])
         for token in few[i][k].tokens:
-            expected[i, k] += next_logps(policy, torch.tensor([ids]))[0, token]
+            distribution = next_logps(policy, torch.tensor([ids]))[0]
+            expected[i, k] += distribution[token]
+            entropies[i, k] -= (distribution.exp() * distribution).sum()
             ids.append(token)
     for more in ({}, {"prefix_sharing": False, "batch_size": 3}):
-        assert_close(score(policy, few, tmp_path, **more).logps, expected, rtol=1e-4, atol=1e-4)
+        scored = score(policy, few, tmp_path, **more)
+        assert_close(scored.logps, expected, rtol=1e-4, atol=1e-4)
+        assert_close(scored.entropies, entropies, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_hold_a_bounded_number_of_logits(
