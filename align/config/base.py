@@ -228,6 +228,17 @@ class Stage(Config):
         return {}
 
     @property
+    def annotation_files(self) -> dict[str, str]:
+        """Files of annotations among the named paths, by key."""
+        paths = self.named_paths()
+        return {key: path for key, path in paths.items() if key.endswith("annotations")}
+
+    @property
+    def completion_files(self) -> dict[str, str]:
+        """Files of completions among the named paths, by key."""
+        return {}
+
+    @property
     def trackers(self) -> tuple[str, ...]:
         """The experiment trackers that the stage reports to."""
         return ()

@@ -18,11 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from align.config.evaluate import REFERENCE, Evaluate
-from align.data import tables
-from align.data.annotations import InvalidRowError, as_completion, as_prompt
-from align.data.file_limits import Problems
-from align.data.files import read_file
-from align.data.rows import prompt_id
+from align.data import completion_files, tables
 from align.errors import DataError, counted
 from align.models import generation
 from align.models.generation import Completion
@@ -178,15 +174,7 @@ def read_completions(config: Evaluate, data: Path, prompts: Sequence[Row]) -> di
 
 def _read_file(file: Path, prompts: Sequence[Row], n_completions: int) -> Samples:
     """Completions of a JSONL file, matched by the normalized text of the prompts."""
-    completions: dict[str, list[str]] = {}
-    problems = Problems(file)
-    for number, row in enumerate(read_file(file), 1):
-        try:
-            key = prompt_id(as_prompt(row, "prompt"))
-            completions.setdefault(key, []).append(as_completion(row, "completion"))
-        except InvalidRowError as error:
-            problems.add(f"{file}: row {number}: {error}")
-    problems.raise_any()
+    completions = completion_files.read_completions(file)
     held_out = {row["prompt_id"] for row in prompts}
     missing, extra = held_out - completions.keys(), completions.keys() - held_out
     if missing == held_out:

@@ -24,7 +24,8 @@ def judge_tables(metrics: EvaluationMetrics) -> list[ResultTable]:
     tables: list[ResultTable] = []
     for ranking in metrics.rankings:
         tables.append(ranking_table(ranking, metrics.comparisons))
-        if len(ranking.policies) <= MOST_OPPONENTS:
+        # A judge that compares only reads pairs with the baseline: the win rates are above.
+        if len(ranking.policies) <= MOST_OPPONENTS and ranking.win_rates[0][1] is not None:
             tables.append(matrix_table(ranking))
     corrected = [row for row in metrics.comparisons if row.corrected is not None]
     if corrected:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from align.config import judges as config
 from align.config.judges import Judges
 from align.judges.annotations import People
-from align.judges.base import Messages, PairJudge, ScoreJudge
-from align.judges.scores import FunctionJudge, GoldJudge, RewardModelJudge
+from align.judges.base import PairJudge, ScoreJudge
+from align.judges.scores import ROW_KEYS, FunctionJudge, GoldJudge, RewardModelJudge
 
 Judge = ScoreJudge | PairJudge
 VERDICTS = "verdicts.jsonl"
@@ -53,12 +54,16 @@ def build_judges(
     return {config.judge_name(each): build(each, inputs.get(key)) for key, each in by_key.items()}
 
 
-def check_prompts(judges: Mapping[str, Judge], prompts: Sequence[Messages], *, repair: str) -> None:
-    """Check that the judges that score can read the prompts.
+def check_rows(
+    judges: Mapping[str, Judge], rows: Sequence[Mapping[str, Any]], *, repair: str
+) -> None:
+    """Check that the judges that score can read the prompts, and have the columns they require.
 
     Raises:
-        UserError: One of them cannot; the message ends in ``repair``.
+        UserError: One of them cannot; the message about a prompt ends in ``repair``.
     """
     for judge in judges.values():
         if isinstance(judge, ScoreJudge):
-            judge.check_prompts(prompts, repair=repair)
+            judge.check_prompts([row["prompt"] for row in rows], repair=repair)
+        if isinstance(judge, FunctionJudge):
+            judge.check_columns(rows[0].keys() - ROW_KEYS)

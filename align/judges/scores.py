@@ -5,7 +5,7 @@ Left out: judges that compare two completions, which :mod:`align.judges.build` b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +96,22 @@ class FunctionJudge:
         completions: Sequence[Messages],
         columns: Mapping[str, Sequence[Any]],
     ) -> list[float]:
-        """Score each completion by the text of its last message.
-
-        Raises:
-            DataError: The prompts' rows lack a column that the function requires.
-        """
-        if missing := missing_columns(self._address, columns.keys()):
-            raise DataError(
-                f"{self.name}: requires the column `{missing[0]}`; the prompts have "
-                f"{', '.join(columns) or 'no further columns'}; add it to `keep_columns` of the "
-                "`prepare` stage"
-            )
+        """Score each completion by the text of its last message."""
         texts = [completion[-1]["content"] for completion in completions]
         return functions.call(self._address, self._function, prompts, texts, columns)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Check that the prompts' rows have the columns that the function requires.
+
+        Raises:
+            DataError: One is missing.
+        """
+        if missing := missing_columns(self._address, columns):
+            raise DataError(
+                f"{self.name}: requires the column `{missing[0]}`; the prompts have "
+                f"{', '.join(sorted(columns)) or 'no further columns'}; add it to `keep_columns` "
+                "of the `prepare` stage"
+            )
 
 
 ROW_KEYS = frozenset({"prompt", "completion"})

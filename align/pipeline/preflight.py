@@ -20,6 +20,8 @@ from align.config import trl_fields
 from align.config.recipe import ErrorCollector
 from align.data import sources
 from align.data import tables as data_tables
+from align.data.annotation_files import read_annotations
+from align.data.completion_files import read_completions
 from align.errors import UserError
 from align.pipeline import token_lengths, trackers
 from align.pipeline.model_checks import check_hub_models, check_revisions, check_target_modules
@@ -178,6 +180,17 @@ def check_server_judges(errors: ErrorCollector, pending: Sequence[PlannedStage])
                     yield f"{stage.name}: warning: {warning}"
 
 
+def check_row_files(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Read the files of annotations and of completions that stages name."""
+    for stage in pending:
+        for key, path in stage.config.annotation_files.items():
+            with errors.at(stage.name, *key.split(".")):
+                read_annotations(Path(path))
+        for key, path in stage.config.completion_files.items():
+            with errors.at(stage.name, *key.split(".")):
+                read_completions(Path(path))
+
+
 def check_batch_sizes(
     errors: ErrorCollector, pending: Sequence[PlannedStage], world_size: int
 ) -> None:
@@ -196,6 +209,7 @@ CHECKS = (
     check_environments,
     check_reward_functions,
     check_servers,
+    check_row_files,
 )
 """The checks of what the stages declare. A new one is added here."""
 

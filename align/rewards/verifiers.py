@@ -15,8 +15,8 @@ from fractions import Fraction
 from typing import Any
 
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w/])|"
-    r"(?<![\w.])[-+]?\.\d+(?![\w/])"
+    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)"
+    r"(?![\w/]|[.,]\d)"
 )
 _MARKED = (
     re.compile(r"####\s*(.+)"),

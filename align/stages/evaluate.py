@@ -24,7 +24,7 @@ from align.evaluation.judging import Outcomes, judge_all
 from align.evaluation.panel import panel, rank
 from align.evaluation.results import EvaluationMetrics
 from align.evaluation.win_rates import compare_all, write_comparisons
-from align.judges.build import Judge, build_judges, check_prompts
+from align.judges.build import Judge, build_judges, check_rows
 from align.models.policy import load_policy
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -50,9 +50,9 @@ def run(
         dtype=config.dtype,
         batch_size=config.batch_size,
     )
-    check_prompts(
+    check_rows(
         judges,
-        [row["prompt"] for row in prompts],
+        prompts,
         repair="choose another `judge`, or set `implicit_rewards: true` and no `judge`",
     )
     samples = read_completions(config, data, prompts) if config.judge else {}

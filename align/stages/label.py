@@ -22,7 +22,7 @@ from align.data import pairing, statistics, tables
 from align.data.rows import Row
 from align.errors import DataError
 from align.judges.base import Pair, ScoreJudge
-from align.judges.build import Judge, build_judges, check_prompts
+from align.judges.build import Judge, build_judges, check_rows
 from align.judges.preferences import preferences
 from align.judges.scores import score_rows
 from align.rewards import gold
@@ -89,7 +89,7 @@ def _label(
             f"{file}: none of {len(sampled)} completions ends in a stop token; sample again with a "
             "larger `max_new_tokens`"
         )
-    check_prompts(judges, [row["prompt"] for row in rows], repair="set `judge` to a reward model")
+    check_rows(judges, rows, repair="set `judge` to a reward model")
     scores = None
     if config.compares:
         result = _compare(config, judges, rows, logger)

@@ -281,7 +281,7 @@ def test_every_table_fits_into_80_columns(tmp_path: Path, n_policies: int):
     assert EvaluationMetrics.from_metrics(json.loads(json.dumps(metrics.to_metrics()))) == metrics
     shown = [*map(tables.win_rate_table, tables.by_judge(metrics.comparisons))]
     shown += judge_tables(metrics)
-    assert len(shown) == 4 + 3 + {1: 0, 4: 8, 7: 4}[n_policies]
+    assert len(shown) == 4 + 3 + {1: 0, 4: 5, 7: 4}[n_policies]
     for table in shown:
         out = io.StringIO()
         Console(file=out, width=300).print(render_table(table, "evaluate"))

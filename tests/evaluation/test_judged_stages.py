@@ -1,0 +1,201 @@
+"""Stages with judges other than gold, on tiny models: evaluate without pairs, label by comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from helpers import tiny_models
+
+from align.config.data import Label, Prepare
+from align.config.evaluate import Evaluate
+from align.config.training import Reward
+from align.data.rows import prompt_id
+from align.errors import UserError
+from align.runtime import artifacts
+from align.stages import evaluate, label, prepare, reward
+
+KEYS = {"max_new_tokens": 8, "batch_size": 32, "resamples": 200}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
+    return tiny_models.world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def labels(world: tiny_models.World) -> Path:
+    """Prepared data with labeled completions alone, as for KTO."""
+    file = world.folder / "labels.jsonl"
+    rows = [
+        {"prompt": f"Say {n}.", "completion": f"The {word} {n} sings.", "label": good, "answer": n}
+        for n in range(40)
+        for word, good in (("calm", True), ("grey", False))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = world.folder / "labels"
+    config = Prepare(source=str(file), test_fraction=0.3, keep_columns=["answer"])
+    tiny_models.stage(prepare, config, {}, folder)
+    return folder
+
+
+def test_labels_alone_can_be_evaluated_against_their_desirable_completions(
+    world: tiny_models.World, labels: Path, tmp_path: Path
+):
+    config = Evaluate(
+        policies=["sft"], baseline="reference", judge={"function": "math"}, n_completions=2, **KEYS
+    )
+    inputs = {"policies.0": world.sft, "prompts": labels}
+    metrics = tiny_models.stage(evaluate, config, inputs, tmp_path)
+    (row,) = metrics["comparisons"]
+    held_out = {each["prompt_id"] for each in tiny_models.rows(labels, "prompts-test")}
+    assert row["n_prompts"] == len(held_out)
+    assert (row["policy"], row["baseline"], row["judge"]) == ("sft", "reference", "math")
+    assert row["mean_score"]["baseline"] == 1.0, "each reference ends in the number of its prompt"
+    assert row["win_rate"] < 0.5
+    assert row["mean_tokens"]["baseline"] is None
+    texts = {
+        row["completion"][-1]["content"]
+        for row in tiny_models.rows(labels, "unpaired-test")
+        if row["label"]
+    }
+    compared = pq.read_table(tmp_path / "comparisons.parquet").to_pylist()
+    assert {row["baseline_completion"] for row in compared} == texts
+
+
+def test_a_function_without_its_column_is_refused_before_sampling(
+    world: tiny_models.World, tmp_path: Path
+):
+    config = Evaluate(policies=["sft"], baseline="reference", judge={"function": "math"}, **KEYS)
+    inputs = {"policies.0": world.sft, "prompts": world.data}
+    with pytest.raises(UserError, match=r"math: requires the column `answer`.*`keep_columns`"):
+        tiny_models.stage(evaluate, config, inputs, tmp_path)
+
+
+def test_a_reward_model_that_learned_from_the_same_pairs_is_named(
+    world: tiny_models.World, tmp_path: Path
+):
+    from align.config.training import DPO
+    from align.stages import dpo
+
+    trainer = tiny_models.TRAINER | {"max_steps": 1}
+    pairs = {"model": world.sft, "pairs": world.data}
+    tiny_models.stage(reward, Reward(model="sft", trainer=trainer), pairs, tmp_path / "reward")
+    tiny_models.stage(dpo, DPO(model="sft", trainer=trainer), pairs, tmp_path / "dpo")
+    config = Evaluate(policies=["dpo"], baseline="sft", judge=["reward"], n_prompts=6, **KEYS)
+    inputs = {"policies.0": tmp_path / "dpo", "baseline": world.sft, "prompts": world.data}
+    inputs |= {"judge.0": tmp_path / "reward"}
+    metrics = tiny_models.stage(evaluate, config, inputs, tmp_path / "evaluate")
+    assert [row["judge"] for row in metrics["comparisons"]] == ["reward", "reward"]
+    artifact = artifacts.read_artifact(tmp_path / "evaluate")
+    assert artifact is not None
+    assert any(
+        line.startswith("warning: judge `reward` was trained on the same preferences as dpo:")
+        for line in artifact.remarks
+    )
+
+
+# Label --------------------------------------------------------------------------------------------
+
+
+def sampled(folder: Path, texts: Sequence[Sequence[str]]) -> Path:
+    """A folder of completions as the stage `sample` writes it."""
+    import pyarrow as pa
+
+    folder.mkdir()
+    rows = []
+    for n, completions in enumerate(texts):
+        prompt = [{"role": "user", "content": f"Say {n}."}]
+        rows += [
+            {
+                "prompt": prompt,
+                "completion": [{"role": "assistant", "content": text}],
+                "prompt_id": prompt_id(prompt),
+                "finished": True,
+            }
+            for text in completions
+        ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "completions-train.parquet")
+    return folder
+
+
+def annotations(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> str:
+    lines = [
+        json.dumps({"prompt": f"Say {n}.", "first": one, "second": other, "decision": decision})
+        for n, one, other, decision in rows
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+def run_label(folder: Path, completions: Path, **keys: Any) -> tuple[dict[str, Any], list[Any]]:
+    inputs = {"completions": completions}
+    metrics = tiny_models.stage(label, Label(completions="sample", **keys), inputs, folder)
+    pairs = [
+        (row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"])
+        for row in tiny_models.rows(folder, "pairs-train")
+    ]
+    return metrics, pairs
+
+
+def test_people_label_pairs_and_missing_or_tied_pairs_are_dropped(tmp_path: Path):
+    completions = sampled(tmp_path / "sample", [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]])
+    file = annotations(
+        tmp_path / "people.jsonl",
+        [(0, "a", "b", "second"), (1, "d", "c", "second"), (2, "e", "f", "tie")],
+    )
+    metrics, pairs = run_label(tmp_path / "label", completions, judge={"annotations": file})
+    assert pairs == [("Say 0.", "b", "a"), ("Say 1.", "c", "d")]
+    assert metrics["dropped"] == {"train: tie": 1, "train: no usable verdict": 1}
+    assert not (tmp_path / "label" / "scores-train.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("pairing", "expected"),
+    [
+        ("all", {("a", "b"), ("b", "c"), ("a", "c")}),
+        ("best_worst", {("a", "c")}),
+    ],
+)
+def test_pairs_of_three_completions_follow_the_decisions(
+    tmp_path: Path, pairing: str, expected: set[tuple[str, str]]
+):
+    completions = sampled(tmp_path / "sample", [["c", "a", "b"]])
+    file = annotations(
+        tmp_path / "people.jsonl",
+        [(0, "a", "b", "first"), (0, "c", "b", "second"), (0, "a", "c", "first")],
+    )
+    _, pairs = run_label(
+        tmp_path / "label", completions, judge={"annotations": file}, pairing=pairing
+    )
+    assert {(chosen, rejected) for _, chosen, rejected in pairs} == expected
+
+
+def test_several_judges_label_by_their_mean(tmp_path: Path):
+    # contains: the completion with the answer; people disagree with it about the second prompt.
+    rows = [["one", "none"], ["two", "few"]]
+    completions = sampled(tmp_path / "sample", rows)
+    table = completions / "completions-train.parquet"
+    import pyarrow as pa
+
+    data = pq.read_table(table).to_pylist()
+    answers = ["one", "one", "two", "two"]
+    data = [row | {"answer": answer} for row, answer in zip(data, answers, strict=True)]
+    data[1]["completion"][0]["content"] = "nil"
+    pq.write_table(pa.Table.from_pylist(data), table)
+    file = annotations(tmp_path / "people.jsonl", [(1, "two", "few", "second")])
+    judges = [{"function": "contains"}, {"annotations": file}]
+    metrics, pairs = run_label(tmp_path / "label", completions, judge=judges)
+    assert pairs == [("Say 0.", "one", "nil")], "by the one judge that has a verdict"
+    assert metrics["dropped"] == {"train: tie": 1}, "1 and 0 are a tie"
+
+
+@pytest.mark.parametrize("key", ["margin", "label_noise"])
+def test_keys_for_scores_are_refused_where_judges_compare(key: str):
+    value = {"margin": 0.5, "label_noise": "bradley_terry"}[key]
+    with pytest.raises(ValueError, match=f"`{key}` needs the scores of one judge"):
+        Label(judge={"annotations": "people.jsonl"}, **{key: value})
