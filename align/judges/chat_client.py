@@ -104,8 +104,8 @@ class Redactor:
         self._pieces = {self._key[i : i + SHORTEST_PIECE] for i in range(last + 1)}
 
     def remove(self, text: object) -> str:
-        """A text without the key."""
-        words = str(text)
+        """A text without the key, and without half pairs of UTF-16, which no file can hold."""
+        words = str(text).encode(errors="replace").decode()
         if not self._pieces:
             return words.replace(self._key, "***") if self._key else words
         hidden: set[int] = set()
@@ -147,12 +147,18 @@ class ChatClient:
             # Its debugging output has the headers of answers, which may repeat the key.
             logging.getLogger("httpcore2").setLevel(logging.INFO)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx2.AsyncClient(
-            headers=headers,
-            timeout=None,
-            limits=limits,
-            verify=self.url.startswith("https:"),  # reading certificates takes 0.1 s
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                headers=headers,
+                timeout=None,
+                limits=limits,
+                verify=self.url.startswith("https:"),  # reading certificates takes 0.1 s
+            )
+        except (ImportError, ValueError, OSError, httpx2.InvalidURL) as error:
+            raise UserError(
+                f"{self.url}: the proxy or the certificates that environment variables name cannot "
+                f"be used: {self.redact.one_line(error)}"
+            ) from None
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -194,7 +200,7 @@ class ChatClient:
         url = f"{self.server.base_url}/models"
         seconds = min(LIST_SECONDS, self.server.timeout_seconds)
         response, content = await self._send("GET", url, None, seconds)
-        if response.status_code in (401, 403):
+        if response.status_code in (401, 403) or response.is_redirect:
             raise self._refusal(response, content)
         try:
             return [str(model["id"]) for model in json.loads(content)["data"]]
@@ -255,7 +261,7 @@ class ChatClient:
                 f"({kind}); `base_url` usually ends in /v1"
             )
             raise RequestFailedError(reason, again=True) from None
-        counts = [n if isinstance(n, int) and n > 0 else 0 for n in tokens]
+        counts = [n if isinstance(n, int) and 0 < n < 10**9 else 0 for n in tokens]
         return Answer(choice, *counts)
 
     def _check_model(self, name: object) -> None:
@@ -354,7 +360,7 @@ def retry_after_seconds(header: str | None) -> float | None:
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(header)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             return None
         date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
         seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()

@@ -72,6 +72,7 @@ class LanguageModelJudge:
         key = chat_client.read_key(config.api.key_variable)
         self._client = ChatClient(config.api, key)
         self._cache = VerdictCache(cache)
+        self._cache.read()  # a file that cannot be used is an error before anything is sampled
         self._progress = progress
         self._used: dict[str, StoredVerdict] = {}
         self._n_cached = 0

@@ -47,8 +47,10 @@ class VerdictCache:
             ArtifactError: The file cannot be read.
         """
         try:
-            if not self.path.exists():
+            if not os.path.lexists(self.path):
                 return self._verdicts
+            if not self.path.is_file():  # opening a pipe would wait for ever
+                raise OSError("not a file")
             with self.path.open("rb") as file:
                 file.seek(self._read_to)
                 for line in file:

@@ -81,6 +81,6 @@ def test_a_tiny_model_is_asked_and_gives_no_verdict(tmp_path, base_url, model):
 @pytest.mark.slow
 def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
     judge = LanguageModelJudge(config(base_url, Path("no/judge")), cache=tmp_path / "x.jsonl")
-    with pytest.raises(UserError, match="HTTP 400.*no/judge.*correct .* `model`") as raised:
+    with pytest.raises(UserError, match=r"HTTP 400.*no/judge.*correct .* `model`") as raised:
         judge.compare(pairs(2))
     assert len(raised.value.lines) == 1 and judge.usage.requests == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -17,6 +19,7 @@ from helpers.judge_server import Request, judge_server
 from align.config.judges import ServerJudge
 from align.errors import UserError
 from align.judges.base import Pair
+from align.judges.chat_client import retry_after_seconds
 from align.judges.server import LanguageModelJudge
 from align.judges.server_check import check_judge, count_requests
 
@@ -389,6 +392,66 @@ def test_an_answer_of_another_model_is_a_warning(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{server.base_url}/chat/completions: the server answers as model `other-7b`, not `judge-1`"
     ]
+
+
+def test_no_reason_has_text_that_a_file_cannot_hold(tmp_path):
+    def script(request: Request) -> None:
+        if request.number == 0:
+            request.prefer("A", "half a pair: \ud800")
+        else:
+            request.answer("no verdict \udfff")
+
+    with judge_server(script) as server:
+        verdicts = judge(server.base_url, tmp_path, concurrency=1).compare(pairs(2))
+    assert verdicts[0].reason == "half a pair: ?"
+    for verdict in verdicts:
+        verdict.reason.encode()
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 1.5, "10", None, True, 10**400, [1]])
+def test_tokens_that_are_no_count_are_not_counted(tmp_path, tokens):
+    def script(request: Request) -> None:
+        usage = {"prompt_tokens": tokens, "completion_tokens": 7}
+        answer = {"choices": [{"message": {"content": "A"}}], "usage": usage}
+        request.send(200, json.dumps(answer))
+
+    with judge_server(script) as server:
+        asked = judge(server.base_url, tmp_path, input_price=1.0, output_price=1.0)
+        assert asked.compare([pair()])[0].is_valid
+    assert asked.usage.input_tokens <= 1 and asked.usage.output_tokens == 7
+    assert asked.usage.cost == pytest.approx(7e-6, abs=1e-6)
+
+
+def test_proxy_settings_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "nonsense://proxy")
+    with pytest.raises(UserError, match="environment variables") as raised:
+        judge("http://127.0.0.1:1/v1", tmp_path).compare([pair()])
+    assert len(raised.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("3", 3.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        ("inf", math.inf),
+        ("nan", None),
+        ("", None),
+        ("soon", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 99 Oct 2015 07:28:00 GMT", None),
+        (None, None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(header, seconds):
+    assert retry_after_seconds(header) == seconds
+
+
+def test_retry_after_counts_from_now():
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    seconds = retry_after_seconds(in_a_minute)
+    assert seconds is not None and 57 < seconds <= 60
 
 
 # The API key

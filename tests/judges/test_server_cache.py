@@ -88,11 +88,15 @@ def test_several_writers_share_a_file(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("kind", ["folder", "parent is a file"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "parent is a file"])
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, kind):
     path = tmp_path / "verdicts.jsonl"
     if kind == "folder":
         path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "broken link":
+        path.symlink_to(tmp_path / "none" / "here")
     else:
         (tmp_path / "file").touch()
         path = tmp_path / "file" / "verdicts.jsonl"

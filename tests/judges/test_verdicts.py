@@ -75,7 +75,8 @@ def test_any_text_is_a_verdict_or_none(text):
 @given(st.text(alphabet='{}[]":\\\n\0A<>/think\u2028\ud800'), st.sampled_from(["A", "B", "tie"]))
 def test_every_reason_keeps_the_verdict(reason, verdict):
     text = json.dumps({"reason": reason, "verdict": verdict})
-    read = read_verdict(f"Here it is: {text}")
+    prefix = "" if "</think>" in reason else "Here it is: "  # what precedes it are thoughts
+    read = read_verdict(prefix + text)
     assert (read.preference, read.reason) == (PREFERENCES[verdict.casefold()], reason[:2000])
 
 
