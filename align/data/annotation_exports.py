@@ -35,7 +35,7 @@ def from_label_studio(row: Raw) -> Iterator[Annotation]:
     Raises:
         InvalidRowError: A value is missing or wrong.
     """
-    data = row["data"]
+    data = _object(row, "data")
     for annotation in _objects(row, "annotations"):
         results = _objects(annotation, "result")
         pairwise = [result for result in results if result.get("type") == "pairwise"]
@@ -69,26 +69,17 @@ def _label_studio_preference(
 ) -> float:
     if annotation.get("was_cancelled"):
         return math.nan
-    words = [choice for result in choices for choice in _value(result).get("choices") or ()]
+    words = [choice for result in choices for choice in _list(_object(result, "value"), "choices")]
     if any(str(word).strip().lower() == "tie" for word in words):
         return 0.5
     if not pairwise:
         return math.nan
-    selected = _value(pairwise[0]).get("selected", "none")
+    selected = _object(pairwise[0], "value").get("selected", "none")
     if not isinstance(selected, str) or selected not in _SELECTED:
         raise InvalidRowError(
             f"`annotations.result.value.selected`: expected left or right, got {shown(selected)}"
         )
     return _SELECTED[selected]
-
-
-def _value(result: Raw) -> Raw:
-    value = result.get("value")
-    if not isinstance(value, dict):
-        raise InvalidRowError(
-            f"`annotations.result.value`: expected an object, got {json_type(value)}"
-        )
-    return value
 
 
 def _completed_by(annotation: Raw) -> str:
@@ -146,16 +137,22 @@ def _response_list(row: Raw) -> Iterator[Raw]:
             yield from _objects(responses, question)
     elif isinstance(responses, list):  # version 1: `values` by question
         for response in _objects(row, "responses"):
-            for answer in (response.get("values") or {}).values():
-                yield {**response, "value": answer.get("value")}
+            answers = _object(response, "values") if response.get("values") else {}
+            for question in answers:
+                yield {**response, "value": _object(answers, question).get("value")}
     for column in _question_columns(row):
         if not column.endswith(_SUFFIX):
             yield from _objects(row, column)
             continue
-        values = row[column] or []
-        users = row.get(f"{column}.users") or [None] * len(values)
-        statuses = row.get(f"{column}.status") or ["submitted"] * len(values)
-        for user, status, value in zip(users, statuses, values, strict=False):
+        values = _list(row, column)
+        users = _list(row, f"{column}.users") or [None] * len(values)
+        statuses = _list(row, f"{column}.status") or [None] * len(values)
+        if not len(values) == len(users) == len(statuses):
+            raise InvalidRowError(
+                f"`{column}`: {len(values)} responses, {len(users)} users and {len(statuses)} "
+                "statuses; expected as many of each"
+            )
+        for user, status, value in zip(users, statuses, values, strict=True):
             yield {"user_id": user, "status": status or "submitted", "value": value}
 
 
@@ -198,6 +195,21 @@ def _prompt_key(fields: Raw) -> str:
         f"no prompt in the keys {_listed(fields)}; name its key `prompt`, or one of "
         f"{', '.join(PROMPT_KEYS[1:])}"
     )
+
+
+def _object(row: Raw, key: str) -> Raw:
+    value = row.get(key)
+    if not isinstance(value, dict):
+        raise InvalidRowError(f"`{key}`: expected an object, got {json_type(value)}")
+    return value
+
+
+def _list(row: Raw, key: str) -> list[Any]:
+    """The list at a key; empty if it is missing."""
+    value = row.get(key)
+    if not isinstance(value, list | None):
+        raise InvalidRowError(f"`{key}`: expected a list, got {json_type(value)}")
+    return value or []
 
 
 def _objects(row: Raw, key: str) -> list[Raw]:

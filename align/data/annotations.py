@@ -129,7 +129,7 @@ def as_prompt(row: Raw, key: str) -> Messages:
     """The prompt at a key: a text becomes one user turn, a list of turns stays as it is."""
     value = row.get(key)
     if isinstance(value, list) and value and all(map(_is_turn, value)):
-        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+        return [{"role": turn["role"], "content": _unicode(turn["content"], key)} for turn in value]
     if isinstance(value, list):
         roles = ", ".join(ROLES)
         raise InvalidRowError(
@@ -144,7 +144,7 @@ def as_completion(row: Raw, key: str) -> str:
     if isinstance(value, list):
         if len(value) != 1 or not _is_turn(value[0]) or value[0]["role"] != "assistant":
             raise InvalidRowError(f"`{key}`: expected a text, or a list of one assistant turn")
-        return str(value[0]["content"])
+        return _unicode(value[0]["content"], key)
     return _text(row, key)
 
 
@@ -166,7 +166,15 @@ def _text(row: Raw, key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise InvalidRowError(f"`{key}`: expected a text, got {json_type(value)}")
-    return value
+    return _unicode(value, key)
+
+
+def _unicode(text: str, key: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, such as "\ud83d" in JSON
+        raise InvalidRowError(f"`{key}`: not Unicode text, half of a surrogate pair") from None
+    return text
 
 
 def _is_turn(turn: object) -> bool:
