@@ -16,7 +16,7 @@ PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_
 class Control(Stage):
     """REINFORCE, A2C or PPO on a Gymnasium environment, with the update of language models."""
 
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     environment: str = Field(min_length=1)
     """Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""

@@ -32,7 +32,7 @@ class Bootstrap:
 
     def proportion(self, values: Float[Tensor, "prompts *rest"]) -> Interval:
         """Interval of a mean in [0, 1], by ``proportion_interval`` of the same module."""
-        return Interval(*intervals.proportion_interval(values, **self._settings()))
+        return Interval(*intervals.proportion_interval(values, confidence=self.confidence))
 
     def _settings(self) -> dict[str, Any]:
         return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}

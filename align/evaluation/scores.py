@@ -24,7 +24,7 @@ class WinRate:
     rate: float
     """Wins plus half the ties, as a fraction of all comparisons."""
     interval: Interval
-    """Confidence interval of ``rate``, by bootstrap over prompts; wider if nearly all agree."""
+    """Confidence interval of ``rate``: Wilson's, for as many outcomes as the prompts are worth."""
     length_controlled: float | None
     """Win rate at equal lengths; None without lengths, or if all pairs differ alike in length."""
     p_value: float
@@ -39,7 +39,6 @@ def win_rate(
     lengths: Sequence[Any] | Tensor | None = None,
     baseline_lengths: Sequence[Any] | Tensor | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
     seed: int = 0,
 ) -> WinRate:
     """Compare the completions of two policies on the same prompts by their scores.
@@ -63,9 +62,7 @@ def win_rate(
         _check_shapes(policy, sides[0], "scores", "lengths")
         _check_shapes(policy, sides[1], "scores", "baseline_lengths")
         differences = sides[0] - sides[1]
-    return outcome_rate(
-        outcomes, differences, confidence=confidence, resamples=resamples, seed=seed
-    )
+    return outcome_rate(outcomes, differences, confidence=confidence, seed=seed)
 
 
 def outcome_rate(
@@ -73,7 +70,6 @@ def outcome_rate(
     length_differences: Float[Tensor, "prompts completions"] | None = None,
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
     seed: int = 0,
 ) -> WinRate:
     """Win rate of outcomes, which are NaN where a verdict is missing.
@@ -91,9 +87,9 @@ def outcome_rate(
             ).item()
         except ValueError:
             controlled = None  # all lengths differ alike, so length and quality cannot be separated
-    low, high = proportion_interval(outcomes, confidence=confidence, resamples=resamples, seed=seed)
+    low, high = proportion_interval(outcomes, confidence=confidence)
     return WinRate(
-        rate=means.mean,
+        rate=winrate.win_rate(outcomes).item(),
         interval=Interval(float(low), float(high)),
         length_controlled=controlled,
         p_value=winrate.win_rate_p_value(outcomes, seed=seed).item(),

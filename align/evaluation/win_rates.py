@@ -76,7 +76,6 @@ def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]
         won,
         length_differences(own, baseline, config.n_completions),
         confidence=config.confidence,
-        resamples=config.resamples,
         seed=config.seed,
     )
     valid = ~won.isnan()

@@ -136,12 +136,14 @@ def detectable_difference(
 
     A policy that is so much better has an interval without one half with probability ``power``.
     ``deviation`` is the standard deviation of the mean outcomes of prompts; 0.5 for one completion
-    per prompt without ties.
+    per prompt without ties. The result is never less than half the width of the interval if all
+    prompts are ties.
 
     Source: Cohen 1988, Statistical Power Analysis for the Behavioral Sciences, section 2.4.
     """
     quantiles = normal_quantile((1 + confidence) / 2) + normal_quantile(power)
-    return quantiles * deviation / math.sqrt(n_prompts)
+    drawn = ((1 - confidence) / 2) ** (1 / n_prompts)
+    return max(quantiles * deviation / math.sqrt(n_prompts), (1 - drawn) / 2)
 
 
 def _share(values: Float[Tensor, "prompts *rest"], confidence: float) -> Estimate:

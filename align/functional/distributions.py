@@ -12,34 +12,44 @@ def normal_quantile(probability: float) -> float:
     return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
 
 
+def normal_cdf(value: float) -> float:
+    """Probability that a standard normal variable is at most ``value``."""
+    return math.erfc(-value / math.sqrt(2)) / 2
+
+
 def t_quantile(probability: float, degrees: float) -> float:
     """Value below which a variable of Student's t distribution lies with this probability.
 
-    For ``t > 0``, the chance of a value above t is half that of a Beta variable with parameters
-    ``degrees / 2`` and 1/2 below ``degrees / (degrees + t**2)``.
+    ``t**2 / (degrees + t**2)`` is a Beta variable with parameters 1/2 and ``degrees / 2``.
 
     Source: Abramowitz and Stegun 1964, Handbook of Mathematical Functions, eq. 26.7.1.
     """
-    if probability == 0.5:
-        return 0.0
-    if probability < 0.5:
-        return -t_quantile(1 - probability, degrees)
-    x = beta_quantile(2 * (1 - probability), degrees / 2, 0.5)
-    return math.sqrt(degrees * (1 - x) / x)
+    if probability <= 0.5:
+        return 0.0 if probability == 0.5 else -t_quantile(1 - probability, degrees)
+    x = beta_quantile(2 * probability - 1, 0.5, degrees / 2)
+    if x < 0.5:
+        return math.sqrt(degrees * x / (1 - x))
+    rest = beta_quantile(2 * (1 - probability), degrees / 2, 0.5)  # 1 - x, without cancellation
+    return math.sqrt(degrees * (1 - rest) / rest)
 
 
 def beta_quantile(probability: float, a: float, b: float) -> float:
-    """Value below which a Beta(a, b) variable lies with this probability, by bisection."""
-    low, high = 0.0, 1.0
+    """Value below which a Beta(a, b) variable lies with this probability.
+
+    Newton's method, with a bisection where it would leave the interval that contains the value.
+    """
+    low, high, x = 0.0, 1.0, a / (a + b)
+    log_scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     for _ in range(200):
-        middle = (low + high) / 2
-        if not low < middle < high:
+        error = beta_cdf(x, a, b) - probability
+        low, high = (low, x) if error > 0 else (x, high)
+        density = math.exp(log_scale + (a - 1) * math.log(x) + (b - 1) * math.log1p(-x))
+        step = x - error / density if density > 0 else -1.0
+        following = step if low < step < high else (low + high) / 2
+        if not low < following < high or abs(following - x) <= 1e-13 * x:
             break
-        if beta_cdf(middle, a, b) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+        x = following
+    return x
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:
@@ -65,6 +75,6 @@ def beta_cdf(x: float, a: float, b: float) -> float:
             d = 1 / (1 + term * d or tiny)
             c = 1 + term / c or tiny
             fraction *= c * d
-        if abs(c * d - 1) < 1e-16:
+        if abs(c * d - 1) < 1e-15:
             break
     return math.exp(log_front) * fraction / a

@@ -7,12 +7,18 @@ are in float64 on the CPU, and nothing draws from the global random state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from align.functional.distributions import beta_quantile, normal_cdf, t_quantile
+
+ROUNDING = 1e-12
+"""Differences that are round-off: sums that are mathematically equal differ by less."""
 
 
 class Interval(NamedTuple):
@@ -69,56 +75,124 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Interval for the mean of ``values``, by the percentile bootstrap over prompts.
+    """Interval for the mean of ``values``, by the expanded percentile bootstrap over prompts.
 
     A resample draws whole prompts with all their completions (a cluster bootstrap). For the
     difference between two policies on the same prompts, pass the difference of their outcomes.
+    Percentiles of resamples lie too close together by the factor ``sqrt((n - 1) / n)`` and ignore
+    that the variance is estimated; percentiles of Student's t distribution correct both.
 
     The interval relies on about five prompts that differ from the others. Where all prompts agree
     its width is 0: for values in [0, 1] use :func:`proportion_interval`.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; clusters:
-    Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
+    Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8; expansion:
+    Hesterberg 2014, arXiv:1411.5279, section 5.3.
     """
-    check_confidence(confidence)
+    low, high = expanded_tails(len(prompt_means(values).means), confidence)
     means, weights = prompt_means(values)
     generator = torch.Generator().manual_seed(seed)
     resampled = []
     for batch in batches(resamples, len(means)):
         drawn = torch.randint(len(means), (len(batch), len(means)), generator=generator)
         resampled.append((weights * means)[drawn].mean(dim=1) / weights[drawn].mean(dim=1))
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(resampled), tails).tolist()
-    return Interval(low, high)
+    tails = torch.tensor([low, high], dtype=torch.float64)
+    return Interval(*torch.quantile(torch.cat(resampled), tails).tolist())
+
+
+def expanded_tails(observations: int, confidence: float) -> Interval:
+    """Levels of the percentiles of resamples that form an interval of this confidence.
+
+    Source: Hesterberg 2014, arXiv:1411.5279, section 5.3.
+    """
+    check_confidence(confidence)
+    if observations == 1:
+        return Interval(0.0, 1.0)
+    expansion = math.sqrt(observations / (observations - 1))
+    tail = normal_cdf(-expansion * t_quantile((1 + confidence) / 2, observations - 1.0))
+    return Interval(tail, 1 - tail)
 
 
 def proportion_interval(
-    values: Float[Tensor, "prompts *rest"],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Float[Tensor, "prompts *rest"], *, confidence: float = 0.95
 ) -> Interval:
-    """Interval for a mean of outcomes in [0, 1]: :func:`bootstrap_interval`, never of width 0.
+    """Interval for a mean of values in [0, 1], such as a win rate; never of width 0.
 
-    Resamples contain no other values than the sample, which matters where nearly all prompts
-    agree, such as on a tie. The interval therefore allows for outcomes that were not drawn: a share
-    q of prompts with outcome 0 at its lower end and with 1 at its upper end. That none of them is
-    drawn is as likely as each tail: ``(1 - q) ** prompts`` is ``(1 - confidence) / 2``. If all
-    prompts are won or all are lost, this is the exact interval of Clopper and Pearson.
+    The interval of Wilson for as many independent wins and losses as have the variance of the
+    prompt means: ``prompts / ratio``, where ``ratio`` is that variance over ``rate * (1 - rate)``.
+    Near 0 and 1 few prompts determine the variance. The ratio is therefore moved toward 1, its
+    value for equal outcomes within each prompt: its logarithm is multiplied by ``d / (d + 1)``,
+    where d is the number of degrees of freedom of the variance, estimated from the kurtosis.
+
+    An end within the limit that applies where all prompts are won (or all lost) can be missed on
+    one side only. There, the whole error probability belongs to that side, by a Beta distribution.
+
+    If all prompts have one mean, others may exist, but at most a share q of them, so that none is
+    drawn with probability ``(1 - q) ** prompts = (1 - confidence) / 2``. The ends are the means if
+    all of these were lost and won. If all prompts are won, that is the interval of Clopper and
+    Pearson.
 
     >>> ends = proportion_interval(torch.ones(55, 1))  # 0.025 ** (1 / 55)
     >>> ties = proportion_interval(torch.full((55, 1), 0.5))  # 0.5 * 0.9351, and as far above 0.5
     >>> [round(end, 4) for end in (*ends, *ties)]
     [0.9351, 1.0, 0.4676, 0.5324]
 
-    Source: Clopper and Pearson 1934, Biometrika 26 (4), 404 to 413.
+    Source: Wilson 1927, Journal of the American Statistical Association 22, 209 to 212; clusters:
+    Korn and Graubard 1998, Survey Methodology 24, 193 to 201; both sides: Blaker 2000, Canadian
+    Journal of Statistics 28, 783 to 798; Clopper and Pearson 1934, Biometrika 26, 404 to 413.
     """
-    low, high = bootstrap_interval(values, confidence=confidence, resamples=resamples, seed=seed)
-    prompts = prompt_means(values)
-    drawn = ((1 - confidence) / 2) ** (1 / len(prompts.means))
-    mean = prompts.mean
-    return Interval(min(low, mean * drawn), max(high, 1 - (1 - mean) * drawn))
+    means, weights = prompt_means(values)
+    if float(means.min()) < 0 or float(means.max()) > 1:
+        raise ValueError(f"expected values in [0, 1], found {means.min():g} to {means.max():g}")
+    prompts, mean = len(means), float((weights * means).mean())
+    if float(means.max() - means.min()) <= ROUNDING:
+        return share_interval(float(means.mean()), 0.0, prompts, 0.0, confidence=confidence)
+    distances = weights * (means - mean)
+    variance = float(distances.square().sum()) / (prompts - 1)
+    degrees = variance_degrees(distances)
+    return share_interval(mean, variance, prompts, degrees, confidence=confidence)
+
+
+def variance_degrees(distances: Float[Tensor, " prompts"]) -> float:
+    """Degrees of freedom of a variance, from the kurtosis of the distances from the mean.
+
+    The variance of a sample variance is about ``variance**2 * (kurtosis - 1) / n``; of a
+    chi-squared variable over its d degrees of freedom, it is 2 / d.
+    """
+    n, squares = len(distances), float(distances.square().mean())
+    kurtosis = float((distances**4).mean()) / squares**2
+    return min(n - 1.0, 2 * n / max(kurtosis - 1, ROUNDING))
+
+
+def share_interval(
+    rate: float, variance: float, observations: int, degrees: float, *, confidence: float
+) -> Interval:
+    """Interval of :func:`proportion_interval` for an estimated rate.
+
+    ``variance`` is that of one of the ``observations``, so that the squared standard error of the
+    rate is ``variance / observations``; ``degrees`` are its degrees of freedom.
+    """
+    check_confidence(confidence)
+    if variance <= ROUNDING**2:
+        drawn = ((1 - confidence) / 2) ** (1 / observations)
+        return Interval(rate * drawn, 1 - (1 - rate) * drawn)
+    largest = observations / (observations - 1)  # of values in [0, 1] with this mean
+    ratio = min(largest, variance / max(rate * (1 - rate), ROUNDING))
+    size = observations / ratio ** (degrees / (degrees + 1))
+    share = t_quantile((1 + confidence) / 2, observations - 1.0) ** 2 / size
+    center = (rate + share / 2) / (1 + share)
+    margin = math.sqrt(share * (rate * (1 - rate) + share / 4)) / (1 + share)
+    low = 1 - _nearest_end(1 - center + margin, 1 - rate, size, confidence)
+    return Interval(low, _nearest_end(center + margin, rate, size, confidence))
+
+
+def _nearest_end(high: float, rate: float, size: float, confidence: float) -> float:
+    """Upper end; one-sided where a rate of 1 is likelier than ``(1 - confidence) / 2``."""
+    limit = ((1 - confidence) / 2) ** (1 / size)
+    if high <= limit:
+        return high
+    one_sided = beta_quantile(confidence, rate * size + 0.5, (1 - rate) * size + 0.5)
+    return min(high, max(one_sided, limit))
 
 
 def check_confidence(confidence: float) -> None:

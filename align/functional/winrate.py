@@ -14,10 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from align.functional.intervals import Interval, batches, prompt_means
-
-ROUNDING = 1e-12
-"""Differences that are round-off: sums that are mathematically equal differ by less."""
+from align.functional.intervals import ROUNDING, Interval, batches, prompt_means
 
 
 def outcomes(

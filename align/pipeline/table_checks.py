@@ -25,7 +25,6 @@ class PreparedTables:
 
 def check_tables(errors: ErrorCollector, data: Path, pending: Sequence[PlannedStage]) -> None:
     """Check that finished prepared data have the tables and columns of pending stages."""
-
     names = data_tables.table_names(data)
     sampled = [name.partition("-")[2] for name in names if name.startswith("completions-")]
 

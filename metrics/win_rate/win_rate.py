@@ -35,7 +35,7 @@ Args:
     prediction_lengths: Lengths of the policy's completions, in any unit.
     reference_lengths: Lengths of the baseline's completions, in the same unit.
     confidence: Confidence level of the interval. Default: 0.95.
-    seed: Seed of the bootstrap over prompts. Default: 0.
+    seed: Seed of the p-value's bootstrap over prompts. Default: 0.
 
 Returns:
     win_rate: Wins plus half the ties, as a fraction of the comparisons with a score.
@@ -101,9 +101,7 @@ class WinRate(evaluate.Metric):  # type: ignore[misc]
         valid = won[~won.isnan()]
         return {
             "win_rate": valid.mean().item(),
-            "confidence_interval": list(
-                proportion_interval(by_prompt, confidence=confidence, seed=seed)
-            ),
+            "confidence_interval": list(proportion_interval(by_prompt, confidence=confidence)),
             "p_value": win_rate_p_value(by_prompt, seed=seed).item(),
             "ties": (valid == 0.5).double().mean().item(),
             "length_controlled_win_rate": _length_controlled(
