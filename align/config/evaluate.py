@@ -125,6 +125,8 @@ class Evaluate(Stage):
             yield Problem(("policies",), f"`{policy}` is listed more than once; list it once")
         if REFERENCE in stages and self.baseline == REFERENCE:
             yield Problem(("baseline",), f"`{REFERENCE}` is also a stage; rename the stage")
+        if self.policies == [self.baseline] and "baseline" in self.completion_files:
+            yield Problem(("policies",), "nothing to compare: it is the baseline; name another one")
         for key, file in self.completion_files.items():
             if not Path(file).is_file():
                 name, _, place = key.partition(".")

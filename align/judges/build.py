@@ -65,5 +65,5 @@ def check_rows(
     for judge in judges.values():
         if isinstance(judge, ScoreJudge):
             judge.check_prompts([row["prompt"] for row in rows], repair=repair)
-        if isinstance(judge, FunctionJudge):
+        if isinstance(judge, FunctionJudge) and rows:
             judge.check_columns(rows[0].keys() - ROW_KEYS)

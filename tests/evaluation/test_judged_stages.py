@@ -1,4 +1,4 @@
-"""Stages with judges other than gold, on tiny models: evaluate without pairs, label by comparison."""
+"""Stages with judges other than gold: labels alone are evaluated, comparisons label pairs."""
 
 from __future__ import annotations
 

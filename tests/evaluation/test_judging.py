@@ -242,6 +242,30 @@ def test_the_self_agreement_of_repeated_verdicts(tmp_path: Path):
     assert metrics.judges[0].self_agreement.value == 0.5
 
 
+def test_the_card_of_a_judge_with_planted_bias(tmp_path: Path):
+    # 400 pairs. In a fifth of them the judge prefers what it reads first, whatever it is; in three
+    # fifths the longer completion; in the last fifth the shorter one.
+    generator = random.Random(3)
+    own = [["x" * (20 if generator.random() < 0.5 else 5) + str(i)] for i in range(400)]
+    base = [["y" * 12 + str(i)] for i in range(400)]
+
+    def prefer(one: str, other: str) -> float:
+        group = int(one.strip("xy")) % 5
+        if group == 0:
+            return 1.0
+        return float((len(one) > len(other)) == (group < 4))
+
+    samples = {"a": texts(own), "reference": texts(base)}
+    metrics = evaluate(settings("a"), {"judge": Comparer(prefer)}, samples, tmp_path)
+    (card,) = metrics.judges
+    assert card.consistency.value == pytest.approx(4 / 5)
+    assert card.position_bias.value == pytest.approx(1 / 5 + 4 / 5 / 2)
+    assert card.position_bias.ci.low > 0.5, "the bias is detected"
+    assert card.length_bias.value == pytest.approx(3 / 5 + 1 / 5 / 2)
+    assert card.length_bias.ci.low < 0.7 < card.length_bias.ci.high
+    assert metrics.comparisons[0].ties == pytest.approx(1 / 5), "flips"
+
+
 def test_the_control_is_in_no_card_and_no_ranking(tmp_path: Path):
     config = settings("a", baseline="sft")
     rows = [["x" * k] for k in range(1, 9)]
