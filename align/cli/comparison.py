@@ -18,6 +18,7 @@ from align.config.recipe import Recipe, read_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import scalar
 from align.errors import ArtifactError, UserError
+from align.models import gguf_files
 from align.pipeline import lookup
 from align.runtime import artifacts
 
@@ -42,12 +43,14 @@ class FinishedStages:
     problems: list[str] = field(default_factory=list)
 
     def policy(self, name: str) -> str:
-        """A policy: a file of completions as it is, a folder or a Hub id."""
+        """A policy: a file of completions or a GGUF file as it is, a folder or a Hub id."""
         if name in self.of_run:
             return str(self.of_run[name][1])
         if name.endswith(".jsonl"):
             if not Path(name).is_file():
                 self.problems.append(f"{name}: no such file of completions")
+            return name
+        if gguf_files.is_gguf(name):  # converted when the comparison runs
             return name
         return self._collect(lambda: str(lookup.find_policy(name, self.runs)), name)
 
@@ -201,4 +204,8 @@ def _prepared_inputs(source: str) -> Iterator[Path]:
 
 def _short(source: str) -> str:
     """The name of a stage without the digest of its folder."""
-    return re.sub(r"-[0-9a-f]{12}$", "", Path(source).name.removesuffix(".jsonl"))
+    return re.sub(
+        r"-[0-9a-f]{12}$",
+        "",
+        Path(source).name.removesuffix(".jsonl").removesuffix(gguf_files.SUFFIX),
+    )

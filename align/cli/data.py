@@ -6,16 +6,20 @@ A source and its keys are read as in a recipe. Preparing, examining and tokenizi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from align.errors import UserError
+from align.models import gguf_files
 from align.runtime import hub
 from align.runtime.environment import quiet_libraries
 
@@ -57,6 +61,21 @@ def prepare_config(source: str, keys: list[str] | None) -> Prepare:
         # Quoted, because YAML would read `x #1.csv` as `x` and a comment.
         arguments[0] = f"source={json.dumps(source, ensure_ascii=False)}"
     return recipe.load_stage("prepare", arguments)
+
+
+@contextlib.contextmanager
+def _tokenizer(model: str) -> Iterator[str]:
+    """The folder or Hub id of a model; of a GGUF file, a temporary folder with its tokenizer."""
+    if not gguf_files.is_gguf(model):
+        yield model
+        return
+    from align.models import gguf_conversion
+
+    file = Path(model).expanduser()
+    gguf_files.check_convertible(file)
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_conversion.write_tokenizer(file, Path(folder))
+        yield folder
 
 
 def _console() -> Console:
@@ -130,7 +149,8 @@ def data_show(
     model: Annotated[
         str,
         typer.Option(
-            metavar="FOLDER_OR_HUB_ID", help="Model whose tokenizer and chat template are used."
+            metavar="FOLDER_OR_HUB_ID_OR_GGUF",
+            help="Model whose tokenizer and chat template are used.",
         ),
     ] = "",
     n: Annotated[int, typer.Option("-n", min=1, help="Number of rows.")] = 3,
@@ -143,17 +163,19 @@ def data_show(
         known = ", ".join(token_view.SUPPORTED_STAGES)
         problems.append(f"--stage {stage}: unknown; known: {known}")
     if not model:
-        problems.append("--model: missing; name a folder with a tokenizer, or a Hub id")
+        problems.append("--model: missing; name a folder with a tokenizer, a GGUF file or a Hub id")
     if problems:
         raise UserError(*problems)
     config = prepare_config(source, keys)
-    if not Path(model).expanduser().is_dir():
+    if not (Path(model).expanduser().is_dir() or gguf_files.is_gguf(model)):
         hub.check_model(model)
     quiet_libraries()
     from rich.text import Text
 
     console = _console()
-    for row in token_view.tokenized_rows(config, stage, model, n):
+    with _tokenizer(model) as folder:
+        rows = token_view.tokenized_rows(config, stage, folder, n)
+    for row in rows:
         console.print(
             f"\n{row.title}: {len(row.ids)} tokens, {sum(row.trained)} trained; {row.remark}"
         )

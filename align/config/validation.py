@@ -61,6 +61,8 @@ def _input_error(
             return None
     except (OSError, RuntimeError, ValueError) as error:  # the name is too long, or no such user
         return f"invalid path: {shown(target)}: {error}; name an earlier stage, or a folder"
+    if target.lower().endswith(".gguf") and expected.models:
+        return _gguf_error(target, expected)
     if "/" not in target and "\\" not in target:
         fitting = _fitting_stages(expected, name, classes)
         hint = did_you_mean(target, fitting)
@@ -75,6 +77,18 @@ def _input_error(
     if not _HUB_ID.match(target) or Path(target.split("/")[0]).is_dir():
         repair = "name an earlier stage, a folder with a model, or a Hub id (owner/name)"
         return f"no such folder: {target}; {repair}"
+    return None
+
+
+def _gguf_error(target: str, expected: Input) -> str | None:
+    """The error message of an input that names a GGUF file, or None."""
+    if not expected.policies:
+        kinds = " or ".join(f"`{kind}`" for kind in accepted_kinds(expected))
+        return (
+            f"{target}: a GGUF file contains a language model; name a {kinds} stage or its folder"
+        )
+    if not Path(target).expanduser().is_file():
+        return f"no such file: {target}; name a GGUF file that exists, or a folder with a model"
     return None
 
 

@@ -15,6 +15,7 @@ from align.config.stages import STAGES
 from align.data import tables
 from align.data.rows import Row
 from align.errors import ArtifactError, DataError
+from align.models import gguf_files
 from align.runtime import artifacts
 
 Sources = Mapping[str, Path | str]
@@ -79,7 +80,7 @@ def training_tables(folder: Path) -> set[tuple[Path, str]]:
         ArtifactError: The folder of a stage in the lineage is missing, or its data are damaged.
     """
     artifact = artifacts.read_artifact(folder) if folder.is_dir() else None
-    if artifact is None:
+    if artifact is None or artifact.stage == gguf_files.KIND:
         return set()
     if artifact.stage not in STAGES:
         raise ArtifactError(f"{folder / artifacts.FILE}: unknown kind of stage `{artifact.stage}`")

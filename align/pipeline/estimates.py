@@ -17,6 +17,7 @@ from align.config.data import Prepare
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
 from align.models.files import count_parameters
+from align.models.gguf_files import read_header
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, distributed
 
@@ -60,7 +61,11 @@ def estimate(
     """
     prepared = prepare_small(stages) if prepared is None else prepared
     known: dict[Path, Mapping[str, Any]] = {}  # statistics of prepared data
-    parameters: dict[Path, int | None] = {}
+    parameters: dict[Path, int | None] = {
+        folder: read_header(file).parameters
+        for stage in stages
+        for folder, file in stage.gguf_files.items()
+    }
     estimates = {}
     for stage in stages:
         if stage.config.prepares_data:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from align.config.base import Input
 from align.config.stages import accepted_kinds
-from align.errors import ArtifactError, nearest
-from align.models import files, tokenizer_files
+from align.errors import ArtifactError, nearest, printable
+from align.models import files, gguf_conversion, gguf_files, tokenizer_files
 from align.runtime import artifacts, hub
 
 CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
@@ -18,9 +19,12 @@ POLICY_RECIPE = "recipes/sft.yaml"
 def find_policy(policy: str, runs: Path) -> Path | str:
     """The folder of a policy: a folder, or the newest finished stage of that name; else a Hub id.
 
+    A GGUF file is converted into ``runs``, once.
+
     Raises:
         UserError: The folder has no model or a damaged one, no finished stage in ``runs`` has this
-            name, or the model is not cached and the Hub cannot be reached.
+            name, the model is not cached and the Hub cannot be reached, or a GGUF file is
+            missing or cannot be converted.
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
@@ -28,6 +32,10 @@ def find_policy(policy: str, runs: Path) -> Path | str:
         files.check_model_folder(folder)
         tokenizer_files.check_vocabulary(folder)
         return folder
+    if gguf_files.is_gguf(folder):
+        return gguf_conversion.converted(folder, runs, _announce)
+    if policy.lower().endswith(gguf_files.SUFFIX):
+        raise ArtifactError(f"{policy}: no such file; name a GGUF file that exists")
     if "/" in policy:
         hub.check_model(policy)
         return policy
@@ -83,3 +91,7 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
         f"{runs}: no finished policy `{name}`{' (it is not finished yet)' if unfinished else ''}"
         f"{other_kind}{hint}"
     )
+
+
+def _announce(line: str) -> None:
+    print(printable(line), file=sys.stderr)

@@ -9,9 +9,9 @@ from pathlib import Path
 from align.config.base import Input, NewModel
 from align.config.recipe import ErrorCollector
 from align.errors import UserError
-from align.models import files
+from align.models import files, gguf_files
 from align.pipeline.plan import PlannedStage
-from align.runtime import hub
+from align.runtime import artifacts, hub
 
 NEW_MODEL = (
     "model.embed_tokens",
@@ -41,6 +41,17 @@ def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
             declared: Input = stage.config.inputs[key.split(".")[0]]
             with errors.at(*keys):
                 files.check_config(folder, "policy" if declared.policies else "reward model")
+
+
+def check_gguf_files(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that the GGUF files that are not converted yet can be."""
+    for stage in pending:
+        for key, target in stage.inputs.items():
+            folder = Path(target)
+            file = stage.gguf_files.get(folder)
+            if file is not None and not (folder / artifacts.FILE).is_file():
+                with errors.at(stage.name, *key.split(".")):
+                    gguf_files.check_convertible(file)
 
 
 def check_revisions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

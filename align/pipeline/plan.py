@@ -8,7 +8,7 @@ in the artifact, and logged if an artifact of another number is reused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from align.config.base import Stage
@@ -16,6 +16,7 @@ from align.config.recipe import ErrorCollector, Recipe
 from align.config.stages import accepted_kinds, stage_kind
 from align.data.sources import source_files
 from align.errors import ArtifactError, nearest
+from align.models import gguf_files
 from align.models.files import check_model_folder
 from align.models.tokenizer_files import check_vocabulary
 from align.rewards import functions
@@ -38,6 +39,8 @@ class PlannedStage:
     """``reused``, ``resume`` or ``run``."""
     rows_digest: str = ""
     """The digest without the keys that change only the tables of prompts."""
+    gguf_files: Mapping[Path, Path] = field(default_factory=dict)
+    """The GGUF files among the inputs, by the folder that each is converted into."""
 
     @property
     def stage(self) -> str:
@@ -107,14 +110,19 @@ def _planned_stage(
     force: str | None,
 ) -> PlannedStage:
     """Resolve the inputs of a stage; its digest, its folder and its status."""
-    inputs, digests = _resolve_inputs(name, config, planned, errors)
+    inputs, digests = _resolve_inputs(name, config, runs, planned, errors)
     digests |= _file_digests(name, config, errors)
     digest = stage_digest(config, digests)
     folder = runs / f"{name}-{digest[:12]}"
     status = "run" if force in ("all", name) else _status(folder, stage_kind(config), digest)
     defaults = {key: type(config).model_fields[key].get_default() for key in config.prompt_keys}
     rows_digest = stage_digest(config.model_copy(update=defaults), digests)
-    return PlannedStage(name, config, digest, folder, inputs, digests, status, rows_digest)
+    files = {
+        Path(inputs[key]): Path(target).expanduser()
+        for key, target in config.input_names().items()
+        if key in inputs and target not in planned and gguf_files.is_gguf(target)
+    }
+    return PlannedStage(name, config, digest, folder, inputs, digests, status, rows_digest, files)
 
 
 def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
@@ -148,7 +156,11 @@ def _status(folder: Path, kind: str, digest: str) -> str:
 
 
 def _resolve_inputs(
-    name: str, config: Stage, planned: Mapping[str, PlannedStage], errors: ErrorCollector
+    name: str,
+    config: Stage,
+    runs: Path,
+    planned: Mapping[str, PlannedStage],
+    errors: ErrorCollector,
 ) -> tuple[dict[str, Path | str], dict[str, str]]:
     """The folder or Hub id of each input, and its digest."""
     inputs: dict[str, Path | str] = {}
@@ -161,8 +173,26 @@ def _resolve_inputs(
             digests[key] = planned[target].rows_digest if only_rows else planned[target].digest
             continue
         with errors.at(name, *key.split(".")):
-            inputs[key], digests[key] = _external_input(key, target, config)
+            if gguf_files.is_gguf(target):
+                inputs[key], digests[key] = _gguf_input(Path(target).expanduser(), runs)
+            else:
+                inputs[key], digests[key] = _external_input(key, target, config)
     return inputs, digests
+
+
+def _gguf_input(file: Path, runs: Path) -> tuple[Path, str]:
+    """The folder that a GGUF file is converted into; an unconverted file must be a complete one."""
+    try:
+        folder = gguf_files.converted_folder(file, runs)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(f"{file}: cannot be read: {reason}; name another file") from None
+    artifact = artifacts.read_artifact(folder)
+    if artifact is None:
+        gguf_files.read_header(file)
+    else:
+        artifacts.check_sizes(folder, artifact)
+    return folder, gguf_files.digest(file)
 
 
 def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, str]:
@@ -175,6 +205,7 @@ def _external_input(key: str, target: str, config: Stage) -> tuple[Path | str, s
     expected = config.inputs[key.split(".")[0]]
     if artifact is not None:
         accepted = accepted_kinds(expected)
+        accepted += (gguf_files.KIND,) * (expected.models and expected.policies)
         if artifact.stage not in accepted:
             kinds = " or ".join(accepted)
             raise ArtifactError(

@@ -24,7 +24,12 @@ from align.data.annotation_files import read_annotations
 from align.data.completion_files import read_completions
 from align.errors import UserError
 from align.pipeline import token_lengths, trackers
-from align.pipeline.model_checks import check_hub_models, check_revisions, check_target_modules
+from align.pipeline.model_checks import (
+    check_gguf_files,
+    check_hub_models,
+    check_revisions,
+    check_target_modules,
+)
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import check_tables
 from align.rewards.function_source import signature
@@ -202,6 +207,7 @@ def check_batch_sizes(
 
 CHECKS = (
     check_hub_models,
+    check_gguf_files,
     check_revisions,
     check_target_modules,
     check_packages,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from align.config.base import NewModel
 from align.config.training import KTO, TRLStage
-from align.models import files, tokenizer_files
+from align.models import files, gguf_files, tokenizer_files
 from align.models.conversations import Conversations
 from align.pipeline.plan import PlannedStage
 from align.runtime import hub
@@ -131,6 +131,16 @@ def find_model(
         return TokenizedModel()
     conversations = tokenizer_files.read_conversations(folder)
     return TokenizedModel(conversations, files.read_position_limit(folder))
+
+
+def unconverted(stages: Sequence[PlannedStage]) -> dict[Path, TokenizedModel]:
+    """The models of GGUF files that are not converted yet: only their positions are known."""
+    return {
+        folder: TokenizedModel(None, gguf_files.read_header(file).positions)
+        for stage in stages
+        for folder, file in stage.gguf_files.items()
+        if not folder.is_dir()
+    }
 
 
 def _folder(source: Path | str, revision: str | None) -> Path | None:

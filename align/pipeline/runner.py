@@ -12,13 +12,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from align.config.recipe import ErrorCollector, Recipe
 from align.errors import ArtifactError, UserError
+from align.models import gguf_conversion
 from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.plan import PlannedStage, plan_stages
@@ -93,6 +94,10 @@ def run_recipe(
     pending = [stage for stage in planned if stage.status != "reused"]
     if pending or distributed.world_size() > 1:
         distributed.init_process_group()
+        if _convert_gguf_files(pending, runs, display):
+            # Now the tokens of their rows can be counted.
+            planned = plan_checked(recipe, runs, until=until, force=force)
+            pending = [stage for stage in planned if stage.status != "reused"]
         _raise_errors(recipe, preflight.check_before_training, pending)
     finished = []
     for stage in planned:
@@ -129,6 +134,19 @@ def plan_checked(
         pass  # the lines are for `align check`
     errors.raise_any()
     return planned
+
+
+def _convert_gguf_files(pending: Sequence[PlannedStage], runs: Path, display: Display) -> bool:
+    """Convert the GGUF files that unfinished stages name; whether there was one to convert."""
+    files = {
+        folder: file
+        for stage in pending
+        for folder, file in stage.gguf_files.items()
+        if _read_artifact(folder) is None
+    }
+    for file in files.values():
+        gguf_conversion.converted(file, runs, display.info)
+    return bool(files)
 
 
 def _raise_errors(recipe: Recipe, check: Callable[..., None], *arguments: object) -> None:

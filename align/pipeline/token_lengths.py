@@ -40,7 +40,10 @@ class Lost:
 def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[str]:
     """Prepare the data in memory and count the tokens of training stages; yield lines."""
     tables: dict[Path, Tables] = {}
-    models: dict[Path, TokenizedModel] = {}
+    models = row_tokens.unconverted(stages)
+    files = {d: file for stage in stages for d, file in stage.gguf_files.items() if d in models}
+    for folder, file in files.items():
+        yield f"{file}: a run first converts it into {folder}; then the tokens of rows are counted"
     for stage in stages:
         if stage.config.prepares_data:
             with errors.at(stage.name):
@@ -101,7 +104,7 @@ def lost_rows(
     ``prepared`` are the data in memory, by folder. A stage with an error is left out.
     """
     lost: dict[str, Lost] = {}
-    models: dict[Path, TokenizedModel] = {}
+    models = row_tokens.unconverted(stages)
     for stage in stages:
         config = stage.config
         if not isinstance(config, TRLStage):

@@ -1,0 +1,154 @@
+"""Conversion of a GGUF file into a model folder in Hugging Face layout, by transformers.
+
+The weights are stored in float32, which holds the values of every quantization exactly; a stage
+loads them in its ``dtype``. Tokenizer and chat template are those of the file. Left out: the 4-bit
+form itself, since a quantized model cannot be trained fully.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from align.errors import ArtifactError, UserError
+from align.models import gguf_files
+from align.models.loading import cannot_load, check_finite, check_vocabulary
+from align.runtime import artifacts, distributed
+from align.runtime.locks import folder_lock
+
+_LINK = "model.gguf"
+
+
+def converted(file: Path, runs: Path, announce: Callable[[str], None]) -> Path:
+    """The folder of the converted model; an unfinished one is converted now.
+
+    All ranks enter together. ``announce`` is called with lines on the progress.
+
+    Raises:
+        UserError: The file cannot be converted, or the converted folder is damaged.
+    """
+    folder = gguf_files.converted_folder(file, runs)
+    with folder_lock(folder, announce):
+        error: UserError | None = None
+        if distributed.is_main():
+            try:
+                if artifacts.read_artifact(folder) is None:
+                    gguf_files.check_convertible(file)
+                    announce(f"{file}: converting into {folder}")
+                    _convert(file, folder)
+                artifacts.check_folder(folder)
+            except UserError as raised:
+                error = raised
+        error = distributed.broadcast_from_main(error)  # so that no process waits for ever
+    if error is not None:
+        raise error
+    return folder
+
+
+def write_tokenizer(file: Path, folder: Path) -> Any:
+    """Write the tokenizer of a GGUF file and its chat template into a folder; return it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _alone(file) as only:
+            tokenizer = AutoTokenizer.from_pretrained(str(only), gguf_file=_LINK)
+    except Exception as error:  # the content of a file may break transformers at any place
+        raise UserError(cannot_load(file, "tokenizer", error)) from None
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model folder, its artifact last."""
+    started = time.monotonic()
+    for path in folder.iterdir():  # of an interrupted conversion
+        if path.name != artifacts.WORKING:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    tokenizer = write_tokenizer(file, folder)
+    model = _load(file)
+    check_finite(file, model)
+    check_vocabulary(file, model, tokenizer)
+    _without_origin(model).save_pretrained(str(folder))
+    artifacts.make_readable(folder)
+    digest = gguf_files.digest(file)
+    artifact = artifacts.Artifact(
+        stage=gguf_files.KIND,
+        name=file.stem,
+        digest=digest,
+        recipe={"file": file.name},
+        inputs={},
+        metrics={"parameters": model.num_parameters()},
+        versions=artifacts.versions(),
+        commit=artifacts.commit(),
+        seed=None,
+        world_size=1,
+        seconds=round(time.monotonic() - started, 3),
+        peak_memory_bytes=distributed.peak_memory_bytes(),
+    )
+    artifacts.write_artifact(folder, artifact)
+
+
+def _load(file: Path) -> Any:
+    """The model of a GGUF file with dense weights.
+
+    Raises:
+        UserError: transformers cannot read it, or it lacks weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    try:
+        with _alone(file) as only:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(only),
+                gguf_file=_LINK,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # the content of a file may break transformers at any place
+        raise UserError(cannot_load(file, "model", error)) from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers initializes missing weights randomly and only logs it
+        raise ArtifactError(
+            f"{file}: {len(missing)} weights are missing, such as {missing[0]}; "
+            f"{gguf_files.DOWNLOAD}"
+        )
+    return model
+
+
+def _without_origin(model: Any) -> Any:
+    """The model as one of its class that was not loaded from GGUF, which can be saved."""
+    import torch
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = ""
+    config.architectures = [type(model).__name__]
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder with the file alone: transformers would read other files beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _LINK).symlink_to(file.resolve())
+        yield Path(folder)

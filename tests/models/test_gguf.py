@@ -1,0 +1,270 @@
+"""GGUF files wherever a model is named: read without loading, converted once, refused with reasons."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import gguf_models
+
+from align.config.data import Prepare
+from align.config.recipe import ErrorCollector, load_recipe
+from align.errors import ArtifactError, UserError
+from align.evaluation import held_out
+from align.models import gguf_conversion, gguf_files
+from align.pipeline import estimates, lookup, model_checks, token_lengths
+from align.pipeline.plan import plan, plan_stages
+from align.runtime import artifacts
+
+DATA = {"source": "embedded", "max_rows": 60, "test_fraction": 0.25}
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False,
+         "gradient_checkpointing": False, "save_strategy": "no"}  # fmt: skip
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def by_hand(
+    *, architecture: str = "llama", values: int = 4, tensor: str = "output.weight"
+) -> bytes:
+    """A GGUF file without the package: three keys and one float32 tensor of ``values`` × 2."""
+    keys = [
+        text("general.architecture") + struct.pack("<I", 8) + text(architecture),
+        text(f"{architecture}.context_length") + struct.pack("<II", 4, 77),
+        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("Ġb"),
+    ]
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, len(keys)) + b"".join(keys)
+    header += text(tensor) + struct.pack("<IQQIQ", 2, values, 2, 0, 0)
+    return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(4 * 2 * values)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A GGUF file, and the runs folder that it is converted into."""
+    folder = tmp_path_factory.mktemp("gguf")
+    file = gguf_models.write_model(folder / "tiny.gguf")
+    gguf_conversion.converted(file, folder / "runs", lambda _: None)
+    return file, folder / "runs"
+
+
+def test_a_header_is_read_without_the_package():
+    Path("a.gguf").write_bytes(by_hand())
+    header = gguf_files.read_header(Path("a.gguf"))
+    assert (header.architecture, header.positions) == ("llama", 77)
+    assert header.parameters == 4 * 2
+    assert header.metadata["tokenizer.ggml.tokens"] == 2
+
+
+def test_a_file_that_is_cut_anywhere_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    # As the package lists it: a block of float32 is one value in 4 bytes.
+    monkeypatch.setattr(gguf_files, "_block_sizes", lambda: {0: (1, 4)})
+    whole = by_hand()
+    for size in range(len(whole)):
+        Path("cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ArtifactError) as error:
+            gguf_files.read_header(Path("cut.gguf"))
+        (line,) = error.value.lines
+        assert line.startswith("cut.gguf: ")
+
+
+def test_damaged_bytes_are_one_line_or_another_header():
+    whole, draw = by_hand(), random.Random(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 6)):
+            data[draw.randrange(4, len(whole) - 64)] = draw.randrange(256)
+        Path("damaged.gguf").write_bytes(data)
+        try:
+            gguf_files.read_header(Path("damaged.gguf"))
+        except ArtifactError as error:
+            assert len(error.lines) == 1
+
+
+def errors(**stages: Any) -> list[str]:
+    """The errors of a recipe when it is planned and its models are checked."""
+    collected = ErrorCollector(load_recipe({"stages": {"prepare": DATA, **stages}}))
+    planned = plan_stages(collected, Path("runs"))
+    model_checks.check_gguf_files(collected, planned)
+    return collected.lines
+
+
+def test_what_is_no_model_is_refused_with_its_place_and_the_repair(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match=r"sft\.model: no such file: a\.gguf; name a GGUF file"):
+        load_recipe({"stages": {"prepare": DATA, "sft": {"model": "a.gguf"}}})
+    Path("a.gguf").write_bytes(b"no model")
+    (line,) = errors(sft={"model": "a.gguf"})
+    assert line.endswith("sft.model: a.gguf: not a GGUF file; name a GGUF file, or a model folder")
+    Path("a.gguf").write_bytes(by_hand()[:100])
+    (line,) = errors(sft={"model": "a.gguf"})
+    assert line.endswith("; download it again")
+    Path("a.gguf").write_bytes(by_hand())
+    monkeypatch.setattr(gguf_files, "is_installed", lambda: False)
+    (line,) = errors(sft={"model": "a.gguf"})
+    assert line.endswith(
+        "sft.model: a.gguf: the package gguf, which reads it, is not installed: "
+        "pip install 'align-llm[gguf]'"
+    )
+    monkeypatch.setattr(gguf_files, "is_installed", lambda: True)
+    assert not errors(sft={"model": "a.gguf"})
+    Path("a.gguf").write_bytes(by_hand(architecture="eleven"))
+    (line,) = errors(sft={"model": "a.gguf"})
+    assert "does not read GGUF files of the architecture 'eleven'; name the folder" in line
+    Path("a.gguf").write_bytes(by_hand(tensor="rope_freqs.weight"))
+    (line,) = errors(sft={"model": "a.gguf"})
+    assert "its rotary embeddings are scaled (rope_freqs.weight), which" in line
+
+
+def test_a_language_model_is_no_reward_model():
+    Path("a.gguf").write_bytes(by_hand())
+    sft = {"model": {"vocab_size": 300}}
+    with pytest.raises(UserError, match=r"a\.gguf: a GGUF file contains a language model; name a"):
+        load_recipe(
+            {
+                "stages": {
+                    "prepare": DATA,
+                    "sft": sft,
+                    "ppo": {"model": "sft", "rewards": ["a.gguf"]},
+                }
+            }
+        )
+
+
+def test_a_plan_depends_on_the_content_and_converts_nothing():
+    def sft(name: str, content: bytes) -> Any:
+        Path(name).write_bytes(content)
+        return plan(
+            load_recipe({"stages": {"prepare": DATA, "sft": {"model": name}}}), Path("runs")
+        )
+
+    prepare, first = sft("a.gguf", by_hand())
+    assert sft("b.gguf", by_hand())[1].digest == first.digest
+    assert sft("a.gguf", by_hand(values=6))[1].digest != first.digest
+    assert str(first.inputs["model"]).startswith("runs/gguf-")
+    Path("a.gguf").write_bytes(by_hand())
+    estimate = estimates.estimate([prepare, first], world_size=1)["sft"]
+    assert estimate.memory_bytes == 8 * 16  # float32 weights, gradients and Adam's two moments
+    collected = ErrorCollector(
+        load_recipe({"stages": {"prepare": DATA, "sft": {"model": "a.gguf"}}})
+    )
+    lines = list(token_lengths.examine(collected, [prepare, first]))
+    assert not collected.lines
+    assert lines[0].startswith("a.gguf: a run first converts it into runs/gguf-")
+    assert not Path("runs").exists()
+
+
+def test_converted_weights_are_those_of_the_file(converted: tuple[Path, Path]):
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    file, runs = converted
+    (folder,) = runs.iterdir()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = model.state_dict()
+    stored = {
+        t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
+        for t in gguf.GGUFReader(str(file)).tensors
+    }
+    torch.testing.assert_close(state["lm_head.weight"], stored["token_embd.weight"], rtol=0, atol=0)
+    down = stored["blk.1.ffn_down.weight"]
+    torch.testing.assert_close(state["model.layers.1.mlp.down_proj.weight"], down, rtol=0, atol=0)
+    # llama.cpp stores the two halves of each head's rotated channels alternately.
+    heads = stored["blk.0.attn_q.weight"].view(gguf_models.HEADS, -1, 2, gguf_models.WIDTH)
+    halves = torch.cat([heads[:, :, 0], heads[:, :, 1]], dim=1).reshape(-1, gguf_models.WIDTH)
+    query = state["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(query, halves, rtol=0, atol=0)
+    assert not hasattr(model.config, "quantization_config")
+    assert gguf_files.read_header(file).parameters == model.num_parameters()
+
+
+def test_a_finished_conversion_is_reused_and_an_unfinished_one_replaced(
+    converted: tuple[Path, Path],
+):
+    file, runs = converted
+    lines: list[str] = []
+    shutil.copy(file, "other.gguf")
+    folder = gguf_conversion.converted(Path("other.gguf"), runs, lines.append)
+    assert not lines
+    assert folder.parent == runs
+    unfinished = Path("runs") / folder.name
+    shutil.copytree(folder, unfinished)
+    (unfinished / artifacts.FILE).unlink()
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    assert gguf_conversion.converted(file, Path("runs"), lines.append) == unfinished
+    assert len(lines) == 1
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (unfinished / name).read_bytes() == (folder / name).read_bytes()
+    (unfinished / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: 7 bytes, expected"):
+        gguf_conversion.converted(file, Path("runs"), lines.append)
+
+
+def test_a_command_finds_the_converted_policy_which_no_data_of_ours_trained(
+    converted: tuple[Path, Path],
+):
+    file, runs = converted
+    folder = lookup.find_policy(str(file), runs)
+    assert isinstance(folder, Path)
+    assert held_out.training_tables(folder) == set()
+    assert lookup.find_policy(str(folder), runs) == folder
+    with pytest.raises(ArtifactError, match=r"b\.gguf: no such file"):
+        lookup.find_policy("b.gguf", runs)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+def test_the_end_is_trained_though_pad_is_eos_and_what_the_template_inserts_is_not(
+    converted: tuple[Path, Path], stage: str
+):
+    from align.training.token_view import tokenized_rows
+
+    (folder,) = converted[1].iterdir()
+    for row in tokenized_rows(Prepare(**DATA), stage, str(folder), 2):
+        rendered = "".join(row.tokens)
+        assert rendered.startswith("<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n")
+        assert rendered.count("<|im_start|>system") == 1
+        trained = [token for token, flag in zip(row.tokens, row.trained, strict=True) if flag]
+        assert trained[-1] == "<|im_end|>"
+        assert trained.count("<|im_end|>") == 1
+
+
+def test_the_command_shows_the_tokens_of_a_file(
+    converted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+):
+    from align.cli.data import data_show
+
+    data_show("embedded", ["max_rows=60"], stage="sft", model=str(converted[0]), n=1)
+    assert "<|im_start|>assistant⏎" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_chain_starts_from_a_file_and_is_reused(converted: tuple[Path, Path], launch: Any):
+    shutil.copy(converted[0], "tiny.gguf")
+    lora = {"r": 2, "alpha": 4}
+    stages = {
+        "prepare": DATA,
+        "sft": {"model": "tiny.gguf", "lora": lora, "trainer": STEPS},
+        "dpo": {"model": "sft", "lora": lora, "trainer": STEPS},
+        "evaluate": {"policies": ["dpo", "tiny.gguf"], "baseline": "sft", "judge": "gold",
+                     "n_prompts": 3, "max_new_tokens": 4},
+    }  # fmt: skip
+    import yaml
+
+    Path("recipe.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    first = launch("recipe.yaml")
+    assert first.code == 0, first.err
+    assert (first.out + first.err).count("converting into") == 1
+    shutil.move("tiny.gguf", "renamed.gguf")
+    again = launch("recipe.yaml", "sft.model=renamed.gguf", "evaluate.policies=[dpo, renamed.gguf]")
+    assert again.code == 0, again.err
+    assert "converting" not in again.out + again.err
+    assert "3 reused" in again.out  # the results of `evaluate` are labeled with the file's name
