@@ -30,6 +30,9 @@ def judge_tables(metrics: EvaluationMetrics) -> list[ResultTable]:
     corrected = [row for row in metrics.comparisons if row.corrected is not None]
     if corrected:
         tables.append(correction_table(corrected))
+    by_rubric = [row for row in metrics.comparisons if row.criteria]
+    if by_rubric:
+        tables.append(criteria_table(by_rubric))
     if metrics.judges:
         tables.append(card_table(metrics.judges))
     if metrics.agreement:
@@ -103,6 +106,25 @@ def correction_table(comparisons: Sequence[Comparison]) -> ResultTable:
         columns=("policy", "judge<", "judge's", "corrected", "interval"),
         rows=rows,
         note="prediction-powered inference; the labeled prompts must be a random sample",
+    )
+
+
+def criteria_table(comparisons: Sequence[Comparison]) -> ResultTable:
+    """One row per policy and criterion of a rubric."""
+    return ResultTable(
+        title="win rates by the criteria of a rubric",
+        columns=("policy", "judge<", "criterion<", "win rate", "interval"),
+        rows=[
+            (
+                short_name(row.policy, 14),
+                short_name(row.judge, 18),
+                short_name(name, 18),
+                percent(each.value),
+                percent_interval(each.ci),
+            )
+            for row in comparisons
+            for name, each in (row.criteria or {}).items()
+        ],
     )
 
 

@@ -51,6 +51,8 @@ class Outcomes:
     """Preference for the policy where its completion is read second."""
     votes: Float[Tensor, "prompts completions orders votes"] | None = None
     """Repeated verdicts, in favor of the policy."""
+    criteria: Mapping[str, Float[Tensor, "prompts completions"]] | None = None
+    """Preference for the policy by each criterion of a rubric."""
     covers_all: bool = True
     """Whether the judge decides about all pairs; False for people, who label some."""
     reasons: Mapping[tuple[int, int], str] | None = None
@@ -145,9 +147,13 @@ def _compare(
     is_missing = torch.zeros_like(first, dtype=torch.bool)
     n_votes = max((len(decision.forward.votes) for decision in decisions), default=0)
     votes = torch.full((*first.shape, 2, n_votes), torch.nan, dtype=torch.float64)
+    criteria: dict[str, Tensor] = {}
     for place, decision in zip(places, decisions, strict=True):
         first[place], second[place] = decision.preferences
         is_missing[place] = judge.covers_all and math.isnan(decision.preference)
+        for criterion, preference in decision.criteria.items():
+            by_criterion = criteria.setdefault(criterion, _empty(samples[policy], config))
+            by_criterion[place] = preference
         for order, repeated in enumerate(decision.votes):
             votes[*place, order, : len(repeated)] = torch.tensor(repeated, dtype=torch.float64)
     return Outcomes(
@@ -159,6 +165,7 @@ def _compare(
         first=first if judge.reads_in_order else None,
         second=second if judge.reads_in_order else None,
         votes=votes if n_votes > 1 else None,
+        criteria=criteria or None,
         covers_all=judge.covers_all,
         reasons={place: decision.reason for place, decision in zip(places, decisions, strict=True)},
     )

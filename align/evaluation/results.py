@@ -87,6 +87,8 @@ class Comparison:
     """Win rate if all invalid comparisons were lost, and if all were won; None without any."""
     corrected: Estimate | None = None
     """Win rate by people, estimated from their labels of some prompts and the judge's of all."""
+    criteria: dict[str, Estimate] | None = None
+    """Win rate by each criterion of the judge's rubric; None without a rubric."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Comparison:
@@ -97,6 +99,9 @@ class Comparison:
         for key in ("mean_tokens", "mean_characters", "mean_score", "finished"):
             typed[key] = None if metrics.get(key) is None else PerSide(**metrics[key])
         typed["corrected"] = Estimate.from_metrics(metrics.get("corrected"))
+        if criteria := metrics.get("criteria"):
+            read = {name: Estimate.from_metrics(each) for name, each in criteria.items()}
+            typed["criteria"] = {name: each for name, each in read.items() if each is not None}
         return cls(**known_fields(cls, metrics) | typed)
 
 

@@ -19,7 +19,7 @@ from align.evaluation.completions import Samples, length_differences, matches
 from align.evaluation.intervals import Bootstrap
 from align.evaluation.judging import Outcomes
 from align.evaluation.panel import adjust_for_several, correct
-from align.evaluation.results import Comparison, Interval, PerSide
+from align.evaluation.results import Comparison, Estimate, Interval, PerSide
 from align.evaluation.scores import outcome_rate
 from align.functional import agreement
 
@@ -96,6 +96,7 @@ def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]
         consistency=_consistency(outcomes),
         invalid=invalid,
         bounds=_bounds(outcomes) if invalid else None,
+        criteria=_criteria(config, outcomes),
         **_scores(config, outcomes),
     )
 
@@ -124,6 +125,18 @@ def _scores(config: Evaluate, outcomes: Outcomes) -> dict[str, Any]:
         "mean_score": PerSide(own.nanmean().item(), baseline.nanmean().item()),
         "score_difference": differences.mean().item(),
         "score_difference_ci": bootstrap.mean(differences),
+    }
+
+
+def _criteria(config: Evaluate, outcomes: Outcomes) -> dict[str, Estimate] | None:
+    """Win rate by each criterion of a rubric."""
+    if outcomes.criteria is None:
+        return None
+    bootstrap = Bootstrap(config.confidence, config.resamples, config.seed)
+    return {
+        name: Estimate(preferences.nanmean().item(), bootstrap.proportion(preferences))
+        for name, preferences in outcomes.criteria.items()
+        if not bool(preferences.isnan().all())
     }
 
 

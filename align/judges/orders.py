@@ -40,6 +40,15 @@ class Decision:
         return sum(self.preferences) / 2
 
     @property
+    def criteria(self) -> dict[str, float]:
+        """Preference for the first completion by each criterion of a rubric, in both orders."""
+        forward = self.forward.criteria
+        backward = None if self.backward is None else self.backward.criteria
+        if forward is None or backward is None:
+            return {}
+        return {name: (value + 1 - backward[name]) / 2 for name, value in forward.items()}
+
+    @property
     def reason(self) -> str:
         """The reasons of the judge."""
         verdicts = [self.forward] if self.backward is None else [self.forward, self.backward]

@@ -266,6 +266,24 @@ def test_the_card_of_a_judge_with_planted_bias(tmp_path: Path):
     assert metrics.comparisons[0].ties == pytest.approx(1 / 5), "flips"
 
 
+def test_criteria_of_a_rubric_have_their_own_win_rates(tmp_path: Path):
+    # "clear" is won in both orders of every pair, "short" in the first order only
+    def prefer(one: str, other: str) -> Verdict:
+        criteria = {"clear": float(one == "own"), "short": 1.0}
+        return Verdict(0.5 * sum(criteria.values()), criteria=criteria)
+
+    samples = {"a": texts([["own"]] * 30), "reference": texts([["base"]] * 30)}
+    metrics = evaluate(settings("a"), {"judge": Comparer(prefer)}, samples, tmp_path)
+    criteria = metrics.comparisons[0].criteria
+    assert criteria["clear"].value == 1.0
+    assert criteria["short"].value == 0.5
+    assert criteria["clear"].ci.low < 1.0, "an interval has no width 0"
+    stored = json.loads(json.dumps(metrics.to_metrics()))
+    assert EvaluationMetrics.from_metrics(stored) == metrics
+    titles = [table.title for table in judge_tables(metrics)]
+    assert "win rates by the criteria of a rubric" in titles
+
+
 def test_the_control_is_in_no_card_and_no_ranking(tmp_path: Path):
     config = settings("a", baseline="sft")
     rows = [["x" * k] for k in range(1, 9)]

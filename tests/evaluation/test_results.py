@@ -37,6 +37,7 @@ COMPARISON = OLD_COMPARISON | {
     "invalid": 1,
     "bounds": [0.7, 0.8],
     "corrected": {"value": 0.6, "ci": [0.5, 0.7]},
+    "criteria": {"clear": {"value": 0.6, "ci": [0.5, 0.7]}},
 }
 IMPLICIT_REWARDS = {
     "policy": "dpo",
