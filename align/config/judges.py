@@ -147,8 +147,9 @@ class ServerJudge(Config):
 
     @property
     def name(self) -> str:
-        """What tables call the judge: its model, and its rubric."""
-        return self.api.model + (f" by {Path(self.rubric).stem}" if self.rubric else "")
+        """What tables call the judge: its model, and the files of its prompt and rubric."""
+        files = [Path(file).stem for file in (self.api.prompt, self.rubric) if file]
+        return self.api.model + (f" ({', '.join(files)})" if files else "")
 
 
 REQUEST_KEYS = frozenset(

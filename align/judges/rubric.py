@@ -65,7 +65,7 @@ def read_rubric(path: Path) -> Rubric:
     Raises:
         UserError: One line for each error, with its line in the file.
     """
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path}: no such file; name a YAML file with `criteria:`")
     document = read_yaml(path)
     if document.problems:

@@ -66,7 +66,9 @@ def test_wrong_settings_are_errors(keys, message):
         server(**keys)
 
 
-def test_a_judge_is_named_after_its_model_and_rubric():
-    values = {"api": {"base_url": "http://x", "model": "org/judge"}}
-    assert ServerJudge.model_validate(values).name == "org/judge"
-    assert ServerJudge.model_validate(values | {"rubric": "a/brief.yaml"}).name != "org/judge"
+def test_a_judge_is_named_after_its_model_and_files():
+    api = {"base_url": "http://x", "model": "org/judge"}
+    strict = ServerJudge.model_validate({"api": api | {"prompt": "a/strict.jinja"}})
+    brief = ServerJudge.model_validate(strict.model_dump() | {"rubric": "brief.yaml"})
+    assert ServerJudge.model_validate({"api": api}).name == "org/judge"
+    assert (strict.name, brief.name) == ("org/judge (strict)", "org/judge (strict, brief)")
