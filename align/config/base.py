@@ -213,6 +213,11 @@ class Stage(Config):
         yield from ()
 
     @property
+    def trains_without_dropout(self) -> bool:
+        """Whether dropout is off while the stage trains, so that ``lora.dropout`` has no effect."""
+        return False
+
+    @property
     def reward_functions(self) -> dict[Keys, str]:
         """Python functions, written ``module:function``, by the key that names them."""
         return {}
@@ -367,13 +372,20 @@ class Lora(Config):
     alpha: int = Field(32, ge=1)
     """Scale of the update: it is multiplied by ``alpha / r``."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout probability at the input of the adapters."""
+    """Dropout probability at the input of the adapters, in this stage. ``dpo``, ``kto`` and
+    ``reward`` train without dropout unless ``trainer`` has ``disable_dropout: false``; ``ppo``
+    always does."""
     target_modules: Annotated[
         Annotated[str, Tag(TAGS[0])] | Annotated[list[str], Tag(TAGS[1])],
         Discriminator(lambda v: TAGS[1] if isinstance(v, list) else TAGS[0]),
     ] = "all-linear"
     """Names of the adapted layers, or ``all-linear``: every linear layer except the output layer.
     """
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What an adapter keeps when another stage trains it further."""
+        return self.model_dump(exclude={"dropout"})
 
 
 ModelOrNew = Annotated[

@@ -262,6 +262,11 @@ class PPO(TrainingStage):
             yield HeldOut(("eval_steps",), "prompts", self.eval_split)
 
     @property
+    def trains_without_dropout(self) -> bool:
+        """Always: with dropout, the ratio of the policy to itself would not be 1."""
+        return True
+
+    @property
     def reward_functions(self) -> dict[Keys, str]:
         """The rewards that are Python functions."""
         return {("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)}

@@ -84,11 +84,11 @@ class TrainingStage(Stage):
         name = getattr(self, "model", None)
         parent = stages.get(name) if isinstance(name, str) else None
         trained = parent.lora if isinstance(parent, TrainingStage) else None
-        if trained and self.lora and trained != self.lora:
+        if trained and self.lora and trained.shape != self.lora.shape:
             yield Problem(
                 ("lora",),
-                f"training continues with the adapter of `{name}`, so `lora` must equal "
-                f"{trained!r}; without `lora` the adapter is merged and all weights are trained",
+                f"training continues with the adapter of `{name}`, so `lora` must have "
+                f"{trained.shape}; without `lora` the adapter is merged and all weights are trained",
             )
 
     def model_copies(self, *, sharded: bool) -> int:
@@ -128,6 +128,12 @@ class TRLStage(TrainingStage):
         if not isinstance(template, str) or not template:
             return {}
         return {"trainer.chat_template_path": template}
+
+    @property
+    def trains_without_dropout(self) -> bool:
+        """Whether TRL switches dropout off."""
+        fields = trl_fields.trl_fields(str(self.trainer_config))
+        return "disable_dropout" in fields and bool(self.trl_value("disable_dropout"))
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -192,10 +198,8 @@ class TRLStage(TrainingStage):
         words = statistics.get("words", {})
         if not all(f"{column}_median" in words for column in self.row_columns):
             return None
-        total: float = sum(
-            words["prompt_median"] + words[f"{column}_median"] for column in self.row_columns
-        )
-        return total
+        prompt = words["prompt_median"]
+        return float(sum(prompt + words[f"{column}_median"] for column in self.row_columns))
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
         """Rows of the training table, optimizer steps and tokens of all epochs."""
@@ -374,8 +378,7 @@ class KTO(PolicyStage):
     @property
     def labels_per_batch(self) -> int | None:
         """Every batch holds both labels."""
-        size: int = self.trl_value(BATCH_SIZE)
-        return size
+        return int(self.trl_value(BATCH_SIZE))
 
     def model_copies(self, *, sharded: bool) -> int:
         """One copy more for the reference."""

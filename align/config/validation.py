@@ -43,6 +43,11 @@ def validate_stage(name: str, stage: Stage, stages: Mapping[str, Stage], report:
     """Report errors between keys that are valid by themselves, within and between stages."""
     for problem in stage.problems(stages):
         report(name, problem.keys, problem.message)
+    lora = getattr(stage, "lora", None)
+    if lora is not None and lora.dropout and stage.trains_without_dropout:
+        enable = ", or set `trainer: {disable_dropout: false}`" * (stage.trainer_config is not None)
+        reason = f"no effect, because this stage trains without dropout; remove it{enable}"
+        report(name, ("lora", "dropout"), reason)
     for held_out in stage.held_out():
         source = getattr(stage, held_out.input)
         message = source in stages and stages[source].missing_split(held_out.split, source, stages)

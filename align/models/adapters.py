@@ -97,7 +97,8 @@ def load_for_training(
     """Load the model to train, and the configuration of a new adapter if one has to be created.
 
     ``lora`` has ``r``, ``alpha``, ``dropout`` and ``target_modules``; None means full fine-tuning.
-    An existing adapter is trained further and must have the shape that ``lora`` describes.
+    An existing adapter is trained further and must have the shape that ``lora`` describes. Its
+    dropout is that of ``lora``.
 
     Raises:
         UserError: The model cannot be loaded, or an existing adapter has another shape.
@@ -111,6 +112,7 @@ def load_for_training(
         return model, lora_config(lora, revision=pinned)
     model = load_adapter(source, dtype=dtype, revision=revision)
     check_lora(source, model, lora)
+    set_dropout(model, lora["dropout"])
     return model, None
 
 
@@ -192,8 +194,8 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
     """Check that an adapter which is trained further has the shape that the recipe describes.
 
     Raises:
-        UserError: It is no LoRA adapter, its rank, alpha or dropout differ, or it adapts other
-            layers than those listed.
+        UserError: It is no LoRA adapter, its rank or alpha differ, or it adapts other layers than
+            those listed.
     """
     trained = model.peft_config["default"]
     kind = str(getattr(trained.peft_type, "value", trained.peft_type))
@@ -209,14 +211,26 @@ def check_lora(source: Path | str, model: PeftModel, lora: dict[str, Any]) -> No
             f"`lora` has {sorted(listed)}; an existing adapter keeps its layers: list these in "
             "`lora`, or remove `lora` to merge the adapter and train all weights"
         )
-    actual = f"r={trained.r}, alpha={trained.lora_alpha}, dropout={trained.lora_dropout}"
-    configured = f"r={lora['r']}, alpha={lora['alpha']}, dropout={lora['dropout']}"
+    actual = f"r={trained.r}, alpha={trained.lora_alpha}"
+    configured = f"r={lora['r']}, alpha={lora['alpha']}"
     if actual != configured:
         raise UserError(
             f"{source}: this adapter has {actual}, but `lora` has {configured}; an existing "
             "adapter keeps its shape: set these values in `lora`, or remove `lora` to merge the "
             "adapter and train all weights"
         )
+
+
+def set_dropout(model: PeftModel, probability: float) -> None:
+    """Set the dropout of all adapters of a model, as peft does when it creates one."""
+    from torch import nn
+
+    for config in model.peft_config.values():
+        config.lora_dropout = probability
+    for layer in adapter_layers(model):
+        dropouts = getattr(layer, "lora_dropout", {})  # a copy of a trained part has none
+        for name in dropouts:
+            dropouts[name] = nn.Dropout(probability) if probability else nn.Identity()
 
 
 @contextlib.contextmanager

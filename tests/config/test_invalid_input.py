@@ -311,6 +311,21 @@ MEANING = [
         "recipe.yaml:4: sft_2.lora: training continues with the adapter of `sft`",
     ),
     invalid(
+        "dropout of adapters where TRL switches it off",
+        recipe(PREPARE, "dpo: {model: a/b, lora: {dropout: 0.1}}"),
+        "recipe.yaml:3: dpo.lora.dropout: no effect, because this stage trains without dropout; "
+        "remove it, or set `trainer: {disable_dropout: false}`",
+    ),
+    invalid(
+        "dropout of adapters in ppo",
+        recipe(
+            PREPARE,
+            "ppo: {model: a/b, rewards: [a:b], steps: 1, batch_size: 2, lora: {dropout: 0.1}}",
+        ),
+        "recipe.yaml:3: ppo.lora.dropout: no effect, because this stage trains without dropout; "
+        "remove it",
+    ),
+    invalid(
         "attention heads that do not divide the width",
         recipe(PREPARE, "sft: {model: {hidden_size: 100}}"),
         "recipe.yaml:3: sft.model: `hidden_size` (100) must be a multiple of twice",

@@ -55,7 +55,7 @@ stages:
   dpo_lora:
     stage: dpo
     model: sft_lora
-    lora: {r: 2, alpha: 4, dropout: 0.1}
+    lora: {r: 2, alpha: 4} # dropout is off in this stage
     trainer: *trainer
 """
 ORDER = ["prepare", "sft", "dpo", "kto", "dpo_seed_1", "sft_lora", "dpo_lora"]
