@@ -158,7 +158,7 @@ def test_a_run_returns_typed_results_and_a_second_one_reuses_them(tmp_path, monk
     assert comparison.win_rate == stored["comparisons"][0]["win_rate"]
     assert list(comparison.ci) == stored["comparisons"][0]["ci"]
     assert run["sft"].metrics["loss"] > 0
-    assert any("win rate" in " ".join(table.columns) for table in run["evaluate"].tables)
+    assert any("win rates against sft by gold" in table.title for table in run["evaluate"].tables)
     again = align.run({"stages": stages}, "runs", until="sft")
     assert [(stage.name, stage.status) for stage in again.values()] == [
         ("prepare", "reused"),

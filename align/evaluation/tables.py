@@ -66,7 +66,7 @@ def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
     first = comparisons[0]
     has_scores = first.mean_score is not None
     has_orders = first.consistency is not None
-    columns = ["policy", "wins", "interval", "ties", "at equal\nlength"]
+    columns = ["policy", "win\nrate", "interval", "ties", "at equal\nlength"]
     columns += ["score"] * has_scores + ["consist-\nency", "invalid"] * has_orders
     rows = []
     for row in comparisons:
