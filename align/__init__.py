@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from align.errors import RecipeError as RecipeError
     from align.errors import UserError as UserError
     from align.evaluation.annotated_win_rates import annotated_win_rates as annotated_win_rates
+    from align.evaluation.reward_evaluation import evaluate_reward_model as evaluate_reward_model
     from align.evaluation.scores import win_rate as win_rate
     from align.models.policy import load_policy as load_policy
     from align.models.prefix_sharing.wrapper import prefix_sharing as prefix_sharing
@@ -37,6 +38,7 @@ _PUBLIC = {
     "Run": "align.pipeline.api",
     "UserError": "align.errors",
     "annotated_win_rates": "align.evaluation.annotated_win_rates",
+    "evaluate_reward_model": "align.evaluation.reward_evaluation",
     "load_policy": "align.models.policy",
     "load_recipe": "align.config.recipe",
     "load_reward_model": "align.rewards.inference",

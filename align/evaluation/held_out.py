@@ -57,7 +57,7 @@ def check_not_trained_on(rows: Sequence[Row], data: Path, sources: Sources) -> N
                 raise DataError(
                     f"{len(shared)} of {len(held_out)} held-out prompts of {data} are in the "
                     f"training data of `{name}` ({tables.table_file(folder, kind, 'train')}); "
-                    "evaluate on the `prepare` stage that the policy was trained on"
+                    "use a held-out split of the `prepare` stage that the model was trained on"
                 )
 
 

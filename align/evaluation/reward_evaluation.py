@@ -30,7 +30,7 @@ from align.evaluation.reward_results import (
 from align.judges.base import ScoreJudge
 from align.rewards.inference import load_reward_model
 from align.rewards.reward_model import RewardModel
-from align.runtime.progress import Logger
+from align.runtime.progress import Logger, NullDisplay
 from align.runtime.results import ResultTable
 
 LOGGER = logging.getLogger("align.reward")
@@ -67,23 +67,25 @@ class _Inputs:
 
 def evaluate_reward_model(
     source: Path | str,
-    data: Path,
+    data: Path | str,
     *,
-    judge: ScoreJudge | None,
-    logger: Logger,
+    judge: ScoreJudge | None = None,
     dtype: str = "float32",
+    logger: Logger | None = None,
 ) -> RewardEvaluation:
     """Measure a reward model on a folder of a stage, or on a file.
 
     A folder of ``prepare`` or ``label`` has pairs. One of ``sample`` or ``label`` has completions;
     ``judge`` scores those that ended, and without a judge the scores of ``label`` are used. A file
-    has pairs, choices or scored completions (:mod:`align.data.reward_files`).
+    has pairs, choices or scored completions. Without a logger, no progress is shown.
 
     Raises:
         DataError: There is nothing to measure on, the model was trained on these prompts, or the
             data cannot be read.
         UserError: The model cannot be loaded.
     """
+    data = Path(data)
+    logger = logger or Logger("reward", Path(), NullDisplay(), main=False)
     if data.is_dir():
         inputs = _read_folder(data, judge, logger)
     elif data.is_file():
@@ -153,12 +155,18 @@ def _read_completions(data: Path, judge: ScoreJudge | None, logger: Logger) -> _
     for split, kind in itertools.product(SPLITS, kinds):
         if not tables.has_table(data, kind, split):
             continue
-        rows = [row for row in tables.read(data, kind, split) if row.get("finished", True)]
+        sampled = tables.read(data, kind, split)
+        rows = [row for row in sampled if row.get("finished", True)]
+        if not rows:
+            raise DataError(
+                f"{tables.table_file(data, kind, split)}: none of {len(sampled)} completions ends in "
+                "a stop token; sample again with a larger `max_new_tokens`"
+            )
         if judge is None:
             return _Completions(rows, [row["score"] for row in rows], GIVEN_SCORES)
         prompts = [row["prompt"] for row in rows]
         judge.check_prompts(prompts, repair="use another judge")
-        names = [name for name in rows[0] if name not in ("prompt", "completion")] if rows else []
+        names = [name for name in rows[0] if name not in ("prompt", "completion")]
         columns = {name: [row[name] for row in rows] for name in names}
         gold = judge.score(prompts, [row["completion"] for row in rows], columns)
         logger.step(len(rows), len(rows), unit=f"scored by {judge.name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from helpers import ppo_fixtures, tiny_models
 from torch.testing import assert_close
 
+import align
 from align.errors import DataError
 from align.evaluation import best_of_n, reward_evaluation
 from align.evaluation.best_of_n import PromptScores
@@ -167,6 +169,24 @@ def test_the_table_of_best_of_n_fits_into_80_columns():
     prompts = [PromptScores(-each.scores - 10, each.gold * 10) for each in prompt_scores(*[64] * 9)]
     table = best_of_n.best_of_n_table(best_of_n.report(prompts, judge="gold"))
     assert width(table) <= 80
+
+
+def test_the_python_api_measures_a_reward_model(folders: ppo_fixtures.Folders):
+    evaluation = align.evaluate_reward_model(str(folders.adapter), str(folders.world.data))
+    assert evaluation.pairs is not None and 0 <= evaluation.pairs.accuracy <= 1
+
+
+def test_completions_that_were_all_cut_off_are_refused(
+    folders: ppo_fixtures.Folders, tmp_path: Path
+):
+    row = {
+        "prompt": [{"role": "user", "content": "One?"}], "prompt_id": "1", "finished": False,
+        "completion": [{"role": "assistant", "content": "a"}],
+    }  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "completions-test.parquet")
+    message = "completions-test.parquet: none of 2 completions ends in a stop token"
+    with pytest.raises(DataError, match=re.escape(message)):
+        evaluate(folders, tmp_path, tmp_path, LengthJudge())
 
 
 def test_a_folder_without_rows_to_measure_is_refused(folders: ppo_fixtures.Folders, tmp_path: Path):
