@@ -29,6 +29,8 @@ INVALID_SHARE = 0.05
 """Share of invalid verdicts above which there is a warning."""
 POLICY_WIDTH = 14
 """Longest name of a policy that is shown in full."""
+AGAIN = " again"
+"""End of the name of the control."""
 SIDE_WIDTH = 38
 """Terminal cells of each of two completions that are shown side by side."""
 
@@ -50,15 +52,19 @@ def percent_interval(interval: Interval) -> str:
 
 
 def short_name(name: str, width: int) -> str:
-    """A name in at most ``width`` characters: of a folder its last part, without the digest.
+    """A name in at most ``width`` characters: of a folder its last part, with a short digest.
 
-    >>> short_name("runs/dpo_with_more_pairs-0123456789ab", 14)
-    'dpo_with_more…'
+    The digest tells apart stages of one name. The ending of the control stays.
+
+    >>> short_name("runs/dpo-0123456789ab again", 20), short_name("a_long_name_of_a_policy", 14)
+    ('dpo-0123 again', 'a_long_name_o…')
     """
-    name = printable(name)
+    name, again = printable(name).removesuffix(AGAIN), AGAIN * name.endswith(AGAIN)
+    width -= len(again)
     if len(name) > width:
-        name = STAGE_FOLDER.sub("", name.rstrip("/").rpartition("/")[2] or name)
-    return name if len(name) <= width else f"{name[: width - 1]}…"
+        name = name.rstrip("/").rpartition("/")[2] or name
+        name = STAGE_FOLDER.sub(lambda digest: digest[0][:5], name)
+    return (name if len(name) <= width else f"{name[: width - 1]}…") + again
 
 
 def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
@@ -169,7 +175,7 @@ def drift_table(metrics: Sequence[DriftMetrics]) -> ResultTable:
 
     rows = [
         (
-            row.policy,
+            short_name(row.policy, POLICY_WIDTH),
             number(row.kl, ".2f"),
             "–" if row.kl_ci is None else f"{row.kl_ci.low:.2f} to {row.kl_ci.high:.2f}",
             number(row.kl_per_token, ".3f"),
@@ -182,7 +188,7 @@ def drift_table(metrics: Sequence[DriftMetrics]) -> ResultTable:
     ]
     reference = next((row.reference for row in metrics if row.reference is not None), None)
     return ResultTable(
-        title="drift" if reference is None else f"drift from {reference}",
+        title="drift" if reference is None else f"drift from {short_name(reference, 30)}",
         columns=(
             "policy",
             "KL",
