@@ -19,7 +19,7 @@ from helpers.judge_server import Request, judge_server
 from align.config.judges import ServerJudge
 from align.errors import UserError
 from align.judges.base import Pair
-from align.judges.chat_client import retry_after_seconds
+from align.judges.chat_client import Redactor, retry_after_seconds
 from align.judges.server import LanguageModelJudge
 from align.judges.server_check import check_judge, count_requests
 
@@ -285,6 +285,19 @@ def test_a_server_that_stops_answering_ends_the_evaluation_and_loses_nothing(tmp
     assert server.n_requests == 15
 
 
+def test_failures_between_answers_do_not_end_the_evaluation(tmp_path):
+    def script(request: Request) -> None:
+        if request.number % 2:
+            request.drop()
+        else:
+            honest(request)
+
+    with judge_server(script) as server:
+        asked = judge(server.base_url, tmp_path, concurrency=1, max_retries=0)
+        verdicts = asked.compare(pairs(30))
+    assert [verdict.is_valid for verdict in verdicts] == [True, False] * 15
+
+
 def test_an_address_without_a_server_is_one_line(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -490,6 +503,20 @@ def test_the_key_is_in_requests_and_nowhere_else(tmp_path, monkeypatch, caplog, 
     pieces = [KEY[i : i + 8] for i in range(len(KEY) - 7)]
     assert [piece for piece in pieces for text in shown if piece in text] == []
     assert any("***" in text for text in shown) or echo is ECHOES["redirect"]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [
+        (KEY, f"a {KEY} b {KEY}", "a *** b ***"),
+        (KEY, f"a {KEY[3:15]}… b", "a ***… b"),
+        (KEY, f"a {KEY[:7]} b", f"a {KEY[:7]} b"),
+        ("short", "a short b", "a *** b"),
+        (None, "a b", "a b"),
+    ],
+)
+def test_a_key_is_removed_as_a_whole_and_in_long_parts(key, text, shown):
+    assert Redactor(key).remove(text) == shown
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "a b", "schlüssel", "a\nb"])
