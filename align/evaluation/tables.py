@@ -94,7 +94,7 @@ def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
         f"{short_name(first.judge, 14)}; {first.n_prompts} prompts × {first.n_completions}",
         columns=(*columns, unit),
         rows=rows,
-        note="in %; ties count one half; intervals by bootstrap; a/b: policy/baseline",
+        note="in %; ties count one half; intervals over prompts; a/b: policy/baseline",
     )
 
 
