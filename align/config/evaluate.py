@@ -73,7 +73,7 @@ class Evaluate(Stage):
     prefix_sharing: bool = True
     """Compute each shared prompt once and skip padding when completions are scored."""
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
-    """Confidence level of the bootstrap intervals."""
+    """Confidence level of the intervals."""
     resamples: int = Field(2000, ge=100)
     """Number of bootstrap resamples."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -56,7 +56,7 @@ class Comparison:
     win_rate: float
     """Wins plus half the ties, as a fraction of all comparisons with a verdict."""
     ci: Interval
-    """Confidence interval of ``win_rate``, by bootstrap over prompts; exact if all agree."""
+    """Confidence interval of ``win_rate`` over prompts, never of width 0."""
     ties: float
     """Share of ties."""
     n_prompts: int
@@ -115,7 +115,7 @@ class ImplicitRewards:
     accuracy: float
     """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
     ci: Interval
-    """Confidence interval of ``accuracy``, by bootstrap over prompts; exact if all agree."""
+    """Confidence interval of ``accuracy`` over prompts, never of width 0."""
     mean_margin: float
     """Mean difference of the log-ratios of chosen and rejected completion, in nats."""
     n_pairs: int

@@ -163,7 +163,7 @@ def implicit_reward_table(results: Sequence[ImplicitRewards]) -> ResultTable:
             )
             for row in results
         ],
-        note="interval: bootstrap over prompts; invalid: prompts that fill all positions",
+        note="interval: over prompts; invalid: prompts that fill all positions",
     )
 
 
