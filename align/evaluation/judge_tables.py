@@ -153,7 +153,7 @@ def card_table(cards: Sequence[JudgeCard]) -> ResultTable:
                 share(card.position_bias),
                 share(card.consistency),
                 share(card.self_agreement),
-                percent(card.detectable_difference),
+                percent(card.detectable_difference if card.detectable_difference < 0.5 else None),
                 str(card.n_pairs),
                 str(card.invalid),
             )

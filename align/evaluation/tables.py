@@ -155,7 +155,7 @@ def implicit_reward_table(results: Sequence[ImplicitRewards]) -> ResultTable:
         columns=("policy", "accuracy", "interval", "pairs", "invalid"),
         rows=[
             (
-                row.policy,
+                short_name(row.policy, 24),
                 percent(row.accuracy),
                 percent_interval(row.ci),
                 str(row.n_pairs),

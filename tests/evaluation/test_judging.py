@@ -320,6 +320,8 @@ def test_every_table_fits_into_80_columns(tmp_path: Path, n_policies: int):
     }
     metrics = evaluate(settings(*names), judges, samples, tmp_path)
     assert {"comparisons", "judges", "agreement"} <= metrics.to_metrics().keys()
+    panel = next(row for row in metrics.comparisons if row.judge == "panel")
+    assert panel.n_prompts == 120, "people, who labeled some prompts, are no part of it"
     assert EvaluationMetrics.from_metrics(json.loads(json.dumps(metrics.to_metrics()))) == metrics
     shown = [*map(tables.win_rate_table, tables.by_judge(metrics.comparisons))]
     shown += judge_tables(metrics)
