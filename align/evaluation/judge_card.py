@@ -108,8 +108,6 @@ def agreements(config: Evaluate, outcomes: Sequence[Outcomes]) -> tuple[Agreemen
             first,
             second,
             confidence=config.confidence,
-            resamples=config.resamples,
-            seed=config.seed,
         )
         results.append(
             Agreement(

@@ -112,8 +112,6 @@ def rank(config: Evaluate, outcomes: Sequence[Outcomes]) -> Ranking | None:
             table,
             baseline=n,
             confidence=config.confidence,
-            resamples=config.resamples,
-            seed=config.seed,
         )
     except ValueError:
         return None  # people compared only some of the policies

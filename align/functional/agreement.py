@@ -14,7 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from align.functional.distributions import normal_quantile
-from align.functional.intervals import Estimate, Interval, batches, proportion_interval
+from align.functional.intervals import (
+    ROUNDING,
+    Estimate,
+    Interval,
+    proportion_interval,
+    share_interval,
+)
 
 
 def decisions(preferences: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -28,28 +34,31 @@ def cohen_kappa(
     second: Float[Tensor, "prompts *rest"],
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> Estimate:
     """Agreement of two judges beyond chance: 1 for equal decisions, 0 for independent ones.
 
     ``(p - e) / (1 - e)``, where p is the share of equal decisions and e that of independent judges
     with the same frequencies of win, tie and loss. NaN where both judges always give one and the
-    same decision. The interval is a bootstrap over prompts.
+    same decision. The interval is that of :func:`align.functional.intervals.proportion_interval`
+    for ``(1 + kappa) / 2``, with the influence of each prompt on it.
 
-    Source: Cohen 1960, Educational and Psychological Measurement 20, 37 to 46.
+    Source: Cohen 1960, Educational and Psychological Measurement 20, 37 to 46; influences: Fleiss,
+    Cohen and Everitt 1969, Psychological Bulletin 72, 323 to 327, eq. 13.
     """
     tables = _tables(first, second)
-    generator = torch.Generator().manual_seed(seed)
-    resampled = []
-    for batch in batches(resamples, len(tables)):
-        drawn = torch.randint(len(tables), (len(batch), len(tables)), generator=generator)
-        times = torch.zeros(len(batch), len(tables), dtype=torch.float64)
-        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        resampled.append(_kappa(torch.einsum("rn,nij->rij", times, tables)))
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.nanquantile(torch.cat(resampled), tails).tolist()
-    return Estimate(float(_kappa(tables.sum(dim=0))), Interval(low, high))
+    shares = tables.sum(dim=0) / tables.sum()
+    rows, columns = shares.sum(dim=1), shares.sum(dim=0)
+    agreed, chance = float(shares.trace()), float(rows @ columns)
+    if chance >= 1 - ROUNDING:
+        return Estimate(math.nan, Interval(math.nan, math.nan))
+    kappa = (agreed - chance) / (1 - chance)
+    # Derivative of kappa by the share of each pair of decisions.
+    slopes = torch.eye(3, dtype=torch.float64) / (1 - chance)
+    slopes = slopes - (1 - agreed) / (1 - chance) ** 2 * (columns[:, None] + rows[None, :])
+    slopes = slopes - (slopes * shares).sum()
+    influences = (tables * slopes).sum(dim=(1, 2)) * len(tables) / tables.sum()
+    low, high = share_interval((1 + kappa) / 2, influences / 2, confidence=confidence)
+    return Estimate(kappa, Interval(2 * low - 1, 2 * high - 1))
 
 
 def _tables(first: Tensor, second: Tensor) -> Float[Tensor, "prompts 3 3"]:
@@ -64,13 +73,6 @@ def _tables(first: Tensor, second: Tensor) -> Float[Tensor, "prompts 3 3"]:
     other = (columns[..., None] == levels).double()
     tables = torch.einsum("nki,nkj->nij", one, other)
     return tables[tables.sum(dim=(1, 2)) > 0]
-
-
-def _kappa(tables: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch"]:
-    shares = tables / tables.sum(dim=(-2, -1), keepdim=True)
-    agreed = shares.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    chance = (shares.sum(dim=-1) * shares.sum(dim=-2)).sum(dim=-1)
-    return torch.where(chance < 1 - 1e-12, (agreed - chance) / (1 - chance), torch.nan)
 
 
 def consistency(

@@ -7,6 +7,7 @@ for a loss, NaN where the two were not compared. It suffices to give one of ``[i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from align.functional.intervals import Interval, batches, check_confidence
+from align.functional.intervals import Interval, check_confidence, share_interval
 
 
 def win_matrix(
@@ -33,7 +34,7 @@ class Strengths:
     values: tuple[float, ...]
     """Log-odds of winning against the baseline, whose strength is 0."""
     intervals: tuple[Interval, ...]
-    """Confidence interval of each strength, by bootstrap over prompts; 0 to 0 for the baseline."""
+    """Confidence interval of each strength; 0 to 0 for the baseline."""
 
 
 def bradley_terry_strengths(
@@ -41,17 +42,21 @@ def bradley_terry_strengths(
     *,
     baseline: int = 0,
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
     ridge: float = 0.01,
 ) -> Strengths:
     """Strengths such that policy i beats policy j with probability ``sigmoid(s[i] - s[j])``.
 
     The loss is the summed cross-entropy of all comparisons plus ``ridge / 2 * sum(s**2)`` for
     strengths with mean 0, which keeps the strength of a policy that always wins finite. A tie is
-    half a win and half a loss. A resample draws whole prompts with all comparisons on them.
+    half a win and half a loss.
 
-    Source: Bradley and Terry 1952, Biometrika 39, 324 to 345; fitted by Newton's method.
+    The interval is the log-odds of that of :func:`align.functional.intervals.proportion_interval`
+    for the probability of beating the baseline. A prompt with all comparisons on it is one
+    observation; its influence is that on the solution of the likelihood equations. With two
+    policies, the intervals are those of the win rate, in log-odds.
+
+    Source: Bradley and Terry 1952, Biometrika 39, 324 to 345; fitted by Newton's method. Clusters:
+    Liang and Zeger 1986, Biometrika 73, 13 to 22, eq. 5.
 
     Raises:
         ValueError: Some policies are not connected with the baseline by comparisons.
@@ -59,28 +64,26 @@ def bradley_terry_strengths(
     check_confidence(confidence)
     wins, counts = _sums(outcomes)
     _check_connected(counts.sum(dim=0), baseline)
-    values = _fit(wins.sum(dim=0)[None], counts.sum(dim=0)[None], ridge)
-    prompts = len(wins)
-    generator = torch.Generator().manual_seed(seed)
-    resampled = []
-    for batch in batches(resamples, max(prompts, wins[0].numel())):
-        drawn = torch.randint(prompts, (len(batch), prompts), generator=generator)
-        times = torch.zeros(len(batch), prompts, dtype=torch.float64)
-        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        resampled.append(
-            _fit(
-                torch.einsum("rn,nij->rij", times, wins),
-                torch.einsum("rn,nij->rij", times, counts),
-                ridge,
-            )
-        )
-    relative = torch.cat(resampled)
-    relative = relative - relative[:, baseline : baseline + 1]
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    lows, highs = torch.quantile(relative, tails, dim=0).tolist()
-    values = values[0] - values[0, baseline]
-    intervals = tuple(map(Interval, lows, highs))
-    return Strengths(tuple(values.tolist()), intervals)
+    strengths, hessian = _fit(wins.sum(dim=0), counts.sum(dim=0), ridge)
+    chances = torch.sigmoid(strengths[:, None] - strengths[None, :])
+    scores = (wins - counts * chances).sum(dim=2)
+    influences = len(wins) * torch.linalg.solve(hessian, scores.T)
+    influences = influences - influences[baseline]
+    values = (strengths - strengths[baseline]).tolist()
+    intervals = []
+    for policy, value in enumerate(values):
+        if policy == baseline:
+            intervals.append(Interval(0.0, 0.0))
+            continue
+        rate = float(torch.sigmoid(torch.tensor(value, dtype=torch.float64)))
+        ends = share_interval(rate, rate * (1 - rate) * influences[policy], confidence=confidence)
+        intervals.append(Interval(*(math.log(end / (1 - end)) for end in map(_inside, ends))))
+    return Strengths(tuple(values), tuple(intervals))
+
+
+def _inside(share: float) -> float:
+    """The share, at least 1e-15 away from 0 and 1, so that its log-odds are finite."""
+    return min(1 - 1e-15, max(1e-15, share))
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
@@ -127,17 +130,15 @@ def _check_connected(counts: Tensor, baseline: int) -> None:
         raise ValueError(f"outcomes: policies {apart} have no comparison that leads to {baseline}")
 
 
-def _fit(wins: Tensor, counts: Tensor, ridge: float) -> Tensor:
-    """Strengths with mean 0 of each matrix: ``[resamples, policies]``."""
-    strengths = torch.zeros(wins.shape[:2], dtype=torch.float64)
-    penalty = ridge * torch.eye(wins.shape[1], dtype=torch.float64)
+def _fit(wins: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Strengths with mean 0, and the second derivative of the loss at them."""
+    strengths = torch.zeros(len(wins), dtype=torch.float64)
     for _ in range(100):
-        chances = torch.sigmoid(strengths[:, :, None] - strengths[:, None, :])
-        gradient = (wins - counts * chances).sum(dim=2) - ridge * strengths
-        if gradient.abs().max() <= 1e-11 * max(1.0, float(counts.sum(dim=(1, 2)).max())):
-            break
+        chances = torch.sigmoid(strengths[:, None] - strengths[None, :])
+        gradient = (wins - counts * chances).sum(dim=1) - ridge * strengths
         curvature = counts * chances * (1 - chances)
-        hessian = torch.diag_embed(curvature.sum(dim=2)) - curvature + penalty
-        step = torch.linalg.solve(hessian, gradient)
-        strengths = strengths + step.clamp(-4, 4)
-    return strengths
+        hessian = torch.diag(curvature.sum(dim=1) + ridge) - curvature
+        if gradient.abs().max() <= 1e-11 * max(1.0, float(counts.sum())):
+            return strengths, hessian
+        strengths = strengths + torch.linalg.solve(hessian, gradient).clamp(-4, 4)
+    raise ValueError(f"the strengths did not converge; use a ridge above {ridge:g}")

@@ -144,42 +144,37 @@ def proportion_interval(
     means, weights = prompt_means(values)
     if float(means.min()) < 0 or float(means.max()) > 1:
         raise ValueError(f"expected values in [0, 1], found {means.min():g} to {means.max():g}")
-    prompts, mean = len(means), float((weights * means).mean())
-    if float(means.max() - means.min()) <= ROUNDING:
-        return share_interval(float(means.mean()), 0.0, prompts, 0.0, confidence=confidence)
-    distances = weights * (means - mean)
-    variance = float(distances.square().sum()) / (prompts - 1)
-    degrees = variance_degrees(distances)
-    return share_interval(mean, variance, prompts, degrees, confidence=confidence)
-
-
-def variance_degrees(distances: Float[Tensor, " prompts"]) -> float:
-    """Degrees of freedom of a variance, from the kurtosis of the distances from the mean.
-
-    The variance of a sample variance is about ``variance**2 * (kurtosis - 1) / n``; of a
-    chi-squared variable over its d degrees of freedom, it is 2 / d.
-    """
-    n, squares = len(distances), float(distances.square().mean())
-    kurtosis = float((distances**4).mean()) / squares**2
-    return min(n - 1.0, 2 * n / max(kurtosis - 1, ROUNDING))
+    mean = float((weights * means).mean())
+    return share_interval(mean, weights * (means - mean), confidence=confidence)
 
 
 def share_interval(
-    rate: float, variance: float, observations: int, degrees: float, *, confidence: float
+    rate: float,
+    influences: Float[Tensor, " prompts"],
+    *,
+    confidence: float,
+    further_variance: float = 0.0,
 ) -> Interval:
-    """Interval of :func:`proportion_interval` for an estimated rate.
+    """Interval of :func:`proportion_interval` for any estimate of a rate in [0, 1].
 
-    ``variance`` is that of one of the ``observations``, so that the squared standard error of the
-    rate is ``variance / observations``; ``degrees`` are its degrees of freedom.
+    The squared standard error of the rate is the variance of the prompts' influences over their
+    number. ``further_variance`` is added to that variance.
     """
     check_confidence(confidence)
-    if variance <= ROUNDING**2:
-        drawn = ((1 - confidence) / 2) ** (1 / observations)
+    n, rate = len(influences), min(1.0, max(0.0, rate))
+    distances = influences - influences.mean()
+    squares = float(distances.square().mean())
+    if squares <= ROUNDING**2:
+        drawn = ((1 - confidence) / 2) ** (1 / n)
         return Interval(rate * drawn, 1 - (1 - rate) * drawn)
-    largest = observations / (observations - 1)  # of values in [0, 1] with this mean
-    ratio = min(largest, variance / max(rate * (1 - rate), ROUNDING))
-    size = observations / ratio ** (degrees / (degrees + 1))
-    share = t_quantile((1 + confidence) / 2, observations - 1.0) ** 2 / size
+    # The variance of a sample variance is about variance**2 * (kurtosis - 1) / n; that of a
+    # chi-squared variable over its d degrees of freedom is 2 / d.
+    kurtosis = float((distances**4).mean()) / squares**2
+    degrees = min(n - 1.0, 2 * n / max(kurtosis - 1, ROUNDING))
+    variance = squares * n / (n - 1) + further_variance
+    ratio = variance / max(rate * (1 - rate), ROUNDING)
+    size = n / ratio ** (degrees / (degrees + 1))
+    share = t_quantile((1 + confidence) / 2, n - 1.0) ** 2 / size
     center = (rate + share / 2) / (1 + share)
     margin = math.sqrt(share * (rate * (1 - rate) + share / 4)) / (1 + share)
     low = 1 - _nearest_end(1 - center + margin, 1 - rate, size, confidence)

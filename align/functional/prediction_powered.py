@@ -17,7 +17,6 @@ from align.functional.intervals import (
     Estimate,
     prompt_means,
     share_interval,
-    variance_degrees,
 )
 
 
@@ -64,12 +63,13 @@ def prediction_powered_mean(
     variance = float(torch.cat([judged, others]).var())
     weight = _weight(true, judged, variance, len(others))
     value = float(true.mean()) + weight * (float(others.mean()) - float(judged.mean()))
-    value = min(1.0, max(0.0, value))
-    errors = true - weight * judged
-    errors = errors - errors.mean()
-    spread = float(errors.square().sum()) / (n - 1) + n * weight**2 * variance / len(others)
-    degrees = variance_degrees(errors) if bool((errors.abs() > ROUNDING).any()) else 0.0
-    return Estimate(value, share_interval(value, spread, n, degrees, confidence=confidence))
+    interval = share_interval(
+        value,
+        true - weight * judged,
+        confidence=confidence,
+        further_variance=n * weight**2 * variance / len(others),
+    )
+    return Estimate(min(1.0, max(0.0, value)), interval)
 
 
 def _weight(true: Tensor, judged: Tensor, variance: float, n_others: int) -> float:

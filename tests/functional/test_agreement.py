@@ -15,6 +15,7 @@ from align.functional.agreement import (
     position_bias,
     self_agreement,
 )
+from align.functional.intervals import proportion_interval
 
 
 def test_kappa_agrees_with_scikit_learn():
@@ -28,6 +29,44 @@ def test_kappa_agrees_with_scikit_learn():
     result = cohen_kappa(torch.from_numpy(first), torch.from_numpy(second))
     assert result.value == pytest.approx(expected)
     assert result.interval.low < expected < result.interval.high
+
+
+def agreeing(prompts: int, agreement: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two judges of three completions per prompt; the second copies the first or draws."""
+    rng = np.random.default_rng([seed, 7])
+    rates = rng.beta(1.5, 1.5, (prompts, 1))
+    first = (rng.random((prompts, 3)) < rates).astype(float)
+    drawn = (rng.random((prompts, 3)) < 0.5).astype(float)
+    second = np.where(rng.random((prompts, 3)) < agreement, first, drawn)
+    return torch.from_numpy(first), torch.from_numpy(second)
+
+
+def test_the_interval_of_kappa_is_as_wide_as_the_jackknife():
+    first, second = agreeing(300, 0.6, seed=0)
+    low, high = cohen_kappa(first, second).interval
+    kept = [[k for k in range(300) if k != left_out] for left_out in range(300)]
+    values = [cohen_kappa(first[rows], second[rows]).value for rows in kept]
+    standard_error = math.sqrt(299 / 300 * np.square(values - np.mean(values)).sum())
+    assert (high - low) / 2 == pytest.approx(1.968 * standard_error, rel=0.02)
+
+
+def test_the_interval_of_kappa_at_full_agreement():
+    # none of 20 prompts differs: 2 * 0.025 ** (1 / 20) - 1 = 0.663
+    decided = torch.tensor([1.0, 0.0] * 10)
+    assert cohen_kappa(decided, decided).interval == pytest.approx((0.663, 1.0), abs=1e-3)
+    assert cohen_kappa(decided, 1 - decided).value == pytest.approx(-1.0)
+    assert math.isnan(cohen_kappa(torch.ones(5), torch.ones(5)).value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prompts", "true"), [(20, 0.5), (50, 0.9)])
+def test_the_interval_of_kappa_contains_it_in_93_to_97_of_100_samples(prompts, true):
+    # Both judges decide evenly, so kappa is the share that the second copies.
+    covered = 0
+    for seed in range(2000):
+        low, high = cohen_kappa(*agreeing(prompts, true, seed)).interval
+        covered += low <= true <= high
+    assert 0.93 <= covered / 2000 <= 0.97
 
 
 def test_kappa_by_hand():
@@ -68,3 +107,17 @@ def test_the_detectable_difference_by_hand():
     # (1.95996 + 0.84162) * 0.5 / sqrt(100)
     assert detectable_difference(100) == pytest.approx(0.140079, abs=1e-6)
     assert detectable_difference(400) == pytest.approx(0.140079 / 2, abs=1e-6)
+    # ties alone: half of 1 - 0.025 ** (1 / 50)
+    assert detectable_difference(50, deviation=0.0) == pytest.approx(0.0356, abs=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [50, 200])
+def test_the_detectable_difference_is_detected_in_about_80_of_100_evaluations(prompts):
+    rng = np.random.default_rng(0)
+    rate = 0.5 + detectable_difference(prompts)
+    detected = 0
+    for _ in range(300):
+        won = torch.from_numpy((rng.random(prompts) < rate).astype(float))
+        detected += proportion_interval(won).low > 0.5
+    # one standard error is sqrt(0.8 * 0.2 / 300) = 2.3 %; numbers of wins are whole: 3 % at 50
+    assert detected / 300 == pytest.approx(0.8, abs=0.08)

@@ -1,5 +1,6 @@
 """Win matrices, strengths and adjusted p-values against values by hand and scikit-learn."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from align.functional.bradley_terry import bradley_terry_strengths, holm_adjusted, win_matrix
+from align.functional.intervals import proportion_interval
 
 
 def compared(pairs, policies: int) -> torch.Tensor:
@@ -26,15 +28,71 @@ def test_a_win_matrix_by_hand():
     np.testing.assert_allclose(win_matrix(outcomes), expected)
 
 
-def test_the_strength_of_two_policies_is_the_log_odds():
-    # 3 of 4 won: log 3
-    outcomes = compared({(1, 0): [1.0, 1.0, 1.0, 0.0] * 25}, 2)
-    strengths = bradley_terry_strengths(outcomes, ridge=1e-9, resamples=200)
+def test_the_strength_of_two_policies_is_the_log_odds_of_their_win_rate():
+    # 3 of 4 won: log 3; so are the ends of the interval
+    won = torch.tensor([[1.0, 1.0], [1.0, 0.5], [1.0, 0.0], [0.5, 1.0]] * 10)
+    outcomes = torch.full((2, 2, 40, 2), math.nan)
+    outcomes[1, 0] = won
+    strengths = bradley_terry_strengths(outcomes, ridge=1e-9)
     assert strengths.values == pytest.approx((0.0, math.log(3)))
-    low, high = strengths.intervals[1]
-    # standard error sqrt(1 / (100 * 0.75 * 0.25)) = 0.231; a tenth of it is the resampling's error
-    assert (low, high) == pytest.approx((math.log(3) - 0.45, math.log(3) + 0.45), abs=0.1)
+    expected = [math.log(end / (1 - end)) for end in proportion_interval(won)]
+    assert strengths.intervals[1] == pytest.approx(expected, abs=1e-6)
     assert strengths.intervals[0] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("won", [1.0, 0.0])
+def test_the_strength_of_a_policy_that_always_wins_or_loses_is_finite(won):
+    strengths = bradley_terry_strengths(compared({(1, 0): [won] * 20}, 2))
+    low, high = strengths.intervals[1]
+    assert low < strengths.values[1] < high
+    assert all(map(math.isfinite, (low, high)))
+    # 0.025 ** (1 / 20) = 0.8316: log-odds 1.597
+    assert (low if won else -high) == pytest.approx(1.597, abs=0.01)
+
+
+def round_robin(true: list[float], prompts: int, seed: int) -> torch.Tensor:
+    """Outcomes of all pairs, two completions per prompt; a prompt favors each policy more or less.
+
+    The log-odds are divided by sqrt(1 + 0.6^2 / 1.7^2) on average, because they vary by prompt with
+    a standard deviation of 0.6 = 0.42 * sqrt(2).
+    """
+    rng = np.random.default_rng([seed, 6])
+    quality = np.array(true)[:, None] + 0.42 * rng.standard_normal((len(true), prompts))
+    outcomes = torch.full((len(true), len(true), prompts, 2), math.nan)
+    for i, j in itertools.combinations(range(len(true)), 2):
+        chances = 1 / (1 + np.exp(quality[j] - quality[i]))
+        outcomes[i, j] = torch.from_numpy(rng.random((prompts, 2)) < chances[:, None]).double()
+    return outcomes
+
+
+def test_the_intervals_are_as_wide_as_those_of_a_bootstrap_over_prompts():
+    outcomes = round_robin([0.0, 0.5, 1.0], 200, seed=0)
+    strengths = bradley_terry_strengths(outcomes)
+    rng = np.random.default_rng(0)
+    resampled = np.array(
+        [
+            bradley_terry_strengths(outcomes[:, :, rng.integers(200, size=200)]).values
+            for _ in range(200)
+        ]
+    )
+    for policy in (1, 2):
+        low, high = strengths.intervals[policy]
+        # one standard error of a standard deviation of 200 draws is 1 / sqrt(400) = 5 %
+        assert (high - low) / 3.92 == pytest.approx(resampled[:, policy].std(), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [20, 50])
+def test_the_intervals_contain_the_true_strength_in_93_to_97_of_100_evaluations(prompts):
+    true = [0.0, 0.5, 2.5]
+    # The strengths of a sample without end; the log-odds vary by prompt, so they are not ``true``.
+    expected = bradley_terry_strengths(round_robin(true, 200_000, seed=10_000)).values
+    covered = [0, 0, 0]
+    for seed in range(2000):
+        intervals = bradley_terry_strengths(round_robin(true, prompts, seed)).intervals
+        for policy, (low, high) in enumerate(intervals):
+            covered[policy] += low <= expected[policy] <= high
+    assert all(0.93 <= count / 2000 <= 0.97 for count in covered[1:])
 
 
 @pytest.mark.parametrize("ridge", [0.01, 5.0])
@@ -57,9 +115,7 @@ def test_strengths_agree_with_a_logistic_regression_of_scikit_learn(ridge):
         sample_weight=np.concatenate([won, 1 - won]),
     )
     expected = model.coef_[0] - model.coef_[0][2]
-    strengths = bradley_terry_strengths(
-        compared(pairs, 4), baseline=2, ridge=ridge, resamples=10
-    ).values
+    strengths = bradley_terry_strengths(compared(pairs, 4), baseline=2, ridge=ridge).values
     assert strengths == pytest.approx(expected, abs=1e-5)
 
 
