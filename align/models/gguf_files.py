@@ -212,10 +212,10 @@ def _supported_architectures() -> set[str]:
     except ImportError:
         return set()
     try:
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS as newer
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     except ImportError:
-        newer = {}
-    return {_plain(name) for name in (*GGUF_CONFIG_MAPPING, *newer)}
+        return {_plain(name) for name in GGUF_CONFIG_MAPPING}
+    return {_plain(name) for name in (*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS)}
 
 
 def _plain(architecture: str) -> str:
