@@ -21,43 +21,16 @@ from align.config.base import (
     Workload,
 )
 from align.config.judges import FunctionJudge, Judges
+from align.config.readers import COLUMNS, READER_OPTIONS, Reader
 from align.errors import nearest
-
-ALIGN_COLUMNS = (
-    *("prompt", "completion", "chosen", "rejected", "messages", "label"),
-    *("system", "input"),
-)
-REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {  # of the readers of public data sets
-    "ultrafeedback": ("instruction", "completions"),
-    "shp": ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
-    "tldr": ("info", "summaries", "choice"),
-    "oasst": (),
-}
-COLUMNS = (
-    *ALIGN_COLUMNS,
-    *dict.fromkeys(n for names in REQUIRED_COLUMNS.values() for n in names),
-)  # of any reader
-FORMATS = (("prompt", "chosen", "rejected"), ("prompt", "completion"), ("messages",))
-READERS = ("columns", "hh", *REQUIRED_COLUMNS)
-READER_OPTIONS = {
-    "pairing": ("ultrafeedback", "oasst"),
-    "margin": ("ultrafeedback", "oasst"),
-    "ratio": ("shp",),
-    "languages": ("oasst",),
-}
-
-
-def columns_read(reader: str) -> tuple[str, ...]:
-    """The column names that ``columns`` may map for a reader."""
-    return REQUIRED_COLUMNS[reader] or ("prompt",) if reader in REQUIRED_COLUMNS else ALIGN_COLUMNS
 
 
 class Source(Config):
     """How a source of preference data is read. A catalog entry sets all of these keys."""
 
-    reader: Literal["columns", "hh", "ultrafeedback", "shp", "tldr", "oasst"] = "columns"
+    reader: Reader = "columns"
     """Format of the source: named columns, transcripts as in Anthropic's HH-RLHF (``hh``), or the
-    format of the public data set of that name."""
+    format of the public data set of that name; ``gsm8k_solutions`` are labeled solutions."""
     config: str | None = None
     """Configuration (subset) of a Hub data set."""
     data_dir: str | None = None
@@ -156,8 +129,9 @@ class Prepare(Source, Stage):
     """Number of consecutive words, shared with an evaluation prompt, that count as contamination.
     Shorter prompts are matched as a whole."""
     keep_columns: list[str] = Field([])
-    """Columns of the source that are copied into ``prompts-*.parquet``, from the first row of each
-    prompt. Lists and objects are stored as JSON text."""
+    """Columns of the source, and ``answer`` of ``gsm8k_solutions``, that are copied into
+    ``prompts-*.parquet``, from the first row of each prompt. Lists and objects are stored as JSON
+    text."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> Prepare:

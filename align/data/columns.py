@@ -10,7 +10,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from align.config.data import FORMATS, REQUIRED_COLUMNS, columns_read
+from align.config.readers import FORMATS, REQUIRED_COLUMNS, columns_read
 from align.data.rows import Raw
 from align.data.sources import Part
 from align.errors import DataError, did_you_mean, nearest
@@ -27,6 +27,8 @@ _SYNONYMS = {
 
 def kind_of_part(part: Part, reader: str, columns: Mapping[str, str]) -> str:
     """Kind of the rows that a reader makes of a part."""
+    if reader == "gsm8k":
+        return "demonstrations"
     return "pairs" if reader in REQUIRED_COLUMNS else kind_of(columns_of(part, columns))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.data import MixtureSource, Prepare, Source
+from align.config.readers import WRITTEN_COLUMNS
 from align.data.columns import (
     check_column_map,
     check_columns,
@@ -176,8 +177,11 @@ class _Ingester:
         if not rows:
             files = "1 empty file" if len(parts) == 1 else f"{len(parts)} empty files"
             raise DataError(f"{source.source}: no rows; found {files}")
+        written = WRITTEN_COLUMNS.get(source.reader, ())
         missing = [
-            name for name in self._config.keep_columns if not any(name in row for row in rows)
+            name
+            for name in self._config.keep_columns
+            if name not in written and not any(name in row for row in rows)
         ]
         if missing:
             names = list(dict.fromkeys(name for part in parts for name in columns_of(part)))
@@ -216,7 +220,6 @@ class _Ingester:
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
                 break
             n_rows[kind] += 1
-            copied = {name: _flatten(raw.get(name)) for name in self._config.keep_columns}
             renamed = rename_columns(raw, columns)
             if source.reader not in PUBLIC_FORMATS:
                 self._count_unread(raw, renamed, used)
@@ -230,6 +233,10 @@ class _Ingester:
                 except DroppedError as error:
                     table.add_invalid(error, self._n_sources, f"{place}row {number}")
                 else:
+                    copied = {
+                        name: _flatten(raw.get(name, converted.get(name)))
+                        for name in self._config.keep_columns
+                    }
                     table.add(row, self._n_sources, copied, converted.get("margin"))
                     self._add_to_index(table, row)
 

@@ -1,20 +1,23 @@
-"""Public preference data sets: convert a raw row to raw pairs.
+"""Public data sets: convert a raw row to raw pairs or demonstrations.
 
 A raw pair has ``prompt``, ``chosen``, ``rejected`` and ``margin``. Supported are UltraFeedback
 (several scored completions), SHP (votes), TL;DR (a choice between two summaries), OpenAssistant
-(trees with ranked replies). One row gives any number of pairs and of reasons to drop it. The texts
-themselves are checked by :mod:`align.data.formats`. Not supported: UltraFeedback's scores of single
-aspects, TL;DR's axis evaluations.
+(trees with ranked replies), GSM8K and its labeled solutions. One row gives any number of pairs and
+of reasons to drop it. The texts themselves are checked by :mod:`align.data.formats`. Not supported:
+UltraFeedback's scores of single aspects, TL;DR's axis evaluations.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from align.data.pairing import PairingOptions, PairsOrDrops, Scored, pair_completions, raw_pair
 from align.data.rows import DroppedError, Messages, Raw
 
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+_LAST_LINE = re.compile(r"\nA: ([^\n]*)\Z")
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 
 
@@ -111,6 +114,43 @@ def oasst(raw: Raw, options: PairingOptions) -> PairsOrDrops:
         yield DroppedError("no user's message in the tree")
 
 
+def gsm8k(raw: Raw, options: PairingOptions) -> PairsOrDrops:
+    """A demonstration of GSM8K (arXiv:2110.14168), without calculator annotations ``<<48/2=24>>``.
+
+    The final answer follows ``####`` in the last line.
+    """
+    answer = raw.get("answer")
+    if not isinstance(answer, str) or "####" not in answer:
+        yield DroppedError("no final answer behind ####")
+    else:
+        yield {"prompt": raw.get("question"), "completion": _ANNOTATION.sub("", answer)}
+
+
+def gsm8k_solutions(raw: Raw, options: PairingOptions) -> PairsOrDrops:
+    """Pair the correct with the wrong solutions of models to a question of GSM8K.
+
+    Each value with ``solution`` and ``is_correct`` is a solution. Calculator annotations are
+    removed, and a last line ``A: 18`` becomes ``#### 18`` as in GSM8K's answers. ``answer`` of a
+    pair is the reference solution.
+    """
+    solutions = [v for v in raw.values() if isinstance(v, dict) and "solution" in v]
+    if not all(isinstance(s["solution"], str) for s in solutions):
+        yield DroppedError("a solution is not text")
+        return
+    if not all(isinstance(s.get("is_correct"), bool) for s in solutions):
+        yield DroppedError("is_correct is not true or false")
+        return
+    scored = [Scored(float(s["is_correct"]), _as_answer(s["solution"])) for s in solutions]
+    answer = _as_answer(str(raw.get("ground_truth")))
+    for each in pair_completions(raw.get("question"), scored, options):
+        yield each if isinstance(each, DroppedError) else {**each, "answer": answer, "margin": None}
+
+
+def _as_answer(solution: str) -> str:
+    """A solution as GSM8K's answers are written."""
+    return _LAST_LINE.sub(r"\n#### \1", _ANNOTATION.sub("", solution))
+
+
 def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
     """Convert flat messages to one row per tree, in the order of the roots.
 
@@ -164,4 +204,6 @@ PUBLIC_FORMATS: Mapping[str, Callable[[Raw, PairingOptions], PairsOrDrops]] = {
     "shp": shp,
     "tldr": tldr,
     "oasst": oasst,
+    "gsm8k": gsm8k,
+    "gsm8k_solutions": gsm8k_solutions,
 }

@@ -15,12 +15,21 @@ from align.config import catalog, recipe
 from align.config.data import Prepare
 from align.data.pairing import PairingOptions
 from align.data.prepare import prepare
-from align.data.public_datasets import oasst, shp, tldr, trees, ultrafeedback
+from align.data.public_datasets import (
+    gsm8k_solutions,
+    oasst,
+    shp,
+    tldr,
+    trees,
+    ultrafeedback,
+)
 from align.data.rows import DroppedError
 from align.errors import UserError
+from align.rewards import verifiers
 
 FOLDER = Path(__file__).parents[2] / "data" / "catalog"
 POST = "SUBREDDIT: r/pets\n\nTITLE: Cat trouble\n\nPOST: My cat sleeps on the keyboard all day.\n\nTL;DR:"
+PENS = "Ada has 3 boxes of 4 pens. How many pens?"
 EXPECTED: dict[str, tuple[list[tuple[str, str, str]], dict[str, int]]] = {
     "hh-rlhf": (
         [
@@ -49,7 +58,15 @@ EXPECTED: dict[str, tuple[list[tuple[str, str, str]], dict[str, int]]] = {
         ],
         {"no tree of messages": 1},
     ),
+    "gsm8k-solutions": (
+        [
+            (PENS, "4*3=12\n#### 12", "3+4=7\n#### 7"),
+            (PENS, "4*3=12\n#### 12", "There are 3 boxes of"),
+        ],
+        {"all scores are equal": 1},
+    ),
 }
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"  # beside the checkout
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -67,9 +84,73 @@ def test_a_sample_is_read_into_rows_written_by_hand(name: str):
     assert prepared.read["pairs"] == len(pairs) + sum(prepared.dropped.values())
 
 
+def test_gsm8k_gives_demonstrations_whose_answer_is_kept_for_the_verifier():
+    file = str(FOLDER / "gsm8k.sample.jsonl")
+    config = Prepare(source=file, reader="gsm8k", keep_columns=["answer"], test_fraction=0.0)
+    prepared = prepare(config)
+    (row,) = prepared.tables()["demonstrations"]["train"]
+    assert [turn["content"] for turn in row["prompt"]] == [PENS]
+    assert row["completion"][0]["content"] == "3 boxes of 4 are 3*4=12 pens.\n#### 12"
+    (prompt,) = prepared.tables()["prompts"]["train"]
+    assert verifiers.math([], ["It is 12.", "#### 7"], [prompt["answer"]] * 2) == [1.0, 0.0]
+    assert prepared.dropped == {"demonstrations: no final answer behind ####": 1}
+
+
+def test_labeled_solutions_keep_the_reference_answer_for_the_verifier():
+    file = str(FOLDER / "gsm8k-solutions.sample.jsonl")
+    config = Prepare(source=file, reader="gsm8k_solutions", keep_columns=["answer", "ground_truth"])
+    prepared = prepare(config.model_copy(update={"test_fraction": 0.0}))
+    (prompt,) = prepared.tables()["prompts"]["train"]
+    assert prompt["answer"] == "3*4=12\n#### 12"
+    assert prompt["ground_truth"] == "3*4=<<3*4=12>>12\nA: 12"
+    (pair,) = prepared.tables()["pairs"]["train"]  # best against worst, without the catalog
+    sides = [pair[side][0]["content"] for side in ("chosen", "rejected")]
+    assert verifiers.math([], sides, [prompt["answer"]] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ({"a": {"solution": 3, "is_correct": True}}, "a solution is not text"),
+        ({"a": {"solution": "3", "is_correct": "yes"}}, "is_correct is not true or false"),
+        ({"a": {"solution": "3", "is_correct": True}}, "fewer than two scored completions"),
+    ],
+)
+def test_malformed_solutions_are_dropped_with_the_reason(raw: dict[str, Any], reason: str):
+    row = {"question": "?", "ground_truth": "A: 3", **raw}
+    (dropped,) = gsm8k_solutions(row, PairingOptions(pairing="all"))
+    assert isinstance(dropped, DroppedError)
+    assert dropped.reason == reason
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no copy of GSM8K beside the checkout")
+def test_the_real_labeled_solutions_give_2429_pairs_that_the_verifier_agrees_with():
+    file = str(SHARED / "example_model_solutions.jsonl.gz")
+    config = Prepare(source=file, reader="gsm8k_solutions", pairing="all", keep_columns=["answer"])
+    prepared = prepare(config.model_copy(update={"test_fraction": 0.0}))
+    equal = prepared.dropped["pairs: all scores are equal"]
+    assert prepared.read["pairs"] - equal == 2_429
+    assert prepared.dropped["pairs: exact duplicate"] == 3  # without calculator annotations
+    tables = prepared.tables()
+    pairs = tables["pairs"]["train"]
+    answers = {row["prompt_id"]: row["answer"] for row in tables["prompts"]["train"]}
+    references = [answers[pair["prompt_id"]] for pair in pairs]
+    for side, is_correct in (("chosen", 1.0), ("rejected", 0.0)):
+        texts = [pair[side][0]["content"] for pair in pairs]
+        assert verifiers.math([], texts, references) == [is_correct] * len(pairs)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no copy of GSM8K beside the checkout")
+def test_the_real_questions_are_all_read():
+    config = Prepare(source=str(SHARED / "train.jsonl.gz"), reader="gsm8k", test_fraction=0.0)
+    prepared = prepare(config)
+    assert len(prepared.tables()["demonstrations"]["train"]) == 7_473
+    assert not prepared.dropped
+
+
 def test_every_entry_has_a_license_and_a_citation_and_no_unknown_key():
     files = sorted(FOLDER.glob("*.yaml"))
-    assert {file.stem for file in files} == {*EXPECTED, "embedded"}
+    assert {file.stem for file in files} == {*EXPECTED, "embedded", "gsm8k"}
     for file in files:
         entry = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert entry["citation"] and entry["license"]["text"]
