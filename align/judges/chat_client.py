@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.config.judges import Server
-from align.errors import UserError
+from align.errors import UserError, printable
 from align.runtime.progress import LOGGER
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class Redactor:
 
     def one_line(self, text: object) -> str:
         """The beginning of a text on one line, without the key."""
-        return " ".join(self.remove(str(text)[:LONGEST_MESSAGE]).split())[:300]
+        words = self.remove(str(text)[:LONGEST_MESSAGE]).split()
+        return printable(" ".join(words)[:300])
 
 
 class ChatClient:
@@ -284,7 +285,8 @@ class ChatClient:
         reason = f"HTTP {status}" + f": {detail}" * bool(detail)
         if status == 402 or "insufficient_quota" in detail:
             return UserError(f"{self.url}: {reason}; the account has no quota left")
-        if status in _AGAIN or status >= 500:
+        no_target = status < 400 and not response.has_redirect_location
+        if status in _AGAIN or status >= 500 or no_target:
             wait = retry_after_seconds(response.headers.get("Retry-After"))
             return RequestFailedError(reason, again=True, wait=wait)
         if status in (400, 413, 422) and (self.answered or _TOO_LONG.search(detail)):

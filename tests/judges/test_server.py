@@ -178,6 +178,7 @@ TRANSIENT = {
     "timeout of the server": lambda request: request.error(408),
     "internal error": lambda request: request.error(500),
     "bad gateway": lambda request: request.send(502, "<html>Bad gateway</html>"),
+    "nothing new": lambda request: request.send(304, ""),
     "empty error": lambda request: request.send(503, ""),
     "dropped": lambda request: request.drop(),
     "dropped in the body": partial,
@@ -214,7 +215,6 @@ def test_a_request_is_sent_again_after(tmp_path, failure):
 @pytest.mark.parametrize(
     ("status", "repair"),
     [
-        (307, "redirects"),
         (400, "structured_output"),
         (401, "key_variable"),
         (402, "quota"),
@@ -234,6 +234,17 @@ def test_an_error_of_the_settings_is_one_line_after_one_request(tmp_path, status
     assert server.n_requests == 1
     (line,) = raised.value.lines
     assert f"HTTP {status}: no way" in line and repair in line and "\n" not in line
+
+
+def test_a_redirect_is_not_followed(tmp_path):
+    with (
+        judge_server(
+            lambda request: request.send(307, "", Location="http://elsewhere/v2")
+        ) as server,
+        pytest.raises(UserError, match="redirects to 'http://elsewhere/v2'; correct `base_url`"),
+    ):
+        judge(server.base_url, tmp_path).compare(pairs(9))
+    assert server.n_requests == 1
 
 
 def test_a_quota_that_is_used_up_is_no_rate_limit(tmp_path):
