@@ -47,7 +47,7 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     done = call(*LAUNCH, *TWO, SCRIPT, RECIPE, *SMALL, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sft: ran") == 1
-    assert done.stdout.count("held-out win rates") == 1
+    assert done.stdout.count("win rates against ") == 1
     artifacts = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/artifact.json")]
     stages = sorted(artifact["stage"] for artifact in artifacts)
     assert stages == ["dpo", "evaluate", "prepare", "reference", "sft"]

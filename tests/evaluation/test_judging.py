@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import tiny_models
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.console import Console
 from align.config.evaluate import Evaluate
 from align.errors import DataError
 from align.evaluation import tables
-from align.evaluation.completions import Samples, read_completions
+from align.evaluation.completions import Samples, matches, read_completions
 from align.evaluation.judge_tables import judge_tables
 from align.evaluation.judging import judge_all
 from align.evaluation.results import EvaluationMetrics
@@ -191,6 +192,16 @@ def test_people_label_some_pairs_and_correct_the_judge(tmp_path: Path):
     assert people.corrected is None
     assert judged.win_rate > truth + 0.2, "the judge is biased"
     assert judged.corrected.ci.low < truth < judged.corrected.ci.high
+    # The labels' mean, moved by the judge's difference between all other prompts and these, times
+    # the weight that minimizes the variance (arXiv:2311.01453, example 6.1).
+    is_good = np.array([text.startswith("good") for (text,) in own], dtype=float)
+    is_long = np.array([len(text) > len("a base text") for (text,) in own], dtype=float)
+    known = np.array(labels)
+    covariance = np.cov(is_good[known], is_long[known])[0, 1]
+    weight = covariance / ((1 + 40 / 160) * is_long.var(ddof=1))
+    shift = weight * (is_long[~known].mean() - is_long[known].mean())
+    assert judged.corrected.value == pytest.approx(is_good[known].mean() + shift, abs=1e-9)
+    assert abs(shift) > 1e-3
     width = judged.corrected.ci.high - judged.corrected.ci.low
     assert width < people.ci.high - people.ci.low, "narrower than people alone"
     (agreement,) = metrics.agreement
@@ -374,6 +385,8 @@ def test_fewer_completions_of_one_side_are_used_again(tmp_path: Path):
     both = {"a": texts([["xxx"]]), "reference": texts([["xx"]])}
     metrics = evaluate(config, {"lengths": Lengths()}, both, tmp_path)
     assert metrics.judges[0].n_pairs == 1, "no pair is compared twice"
+    pairs = matches(texts([["a", "b"]]), texts([["c", "d", "e"]]), 4)
+    assert [(match.own, match.baseline) for match in pairs] == [(0, 0), (1, 1), (0, 2), (1, 0)]
 
 
 def test_wrong_rows_of_a_file_are_named(tmp_path: Path):
