@@ -15,6 +15,7 @@ from torch import Tensor
 
 from align.errors import DataError
 from align.evaluation.intervals import Bootstrap
+from align.evaluation.results import Interval
 from align.evaluation.reward_results import BestOfN, BestOfNReport
 from align.evaluation.tables import percent, percent_interval
 from align.functional.best_of_n import best_of_n_accuracy, best_of_n_kl, best_of_n_values
@@ -71,7 +72,7 @@ def report(prompts: Sequence[PromptScores], *, judge: str) -> BestOfNReport:
             gold_ci=bootstrap.mean(gold[:, n - 1]),
             best_gold=best[:, n - 1].mean().item(),
             accuracy=accuracy[:, n - 1].mean().item(),
-            accuracy_ci=bootstrap.proportion(accuracy[:, n - 1]),
+            accuracy_ci=bootstrap.proportion(accuracy[:, n - 1]) if n > 1 else Interval(1.0, 1.0),
         )
         for n in points_of_curve(largest)
     ]

@@ -189,7 +189,7 @@ class BestOfN:
     accuracy: float
     """Share of picks that are the best of the n completions by the judge."""
     accuracy_ci: Interval
-    """95 % confidence interval of ``accuracy``."""
+    """95 % confidence interval of ``accuracy``, which is 1 by definition for n = 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,6 +151,8 @@ def test_prompts_with_few_completions_are_left_out_of_the_whole_curve():
     assert [point.gold for point in report.curve] == pytest.approx(expected)
     assert [point.best_gold for point in report.curve] == pytest.approx(expected)
     assert [point.accuracy for point in report.curve] == pytest.approx([1.0] * 4)
+    assert report.curve[0].accuracy_ci == (1.0, 1.0), "one completion is the best of one"
+    assert report.curve[1].accuracy_ci.low < 1.0, "prompts with other picks may exist"
     report = best_of_n.report(prompt_scores(*[8] * 17, 5, 5, 2), judge="gold")
     assert (report.completions, report.prompts, report.left_out) == (5, 19, 1)
 
