@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align.errors import UserError
+from align.errors import RecipeError, UserError
 from align.models import gguf_files
 from align.runtime import hub
 from align.runtime.environment import quiet_libraries
@@ -54,7 +54,10 @@ def prepare_config(source: str, keys: list[str] | None) -> Prepare:
         UserError: One line for each invalid key.
     """
     from align.config import recipe
+    from align.config.yaml_loader import CONTROL_CHARACTER
 
+    if CONTROL_CHARACTER.search(source):
+        raise RecipeError(f"{source!r}: a line break or control character in the name; rename it")
     arguments = [source, *(keys or [])]
     has_mixture = any(argument.startswith("mixture=") for argument in arguments)
     if not (has_mixture and re.match(r"\w+(\.\w+)*=", source)):

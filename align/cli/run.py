@@ -15,8 +15,13 @@ from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import RESUMES, guarded
 
 
-def _expand_home(folder: Path) -> Path:
-    """A folder with the home directory for ``~``, which a shell leaves in ``--runs=~/x``."""
+def _results_folder(text: str | Path) -> Path:
+    """The folder of ``--runs``, with the home directory for ``~``, which a shell may leave there."""
+    from align.config.yaml_loader import CONTROL_CHARACTER
+
+    folder, text = Path(text), str(text)
+    if not text.strip() or CONTROL_CHARACTER.search(text):
+        raise typer.BadParameter(f"{text!r} names no folder; name one, such as runs")
     try:
         return folder.expanduser()
     except RuntimeError as error:  # an unknown user, or no home directory
@@ -37,7 +42,7 @@ Overrides = Annotated[
     ),
 ]
 Runs = Annotated[
-    Path, typer.Option(metavar="DIR", callback=_expand_home, help="The folder for results.")
+    Path, typer.Option(metavar="DIR", parser=_results_folder, help="The folder for results.")
 ]
 Force = Annotated[
     str | None,

@@ -24,7 +24,7 @@ from align.config.python_values import plain_values
 from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
 from align.config.shipped import find_recipe
 from align.config.stages import STAGES
-from align.config.yaml_loader import Document, read_yaml
+from align.config.yaml_loader import CONTROL_CHARACTER, Document, read_yaml
 from align.errors import RecipeError, UserError, did_you_mean, mismatch, nearest, shown
 
 _TOP_KEYS = ("needs", "stages")
@@ -147,6 +147,10 @@ def read_recipe(
     else:
         file = find_recipe(recipe)
         _collect(file, raw, parents=[])
+    if CONTROL_CHARACTER.search(file.name):  # it is part of the name of a folder
+        raise RecipeError(
+            f"{str(file)!r}: the name has a line break or control character; rename it"
+        )
     if not file.stem.strip(". "):  # the summary of `...yaml` would be outside the runs folder
         raise RecipeError(f"{file}: the name of a recipe must not consist of dots; rename it")
     if len(raw.stages) > MAX_STAGES:

@@ -16,7 +16,8 @@ from align.config.stages import STAGES, accepted_kinds
 from align.errors import did_you_mean, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+"""A name that may be a model or a data set on the Hub: owner/name."""
 
 
 def validate_inputs(
@@ -79,7 +80,7 @@ def _input_error(
     if not expected.models:
         kinds = " or ".join(f"`{kind}`" for kind in accepted_kinds(expected))
         return f"no such folder: {target}; name an earlier {kinds} stage, or its folder"
-    if not _HUB_ID.match(target) or Path(target.split("/")[0]).is_dir():
+    if not HUB_ID.match(target) or Path(target.split("/")[0]).is_dir():
         repair = "name an earlier stage, a folder with a model, or a Hub id (owner/name)"
         return f"no such folder: {target}; {repair}"
     return None

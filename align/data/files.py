@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from align.config.readers import COLUMNS
 from align.data.file_limits import (
     MAX_EXPANSION,
     MAX_ROW,
@@ -175,6 +176,12 @@ def _check_header(path: Path, header: list[str]) -> None:
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise DataError(f"{path}:1: two columns are named `{repeated[0]}`; rename one")
+    for column in header:
+        if column != column.strip() and column.strip() in COLUMNS:
+            raise DataError(
+                f"{path}:1: the name of the column `{column}` begins or ends with a space; remove "
+                "the spaces beside commas, here and in the rows"
+            )
     for separator, name in SEPARATORS.items():
         if "".join(header).count(separator) > len(header) - 1:
             raise DataError(f"{path}:1: its columns are separated by {name}; use commas")

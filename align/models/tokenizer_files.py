@@ -88,6 +88,17 @@ def read_conversations(
     return conversations(tokenizer, str(folder), template=text, special_tokens=special, ends=ends)
 
 
+def has_token(folder: Path, token: str) -> bool | None:
+    """Whether the tokenizer of a folder has a token; None without a ``tokenizer.json``."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tokenizer: Tokenizer = _read(file, Tokenizer.from_file)
+    return tokenizer.token_to_id(token) is not None
+
+
 def check_vocabulary(folder: Path) -> None:
     """Check that the model in a folder has an embedding for every token that a row can have.
 

@@ -6,20 +6,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from align.config.base import Input, NewModel
+from align.config.base import Input, Keys, NewModel
 from align.config.recipe import ErrorCollector
 from align.errors import UserError
 from align.models import files, gguf_files
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, hub
 
-NEW_MODEL = (
-    "model.embed_tokens",
+NEW_LAYER = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
-    "lm_head",
 )
-"""Names of the modules of a new model that an adapter can have."""
+"""Names of the modules in a layer of a new model that an adapter can have."""
 
 
 def check_hub_models(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -82,15 +80,8 @@ def check_target_modules(errors: ErrorCollector, pending: Sequence[PlannedStage]
             except re.error as error:
                 errors.add(keys, f"no regular expression: {lora.target_modules} ({error})")
             else:
-                if lora.target_modules in {
-                    n.rpartition(".")[2] for n in _module_names(stage, stages)
-                }:
-                    errors.add(
-                        keys,
-                        "a text is matched to the whole name of a module; write a list: "
-                        f"[{lora.target_modules}]",
-                    )
-            continue  # other expressions are matched once the model is loaded
+                _check_pattern(errors, keys, lora.target_modules, _module_names(stage, stages))
+            continue
         if not lora.target_modules:
             errors.add(keys, "an empty list; name layers, or remove it to adapt all linear layers")
             continue
@@ -102,6 +93,23 @@ def check_target_modules(errors: ErrorCollector, pending: Sequence[PlannedStage]
                 keys,
                 f"the model has no {', '.join(unmatched)}; its parts are {', '.join(parts)}",
             )
+
+
+def _check_pattern(errors: ErrorCollector, keys: Keys, pattern: str, names: set[str]) -> None:
+    """Check that a regular expression matches the whole name of a module.
+
+    A checkpoint may leave out the first part of the names, which is therefore optional here.
+    """
+    if pattern in {name.rpartition(".")[2] for name in names}:
+        message = f"a text is matched to the whole name of a module; write a list: [{pattern}]"
+        errors.add(keys, message)
+    elif names and not any(
+        re.fullmatch(pattern, each)
+        for name in names
+        for each in (name, f"model.{name}", name.partition(".")[2])
+    ):
+        example = next((name for name in sorted(names) if name.endswith("q_proj")), min(names))
+        errors.add(keys, f"{pattern} matches the whole name of no module, such as {example}")
 
 
 def _hub_models(
@@ -130,8 +138,11 @@ def _adapter_base(folder: Path) -> files.AdapterBase | None:
 def _module_names(stage: PlannedStage, stages: Mapping[Path, PlannedStage]) -> set[str]:
     """Modules of the model that a stage starts from; empty if they are not known yet."""
     model = stage.inputs.get("model")
-    if isinstance(getattr(stage.config, "model", None), NewModel):
-        return set(NEW_MODEL)
+    shape = getattr(stage.config, "model", None)
+    if isinstance(shape, NewModel):
+        layers = range(shape.num_hidden_layers)
+        in_layers = {f"model.layers.{i}.{name}" for i in layers for name in NEW_LAYER}
+        return in_layers | {"model.embed_tokens", "lm_head"}
     if isinstance(model, Path):
         if model in stages:
             return _module_names(stages[model], stages)

@@ -32,6 +32,7 @@ from align.pipeline.model_checks import (
 )
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import check_tables
+from align.pipeline.template_checks import check_added_tokens, check_chat_templates
 from align.rewards.function_source import signature
 from align.rewards.functions import load_function
 from align.runtime import artifacts
@@ -210,6 +211,8 @@ CHECKS = (
     check_gguf_files,
     check_revisions,
     check_target_modules,
+    check_chat_templates,
+    check_added_tokens,
     check_packages,
     check_trackers,
     check_environments,

@@ -12,11 +12,48 @@ from typing import Any
 
 from align.config.base import Stage
 from align.config.recipe import ErrorCollector
+from align.config.validation import HUB_ID
 from align.errors import UserError
+from align.models import tokenizer_files
 from align.models.conversations import Conversations
 from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Sequences, Tables, TokenizedModel
+
+JINJA = (".jinja", ".j2")
+"""Suffixes of the files that TRL reads as a chat template."""
+
+
+def check_chat_templates(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that ``chat_template_path`` is a Jinja file, a folder, or may be a Hub id."""
+    for stage in pending:
+        template = stage.config.named_paths().get("trainer.chat_template_path")
+        if template is None:
+            continue
+        path, is_jinja = Path(template), template.endswith(JINJA)
+        if path.is_dir() or (path.is_file() and is_jinja):
+            continue
+        if path.exists():
+            problem = "is no folder, and no file with the suffix .jinja or .j2"
+        elif is_jinja or not HUB_ID.match(template):
+            problem = "no such file or folder"
+        else:
+            continue
+        keys = (stage.name, "trainer", "chat_template_path")
+        errors.add(keys, f"{template}: {problem}; name one, or a Hub id (owner/name)")
+
+
+def check_added_tokens(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that the tokenizer of a given model has the tokens that ``trainer`` names."""
+    for stage in pending:
+        source, fields = stage.inputs.get("model"), stage.config.trl_arguments()
+        if not isinstance(source, Path) or fields.get("chat_template_path") is not None:
+            continue  # the template may come with tokens
+        for field in ("eos_token", "pad_token"):
+            token = fields.get(field)
+            if isinstance(token, str) and tokenizer_files.has_token(source, token) is False:
+                message = f"the tokenizer of {source} has no token {token!r}; name one that it has"
+                errors.add((stage.name, "trainer", field), message)
 
 
 def check_rows(conversations: Conversations, rows: Sequence[Sequences]) -> None:

@@ -19,7 +19,8 @@ from align.errors import UserError
 R = TypeVar("R")
 T = TypeVar("T")
 _LAUNCHER_PLUGINS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_STARTERS = dict.fromkeys(("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"), "mpirun")
+_STARTERS |= {"SLURM_STEP_NUM_TASKS": "srun"}  # that of the job counts tasks that may not run
 
 
 def world_size() -> int:
@@ -71,10 +72,10 @@ def check_launch() -> None:
             "configuration such as accelerate_configs/cpu.yaml (--config_file in accelerate "
             "launch, --config in align run), or unset MASTER_PORT for one process"
         )
-    for variable in _MPI_SIZES:
+    for variable, starter in _STARTERS.items():
         if _number(variable, 1) > 1:
             raise UserError(
-                f"mpirun started {os.environ[variable]} processes ({variable}), which are not "
+                f"{starter} started {os.environ[variable]} processes ({variable}), which are not "
                 "connected; start them with accelerate launch and a file in accelerate_configs/"
             )
 

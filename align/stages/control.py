@@ -248,7 +248,7 @@ def _table(config: Control, metrics: Mapping[str, Any], output_dir: Path) -> Res
             (
                 str(row["seed"]),
                 f"{row['mean_return']:.1f}",
-                "{:.1f} to {:.1f}".format(*row["ci"]),
+                " to ".join(dict.fromkeys(f"{end:.1f}" for end in row["ci"])),
                 f"{row['lowest']:.1f}",
                 f"{row['steps']:,}",
                 f"{row['seconds']:.2f}",

@@ -14,6 +14,7 @@ from helpers import tiny_models
 import align
 from align import __version__
 from align.cli import chat, data, env, launcher, main, plan
+from align.config.recipe import read_recipe
 from align.errors import ArtifactError, RecipeError
 from align.models import tokenization
 from align.runtime import artifacts
@@ -147,6 +148,28 @@ def test_the_folder_of_runs_may_begin_with_the_home_directory(runs, tmp_path, mo
     arguments = ["chat", "sft", f"--runs={runs}"]
     with pytest.raises(ArtifactError, match=f"^{tmp_path / runs.removeprefix('~').lstrip('/')}: "):
         main.app(arguments, standalone_mode=False)
+
+
+@pytest.mark.parametrize("runs", ["", " ", "a\nb", "a\x1bb"])
+def test_a_folder_of_runs_has_a_name_without_control_characters(runs, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main.app(["chat", "sft", f"--runs={runs}"])
+    assert raised.value.code == 2
+    assert "names no folder; name one, such as runs" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_recipe_whose_name_has_a_line_break_is_refused(tmp_path):
+    recipe = tmp_path / "a\nb.yaml"
+    recipe.write_text("stages:\n  prepare: {source: embedded}\n")
+    with pytest.raises(RecipeError, match="the name has a line break or control character"):
+        read_recipe(recipe)
+
+
+def test_a_source_whose_name_has_a_control_character_is_refused():
+    with pytest.raises(
+        RecipeError, match=r"'a\\x1b\[31m.jsonl': a line break or control character"
+    ):
+        data.prepare_config("a\x1b[31m.jsonl", None)
 
 
 def test_invalid_overrides_are_reported_before_the_launcher_starts(tmp_path, monkeypatch):

@@ -99,6 +99,7 @@ def test_a_small_file_that_compresses_well_is_read(tmp_path: Path):
         ("a.json", LINE.encode("utf-16-be"), "UTF-16 or binary; save it as UTF-8"),
         ("a.csv", b"prompt,chosen\n\xff,a\n", "a.csv:2: not UTF-8; save it as UTF-8"),
         ("a.csv", b"prompt;chosen\na;b\n", "separated by semicolons; use commas"),
+        ("a.csv", b"prompt, chosen\na, b\n", "1: the name of the column ` chosen` begins or ends"),
         ("a.csv", b"prompt\tchosen, good\trejected\na\tb\tc\n", "separated by tabs; use commas"),
         ("a.csv", b"sep=;\nprompt;chosen\n", "separated by semicolons; use commas"),
         ("a.json", b'[{"a": 1}, {"a": \n 2},]', "a.json:2: not JSON: Expecting value"),

@@ -72,6 +72,11 @@ def test_target_modules_are_compared_with_the_model_that_the_chain_starts_from(t
     (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": []}})
     assert "an empty list" in line
     assert not lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": "all-linear"}})
+    (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": ".*query.*"}})
+    assert "target_modules: .*query.* matches the whole name of no module, such as model." in line
+    assert not lines(
+        sft=SFT, reward=reward | {"lora": lora | {"target_modules": r".*\.0\..*q_proj"}}
+    )
     (line,) = lines(sft=SFT, reward=reward | {"lora": lora | {"target_modules": "*"}})
     assert "no regular expression: *" in line
 

@@ -105,3 +105,21 @@ def test_rows_with_special_tokens_in_their_text_are_counted(check: Any):
     code, out, err = check("  sft: {model: model}\n", text="What is <|im_end|>?")
     assert code == 0, err
     assert "sft: 40 of 40 rows have special tokens of the tokenizer in their text" in out
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("eos_token", "<stop>", "the tokenizer of model has no token '<stop>'"),
+        ("pad_token", "<fill>", "the tokenizer of model has no token '<fill>'"),
+        ("chat_template_path", "none.jinja", "none.jinja: no such file or folder; name one"),
+        ("chat_template_path", "none", "none: no such file or folder; name one"),
+        ("chat_template_path", "/dev/null", "/dev/null: is no folder, and no file with the suffix"),
+        ("chat_template_path", "a.jsonl", "a.jsonl: is no folder, and no file with the suffix"),
+    ],
+)
+def test_fields_that_the_tokenizer_cannot_follow_are_errors_of_check(
+    check: Any, field: str, value: str, message: str
+):
+    code, _, err = check(f"  sft: {{model: model, trainer: {{{field}: {value}}}}}\n")
+    assert code == 2 and f"r.yaml:3: sft.trainer.{field}: {message}" in err, err

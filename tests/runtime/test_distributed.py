@@ -102,6 +102,7 @@ def test_fewer_processes_than_the_launcher_was_configured_for_are_an_error(
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is no whole number: 'abc'"),
         ({"WORLD_SIZE": "1", "RANK": "-1"}, "RANK is no whole number"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes"),
     ],
 )
 def test_wrong_variables_of_a_launcher_are_named(monkeypatch, variables, message):
