@@ -66,7 +66,13 @@ class DriftMeter:
             return
         self._own[name] = self._score(name, policy, samples[name])
         if name == self._config.baseline:
-            others = [each for each in self._own if each != name]
+            # Token ids of another vocabulary mean other texts here, or are out of range.
+            own = self._own[name]
+            others = [
+                each
+                for each, scored in self._own.items()
+                if each != name and scored.vocabulary == own.vocabulary
+            ]
             self._under_baseline = {
                 each: self._score(name, policy, samples[each]) for each in others
             }
@@ -147,9 +153,9 @@ def measure(
 ) -> tuple[DriftMetrics, ...]:
     """Drift of every policy from the baseline, in the order of ``completions``.
 
-    ``own`` has the samples of a policy under itself, ``under_baseline`` under the baseline. A
-    policy without them, such as a file of completions, has no KL and no entropy; the baseline has
-    no KL.
+    ``own`` has the samples of a policy under itself, ``under_baseline`` under the baseline, where
+    both have the same vocabulary. A policy without them, such as a file of completions, has no KL
+    and no entropy; the baseline has no KL.
     """
     words = {
         name: [completion.text.split() for row in rows for completion in row]
@@ -166,9 +172,8 @@ def measure(
         )
         kl = kl_ci = None
         if scored is not None and reference is not None and name != baseline:
-            if scored.vocabulary == reference.vocabulary:
-                logratios = scored.logps - reference.logps
-                kl, kl_ci = logratios.mean().item(), bootstrap.mean(logratios)
+            logratios = scored.logps - reference.logps
+            kl, kl_ci = logratios.mean().item(), bootstrap.mean(logratios)
         results.append(
             DriftMetrics(
                 policy=name,

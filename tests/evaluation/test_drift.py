@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config.evaluate import Evaluate
 from align.evaluation import drift, tables
-from align.evaluation.drift import ScoredSamples
+from align.evaluation.completions import Samples
+from align.evaluation.drift import DriftMeter, ScoredSamples
 from align.evaluation.intervals import Bootstrap
 from align.evaluation.results import DriftMetrics, EvaluationMetrics, Interval
 from align.models import generation, logps, tokenization
@@ -153,13 +154,32 @@ def test_batches_hold_a_bounded_number_of_logits(
     assert sum(rows) == 10 and n_tokens / 4 <= len(rows) < 10
 
 
-def test_a_policy_has_no_kl_to_another_vocabulary_or_from_a_file():
-    completions = {"policy": [[Completion("a b", 2, True, (4, 5, 2))]]}
-    scored = {"policy": ScoredSamples(-torch.ones(1, 1), torch.ones(1, 1), "one")}
-    other = {"policy": ScoredSamples(-2 * torch.ones(1, 1), torch.ones(1, 1), "two")}
-    (row,) = drift.measure("base", completions, scored, other, Bootstrap())
+def test_a_policy_has_no_kl_to_another_vocabulary(policies: dict[str, Policy], tmp_path: Path):
+    # The policy has more tokens than the baseline, whose model has no row for their ids.
+    smaller = policies["base"]
+    tokenizer = tokenization.new_tokenizer(["a b"], vocab_size=262, max_length=64)
+    tokenizer.add_tokens(["<extra>"])
+    larger = Policy(random_policy(2).model, tokenizer)
+    larger.model.resize_token_embeddings(len(tokenizer))
+    extra = tokenizer.convert_tokens_to_ids("<extra>")
+    sampled = {
+        "policy": Samples([[Completion("a b", 2, True, (extra, 2))]] * 2),
+        "base": Samples([[Completion("a b", 2, True, (4, 2))]] * 2),
+        "base again": Samples([[Completion("a", 1, True, (4, 2))]] * 2),
+    }
+    meter = DriftMeter(config(), PROMPTS, tiny_models.logger("evaluate", tmp_path))
+    meter.add("policy", larger, sampled)
+    meter.add("base", smaller, sampled)
+    row, baseline = meter.metrics(sampled)
     assert (row.kl, row.kl_ci, row.kl_per_token, row.reference) == (None, None, None, None)
-    assert row.entropy == pytest.approx(1 / 3)
+    assert row.entropy > 0 and baseline.entropy > 0
+    meter = DriftMeter(config(), PROMPTS, tiny_models.logger("evaluate", tmp_path))
+    meter.add("policy", policies["policy"], {**sampled, "policy": sampled["base"]})
+    meter.add("base", smaller, {**sampled, "policy": sampled["base"]})
+    assert meter.metrics(sampled)[0].reference == "base", "equal vocabularies are compared"
+
+
+def test_a_policy_has_no_kl_from_a_file():
     (row,) = drift.measure(
         "base", {"policy": [[Completion("a b c", 0, True)]]}, {}, {}, Bootstrap()
     )
