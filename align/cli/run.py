@@ -16,7 +16,7 @@ from align.runtime.exit_codes import RESUMES, guarded
 
 
 def _results_folder(text: str | Path) -> Path:
-    """The folder of ``--runs``, with the home directory for ``~``, which a shell may leave there."""
+    """The folder of ``--runs``, with the home directory for a ``~`` that a shell leaves there."""
     from align.config.yaml_loader import CONTROL_CHARACTER
 
     folder, text = Path(text), str(text)

@@ -267,6 +267,10 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
             )
     if valid.get("fp16") is True and valid.get("bf16") is True:
         yield ("fp16",), "at most one of `fp16` and `bf16` can be true; remove one of them"
+    accelerator = valid.get("accelerator_config")
+    if isinstance(accelerator, dict) and accelerator.get("even_batches") is False:
+        message = "processes with fewer batches would let the others wait for ever; remove it"
+        yield ("accelerator_config", "even_batches"), message
     weights = valid.get("loss_weights")
     if isinstance(weights, list):
         losses = value_of("loss_type")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import logging
 import math
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.machinery import all_suffixes
@@ -25,10 +27,27 @@ from align.runtime import artifacts, signals
 if TYPE_CHECKING:
     from align.models.tokenization import Message
 
+LOGGER = logging.getLogger("align.rewards")
 Score = Callable[..., Sequence[float]]
 LARGEST_SCORE = 1e15
 """Squares of larger scores, summed over a batch, could overflow single precision."""
+SECONDS_UNTIL_WARNING = 120.0
 SEARCHED = "modules are searched in the working directory and in installed packages"
+
+
+@contextlib.contextmanager
+def _watched(name: str) -> Iterator[None]:
+    """Log a warning if a reward function does not return, because a run would only seem to stop."""
+    message = "%s: the reward function has not returned after %.0f seconds; the run waits for it"
+    timer = threading.Timer(
+        SECONDS_UNTIL_WARNING, LOGGER.warning, (message, name, SECONDS_UNTIL_WARNING)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def load_function(name: str) -> Score:
@@ -125,7 +144,7 @@ def call(
     # Copies: the function may change its arguments.
     options = {key: list(v) for key, v in columns.items() if takes_all or key in parameters}
     messages = [[{**message} for message in prompt] for prompt in prompts]
-    with _contained(f"{name}: failed", "a reward function must return"):
+    with _contained(f"{name}: failed", "a reward function must return"), _watched(name):
         result = score(prompts=messages, completions=list(completions), **options)
     if hasattr(result, "tolist"):  # an array or a tensor
         result = result.tolist()

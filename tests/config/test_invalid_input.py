@@ -317,6 +317,14 @@ MEANING = [
         "remove it, or set `trainer: {disable_dropout: false}`",
     ),
     invalid(
+        "batches that are not even",
+        recipe(
+            PREPARE,
+            "dpo: {model: a/b, trainer: {accelerator_config: {even_batches: false}}}",
+        ),
+        "recipe.yaml:3: dpo.trainer.accelerator_config.even_batches: processes with fewer batches",
+    ),
+    invalid(
         "dropout of adapters in ppo",
         recipe(
             PREPARE,

@@ -120,6 +120,20 @@ def test_a_reward_function_that_raises_or_exits_is_an_error_of_one_line(
     assert os._exit is exit_process
 
 
+def test_a_reward_function_that_does_not_return_is_named_in_the_log(
+    module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(functions, "SECONDS_UNTIL_WARNING", 0.01)
+    module("import time\ndef f(prompts, completions):\n    time.sleep(0.1)\n    return [1.0]")
+    function = functions.load_function("mine:f")
+    assert functions.call("mine:f", function, [[]], ["a"], {}) == [1.0]
+    assert "mine:f: the reward function has not returned after 0 seconds" in caplog.text
+    caplog.clear()
+    module("def f(prompts, completions): return [1.0]")
+    functions.call("mine:f", functions.load_function("mine:f"), [[]], ["a"], {})
+    assert not caplog.text
+
+
 def test_signals_pass_through_a_reward_function(module: Any, monkeypatch: pytest.MonkeyPatch):
     module("def f(prompts, completions): raise completions[0]")
     function = functions.load_function("mine:f")
