@@ -221,7 +221,7 @@ class Sample(Stage):
     reads: ClassVar = (Table("prompts", "prompts"),)
 
     model: str
-    """The policy: an earlier stage, a folder or a Hub id."""
+    """The policy: an earlier stage, a folder, a GGUF file or a Hub id."""
     prompts: str = "prepare"
     """The prepared data that the prompts come from: an earlier ``prepare`` stage, or its folder."""
     split: Literal["train", "validation", "test"] = "train"

@@ -39,8 +39,8 @@ class Evaluate(Stage):
     }
 
     policies: list[str] = Field(min_length=1)
-    """The policies to evaluate: earlier stages, folders, Hub ids, or ``.jsonl`` files of
-    completions, with ``prompt`` and ``completion`` in each row."""
+    """The policies to evaluate: earlier stages, folders, GGUF files, Hub ids, or ``.jsonl`` files
+    of completions, with ``prompt`` and ``completion`` in each row."""
     baseline: str
     """What the policies are compared with: an earlier stage, a folder, a Hub id, a ``.jsonl`` file
     of completions, or ``reference``, the completions of the data set: those of demonstrations, the

@@ -40,7 +40,7 @@ class PPO(TrainingStage):
     metrics_class: ClassVar[str | None] = "align.online_rl.results:PPOMetrics"
 
     model: str
-    """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
+    """The initial policy and the reference: an earlier stage, a folder, a GGUF file or a Hub id."""
     prompts: str = "prepare"
     """The prompts to sample completions for: an earlier ``prepare`` stage, or its folder."""
     rewards: list[str] = Field(min_length=1)

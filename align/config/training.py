@@ -238,8 +238,8 @@ class SFT(PolicyStage):
     reads: ClassVar = (Table("demonstrations", "demonstrations"),)
 
     model: ModelOrNew
-    """An earlier stage, a folder or a Hub id; or a mapping with the shape of a new model to train
-    from scratch."""
+    """An earlier stage, a folder, a GGUF file or a Hub id; or a mapping with the shape of a new
+    model to train from scratch."""
     demonstrations: str = "prepare"
     """The demonstrations to train on: an earlier ``prepare`` stage, or its folder."""
 
@@ -268,7 +268,7 @@ class DPO(PolicyStage):
     row_columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     model: str
-    """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
+    """The initial policy and the reference: an earlier stage, a folder, a GGUF file or a Hub id."""
     pairs: str = "prepare"
     """The preference pairs to train on: an earlier ``prepare`` or ``label`` stage, or its folder.
     """
@@ -346,7 +346,7 @@ class KTO(PolicyStage):
     reads: ClassVar = (Table("unpaired", "preferences"), Table("pairs", "preferences"))
 
     model: str
-    """The initial policy and the reference: an earlier stage, a folder or a Hub id."""
+    """The initial policy and the reference: an earlier stage, a folder, a GGUF file or a Hub id."""
     preferences: str = "prepare"
     """Labeled completions, and both sides of preference pairs: an earlier ``prepare`` or ``label``
     stage, or its folder."""

