@@ -102,11 +102,11 @@ def best_of_n_table(report: BestOfNReport) -> ResultTable:
             str(point.n),
             f"{point.kl:.2f}",
             f"{point.score:.2f}",
-            f"{point.gold:.3f}",
-            f"{point.gold_ci.low:.3f} to {point.gold_ci.high:.3f}",
-            f"{point.best_gold:.3f}",
+            _decimals(point.gold),
+            f"{_decimals(point.gold_ci.low)} to {_decimals(point.gold_ci.high)}",
+            _decimals(point.best_gold),
             percent(point.accuracy),
-            percent_interval(point.accuracy_ci),
+            percent_interval(point.accuracy_ci) if point.n > 1 else "–",
         )
         for point in report.curve
     ]
@@ -119,3 +119,8 @@ def best_of_n_table(report: BestOfNReport) -> ResultTable:
         "best: of the best of n; accuracy: the pick is the best; means over all subsets;\n"
         "KL: in nats from the sampled policy, an upper bound",
     )
+
+
+def _decimals(score: float) -> str:
+    """A score with three decimals, or with one from 10 on."""
+    return f"{score:.3f}" if abs(score) < 10 else f"{score:.1f}"
