@@ -76,6 +76,7 @@ def test_a_function_without_its_column_is_refused_before_sampling(
         tiny_models.stage(evaluate, config, inputs, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_learned_from_the_same_pairs_is_named(
     world: tiny_models.World, tmp_path: Path
 ):

@@ -83,7 +83,7 @@ def texts(rows: Sequence[Sequence[str]], *, is_sampled: bool = False) -> Samples
 def settings(*policies: str, **more: Any) -> Evaluate:
     return Evaluate(
         policies=list(policies),
-        **{"baseline": "reference", "judge": "gold", "resamples": 200} | more,
+        **{"baseline": "reference", "judge": "gold", "resamples": 100} | more,
     )
 
 
@@ -315,7 +315,7 @@ def test_every_table_fits_into_80_columns(tmp_path: Path, n_policies: int):
     names = [f"runs/a_long_name_of_a_folder_{k}-0123456789ab" for k in range(n_policies)]
     generator = random.Random(2)
     samples = {
-        name: texts([["x" * generator.randint(1, 900)] for _ in range(120)], is_sampled=True)
+        name: texts([["x" * generator.randint(1, 900)] for _ in range(20)], is_sampled=True)
         for name in [*names, "reference"]
     }
 
@@ -332,7 +332,7 @@ def test_every_table_fits_into_80_columns(tmp_path: Path, n_policies: int):
     metrics = evaluate(settings(*names), judges, samples, tmp_path)
     assert {"comparisons", "judges", "agreement"} <= metrics.to_metrics().keys()
     panel = next(row for row in metrics.comparisons if row.judge == "panel")
-    assert panel.n_prompts == 120, "people, who labeled some prompts, are no part of it"
+    assert panel.n_prompts == 20, "people, who labeled some prompts, are no part of it"
     assert EvaluationMetrics.from_metrics(json.loads(json.dumps(metrics.to_metrics()))) == metrics
     shown = [*map(tables.win_rate_table, tables.by_judge(metrics.comparisons))]
     shown += judge_tables(metrics)

@@ -105,3 +105,24 @@ def test_check_builds_the_configurations_of_trl_that_only_trl_can_check(monkeypa
     )
     preflight.check_unusual_trainers(ErrorCollector(recipe), stages)
     assert built == ["sft"]
+
+
+def test_files_of_completions_and_annotations_are_read_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text('{"prompt": "a", "completion": "x"}\n{"prompt": "a"}\n')
+    Path("people.jsonl").write_text('{"prompt": "a", "first": "x", "second": "y"}\n')
+    Path("recipe.yaml").write_text(
+        "stages:\n"
+        "  prepare: {source: embedded, max_rows: 50}\n"
+        "  evaluate:\n"
+        "    policies: [own.jsonl]\n"
+        "    baseline: reference\n"
+        "    judge: [{annotations: people.jsonl}, {function: math}]\n"
+    )
+    errors = ErrorCollector(load_recipe("recipe.yaml"))
+    preflight.check_row_files(errors, plan_stages(errors, tmp_path / "runs"))
+    completions, annotations = sorted(errors.lines)
+    assert completions.startswith(
+        "recipe.yaml:4: evaluate.policies.0: own.jsonl: row 2: `completion`: missing"
+    )
+    assert annotations.startswith("recipe.yaml:6: evaluate.judge.0.annotations: people.jsonl:")
