@@ -52,7 +52,13 @@ class RequestFailedError(Exception):
     """A request without a usable answer; others may succeed."""
 
     def __init__(
-        self, reason: str, *, again: bool, wait: float | None = None, reached: bool = True
+        self,
+        reason: str,
+        *,
+        again: bool,
+        wait: float | None = None,
+        reached: bool = True,
+        repair: str = "",
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -62,6 +68,8 @@ class RequestFailedError(Exception):
         """Seconds until the next attempt, if the server names them."""
         self.reached = reached
         """Whether a connection with the server was made."""
+        self.repair = repair
+        """What to change if other requests fail in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +209,9 @@ class ChatClient:
         url = f"{self.server.base_url}/models"
         seconds = min(LIST_SECONDS, self.server.timeout_seconds)
         response, content = await self._send("GET", url, None, seconds)
-        if response.status_code in (401, 403) or response.is_redirect:
-            raise self._refusal(response, content)
+        # 403: the key may be one that must not list models.
+        if response.status_code == 401 or response.is_redirect:
+            raise self._refusal(response, content, url)
         try:
             return [str(model["id"]) for model in json.loads(content)["data"]]
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -214,7 +223,7 @@ class ChatClient:
         content, seconds = json.dumps(body).encode(), self.server.timeout_seconds
         response, received = await self._send("POST", self.url, content, seconds)
         if not response.is_success:
-            raise self._refusal(response, received)
+            raise self._refusal(response, received, self.url)
         answer = self._read_answer(received, response.headers.get("Content-Type", ""))
         self.answered = True
         return answer
@@ -278,20 +287,22 @@ class ChatClient:
                 self.server.model,
             )
 
-    def _refusal(self, response: httpx2.Response, content: bytes) -> Exception:
+    def _refusal(self, response: httpx2.Response, content: bytes, url: str) -> Exception:
         """The error for a response that is no success."""
         status = response.status_code
         detail = self.redact.one_line(_error_message(content))
         reason = f"HTTP {status}" + f": {detail}" * bool(detail)
         if status == 402 or "insufficient_quota" in detail:
-            return UserError(f"{self.url}: {reason}; the account has no quota left")
+            return UserError(f"{url}: {reason}; the account has no quota left")
         no_target = status < 400 and not response.has_redirect_location
         if status in _AGAIN or status >= 500 or no_target:
             wait = retry_after_seconds(response.headers.get("Retry-After"))
             return RequestFailedError(reason, again=True, wait=wait)
-        if status in (400, 413, 422) and (self.answered or _TOO_LONG.search(detail)):
-            return RequestFailedError(reason, again=False)
-        return UserError(f"{self.url}: {reason}; {self._repair(status, response)}")
+        if status in (400, 413, 422):
+            # The text of this request, such as its length; or the settings of all of them.
+            repair = "" if _TOO_LONG.search(detail) else self._repair(status, response)
+            return RequestFailedError(reason, again=False, repair=repair)
+        return UserError(f"{url}: {reason}; {self._repair(status, response)}")
 
     def _repair(self, status: int, response: httpx2.Response) -> str:
         """What to change after a response that forbids all requests."""

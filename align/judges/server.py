@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from align.judges.server_cache import (
     question_key,
     stored_preference,
 )
+from align.runtime import distributed
 
 FAILURES_AT_THE_START = 3
 """Failed requests in a row after which a server that has not answered yet is given up."""
@@ -69,7 +71,8 @@ class LanguageModelJudge:
         self._rubric = None if config.rubric is None else read_rubric(Path(config.rubric))
         template = None if config.api.prompt is None else Path(config.api.prompt)
         self._prompt = JudgePrompt(template, with_criterion=self._rubric is not None)
-        key = chat_client.read_key(config.api.key_variable)
+        # Only the main process sends requests; others may run where the variable is not set.
+        key = chat_client.read_key(config.api.key_variable) if distributed.is_main() else None
         self._client = ChatClient(config.api, key)
         self._cache = VerdictCache(cache)
         self._cache.read()  # a file that cannot be used is an error before anything is sampled
@@ -101,6 +104,7 @@ class LanguageModelJudge:
         found = {key: stored[key] for key in by_key if key in stored}
         self._n_cached += len(found.keys() - self._used.keys())
         self._used |= found
+        self._client.answered |= bool(found)
         missing = [question for key, question in by_key.items() if key not in found]
         self._progress(len(found), len(by_key))
         failed = (
@@ -162,7 +166,8 @@ class LanguageModelJudge:
     async def _ask_all(self, questions: Sequence[_Question], n_found: int) -> dict[str, Verdict]:
         """Send all questions and store the answers; the failed ones with their reasons.
 
-        The first one is sent alone, so that a wrong key or model costs one request.
+        Until one is answered, the first ones are sent one by one, so that a wrong key or model
+        costs few requests.
         """
         failed: dict[str, Verdict] = {}
         n_done = n_found
@@ -178,8 +183,10 @@ class LanguageModelJudge:
                 self._progress(n_done, n_found + len(questions))
 
         async with self._client:
-            if not self._client.answered:
-                await work(iter([next(waiting)]))
+            for _ in range(FAILURES_AT_THE_START):
+                if self._client.answered:
+                    break
+                await work(itertools.islice(waiting, 1))
             await asyncio.gather(*(work(waiting) for _ in range(self._server.concurrency)))
         return failed
 
@@ -192,6 +199,8 @@ class LanguageModelJudge:
             return verdicts.no_verdict(error.reason)
         self._failures_in_a_row = 0
         verdict = verdicts.read_choice(answer.choice, max_tokens=self._server.max_tokens)
+        if verdict.reason == verdicts.NO_TEXT:  # of a server that is ill, not of a judge
+            return verdict
         stored = StoredVerdict(
             stored_preference(verdict.preference),
             self._client.redact.remove(verdict.reason),
@@ -205,9 +214,13 @@ class LanguageModelJudge:
     def _count_failure(self, error: RequestFailedError) -> None:
         """End the evaluation if the server cannot be reached, or answers nothing.
 
+        A request that the server refuses for its own content is no failure of the server.
+
         Raises:
             UserError: It is so.
         """
+        if not error.again and error.reached and (self._client.answered or not error.repair):
+            return
         if self._client.answered:
             limit = FAILURES_IN_A_ROW
         else:
@@ -215,9 +228,10 @@ class LanguageModelJudge:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= limit:
             count = self._failures_in_a_row
+            repair = error.repair or "run it again when the server answers"
             raise UserError(
                 f"{self._client.url}: {count} requests in a row failed, the last one: "
-                f"{error.reason}; answers so far are stored: run it again when the server answers"
+                f"{error.reason}; answers so far are stored: {repair}"
             )
 
 

@@ -33,6 +33,8 @@ SCHEMA: dict[str, Any] = {
     "required": ["reason", "verdict"],
     "additionalProperties": False,
 }
+NO_TEXT = "the answer has no text"
+"""The reason of an empty answer, which says nothing about the completions."""
 LONGEST_REASON = 2000
 """Characters of a reason that are kept."""
 LONGEST_ANSWER = 100_000
@@ -64,7 +66,7 @@ def read_choice(choice: Mapping[str, Any], *, max_tokens: int) -> Verdict:
         parts = [part.get("text") for part in content if isinstance(part, Mapping)]
         content = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(content, str) or not content.strip():
-        return no_verdict("the answer has no text")
+        return no_verdict(NO_TEXT)
     return read_verdict(content)
 
 

@@ -1,4 +1,7 @@
-"""How many completions of each label KTO needs. Without torch, so that ``align check`` counts too."""
+"""How many completions of each label KTO needs.
+
+Imports no torch, so that ``align check`` counts too.
+"""
 
 from __future__ import annotations
 

@@ -75,6 +75,8 @@ class JudgeServer:
     times: list[float] = field(default_factory=list)
     models: list[str] | None = None
     """Models that it lists; None: it has no such list."""
+    list_status: int = 404
+    """The status in place of a list."""
     at_once: int = 0
     """Largest number of requests that were answered at the same time."""
 
@@ -116,7 +118,7 @@ def judge_server(script: Script) -> Iterator[JudgeServer]:
             request = Request(self, 0, {})
             server.headers.append(dict(self.headers))
             if server.models is None:
-                request.error(404)
+                request.error(server.list_status)
             else:
                 models = [{"id": name, "object": "model"} for name in server.models]
                 request.send(200, json.dumps({"object": "list", "data": models}))

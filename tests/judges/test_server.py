@@ -215,14 +215,12 @@ def test_a_request_is_sent_again_after(tmp_path, failure):
 @pytest.mark.parametrize(
     ("status", "repair"),
     [
-        (400, "structured_output"),
         (401, "key_variable"),
         (402, "quota"),
         (403, "key_variable"),
         (404, "usually ends in /v1"),
         (405, "usually ends in /v1"),
         (418, "settings under `api`"),
-        (422, "structured_output"),
     ],
 )
 def test_an_error_of_the_settings_is_one_line_after_one_request(tmp_path, status, repair):
@@ -245,6 +243,44 @@ def test_a_redirect_is_not_followed(tmp_path):
     ):
         judge(server.base_url, tmp_path).compare(pairs(9))
     assert server.n_requests == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_server_that_refuses_the_first_three_requests_refuses_the_settings(tmp_path, status):
+    with (
+        judge_server(lambda request: request.error(status, "no way")) as server,
+        pytest.raises(UserError, match=f"HTTP {status}: no way; answers .* `structured_output`"),
+    ):
+        judge(server.base_url, tmp_path).compare(pairs(9))
+    assert server.n_requests == 3
+
+
+@pytest.mark.parametrize("refused", [range(1, 14), range(2)], ids=["after an answer", "at first"])
+def test_texts_that_are_refused_are_no_verdict_in_the_first_run_and_in_the_next(tmp_path, refused):
+    def script(request: Request) -> None:
+        if any(f"question {number};" in request.question for number in refused):
+            request.error(400, "filtered")
+        else:
+            honest(request)
+
+    with judge_server(script) as server:
+        for n_requests in (16, 16 + len(refused)):
+            verdicts = judge(server.base_url, tmp_path, concurrency=1).compare(pairs(16))
+            assert [each.is_valid for each in verdicts] == [n not in refused for n in range(16)]
+            assert server.n_requests == n_requests
+
+
+def test_an_empty_answer_is_not_stored(tmp_path):
+    def script(request: Request) -> None:
+        if request.number == 0:
+            request.answer("")
+        else:
+            honest(request)
+
+    with judge_server(script) as server:
+        for is_valid in (False, True):
+            (verdict,) = judge(server.base_url, tmp_path).compare([pair()])
+            assert verdict.is_valid is is_valid
 
 
 def test_a_quota_that_is_used_up_is_no_rate_limit(tmp_path):
@@ -595,7 +631,11 @@ def test_the_check_lists_models_and_sends_no_completion(tmp_path, monkeypatch):
         (warning,) = check_judge(config(server.base_url))
         assert "lists no model `judge-1`; did you mean `judge-10`?" in warning
         server.models = None
-        assert list(check_judge(config(server.base_url))) == []
+        for server.list_status in (404, 403):  # 403: a key that must not list models
+            assert list(check_judge(config(server.base_url))) == []
+        server.list_status = 401
+        with pytest.raises(UserError, match="/models: HTTP 401"):
+            list(check_judge(config(server.base_url)))
     assert server.n_requests == 0
 
 
