@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from helpers import tiny_models
+from helpers.judge_server import Request, judge_server
 
 from align.config.data import Label, Prepare
 from align.config.evaluate import Evaluate
@@ -200,3 +201,22 @@ def test_keys_for_scores_are_refused_where_judges_compare(key: str):
     value = {"margin": 0.5, "label_noise": "bradley_terry"}[key]
     with pytest.raises(ValueError, match=f"`{key}` needs the scores of one judge"):
         Label(judge={"annotations": "people.jsonl"}, **{key: value})
+
+
+def test_a_server_labels_pairs_in_both_orders_and_no_question_is_sent_twice(tmp_path: Path):
+    # The server prefers the longer completion, and always the first one for "?".
+    def script(request: Request) -> None:
+        first, second = request.question.find("long answer"), request.question.find("brief")
+        request.prefer("A" if first < second or first < 0 else "B")
+
+    rows = [["a long answer", "brief"], ["brief", "a long answer", "brief"], ["?", "!"]]
+    completions = sampled(tmp_path / "sample", rows)
+    with judge_server(script) as server:
+        judge = {"api": {"base_url": server.base_url, "model": "a-judge"}}
+        metrics, pairs = run_label(tmp_path / "label", completions, judge=judge)
+        assert server.n_requests == 2 * 3, "three different pairs, each in both orders"
+        again, _ = run_label(tmp_path / "again", completions, judge=judge)
+        assert server.n_requests == 2 * 3
+    assert pairs == [("Say 0.", "a long answer", "brief"), ("Say 1.", "a long answer", "brief")]
+    expected = {"train: same completion again": 1, "train: tie": 1}
+    assert metrics["dropped"] == again["dropped"] == expected
