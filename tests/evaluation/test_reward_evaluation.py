@@ -134,6 +134,8 @@ def test_best_of_n_of_scored_completions(folders: ppo_fixtures.Folders, tmp_path
         ]  # fmt: skip
         expected = sum(gold[row, i] for row, i, _ in picks) / len(picks)
         assert_close(torch.tensor(point.gold), expected.float())
+        best = [max(gold[row, j].item() for j in subset) for row, _, subset in picks]
+        assert point.best_gold == pytest.approx(sum(best) / len(best))
         correct = [gold[row, i] == max(gold[row, j] for j in subset) for row, i, subset in picks]
         assert point.accuracy == pytest.approx(sum(map(float, correct)) / len(picks))
 
