@@ -80,16 +80,25 @@ def contains(
 ) -> list[float]:
     """Whether a completion contains the text in ``answer``, or all texts of a list.
 
-    Letter case is ignored.
+    Letter case is ignored. A list may be written as JSON.
 
     >>> contains([], ["Paris, France", "Lyon"], ["paris", ["lyon", "rhone"]])
     [1.0, 0.0]
     """
-    needles = [[each] if isinstance(each, str) else list(each) for each in answer]
     return [
-        float(all(str(needle).casefold() in text.casefold() for needle in each))
-        for text, each in zip(completions, needles, strict=True)
+        float(all(needle.casefold() in text.casefold() for needle in _texts(each)))
+        for text, each in zip(completions, answer, strict=True)
     ]
+
+
+def _texts(answer: Any) -> list[str]:
+    """The texts of an answer, whose list may be JSON, as the prepared data store it."""
+    if isinstance(answer, str) and answer.lstrip().startswith("["):
+        try:
+            answer = json.loads(answer)
+        except ValueError:
+            return [answer]
+    return [str(each) for each in answer] if isinstance(answer, list | tuple) else [str(answer)]
 
 
 def length(

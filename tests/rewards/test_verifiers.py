@@ -43,6 +43,12 @@ def test_schemas_are_checked():
     assert verifiers.json_schema([], texts, [schema] * 6) == [1, 1, 0, 0, 0, 0]
 
 
+def test_lists_of_texts_may_be_json_as_prepared_data_store_them():
+    texts = ["Lyon on the Rhone", "Lyon", "see [1] there", "7"]
+    answers = ['["lyon", "rhone"]', '["lyon", "rhone"]', "[1", 7]
+    assert verifiers.contains([], texts, answers) == [1, 0, 1, 1]
+
+
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_every_verifier_is_a_reward_function(name: str):
     address = f"align.rewards.verifiers:{name}"
