@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.config.recipe import ErrorCollector
 from align.data import tables as data_tables
+from align.errors import UserError
 from align.pipeline.plan import PlannedStage
 from align.rewards.function_source import missing_columns
 from align.training.label_counts import check_label_counts
@@ -19,36 +22,46 @@ class PreparedTables:
 
     names: Collection[str]
     """The names of the tables, such as ``pairs-train``."""
-    prompts: Callable[[str], list[str]]
-    """The texts of the last messages of the prompts of a split."""
+    column: Callable[[str, str, str], list[Any]]
+    """The values of a column, by the kind and the split of a table and the name of the column."""
+    columns: Callable[[str, str], Collection[str]]
+    """The names of the columns of a table, by its kind and its split."""
+
+    def prompts(self, split: str) -> list[str]:
+        """The texts of the last messages of the prompts of a split.
+
+        Of sampled completions, those of every split, because all of them are labeled.
+        """
+        sampled = [name.split("-") for name in self.names if name.startswith("completions-")]
+        tables = sorted(sampled) or [["prompts", split]]
+        values = (prompt for kind, each in tables for prompt in self.column(kind, each, "prompt"))
+        return [prompt[-1]["content"] for prompt in values]
 
 
 def check_tables(errors: ErrorCollector, data: Path, pending: Sequence[PlannedStage]) -> None:
     """Check that finished prepared data have the tables and columns of pending stages."""
-    names = data_tables.table_names(data)
-    sampled = [name.partition("-")[2] for name in names if name.startswith("completions-")]
 
-    def prompts(split: str) -> list[str]:
-        """Of prepared data, those of a split; of sampled completions, all, which are labeled."""
-        kind, splits = ("completions", sampled) if sampled else ("prompts", [split])
-        tables = (data_tables.read(data, kind, each, columns=["prompt"]) for each in splits)
-        return [row["prompt"][-1]["content"] for rows in tables for row in rows]
+    def column(kind: str, split: str, name: str) -> list[Any]:
+        return [row[name] for row in data_tables.read(data, kind, split, columns=[name])]
 
-    tables = PreparedTables(set(names), prompts)
+    tables = PreparedTables(
+        set(data_tables.table_names(data)),
+        column,
+        lambda kind, split: data_tables.column_names(data, kind, split),
+    )
     check_contents(errors, data, tables, pending)
-    for stage in pending:
-        if data in stage.inputs.values():
-            _check_columns(errors, stage, data)
-            _check_labels(errors, stage, data)
 
 
 def check_contents(
     errors: ErrorCollector, data: Path, tables: PreparedTables, pending: Sequence[PlannedStage]
 ) -> None:
-    """Check tables and gold prompts of the prepared data that belong in ``data``."""
+    """Check the tables, columns, labels and gold prompts of the prepared data of ``data``."""
     for stage in pending:
-        if data in stage.inputs.values() and not _tables_exist(errors, stage, data, tables):
-            continue
+        if data in stage.inputs.values():
+            if not _tables_exist(errors, stage, data, tables):
+                continue
+            _check_columns(errors, stage, tables)
+            _check_labels(errors, stage, tables)
         split = _gold_split(stage, data, pending)
         if split is not None and stage.config.gold_prompts is not None:
             from align.rewards import gold
@@ -92,17 +105,19 @@ def _gold_split(stage: PlannedStage, data: Path, pending: Sequence[PlannedStage]
     return split
 
 
-def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
+def _check_columns(errors: ErrorCollector, stage: PlannedStage, tables: PreparedTables) -> None:
     """Check the columns that settings and reward functions require."""
     for key, (table, column) in stage.config.required_columns.items():
-        exists = data_tables.has_table(data, table.kind, table.split)
-        if exists and column not in data_tables.column_names(data, table.kind, table.split):
+        exists = table.name in tables.names
+        if exists and column not in tables.columns(table.kind, table.split):
             errors.add((stage.name, key), f"{table.name} has no column `{column}`; remove this key")
     for keys, function in stage.config.reward_functions.items():
-        if not data_tables.has_table(data, "prompts", "train"):
+        if "prompts-train" not in tables.names:
             continue  # reported as a missing table
-        columns = data_tables.column_names(data, "prompts", "train")
-        for column in missing_columns(function, columns):
+        columns, missing = tables.columns("prompts", "train"), list[str]()
+        with contextlib.suppress(UserError):  # a missing function is reported elsewhere
+            missing = missing_columns(function, columns)
+        for column in missing:
             errors.add(
                 (stage.name, *keys),
                 f"{function} requires the column `{column}`, and the prompts have "
@@ -110,14 +125,14 @@ def _check_columns(errors: ErrorCollector, stage: PlannedStage, data: Path) -> N
             )
 
 
-def _check_labels(errors: ErrorCollector, stage: PlannedStage, data: Path) -> None:
+def _check_labels(errors: ErrorCollector, stage: PlannedStage, tables: PreparedTables) -> None:
     """Check that there are enough completions of both labels for every batch."""
     size = stage.config.labels_per_batch
-    if size is None or not data_tables.has_table(data, "unpaired", "train"):
+    if size is None or "unpaired-train" not in tables.names:
         return
-    rows = data_tables.read(data, "unpaired", "train", columns=["label"])
-    labels = [row["label"] for row in rows]
-    paired = data_tables.count_rows(data, "pairs", "train")
+    labels = tables.column("unpaired", "train", "label")
+    has_pairs = "pairs-train" in tables.names
+    paired = len(tables.column("pairs", "train", "prompt_id")) if has_pairs else 0
     desirable, undesirable = sum(labels) + paired, labels.count(False) + paired
     with errors.at(stage.name, stage.config.reads[0].input):
         check_label_counts(desirable, undesirable, batch_size=size)

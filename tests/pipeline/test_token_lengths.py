@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from align.config.recipe import ErrorCollector, load_recipe
 from align.pipeline import estimates, token_lengths
@@ -116,3 +117,42 @@ def test_prompts_that_leave_no_positions_for_a_completion_are_an_error_of_check(
     places.remove("evaluate.judge")  # the prompts are no task of the gold score
     assert places == ["ppo.max_new_tokens", "evaluate.max_new_tokens"]
     assert any("prompts plus 50 new tokens exceed the 64 positions" in e for e in errors.lines)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("kto: {model: sft}", "kto.preferences: 1 undesirable of 9 completions are not enough for"),
+        (
+            "reward: {model: sft, pairs: pairs, margin_coef: 1.0}",
+            "reward.margin_coef: pairs-train has no column `margin`; remove this key",
+        ),
+        (
+            "ppo: {model: sft, rewards: [mine:f], steps: 1, batch_size: 2}",
+            "ppo.rewards.0: mine:f requires the column `answer`, and the prompts have prompt, ",
+        ),
+    ],
+)
+def test_columns_and_labels_that_data_lack_are_errors_before_they_are_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def f(prompts, completions, answer): return [0.0]")
+    rows = [{"prompt": f"{n}", "completion": f"is {n}", "label": n > 0} for n in range(9)]
+    pairs = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(9)]
+    for name, content in (("rows", rows), ("pairs", pairs)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    recipe = load_recipe(
+        {
+            "stages": {
+                "prepare": {"source": "rows.jsonl", "test_fraction": 0.0},
+                "pairs": {"stage": "prepare", "source": "pairs.jsonl", "test_fraction": 0.0},
+                "sft": {"model": {"vocab_size": 300}},
+                **yaml.safe_load(stage),
+            }
+        }
+    )
+    errors = ErrorCollector(recipe)
+    list(token_lengths.examine(errors, plan(recipe, Path("runs"))))
+    assert len(errors.lines) == 1
+    assert message in errors.lines[0]
