@@ -109,6 +109,8 @@ def _bounds(outcomes: Outcomes) -> Interval:
 
 
 def _first_reason(outcomes: Outcomes) -> str:
+    if not bool(outcomes.is_missing.any()):
+        return ": no held-out prompt has a completion of both; complete the same prompts"
     reasons = [reason for reason in (outcomes.reasons or {}).values() if reason]
     return f": {reasons[0]}" if reasons else ""
 

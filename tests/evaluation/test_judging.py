@@ -168,6 +168,12 @@ def test_a_judge_without_any_verdict_is_an_error_with_its_reason(tmp_path: Path)
         evaluate(settings("a"), {"judge": judge}, samples, tmp_path)
 
 
+def test_policies_without_a_common_prompt_are_named(tmp_path: Path):
+    samples = {"a": texts([["x"], []]), "reference": texts([[], ["y"]])}
+    with pytest.raises(DataError, match="no held-out prompt has a completion of both"):
+        evaluate(settings("a"), {"lengths": Lengths()}, samples, tmp_path)
+
+
 def test_people_label_some_pairs_and_correct_the_judge(tmp_path: Path):
     # The judge prefers the longer text, people the text with "good"; they labeled 40 of 200.
     generator = random.Random(0)
