@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from align.functional import intervals
 from align.functional.bradley_terry import bradley_terry_strengths, holm_adjusted, win_matrix
 from align.functional.intervals import proportion_interval
 
@@ -72,25 +74,25 @@ def test_the_intervals_are_as_wide_as_those_of_a_bootstrap_over_prompts():
     resampled = np.array(
         [
             bradley_terry_strengths(outcomes[:, :, rng.integers(200, size=200)]).values
-            for _ in range(200)
+            for _ in range(150)
         ]
     )
     for policy in (1, 2):
         low, high = strengths.intervals[policy]
-        # one standard error of a standard deviation of 200 draws is 1 / sqrt(400) = 5 %
-        assert (high - low) / 3.92 == pytest.approx(resampled[:, policy].std(), rel=0.15)
+        # one standard error of a standard deviation of 150 draws is 1 / sqrt(300) = 6 %
+        assert (high - low) / 3.92 == pytest.approx(resampled[:, policy].std(), rel=0.18)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompts", [20, 50])
-def test_the_intervals_contain_the_true_strength_in_93_to_97_of_100_evaluations(prompts):
+def test_the_intervals_contain_the_true_strength_in_93_to_97_of_100_evaluations(monkeypatch):
+    monkeypatch.setattr(intervals, "t_quantile", cache(intervals.t_quantile))
     true = [0.0, 0.5, 2.5]
     # The strengths of a sample without end; the log-odds vary by prompt, so they are not ``true``.
-    expected = bradley_terry_strengths(round_robin(true, 200_000, seed=10_000)).values
+    expected = bradley_terry_strengths(round_robin(true, 50_000, seed=10_000)).values
     covered = [0, 0, 0]
     for seed in range(2000):
-        intervals = bradley_terry_strengths(round_robin(true, prompts, seed)).intervals
-        for policy, (low, high) in enumerate(intervals):
+        strengths = bradley_terry_strengths(round_robin(true, 20, seed)).intervals
+        for policy, (low, high) in enumerate(strengths):
             covered[policy] += low <= expected[policy] <= high
     assert all(0.93 <= count / 2000 <= 0.97 for count in covered[1:])
 

@@ -174,7 +174,7 @@ DIFFERENCES = [
 @pytest.mark.usefixtures("_cached_quantiles")
 @pytest.mark.parametrize(("evaluation", "truth"), DIFFERENCES)
 def test_the_bootstrap_contains_the_true_mean_in_93_to_97_of_100_evaluations(evaluation, truth):
-    interval = partial(bootstrap_interval, resamples=400)
+    interval = partial(bootstrap_interval, resamples=300)
     # one standard error of the coverage itself is sqrt(0.95 * 0.05 / 2000) = 0.5 %
     assert 0.93 <= contained(interval, evaluation, truth, 2000) <= 0.97
 

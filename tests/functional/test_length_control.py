@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.testing import assert_close
 
-from align.functional.length_control import length_controlled_win_rate
+from align.functional.length_control import length_controlled_win_rate, length_controlled_win_rates
 from align.functional.winrate import win_rate
 
 
@@ -140,3 +140,126 @@ def test_lengths_that_all_differ_by_the_same_amount_are_refused(lengths):
 def test_outcomes_outside_0_to_1_are_refused(won):
     with pytest.raises(ValueError, match=r"expected 0 to 1, found (0 to 12|-3 to 1)"):
         length_controlled_win_rate(torch.tensor(won), torch.tensor([1.0, 0.0]))
+
+
+# --- several comparisons over the same prompts ---
+
+
+def judged(
+    qualities: list[float], bias: float, prompts: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outcomes of a judge that prefers longer completions, length differences, unbiased rates."""
+    rng = np.random.default_rng([seed, 8])
+    difficulties = rng.normal(0, 1.2, prompts)
+    lengths = rng.normal(
+        np.linspace(-150, 250, len(qualities))[:, None], 120, (len(qualities), prompts)
+    )
+    regressor = np.tanh(lengths / lengths.std(axis=1, ddof=1, keepdims=True))
+    quality = np.array(qualities)[:, None] + difficulties
+    won = rng.random(lengths.shape) < 1 / (1 + np.exp(-(quality + bias * regressor)))
+    unbiased = (1 / (1 + np.exp(-quality))).mean(axis=1)
+    return float64(won.astype(float)), float64(lengths), float64(unbiased)
+
+
+def test_of_a_single_comparison_the_difficulty_is_left_out():
+    won, lengths, _ = judged([0.4], 1.0, 80, seed=0)
+    control = length_controlled_win_rates(won, lengths)
+    assert_close(
+        control.rates[0], length_controlled_win_rate(won[0], lengths[0]), rtol=1e-9, atol=0
+    )
+    assert_close(control.difficulties, torch.zeros(80, dtype=torch.float64))
+
+
+def logistic(design: np.ndarray, won: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """Logistic regression by scikit-learn with one ridge per column: columns are scaled by it."""
+    scaled = design / np.sqrt(ridge)
+    model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-12, max_iter=10_000)
+    model.fit(
+        np.vstack([scaled, scaled]),
+        np.repeat([1, 0], len(won)),
+        sample_weight=np.concatenate([won, 1 - won]),
+    )
+    return model.coef_[0] / np.sqrt(ridge)
+
+
+@pytest.mark.parametrize(("ridge", "difficulty_ridge"), [(0.01, 1.0), (2.0, 0.3)])
+def test_joint_length_control_agrees_with_scikit_learn_and_scipy(ridge, difficulty_ridge):
+    won, lengths, _ = judged([-1.0, 0.2, 0.9], 1.5, 40, seed=1)
+    won[0, :5] = 0.5
+    won[1, 7] = math.nan
+    valid = ~won.isnan().numpy()
+    regressor = np.zeros(won.shape)
+    for m in range(3):
+        own = lengths[m].numpy()[valid[m]]
+        regressor[m, valid[m]] = np.tanh(own / own.std(ddof=1))
+    policy, prompt = np.nonzero(valid)
+    intercepts, slopes = np.eye(3)[policy], np.eye(3)[policy] * regressor[valid][:, None]
+    design = np.hstack([intercepts, slopes, np.eye(40)[prompt]])
+    penalties = np.array([ridge] * 6 + [difficulty_ridge] * 40)
+    effects = logistic(design, won.numpy()[valid], penalties)[6:]
+    difficulties = effects - effects.mean()
+
+    control = length_controlled_win_rates(
+        won, lengths, ridge=ridge, difficulty_ridge=difficulty_ridge
+    )
+    assert_close(control.difficulties, float64(difficulties), rtol=0, atol=1e-5)
+    for m in range(3):
+        own = difficulties[valid[m]]
+        columns = np.stack([np.ones_like(own), regressor[m, valid[m]], own], axis=1)
+        outcomes = won[m].numpy()[valid[m]]
+
+        def loss(weights, columns=columns, outcomes=outcomes):
+            scores = columns @ weights
+            ridges = ridge * (weights[:2] ** 2).sum() + 30.0 * (weights[2] - 1) ** 2
+            return (np.logaddexp(0, scores) - outcomes * scores).sum() + ridges / 2
+
+        quality, bias, slope = minimize(loss, [0.0, 0.0, 1.0], tol=1e-12).x
+        expected = (1 / (1 + np.exp(-(quality + slope * own)))).mean()
+        assert_close(control.rates[m], float64(expected), rtol=0, atol=1e-5)
+        assert_close(control.length_effects[m], float64(bias), rtol=0, atol=1e-4)
+
+
+def test_joint_length_control_recovers_the_unbiased_rates_of_a_biased_judge():
+    qualities = [-2.0, -1.0, -0.3, 0.2, 0.8, 1.5]
+    won, lengths, unbiased = judged(qualities, 1.5, 800, seed=2)
+    control = length_controlled_win_rates(won, lengths)
+    # one standard error of a rate is at most sqrt(0.25 / 800) = 1.8 %, and more with a regressor
+    assert_close(control.rates, unbiased, rtol=0, atol=0.06)
+    raw = won.mean(dim=1)
+    assert float((raw - unbiased).abs().max()) > 0.12
+    assert float(control.length_effects.mean()) == pytest.approx(1.5, abs=0.4)
+
+
+@pytest.mark.parametrize("policies", [2, 3])
+def test_few_comparisons_do_not_fit_the_difficulty_to_their_own_noise(policies):
+    errors = []
+    for seed in range(12):
+        won, lengths, unbiased = judged([-1.5, 1.5, 0.0][:policies], 1.2, 400, seed=seed)
+        errors.append(length_controlled_win_rates(won, lengths).rates - unbiased)
+    # one standard error is at most 4 % / sqrt(12) = 1.2 %; without the ridge of the slope, the
+    # rates of two are off by 4 to 5 points
+    assert float(torch.stack(errors).mean(dim=0).abs().max()) < 0.03
+
+
+def test_swapping_all_policies_with_the_baseline_mirrors_the_joint_rates():
+    won, lengths, _ = judged([-1.0, 0.5, 1.0], 1.0, 60, seed=3)
+    forward = length_controlled_win_rates(won, lengths)
+    backward = length_controlled_win_rates(1 - won, -lengths)
+    assert_close(backward.rates, 1 - forward.rates)
+    assert_close(backward.difficulties, -forward.difficulties)
+
+
+def test_a_comparison_whose_lengths_differ_by_one_amount_has_no_joint_rate():
+    won, lengths, _ = judged([0.0, 0.5], 1.0, 40, seed=4)
+    lengths[1] = 30.0
+    rates = length_controlled_win_rates(won, lengths).rates
+    assert rates.isnan().tolist() == [False, True]
+    lengths[1] = 0.0  # equal lengths: the rate is the raw one, but for the ridge
+    equal = length_controlled_win_rates(won, lengths).rates[1]
+    assert_close(equal, won[1].mean(), rtol=0, atol=1e-3)
+
+
+def test_a_comparison_without_outcomes_is_refused():
+    won = torch.stack([torch.ones(5), torch.full((5,), math.nan)])
+    with pytest.raises(ValueError, match="a comparison has no outcome that is not NaN"):
+        length_controlled_win_rates(won, torch.arange(10.0).view(2, 5))
