@@ -7,7 +7,6 @@ form itself, since a quantized model cannot be trained fully.
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import time
@@ -78,7 +77,7 @@ def _convert(file: Path, folder: Path) -> None:
     model = _load(file)
     check_finite(file, model)
     check_vocabulary(file, model, tokenizer)
-    _without_origin(model).save_pretrained(str(folder))
+    model.save_pretrained(str(folder))
     artifacts.make_readable(folder)
     digest = gguf_files.digest(file)
     artifact = artifacts.Artifact(
@@ -113,7 +112,7 @@ def _load(file: Path) -> Any:
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(only),
                 gguf_file=_LINK,
-                quantization_config=GgufConfig(dequantize=True),
+                quantization_config=GgufConfig(dequantize=True),  # others cannot be saved
                 dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -127,23 +126,6 @@ def _load(file: Path) -> Any:
             f"{gguf_files.DOWNLOAD}"
         )
     return model
-
-
-def _without_origin(model: Any) -> Any:
-    """The model as one of its class that was not loaded from GGUF, which can be saved."""
-    import torch
-
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.name_or_path = ""
-    config.architectures = [type(model).__name__]
-    with torch.device("meta"):
-        plain = type(model)(config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain
 
 
 @contextmanager
