@@ -1,7 +1,7 @@
 """The judge card: bias, consistency and agreement of each judge, on the evaluation itself.
 
-All figures are computed from the comparisons of the policies with the baseline. The control, which
-compares equal policies, is left out.
+All figures are computed from the comparisons of the policies with the baseline. Left out are the
+control, which compares equal policies, and equal completions, about which no judge decides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def judge_cards(
         of_judge = [
             each
             for each in _without_control(config, outcomes)
-            if each.judge == name and not bool(each.outcomes.isnan().all())
+            if each.judge == name and not bool(each.decided.isnan().all())
         ]
         if of_judge:
             cards.append(judge_card(config, judge, of_judge, samples))
@@ -48,7 +48,7 @@ def judge_card(
 ) -> JudgeCard:
     """The card of one judge from its outcomes."""
     compared = outcomes
-    won = _side_by_side([each.outcomes for each in compared])
+    won = _side_by_side([each.decided for each in compared])
     lengths = _side_by_side(
         [
             length_differences(samples[e.policy], samples[e.baseline], config.n_completions)
@@ -56,23 +56,14 @@ def judge_card(
         ]
     )
     level = config.confidence
-    position_bias = consistency = self_agreement = None
+    position_bias = consistency = None
     if compared[0].first is not None:
         first = _side_by_side([each.first for each in compared if each.first is not None])
         second = _side_by_side([each.second for each in compared if each.second is not None])
         position_bias = agreement.position_bias(first, second, confidence=level)
         consistency = agreement.consistency(first, second, confidence=level)
-    votes = [each.votes for each in compared if each.votes is not None]
-    if votes:
-        most = max(each.shape[-1] for each in votes)
-        padded = [
-            torch.nn.functional.pad(each, (0, most - each.shape[-1]), value=math.nan)
-            for each in votes
-        ]
-        repeated = torch.cat(padded, dim=1)
-        self_agreement = agreement.self_agreement(repeated, confidence=level)
-    means = intervals.prompt_means(compared[0].outcomes).means
-    deviation = float(means.std()) if len(means) > 1 else 0.5
+    repeats = _agreement_of_votes(compared, level)
+    covers_all = compared[0].covers_all
     usage = judge.usage if isinstance(judge, PairJudge) else None
     return JudgeCard(
         judge=compared[0].judge,
@@ -81,12 +72,30 @@ def judge_card(
         length_bias=estimate(agreement.length_bias(won, lengths, confidence=level)),
         position_bias=estimate(position_bias),
         consistency=estimate(consistency),
-        self_agreement=estimate(self_agreement),
-        detectable_difference=agreement.detectable_difference(
-            len(means), deviation=deviation, confidence=level
-        ),
+        self_agreement=repeats if covers_all else None,
+        annotator_agreement=None if covers_all else repeats,
+        detectable_difference=max(_detectable_difference(each, level) for each in compared),
         usage=None if usage is None else asdict(usage),
     )
+
+
+def _agreement_of_votes(compared: Sequence[Outcomes], confidence: float) -> Estimate | None:
+    """Agreement of several verdicts about one pair in one order; None without any."""
+    votes = [each.votes for each in compared if each.votes is not None]
+    if not votes:
+        return None
+    most = max(each.shape[-1] for each in votes)
+    padded = [
+        torch.nn.functional.pad(each, (0, most - each.shape[-1]), value=math.nan) for each in votes
+    ]
+    return estimate(agreement.self_agreement(torch.cat(padded, dim=1), confidence=confidence))
+
+
+def _detectable_difference(outcomes: Outcomes, confidence: float) -> float:
+    """What the evaluation detects with the deviation of the outcomes of one policy."""
+    means = intervals.prompt_means(outcomes.outcomes).means
+    deviation = float(means.std()) if len(means) > 1 else 0.5
+    return agreement.detectable_difference(len(means), deviation=deviation, confidence=confidence)
 
 
 def agreements(config: Evaluate, outcomes: Sequence[Outcomes]) -> tuple[Agreement, ...]:
@@ -95,7 +104,7 @@ def agreements(config: Evaluate, outcomes: Sequence[Outcomes]) -> tuple[Agreemen
     for each in outcomes:
         by_judge.setdefault(each.judge, []).append(each)
     stacked = {
-        name: _side_by_side([each.outcomes for each in _without_control(config, of_judge)])
+        name: _side_by_side([each.decided for each in _without_control(config, of_judge)])
         for name, of_judge in by_judge.items()
     }
     results = []

@@ -2,8 +2,8 @@
 
 A judge that scores is called once for each completion. A judge that compares reads every pair in
 both orders; the outcome is the mean of the two verdicts, so a flip is half a win. A pair without a
-usable verdict in each order has no outcome: it is missing, not lost. Equal completions are a tie,
-and no judge is called for them.
+usable verdict in each order has no outcome: it is missing, not lost. Equal completions are a tie
+that no judge decides, so they count in win rates, and not in what is said about the judge.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Outcomes:
     """1 for a win of the policy, 0.5 for a tie, 0 for a loss, or a value between them."""
     is_missing: Bool[Tensor, "prompts completions"]
     """Whether the judge failed to give a usable verdict."""
+    is_compared: Bool[Tensor, "prompts completions"]
+    """Whether there is a pair; some sides have fewer completions."""
+    is_equal: Bool[Tensor, "prompts completions"]
+    """Whether both completions are equal: a tie by all judges that decide about all pairs."""
     scores: Float[Tensor, "prompts completions"] | None = None
     """Scores of the policy's completions, for a judge that scores."""
     baseline_scores: Float[Tensor, "prompts completions"] | None = None
@@ -57,6 +61,11 @@ class Outcomes:
     """Whether the judge decides about all pairs; False for people, who label some."""
     reasons: Mapping[tuple[int, int], str] | None = None
     """Reasons of the judge by prompt and column."""
+
+    @property
+    def decided(self) -> Float[Tensor, "prompts completions"]:
+        """The outcomes of pairs with different completions; NaN for all others."""
+        return self.outcomes.masked_fill(self.is_equal, math.nan)
 
 
 def judge_all(
@@ -106,18 +115,20 @@ def _from_scores(
     scores: Mapping[str, Scores],
 ) -> Outcomes:
     """Outcomes of a judge that scores: the higher score wins."""
-    own, baseline, is_pair = (_empty(samples[policy], config) for _ in range(3))
+    own, baseline = (_empty(samples[policy], config) for _ in range(2))
     for i, column, j, k in matches(samples[policy], samples[config.baseline], config.n_completions):
         own[i, column] = scores[policy][i][j]
         baseline[i, column] = scores[config.baseline][i][k]
-        is_pair[i, column] = 1
-    outcomes = winrate.outcomes(own, baseline)
+    is_compared, is_equal = _compared_pairs(samples[policy], samples[config.baseline], config)
+    outcomes = winrate.outcomes(own, baseline).masked_fill(is_equal, 0.5)
     return Outcomes(
         judge=judge,
         policy=policy,
         baseline=config.baseline,
         outcomes=outcomes,
-        is_missing=outcomes.isnan() & ~is_pair.isnan(),
+        is_missing=outcomes.isnan() & is_compared,
+        is_compared=is_compared,
+        is_equal=is_equal,
         scores=own,
         baseline_scores=baseline,
     )
@@ -135,12 +146,11 @@ def _compare(
     """Outcomes of a judge that compares, which reads each pair in both orders."""
     places, pairs = [], []
     first, second = (_empty(samples[policy], config) for _ in range(2))
+    is_compared, is_equal = _compared_pairs(samples[policy], samples[config.baseline], config)
     for i, column, j, k in matches(samples[policy], samples[config.baseline], config.n_completions):
         own = samples[policy].completions[i][j].text
         baseline = samples[config.baseline].completions[i][k].text
-        if own == baseline and judge.covers_all:
-            first[i, column] = second[i, column] = 0.5
-        else:
+        if not is_equal[i, column]:
             places.append((i, column))
             pairs.append(pair_of(prompts[i], own, baseline))
     decisions = decide(judge, pairs, unit=f"{name}, {policy}: compared pair", logger=logger)
@@ -152,16 +162,22 @@ def _compare(
         first[place], second[place] = decision.preferences
         is_missing[place] = judge.covers_all and math.isnan(decision.preference)
         for criterion, preference in decision.criteria.items():
-            by_criterion = criteria.setdefault(criterion, _empty(samples[policy], config))
+            ties = _empty(samples[policy], config).masked_fill(is_equal, 0.5)
+            by_criterion = criteria.setdefault(criterion, ties)
             by_criterion[place] = preference
         for order, repeated in enumerate(decision.votes):
             votes[*place, order, : len(repeated)] = torch.tensor(repeated, dtype=torch.float64)
+    outcomes = (first + second) / 2
+    if judge.covers_all:
+        outcomes = outcomes.masked_fill(is_equal, 0.5)
     return Outcomes(
         judge=name,
         policy=policy,
         baseline=config.baseline,
-        outcomes=(first + second) / 2,
+        outcomes=outcomes,
         is_missing=is_missing,
+        is_compared=is_compared,
+        is_equal=is_equal,
         first=first if judge.reads_in_order else None,
         second=second if judge.reads_in_order else None,
         votes=votes if n_votes > 1 else None,
@@ -176,6 +192,18 @@ def pair_of(row: Row, own: str, baseline: str) -> Pair:
     columns = {key: value for key, value in row.items() if key != "prompt"}
     turns = tokenization.assistant_turn(own), tokenization.assistant_turn(baseline)
     return Pair(row["prompt"], turns[0], turns[1], columns)
+
+
+def _compared_pairs(
+    own: Samples, baseline: Samples, config: Evaluate
+) -> tuple[Bool[Tensor, "prompts completions"], Bool[Tensor, "prompts completions"]]:
+    """Whether there is a pair, and whether its completions are equal."""
+    shape = len(own.completions), config.n_completions
+    is_compared, is_equal = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    for i, column, j, k in matches(own, baseline, config.n_completions):
+        is_compared[i, column] = True
+        is_equal[i, column] = own.completions[i][j].text == baseline.completions[i][k].text
+    return is_compared, is_equal
 
 
 def _empty(samples: Samples, config: Evaluate) -> Tensor:

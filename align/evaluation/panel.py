@@ -11,14 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from align.config.evaluate import Evaluate
 from align.config.judges import PANEL
 from align.evaluation.completions import Samples, control_name, length_differences
-from align.evaluation.judge_card import estimate
 from align.evaluation.judging import Outcomes
 from align.evaluation.results import Comparison, Estimate, Interval, Ranking
 from align.functional import bradley_terry, length_control, winrate
+from align.functional.distributions import normal_quantile
 from align.functional.prediction_powered import prediction_powered_mean
 
 
@@ -37,6 +38,8 @@ def panel(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
                 baseline=members[0].baseline,
                 outcomes=torch.stack([each.outcomes for each in members]).mean(dim=0),
                 is_missing=torch.stack([each.is_missing for each in members]).any(dim=0),
+                is_compared=members[0].is_compared,
+                is_equal=members[0].is_equal,
             )
         )
     return results
@@ -129,23 +132,62 @@ def rank(config: Evaluate, outcomes: Sequence[Outcomes]) -> Ranking | None:
     )
 
 
+def pooled(people: Sequence[Outcomes]) -> dict[str, Outcomes]:
+    """The mean decisions of all people, from several files, about each policy."""
+    results = {}
+    for policy in dict.fromkeys(each.policy for each in people):
+        files = [each for each in people if each.policy == policy]
+        mean = torch.stack([each.outcomes for each in files]).nanmean(dim=0)
+        results[policy] = dataclasses.replace(files[0], outcomes=mean)
+    return results
+
+
 def correct(config: Evaluate, judged: Outcomes, people: Outcomes) -> Estimate | None:
     """The win rate by people, from their labels of some prompts and the judge's outcomes of all.
 
+    People label a random sample of the prompts with different completions. Prompts whose
+    completions are all equal are ties, and join in afterwards with their share of all prompts.
     None where people labeled fewer than two prompts, or all of them.
     """
-    labeled = ~(people.outcomes.isnan() | judged.outcomes.isnan()).all(dim=1)
-    others = ~labeled & ~judged.outcomes.isnan().all(dim=1)
+    n_equal = judged.is_equal.sum(dim=1)
+    n_different = judged.is_compared.sum(dim=1) - n_equal
+
+    def by_prompt(decided: Tensor) -> Tensor:  # equal completions of a prompt count as ties
+        return (0.5 * n_equal + decided.nanmean(dim=1) * n_different) / (n_equal + n_different)
+
+    both = ~(people.decided.isnan() | judged.decided.isnan())
+    labels = by_prompt(people.decided.masked_fill(~both, math.nan))
+    labeled_by_judge = by_prompt(judged.decided.masked_fill(~both, math.nan))
+    by_judge = by_prompt(judged.decided)
+    labeled = ~labels.isnan()
+    others = ~labeled & ~by_judge.isnan()
     if int(labeled.sum()) < 2 or not bool(others.any()):
         return None
-    corrected = estimate(
-        prediction_powered_mean(
-            people.outcomes[labeled],
-            judged.outcomes[labeled],
-            judged.outcomes[others],
-            confidence=config.confidence,
-        )
+    corrected = prediction_powered_mean(
+        labels[labeled], labeled_by_judge[labeled], by_judge[others], confidence=config.confidence
     )
-    assert corrected is not None
-    low, high = corrected.ci
-    return Estimate(min(1.0, max(0.0, corrected.value)), Interval(max(0.0, low), min(1.0, high)))
+    n_ties = int(((n_equal > 0) & (n_different == 0)).sum())
+    n_prompts = n_ties + int((n_different > 0).sum())
+    return add_ties(
+        Estimate(corrected.value, Interval(*corrected.interval)),
+        share=n_ties / n_prompts,
+        n_prompts=n_prompts,
+        confidence=config.confidence,
+    )
+
+
+def add_ties(different: Estimate, *, share: float, n_prompts: int, confidence: float) -> Estimate:
+    """The win rate with a ``share`` of ties, from that of all other comparisons.
+
+    The share of ties among ``n_prompts`` prompts is an estimate too. Its deviation and each half of
+    the interval are independent, and add in squares.
+
+    Source: Zou and Donner 2008, Statistics in Medicine 27, 1693 to 1702.
+    """
+    value = 0.5 + (1 - share) * (different.value - 0.5)
+    error = abs(different.value - 0.5) * math.sqrt(share * (1 - share) / n_prompts)
+    error *= normal_quantile((1 + confidence) / 2)
+    below, above = (
+        math.hypot((1 - share) * (end - different.value), error) for end in different.ci
+    )
+    return Estimate(value, Interval(max(0.0, value - below), min(1.0, value + above)))

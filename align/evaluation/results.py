@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 class Interval(NamedTuple):
     """A confidence interval.
 
-    Defined here and not imported from :mod:`align.functional.winrate`, which loads torch.
+    Defined here and not imported from :mod:`align.functional.intervals`, which loads torch.
     """
 
     low: float
@@ -62,7 +62,9 @@ class Comparison:
     n_prompts: int
     """Prompts with at least one verdict."""
     n_completions: int
-    """Completions per prompt and policy."""
+    """The setting: most completions per prompt and policy."""
+    n_pairs: int | None = None
+    """Pairs of completions with an outcome; None in results of earlier versions."""
     length_controlled_win_rate: float | None
     """Win rate at equal lengths; None where length and quality cannot be separated."""
     p_value: float
@@ -200,7 +202,7 @@ class JudgeCard:
 
     judge: str
     n_pairs: int
-    """Compared pairs with a verdict, of all policies without the control."""
+    """Compared pairs with a verdict, without the control and without equal completions."""
     invalid: int
     """Compared pairs without a usable verdict."""
     length_bias: Estimate | None
@@ -211,6 +213,8 @@ class JudgeCard:
     """Share of pairs with the same decision in both orders."""
     self_agreement: Estimate | None
     """Probability that two verdicts about a pair in one order are equal; None without repeats."""
+    annotator_agreement: Estimate | None = None
+    """The same for people: probability that two of them make the same decision about a pair."""
     detectable_difference: float
     """Smallest distance of a win rate from one half that this number of prompts detects with a
     probability of 80 %."""
@@ -221,7 +225,9 @@ class JudgeCard:
     def from_metrics(cls, metrics: Mapping[str, Any]) -> JudgeCard:
         """Read one entry of ``judges``."""
         keys = ("length_bias", "position_bias", "consistency", "self_agreement")
-        estimates = {key: Estimate.from_metrics(metrics[key]) for key in keys}
+        estimates = {
+            key: Estimate.from_metrics(metrics.get(key)) for key in (*keys, "annotator_agreement")
+        }
         return cls(**known_fields(cls, metrics) | estimates)
 
 

@@ -88,10 +88,13 @@ def win_rate_table(comparisons: Sequence[Comparison]) -> ResultTable:
         if has_orders:
             cells += [number(row.consistency), str(row.invalid)]
         rows.append((*cells, lengths(row)))
+    n_pairs = f" × {first.n_completions}"
+    if first.n_pairs is not None:
+        n_pairs = f", {counted(first.n_pairs, 'pair')}"
     unit = "tokens" if has_token_counts(first) else "characters"
     return ResultTable(
         title=f"win rates against {short_name(first.baseline, 14)} by "
-        f"{short_name(first.judge, 14)}; {first.n_prompts} prompts × {first.n_completions}",
+        f"{short_name(first.judge, 14)}; {first.n_prompts} prompts{n_pairs}",
         columns=(*columns, unit),
         rows=rows,
         note="in %; ties count one half; intervals over prompts; a/b: policy/baseline",

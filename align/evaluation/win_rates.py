@@ -18,10 +18,11 @@ from align.errors import DataError
 from align.evaluation.completions import Samples, length_differences, matches
 from align.evaluation.intervals import Bootstrap
 from align.evaluation.judging import Outcomes
-from align.evaluation.panel import adjust_for_several, correct
+from align.evaluation.panel import add_ties, adjust_for_several, correct, pooled
 from align.evaluation.results import Comparison, Estimate, Interval, PerSide
 from align.evaluation.scores import outcome_rate
 from align.functional import agreement
+from align.functional.winrate import missing_bounds
 
 if TYPE_CHECKING:
     from align.data.rows import Row
@@ -37,7 +38,7 @@ def compare_all(
     Raises:
         DataError: A judge gave no usable verdict about a policy.
     """
-    by_people = {each.policy: each for each in outcomes if not each.covers_all}
+    labels = pooled([each for each in outcomes if not each.covers_all])
     results: list[Comparison] = []
     for judge in dict.fromkeys(each.judge for each in outcomes):
         of_judge = [each for each in outcomes if each.judge == judge]
@@ -46,8 +47,10 @@ def compare_all(
         rows = []
         for each in of_judge:
             row = compare(config, each, samples)
-            if each.covers_all and each.policy in by_people:
-                row = replace(row, corrected=correct(config, each, by_people[each.policy]))
+            if not each.covers_all:
+                row = _with_equal_completions(config, each, row)
+            elif each.policy in labels:
+                row = replace(row, corrected=correct(config, each, labels[each.policy]))
             rows.append(row)
         results += adjust_for_several(config, rows, of_judge, samples)
     if not results:
@@ -88,6 +91,7 @@ def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]
         ties=(won[valid] == 0.5).double().mean().item(),
         n_prompts=result.n_prompts,
         n_completions=config.n_completions,
+        n_pairs=int(valid.sum()),
         length_controlled_win_rate=result.length_controlled,
         p_value=result.p_value,
         mean_tokens=PerSide(own.mean_tokens, baseline.mean_tokens),
@@ -95,17 +99,29 @@ def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]
         finished=PerSide(own.finished, baseline.finished),
         consistency=_consistency(outcomes),
         invalid=invalid,
-        bounds=_bounds(outcomes) if invalid else None,
+        bounds=Interval(*missing_bounds(won[outcomes.is_compared])) if invalid else None,
         criteria=_criteria(config, outcomes),
         **_scores(config, outcomes),
     )
 
 
-def _bounds(outcomes: Outcomes) -> Interval:
-    """Win rate if every missing outcome were a loss, and if every one were a win."""
-    compared = ~outcomes.outcomes.isnan() | outcomes.is_missing
-    ends = (outcomes.outcomes[compared].nan_to_num(nan=value).mean().item() for value in (0.0, 1.0))
-    return Interval(*ends)
+def _with_equal_completions(config: Evaluate, outcomes: Outcomes, row: Comparison) -> Comparison:
+    """The rates by people, who label some of the different completions; equal ones are ties."""
+    share = int(outcomes.is_equal.sum()) / int(outcomes.is_compared.sum())
+    rate = add_ties(
+        Estimate(row.win_rate, row.ci),
+        share=share,
+        n_prompts=int(outcomes.is_compared.any(dim=1).sum()),
+        confidence=config.confidence,
+    )
+    controlled = row.length_controlled_win_rate
+    return replace(
+        row,
+        win_rate=rate.value,
+        ci=rate.ci,
+        ties=share + (1 - share) * row.ties,
+        length_controlled_win_rate=controlled and 0.5 + (1 - share) * (controlled - 0.5),
+    )
 
 
 def _first_reason(outcomes: Outcomes) -> str:
@@ -146,6 +162,8 @@ def _consistency(outcomes: Outcomes) -> float | None:
     """Share of pairs with the same decision in both orders."""
     if outcomes.first is None or outcomes.second is None:
         return None
+    if bool((outcomes.first.isnan() | outcomes.second.isnan()).all()):
+        return None  # all completions are equal
     return agreement.consistency(outcomes.first, outcomes.second).value
 
 

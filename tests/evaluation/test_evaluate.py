@@ -597,7 +597,7 @@ def test_completions_are_printed_without_interpreting_markup():
     text = "[bold]b[/bold] [/] :smile:"
     samples = {name: Samples([[Completion(text, 3, True)]]) for name in ("a", "b")}
     score = torch.tensor([[0.5]])
-    outcomes = Outcomes("gold", "a", "b", score, score > 1, score, score)
+    outcomes = Outcomes("gold", "a", "b", score, score > 1, score < 1, score > 1, score, score)
     (table,) = tables.sample_tables(prompts, outcomes, samples)
     out = io.StringIO()
     Console(file=out, width=100).print(render_table(table, "evaluate"))

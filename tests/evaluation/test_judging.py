@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny_models
 from rich.console import Console
 
@@ -21,7 +22,9 @@ from align.evaluation import tables
 from align.evaluation.completions import Samples, matches, read_completions
 from align.evaluation.judge_tables import judge_tables
 from align.evaluation.judging import judge_all
-from align.evaluation.results import EvaluationMetrics
+from align.evaluation.panel import add_ties
+from align.evaluation.results import Estimate, EvaluationMetrics, Interval
+from align.functional.intervals import proportion_interval
 from align.judges.base import Pair, Verdict
 from align.models.generation import Completion
 from align.pipeline.summary import render_table
@@ -126,6 +129,109 @@ def test_equal_completions_are_a_tie_and_not_sent_to_the_judge(tmp_path: Path):
     (row,) = evaluate(settings("a"), {"judge": judge}, samples, tmp_path).comparisons
     assert len(judge.pairs) == 2
     assert row.n_prompts == 2
+
+
+def test_equal_completions_tell_nothing_about_a_judge(tmp_path: Path):
+    # 10 equal pairs and 10 others, in which the judges always prefer what they read first or own
+    own = [["same"]] * 10 + [["own"]] * 10
+    samples = {"a": texts(own), "reference": texts([["same"]] * 10 + [["base"]] * 10)}
+    criteria = {"short": 1.0}
+    first = Comparer(lambda one, other: Verdict(1.0, criteria=criteria))
+    wins = Comparer(lambda one, other: Verdict(float(one == "own")))
+    judges = {"first": first, "wins": wins}
+    metrics = evaluate(settings("a"), judges, samples, tmp_path)
+    row, decided, panel = metrics.comparisons
+    assert (row.win_rate, row.ties, row.consistency, row.n_pairs) == (0.5, 1.0, 0.0, 20)
+    assert (decided.win_rate, decided.ties, decided.consistency) == (0.75, 0.5, 1.0)
+    assert panel.win_rate == 0.625
+    assert row.criteria["short"].value == 0.5
+    card = metrics.judges[0]
+    assert (card.n_pairs, card.consistency.value, card.position_bias.value) == (10, 0.0, 1.0)
+    (agreement,) = metrics.agreement
+    assert (agreement.n_pairs, agreement.same) == (10, 0.0)
+    always = Comparer(
+        lambda one, other: Verdict(float(one == "own"), criteria={"x": 1.0 * (one == "own")})
+    )
+    metrics = evaluate(settings("a"), {"always": always}, samples, tmp_path)
+    assert metrics.comparisons[0].criteria["x"].value == 0.75, "the win rate by one criterion"
+
+
+def test_only_equal_completions_are_no_evidence_about_a_judge(tmp_path: Path):
+    samples = {"a": texts([["same"]] * 4), "reference": texts([["same"]] * 4)}
+    judge = Comparer(lambda one, other: 1.0)
+    metrics = evaluate(settings("a"), {"judge": judge}, samples, tmp_path)
+    assert (metrics.comparisons[0].win_rate, metrics.comparisons[0].consistency) == (0.5, None)
+    assert metrics.judges == ()
+
+
+def test_equal_completions_are_ties_for_people_too(tmp_path: Path):
+    # Half of 400 pairs are equal. Of the others people prefer the policy in 90 %, so that the rate
+    # of all pairs is 70 %; the judge, which prefers it in 60 %, reads them all, people label 80.
+    generator = random.Random(5)
+    own, base, labels = [], [], {}
+    for i in range(400):
+        text = f"text {i}"
+        own.append([text])
+        base.append([text if i % 2 else "base"])
+        if not i % 2:
+            labels[text] = float(i % 20 != 0)  # 9 in 10
+    judged = {text: float(generator.random() < 0.6) for text in labels}
+    labeled = set(list(labels)[:80])
+
+    def by(decisions: dict[str, float], known: set[str]) -> Callable[[str, str], float | Verdict]:
+        def prefer(one: str, other: str) -> float | Verdict:
+            text = one if one in labels else other
+            if text not in known:
+                return NOTHING
+            return decisions[text] if text == one else 1 - decisions[text]
+
+        return prefer
+
+    samples = {"a": texts(own), "reference": texts(base)}
+    judges = {
+        "judge": Comparer(by(judged, set(labels))),
+        "people": People(by(labels, labeled)),
+    }
+    metrics = evaluate(settings("a"), judges, samples, tmp_path)
+    row, people = metrics.comparisons
+    assert people.win_rate == pytest.approx(0.7)
+    assert people.ties == pytest.approx(0.5)
+    assert people.ci.low < 0.7 < people.ci.high
+    assert row.corrected.value == pytest.approx(0.7, abs=0.02)
+    assert row.corrected.ci.low < 0.7 < row.corrected.ci.high
+
+
+def test_the_corrected_rate_covers_the_truth_with_equal_completions():
+    # the share of equal completions is random as well: both deviations belong to the interval
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(300):
+        share = float((torch.rand(100, generator=generator) < 0.5).double().mean())
+        won = (torch.rand(40, 1, generator=generator) < 0.9).double()
+        different = Estimate(float(won.mean()), Interval(*proportion_interval(won)))
+        low, high = add_ties(different, share=share, n_prompts=100, confidence=0.95).ci
+        covered += low < 0.7 < high
+    assert 0.91 <= covered / 300 <= 0.99
+    estimate = Estimate(0.75, Interval(0.5, 0.9))
+    assert add_ties(estimate, share=0.0, n_prompts=9, confidence=0.95) == estimate
+
+
+def test_the_labels_of_all_people_correct_a_judge(tmp_path: Path):
+    # two files: the first has the labels of the first 30 of 100 prompts, the second of the next 30
+    own = [[f"own {i}"] for i in range(100)]
+    samples = {"a": texts(own), "reference": texts([["base"]] * 100)}
+
+    def by(first: int, preference: float) -> Callable[[str, str], float | Verdict]:
+        known = {f"own {i}" for i in range(first, first + 30)}
+        return lambda one, other: preference if one in known else NOTHING
+
+    judges = {
+        "judge": Comparer(lambda one, other: float(one != "base")),
+        "one": People(by(0, 1.0)),
+        "two": People(by(30, 0.0)),
+    }
+    row = evaluate(settings("a"), judges, samples, tmp_path).comparisons[0]
+    assert row.corrected.value == pytest.approx(0.5), "30 wins and 30 losses by people"
 
 
 def test_missing_verdicts_are_no_losses_and_give_bounds(tmp_path: Path):
@@ -257,6 +363,22 @@ def test_the_self_agreement_of_repeated_verdicts(tmp_path: Path):
     samples = {"a": texts([["sure"], ["unsure"]]), "reference": texts([["base"]] * 2)}
     metrics = evaluate(settings("a"), {"judge": Comparer(prefer)}, samples, tmp_path)
     assert metrics.judges[0].self_agreement.value == 0.5
+    assert metrics.judges[0].annotator_agreement is None
+    metrics = evaluate(settings("a"), {"people": People(prefer)}, samples, tmp_path)
+    assert metrics.judges[0].self_agreement is None, "several people are not one judge"
+    assert metrics.judges[0].annotator_agreement.value == 0.5
+
+
+def test_the_detectable_difference_is_that_of_the_policy_with_the_largest_deviation(tmp_path: Path):
+    samples = {
+        "always": texts([["xxxx"]] * 20),
+        "half": texts([["xxxx"], ["x"]] * 10),
+        "reference": texts([["xx"]] * 20),
+    }
+    judges = {"lengths": Lengths()}
+    (both,) = evaluate(settings("always", "half"), judges, samples, tmp_path).judges
+    (one,) = evaluate(settings("half"), judges, samples, tmp_path).judges
+    assert both.detectable_difference == one.detectable_difference > 0.3
 
 
 def test_the_card_of_a_judge_with_planted_bias(tmp_path: Path):
@@ -379,8 +501,11 @@ def test_a_file_of_completions_is_matched_by_prompt(tmp_path: Path):
 
 def test_a_prompt_without_completion_is_left_out_and_not_invalid(tmp_path: Path):
     samples = {"a": texts([["xx"], [], ["x"]]), "reference": texts([["x"], ["x"], ["xx"]])}
-    (row,) = evaluate(settings("a"), {"lengths": Lengths()}, samples, tmp_path).comparisons
+    config = settings("a", n_completions=3)
+    (row,) = evaluate(config, {"lengths": Lengths()}, samples, tmp_path).comparisons
     assert (row.n_prompts, row.invalid, row.win_rate) == (2, 0, 0.5)
+    assert row.n_pairs == 2, "what was compared, and not the setting"
+    assert "2 prompts, 2 pairs" in tables.win_rate_table([row]).title
 
 
 def test_fewer_completions_of_one_side_are_used_again(tmp_path: Path):

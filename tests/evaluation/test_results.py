@@ -32,6 +32,7 @@ OLD_COMPARISON = {  # as version 0.2.0 stored it
     "invalid": 0,
 }
 COMPARISON = OLD_COMPARISON | {
+    "n_pairs": 80,
     "adjusted_p_value": 0.02,
     "mean_characters": {"policy": 60.0, "baseline": None},
     "invalid": 1,
