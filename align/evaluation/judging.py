@@ -3,7 +3,7 @@
 A judge that scores is called once for each completion. A judge that compares reads every pair in
 both orders; the outcome is the mean of the two verdicts, so a flip is half a win. A pair without a
 usable verdict in each order has no outcome: it is missing, not lost. Equal completions are a tie
-that no judge decides, so they count in win rates, and not in what is said about the judge.
+that no judge decides: they count in win rates, and are no evidence about a judge.
 """
 
 from __future__ import annotations

@@ -75,7 +75,10 @@ class RewardModelJudge:
 
 
 class FunctionJudge:
-    """A Python function of prompts, completion texts and columns of the prompts' rows."""
+    """A Python function of prompts, completion texts and columns of the prompts' rows.
+
+    It may return None or NaN where it has no score.
+    """
 
     def __init__(self, name: str, address: str) -> None:
         """Import the function ``module:function``; ``name`` is what the recipe calls it.
@@ -98,7 +101,7 @@ class FunctionJudge:
     ) -> list[float]:
         """Score each completion by the text of its last message."""
         texts = [completion[-1]["content"] for completion in completions]
-        return functions.call(self._address, self._function, prompts, texts, columns)
+        return functions.judge(self._address, self._function, prompts, texts, columns)
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Check that the prompts' rows have the columns that the function requires.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from align.models.tokenization import Message
 
 LOGGER = logging.getLogger("align.rewards")
-Score = Callable[..., Sequence[float]]
+Score = Callable[..., Sequence[float | None]]
 LARGEST_SCORE = 1e15
 """Squares of larger scores, summed over a batch, could overflow single precision."""
 SECONDS_UNTIL_WARNING = 120.0
@@ -139,6 +139,45 @@ def call(
     Raises:
         UserError: The function returns anything else.
     """
+    result = _returned(name, score, prompts, completions, columns)
+    return [
+        _number(name, value, completion)
+        for value, completion in zip(result, completions, strict=True)
+    ]
+
+
+def judge(
+    name: str,
+    score: Score,
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """Call a reward function as a judge, which may return None or NaN: it has no score then.
+
+    Raises:
+        UserError: The function returns anything else but numbers.
+    """
+    result = _returned(name, score, prompts, completions, columns)
+    return [
+        math.nan if _is_missing(value) else _number(name, value, completion)
+        for value, completion in zip(result, completions, strict=True)
+    ]
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a value is None, or NaN in any library."""
+    return value is None or bool(getattr(value, "shape", ()) == () and value != value)
+
+
+def _returned(
+    name: str,
+    score: Score,
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> Sequence[object]:
+    """What a function returns: one value per completion."""
     parameters = inspect.signature(score).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     # Copies: the function may change its arguments.
@@ -157,16 +196,18 @@ def call(
             f"{name}: {counted(len(result), 'score')} for"
             f" {counted(len(completions), 'completion')}; return one for each"
         )
-    return [
-        _number(name, value, completion)
-        for value, completion in zip(result, completions, strict=True)
-    ]
+    return result
 
 
 def _number(name: str, value: object, completion: str) -> float:
     """A score as a number that is finite in single precision, as the policy is trained on it."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # of an array or a tensor
+    if value is None:
+        raise UserError(
+            f"{name}: the score of {completion!r:.80} is None; a reward is a number for every "
+            "completion, so a verifier needs a usable reference answer in every row"
+        )
     if not isinstance(value, Real):
         raise UserError(
             f"{name}: the score of {completion!r:.80} is {_shown(value)}; return a list of numbers"

@@ -3,7 +3,8 @@
 Each is a reward function: a recipe names it as ``{function: math}`` in ``judge``, or as
 ``align.rewards.verifiers:math`` in ``rewards`` of ``ppo``. It compares the completion with the
 column ``answer`` of its prompt's row (add it to ``keep_columns`` of the ``prepare`` stage) and
-returns 1 where the completion passes, else 0. Imports no heavy library.
+returns 1 where the completion passes, else 0. It returns None, which is a missing verdict of a
+judge and an error as a reward, where the row has no usable answer. Imports no heavy library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
+
+Scores = list[float | None]
+"""One score per completion; None without a usable reference answer."""
 
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)"
@@ -26,7 +30,7 @@ _MARKED = (
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
-def math(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> list[float]:
+def math(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
     r"""Whether the final number of a completion equals that of the reference answer, exactly.
 
     The final answer follows ``####``, or is in ``\boxed{}``; without a mark, it is the last number
@@ -38,9 +42,10 @@ def math(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[An
     >>> math([], [r"\boxed{\frac{1}{2}}", "41"], ["0.5", "42"])
     [1.0, 0.0]
     """
+    expected = [None if each is None else final_number(str(each)) for each in answer]
     return [
-        float((number := final_number(text)) is not None and number == final_number(str(reference)))
-        for text, reference in zip(completions, answer, strict=True)
+        None if number is None else float(final_number(text) == number)
+        for text, number in zip(completions, expected, strict=True)
     ]
 
 
@@ -63,21 +68,27 @@ def final_number(text: str) -> Fraction | None:
     return Fraction(top) / (int(bottom) if bottom else 1)
 
 
-def regex(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> list[float]:
+def regex(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
     """Whether a completion contains a match of the regular expression in ``answer``.
 
     >>> regex([], ["It is 1999.", "no year"], ["[0-9]{4}", "[0-9]{4}"])
     [1.0, 0.0]
     """
+    patterns = [None if each is None else _compiled(str(each)) for each in answer]
     return [
-        float(re.search(str(pattern), text) is not None)
-        for text, pattern in zip(completions, answer, strict=True)
+        None if pattern is None else float(pattern.search(text) is not None)
+        for text, pattern in zip(completions, patterns, strict=True)
     ]
 
 
-def contains(
-    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]
-) -> list[float]:
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return None
+
+
+def contains(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
     """Whether a completion contains the text in ``answer``, or all texts of a list.
 
     Letter case is ignored. A list may be written as JSON.
@@ -86,38 +97,46 @@ def contains(
     [1.0, 0.0]
     """
     return [
-        float(all(needle.casefold() in text.casefold() for needle in _texts(each)))
-        for text, each in zip(completions, answer, strict=True)
+        float(all(needle.casefold() in text.casefold() for needle in needles)) if needles else None
+        for text, needles in zip(completions, map(_texts, answer), strict=True)
     ]
 
 
 def _texts(answer: Any) -> list[str]:
-    """The texts of an answer, whose list may be JSON, as the prepared data store it."""
+    """The texts of an answer, whose list may be JSON, as the prepared data store it.
+
+    None and a list with None have no text.
+    """
     if isinstance(answer, str) and answer.lstrip().startswith("["):
         try:
             answer = json.loads(answer)
         except ValueError:
             return [answer]
-    return [str(each) for each in answer] if isinstance(answer, list | tuple) else [str(answer)]
+    texts = answer if isinstance(answer, list | tuple) else [answer]
+    return [] if None in texts else [str(each) for each in texts]
 
 
-def length(
-    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]
-) -> list[float]:
+def length(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
     """Whether a completion has at least one word and at most as many as ``answer``.
 
     >>> length([], ["one two", "one two three"], [2, "2"])
     [1.0, 0.0]
     """
+    limits = [None if each is None else _whole_number(str(each)) for each in answer]
     return [
-        float(0 < len(text.split()) <= int(most))
-        for text, most in zip(completions, answer, strict=True)
+        None if most is None else float(0 < len(text.split()) <= most)
+        for text, most in zip(completions, limits, strict=True)
     ]
+
+
+def _whole_number(text: str) -> int | None:
+    number = final_number(text)
+    return int(number) if number is not None and number.denominator == 1 else None
 
 
 def json_schema(
     prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]
-) -> list[float]:
+) -> Scores:
     """Whether a completion is JSON that is valid under the schema in ``answer``.
 
     The schema is a mapping, or JSON as text. The JSON may be inside a Markdown fence. Schemas are
@@ -127,9 +146,27 @@ def json_schema(
     [1.0, 0.0]
     """
     return [
-        float(_is_valid(text, json.loads(schema) if isinstance(schema, str) else schema))
-        for text, schema in zip(completions, answer, strict=True)
+        None if schema is None else float(_is_valid(text, schema))
+        for text, schema in zip(completions, map(_schema, answer), strict=True)
     ]
+
+
+def _schema(answer: Any) -> Any:
+    """The schema of a row: a mapping or a truth value; None if it is no schema."""
+    if isinstance(answer, str):
+        try:
+            answer = json.loads(answer)
+        except (ValueError, RecursionError):
+            return None
+    if not answer or not isinstance(answer, dict):
+        return answer if isinstance(answer, dict | bool) else None
+    from jsonschema import Draft202012Validator, SchemaError
+
+    try:
+        Draft202012Validator.check_schema(answer)
+    except SchemaError:
+        return None
+    return answer
 
 
 def _is_valid(text: str, schema: Any) -> bool:
@@ -138,7 +175,7 @@ def _is_valid(text: str, schema: Any) -> bool:
         value = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return False
-    if not schema:
+    if schema == {}:
         return True
     from jsonschema import Draft202012Validator
 

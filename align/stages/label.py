@@ -7,6 +7,7 @@ judges, decide about all pairs of completions of a prompt.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from align.errors import DataError
 from align.judges.base import Pair, ScoreJudge
 from align.judges.build import Judge, build_judges, check_rows
 from align.judges.preferences import preferences
-from align.judges.scores import score_rows
+from align.judges.scores import FunctionJudge, score_rows
 from align.rewards import gold
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -90,22 +91,32 @@ def _label(
             "larger `max_new_tokens`"
         )
     check_rows(judges, rows, repair="set `judge` to a reward model")
-    scores = None
+    scores, n_finished = None, len(rows)
     if config.compares:
         result = _compare(config, judges, rows, logger)
     else:
         (judge,) = judges.values()
         assert isinstance(judge, ScoreJudge)
         scores = score_rows(judge, rows, batch_size=config.batch_size, logger=logger)
+        if isinstance(judge, FunctionJudge):
+            rows, scores = _scored(rows, scores)
         result = _pair(config, rows, scores)
+    lost = {"completion cut off": len(sampled) - n_finished}
+    lost["completion without a score"] = n_finished - len(rows)
+    dropped = {reason: count for reason, count in lost.items() if count} | result.dropped
     if not result.rows:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in result.dropped.items())
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
         raise DataError(
-            f"{file}: {len(rows)} completions give no pair: {reasons}; sample more completions per "
+            f"{file}: {n_finished} completions give no pair: {reasons}; sample more completions per "
             "prompt, at a higher temperature, or lower `margin`"
         )
-    cut_off = {"completion cut off": len(sampled) - len(rows)} if len(rows) < len(sampled) else {}
-    return LabeledSplit(rows, scores, result.rows, result.agreement, cut_off | result.dropped)
+    return LabeledSplit(rows, scores, result.rows, result.agreement, dropped)
+
+
+def _scored(rows: Sequence[Row], scores: Sequence[float]) -> tuple[list[Row], list[float]]:
+    """The completions that a function has a score for."""
+    scored = [each for each in zip(rows, scores, strict=True) if not math.isnan(each[1])]
+    return [row for row, _ in scored], [score for _, score in scored]
 
 
 def _pair(config: Label, rows: Sequence[Row], scores: Sequence[float]) -> pairing.PairingResult:

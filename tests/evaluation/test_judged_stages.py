@@ -177,6 +177,28 @@ def test_pairs_of_three_completions_follow_the_decisions(
     assert {(chosen, rejected) for _, chosen, rejected in pairs} == expected
 
 
+def with_answers(completions: Path, answers: Sequence[str | None]) -> Path:
+    """The completions with a column of reference answers."""
+    import pyarrow as pa
+
+    table = completions / "completions-train.parquet"
+    rows = pq.read_table(table).to_pylist()
+    data = [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    pq.write_table(pa.Table.from_pylist(data), table)
+    return completions
+
+
+def test_completions_without_a_score_of_a_function_are_left_out(tmp_path: Path):
+    completions = sampled(tmp_path / "sample", [["one", "none at all"], ["two", "few"]])
+    with_answers(completions, [None, None, "two", "two"])
+    metrics, pairs = run_label(tmp_path / "label", completions, judge={"function": "contains"})
+    assert pairs == [("Say 1.", "two", "few")]
+    assert metrics["dropped"] == {"train: completion without a score": 2}
+    with_answers(completions, [None, None, None, "two"])
+    with pytest.raises(UserError, match=r"4 completions give no pair: 3 × completion without a"):
+        run_label(tmp_path / "none", completions, judge={"function": "contains"})
+
+
 def test_several_judges_label_by_their_mean(tmp_path: Path):
     # contains: the completion with the answer; people disagree with it about the second prompt.
     rows = [["one", "none"], ["two", "few"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -56,7 +57,7 @@ def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
     ("scores", "message"),
     [
         ("None", "expected a list of numbers, got None"),
-        ("[None]", "return a list of numbers"),
+        ("[None]", "is None; a reward is a number"),
         ("['1']", "the score of 'a' is str '1'; return a list of numbers"),
         ("[[1.0]]", "the score of 'a' is list"),
         ("[1j]", "the score of 'a' is complex 1j"),
@@ -94,6 +95,18 @@ def test_numbers_of_any_library_are_scores(module: Any, scores: str):
     module(f"import numpy, torch\nfrom fractions import Fraction\ndef f(prompts, completions): return {scores}")  # fmt: skip
     function = functions.load_function("mine:f")
     assert functions.call("mine:f", function, [[]], ["a"], {}) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "missing", ["None", "float('nan')", "numpy.nan", "torch.tensor(torch.nan)"]
+)
+def test_a_judge_may_have_no_score(module: Any, missing: str):
+    module(f"import numpy, torch\ndef f(prompts, completions): return [{missing}, 1]")
+    function = functions.load_function("mine:f")
+    scores = functions.judge("mine:f", function, [[], []], ["a", "b"], {})
+    assert math.isnan(scores[0]) and scores[1] == 1.0
+    with pytest.raises(UserError):
+        functions.call("mine:f", function, [[], []], ["a", "b"], {})
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from math import isnan
 
 import pytest
 
 from align.config.judges import VERIFIERS
+from align.errors import UserError
+from align.models.tokenization import Message
 from align.rewards import functions, verifiers
 
 
@@ -57,3 +60,28 @@ def test_every_verifier_is_a_reward_function(name: str):
     answer = {"json_schema": "{}", "length": 3}.get(name, "7")
     (score,) = functions.call(address, function, prompts, ["7"], {"answer": [answer]})
     assert score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "usable", "unusable"),
+    [
+        ("math", "None 5", "5", (None, "no number", "1/0")),
+        ("regex", "None", "No", (None, "(")),
+        ("contains", "None", "none", (None, [], ["none", None])),
+        ("length", "one", "1", (None, "many", 1.5)),
+        ("json_schema", "{}", {}, (None, "{", '{"type": "none"}', 3, "null")),
+    ],
+)
+def test_a_verifier_has_no_score_without_a_usable_answer(
+    name: str, text: str, usable: object, unusable: tuple[object, ...]
+):
+    address = f"align.rewards.verifiers:{name}"
+    function = functions.load_function(address)
+    n = 1 + len(unusable)
+    columns = {"answer": [usable, *unusable]}
+    prompts: list[list[Message]] = [[] for _ in range(n)]
+    scores = functions.judge(address, function, prompts, [text] * n, columns)
+    assert scores[0] == 1.0
+    assert all(isnan(score) for score in scores[1:])
+    with pytest.raises(UserError, match=r"is None; .*needs a usable reference answer in every row"):
+        functions.call(address, function, prompts, [text] * n, columns)
