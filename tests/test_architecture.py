@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": "errors config runtime",
     "control": "errors functional rl report config",
     "rewards": "errors config models models.prefix_sharing runtime",
-    "judges": "errors config data models models.prefix_sharing runtime rewards",
+    "judges": "errors config data functional models models.prefix_sharing runtime rewards",
     "training": "errors config data models models.prefix_sharing runtime",
     "online_rl": "errors config data functional models models.prefix_sharing rewards rl runtime report",
     "evaluation": "errors config data functional models models.prefix_sharing rewards judges runtime",

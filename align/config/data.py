@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from align.config.base import (
     Table,
     Workload,
 )
-from align.config.judges import FunctionJudge, Judges
+from align.config.judges import AnnotationJudge, FunctionJudge, Judges
 from align.config.readers import COLUMNS, READER_OPTIONS, Reader
 from align.errors import nearest
 
@@ -270,6 +271,13 @@ class Sample(Stage):
             return Workload()
         return Workload(rows=min(prompts, self.n_prompts or prompts) * self.n_completions)
 
+    def written(self, rows: int) -> dict[str, Any]:
+        """The statistics of ``rows`` sampled completions, as far as they are known before."""
+        return {
+            "prompts": {self.split: rows // self.n_completions},
+            "completions": {self.split: rows},
+        }
+
 
 class Label(Stage):
     """Make preference pairs from sampled completions, by the scores of a judge."""
@@ -284,11 +292,13 @@ class Label(Stage):
     completions: str = "sample"
     """The sampled completions: an earlier ``sample`` stage, or its folder."""
     judge: Judges
-    """The judge, or a list of several: ``gold``, the exact score of the embedded task; a ``reward``
-    stage, a folder or a Hub id; or a mapping with ``function``, ``annotations`` or ``api``."""
+    """The judge, or a list of several, whose mean decides where each of them has a verdict:
+    ``gold``, the exact score of the embedded task; a ``reward`` stage, a folder or a Hub id; or a
+    mapping with ``function``, ``annotations`` or ``api``. ``annotations`` stand alone."""
     pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
     """Which pairs are made from the completions of a prompt: best against worst, best against a
-    random other, or all pairs."""
+    random other, or all pairs. Judges that compare, and several judges, decide about all
+    n(n - 1) / 2 pairs of n completions in any case: with 8 completions about 28."""
     margin: float = Field(0.0, ge=0.0)
     """Smallest difference of scores; pairs with a smaller one are dropped."""
     label_noise: Literal["bradley_terry"] | None = None
@@ -335,6 +345,21 @@ class Label(Stage):
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Wrong judges, and files that do not exist."""
         yield from judges.judge_problems(self.judge)
+        by_key = judges.by_key(self.judge)
+        if len(by_key) > 1 and any(isinstance(each, AnnotationJudge) for each in by_key.values()):
+            yield Problem(
+                ("judge",),
+                "`annotations` cannot be one of several judges, because people decide about some "
+                "pairs only; name their file alone, or a folder with several",
+            )
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """One row per pair of completions that a judge compares."""
+        rows = 0
+        for split, n_prompts in statistics.get("prompts", {}).items():
+            n = math.ceil(statistics.get("completions", {}).get(split, 0) / max(n_prompts, 1))
+            rows += n_prompts * n * (n - 1) // 2
+        return Workload(rows=rows) if self.compares and rows else Workload()
 
     def digest_settings(self) -> dict[str, Any]:
         """All settings but those of requests to a server."""

@@ -21,6 +21,7 @@ from align.evaluation.results import Comparison, Estimate, Interval, Ranking
 from align.functional import bradley_terry, length_control, winrate
 from align.functional.distributions import normal_quantile
 from align.functional.prediction_powered import prediction_powered_mean
+from align.judges.preferences import panel_mean
 
 
 def panel(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
@@ -36,7 +37,7 @@ def panel(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
                 judge=PANEL,
                 policy=policy,
                 baseline=members[0].baseline,
-                outcomes=torch.stack([each.outcomes for each in members]).mean(dim=0),
+                outcomes=panel_mean([each.outcomes for each in members]),
                 is_missing=torch.stack([each.is_missing for each in members]).any(dim=0),
                 is_compared=members[0].is_compared,
                 is_equal=members[0].is_equal,

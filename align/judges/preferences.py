@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from align.functional import winrate
 from align.judges.base import Pair, ScoreJudge
 from align.judges.build import Judge
 from align.judges.orders import decide
@@ -12,26 +16,32 @@ from align.judges.scores import score_rows
 from align.runtime.progress import Logger
 
 
+def panel_mean(by_judge: Sequence[Float[Tensor, "*pairs"]]) -> Float[Tensor, "*pairs"]:
+    """The decision of a panel: the mean over its judges; NaN where one of them has no verdict.
+
+    People decide about some pairs only, and are in no panel.
+    """
+    return torch.stack(list(by_judge)).mean(dim=0)
+
+
 def preferences(
     judges: Mapping[str, Judge], pairs: Sequence[Pair], *, batch_size: int, logger: Logger
 ) -> list[float]:
-    """Preference for the first completion of each pair: the mean over judges with a verdict.
-
-    NaN where no judge has one.
-    """
+    """Preference for the first completion of each pair by one judge, or by a panel; NaN: none."""
     by_judge = []
     for name, judge in judges.items():
         if isinstance(judge, ScoreJudge):
             by_judge.append(_from_scores(judge, pairs, batch_size=batch_size, logger=logger))
         else:
             decisions = decide(judge, pairs, unit=f"{name}: compared pair", logger=logger)
-            by_judge.append([decision.preference for decision in decisions])
-    return [_mean(each) for each in zip(*by_judge, strict=True)]
+            decided = [decision.preference for decision in decisions]
+            by_judge.append(torch.tensor(decided, dtype=torch.float64))
+    return panel_mean(by_judge).tolist()
 
 
 def _from_scores(
     judge: ScoreJudge, pairs: Sequence[Pair], *, batch_size: int, logger: Logger
-) -> list[float]:
+) -> Float[Tensor, " pairs"]:
     """1 where the first completion has the higher score, 0.5 for equal scores, else 0."""
     sides = []
     for side in ("first", "second"):
@@ -40,17 +50,5 @@ def _from_scores(
             for pair in pairs
         ]
         scores = score_rows(judge, rows, batch_size=batch_size, logger=logger)
-        sides.append(scores)
-    return [_outcome(first, second) for first, second in zip(*sides, strict=True)]
-
-
-def _outcome(first: float, second: float) -> float:
-    """The outcome of two scores, as :func:`align.functional.winrate.outcomes` computes it."""
-    if math.isnan(first) or math.isnan(second):
-        return math.nan
-    return (first > second) + 0.5 * (first == second)
-
-
-def _mean(values: Sequence[float]) -> float:
-    valid = [value for value in values if not math.isnan(value)]
-    return sum(valid) / len(valid) if valid else math.nan
+        sides.append(torch.tensor(scores, dtype=torch.float64)[:, None])
+    return winrate.outcomes(*sides)[:, 0]

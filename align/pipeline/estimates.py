@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from align.config.base import NewModel, Workload
-from align.config.data import Prepare
+from align.config.data import Prepare, Sample
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
 from align.models.files import count_parameters
@@ -60,7 +60,7 @@ def estimate(
     that stages lose, by name.
     """
     prepared = prepare_small(stages) if prepared is None else prepared
-    known: dict[Path, Mapping[str, Any]] = {}  # statistics of prepared data
+    known: dict[Path, Mapping[str, Any]] = {}  # statistics of prepared data and of completions
     parameters: dict[Path, int | None] = {
         folder: read_header(file).parameters
         for stage in stages
@@ -75,6 +75,8 @@ def estimate(
             continue
         data = {**_input_statistics(stage, known), "lost_rows": (lost or {}).get(stage.name, 0)}
         work = stage.config.workload(data, world_size)
+        if isinstance(stage.config, Sample) and work.rows is not None:
+            known[stage.folder] = stage.config.written(work.rows)
         memory = None
         if stage.config.trains_model:
             count = parameters[stage.folder] = _count_parameters(stage, parameters)

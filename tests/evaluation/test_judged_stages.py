@@ -14,9 +14,12 @@ from helpers.judge_server import Request, judge_server
 
 from align.config.data import Label, Prepare
 from align.config.evaluate import Evaluate
+from align.config.recipe import read_recipe
 from align.config.training import Reward
 from align.data.rows import prompt_id
 from align.errors import UserError
+from align.pipeline import estimates
+from align.pipeline.plan import plan
 from align.runtime import artifacts
 from align.stages import evaluate, label, prepare, reward
 
@@ -199,23 +202,45 @@ def test_completions_without_a_score_of_a_function_are_left_out(tmp_path: Path):
         run_label(tmp_path / "none", completions, judge={"function": "contains"})
 
 
-def test_several_judges_label_by_their_mean(tmp_path: Path):
-    # contains: the completion with the answer; people disagree with it about the second prompt.
-    rows = [["one", "none"], ["two", "few"]]
-    completions = sampled(tmp_path / "sample", rows)
-    table = completions / "completions-train.parquet"
-    import pyarrow as pa
-
-    data = pq.read_table(table).to_pylist()
-    answers = ["one", "one", "two", "two"]
-    data = [row | {"answer": answer} for row, answer in zip(data, answers, strict=True)]
-    data[1]["completion"][0]["content"] = "nil"
-    pq.write_table(pa.Table.from_pylist(data), table)
-    file = annotations(tmp_path / "people.jsonl", [(1, "two", "few", "second")])
-    judges = [{"function": "contains"}, {"annotations": file}]
+def test_several_judges_label_by_their_mean_where_each_has_a_verdict(tmp_path: Path):
+    # `contains` ignores letter case, `regex` does not; "(" is no regular expression.
+    rows = [["one", "nil"], ["two", "TWO"], ["(x", "x"]]
+    completions = with_answers(
+        sampled(tmp_path / "sample", rows), ["one", "one", "two", "two", "(", "("]
+    )
+    judges = [{"function": "contains"}, {"function": "regex"}]
     metrics, pairs = run_label(tmp_path / "label", completions, judge=judges)
-    assert pairs == [("Say 0.", "one", "nil")], "by the one judge that has a verdict"
-    assert metrics["dropped"] == {"train: tie": 1}, "1 and 0 are a tie"
+    assert pairs == [("Say 0.", "one", "nil"), ("Say 1.", "two", "TWO")]
+    assert metrics["dropped"] == {"train: no usable verdict": 1}, "as the panel of `evaluate`"
+
+
+def test_people_are_no_part_of_a_panel_that_labels(tmp_path: Path):
+    file = annotations(tmp_path / "people.jsonl", [(0, "a", "b", "first")])
+    config = Label(judge=[{"function": "contains"}, {"annotations": file}])
+    (problem,) = config.problems({})
+    assert problem.keys == ("judge",) and "name their file alone" in problem.message
+    assert not list(Label(judge={"annotations": file}).problems({}))
+
+
+def test_the_requests_of_a_label_stage_are_planned(tmp_path: Path):
+    # 8 completions of 10 prompts: 28 pairs in 2 orders for each, before any is sampled
+    source = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {n}.", "chosen": "yes", "rejected": "no"} for n in range(40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {
+        "stages": {
+            "prepare": {"source": str(source)},
+            "sample": {"model": "org/model", "n_completions": 8, "n_prompts": 10},
+            "label": {"judge": {"api": {"base_url": "http://localhost:1/v1", "model": "m"}}},
+        }
+    }
+    stages = plan(read_recipe(recipe), tmp_path / "runs")
+    work = estimates.estimate(stages, world_size=1)
+    assert work["label"].work.rows == 280
+    lines = list(estimates.count_requests(stages, work))
+    assert lines[0].startswith("label: at most 560 requests to m")
+    scored = Label(judge="gold")
+    assert scored.workload({"prompts": {"train": 10}, "completions": {"train": 80}}, 1).rows is None
 
 
 @pytest.mark.parametrize("key", ["margin", "label_noise"])
