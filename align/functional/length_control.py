@@ -86,9 +86,9 @@ def length_controlled_win_rates(
     comparison has no difficulties: its rate is that of :func:`length_controlled_win_rate`.
 
     The slope has a ridge around 1, its value in the first fit; those published with AlpacaEval's
-    leaderboard are between 0.4 and 1.2. Without that ridge, the difficulties of two comparisons contain their
-    own noise, and the rates of 800 prompts are 4 points off. With dozens of comparisons over 805
-    prompts it changes next to nothing.
+    leaderboard are between 0.4 and 1.2. Without that ridge, the difficulties of two comparisons
+    contain their own noise, and the rates of 800 prompts are 4 points off. With dozens of
+    comparisons over 805 prompts it changes next to nothing.
 
     A comparison in which all lengths differ by the same amount has the rate NaN. With no difference
     in length at all, ``bias`` is 0.

@@ -232,7 +232,7 @@ def reference_interval(means: np.ndarray) -> tuple[float, float]:
     """The interval by SciPy: roots of the score test, and of a Beta distribution near the ends."""
     n, rate = len(means), means.mean()
     variance, fourth = means.var(ddof=1), ((means - rate) ** 4).mean()
-    degrees = min(n - 1, 2 * n / (fourth / means.var() ** 2 - 1))
+    degrees = min(n - 1, 2 * n / max(fourth / means.var() ** 2 - 1, 1e-12))
     size = n / (variance / (rate * (1 - rate))) ** (degrees / (degrees + 1))
     quantile = t(n - 1).ppf(0.975)
 
@@ -257,6 +257,25 @@ def test_the_interval_agrees_with_roots_by_scipy(rate):
         if len(won.mean(dim=1).unique()) > 1:
             expected = reference_interval(won.mean(dim=1).numpy())
             assert proportion_interval(won) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.usefixtures("_cached_quantiles")
+@pytest.mark.parametrize("prompts", [20, 50])
+def test_every_number_of_wins_has_the_interval_of_scipy(prompts):
+    for wins in range(1, prompts):
+        won = np.array([1.0] * wins + [0.0] * (prompts - wins))
+        found = proportion_interval(torch.from_numpy(won))
+        assert found == pytest.approx(reference_interval(won), abs=1e-9)
+
+
+def test_a_prompt_counts_as_often_as_it_has_values():
+    # 1, missing; 0, 0; 1, 1; 1, 0: 4 of 7, while the mean of the prompts' means is 2.5 / 4
+    won = torch.tensor([[1.0, math.nan], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    assert intervals.prompt_means(won).mean == pytest.approx(4 / 7)
+    # Influences are the sums of the distances from 4/7, times 4 / 7 prompts per value.
+    sums = np.array([3 / 7, -8 / 7, 6 / 7, -1 / 7]) * 4 / 7
+    expected = intervals.share_interval(4 / 7, torch.from_numpy(sums), confidence=0.95)
+    assert proportion_interval(won) == pytest.approx(expected)
 
 
 def test_for_independent_outcomes_the_interval_is_that_of_wilson():

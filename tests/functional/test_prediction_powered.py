@@ -64,13 +64,13 @@ def judged(labels: int, others: int, rate: float, seed: int) -> tuple[Tensor, Te
 
 
 def test_the_mean_agrees_with_the_weight_of_least_variance_by_search():
-    labels, predicted, others = judged(60, 300, 0.7, seed=0)
+    labels, predicted, others = judged(60, 60, 0.7, seed=0)
     everything = torch.cat([predicted, others]).var()
 
     def squared_error(weight: float) -> float:
-        # Var(mean(labels)) - 2 w Cov / n + w^2 Var(predictions) (1 / n + 1 / N)
+        # Var(mean(labels)) - 2 w Cov / n + w^2 Var(predictions) (1 / n + 1 / N), n = N
         covariance = np.cov(labels, predicted)[0, 1]
-        by_weight = weight**2 * float(everything) * (1 / 60 + 1 / 300)
+        by_weight = weight**2 * float(everything) * (1 / 60 + 1 / 60)
         return float(labels.var()) / 60 - 2 * weight * covariance / 60 + by_weight
 
     weight = minimize_scalar(squared_error, bounds=(0, 1), method="bounded").x
