@@ -142,7 +142,7 @@ class DatasetStatistics:
             )
 
     def report(self) -> dict[str, Any]:
-        """The summary, counts by source, near-duplicates, leakage, margins, and a collected baseline."""
+        """The summary, counts by source, near-duplicates, leakage, margins, and any baseline."""
         report = self.summary() | {"sources": self._prepared.sources} | self._prepared.findings
         if len(self._prepared.margins):
             low, median, high = np.percentile(self._prepared.margins, [5, 50, 95]).tolist()
