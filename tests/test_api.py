@@ -288,12 +288,26 @@ def test_win_rate_agrees_with_the_functions_of_the_evaluate_stage():
     assert result.rate == (scores > baseline).double().mean().item()
 
 
+def test_missing_scores_are_left_out_of_a_win_rate_and_give_bounds():
+    # two wins and a loss; without its score, the fourth could be won or lost
+    nan = float("nan")
+    lengths = {"lengths": [1, 5, 2, 9], "baseline_lengths": [3, 1, 2, 2]}
+    result = align.win_rate([1.0, 1.0, 0.0, nan], [0.0, 0.5, 1.0, 1.0], **lengths)
+    assert (result.rate, result.n_prompts, result.invalid) == (pytest.approx(2 / 3), 3, 1)
+    assert result.bounds == (0.5, 0.75)
+    assert result.length_controlled is not None
+    complete = align.win_rate([1.0], [0.0])
+    assert (complete.invalid, complete.bounds) == (0, None)
+
+
 @pytest.mark.parametrize(
     ("scores", "baseline", "keys", "message"),
     [
         ([1.0], [1.0, 2.0], {}, "must be equal"),
         ([], [], {}, "expected the shape"),
-        ([float("nan")], [1.0], {}, "finite"),
+        ([float("inf")], [1.0], {}, "finite"),
+        ([float("nan")], [1.0], {}, "no comparison has two scores"),
+        ([1.0], [0.0], {"lengths": [float("nan")], "baseline_lengths": [1]}, "lengths: .*finite"),
         (["a"], [1.0], {}, "expected numbers"),
         ([1.0], [0.0], {"lengths": [3]}, "given together"),
     ],

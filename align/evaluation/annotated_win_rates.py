@@ -18,8 +18,8 @@ from align.data.annotation_files import annotation_files, read_rows
 from align.data.annotations import Annotation
 from align.errors import DataError, counted, nearest
 from align.evaluation.results import Interval, PerSide
+from align.evaluation.scores import length_controlled_rates
 from align.functional.intervals import proportion_interval
-from align.functional.length_control import length_controlled_win_rates
 
 UNNAMED = "first completion"
 """Name of a baseline where a file names no policies."""
@@ -105,12 +105,13 @@ def annotated_win_rates(
     Raises:
         DataError: A file is invalid, has no decision, or does not compare with the baseline.
     """
-    files = dict.fromkeys(
-        file for source in sources for file in annotation_files(Path(source).expanduser())
-    )
+    files: dict[Path, Path] = {}  # once each, however its path is written
+    for source in sources:
+        for file in annotation_files(Path(source).expanduser()):
+            files.setdefault(file.resolve(), file)
     comparisons: list[_Comparison] = []
     problems: list[str] = []
-    for file in files:
+    for file in files.values():
         try:
             comparisons += _read(file, baseline)
         except DataError as error:
@@ -161,9 +162,9 @@ def _length_control(comparisons: Sequence[_Comparison]) -> list[tuple[float | No
         prompts = dict.fromkeys(prompt for n in group for prompt in comparisons[n].by_prompt)
         means = [[_prompt_mean(comparisons[n], prompt) for prompt in prompts] for n in group]
         outcomes, differences = torch.tensor(means, dtype=torch.float64).unbind(dim=-1)
-        rates = length_controlled_win_rates(outcomes, differences).rates.tolist()
+        rates = length_controlled_rates(outcomes, differences)
         for number, rate in zip(group, rates, strict=True):
-            results[number] = (None if math.isnan(rate) else rate, len(group))
+            results[number] = rate, len(group)
     return [results[number] for number in range(len(comparisons))]
 
 

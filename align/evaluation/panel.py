@@ -18,7 +18,8 @@ from align.config.judges import PANEL
 from align.evaluation.completions import Samples, control_name, length_differences
 from align.evaluation.judging import Outcomes
 from align.evaluation.results import Comparison, Estimate, Interval, Ranking
-from align.functional import bradley_terry, length_control, winrate
+from align.evaluation.scores import length_controlled_rates
+from align.functional import bradley_terry, winrate
 from align.functional.distributions import normal_quantile
 from align.functional.prediction_powered import prediction_powered_mean
 from align.judges.preferences import panel_mean
@@ -91,8 +92,7 @@ def _joint_length_control(
             for each in outcomes
         ]
     )
-    rates = length_control.length_controlled_win_rates(won, differences).rates.tolist()
-    return [None if math.isnan(rate) else rate for rate in rates]
+    return length_controlled_rates(won, differences)
 
 
 def rank(config: Evaluate, outcomes: Sequence[Outcomes]) -> Ranking | None:

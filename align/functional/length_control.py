@@ -16,6 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+class NotEstimableError(ValueError):
+    """A win rate at equal lengths cannot be estimated from these outcomes and lengths."""
+
+
 def length_controlled_win_rate(
     outcomes: Float[Tensor, "*cases"],
     length_differences: Float[Tensor, "*cases"],
@@ -37,9 +41,9 @@ def length_controlled_win_rate(
     Source: Dubois et al. 2024, arXiv:2404.04475, section 3; fitted by Newton's method.
 
     Raises:
-        ValueError: An outcome lies outside [0, 1], a length is not finite, the fit does not
-            converge, or all lengths differ by the same amount, which cannot separate length from
-            quality.
+        NotEstimableError: The fit does not converge, or all lengths differ by the same amount,
+            which cannot separate length from quality.
+        ValueError: An outcome lies outside [0, 1], or a length is not finite.
     """
     won, differences, valid = _checked(outcomes.flatten()[None], length_differences.flatten()[None])
     if not differences[valid].any():
@@ -47,7 +51,7 @@ def length_controlled_win_rate(
     lengths = _standardized(differences, valid)
     if bool(_inseparable(lengths, valid)):
         low, high = differences[valid].min(), differences[valid].max()
-        raise ValueError(
+        raise NotEstimableError(
             f"length_differences: cannot separate length from quality, found {low:g} to {high:g}"
         )
     design = torch.stack([torch.ones_like(lengths), lengths], dim=-1)
@@ -97,8 +101,9 @@ def length_controlled_win_rates(
     baseline with verbose and concise completions, with a weight of 0.2; that data is left out here.
 
     Raises:
-        ValueError: The shapes differ, an outcome lies outside [0, 1], a comparison has none, a
-            length is not finite, or a fit does not converge.
+        NotEstimableError: A fit does not converge.
+        ValueError: The shapes differ, an outcome lies outside [0, 1], a comparison has none, or a
+            length is not finite.
     """
     won, differences, valid = _checked(outcomes, length_differences)
     lengths = _standardized(differences, valid)
@@ -180,7 +185,9 @@ def _fit(
             return weights
         curvature = torch.einsum("mxc,mx,mxd->mcd", design, fitted * (1 - fitted), design)
         weights = weights + torch.linalg.solve(curvature + torch.diag(penalties), gradient)
-    raise ValueError(f"the logistic model did not converge; use a ridge above {penalties[0]:g}")
+    raise NotEstimableError(
+        f"the logistic model did not converge; use a ridge above {penalties[0]:g}"
+    )
 
 
 def _difficulties(
@@ -213,4 +220,4 @@ def _difficulties(
         step = torch.linalg.solve(reduced, right)
         effects = effects + (effect_gradient - cross @ step) / diagonal
         weights = weights + step.view(-1, 2)
-    raise ValueError("the joint logistic model did not converge; use a larger ridge")
+    raise NotEstimableError("the joint logistic model did not converge; use a larger ridge")

@@ -13,8 +13,8 @@ import datasets
 import evaluate
 import torch
 
+from align.evaluation.scores import length_controlled_rates
 from align.functional import (
-    length_controlled_win_rate,
     missing_bounds,
     outcomes,
     proportion_interval,
@@ -129,10 +129,8 @@ def _length_controlled(
     differences = _column(lengths)[:, 0] - _column(baseline_lengths)[:, 0]
     if not bool(differences.isfinite().all()):
         raise ValueError("lengths: expected finite numbers")
-    try:
-        return float(length_controlled_win_rate(won, differences))
-    except ValueError:
-        return None
+    (rate,) = length_controlled_rates(won[None], differences[None])
+    return rate
 
 
 def _by_prompt(won: Sequence[float], prompts: Sequence[Hashable]) -> torch.Tensor:

@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 from align.cli.main import app
 from align.errors import DataError
 from align.evaluation.annotated_win_rates import annotated_win_rates
+from align.evaluation.scores import length_controlled_rates
+from align.functional import length_control
 from align.functional.length_control import (
+    NotEstimableError,
     length_controlled_win_rate,
     length_controlled_win_rates,
 )
@@ -67,6 +70,31 @@ def test_the_raw_win_rate_is_the_mean_preference_minus_one(tmp_path):
     lengths = [len(row["output_2"]) for row in decided(rows)]
     assert result.mean_characters.policy == pytest.approx(statistics.fmean(lengths))
     assert (result.policy, result.baseline, result.judge) == ("model", "base", "judge")
+
+
+def test_a_file_counts_once_however_its_path_is_written(tmp_path, monkeypatch):
+    write(tmp_path / "a.json", published("model"))
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    monkeypatch.chdir(tmp_path)
+    spellings = ["a.json", tmp_path / "a.json", "./a.json", tmp_path, "link.json"]
+    (result,) = annotated_win_rates(spellings)
+    assert (result.file, result.n_jointly) == ("a.json", 1)
+
+
+def test_a_fit_that_fails_leaves_the_other_rates(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise NotEstimableError("no convergence")
+
+    files = [
+        write(tmp_path / f"{name}.json", published(name, seed)) for seed, name in enumerate("ab")
+    ]
+    monkeypatch.setattr(length_control, "_fit", fail)
+    one, other = annotated_win_rates(files)
+    assert one.length_controlled_win_rate is other.length_controlled_win_rate is None
+    outcomes, differences = torch.rand(2, 9), torch.rand(2, 9)
+    assert length_controlled_rates(outcomes, differences) == [None, None]
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        length_controlled_rates(outcomes + 1, differences)
 
 
 def tensors(rows):
