@@ -7,7 +7,7 @@ elsewhere, whose training data is unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from align.config.evaluate import Evaluate
@@ -48,26 +48,44 @@ def check_not_trained_on(rows: Sequence[Row], data: Path, sources: Sources) -> N
         DataError: A model was trained on at least one of the prompts.
         ArtifactError: The training data of a model is missing.
     """
-    held_out = {row["prompt_id"] for row in rows}
     for name, source in sources.items():
-        for folder, kind in sorted(training_tables(Path(source))):
-            trained = tables.read(folder, kind, "train", columns=["prompt_id"])
-            shared = held_out & {row["prompt_id"] for row in trained}
-            if shared:
-                raise DataError(
-                    f"{len(shared)} of {len(held_out)} held-out prompts of {data} are in the "
-                    f"training data of `{name}` ({tables.table_file(folder, kind, 'train')}); "
-                    "use a held-out split of the `prepare` stage that the model was trained on"
-                )
+        for file, n_shared, n_prompts in trained_prompts(rows, Path(source)):
+            raise DataError(
+                f"{n_shared} of {n_prompts} held-out prompts of {data} are in the training data of "
+                f"`{name}` ({file}); use a held-out split of the `prepare` stage that the model was "
+                "trained on"
+            )
+
+
+def trained_prompts(rows: Sequence[Row], model: Path) -> Iterator[tuple[Path, int, int]]:
+    """Training tables in the lineage of a model that have prompts of ``rows``.
+
+    Each with the number of such prompts, and that of all prompts of ``rows``.
+    """
+    held_out = {row["prompt_id"] for row in rows}
+    for folder, kind in sorted(training_tables(model)):
+        shared = held_out & _prompt_ids(folder, kind)
+        if shared:
+            yield tables.table_file(folder, kind, "train"), len(shared), len(held_out)
+
+
+def _prompt_ids(folder: Path, kind: str) -> set[str]:
+    return {row["prompt_id"] for row in tables.read(folder, kind, "train", columns=["prompt_id"])}
 
 
 def policies_with_data_of(judge: Path, sources: Sources) -> list[str]:
-    """Policies in whose lineage a model was trained on the preferences that a judge learned from.
+    """Policies in whose lineage a model learned preferences about prompts of the judge's.
 
-    Such a judge is no independent evidence. Demonstrations do not count.
+    Such a judge is no independent evidence. The prompts are compared, not the folders: data may be
+    prepared twice. Demonstrations do not count.
     """
-    learned = {table for table in training_tables(judge) if table[1] in PREFERENCES}
-    return [name for name, source in sources.items() if learned & training_tables(Path(source))]
+
+    def learned(source: Path | str) -> set[str]:
+        found = [table for table in training_tables(Path(source)) if table[1] in PREFERENCES]
+        return set().union(*(_prompt_ids(*table) for table in found))
+
+    of_judge = learned(judge)
+    return [name for name, source in sources.items() if of_judge & learned(source)]
 
 
 def training_tables(folder: Path) -> set[tuple[Path, str]]:

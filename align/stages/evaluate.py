@@ -16,7 +16,7 @@ from align.config.judges import by_key
 from align.evaluation import tables
 from align.evaluation.completions import Samples, read_completions, sample_policy
 from align.evaluation.drift import DriftMeter
-from align.evaluation.held_out import policies_with_data_of, read_held_out
+from align.evaluation.held_out import policies_with_data_of, read_held_out, trained_prompts
 from align.evaluation.implicit_rewards import implicit_rewards, pair_logps
 from align.evaluation.judge_card import agreements, judge_cards
 from align.evaluation.judge_tables import judge_tables
@@ -32,6 +32,8 @@ from align.runtime.results import StageResult
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from align.data.rows import Row
 
 
 def run(
@@ -81,7 +83,7 @@ def run(
         headline=tables.headline(metrics),
         remarks=(
             *tables.remarks(metrics, samples, judges),
-            *dependent_judges(config, inputs, sources),
+            *dependent_judges(config, inputs, sources, prompts),
         ),
         tables=(*tables.all_tables(metrics, prompts, samples, outcomes), *judge_tables(metrics)),
     )
@@ -110,12 +112,21 @@ def judged_metrics(
 
 
 def dependent_judges(
-    config: Evaluate, inputs: Mapping[str, Path | str], sources: Mapping[str, Path | str]
+    config: Evaluate,
+    inputs: Mapping[str, Path | str],
+    sources: Mapping[str, Path | str],
+    prompts: Sequence[Row],
 ) -> Iterator[str]:
-    """Warnings about reward models that learned from the preferences that policies learned from."""
+    """Warnings about reward models that learned from held-out prompts, or what policies learned."""
     for key, judge in by_key(config.judge).items():
-        names = policies_with_data_of(Path(inputs[key]), sources) if key in inputs else []
-        if names:
+        if key not in inputs:
+            continue
+        for file, n_shared, n_prompts in trained_prompts(prompts, Path(inputs[key])):
+            yield (
+                f"warning: judge `{judge}` was trained on {n_shared} of the {n_prompts} held-out "
+                f"prompts ({file}): its win rates are no independent evidence"
+            )
+        if names := policies_with_data_of(Path(inputs[key]), sources):
             yield (
                 f"warning: judge `{judge}` was trained on the same preferences as "
                 f"{', '.join(names)}: its win rates are no independent evidence"

@@ -18,6 +18,7 @@ from align.config.recipe import read_recipe
 from align.config.training import Reward
 from align.data.rows import prompt_id
 from align.errors import UserError
+from align.evaluation import held_out
 from align.pipeline import estimates
 from align.pipeline.plan import plan
 from align.runtime import artifacts
@@ -102,6 +103,38 @@ def test_a_reward_model_that_learned_from_the_same_pairs_is_named(
         line.startswith("warning: judge `reward` was trained on the same preferences as dpo:")
         for line in artifact.remarks
     )
+
+
+def trained(folder: Path, kind: str, prompts: Sequence[str]) -> Path:
+    """Write the training table of a model with these prompts; return the folder of the data."""
+    import pyarrow as pa
+
+    data = folder.with_name(f"{folder.name} data")
+    data.mkdir()
+    rows = [{"prompt_id": prompt} for prompt in prompts]
+    pq.write_table(pa.Table.from_pylist(rows), data / f"{kind}-train.parquet")
+    return data
+
+
+def test_a_judge_that_learned_from_the_held_out_prompts_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The data were prepared twice, so no folder is shared; prompts 1 and 2 are.
+    lineages = {
+        tmp_path / "judge": {(trained(tmp_path / "judge", "pairs", "0123"), "pairs")},
+        tmp_path / "dpo": {(trained(tmp_path / "dpo", "unpaired", "127"), "unpaired")},
+        tmp_path / "sft": {(trained(tmp_path / "sft", "demonstrations", "01"), "demonstrations")},
+    }
+    monkeypatch.setattr(held_out, "training_tables", lineages.__getitem__)
+    config = Evaluate(policies=["dpo", "sft"], baseline="reference", judge="reward")
+    sources = {name: tmp_path / name for name in ("dpo", "sft")}
+    prompts = [{"prompt_id": name, "prompt": []} for name in "3389"]
+    inputs = {"judge": tmp_path / "judge"}
+    lines = list(evaluate.dependent_judges(config, inputs, sources, prompts))
+    assert len(lines) == 2
+    assert "judge `reward` was trained on 1 of the 3 held-out prompts" in lines[0]
+    assert "trained on the same preferences as dpo:" in lines[1]
+    assert not list(evaluate.dependent_judges(config, {}, sources, prompts))
 
 
 # Label --------------------------------------------------------------------------------------------
