@@ -219,7 +219,7 @@ class JudgeCard:
     """Smallest distance of a win rate from one half that this number of prompts detects with a
     probability of 80 %."""
     usage: dict[str, Any] | None = None
-    """Requests, verdicts from the cache, tokens and cost of a judge behind an API."""
+    """Requests, verdicts from the cache, tokens and cost of a judge behind an API, when it ran."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> JudgeCard:

@@ -57,9 +57,14 @@ class Usage:
     cached: int
     """Verdicts that were read from the cache."""
     input_tokens: int
+    """Tokens of the requests that were answered; verdicts from the cache cost none."""
     output_tokens: int
+    cached_input_tokens: int = 0
+    """Tokens that the verdicts from the cache took when they were requested."""
+    cached_output_tokens: int = 0
     cost: float | None = None
-    """Price of the tokens; None where the configuration has no prices."""
+    """What ``input_tokens`` and ``output_tokens`` cost at the prices of the run that sent them;
+    None where its configuration has no prices."""
 
 
 @runtime_checkable

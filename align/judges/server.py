@@ -78,19 +78,30 @@ class LanguageModelJudge:
         self._cache.read()  # a file that cannot be used is an error before anything is sampled
         self._progress = progress
         self._used: dict[str, StoredVerdict] = {}
-        self._n_cached = 0
+        self._cached: dict[str, StoredVerdict] = {}
         self._failures_in_a_row = 0
 
     @property
     def usage(self) -> Usage:
-        """The requests of this process, and the tokens of all verdicts that were used."""
-        tokens_in = sum(verdict.input_tokens for verdict in self._used.values())
-        tokens_out = sum(verdict.output_tokens for verdict in self._used.values())
+        """The requests of this process with their tokens, and those that the cache saved."""
+        cached = self._cached.values()
+        saved_in = sum(verdict.input_tokens for verdict in cached)
+        saved_out = sum(verdict.output_tokens for verdict in cached)
+        tokens_in = sum(verdict.input_tokens for verdict in self._used.values()) - saved_in
+        tokens_out = sum(verdict.output_tokens for verdict in self._used.values()) - saved_out
         cost = None
         if self._server.input_price is not None and self._server.output_price is not None:
             prices = (self._server.input_price, self._server.output_price)
             cost = (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
-        return Usage(self._client.n_requests, self._n_cached, tokens_in, tokens_out, cost)
+        return Usage(
+            requests=self._client.n_requests,
+            cached=len(cached),
+            input_tokens=tokens_in,
+            output_tokens=tokens_out,
+            cached_input_tokens=saved_in,
+            cached_output_tokens=saved_out,
+            cost=cost,
+        )
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict per pair, in the given order.
@@ -102,7 +113,7 @@ class LanguageModelJudge:
         by_key = {q.key: q for repeats in questions for row in repeats for q in row}
         stored = self._cache.read()
         found = {key: stored[key] for key in by_key if key in stored}
-        self._n_cached += len(found.keys() - self._used.keys())
+        self._cached |= {key: found[key] for key in found.keys() - self._used.keys()}
         self._used |= found
         self._client.answered |= bool(found)
         missing = [question for key, question in by_key.items() if key not in found]

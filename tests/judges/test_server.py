@@ -587,7 +587,20 @@ def test_no_question_is_sent_twice(tmp_path):
         assert [v.preference for v in again.compare([pair(1), pair(2)])] == [1.0, 1.0]
         assert server.n_requests == 3
     assert (again.usage.requests, again.usage.cached) == (1, 1)
-    assert (again.usage.input_tokens, again.usage.output_tokens) == (20, 4)
+    assert (again.usage.input_tokens, again.usage.output_tokens) == (10, 2)
+    assert (again.usage.cached_input_tokens, again.usage.cached_output_tokens) == (10, 2)
+    assert again.usage.cost is None
+
+
+def test_verdicts_from_the_cache_cost_nothing(tmp_path):
+    prices = {"input_price": 3.0, "output_price": 50.0}
+    with judge_server(honest) as server:
+        judge(server.base_url, tmp_path, **prices).compare(pairs(3))
+        again = judge(server.base_url, tmp_path, **prices)
+        again.compare(pairs(4))
+        again.compare(pairs(4))
+    assert again.usage.cached == 3
+    assert again.usage.cost == pytest.approx(130e-6), "one verdict of 10 and 2 tokens"
 
 
 @pytest.mark.parametrize(
