@@ -17,6 +17,7 @@ from align.config.judges import VERIFIERS
 from align.config.recipe import Recipe, read_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import scalar
+from align.data import annotation_files
 from align.errors import ArtifactError, UserError
 from align.models import gguf_files
 from align.pipeline import lookup
@@ -24,7 +25,6 @@ from align.runtime import artifacts
 
 SUMMARY = "summary.json"
 KEY = re.compile(r"\w+(\.\w+)*=")  # of an argument KEY=VALUE
-_ANNOTATIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _RECIPES = {"prepare": "recipes/sft.yaml", "reward": "recipes/ppo.yaml"}  # that have the stage
 COMPLETIONS = ("prepare", "sample", "label")
 """Kinds of stages that a reward model can be measured on."""
@@ -73,7 +73,7 @@ class FinishedStages:
             return scalar(text)
         if text in VERIFIERS or FUNCTION.match(text):
             return {"function": text}
-        if text.lower().endswith(_ANNOTATIONS):
+        if text.lower().endswith(annotation_files.SUFFIXES):
             return {"annotations": text}
         return self.stage(text, "reward")
 

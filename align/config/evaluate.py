@@ -75,7 +75,8 @@ class Evaluate(Stage):
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
     """Confidence level of the intervals."""
     resamples: int = Field(2000, ge=100)
-    """Number of bootstrap resamples."""
+    """Number of bootstrap resamples for the intervals of means: of score differences and KL. Those
+    of win rates and accuracies, and p-values, do not depend on it."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of sampling and of the bootstrap. Every policy has its own random stream."""
 

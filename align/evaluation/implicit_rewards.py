@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align.config.evaluate import Evaluate
 from align.errors import DataError
-from align.evaluation.intervals import Bootstrap, prompt_means
+from align.evaluation.intervals import Bootstrap, means_by_prompt
 from align.evaluation.results import ImplicitRewards
 from align.functional import winrate
 from align.models.logps import completion_logps
@@ -75,7 +75,7 @@ def implicit_rewards(
         chosen, rejected = logps[policy] - logps[config.baseline]
         outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0].tolist()
         invalid = sum(map(math.isnan, outcomes))
-        accuracies = prompt_means(pairs, outcomes)
+        accuracies = means_by_prompt(pairs, outcomes)
         if not len(accuracies):
             raise DataError(
                 f"all {len(pairs)} held-out pairs have a prompt that fills the positions of "

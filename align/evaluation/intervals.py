@@ -1,4 +1,4 @@
-"""Bootstrap intervals with the settings of one stage, and means per prompt."""
+"""Intervals with the settings of one stage, and means per prompt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from align.functional import intervals
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
-    """Settings of every bootstrap interval of a stage."""
+    """Settings of the intervals of a stage: bootstraps of means, Wilson's of shares."""
 
     confidence: float = 0.95
     """Confidence level of the intervals."""
     resamples: int = 2000
-    """Number of bootstrap resamples."""
+    """Number of bootstrap resamples; without effect on intervals of shares."""
     seed: int = 0
     """Seed of the resamples."""
 
@@ -31,14 +31,14 @@ class Bootstrap:
         return Interval(*intervals.bootstrap_interval(values, **self._settings()))
 
     def proportion(self, values: Float[Tensor, "prompts *rest"]) -> Interval:
-        """Interval of a mean in [0, 1], by ``proportion_interval`` of the same module."""
+        """Interval of a mean in [0, 1], by ``proportion_interval``, which draws no resamples."""
         return Interval(*intervals.proportion_interval(values, confidence=self.confidence))
 
     def _settings(self) -> dict[str, Any]:
         return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
 
 
-def prompt_means(
+def means_by_prompt(
     rows: Sequence[Mapping[str, Any]], values: Sequence[float]
 ) -> Float[Tensor, " prompts"]:
     """Mean value of each prompt, in the order of the rows; NaN values are left out.

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from align.evaluation.intervals import Bootstrap, prompt_means
+from align.evaluation.intervals import Bootstrap, means_by_prompt
 from align.evaluation.reward_results import AccuracyGroup, CalibrationBin, RewardModelReport
 from align.evaluation.tables import percent, percent_interval
 from align.functional import winrate
@@ -50,8 +50,8 @@ def report(
     """
     margins = chosen.double() - rejected.double()
     outcomes = winrate.outcomes(chosen[:, None], rejected[:, None])[:, 0]
-    accuracies = prompt_means(rows, outcomes.tolist())
-    lengths = length_differences(rows)
+    accuracies = means_by_prompt(rows, outcomes.tolist())
+    lengths = chosen_length_differences(rows)
     # In every pair the chosen completion has won, by the labels.
     by_labels, by_scores = (
         length_bias(won[:, None], lengths[:, None]) for won in (torch.ones_like(outcomes), outcomes)
@@ -86,7 +86,7 @@ def _accuracies(
     results = []
     for group in groups:
         indices = group.members.nonzero()[:, 0].tolist()
-        accuracies = prompt_means([rows[i] for i in indices], outcomes[indices].tolist())
+        accuracies = means_by_prompt([rows[i] for i in indices], outcomes[indices].tolist())
         results.append(
             AccuracyGroup(
                 group=group.name,
@@ -116,7 +116,7 @@ def quarters(values: Float[Tensor, " pairs"]) -> Iterator[Group]:
             yield Group(f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}", members)
 
 
-def length_differences(rows: Rows) -> Float[Tensor, " pairs"]:
+def chosen_length_differences(rows: Rows) -> Float[Tensor, " pairs"]:
     """Characters of the chosen completion minus those of the rejected one."""
     lengths = [
         len(row["chosen"][-1]["content"]) - len(row["rejected"][-1]["content"]) for row in rows
@@ -206,7 +206,7 @@ def gold_agreement(rows: Rows, margins: Tensor) -> dict[str, float]:
         ]
     except ValueError:
         return {}  # not prompts of the embedded task
-    best = prompt_means(rows, [max(p, 1 - p) for p in probabilities])
+    best = means_by_prompt(rows, [max(p, 1 - p) for p in probabilities])
     agreement: dict[str, float] = {"accuracy_upper_bound": sum(best.tolist()) / len(best)}
     gaps = torch.tensor([p - 0.5 for p in probabilities], dtype=torch.float64)
     untied = gaps != 0

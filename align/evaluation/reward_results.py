@@ -34,7 +34,7 @@ class AccuracyGroup:
     accuracy: float
     """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
     ci: Interval
-    """95 % confidence interval of ``accuracy``, by bootstrap over prompts."""
+    """95 % confidence interval of ``accuracy`` over prompts (Wilson), never of width 0."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> AccuracyGroup:
@@ -60,7 +60,7 @@ class RewardModelReport:
     accuracy: float
     """Mean over prompts of the share of correctly ordered pairs; a tie counts one half."""
     ci: Interval
-    """95 % confidence interval of ``accuracy``, by bootstrap over prompts; exact if all agree."""
+    """95 % confidence interval of ``accuracy`` over prompts (Wilson), never of width 0."""
     mean_margin: float
     """Mean score of the chosen completion minus that of the rejected one."""
     calibration: tuple[CalibrationBin, ...]

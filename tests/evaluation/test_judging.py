@@ -234,6 +234,18 @@ def test_the_labels_of_all_people_correct_a_judge(tmp_path: Path):
     assert row.corrected.value == pytest.approx(0.5), "30 wins and 30 losses by people"
 
 
+def test_resamples_change_no_win_rate(tmp_path: Path):
+    samples = {"a": texts([["xxx"], ["x"], ["xxxx"]] * 5), "reference": texts([["xx"]] * 15)}
+    few, many = (
+        evaluate(settings("a", resamples=n), {"lengths": Lengths()}, samples, tmp_path)
+        for n in (100, 900)
+    )
+    assert few.comparisons[0].ci == many.comparisons[0].ci
+    assert few.comparisons[0].p_value == many.comparisons[0].p_value
+    means = [each.comparisons[0].score_difference_ci for each in (few, many)]
+    assert means[0] != means[1], "the interval of a mean is a bootstrap"
+
+
 def test_missing_verdicts_are_no_losses_and_give_bounds(tmp_path: Path):
     # 20 prompts: the policy wins 12 and loses 4; 4 have no verdict in one of the orders.
     own = [["won"]] * 12 + [["lost"]] * 4 + [["lost, unclear"]] * 4
