@@ -1,6 +1,7 @@
 """Names of the command line as finished stages, and the recipe of an evaluation of policies.
 
-Names are looked up in the run that is named first, and then among all finished stages.
+Names are looked up in the run that is named first, then in the lineage of the policies, and then
+among all finished stages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from align.config.recipe import Recipe, read_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import scalar
 from align.data import annotation_files
-from align.errors import ArtifactError, UserError
+from align.errors import ArtifactError, UserError, did_you_mean
 from align.models import gguf_files
 from align.pipeline import lookup
 from align.runtime import artifacts
@@ -32,7 +33,7 @@ COMPLETIONS = ("prepare", "sample", "label")
 
 @dataclass(slots=True)
 class FinishedStages:
-    """Finished stages by name: those of one run, then the newest in the runs folder.
+    """Finished stages by name: those of one run or lineage, then the newest in the runs folder.
 
     Names that are not found are collected in ``problems``.
     """
@@ -41,6 +42,11 @@ class FinishedStages:
     of_run: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
     """Kind and folder of the stages of the run that is named first."""
     problems: list[str] = field(default_factory=list)
+
+    def prefer_lineage(self, sources: Sequence[str]) -> None:
+        """Look up later names among the stages that these models were made from first."""
+        for artifact, folder in (each for source in sources for each in _lineage(source)):
+            self.of_run = {artifact.name: (artifact.stage, folder), **self.of_run}
 
     def policy(self, name: str) -> str:
         """A policy: a file of completions or a GGUF file as it is, a folder or a Hub id."""
@@ -75,6 +81,9 @@ class FinishedStages:
             return {"function": text}
         if text.lower().endswith(annotation_files.SUFFIXES):
             return {"annotations": text}
+        if "/" not in text and not Path(text).exists() and (hint := did_you_mean(text, ["gold"])):
+            self.problems.append(f"--judge: no judge `{text}`{hint}")
+            return text
         return self.stage(text, "reward")
 
     def policies_of_run(self) -> list[str]:
@@ -127,8 +136,9 @@ def comparison_recipe(
     stages = FinishedStages(runs, of_run or {})
     if of_run is not None:
         del names[0]
-    compared = "reference" if baseline == "reference" else stages.policy(baseline)
     policies = [stages.policy(name) for name in names]
+    stages.prefer_lineage(policies)
+    compared = "reference" if baseline == "reference" else stages.policy(baseline)
     if not names:
         policies = [policy for policy in stages.policies_of_run() if policy != compared]
         if not policies:
@@ -185,18 +195,20 @@ def _modified(file: Path) -> float:
 
 def _prepared(sources: Sequence[str]) -> str | None:
     """The prepared data that the first of the sources with a lineage was trained on."""
-    return next((str(data) for source in sources for data in _prepared_inputs(source)), None)
+    for artifact, folder in (each for source in sources for each in _lineage(source)):
+        if artifact.stage in STAGES and STAGES[artifact.stage].prepares_data:
+            return str(folder)
+    return None
 
 
-def _prepared_inputs(source: str) -> Iterator[Path]:
-    """Folders of prepared data in the lineage of a stage, the nearest first."""
+def _lineage(source: str) -> Iterator[tuple[artifacts.Artifact, Path]]:
+    """A stage and the stages that it was made from, the nearest first."""
     pending = [Path(source).expanduser()]
     for folder in pending:  # it grows: breadth first
         artifact = artifacts.read_artifact(folder) if folder.is_dir() else None
         if artifact is None:
             continue
-        if artifact.stage in STAGES and STAGES[artifact.stage].prepares_data:
-            yield folder
+        yield artifact, folder
         for entry in artifact.inputs.values():
             target = Path(entry["folder"])
             pending.append(target if target.is_dir() else folder.parent / target.name)

@@ -151,7 +151,9 @@ def eval_reward(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
     stages = FinishedStages(runs)
-    source, place = stages.stage(model, "reward"), stages.stage(data, *COMPLETIONS)
+    source = stages.stage(model, "reward")
+    stages.prefer_lineage([source])
+    place = stages.stage(data, *COMPLETIONS)
     scorer = None if judge is None else stages.judge(judge)
     stages.raise_problems()
     quiet_libraries()

@@ -354,7 +354,10 @@ def _key_hint(cls: type[Stage], keys: list[str | int]) -> str:
         if key in fields and not trl_fields.reserved(str(cls.trainer_config), key):
             return f"; it is a field of TRL's {cls.trainer_config}; put it under `trainer:`"
     declared: Any = cls if len(keys) == 1 else declared_type(cls, [str(k) for k in keys[:-1]])
-    return nearest(key, [name for model in nested_models(declared) for name in model.model_fields])
+    known = [name for model in nested_models(declared) for name in model.model_fields]
+    if key in known:  # of another one of several mappings, such as two kinds of judge
+        return "; it has no meaning beside the other keys here; remove it or them"
+    return nearest(key, known)
 
 
 def _check_trainer(name: str, cls: type[Stage], values: dict[str, Any], raw: RawRecipe) -> None:

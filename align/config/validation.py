@@ -71,8 +71,9 @@ def _input_error(
         return _gguf_error(target, expected)
     if "/" not in target and "\\" not in target:
         fitting = _fitting_stages(expected, name, classes)
-        hint = did_you_mean(target, fitting)
-        hint = hint or f"; earlier stages that fit: {', '.join(fitting) or 'none'}"
+        hint = did_you_mean(target, [*fitting, *expected.words])
+        words = "".join(f"; or `{word}`" for word in expected.words)
+        hint = hint or f"; earlier stages that fit: {', '.join(fitting) or 'none'}{words}"
         notes = ["a folder is a path that exists", "a Hub id is owner/name"] * expected.models
         notes += ["a function is module:function"] * expected.functions
         note = f" ({'; '.join(notes)})" if notes else ""

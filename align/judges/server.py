@@ -129,7 +129,8 @@ class LanguageModelJudge:
             if answer is None:
                 return failed[question.key]
             if answer.preference is None:
-                return verdicts.no_verdict(answer.reason)
+                place = f" (stored in {self._cache.path})" if question.key in found else ""
+                return verdicts.no_verdict(answer.reason + place)
             return Verdict(answer.preference, answer.reason)
 
         return [

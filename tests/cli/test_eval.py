@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 from helpers import ppo_fixtures, tiny_models
@@ -46,7 +47,7 @@ def settings(runs, *arguments, baseline="sft", judges=("gold",), prompts=None):
 def test_stages_are_found_by_name_and_prompts_by_lineage(runs):
     recipe, stage = settings(runs, "lora", "n_prompts=7", "temperature=0.5")
     assert stage.policies == [str(runs / "lora-000000000000")]
-    assert stage.baseline == str(runs / "sft-000000000000")
+    assert os.path.samefile(stage.baseline, runs / "sft-000000000000")
     assert os.path.samefile(stage.prompts, runs / "prepare-000000000000")
     assert (stage.judge, stage.n_prompts, stage.temperature) == ("gold", 7, 0.5)
     assert recipe.name == "eval-lora-sft"
@@ -70,6 +71,17 @@ def test_a_folder_of_runs_names_its_newest_stages(runs):
         settings(runs, "lora")  # without the folder, stages are looked up in --runs
 
 
+def test_a_baseline_of_the_lineage_comes_before_a_newer_stage_of_its_name(runs):
+    """The stage `sft` of another recipe is newer, but `lora` was not trained from it."""
+    newer = runs / f"sft-{'1' * 12}"
+    shutil.copytree(runs / f"sft-{'0' * 12}", newer)
+    os.utime(newer / artifacts.FILE, (2e9, 2e9))
+    _, stage = settings(runs, "lora")
+    assert os.path.samefile(stage.baseline, runs / f"sft-{'0' * 12}")
+    _, alone = settings(runs, "sft", baseline="lora")
+    assert os.path.samefile(alone.policies[0], newer)
+
+
 def test_folders_are_taken_as_they_are(runs):
     folder = str(runs / "lora-000000000000")
     _, stage = settings(runs, folder, baseline=folder, prompts=str(runs / "prepare-000000000000"))
@@ -79,11 +91,11 @@ def test_folders_are_taken_as_they_are(runs):
 def test_every_name_that_is_not_found_is_reported_at_once(runs):
     with pytest.raises(UserError) as error:
         settings(runs, "lroa", "a.jsonl", baseline="stf", judges=["score"], prompts="prepared")
-    *_, policy, file, judge, prompts = error.value.lines
+    policy, file, baseline, judge, prompts = error.value.lines
     assert file == "a.jsonl: no such file of completions"
     names = [line.split("`")[1] for line in (policy, judge, prompts)]
     assert names == ["lroa", "score", "prepared"]
-    assert "did you mean `sft`?" in error.value.lines[0]
+    assert "did you mean `sft`?" in baseline
 
 
 @pytest.mark.parametrize(
@@ -134,6 +146,11 @@ def test_keys_are_checked_as_in_a_recipe(runs):
 )
 def test_the_form_of_a_judge_decides_its_kind(tmp_path, text, judge):
     assert FinishedStages(tmp_path).judge(text) == judge
+
+
+def test_a_misspelled_judge_is_named_as_one(runs):
+    with pytest.raises(UserError, match="--judge: no judge `glod`; did you mean `gold`"):
+        settings(runs, "lora", judges=["glod"])
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ def test_judges_have_names_and_inputs(judge: str, names: list[str], inputs: dict
         ("[]", "6: evaluate.judge: expected at least one judge, got an empty list"),
         ("[gold, gold]", "6: evaluate.judge: `gold` is listed more than once; list it once"),
         ("rewad", "6: evaluate.judge: no earlier stage `rewad`; did you mean `reward`?"),
+        ("glod", "6: evaluate.judge: no earlier stage `glod`; did you mean `gold`?"),
+        (
+            "{function: math, annotations: a.jsonl}",
+            "6: evaluate.judge.annotations: unknown key; it has no meaning beside the other keys",
+        ),
         ("sft", "6: evaluate.judge: stage `sft` is of kind `sft`; expected reward"),
         ("{function: mat}", "6: evaluate.judge: `function` must be written module:function, or be"),
         ("{annotations: none.jsonl}", "6: evaluate.judge.annotations: no such file: none.jsonl"),
