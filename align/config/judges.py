@@ -21,6 +21,7 @@ PANEL = "panel"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 _OWN_FIELDS = ("model", "messages", "stream", "n", "response_format")
 """Fields of a request that cannot be set with ``extra_body``."""
+_SECRETS = ("api_key", "apikey", "api-key", "authorization", "access_token", "password", "secret")
 
 
 class FunctionJudge(Config):
@@ -127,9 +128,14 @@ class Server(Config):
     def _check_prices_and_fields(self) -> Server:
         if (self.input_price is None) != (self.output_price is None):
             raise ValueError("set both `input_price` and `output_price`, or neither")
-        for field in _OWN_FIELDS:
-            if field in self.extra_body:
+        for field in self.extra_body:
+            if field in _OWN_FIELDS:
                 raise ValueError(f"`extra_body` cannot set `{field}`; remove it")
+            if field.lower() in _SECRETS:
+                raise ValueError(
+                    f"`extra_body` would store `{field}` with the results; name the environment "
+                    "variable with the key in `key_variable`"
+                )
         try:
             json.dumps(self.extra_body, allow_nan=False)
         except (TypeError, ValueError):

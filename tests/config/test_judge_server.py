@@ -54,6 +54,7 @@ def test_a_key_in_the_place_of_its_variable_is_not_repeated(value):
         ({"input_price": 1.0}, "set both"),
         ({"extra_body": {"model": "x"}}, "cannot set `model`"),
         ({"extra_body": {"stream": True}}, "cannot set `stream`"),
+        ({"extra_body": {"API_KEY": "x"}}, "would store `API_KEY` with the results"),
         ({"extra_body": {"seed": float("inf")}}, "values that JSON has"),
         ({"model": ""}, "at least 1 character"),
         ({"timeout_seconds": 0.0}, "greater than 0"),
