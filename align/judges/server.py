@@ -188,7 +188,7 @@ class LanguageModelJudge:
         async def work(share: Iterator[_Question]) -> None:
             nonlocal n_done
             for question in share:
-                verdict = await self._ask(question)
+                verdict = await self._ask(question, len(questions))
                 if verdict is not None:
                     failed[question.key] = verdict
                 n_done += 1
@@ -202,12 +202,12 @@ class LanguageModelJudge:
             await asyncio.gather(*(work(waiting) for _ in range(self._server.concurrency)))
         return failed
 
-    async def _ask(self, question: _Question) -> Verdict | None:
-        """Send a question and store the answer; if it fails, the verdict that has the reason."""
+    async def _ask(self, question: _Question, n_questions: int) -> Verdict | None:
+        """Send one of ``n_questions`` and store the answer; the verdict with the reason if not."""
         try:
             answer = await self._client.complete(question.body)
         except RequestFailedError as error:
-            self._count_failure(error)
+            self._count_failure(error, n_questions)
             return verdicts.no_verdict(error.reason)
         self._failures_in_a_row = 0
         verdict = verdicts.read_choice(answer.choice, max_tokens=self._server.max_tokens)
@@ -223,7 +223,7 @@ class LanguageModelJudge:
         self._cache.write(question.key, stored)
         return None
 
-    def _count_failure(self, error: RequestFailedError) -> None:
+    def _count_failure(self, error: RequestFailedError, n_questions: int) -> None:
         """End the evaluation if the server cannot be reached, or answers nothing.
 
         A request that the server refuses for its own content is no failure of the server.
@@ -237,6 +237,7 @@ class LanguageModelJudge:
             limit = FAILURES_IN_A_ROW
         else:
             limit = FAILURES_AT_THE_START if error.reached else 1
+            limit = min(limit, n_questions) if error.repair else limit
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= limit:
             count = self._failures_in_a_row

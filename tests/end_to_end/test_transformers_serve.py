@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.judges.base import Pair
 from align.judges.server import LanguageModelJudge
 from align.judges.server_check import check_judge
+from align.judges.verdicts import NO_TEXT
 
 pytest.importorskip("fastapi", reason="pip install transformers[serving]")
 pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
@@ -75,7 +76,9 @@ def test_a_tiny_model_is_asked_and_gives_no_verdict(tmp_path, base_url, model):
     assert judge.usage.requests == 4
     assert judge.usage.input_tokens > 400 and 0 < judge.usage.output_tokens <= 32
     again = LanguageModelJudge(settings, cache=tmp_path / "verdicts.jsonl")
-    assert again.compare(pairs(4)) == verdicts and again.usage.requests == 0
+    assert not any(verdict.is_valid for verdict in again.compare(pairs(4)))
+    # An empty answer is requested again.
+    assert again.usage.requests == sum(verdict.reason == NO_TEXT for verdict in verdicts)
 
 
 @pytest.mark.slow
@@ -83,4 +86,4 @@ def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
     judge = LanguageModelJudge(config(base_url, Path("no/judge")), cache=tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"HTTP 400.*no/judge.*correct .* `model`") as raised:
         judge.compare(pairs(2))
-    assert len(raised.value.lines) == 1 and judge.usage.requests == 1
+    assert len(raised.value.lines) == 1 and judge.usage.requests == 2
