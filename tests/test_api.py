@@ -267,7 +267,7 @@ def test_prefix_sharing_is_enabled_inside_the_block_only(world):
 
 def test_win_rate_by_hand():
     # wins: 1 and 3 of 4, one tie at 2 -> (1 + 1 + 0.5 + 0) / 4
-    result = align.win_rate([1.0, 0.5, 0.9, 0.1], [0.0, 0.5, 0.3, 0.2], seed=0)
+    result = align.win_rate([1.0, 0.5, 0.9, 0.1], [0.0, 0.5, 0.3, 0.2])
     assert result.rate == 2.5 / 4
     assert result.n_prompts == 4
     low, high = result.interval

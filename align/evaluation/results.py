@@ -68,7 +68,7 @@ class Comparison:
     length_controlled_win_rate: float | None
     """Win rate at equal lengths; None where length and quality cannot be separated."""
     p_value: float
-    """Two-sided p-value of a win rate of one half, by the studentized bootstrap over prompts."""
+    """Two-sided p-value of a win rate of one half, which agrees with ``ci``."""
     adjusted_p_value: float | None = None
     """The p-value adjusted for the number of policies by Holm's method; None for the control."""
     mean_tokens: PerSide

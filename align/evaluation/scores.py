@@ -33,7 +33,7 @@ class WinRate:
     length_controlled: float | None
     """Win rate at equal lengths; None without lengths, or if all pairs differ alike in length."""
     p_value: float
-    """Two-sided p-value of a win rate of one half, by the studentized bootstrap over prompts."""
+    """Two-sided p-value of a win rate of one half, which agrees with ``interval``."""
     n_prompts: int
     """Prompts with at least one outcome."""
     invalid: int = 0
@@ -49,7 +49,6 @@ def win_rate(
     lengths: Sequence[Any] | Tensor | None = None,
     baseline_lengths: Sequence[Any] | Tensor | None = None,
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> WinRate:
     """Compare the completions of two policies on the same prompts by their scores.
 
@@ -75,7 +74,7 @@ def win_rate(
         _check_shapes(policy, sides[0], "scores", "lengths")
         _check_shapes(policy, sides[1], "scores", "baseline_lengths")
         differences = sides[0] - sides[1]
-    return outcome_rate(outcomes, differences, confidence=confidence, seed=seed)
+    return outcome_rate(outcomes, differences, confidence=confidence)
 
 
 def outcome_rate(
@@ -83,7 +82,6 @@ def outcome_rate(
     length_differences: Float[Tensor, "prompts completions"] | None = None,
     *,
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> WinRate:
     """Win rate of outcomes, which are NaN where a verdict is missing.
 
@@ -103,7 +101,7 @@ def outcome_rate(
         rate=winrate.win_rate(outcomes).item(),
         interval=Interval(float(low), float(high)),
         length_controlled=controlled,
-        p_value=winrate.win_rate_p_value(outcomes, seed=seed).item(),
+        p_value=winrate.win_rate_p_value(outcomes).item(),
         n_prompts=len(means.means),
         invalid=invalid,
         bounds=Interval(*winrate.missing_bounds(outcomes)) if invalid else None,

@@ -79,7 +79,6 @@ def compare(config: Evaluate, outcomes: Outcomes, samples: Mapping[str, Samples]
         won,
         length_differences(own, baseline, config.n_completions),
         confidence=config.confidence,
-        seed=config.seed,
     )
     valid = ~won.isnan()
     return Comparison(

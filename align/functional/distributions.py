@@ -55,14 +55,18 @@ def beta_quantile(probability: float, a: float, b: float) -> float:
 def beta_cdf(x: float, a: float, b: float) -> float:
     """Probability that a Beta(a, b) variable is at most x: the regularized incomplete beta.
 
-    Source: the continued fraction of Abramowitz and Stegun 1964, eq. 26.5.8, evaluated by Lentz's
-    method; it converges quickly for ``x < (a + 1) / (a + b + 2)``, elsewhere the symmetry
-    ``1 - beta_cdf(1 - x, b, a)`` applies.
+    Source: the continued fraction of Abramowitz and Stegun 1964, eq. 26.5.8. It converges quickly
+    for ``x < (a + 1) / (a + b + 2)``; elsewhere the symmetry ``1 - beta_cdf(1 - x, b, a)`` applies.
     """
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
-        return 1 - beta_cdf(1 - x, b, a)
+        return 1 - _continued_fraction(1 - x, b, a)
+    return _continued_fraction(x, a, b)
+
+
+def _continued_fraction(x: float, a: float, b: float) -> float:
+    """The regularized incomplete beta function by Lentz's method."""
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     log_front += a * math.log(x) + b * math.log1p(-x)
     tiny = 1e-300

@@ -35,7 +35,6 @@ Args:
     prediction_lengths: Lengths of the policy's completions, in any unit.
     reference_lengths: Lengths of the baseline's completions, in the same unit.
     confidence: Confidence level of the interval. Default: 0.95.
-    seed: Seed of the p-value's bootstrap over prompts. Default: 0.
 
 Returns:
     win_rate: Wins plus half the ties, as a fraction of the comparisons with a score.
@@ -87,7 +86,6 @@ class WinRate(evaluate.Metric):  # type: ignore[misc]
         prediction_lengths: Sequence[float] | None = None,
         reference_lengths: Sequence[float] | None = None,
         confidence: float = 0.95,
-        seed: int = 0,
     ) -> dict[str, Any]:
         prompts = prompt_ids if prompt_ids is not None else range(len(predictions))
         if len(prompts) != len(predictions):
@@ -102,7 +100,7 @@ class WinRate(evaluate.Metric):  # type: ignore[misc]
         return {
             "win_rate": valid.mean().item(),
             "confidence_interval": list(proportion_interval(by_prompt, confidence=confidence)),
-            "p_value": win_rate_p_value(by_prompt, seed=seed).item(),
+            "p_value": win_rate_p_value(by_prompt).item(),
             "ties": (valid == 0.5).double().mean().item(),
             "length_controlled_win_rate": _length_controlled(
                 won, prediction_lengths, reference_lengths

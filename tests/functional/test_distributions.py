@@ -35,3 +35,11 @@ def test_beta_quantiles(a, b):
         assert x == pytest.approx(beta(a, b).ppf(probability), rel=1e-8)
         assert beta_cdf(x, a, b) == pytest.approx(beta(a, b).cdf(x), rel=1e-8)
     assert (beta_cdf(0.0, a, b), beta_cdf(1.0, a, b)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("a", [0.7, 8.3, 25.1, 60.0])
+def test_the_distribution_is_computed_on_both_sides_of_the_switch(a):
+    """With equal parameters the switch lies at one half, where both sides round to it."""
+    for x in (0.5 - 2**-53, 0.5, 0.5 + 2**-53, 0.5 + 2**-52):
+        assert beta_cdf(x, a, a) == pytest.approx(0.5, abs=1e-9)
+        assert beta_cdf(x, a, a + 1e-15) == pytest.approx(0.5, abs=1e-9)

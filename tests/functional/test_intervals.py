@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.functional import intervals
 from align.functional.intervals import bootstrap_interval, proportion_interval
-from align.functional.winrate import paired_permutation_p_value, win_rate_p_value
+from align.functional.winrate import paired_permutation_p_value
 
 
 def float64(values: Any) -> Tensor:
@@ -200,9 +200,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "statistic", [bootstrap_interval, paired_permutation_p_value, win_rate_p_value]
-)
+@pytest.mark.parametrize("statistic", [bootstrap_interval, paired_permutation_p_value])
 def test_memory_does_not_grow_with_the_resamples(statistic):
     values = torch.randn(10_000, generator=generator(0))
     with Largest() as largest:

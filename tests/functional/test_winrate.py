@@ -189,7 +189,7 @@ def test_where_all_prompts_are_won_the_p_value_is_that_of_the_sign_test():
         expected = binomtest(prompts, prompts).pvalue
         assert_close(win_rate_p_value(torch.ones(prompts, 2)), float64(expected))
         assert_close(win_rate_p_value(torch.zeros(prompts, 2)), float64(expected))
-    assert float(win_rate_p_value(torch.ones(500), resamples=999)) == 2 / 1000  # never 0
+    assert float(win_rate_p_value(torch.ones(500))) == 1e-12  # never 0
 
 
 def test_ties_alone_have_a_p_value_of_one():
@@ -197,28 +197,41 @@ def test_ties_alone_have_a_p_value_of_one():
     assert_close(win_rate_p_value(torch.tensor([[1.0, 0.0]] * 30)), float64(1.0))
 
 
-def test_swapping_the_policies_leaves_the_p_value_about_equal():
+def test_swapping_the_policies_leaves_the_p_value():
     won = torch.rand(40, 2, generator=generator(0)) ** 0.8
-    forward, backward = float(win_rate_p_value(won)), float(win_rate_p_value(1 - won))
-    assert forward == pytest.approx(backward, abs=0.02)
-    assert 0.02 < forward < 0.5
+    assert_close(win_rate_p_value(won), win_rate_p_value(1 - won), rtol=1e-5, atol=0)
+    assert 0.02 < float(win_rate_p_value(won)) < 0.5
 
 
 def test_with_many_prompts_the_p_value_is_that_of_the_t_test():
-    won = torch.rand(400, generator=generator(1), dtype=torch.float64) + 0.03
+    won = torch.rand(400, generator=generator(1), dtype=torch.float64) * 0.97 + 0.03
     expected = ttest_1samp(won.numpy(), 0.5).pvalue
     assert 0.005 < expected < 0.2
     assert float(win_rate_p_value(won)) == pytest.approx(expected, abs=0.01)
 
 
-def test_the_interval_and_the_p_value_agree_where_nearly_all_prompts_agree():
-    # rate 0.55 in each of 20 prompts: 2 * (0.5 / 0.55)^20; the interval excludes 0.5 at that level
-    won = torch.full((20, 1), 0.55, dtype=torch.float64)
+@pytest.mark.parametrize(("won", "prompts"), [(11, 20), (13, 16), (30, 40), (120, 200)])
+def test_of_independent_outcomes_the_p_value_is_near_that_of_the_binomial_test(won, prompts):
+    """Wilson's interval is the inversion of the score test, without the discrete distribution."""
+    outcomes = torch.cat([torch.ones(won), torch.zeros(prompts - won)])
+    exact = binomtest(won, prompts).pvalue
+    assert float(win_rate_p_value(outcomes)) == pytest.approx(exact, rel=0.6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_interval_excludes_one_half_where_the_p_value_is_below_its_level(seed):
+    draws = np.random.default_rng(seed).binomial(4, [[0.6]] * 25, (25, 2)) / 4
+    won = torch.from_numpy(draws)
     p_value = float(win_rate_p_value(won))
-    assert p_value == pytest.approx(2 * (0.5 / 0.55) ** 20)
     for factor, excludes in ((1.02, True), (0.98, False)):
-        low, _ = proportion_interval(won, confidence=1 - factor * p_value)
-        assert (low > 0.5) == excludes
+        low, high = proportion_interval(won, confidence=1 - factor * p_value)
+        assert (not low <= 0.5 <= high) == excludes
+
+
+def test_the_interval_and_the_p_value_agree_where_all_prompts_agree():
+    # rate 0.55 in each of 20 prompts: 2 * (0.5 / 0.55)^20
+    won = torch.full((20, 1), 0.55, dtype=torch.float64)
+    assert float(win_rate_p_value(won)) == pytest.approx(2 * (0.5 / 0.55) ** 20)
 
 
 SKEWED = {
@@ -231,15 +244,14 @@ SKEWED = {
 @pytest.mark.parametrize("case", SKEWED)
 def test_of_equally_good_policies_at_most_one_p_value_in_twenty_is_below_a_twentieth(case):
     values, chances = SKEWED[case]
-    low = {win_rate_p_value: 0, paired_permutation_p_value: 0}
+    by_interval = by_signs = 0
     for seed in range(300):
         drawn = np.random.default_rng([seed, 3]).choice(values, 20, p=chances)
         won = torch.from_numpy(drawn)
-        low[win_rate_p_value] += win_rate_p_value(won, resamples=400, seed=seed) < 0.05
-        low[paired_permutation_p_value] += (
-            paired_permutation_p_value(won - 0.5, resamples=400, seed=seed) < 0.05
-        )
+        low, high = proportion_interval(won)  # excludes one half where the p-value is below 0.05
+        by_interval += not low <= 0.5 <= high
+        by_signs += paired_permutation_p_value(won - 0.5, resamples=400, seed=seed) < 0.05
     # one standard error is sqrt(0.05 * 0.95 / 300) = 1.3 %
-    assert low[win_rate_p_value] / 300 <= 0.075
+    assert by_interval / 300 <= 0.075
     if case != "symmetric":
-        assert low[paired_permutation_p_value] / 300 > 0.1, "sign flips assume symmetry"
+        assert by_signs / 300 > 0.1, "sign flips assume symmetry"
