@@ -52,7 +52,7 @@ def percent_interval(interval: Interval) -> str:
 
 
 def short_name(name: str, width: int) -> str:
-    """A name in at most ``width`` characters: of a folder its last part, with a short digest.
+    """A name in at most ``width`` characters; of a stage's folder its name with a short digest.
 
     The digest tells apart stages of one name. The ending of the control stays.
 
@@ -61,7 +61,7 @@ def short_name(name: str, width: int) -> str:
     """
     name, again = printable(name).removesuffix(AGAIN), AGAIN * name.endswith(AGAIN)
     width -= len(again)
-    if len(name) > width:
+    if len(name) > width or STAGE_FOLDER.search(name):
         name = name.rstrip("/").rpartition("/")[2] or name
         name = STAGE_FOLDER.sub(lambda digest: digest[0][:5], name)
     return (name if len(name) <= width else f"{name[: width - 1]}…") + again
