@@ -17,6 +17,8 @@ from helpers import recipe_runs
 
 from align.runtime import artifacts, checkpoints
 
+pytestmark = pytest.mark.slow
+
 # One backbone has an adaptive coefficient and a warm-up of the critic; the separate models have a
 # held-out evaluation.
 RECIPE = """\
@@ -175,7 +177,6 @@ def test_an_uninterrupted_run_changes_its_policy_and_samples_differently_in_ever
     assert len({json.loads(line)["completion"] for line in samples}) > 10
 
 
-@pytest.mark.slow
 def test_a_recipe_that_is_killed_in_every_stage_gives_the_same_run(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "reward")
     for stage, step in (("reward", 4), ("ppo", 2), ("ppo", 6), ("ppo_whole", 6)):
@@ -186,7 +187,6 @@ def test_a_recipe_that_is_killed_in_every_stage_gives_the_same_run(whole, tmp_pa
         assert_same(runs, whole, stage)
 
 
-@pytest.mark.slow
 def test_ppo_on_one_backbone_that_is_killed_at_random_moments_gives_the_same_run(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "ppo")
     artifact = artifacts.read_artifact(one(whole, "ppo"))
@@ -196,7 +196,6 @@ def test_ppo_on_one_backbone_that_is_killed_at_random_moments_gives_the_same_run
     assert_same(runs, whole, "ppo")
 
 
-@pytest.mark.slow
 def test_a_killed_reward_stage_ends_with_the_same_weights_and_mean(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "reward_whole")
     assert stop_after(runs, "reward_whole", 4) == -signal.SIGKILL
@@ -205,7 +204,6 @@ def test_a_killed_reward_stage_ends_with_the_same_weights_and_mean(whole, tmp_pa
     assert_same(runs, whole, "reward_whole")
 
 
-@pytest.mark.slow
 def test_a_reward_stage_that_is_killed_after_training_is_centered_and_evaluated(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "reward")
     written = recipe_runs.file_exists(runs, "reward-*/adapter_model.safetensors")
@@ -219,8 +217,8 @@ def test_a_reward_stage_that_is_killed_after_training_is_centered_and_evaluated(
     ("stage", "number"),
     [
         ("ppo", signal.SIGTERM),
-        pytest.param("ppo_whole", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("ppo", signal.SIGINT, marks=pytest.mark.slow),
+        ("ppo_whole", signal.SIGTERM),
+        ("ppo", signal.SIGINT),
     ],
 )
 def test_a_signal_saves_a_checkpoint_from_which_the_same_command_resumes(
@@ -251,8 +249,8 @@ def truncate_weights(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(remove_mark, id="no mark: killed while writing", marks=pytest.mark.slow),
-        pytest.param(truncate_weights, id="truncated weights", marks=pytest.mark.slow),
+        pytest.param(remove_mark, id="no mark: killed while writing"),
+        pytest.param(truncate_weights, id="truncated weights"),
     ],
 )
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, damage):
@@ -266,7 +264,6 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(whole, tmp_path,
     assert_same(runs, whole, "ppo")
 
 
-@pytest.mark.slow
 def test_a_run_without_a_complete_checkpoint_starts_at_the_beginning(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "ppo")
     stop_after(runs, "ppo", 4)
@@ -277,7 +274,6 @@ def test_a_run_without_a_complete_checkpoint_starts_at_the_beginning(whole, tmp_
     assert_same(runs, whole, "ppo")
 
 
-@pytest.mark.slow
 def test_the_adaptive_kl_coefficient_is_restored_from_the_checkpoint(whole, tmp_path):
     # beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon), with target 0.05, n = 8 and
     # horizon 20
@@ -302,7 +298,6 @@ def test_the_adaptive_kl_coefficient_is_restored_from_the_checkpoint(whole, tmp_
     assert resumed[state["step"]] == 9.0
 
 
-@pytest.mark.slow
 def test_a_complete_stage_has_no_checkpoints_and_no_incomplete_lines(whole, tmp_path):
     runs = runs_before(whole, tmp_path, "ppo")
     stop_after(runs, "ppo", 4)

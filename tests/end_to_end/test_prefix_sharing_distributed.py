@@ -141,7 +141,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcom
 @pytest.mark.parametrize(
     "how",
     [
-        "DDP",
+        pytest.param("DDP", marks=pytest.mark.slow),
         pytest.param("ZeRO-2", marks=DEEPSPEED),
         pytest.param("ZeRO-3", marks=DEEPSPEED),
         pytest.param("FSDP2", marks=pytest.mark.slow),

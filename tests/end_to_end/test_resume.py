@@ -14,6 +14,8 @@ from helpers import recipe_runs
 
 from align.runtime import artifacts, checkpoints
 
+pytestmark = pytest.mark.slow  # the default tier has the signals of control
+
 RECIPE = """\
 stages:
   prepare: {source: embedded, max_rows: 120}
@@ -133,7 +135,6 @@ def test_killed_in_two_stages_a_chain_ends_in_the_same_weights(uninterrupted, tm
         assert_as_if_uninterrupted(runs, uninterrupted, stage)
 
 
-@pytest.mark.slow  # without LoRA: test_chaos.py
 @pytest.mark.parametrize(("stage", "kills"), [("sft_lora", 2), ("dpo_lora", 2)])
 def test_killed_at_random_moments_a_stage_ends_in_the_same_weights(
     uninterrupted, tmp_path, stage, kills
@@ -146,7 +147,6 @@ def test_killed_at_random_moments_a_stage_ends_in_the_same_weights(
     assert_as_if_uninterrupted(runs, uninterrupted, stage)
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_no_step_is_trained_twice(uninterrupted, tmp_path):
     runs = runs_before("sft", uninterrupted, tmp_path)
     marked = recipe_runs.file_exists(runs, "sft-*/checkpoint-6/complete.json")
@@ -170,7 +170,6 @@ def test_a_damaged_checkpoint_is_skipped_and_no_step_is_trained_twice(uninterrup
     assert artifact.metrics["steps"] == LAST_STEP
 
 
-@pytest.mark.slow  # the default tier has the signals of PPO and control
 def test_a_signal_saves_a_checkpoint_from_which_the_same_command_resumes(uninterrupted, tmp_path):
     runs = runs_before("dpo", uninterrupted, tmp_path)
     # KTO's 16th step is in its second epoch, whose order of rows differs from the first.
