@@ -40,7 +40,7 @@ class FinishedStages:
 
     runs: Path
     of_run: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
-    """Kind and folder of the stages of the run that is named first."""
+    """Kind and folder of the stages of the run that is named first, then of the lineage."""
     problems: list[str] = field(default_factory=list)
 
     def prefer_lineage(self, sources: Sequence[str]) -> None:
@@ -211,7 +211,9 @@ def _lineage(source: str) -> Iterator[tuple[artifacts.Artifact, Path]]:
         yield artifact, folder
         for entry in artifact.inputs.values():
             target = Path(entry["folder"])
-            pending.append(target if target.is_dir() else folder.parent / target.name)
+            target = target if target.is_dir() else folder.parent / target.name
+            if target not in pending:  # of rounds that name each other's stages, each one once
+                pending.append(target)
 
 
 def _short(source: str) -> str:

@@ -58,7 +58,7 @@ def win_rate_p_value(outcomes: Float[Tensor, "prompts *rest"]) -> Float[Tensor, 
     confidence ``1 - level`` excludes one half: below 0.05 where the 95 % interval does. Where all
     prompts are won, it is that of the sign test. Of :func:`paired_permutation_p_value`, which
     assumes a symmetric distribution, 13 % are below 0.05 at 20 prompts with one loss of all
-    completions for five narrow wins; of these none. It is at least 1e-12.
+    completions for five narrow wins; of these fewer than 1 %. It is at least 1e-12.
 
     Source: Casella and Berger 2002, Statistical Inference, section 9.2.1 (a test by inverting an
     interval).

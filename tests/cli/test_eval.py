@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers import ppo_fixtures, tiny_models
@@ -80,6 +81,22 @@ def test_a_baseline_of_the_lineage_comes_before_a_newer_stage_of_its_name(runs):
     assert os.path.samefile(stage.baseline, runs / f"sft-{'0' * 12}")
     _, alone = settings(runs, "sft", baseline="lora")
     assert os.path.samefile(alone.policies[0], newer)
+
+
+def test_the_lineage_has_each_stage_once(tmp_path, monkeypatch):
+    """Twenty rounds, each with two inputs from the one before: 2**20 ways lead to the first."""
+    for n in range(20):
+        (tmp_path / str(n)).mkdir()
+
+    def read_artifact(folder):
+        before = {"folder": str(tmp_path / str(int(folder.name) - 1))}
+        inputs = {} if folder.name == "0" else {"model": before, "pairs": before}
+        return SimpleNamespace(name=folder.name, stage="dpo", inputs=inputs)
+
+    monkeypatch.setattr(artifacts, "read_artifact", read_artifact)
+    stages = FinishedStages(tmp_path)
+    stages.prefer_lineage([str(tmp_path / "19")])
+    assert list(stages.of_run) == [str(n) for n in range(20)]
 
 
 def test_folders_are_taken_as_they_are(runs):
