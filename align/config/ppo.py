@@ -18,7 +18,7 @@ from align.config.base import (
     Workload,
     duplicates,
 )
-from align.config.training import BYTES_PER_PARAMETER, TRAINING_COPIES, TrainingStage
+from align.config.training_base import BYTES_PER_PARAMETER, TRAINING_COPIES, TrainingStage
 
 NF4_BYTES = 0.55  # per parameter, including the scales
 CRITIC_KEYS = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate")

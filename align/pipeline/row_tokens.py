@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from align.config.base import NewModel
-from align.config.training import KTO, TRLStage
+from align.config.training import KTO
+from align.config.training_base import TRLStage
 from align.models import files, gguf_files, tokenizer_files
 from align.models.conversations import Conversations
 from align.pipeline.plan import PlannedStage

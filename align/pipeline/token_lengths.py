@@ -13,7 +13,7 @@ from typing import cast
 
 from align.config.data import Prepare
 from align.config.recipe import ErrorCollector
-from align.config.training import PolicyStage, TRLStage
+from align.config.training_base import PolicyStage, TRLStage
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
 from align.errors import UserError

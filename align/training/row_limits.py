@@ -10,7 +10,8 @@ import logging
 import math
 from typing import Any
 
-from align.config.training import Reward, TRLStage
+from align.config.training import Reward
+from align.config.training_base import TRLStage
 from align.errors import DataError, UserError
 
 LOGGER = logging.getLogger("align.training")

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from align.config.training import PolicyStage
+from align.config.training_base import PolicyStage
 from align.errors import UserError
 from align.models.conversations import MISSING_END_REPAIR
 from align.models.logps import small_vocabulary_tiles

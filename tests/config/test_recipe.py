@@ -21,7 +21,8 @@ from align.config import json_schema, trl_fields
 from align.config.base import Lora, NewModel
 from align.config.recipe import Recipe, load_recipe
 from align.config.stages import STAGES, stage_kind
-from align.config.training import DPO, SFT, TRLStage
+from align.config.training import DPO, SFT
+from align.config.training_base import TRLStage
 from align.config.yaml_loader import read_yaml
 from align.errors import UserError, did_you_mean, mismatch, nearest
 

@@ -13,7 +13,8 @@ import pytest
 from helpers import ppo_fixtures, tiny_models
 
 from align.config.data import Prepare
-from align.config.training import DPO, KTO, SFT, Reward, TRLStage
+from align.config.training import DPO, KTO, SFT, Reward
+from align.config.training_base import TRLStage
 from align.errors import UserError
 from align.models import tokenizer_files
 from align.pipeline import row_tokens

@@ -20,7 +20,8 @@ from helpers import tiny_models
 
 from align.config import trl_fields
 from align.config.data import Prepare
-from align.config.training import DPO, KTO, SFT, Reward, TRLStage
+from align.config.training import DPO, KTO, SFT, Reward
+from align.config.training_base import TRLStage
 from align.errors import UserError
 from align.models.tokenization import CHATML
 from align.stages import dpo, kto, prepare, reward, sft
