@@ -84,7 +84,10 @@ def _convert(file: Path, folder: Path) -> None:
         stage=gguf_files.KIND,
         name=file.stem,
         digest=digest,
-        recipe={"file": file.name},
+        recipe={
+            "file": file.name,
+            "license": gguf_files.read_header(file).metadata.get("general.license"),
+        },
         inputs={},
         metrics={"parameters": model.num_parameters()},
         versions=artifacts.versions(),

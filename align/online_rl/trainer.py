@@ -24,6 +24,7 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.functional.policy_gradient import adaptive_kl_coef
 from align.models import logps
+from align.models.tokenizer_files import GENERATION_CONFIG
 from align.online_rl import checkpoint, plots, samples
 from align.online_rl.build import build_models
 from align.online_rl.experience import compute_experience, evaluators, make_rollout
@@ -263,6 +264,8 @@ class PPOTrainer:
             adapters: dict[str, Any] = {"selected_adapters": [POLICY]} if self.config.lora else {}
             models.savable.save_pretrained(str(self.output_dir), **adapters)
             models.tokenizer.save_pretrained(str(self.output_dir))
+            if self.config.lora:  # peft does not write the end tokens
+                self.generation_config.to_json_file(self.output_dir / GENERATION_CONFIG)
             (self.output_dir / "README.md").unlink(missing_ok=True)  # peft's template
             artifacts.make_readable(self.output_dir)
             plots.draw(self.output_dir)

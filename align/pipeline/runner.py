@@ -22,6 +22,7 @@ from align.errors import ArtifactError, UserError
 from align.models import gguf_conversion
 from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
+from align.pipeline.model_card import write_model_card
 from align.pipeline.plan import PlannedStage, plan_stages
 from align.pipeline.table_checks import check_tables
 from align.runtime import artifacts, checkpoints, distributed, exit_codes, signals
@@ -240,6 +241,8 @@ def _execute(stage: PlannedStage, recipe: Recipe, display: Display) -> artifacts
     )
     distributed.barrier()
     if distributed.is_main():
+        if stage.config.trains_model:
+            write_model_card(stage.folder, artifact)
         artifacts.write_artifact(stage.folder, artifact)
     return distributed.broadcast_from_main(artifact)
 

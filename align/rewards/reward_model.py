@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from align.models.tokenization import Message
 
 FILE, MEAN = "reward.json", "score_mean"
+LABEL = "reward"
+"""Name of the only label, as the pipelines of transformers print it."""
 HEAD = "score"
 """Attribute of the head in the sequence classifiers of transformers."""
 
@@ -185,7 +187,7 @@ def new_reward_model(
     else:
         policy, adapter = load_for_training(source, lora=lora, dtype=dtype, revision=revision)
     config = copy.deepcopy(policy.config)
-    config.num_labels = 1
+    config.num_labels, config.id2label, config.label2id = 1, {0: LABEL}, {LABEL: 0}
     classifier = AutoModelForSequenceClassification.from_config(
         config, dtype=policy.dtype, trust_remote_code=False
     )

@@ -26,6 +26,7 @@ from align.errors import UserError
 from align.models.conversations import MISSING_END_REPAIR
 from align.models.logps import small_vocabulary_tiles
 from align.models.tokenization import rows_for_trl
+from align.models.tokenizer_files import GENERATION_CONFIG
 from align.runtime import checkpoints, distributed, signals
 from align.runtime.artifacts import make_readable
 from align.runtime.exit_codes import describe_failed_write
@@ -35,6 +36,9 @@ from align.training.optimizer_check import check_optimizer
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
+TRAINING_ARGUMENTS = "training_args.bin"
+"""The pickle that transformers writes beside a model; ``artifact.json`` has the settings."""
+CARD = "README.md"
 HEADLINE = ("loss", "mean_token_accuracy", "rewards/accuracies", "steps")
 
 
@@ -134,7 +138,7 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
         UserError: A loss, a gradient or a weight is not finite; nothing is saved.
     """
     trainer.remove_callback(PrinterCallback)
-    # TRL's model card does not name the data or the initial model; artifact.json does.
+    # TRL's model card does not name the data or the initial model; that of the runner does.
     trainer.create_model_card = lambda *_, **__: None
     callback = _ProgressCallback(logger)
     checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
@@ -154,8 +158,22 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
         model.delete_adapter("ref")  # TRL's frozen copy of the input adapter
     trainer.save_model(str(output_dir))
     if distributed.is_main():
-        make_readable(output_dir)
+        _complete_model_folder(model, output_dir)
     return _last_metrics(trainer)
+
+
+def _complete_model_folder(model: Any, folder: Path) -> None:
+    """Add and remove what distinguishes the folder of a model from a checkpoint of TRL.
+
+    An adapter needs the end tokens of its chat template, which its base may not list. The pickle of
+    TRL's arguments and the empty card of peft are removed; the runner writes the model card.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is not None and getattr(model, "peft_config", None):
+        config.to_json_file(folder / GENERATION_CONFIG)
+    for name in (TRAINING_ARGUMENTS, CARD):
+        (folder / name).unlink(missing_ok=True)
+    make_readable(folder)
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -215,9 +233,11 @@ class _ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         distributed.barrier()  # every rank has written its part
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            (folder / CARD).unlink(missing_ok=True)  # peft's template
         # A checkpoint of the very last step is never resumed: transformers would train one more
         # step.
         if state.is_world_process_zero and state.global_step < state.max_steps:
-            folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             checkpoints.mark_complete(folder, world_size=distributed.world_size())
         distributed.barrier()  # no rank ends the run before the mark is written

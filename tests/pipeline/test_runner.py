@@ -466,7 +466,7 @@ def test_a_broken_artifact_is_reported_with_a_repair_that_works(here):
 
 FINISHED_FILES = (
     "prepare/artifact.json", "prepare/pairs-train.parquet", "prepare/README.md",
-    "sft/artifact.json", "sft/model.safetensors", "dpo/model.safetensors",
+    "sft/artifact.json", "sft/README.md", "sft/model.safetensors", "dpo/model.safetensors",
 )  # fmt: skip
 
 
@@ -475,7 +475,7 @@ def test_a_damaged_file_of_a_finished_stage_is_an_error_with_a_repair_that_works
     run()
     stages = plan()
     assert {path.name for path in stages["sft"].folder.iterdir()} == {
-        "artifact.json", "model.safetensors"
+        "README.md", "artifact.json", "model.safetensors"
     }  # fmt: skip
     for damaged in FINISHED_FILES:
         name, _, file_name = damaged.partition("/")

@@ -1,0 +1,282 @@
+"""Model card: the README.md of a model folder, from the record of its stage and of its ancestors.
+
+Its layout is the template ``model_card.md.jinja``. The card depends on the records alone, without
+dates and durations, so the same run writes the same card. Left out: results of ``evaluate``, which
+are written after the card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config import catalog
+from align.config.methods import method
+from align.config.stages import STAGES
+from align.models import gguf_files
+from align.models.files import ADAPTER_CONFIG
+from align.pipeline.lineage import Origin, lineage
+from align.runtime.artifacts import Artifact
+
+FILE = "README.md"
+METRICS = {
+    "loss": "training loss",
+    "mean_token_accuracy": "training: share of tokens that are the most likely one",
+    "rewards/accuracies": "training: share of pairs ordered correctly",
+    "rewards/margins": "training: margin of the implicit rewards, chosen minus rejected",
+    "eval_loss": "held out: loss",
+    "eval_rewards/accuracies": "held out: share of pairs ordered correctly",
+    "held_out.accuracy": "held out: share of pairs ordered correctly",
+    "held_out.accuracy_upper_bound": "the best possible share on these noisy labels",
+    "held_out.expected_calibration_error": "held out: expected calibration error",
+    "center.score_mean": "mean output on demonstrations, which Align subtracts from every score",
+    "ppo.score": "training: mean score",
+    "ppo.kl": "training: KL to the reference, nats per completion",
+    "ppo.tokens": "training: tokens per completion",
+    "ppo.missing_eos": "training: share of completions without an end",
+    "ppo.eval_score": "held out: mean score",
+    "ppo.eval_kl": "held out: KL to the reference, nats per completion",
+    "ppo.eval_missing_eos": "held out: share of completions without an end",
+}
+"""Metrics of the card by their address in ``artifact.json``, in order.
+
+An interval is the value ``ci`` beside a metric.
+"""
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def write_model_card(folder: Path, artifact: Artifact) -> None:
+    """Write the card of a stage that has trained a model into its folder."""
+    (folder / FILE).write_text(model_card(folder, artifact), encoding="utf-8")
+
+
+def model_card(folder: Path, artifact: Artifact) -> str:
+    """The card of the model in a folder; its header is the metadata that the Hub reads."""
+    import jinja2
+    import yaml
+
+    origins = lineage(folder, artifact)
+    base = _base(origins, artifact.digest)
+    adapter = _adapter_config(folder)
+    datasets = list(_data_sources(origins))
+    license = _license(base)
+    writes_policy = STAGES[artifact.stage].writes_policy
+    header = {
+        **license,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation" if writes_policy else "text-classification",
+        "base_model": _hub_base(base, adapter),
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "datasets": [each.name for each in datasets if each.is_on_hub],
+        "tags": ["align", artifact.stage, *(["lora"] if adapter else [])],
+    }
+    if not header["base_model"]:
+        del header["base_model_relation"]
+    environment = jinja2.Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|")
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        header=yaml.safe_dump(
+            {key: value for key, value in header.items() if value},
+            sort_keys=False,
+            allow_unicode=True,
+        ),
+        artifact=artifact,
+        writes_policy=writes_policy,
+        adapter=adapter,
+        adapter_base=_adapter_base(adapter),
+        base=_described(base),
+        has_base=base is not None,
+        license=license.get("license", "unknown"),
+        methods=method(artifact.stage, artifact.recipe),
+        rows=list(_lineage_rows(origins)),
+        datasets=datasets,
+        settings=dict(_settings(artifact)),
+        metrics=list(_metrics(artifact.metrics)),
+    )
+
+
+def _base(origins: Mapping[str, Origin], digest: str) -> Origin | None:
+    """The model at the root of the lineage, which no stage has trained; None for a new model."""
+    origin = origins[digest]
+    if origin.artifact is None or origin.artifact.stage == gguf_files.KIND:
+        return origin
+    model = origin.inputs.get("model", "")
+    return _base(origins, model) if model in origins else None
+
+
+def _described(base: Origin | None) -> str:
+    """The base model in words."""
+    if base is None:
+        return "none: the weights were initialized at random"
+    if base.hub_id:
+        return f"[{base.hub_id}](https://huggingface.co/{base.hub_id})"
+    if base.artifact is not None:
+        file = base.artifact.recipe.get("file", base.name)
+        return f"the GGUF file `{file}`"
+    return f"`{base.name}`, a local folder"
+
+
+def _hub_base(base: Origin | None, adapter: Mapping[str, Any] | None) -> str:
+    """The Hub id that ``base_model`` may name: of an adapter, only what it is loaded on."""
+    if adapter is None:
+        return base.hub_id if base is not None else ""
+    name = str(adapter.get("base_model_name_or_path"))
+    return name if base is not None and name == base.hub_id else ""
+
+
+def _license(base: Origin | None) -> dict[str, str]:
+    """The license of the base model as the Hub writes it, if it is known on this machine.
+
+    It is read from the record of a GGUF file, or from the model's own card.
+    """
+    if base is None:
+        return {}
+    if base.artifact is not None:
+        license = str(base.artifact.recipe.get("license") or "")
+        return {"license": license} if license else {}
+    file = _cached_card(base)
+    if file is None or not file.is_file():
+        return {}
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}  # a card without valid metadata states no license
+    values = {key: getattr(data, key, None) for key in _LICENSE_KEYS}
+    return {key: value for key, value in values.items() if value and isinstance(value, str)}
+
+
+def _cached_card(base: Origin) -> Path | None:
+    """The card of a base model: in its folder, or in the cache of the Hub."""
+    if base.folder is not None:
+        return base.folder / FILE
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = base.digest.rpartition("@")[2]
+    file = try_to_load_from_cache(base.hub_id, FILE, revision=revision) if base.hub_id else None
+    return Path(file) if isinstance(file, str) else None
+
+
+def _adapter_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of an adapter; None for a folder with full weights."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
+def _adapter_base(adapter: Mapping[str, Any] | None) -> str:
+    """The folder's name of the base that an adapter names; empty for a base on the Hub."""
+    base = Path(str((adapter or {}).get("base_model_name_or_path", "")))
+    return base.name if base.is_absolute() else ""
+
+
+def _lineage_rows(origins: Mapping[str, Origin]) -> Iterator[tuple[str, str, str, str]]:
+    """Name, kind, digest and inputs of each origin."""
+    for digest, origin in origins.items():
+        kind = "model" if origin.hub_id or origin.folder else "removed"
+        kind = kind if origin.artifact is None else origin.artifact.stage
+        inputs = ", ".join(
+            f"{key}: {origins[each].name}" for key, each in origin.inputs.items() if each in origins
+        )
+        shown = digest if origin.hub_id else digest[:16]
+        yield origin.name, kind, shown.removeprefix("hub:"), inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A source of prepared data, and the SHA-256 of its files by name; a Hub id has none."""
+
+    name: str
+    license: str
+    files: Mapping[str, str]
+    is_on_hub: bool
+
+
+def _data_sources(origins: Mapping[str, Origin]) -> Iterator[_Source]:
+    """The sources of all prepared data in the lineage, each once."""
+    seen: set[str] = set()
+    for origin in origins.values():
+        artifact = origin.artifact
+        if artifact is None or not getattr(STAGES.get(artifact.stage), "prepares_data", False):
+            continue
+        recipe = artifact.recipe
+        sources = [recipe.get("source"), recipe.get("demonstrations")]
+        sources += [entry.get("source") for entry in recipe.get("mixture", ())]
+        for source in dict.fromkeys(map(str, filter(None, sources))):
+            prefix = f"data/{source}/" if source == "embedded" else source
+            files = {
+                Path(file).name: digest
+                for file, digest in artifact.metrics.get("files", {}).items()
+                if file.startswith(prefix)
+            }
+            is_file = bool(files) or Path(source).exists()
+            is_on_hub = _HUB_ID.fullmatch(source) is not None and not is_file
+            if source not in seen:
+                seen.add(source)
+                license = catalog.license_of(source)[1]
+                yield _Source(_without_folders(source), license, files, is_on_hub)
+
+
+def _settings(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """The settings that differ from their defaults, without inputs; nested keys with dots."""
+    stage = STAGES[artifact.stage]
+    for key, value in artifact.recipe.items():
+        field = stage.model_fields.get(key)
+        if field is None or key in ("stage", "seed"):
+            continue
+        if key in stage.inputs:  # what names an input is in the lineage, others are settings
+            named = {name.partition(".")[2] for name in artifact.inputs if "." in name}
+            items = enumerate(value) if isinstance(value, list) else ()
+            value = [item for i, item in items if str(i) not in named] or (
+                value if isinstance(value, dict) else None
+            )
+            if not value:
+                continue
+        elif value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, dict):
+            for name, each in value.items():
+                yield f"{key}.{name}", _shown(each)
+        else:
+            yield key, _shown(value)
+
+
+def _shown(value: Any) -> str:
+    text = _without_folders(value) if isinstance(value, str) else value
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _without_folders(text: str) -> str:
+    """The name of a file with an absolute path; another text as it is."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, value and interval of the metrics that the card shows."""
+    for address, name in METRICS.items():
+        group, _, key = address.rpartition(".")
+        values = metrics.get(group) if group else metrics
+        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(value, int | float):
+            continue
+        interval = ""
+        if key == "accuracy" and isinstance(values, dict) and "ci" in values:
+            low, high = values["ci"]
+            interval = f"{low:.4g} to {high:.4g}"
+        yield name, f"{value:.4g}", interval

@@ -1,0 +1,196 @@
+"""Model cards from records of stages, without any model; the folders are loaded in a slow test.
+
+:mod:`end_to_end.test_model_folders` runs the code of the cards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from align.config import trl_fields
+from align.config.methods import method
+from align.config.stages import STAGES
+from align.pipeline.model_card import METRICS, model_card
+from align.runtime import artifacts
+from align.runtime.artifacts import Artifact
+
+DIGESTS = {name: name.encode().hex().ljust(64, "0") for name in ("prepare", "sft", "dpo", "reward")}
+VERSIONS = {"python": "3.12.1", "align": "0.2.0"}
+
+
+def record(folder: Path, kind: str, inputs: dict[str, tuple[str, str]], **fields: Any) -> Artifact:
+    """Write the artifact of a stage into ``folder``; an input is a folder or Hub id and a digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = STAGES[kind].model_validate(fields.pop("recipe")).model_dump(exclude={"stage"})
+    artifact = Artifact(
+        stage=kind,
+        name=kind,
+        digest=DIGESTS[kind],
+        recipe=recipe,
+        inputs={
+            key: {"folder": target, "digest": digest} for key, (target, digest) in inputs.items()
+        },
+        **{"metrics": {}, "versions": VERSIONS, "commit": None, "seed": 0, "world_size": 1}
+        | {"seconds": 1.0, "peak_memory_bytes": 1}
+        | fields,
+    )
+    artifacts.write_artifact(folder, artifact)
+    return artifact
+
+
+def prepared(runs: Path, source: str = "hh-rlhf", files: dict[str, str] | None = None) -> str:
+    """The folder of prepared data."""
+    folder = runs / "prepare-1"
+    record(folder, "prepare", {}, recipe={"source": source}, metrics={"files": files or {}})
+    return str(folder)
+
+
+def adapter(folder: Path, base: str) -> Path:
+    """A folder with the config of an adapter."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return folder
+
+
+def dpo(runs: Path, base: str, base_digest: str, **fields: Any) -> tuple[Path, Artifact]:
+    """A DPO adapter on an SFT adapter on ``base``."""
+    data = prepared(runs)
+    sft = adapter(runs / "sft-1", base)
+    recipe = {"model": "m", "lora": {"r": 8}}
+    record(sft, "sft", {"model": (base, base_digest), "demonstrations": (data, DIGESTS["prepare"])},
+           recipe=recipe)  # fmt: skip
+    folder = adapter(runs / "dpo-1", base)
+    inputs = {"model": (str(sft), DIGESTS["sft"]), "pairs": (data, DIGESTS["prepare"])}
+    recipe |= {"beta": 0.2, "trainer": {"loss_type": ["ipo", "sft"]}}
+    return folder, record(folder, "dpo", inputs, recipe=recipe, **fields)
+
+
+def header(card: str) -> dict[str, Any]:
+    """The metadata as the library of the Hub reads them."""
+    return ModelCard(card).data.to_dict()
+
+
+def test_the_card_of_an_adapter_on_a_model_of_the_hub(tmp_path):
+    folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc", metrics={"loss": 0.25})
+    card = model_card(folder, artifact)
+    assert header(card) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "base_model": "some/base",
+        "base_model_relation": "adapter",
+        "datasets": ["Anthropic/hh-rlhf"],
+        "tags": ["align", "dpo", "lora"],
+    }
+    assert "arXiv:2310.12036" in card and "arXiv:2106.09685" in card  # IPO and LoRA
+    assert "| training loss | 0.25 |" in card
+    assert "| base | model | `some/base@abc` |" not in card
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    lineage = [row for row in rows if "`" in row and "made from" not in row]
+    assert "| some/base | model | `some/base@abc` |  |" in lineage
+    order = [row.split(" | ")[0] for row in lineage if row.count("|") == 5]
+    assert order == ["| some/base", "| prepare", "| sft", "| dpo"]
+    assert f"| dpo | dpo | `{DIGESTS['dpo'][:16]}` | model: sft, pairs: prepare |" in lineage
+    assert "| beta | `0.2` |" in rows and '| trainer.loss_type | `["ipo", "sft"]` |' in rows
+    assert "MIT, Anthropic's HH-RLHF" in card
+    assert str(tmp_path) not in card and "machine of the training" not in card
+
+
+def test_a_local_base_is_no_base_model_of_the_hub_and_gives_its_license(tmp_path):
+    base = tmp_path / "models" / "tiny"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
+    folder, artifact = dpo(tmp_path / "runs", str(base), "5" * 64)
+    card = model_card(folder, artifact)
+    assert header(card)["license"] == "mit" and "base_model" not in header(card)
+    assert "base_model_relation" not in header(card)
+    assert "`tiny`, a local folder" in card and "| license of the base model | mit |" in card
+    assert "by its path on the machine of the training, the folder\n`tiny`" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    "text", ["", "---\nlicense: [\n---\n", "---\n- 1\n---\n", "---\nlicense: 3\n---\n"]
+)
+def test_a_base_whose_card_states_no_license_has_an_unknown_one(tmp_path, text):
+    base = tmp_path / "tiny"
+    base.mkdir()
+    (base / "README.md").write_text(text)
+    card = model_card(*dpo(tmp_path / "runs", str(base), "5" * 64))
+    assert "license" not in header(card) and "| license of the base model | unknown |" in card
+
+
+def test_the_card_of_a_new_reward_model(tmp_path):
+    file = tmp_path / "my" / "pairs.jsonl"
+    file.parent.mkdir()
+    file.write_text("")
+    data = prepared(tmp_path, str(file), {file.as_posix(): "c" * 64})
+    sft = tmp_path / "sft-1"
+    record(sft, "sft", {"demonstrations": (data, DIGESTS["prepare"])}, recipe={"model": {}})
+    metrics = {
+        "loss": 0.5,
+        "center": {"score_mean": 1.25},
+        "held_out": {"accuracy": 0.75, "ci": [0.625, 0.875], "pairs": 8},
+    }
+    folder = tmp_path / "reward-1"
+    inputs = {"model": (str(sft), DIGESTS["sft"]), "pairs": (data, DIGESTS["prepare"])}
+    recipe = {"model": "sft", "margin_coef": 1.0}
+    artifact = record(folder, "reward", inputs, recipe=recipe, metrics=metrics)
+    card = model_card(folder, artifact)
+    assert header(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["align", "reward"],
+    }
+    assert f"| {METRICS['held_out.accuracy']} | 0.75 | 0.625 to 0.875 |" in card
+    assert "initialized at random" in card and "license of the base model" not in card
+    assert f"| pairs.jsonl | unknown; see the source | pairs.jsonl `{'c' * 16}` |" in card
+    assert "AutoModelForSequenceClassification" in card and "align export" not in card
+    assert str(tmp_path) not in card
+
+
+def test_a_card_has_no_dates_durations_or_places(tmp_path):
+    cards = set()
+    for seconds, runs in ((1.0, "a"), (2.0, "b")):
+        metrics = {"loss": 0.25, "reference": {"seconds": seconds}}
+        folder, artifact = dpo(tmp_path / runs, "some/base", "hub:some/base@abc", metrics=metrics,
+                               seconds=seconds, peak_memory_bytes=int(seconds))  # fmt: skip
+        cards.add(model_card(folder, artifact))
+    assert len(cards) == 1
+
+
+def test_a_moved_folder_of_runs_keeps_its_lineage_and_a_removed_one_its_names(tmp_path):
+    folder, artifact = dpo(tmp_path / "runs", "some/base", "hub:some/base@abc")
+    card = model_card(folder, artifact)
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")
+    assert model_card(moved / folder.name, artifact) == card
+    (moved / "sft-1").rename(tmp_path / "elsewhere")
+    card = model_card(moved / folder.name, artifact)
+    assert f"| sft-1 | removed | `{DIGESTS['sft'][:16]}` |  |" in card
+    assert header(card)["tags"] == ["align", "dpo", "lora"]
+
+
+def test_texts_with_the_marks_of_tables_and_yaml_stay_in_their_place(tmp_path):
+    folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc")
+    odd = dataclasses.replace(artifact, recipe=artifact.recipe | {"trainer": {"run_name": "a|b"}})
+    assert '| trainer.run_name | `"a\\|b"` |' in model_card(folder, odd)
+
+
+def test_every_loss_of_trl_has_a_method_and_every_trained_model_too():
+    classes = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}
+    for kind, name in classes.items():
+        for loss in trl_fields.trl_fields(name)["loss_type"].choices or ():
+            (text,) = method(kind, {"trainer": {"loss_type": loss}})
+            assert "of TRL" not in text, (kind, loss)
+    trained = {kind for kind, stage in STAGES.items() if stage.trains_model}
+    settings = {"advantages": "gae", "kl_coef": 0.1, "trainer": {}}
+    assert all(method(kind, settings) for kind in trained)
+    assert len(method("ppo", {"advantages": "rloo", "kl_coef": 0, "lora": {"r": 4}})) == 2
+    assert method("ppo", {"advantages": "rloo", "lora": {}, "quantization": "nf4"})[1:] == [
+        "a base in 4 bits, QLoRA (Dettmers et al. 2023, arXiv:2305.14314)"
+    ]
