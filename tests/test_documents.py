@@ -56,8 +56,15 @@ def anchors(document: Path) -> set[str]:
 
 
 def commands(document: Path) -> Iterator[list[str]]:
-    """The words of the commands in `bash` blocks, without comments and assignments."""
-    for block in blocks(document, "bash"):
+    """The words of the commands in `bash` blocks, without comments and assignments.
+
+    In a recipe, the commands of the header.
+    """
+    found = blocks(document, "bash")
+    if document.suffix == ".yaml":
+        lines = document.read_text(encoding="utf-8").splitlines()
+        found = [line.removeprefix("#   ") for line in lines if line.startswith("#   accelerate")]
+    for block in found:
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
@@ -160,7 +167,9 @@ def test_commands_have_the_options_that_are_written(document):
         assert written <= known, words
 
 
-@each_document
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, *RECIPES], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_recipes_and_overrides_in_commands_are_valid(document, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in commands(document):
@@ -171,7 +180,12 @@ def test_recipes_and_overrides_in_commands_are_valid(document, monkeypatch):
             continue
         values = [re.sub(r"\b(SEED)\b", "0", word) for word in words]
         overrides = [word for word in values if re.match(r"[a-z_0-9]+\.[a-z_.0-9]+=", word)]
-        assert load_recipe(recipe, overrides).stages, words
+        stages = load_recipe(recipe, overrides).stages
+        assert stages, words
+        for stage in stages.values():
+            if str(getattr(stage, "source", "")).endswith((".jsonl", ".jsonl.gz")):
+                hub_keys = {stage.config, stage.data_dir, stage.revision}  # type: ignore[attr-defined]
+                assert hub_keys == {None} and stage.data_split == "train", words  # type: ignore[attr-defined]
 
 
 @each_document
@@ -228,7 +242,7 @@ def test_every_recipe_is_loaded_and_listed():
     for path in RECIPES:
         assert load_recipe(path).stages
         assert f"`{path.relative_to(ROOT / 'recipes')}`" in listed
-    assert len(RECIPES) == 25
+    assert len(RECIPES) == 29
 
 
 def test_recipes_mentioned_in_documents_exist():

@@ -71,8 +71,8 @@ def check_hub_keys(source: MixtureSource) -> None:
     if keys:
         raise DataError(
             *(
-                f"{source.source}: `{key}` has no effect on local data; remove it, and name the file"
-                " or the folder that is read in `source`"
+                f"{source.source}: `{key}` has no effect on local data; remove it (on the command "
+                f"line: STAGE.{key}=null), and name the file or folder that is read in `source`"
                 for key in keys
             )
         )
