@@ -157,6 +157,7 @@ def data_show(
         ),
     ] = "",
     n: Annotated[int, typer.Option("-n", min=1, help="Number of rows.")] = 3,
+    train_on: Annotated[str, typer.Option(help="Of sft: all turns, or the last.")] = "all",
 ) -> None:
     """Show the tokens that a stage trains on, with the trained ones marked."""
     from align.training import token_view
@@ -165,6 +166,8 @@ def data_show(
     if stage not in token_view.SUPPORTED_STAGES:
         known = ", ".join(token_view.SUPPORTED_STAGES)
         problems.append(f"--stage {stage}: unknown; known: {known}")
+    if train_on not in ("all", "last"):
+        problems.append(f"--train-on {train_on}: unknown; known: all, last")
     if not model:
         problems.append("--model: missing; name a folder with a tokenizer, a GGUF file or a Hub id")
     if problems:
@@ -177,7 +180,7 @@ def data_show(
 
     console = _console()
     with _tokenizer(model) as folder:
-        rows = token_view.tokenized_rows(config, stage, folder, n)
+        rows = token_view.tokenized_rows(config, stage, folder, n, train_on=train_on)
     for row in rows:
         console.print(
             f"\n{row.title}: {len(row.ids)} tokens, {sum(row.trained)} trained; {row.remark}"
@@ -187,3 +190,5 @@ def data_show(
             text = token.replace("\n", "⏎\n")
             line.append(f"⟦{text}⟧" if trained else text, style="bold green" if trained else "dim")
         console.print(line)
+    if stage in ("sft", "dpo", "kto"):
+        console.print(f"\n{model}: trained tokens per row: {token_view.trained_tokens(rows)}")

@@ -7,7 +7,7 @@ TRL's configuration class, under ``trainer``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from align.config.training_base import BATCH_SIZE, PolicyStage, TRLStage
 class SFT(PolicyStage):
     """Supervised fine-tuning on demonstrations."""
 
+    code_version: ClassVar[int] = 3
     trainer_config: ClassVar[str | None] = "SFTConfig"
     inputs: ClassVar = {
         "model": Input(policies=True, models=True),
@@ -30,6 +31,10 @@ class SFT(PolicyStage):
     model to train from scratch."""
     demonstrations: str = "prepare"
     """The demonstrations to train on: an earlier ``prepare`` stage, or its folder."""
+    train_on: Literal["all", "last"] = "all"
+    """Turns of the assistant that are trained: ``all`` of a conversation, or the ``last``, before
+    which the others are context. Set ``last`` if the earlier turns are of unknown quality, as in
+    preference data."""
 
     @model_validator(mode="after")
     def _check_lora(self) -> SFT:
@@ -39,6 +44,24 @@ class SFT(PolicyStage):
                 "or name a trained `model`"
             )
         return self
+
+    @property
+    def trained_turns(self) -> Literal["all", "last"]:
+        """The turns that ``train_on`` names; where all tokens are trained, one row has them all."""
+        return "last" if self.trainer.get("completion_only_loss") is False else self.train_on
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """``train_on`` where all tokens are trained."""
+        yield from super().problems(stages)
+        if (
+            "train_on" in self.model_fields_set
+            and self.trainer.get("completion_only_loss") is False
+        ):
+            yield Problem(
+                ("train_on",),
+                "`trainer.completion_only_loss: false` trains all tokens of a row, those of prompts "
+                "too; remove one of the two keys",
+            )
 
 
 class DPO(PolicyStage):

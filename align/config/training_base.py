@@ -126,6 +126,11 @@ class TRLStage(TrainingStage):
         return {"trainer.chat_template_path": template}
 
     @property
+    def trained_turns(self) -> Literal["all", "last"]:
+        """The turns of the assistant that the stage trains in each row."""
+        return "last"
+
+    @property
     def trains_without_dropout(self) -> bool:
         """Whether TRL switches dropout off."""
         fields = trl_fields.trl_fields(str(self.trainer_config))

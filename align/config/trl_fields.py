@@ -79,6 +79,10 @@ _REWARD_ROWS = "set it in the `sft` stage; the reward model reads the rows of it
 RESERVED_IN = {
     "KTOConfig": {"dataloader_drop_last": "all batches of an epoch are full"},
     "DPOConfig": {"padding_free": "TRL ignores it; `prefix_sharing` skips padding"},
+    "SFTConfig": {
+        "assistant_only_loss": "set `train_on` on the stage",
+        "padding_free": "it requires rows without a limit; `prefix_sharing` skips padding",
+    },
     "RewardConfig": dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _REWARD_ROWS),
 }
 """Fields that are reserved in one class of TRL."""
@@ -132,7 +136,6 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ref_model_sync_steps": ("sync_ref_model", (True,)),
     "packing_strategy": ("packing", (True,)),
     "eval_packing": ("packing", (True,)),
-    "assistant_only_loss": ("completion_only_loss", (False,)),
     "eval_steps": ("eval_strategy", ("steps",)),
     "eval_delay": ("eval_strategy", ("steps", "epoch")),
     "save_steps": ("save_strategy", ("steps",)),
@@ -146,11 +149,6 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Fields that have an effect only with a value of another field; any value except the default, if
 none is listed."""
-NEEDS_REASON = {
-    "assistant_only_loss": "only the last turn of the assistant is trained; "
-    "`completion_only_loss: false` trains all of its turns",
-}
-
 
 REPORTING = frozenset((
     "report_to", "run_name", "project", "include_num_input_tokens_seen",
@@ -244,7 +242,7 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
         elif not _is_met(value_of(other), values, fields[other].default):
             choices = " or ".join(str(v).lower() if v in (True, False) else v for v in values)
             needed = f"`{other}: {choices}`" if values else f"`{other}`"
-            reason = NEEDS_REASON.get(name, f"it has an effect only with {needed}")
+            reason = f"it has an effect only with {needed}"
             yield (name,), f"{reason}; set {needed}, or remove `{name}`"
     if value_of("lr_scheduler_type") == "constant" and value_of("warmup_steps"):
         yield (

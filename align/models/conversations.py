@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from align.errors import UserError
 from align.models.chat_templates import REPAIR, ChatTemplate, Message
@@ -42,6 +42,15 @@ class TokenRow:
     """Number of the prompt's tokens."""
     ended: bool
     """Whether the template ends the completion with an end token."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRow:
+    """Token ids of a conversation, of which the turns of the assistant are trained."""
+
+    ids: list[int]
+    turns: tuple[tuple[int, int], ...]
+    """The trained tokens: of each turn the first, and the one behind its end."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,36 @@ class Conversations:
             self._row(head, whole, text)
             for head, whole, (_, text) in zip(heads, wholes, texts, strict=True)
         ]
+
+    def trained_rows(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        completions: Sequence[Sequence[Message]],
+        *,
+        train_on: Literal["all", "last"],
+        tools: Any = None,
+    ) -> list[list[TrainedRow]]:
+        """Token rows that train all turns of the assistant in each conversation, or the last one.
+
+        A turn follows the tokens that a policy reads before it writes this turn, and ends with its
+        end token. Where the row of a turn is the beginning of the next turn's prompt, one row
+        trains both. A template that rewrites earlier turns, such as one that drops their reasoning,
+        thus leads to several rows; the last one ends with the completion.
+
+        Raises:
+            UserError: The template fails, or does not write a turn.
+        """
+        contexts: list[Sequence[Message]] = []
+        answers: list[Sequence[Message]] = []
+        counts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            earlier = [k for k, turn in enumerate(prompt) if turn["role"] == "assistant"]
+            earlier = earlier if train_on == "all" else []
+            contexts += [*(prompt[:k] for k in earlier), prompt]
+            answers += [*(prompt[k : k + 1] for k in earlier), completion]
+            counts.append(len(earlier) + 1)
+        rows = iter(self.rows(contexts, answers, tools=tools))
+        return [_joined([next(rows) for _ in range(count)]) for count in counts]
 
     def _row(self, prompt: list[int], ids: list[int], text: str) -> TokenRow:
         """The row of a tokenized prompt and of prompt and completion, tokenized together."""
@@ -234,6 +273,17 @@ class Conversations:
             return []
         line_feed, ids, alone = self.encode_batch(["\n", f"\n{text}", text])
         return ids[len(line_feed) :] if ids[: len(line_feed)] == line_feed else alone
+
+
+def _joined(rows: Sequence[TokenRow]) -> list[TrainedRow]:
+    """The rows of the turns of a conversation; a row that begins the next prompt is part of it."""
+    joined: list[TrainedRow] = []
+    for row in rows:
+        turns = [(row.start, len(row.ids))]
+        if joined and joined[-1].ids == row.ids[: row.start][: len(joined[-1].ids)]:
+            turns = [*joined.pop().turns, *turns]
+        joined.append(TrainedRow(row.ids, tuple(turns)))
+    return joined
 
 
 def _answer(text: str) -> Message:

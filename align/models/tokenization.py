@@ -178,16 +178,14 @@ class RowsForTRL:
         chat_template: str | None = None,
         tools: Any = None,
         add_generation_prompt: bool = False,
-        **options: Any,
+        **_: Any,
     ) -> Any:
         """Token ids of a prompt with ``add_generation_prompt``, else of a prompt with completion.
 
         Raises:
             UserError: The template fails, or writes no end token although one is required.
         """
-        template = self._conversations(chat_template)
-        if options.get("return_assistant_tokens_mask"):
-            return self._with_assistant_mask(template, conversation, chat_template, tools, options)
+        template = self.conversations(chat_template)
         if add_generation_prompt:
             (ids,) = template.prompts([conversation], tools=tools)
         else:
@@ -195,28 +193,12 @@ class RowsForTRL:
             ids = row.ids
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
-    def _with_assistant_mask(
-        self,
-        template: Conversations,
-        conversation: Sequence[Message],
-        chat_template: str | None,
-        tools: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        """The tokens of transformers, which knows the turns of the assistant, up to the end."""
-        (row,) = template.rows([conversation[:-1]], [conversation[-1:]], tools=tools)
-        if template.contains_control_token(conversation):
-            raise UserError(
-                f"{template.template.name}: a message has a special token in its text, which "
-                "`assistant_only_loss` would read as one; remove such rows, or this key"
-            )
-        tokens = type(self.tokenizer).apply_chat_template(
-            self.tokenizer, conversation, chat_template=chat_template, tools=tools, **options
-        )
-        return {key: ids[: len(row.ids)] for key, ids in tokens.items()}
+    def conversations(self, chat_template: str | None = None) -> Conversations:
+        """The present template: TRL sets ``chat_template_path`` and ``eos_token`` by itself.
 
-    def _conversations(self, chat_template: str | None) -> Conversations:
-        """The present template: TRL sets ``chat_template_path`` and ``eos_token`` by itself."""
+        Raises:
+            UserError: The template is malformed, or writes no end token although one is required.
+        """
         tokenizer = self.tokenizer
         key = (chat_template or str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
         if key not in self._known:

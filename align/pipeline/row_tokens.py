@@ -16,7 +16,7 @@ from align.config.base import NewModel
 from align.config.training import KTO
 from align.config.training_base import TRLStage
 from align.models import files, gguf_files, tokenizer_files
-from align.models.conversations import Conversations
+from align.models.conversations import Conversations, TrainedRow
 from align.pipeline.plan import PlannedStage
 from align.runtime import hub
 from align.training import row_limits
@@ -56,6 +56,8 @@ class Counts:
 
     lengths: list[int]
     """Tokens of the longest sequence of each row of a sample."""
+    trained: list[int]
+    """Trained tokens of each row of the sample, in all of its sequences."""
     lost: int
     """Rows of which nothing can be trained on."""
     truncated: int
@@ -181,14 +183,21 @@ def count(stage: TRLStage, rows: Sequence[Sequences], model: TokenizedModel) -> 
     assert model.conversations is not None
     limit = row_limits.max_length(stage, model.positions)
     sample = range(0, len(rows), max(1, len(rows) // SAMPLE))
-    exact = dict(_tokenized(rows, sample, model.conversations))
+    tokens = dict(_tokenized(stage, rows, sample, model.conversations))
+    lengths = [_longest(tokens[i]) for i in sample]
+    trained = [row_limits.count_trained(stage, tokens[i], limit) for i in sample]
+    lost, truncated = trained.count(0), 0
     if limit is not None:
-        lengths = [exact[i][1] for i in sample]
+        truncated = sum(length > limit for length in lengths)
         near = _near_limit(rows, sample, lengths, limit, model.conversations)
-        exact |= dict(_tokenized(rows, near, model.conversations))
-    lost = sum(row_limits.loses_row(stage, *spans, limit) for spans in exact.values())
-    truncated = sum(limit is not None and length > limit for _, length in exact.values())
-    return Counts([exact[i][1] for i in sample], lost, truncated, limit)
+        for _, own in _tokenized(stage, rows, near, model.conversations):
+            lost += row_limits.count_trained(stage, own, limit) == 0
+            truncated += _longest(own) > limit
+    return Counts(lengths, trained, lost, truncated, limit)
+
+
+def _longest(rows: Sequence[TrainedRow]) -> int:
+    return max(len(row.ids) for row in rows)
 
 
 def _near_limit(
@@ -215,15 +224,21 @@ def _near_limit(
 
 
 def _tokenized(
-    rows: Sequence[Sequences], chosen: Sequence[int], conversations: Conversations
-) -> Iterator[tuple[int, tuple[int, int]]]:
-    """The tokens of the prompt and of the longest sequence of rows, by the index of the row."""
+    stage: TRLStage,
+    rows: Sequence[Sequences],
+    chosen: Sequence[int],
+    conversations: Conversations,
+) -> Iterator[tuple[int, list[TrainedRow]]]:
+    """The token rows of rows as a stage trains on them, with the index of each row."""
     for indices in _batches(chosen):
         pairs = [(rows[i].prompt, side) for i in indices for side in rows[i].completions]
-        tokenized = iter(conversations.rows([p for p, _ in pairs], [c for _, c in pairs]))
+        tokenized = iter(
+            conversations.trained_rows(
+                [p for p, _ in pairs], [c for _, c in pairs], train_on=stage.trained_turns
+            )
+        )
         for i in indices:
-            own = [next(tokenized) for _ in rows[i].completions]
-            yield i, (own[0].start, max(len(each.ids) for each in own))
+            yield i, [row for _ in rows[i].completions for row in next(tokenized)]
 
 
 def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align.config.base import Stage
 from align.config.recipe import ErrorCollector
@@ -56,8 +56,12 @@ def check_added_tokens(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
                 errors.add((stage.name, "trainer", field), message)
 
 
-def check_rows(conversations: Conversations, rows: Sequence[Sequences]) -> None:
-    """Check that the chat template accepts the roles of all rows.
+def check_rows(
+    conversations: Conversations,
+    rows: Sequence[Sequences],
+    train_on: Literal["all", "last"] = "last",
+) -> None:
+    """Check that the chat template accepts the roles of all rows, of which turns are trained.
 
     Raises:
         UserError: One line for each sequence of roles that it refuses, with the number of rows.
@@ -70,7 +74,8 @@ def check_rows(conversations: Conversations, rows: Sequence[Sequences]) -> None:
         first = group[0]
         try:
             conversations.prompts([first.prompt])
-            conversations.rows([first.prompt] * len(first.completions), first.completions)
+            prompts = [first.prompt] * len(first.completions)
+            conversations.trained_rows(prompts, first.completions, train_on=train_on)
         except UserError as error:
             lines += [f"{len(group):,} of {len(rows):,} rows: {line}" for line in error.lines]
     if lines:

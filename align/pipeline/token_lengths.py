@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import cast
 
 from align.config.data import Prepare
@@ -20,7 +21,7 @@ from align.errors import UserError
 from align.models.conversations import MISSING_END_REPAIR
 from align.pipeline import row_tokens, template_checks
 from align.pipeline.plan import PlannedStage
-from align.pipeline.row_tokens import Counts, Tables, TokenizedModel
+from align.pipeline.row_tokens import Counts, Sequences, Tables, TokenizedModel
 from align.pipeline.table_checks import PreparedTables, check_contents
 from align.training import row_limits
 
@@ -67,13 +68,14 @@ def _stage_lines(
         model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
         if model.conversations is not None:
             model.conversations.end_of_turn()  # finds the faults that depend on no row
-            template_checks.check_rows(model.conversations, rows)
+            template_checks.check_rows(model.conversations, rows, config.trained_turns)
             if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
                 model.conversations.check_end(repair=MISSING_END_REPAIR)
             if rows:
                 with at_field(errors, stage.name):
                     counts = row_tokens.count(config, rows, model)
                     yield _length_line(stage.name, counts, config, len(rows))
+                    yield from _trained_lines(stage.name, counts, config, rows, model)
                     yield from template_checks.special_token_lines(
                         stage.name, model.conversations, rows
                     )
@@ -175,3 +177,23 @@ def _length_line(name: str, counts: Counts, config: TRLStage, rows: int) -> str:
     return (
         f"{summary}; {limited} {counts.limit}: {counts.truncated:,} of {rows:,} are longer{warning}"
     )
+
+
+def _trained_lines(
+    name: str,
+    counts: Counts,
+    config: TRLStage,
+    rows: Sequence[Sequences],
+    model: TokenizedModel,
+) -> Iterator[str]:
+    """How many tokens of a row a policy trains, and of how many rows several turns."""
+    if not isinstance(config, PolicyStage) or model.conversations is None:
+        return
+    mean = sum(counts.trained) / len(counts.trained)
+    template = model.conversations.template.name
+    line = f"{name}: trained tokens per row: mean {mean:.1f}, median {median(counts.trained):g}, by the template of {template}"
+    several = sum(any(turn["role"] == "assistant" for turn in row.prompt) for row in rows)
+    if several and config.trainer.get("completion_only_loss") is not False:
+        trained = "all are" if config.trained_turns == "all" else "the last is"
+        line += f"; {several:,} of {len(rows):,} rows have several turns: {trained} trained"
+    yield line

@@ -1,6 +1,6 @@
 """SFT: train a policy on demonstrations with TRL's SFTTrainer.
 
-TRL tokenizes the rows when the trainer is built; ``align data show --stage sft`` prints the result.
+The rows are tokenized when the trainer is built; ``align data show --stage sft`` prints the result.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from align.config.base import NewModel
 from align.config.training import SFT
@@ -21,6 +21,7 @@ from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import row_limits, trl_trainer
+from align.training.demonstration_trainer import DemonstrationTrainer
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
     return StageResult(metrics, trl_trainer.headline(metrics))
 
 
-def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SFTTrainer:
+def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> DemonstrationTrainer:
     """Build the trainer."""
     data = Path(inputs["demonstrations"])
     arguments = trl_trainer.trl_arguments(
@@ -44,8 +45,11 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> SF
     model = _load(config, inputs, train_rows, output_dir)  # 2. model
     limit = row_limits.max_length(config, files.position_limit(model.policy.config))
     arguments.max_length = limit
-    with trl_trainer.construction(model.tokenizer, config):
-        trainer = SFTTrainer(  # 3. trainer
+    repair = trl_trainer.end_repair(config)
+    with trl_trainer.trl_errors_as_user_errors():
+        trainer = DemonstrationTrainer(  # 3. trainer
+            rows=tokenization.RowsForTRL(model.tokenizer, end_repair=repair),
+            train_on=config.train_on,
             model=model.policy,
             args=arguments,
             train_dataset=train_rows,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from align.config.training import Reward
 from align.config.training_base import TRLStage
 from align.errors import DataError, UserError
+from align.models.conversations import TrainedRow
 
 LOGGER = logging.getLogger("align.training")
 
@@ -34,17 +36,25 @@ def max_length(stage: TRLStage, positions: int | None) -> int | None:
     return positions
 
 
-def loses_row(stage: TRLStage, start: int, length: int, limit: int | None) -> bool:
-    """Whether truncation leaves nothing to train on of a row whose completion begins at ``start``.
+def count_trained(stage: TRLStage, rows: Sequence[TrainedRow], limit: int | None) -> int:
+    """The number of trained tokens in the token rows of one row; 0 if the row is lost.
 
-    A reward model reads the last token of a row, so its rows are left out instead of truncated.
+    A reward model reads the last token of a completion, so its rows are left out instead of
+    truncated.
     """
-    if limit is None:
-        return False
     if isinstance(stage, Reward):
-        return length > limit
-    fields = stage.trainer
-    return start >= limit and fields.get("truncation_mode", "keep_start") == "keep_start"
+        fits = limit is None or max(len(row.ids) for row in rows) <= limit
+        return len(rows) if fits else 0
+    keeps_start = stage.trainer.get("truncation_mode", "keep_start") == "keep_start"
+    trains_all = stage.trainer.get("completion_only_loss") is False
+    count = 0
+    for row in rows:
+        length = len(row.ids)
+        kept = length if limit is None else min(limit, length)
+        first, last = (0, kept) if keeps_start else (length - kept, length)
+        turns = [(0, length)] if trains_all else row.turns
+        count += sum(max(0, min(end, last) - max(start, first)) for start, end in turns)
+    return count
 
 
 def lost_rows_problem(stage: TRLStage, lost: int, rows: int, limit: int | None) -> str | None:
@@ -62,6 +72,8 @@ def lost_rows_problem(stage: TRLStage, lost: int, rows: int, limit: int | None) 
 
 def lost_rows(stage: TRLStage, lost: int, rows: int, limit: int | None) -> str:
     """The number of lost rows and the reason, in words."""
+    if limit is None:
+        return f"{lost:,} of {rows:,} rows have no token that is trained"
     longer = isinstance(stage, Reward)
     reason = "are longer than" if longer else "are lost: the prompt alone fills"
     return f"{lost:,} of {rows:,} rows {reason} `max_length` ({limit} tokens)"

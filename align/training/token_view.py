@@ -1,7 +1,7 @@
 """The tokens that a stage trains on, for ``align data show``.
 
-SFT, DPO and KTO are tokenized by TRL: its trainer is built around a tiny model that never runs, and
-its collator makes the batch. The reward stage and PPO tokenize with
+SFT, DPO and KTO are tokenized by their trainers: each is built around a tiny model that never runs,
+and its collator makes the batch. The reward stage and PPO tokenize with
 :mod:`align.models.tokenization`. Left out: packing, and fields under ``trainer`` that change the
 tokens, since only a source and a model are known here.
 """
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from align.config.data import Prepare
@@ -29,8 +30,10 @@ COLUMNS = ("prompt", "completion", "chosen", "rejected", "label")
 class TokenizedRow:
     """A sequence of token ids, or a row that the stage leaves out."""
 
-    title: str
-    """Number of the row, and which of its completions this is."""
+    row: int
+    """Index of the row."""
+    side: str
+    """Which of its sequences this is; empty if the row is left out."""
     ids: list[int]
     tokens: list[str]
     """Text of each token."""
@@ -38,6 +41,22 @@ class TokenizedRow:
     """Whether the loss includes the token."""
     remark: str
     """Whether an end token is trained, or the reason for which the row is left out."""
+
+    @property
+    def title(self) -> str:
+        """The number of the row, and which of its sequences this is."""
+        return f"row {self.row + 1}{f', {self.side}' if self.side else ''}"
+
+
+def trained_tokens(rows: Sequence[TokenizedRow]) -> str:
+    """How many tokens of a row are trained, in words."""
+    counts: dict[int, int] = {}
+    for row in rows:
+        counts[row.row] = counts.get(row.row, 0) + sum(row.trained)
+    values = list(counts.values())
+    line = f"mean {sum(values) / len(values):.1f}, median {median(values):g}"
+    none = values.count(0)
+    return f"{line}; {none} of {len(values)} rows: none" if none else line
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +66,16 @@ class _Batch:
     tensors: Mapping[str, Any] | None
     """None if TRL leaves out all rows."""
     row_indices: list[int]
-    """Indices of the rows that are not left out."""
+    """Index of the row of each sequence."""
     max_length: int | None
 
 
-def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[TokenizedRow]:
+def tokenized_rows(
+    config: Prepare, stage: str, model: str, n: int, *, train_on: str = "all"
+) -> list[TokenizedRow]:
     """Tokenize the first ``n`` training rows of a source as ``stage`` does.
+
+    ``train_on`` are the turns that ``sft`` trains.
 
     Raises:
         UserError: The source has no such rows, or the tokenizer has no chat template.
@@ -71,7 +94,7 @@ def tokenized_rows(config: Prepare, stage: str, model: str, n: int) -> list[Toke
         trl_trainer.trl_errors_as_user_errors(),
         tokenization.rows_for_trl(tokenizer, end_repair=None),
     ):
-        batch = _collate(rows, stage, tokenizer)
+        batch = _collate(rows, stage, tokenizer, train_on)
     return _trl_rows(rows, stage, batch, tokenizer)
 
 
@@ -97,19 +120,21 @@ def _training_rows(config: Prepare, kind: str, n: int) -> list[Row]:
     return rows[:n]
 
 
-def _collate(rows: Sequence[Row], stage: str, tokenizer: Any) -> _Batch:
+def _collate(rows: Sequence[Row], stage: str, tokenizer: Any, train_on: str) -> _Batch:
     """Collate the rows as the TRL trainer of a stage does."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from align.models.tokenization import RowsForTRL
     from align.training import trl_trainer
+    from align.training.demonstration_trainer import DEMONSTRATION, DemonstrationTrainer, token_rows
 
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    trainer_class = getattr(trl, f"{stage.upper()}Trainer")
+    trainer_class: Any = getattr(trl, f"{stage.upper()}Trainer")
     dataset = Dataset.from_list(
         [
             {column: row[column] for column in COLUMNS if column in row} | {"index": i}
@@ -123,18 +148,26 @@ def _collate(rows: Sequence[Row], stage: str, tokenizer: Any) -> _Batch:
             seed=0,
             trainer={"bf16": False, "gradient_checkpointing": False},
         )
-        # Without a reference, TRL would load one by the name of the model, and this model has none.
-        reference = {} if stage == "sft" else {"ref_model": AutoModelForCausalLM.from_config(shape)}
+        options: dict[str, Any] = {}
+        if stage == "sft":
+            trainer_class = DemonstrationTrainer
+            options |= {"rows": RowsForTRL(tokenizer, end_repair=None), "train_on": train_on}
+        else:  # TRL would load a reference by the name of the model, and this model has none
+            options["ref_model"] = AutoModelForCausalLM.from_config(shape)
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_config(shape),
-            **reference,
+            **options,
             args=arguments,
             train_dataset=dataset,
             processing_class=tokenizer,
         )
         kept = list(trainer.train_dataset)
         tensors = trainer.data_collator(kept) if kept else None
-        return _Batch(tensors, [row["index"] for row in kept], arguments.max_length)
+        if stage == "sft":
+            indices = [row[DEMONSTRATION] for row in kept for _ in token_rows(row)]
+        else:  # a batch of pairs has all chosen, then all rejected completions
+            indices = [row["index"] for row in kept] * (2 if stage == "dpo" else 1)
+        return _Batch(tensors, indices, arguments.max_length)
 
 
 def _trl_rows(rows: Sequence[Row], stage: str, batch: _Batch, tokenizer: Any) -> list[TokenizedRow]:
@@ -150,20 +183,24 @@ def _trl_rows(rows: Sequence[Row], stage: str, batch: _Batch, tokenizer: Any) ->
     tensors = batch.tensors
     trained = tensors["labels"] != -100 if "labels" in tensors else tensors["completion_mask"] == 1
     real = tensors["attention_mask"] == 1
-    for i, (ids, mask, tokens) in enumerate(zip(tensors["input_ids"], trained, real, strict=True)):
-        # DPO's batch has all chosen, then all rejected completions.
-        index = batch.row_indices[i % len(batch.row_indices)]
+    sequences = zip(batch.row_indices, tensors["input_ids"], trained, real, strict=True)
+    for i, (index, ids, mask, tokens) in enumerate(sequences):
         if stage == "kto":
             side = f"completion, {'desirable' if rows[index]['label'] else 'undesirable'}"
         elif stage == "sft":
-            side = "demonstration"
+            side = _part(batch.row_indices, i)
         else:
-            side = "chosen" if i < len(batch.row_indices) else "rejected"
-        title = f"row {index + 1}, {side}"
-        tokenized.append(
-            _tokenized_row(title, ids[tokens].tolist(), mask[tokens].tolist(), tokenizer, limit)
-        )
+            side = "chosen" if i < len(batch.row_indices) / 2 else "rejected"
+        kept, marks = ids[tokens].tolist(), mask[tokens].tolist()
+        tokenized.append(_tokenized_row(index, side, kept, marks, tokenizer, limit))
     return tokenized
+
+
+def _part(row_indices: Sequence[int], i: int) -> str:
+    """The name of a sequence of a demonstration, with its number if there are several."""
+    several = row_indices.count(row_indices[i])
+    number = row_indices[: i + 1].count(row_indices[i])
+    return "demonstration" if several == 1 else f"demonstration, sequence {number} of {several}"
 
 
 def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
@@ -174,7 +211,8 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
     prompts = tokenization.tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
     return [
         TokenizedRow(
-            f"row {i + 1}, prompt",
+            i,
+            "prompt",
             ids,
             [tokenizer.decode([token]) for token in ids],
             [False] * len(ids),
@@ -207,25 +245,33 @@ def _reward_rows(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
             continue
         for side, ids in zip(("chosen", "rejected"), sides, strict=True):
             trained = [False] * (len(ids) - 1) + [True]
-            tokenized.append(_tokenized_row(f"row {i + 1}, {side}", ids, trained, tokenizer))
+            tokenized.append(_tokenized_row(i, side, ids, trained, tokenizer))
     return tokenized
 
 
 def _left_out(index: int, reason: str) -> TokenizedRow:
-    return TokenizedRow(f"row {index + 1}", [], [], [], reason)
+    return TokenizedRow(index, "", [], [], [], reason)
 
 
 def _tokenized_row(
-    title: str, ids: list[int], mask: Sequence[Any], tokenizer: Any, limit: int | None = None
+    index: int,
+    side: str,
+    ids: list[int],
+    mask: Sequence[Any],
+    tokenizer: Any,
+    limit: int | None = None,
 ) -> TokenizedRow:
     from align.models import tokenization
 
     trained = [bool(flag) for flag in mask]
     ends = tokenization.end_tokens(tokenizer)
+    last = [i for i, now in enumerate(trained) if now and not any(trained[i + 1 : i + 2])]
     if not any(trained):
         remark = "no token is trained: the prompt alone fills `max_length`"
-    elif trained[-1] and ids[-1] in ends:
+    elif trained[-1] and all(ids[i] in ends for i in last):
         remark = f"end token {tokenizer.decode([ids[-1]])!r} is included and trained"
+        if len(last) > 1:
+            remark += f", in each of {len(last)} turns"
     elif len(ids) == limit:
         remark = f"cut at `max_length` {limit}: the end token is lost"
     else:
@@ -233,7 +279,8 @@ def _tokenized_row(
             f"no end token ({_names(tokenizer, ends)}) at the end: a model trained on this does "
             "not learn to stop"
         )
-    return TokenizedRow(title, ids, [tokenizer.decode([token]) for token in ids], trained, remark)
+    texts = [tokenizer.decode([token]) for token in ids]
+    return TokenizedRow(index, side, ids, texts, trained, remark)
 
 
 def _names(tokenizer: Any, ids: Collection[int]) -> str:

@@ -104,14 +104,14 @@ def trl_arguments(
 
 @contextlib.contextmanager
 def construction(tokenizer: Any, config: PolicyStage) -> Iterator[None]:
-    """Inside this block, TRL's trainer of a policy is constructed.
-
-    TRL tokenizes the rows as every other stage does. The chat template must end completions with a
-    token at which the policy stops, unless ``config`` allows otherwise.
-    """
-    repair = None if config.allow_missing_end_token else MISSING_END_REPAIR
-    with trl_errors_as_user_errors(), rows_for_trl(tokenizer, end_repair=repair):
+    """Inside this block, TRL's trainer of a policy tokenizes the rows as every other stage does."""
+    with trl_errors_as_user_errors(), rows_for_trl(tokenizer, end_repair=end_repair(config)):
         yield
+
+
+def end_repair(config: PolicyStage) -> str | None:
+    """The repair of a template without an end token; None if ``config`` allows such a template."""
+    return None if config.allow_missing_end_token else MISSING_END_REPAIR
 
 
 @contextlib.contextmanager

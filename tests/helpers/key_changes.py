@@ -32,6 +32,12 @@ TWO = [{"source": "<pairs>", "weight": 1.0}, {"source": "<others>", "weight": 1.
 MIXTURE = {"source": None, "mixture": TWO}
 
 
+ROLES_OF_COLUMNS = [
+    *(("user", "prompt"), ("assistant", "rejected")),
+    *(("user", "prompt"), ("assistant", "chosen")),
+]
+
+
 class Change(NamedTuple):
     """Another value of a key; or several keys, where the key requires it."""
 
@@ -164,6 +170,7 @@ CHANGES: dict[str, dict[str, Change]] = {
     | {
         "lora.dropout": Change(0.5, {"lora": LORA}),
         "demonstrations": Change("<others-data>"),
+        "train_on": Change("last", {"demonstrations": "<turns-data>"}),
         "model.vocab_size": Change(SHAPE | {"vocab_size": 280}, NEW),
         "model.hidden_size": Change(SHAPE | {"hidden_size": 40}, NEW),
         "model.intermediate_size": Change(SHAPE | {"intermediate_size": 48}, NEW),
@@ -355,8 +362,12 @@ def build_files(folder: Path, world: tiny_models.World) -> dict[str, str]:
         }
         for i, row in enumerate(same)
     ]
+    turns = [
+        {"messages": [{"role": r, "content": row[c]} for r, c in ROLES_OF_COLUMNS]} for row in same
+    ]
     for name, rows in {
         "scores": scores,
+        "turns": turns,
         "votes": votes,
         "pairs": same,
         "others": others,
@@ -399,6 +410,8 @@ def _build_stages(folder: Path, world: tiny_models.World) -> dict[str, str]:
     built("others-data", prepare, Prepare(source="embedded", max_rows=60, split_seed=5, **splits))
     scored = Prepare(source=str(folder / "scores.jsonl"), reader="ultrafeedback")
     built("scored-data", prepare, scored)
+    turns = Prepare(source=str(folder / "turns.jsonl"), test_fraction=0.0)
+    built("turns-data", prepare, turns)
     whole = world.sft
     adapter = SFT(model="m", lora=LORA, seed=1, trainer=THREE_STEPS)
     built("other-lora", sft, adapter, model=whole, demonstrations=world.data)

@@ -233,19 +233,6 @@ def test_a_template_that_refuses_roles_names_them_and_the_text():
         tokenization.tokenize_prompts(tokenizer, [PROMPT + PROMPT])
 
 
-def test_the_mask_of_the_assistants_turns_ends_with_the_row():
-    tokenizer = shape("qwen2_5_training", eos="<|im_end|>")
-    messages = CHAT + answer("answer")
-    (row,) = tokenization.tokenize_rows(tokenizer, [CHAT], [answer("answer")])
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    with tokenization.rows_for_trl(tokenizer, end_repair=None):
-        tokens = tokenizer.apply_chat_template(messages, **options)
-        with pytest.raises(UserError, match="a message has a special token in its text"):
-            tokenizer.apply_chat_template(CHAT + answer("a <|im_end|> b"), **options)
-    assert tokens["input_ids"] == row.ids
-    assert len(tokens["assistant_masks"]) == len(row.ids) and tokens["assistant_masks"][-1] == 1
-
-
 def test_a_template_that_writes_no_end_token_is_refused_before_training():
     tokenizer = shape("gemma")  # without `<end_of_turn>` among the end tokens
     with (

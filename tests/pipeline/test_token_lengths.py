@@ -44,10 +44,15 @@ def test_check_counts_lost_rows_and_refuses_a_limit_beyond_the_positions(
 ) -> None:
     errors, planned = stages
     lines = list(token_lengths.examine(errors, planned))
-    (line,) = [line for line in lines if line.startswith("sft: ")]
+    line, trained = [line for line in lines if line.startswith("sft: ")]
     assert "positions 64: 1 of 11 are longer (warning: 1 of 11 rows are lost" in line
-    (line,) = [line for line in lines if line.startswith("dpo: ")]
+    # "yes" is one token of the new tokenizer, and its end another; the lost row trains none
+    assert trained == (
+        "sft: trained tokens per row: mean 1.8, median 2, by the template of a new model"
+    )
+    line, trained = [line for line in lines if line.startswith("dpo: ")]
     assert "`max_length` 48: 1 of 11 are longer (warning: 1 of 11 rows are lost" in line
+    assert "mean 4.5, median 5" in trained  # "no" is two tokens
     assert errors.lines == [
         "recipe.yaml:6: reward.trainer.max_length: 200 is more than the 64 positions of the model; "
         "set it to 64 or less"
@@ -156,3 +161,34 @@ def test_columns_and_labels_that_data_lack_are_errors_before_they_are_prepared(
     list(token_lengths.examine(errors, plan(recipe, Path("runs"))))
     assert len(errors.lines) == 1
     assert message in errors.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "mean", "words"),
+    [
+        ("", 3.0, "; 5 of 10 rows have several turns: all are trained"),
+        ("train_on: last", 2.0, "; 5 of 10 rows have several turns: the last is trained"),
+        ("trainer: {completion_only_loss: false}", None, ""),
+    ],
+)
+def test_check_counts_the_tokens_of_all_turns(
+    key: str, mean: float | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [
+        {"messages": [{**user, "content": f"{n}"}, answer, *([user, answer] * (n % 2))]}
+        for n in range(10)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("recipe.yaml").write_text(
+        "stages:\n  prepare: {source: rows.jsonl, test_fraction: 0.0}\n"
+        f"  sft: {{model: {{vocab_size: 300}}, {key}}}\n",
+        encoding="utf-8",
+    )
+    recipe = load_recipe("recipe.yaml")
+    lines = list(token_lengths.examine(ErrorCollector(recipe), plan(recipe, Path("runs"))))
+    (line,) = [line for line in lines if line.startswith("sft: trained tokens")]
+    # "b" and its end: 2 tokens in five rows, 4 in the others
+    assert mean is None or f"mean {mean}, " in line
+    assert line.endswith(f"by the template of a new model{words}")

@@ -17,6 +17,7 @@ from align.config.training import DPO, KTO, SFT, Reward
 from align.config.training_base import TRLStage
 from align.errors import UserError
 from align.models import tokenizer_files
+from align.models.conversations import TrainedRow
 from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
 from align.stages import dpo, kto, prepare, reward, sft
@@ -176,21 +177,31 @@ def test_a_model_with_absolute_positions_trains_on_long_rows(
     assert max(ids_of(trainer)) == tiny_models.POSITIONS
 
 
+TWO_TURNS = TrainedRow(list(range(20)), ((4, 7), (12, 20)))
+KEEP_END = {"truncation_mode": "keep_end"}
+
+
 @pytest.mark.parametrize(
-    ("stage", "start", "length", "lost"),
+    ("stage", "rows", "limit", "trained"),
     [
-        pytest.param(SFT(model="m"), 9, 20, False, id="a part of the completion is left"),
-        pytest.param(SFT(model="m"), 10, 20, True, id="the prompt alone fills the limit"),
+        pytest.param(SFT(model="m"), [TWO_TURNS], None, 11, id="no limit: 3 and 8"),
+        pytest.param(SFT(model="m"), [TWO_TURNS], 14, 5, id="3, and 2 of 8"),
+        pytest.param(SFT(model="m"), [TWO_TURNS], 5, 1, id="a part of the first turn is left"),
+        pytest.param(SFT(model="m"), [TWO_TURNS], 4, 0, id="the prompt alone fills the limit"),
+        pytest.param(SFT(model="m", trainer=KEEP_END), [TWO_TURNS], 14, 9, id="1 of 3, and 8"),
+        pytest.param(SFT(model="m"), [TWO_TURNS, TWO_TURNS], 14, 10, id="two token rows"),
         pytest.param(
-            DPO(model="m", trainer={"truncation_mode": "keep_end"}), 10, 20, False, id="keep_end"
+            SFT(model="m", trainer={"completion_only_loss": False}), [TWO_TURNS], 4, 4,
+            id="all tokens",
         ),
-        pytest.param(Reward(model="m"), 5, 10, False, id="a reward row that fits"),
-        pytest.param(Reward(model="m"), 5, 11, True, id="a reward row that does not fit"),
+        pytest.param(Reward(model="m"), [TWO_TURNS, TWO_TURNS], 20, 2, id="one score for a side"),
+        pytest.param(Reward(model="m"), [TWO_TURNS, TWO_TURNS], 19, 0, id="a side does not fit"),
     ],
-)
-def test_which_rows_are_lost(stage: TRLStage, start: int, length: int, lost: bool) -> None:
-    assert row_limits.loses_row(stage, start, length, 10) is lost
-    assert not row_limits.loses_row(stage, start, length, None)
+)  # fmt: skip
+def test_how_many_tokens_of_a_row_are_trained(
+    stage: TRLStage, rows: list[TrainedRow], limit: int | None, trained: int
+) -> None:
+    assert row_limits.count_trained(stage, rows, limit) == trained
 
 
 def test_the_accepted_share_of_lost_rows_does_not_change_the_digest() -> None:

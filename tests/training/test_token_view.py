@@ -13,6 +13,7 @@ from helpers import tiny_models
 from align.cli import data, main
 from align.config.data import Prepare
 from align.config.training import DPO
+from align.models import tokenization
 from align.training import token_view
 
 
@@ -81,6 +82,45 @@ def test_the_marked_tokens_are_those_that_trl_trains_on(tmp_path_factory: pytest
     start = sft.trained.index(True)
     assert "".join(sft.tokens[:start]).endswith("<|im_start|>assistant\n")
     assert all(sft.trained[start:])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_turns_of_a_demonstration_are_marked(tmp_path_factory: pytest.TempPathFactory):
+    world = tiny_models.world(tmp_path_factory.getbasetemp())
+    folder = tmp_path_factory.mktemp("turns")
+    roles = ("user", "assistant") * 2
+    texts = ("Say it.", "It.", "Say more.", "More.")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    source = rows_file(folder / "a.jsonl", [{"messages": turns}, {"messages": turns[2:]}])
+    prepare = Prepare(source=source, test_fraction=0.0)
+    both, single = token_view.tokenized_rows(prepare, "sft", str(world.sft), 2)
+    marked = [t for t, trained in zip(both.tokens, both.trained, strict=True) if trained]
+    assert "".join(marked) == "It.<|im_end|>More.<|im_end|>"
+    assert both.remark == "end token '<|im_end|>' is included and trained, in each of 2 turns"
+    assert both.title == "row 1, demonstration"
+    n_both, n_single = sum(both.trained), sum(single.trained)
+    middle = (n_both + n_single) / 2
+    words = f"mean {middle:.1f}, median {middle:g}"
+    assert token_view.trained_tokens([both, single]) == words
+    none = token_view.TokenizedRow(2, "", [], [], [], "left out")
+    assert token_view.trained_tokens([both, single, none]).endswith("; 1 of 3 rows: none")
+    last, _ = token_view.tokenized_rows(prepare, "sft", str(world.sft), 2, train_on="last")
+    assert sum(last.trained) == n_single
+    template = folder / "template"
+    tokenizer = tokenization.load_tokenizer(world.sft)
+    tokenizer.chat_template = (  # earlier answers are in upper case
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last or m.role == 'user' else m.content | upper }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(template)
+    rows = token_view.tokenized_rows(prepare, "sft", str(template), 2)
+    assert [row.title for row in rows] == [
+        "row 1, demonstration, sequence 1 of 2",
+        "row 1, demonstration, sequence 2 of 2",
+        "row 2, demonstration",
+    ]
+    assert "IT." in "".join(rows[1].tokens) and "IT." not in "".join(rows[0].tokens)
 
 
 def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -107,7 +107,7 @@ NOT_HERE = {
         dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
         dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc eval_accumulation_steps
         full_determinism gradient_checkpointing gradient_checkpointing_kwargs liger_kernel_config
-        optim_target_modules pad_to_multiple_of pad_token padding_free per_device_eval_batch_size
+        optim_target_modules pad_to_multiple_of pad_token per_device_eval_batch_size
         precompute_ref_batch_size remove_unused_columns tf32 torch_compile torch_compile_backend
         torch_compile_mode torch_empty_cache_steps use_liger_kernel
     """,
@@ -147,8 +147,7 @@ TRAINED = [
 
 def test_every_field_has_a_place_in_the_tables() -> None:
     names = {name for _, name in ALL}
-    tested = CHANGES.keys() | {"assistant_only_loss", "chat_template_path", "fp16", "loss_type"}
-    tested |= {"activation_offloading"}
+    tested = CHANGES.keys() | {"chat_template_path", "fp16", "loss_type", "activation_offloading"}
     assert names - ELSEWHERE - tested == set()
     assert (ELSEWHERE | tested) - names == set()
     assert not ELSEWHERE & tested
@@ -214,7 +213,6 @@ def test_a_field_changes_the_result_or_is_refused(
     template.write_text(CHATML.replace("assistant", "helper"), encoding="utf-8")
     value, context = {
         "activation_offloading": (True, {}),
-        "assistant_only_loss": (True, {}),
         "chat_template_path": (str(template), {}),
         "fp16": (True, {}),
         "loss_type": (LOSSES.get(config), {}),
@@ -236,53 +234,7 @@ def test_pairs_cannot_be_grouped_by_length(stage_class: Any, refused: bool) -> N
 
 
 def test_a_field_that_needs_another_is_refused_alone() -> None:
-    for name in ("assistant_only_loss", "packing_strategy"):
-        value = {"assistant_only_loss": True, "packing_strategy": "wrapped"}[name]
-        assert list(SFT(model="m", trainer={name: value}).problems({}))
-
-
-GENERATION = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("fields", "trained"),
-    [
-        pytest.param({}, ["two<|im_end|>"], id="the last turn of the assistant"),
-        pytest.param(
-            {"assistant_only_loss": True, "completion_only_loss": False},
-            ["one<|im_end|>", "two<|im_end|>"],
-            id="all of its turns",
-        ),
-    ],
-)
-def test_which_turns_of_a_conversation_are_trained(
-    fields: dict[str, Any], trained: list[str], world: tiny_models.World, tmp_path: Path
-) -> None:
-    turns = [("user", "first"), ("assistant", "one"), ("user", "second"), ("assistant", "two")]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    (tmp_path / "template.jinja").write_text(GENERATION, encoding="utf-8")
-    settings = Prepare(source=str(tmp_path / "rows.jsonl"), test_fraction=0.0)
-    tiny_models.stage(prepare, settings, {}, tmp_path / "data")
-    fields = fields | {"chat_template_path": str(tmp_path / "template.jinja")}
-    stage = SFT(model="sft", trainer=tiny_models.TRAINER | fields)
-    assert not list(stage.problems({}))
-    inputs = {"model": world.sft, "demonstrations": tmp_path / "data"}
-    trainer = sft.build(stage, inputs, tmp_path / "sft")
-    (example,) = trainer.train_dataset
-    runs, previous = [], False
-    for token, label in zip(example["input_ids"], example["labels"], strict=True):
-        if label != -100:
-            runs = runs if previous else [*runs, []]
-            runs[-1].append(token)
-        previous = label != -100
-    assert [trainer.processing_class.decode(run) for run in runs] == trained
+    assert list(SFT(model="m", trainer={"packing_strategy": "wrapped"}).problems({}))
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "lomo"])
