@@ -43,8 +43,9 @@ class Source(Config):
     columns: dict[str, str] = Field({})
     """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For
     ``ultrafeedback``, ``shp`` and ``tldr``, the columns that they require: ``{history: post}``.
-    ``system`` is the system turn; ``input`` is appended to the prompt, and is read without being
-    named if the prompt is ``instruction``."""
+    ``system`` is the system turn; ``input`` is appended to the prompt; ``history`` has earlier
+    questions with their answers; ``tools`` are those of the conversation. The columns of ShareGPT
+    and Alpaca are recognized without a map."""
     labels: dict[str, bool] = Field({})
     """Labels of the source mapped to true and false, such as ``{up: true, down: false}``. Default:
     true, false, 1 and 0; a row with another label is an error."""
@@ -148,7 +149,7 @@ class Prepare(Source, Stage):
 
     @model_validator(mode="after")
     def _check_columns(self) -> Prepare:
-        reserved = {"prompt", "prompt_id"} & set(self.keep_columns)
+        reserved = {"prompt", "prompt_id", "tools"} & set(self.keep_columns)
         if reserved:
             raise ValueError(
                 f"`keep_columns` must not contain `{min(reserved)}`, which Align writes itself; "

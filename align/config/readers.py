@@ -9,7 +9,7 @@ Reader = Literal[
 ]
 ALIGN_COLUMNS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "label"),
-    *("system", "input"),
+    *("system", "input", "history", "tools"),
 )
 REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {  # of the readers of public data sets
     "ultrafeedback": ("instruction", "completions"),

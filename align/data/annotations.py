@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from align.data.json_list import json_type
-from align.data.rows import ROLES, Messages, Raw, prompt_id
+from align.data.rows import Messages, Raw, prompt_id
 from align.errors import did_you_mean, shown
 
+ROLES = ("system", "user", "assistant")
 DECISIONS = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": math.nan}
 """Preference for the first completion, by the decision in Align's layout."""
 

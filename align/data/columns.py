@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from align.config.readers import FORMATS, REQUIRED_COLUMNS, columns_read
+from align.data import layouts
 from align.data.rows import Raw
 from align.data.sources import Part
+from align.data.tool_calls import TOOLS
 from align.errors import DataError, did_you_mean, nearest
 
 _HH_FORMATS = (("chosen", "rejected"),)
@@ -48,11 +50,29 @@ def columns_of(part: Part, columns: Mapping[str, str] | None = None) -> list[str
     return list(rename_columns(names, columns) if columns else names)
 
 
-def columns_with_input(columns: Mapping[str, str]) -> Mapping[str, str]:
-    """The column map of a source, with Alpaca's ``input`` if the prompt is its ``instruction``."""
-    if columns.get("prompt") == "instruction" and "input" not in columns.values():
-        return {"input": "input", **columns}
-    return columns
+def complete_columns(
+    part: Part, reader: str, columns: Mapping[str, str]
+) -> tuple[str, Mapping[str, str]]:
+    """The layout that is recognized, if any, and the column map of a source with its columns.
+
+    Alpaca's ``input`` and ``history`` also belong to a prompt that is mapped to ``instruction``.
+    """
+    in_source = columns_of(part)
+    if columns.get("prompt") == "instruction":
+        columns = {n: n for n in ("input", "history") if n in in_source} | dict(columns)
+    names = columns_of(part, columns)
+    rows = [rename_columns(raw, columns) for raw in part.head]
+    if reader != "columns" or (kind_of(names) and not _lacks_prompt(names, rows)):
+        return "", columns
+    unmapped = [name for name in in_source if name not in columns.values()]
+    layout, found = layouts.recognize({*names, *unmapped})
+    return layout, found | dict(columns)
+
+
+def _lacks_prompt(names: Iterable[str], rows: Sequence[Raw]) -> bool:
+    """Whether rows are pairs without a prompt, in no column and not within the conversations."""
+    has_prompt = "prompt" in names or any(isinstance(row.get("chosen"), list) for row in rows)
+    return kind_of(names) == "pairs" and not has_prompt
 
 
 def columns_of_kind(kind: str, reader: str, columns: Mapping[str, str]) -> tuple[str, ...]:
@@ -61,7 +81,8 @@ def columns_of_kind(kind: str, reader: str, columns: Mapping[str, str]) -> tuple
         "pairs": ("chosen", "rejected") if reader == "hh" else ("prompt", "chosen", "rejected"),
         "unpaired": ("prompt", "completion", "messages", "label"),
     }.get(kind, ("prompt", "completion", "messages"))
-    return tuple(name for name in (*required, "system") if name not in columns)
+    tools = () if reader == "hh" else TOOLS
+    return tuple(name for name in (*required, "system", *tools) if name not in columns)
 
 
 def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
@@ -142,15 +163,14 @@ def _transcript_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
 
 
 def _column_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
+    _, columns = complete_columns(part, "columns", columns)
     names = columns_of(part, columns)
     rows = [rename_columns(raw, columns) for raw in part.head]
     if "chosen" in names and _is_transcript(rows[0]):
         return [f"{part.name}: the rows are whole transcripts; read them with `reader: hh`"]
-    kind = kind_of(names)
-    has_prompt = "prompt" in names or any(isinstance(row.get("chosen"), list) for row in rows)
-    if kind == "pairs" and not has_prompt:
+    if _lacks_prompt(names, rows):
         return [_missing_columns(part.name, names, FORMATS[:1])]
-    if not kind:
+    if not kind_of(names):
         return [_missing_columns(part.name, names, FORMATS)]
     return []
 

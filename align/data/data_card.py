@@ -14,7 +14,7 @@ from align.config import catalog
 from align.config.data import Prepare
 from align.config.shipped import data_dir
 from align.data.rows import KINDS
-from align.data.statistics import LONG_ROW, LONGER_WARNING, not_read
+from align.data.statistics import LONG_ROW, LONGER_WARNING, how_read
 
 TABLE_KINDS = (*sorted(KINDS), "prompts")
 """Kinds of tables, in the order of the card."""
@@ -56,7 +56,7 @@ def data_card(config: Prepare, report: Mapping[str, Any]) -> str:
 
 def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
     """Sentences on margins, the bag-of-words baseline, long rows, near-duplicates and leakage."""
-    for line in not_read(report):
+    for line in how_read(report):
         yield f"{line[0].upper()}{line[1:]}."
     if "margins" in report:
         margins = report["margins"]

@@ -1,12 +1,14 @@
 """Formats: convert a raw row to a conversational row, or state why it is dropped.
 
 A prompt is an optional system turn, then user and assistant turns in alternation, ending in a user
-turn; a completion is one assistant turn. Plain text becomes one turn. Whole conversations, and the
-transcripts of HH-RLHF, are divided where their common beginning ends. A column ``system`` is the
-system turn; a column ``input`` is appended to the prompt.
+turn; a completion is one assistant turn. After a turn of the assistant, turns of the role ``tool``
+may give results; a prompt may end in them. Plain text becomes one turn. Whole conversations, and
+the transcripts of HH-RLHF, are divided where their common beginning ends. A column ``system`` is
+the system turn; a column ``input`` is appended to the prompt.
 
-Not supported, and dropped: tool calls, separate reasoning, images, the names of ShareGPT. Other
-fields of turns are ignored and counted (:func:`unread_fields`).
+:mod:`align.data.tool_calls` reads tools, tool calls and reasoning; :mod:`align.data.layouts` the
+turns of ShareGPT. Not supported, and dropped: images and other media. Other fields of turns are
+ignored and counted (:func:`unread_fields`).
 """
 
 from __future__ import annotations
@@ -16,21 +18,20 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from align.data.rows import ROLES, DroppedError, Messages, Raw, Row, prompt_id
+from align.data import layouts, tool_calls
+from align.data.rows import ROLES, DroppedError, Messages, Raw, Row, calls_of, prompt_id, turn_text
+from align.data.tool_calls import is_empty
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "messages")
-_UNSUPPORTED_COLUMNS = ("tools", "functions")
+_MEDIA = ("images", "audios", "videos")
 _UNSUPPORTED_FIELDS = (  # of a turn: without them, another text would be trained
-    *("tool_calls", "function_call", "tools", "functions"),
-    *("reasoning_content", "reasoning_details", "reasoning", "thinking", "refusal"),
-    *("train_detail", "masked"),
-    *("images", "image", "audio", "video", "videos"),
+    *("tools", "functions", "reasoning_details", "refusal", "train_detail", "masked"),
+    *("images", "image", "audios", "audio", "videos", "video"),
 )
 _TRAIN_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
-_KNOWN_FIELDS = {"role", "content", *_TRAIN_FIELDS, *_UNSUPPORTED_FIELDS}
-_EMPTY: tuple[Any, ...] = (None, False, "", "null", [], "[]", {}, "{}")
+_KNOWN_FIELDS = {"role", "content", *_TRAIN_FIELDS, *_UNSUPPORTED_FIELDS, *tool_calls.FIELDS}
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 UNKNOWN_LABEL = "label is not true or false"
 
@@ -62,7 +63,7 @@ def hh_pair(raw: Raw) -> Row:
 
 
 def _check_distinct(row: Row) -> Row:
-    if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
+    if turn_text(row["chosen"][0]).strip() == turn_text(row["rejected"][0]).strip():
         raise DroppedError("chosen equals rejected")
     return row
 
@@ -118,20 +119,22 @@ def unread_fields(raw: Raw) -> set[str]:
         for turn in turns
         if isinstance(turn, dict) and len(turn) > 2
         for field, value in turn.items()
-        if field not in _KNOWN_FIELDS and not is_empty(value)
+        if (field not in _KNOWN_FIELDS or _is_unread_name(turn, field)) and not is_empty(value)
     }
 
 
-def is_empty(value: object) -> bool:
-    """Whether a value has no content: missing, false, or an empty text, list or object."""
-    return value is None or value in _EMPTY
+def _is_unread_name(turn: Mapping[str, Any], field: str) -> bool:
+    """Whether a field is the name or the call id of a turn that is not the result of a tool."""
+    role = turn.get("role", layouts.ROLES.get(str(turn.get("from"))))
+    return field in ("name", "tool_call_id") and role not in ("tool", "function")
 
 
 def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
     """Join the prompt of a row and completions; ``sides`` may be whole conversations instead."""
-    for column in _UNSUPPORTED_COLUMNS:
+    for column in _MEDIA:
         if not is_empty(raw.get(column)):
             raise DroppedError(f"`{column}` are not supported")
+    tools = tool_calls.tools_text(raw)
     prompt, addition = raw.get("prompt"), _optional_text(raw, "input")
     if any(not turns for turns in sides.values()):
         raise DroppedError("blank completion")
@@ -142,7 +145,8 @@ def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
     elif prompt is None:
         raise DroppedError("no prompt")
     else:
-        prompt_turns, completions = _turns(prompt, "user"), dict(sides)
+        prompt_turns = [*layouts.history_turns(raw.get("history")), *_turns(prompt, "user")]
+        completions = dict(sides)
     if addition and prompt_turns:
         content = f"{prompt_turns[-1]['content']}\n\n{addition}"
         prompt_turns = [*prompt_turns[:-1], {**prompt_turns[-1], "content": content}]
@@ -150,6 +154,8 @@ def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
     _check_prompt(prompt_turns)
     for turns in completions.values():
         _check_completion(turns)
+    if tools:
+        prompt_turns = [{**prompt_turns[0], "tools": tools}, *prompt_turns[1:]]
     return {"prompt": prompt_turns, **completions, "prompt_id": prompt_id(prompt_turns)}
 
 
@@ -157,8 +163,9 @@ def _divide_conversations(
     prompt: object, conversations: Mapping[str, Messages]
 ) -> tuple[Messages, dict[str, Messages]]:
     """The common beginning of conversations, and the last turn of each."""
-    if any(turns[-1]["role"] != "assistant" for turns in conversations.values()):
-        raise DroppedError("ends in a user turn")
+    last = {turns[-1]["role"] for turns in conversations.values()} - {"assistant"}
+    if last:
+        raise DroppedError(f"ends in a {min(last)} turn")
     first, *others = conversations.values()
     n_shared, longest = 0, min(len(turns) for turns in conversations.values()) - 1
     while n_shared < longest and all(turns[n_shared] == first[n_shared] for turns in others):
@@ -200,6 +207,8 @@ def _with_system(system: str, prompt: Messages) -> Messages:
 
 def _completion(completion: object) -> Messages:
     """Turns that end in a completion, which must not be excluded from training."""
+    if isinstance(completion, dict):  # a single turn
+        completion = [completion]
     turns = _turns(completion, "assistant")
     if not isinstance(completion, list) or not completion:
         return turns
@@ -222,13 +231,23 @@ def _turns(value: object, role: str) -> Messages:
         raise DroppedError("missing value")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise DroppedError("content is not text", f"it is {_type_name(value)}")
-    for turn in value:
-        if turn.get("role") not in ROLES:
-            raise DroppedError("wrong roles", _wrong_role(turn))
-        unsupported = [name for name in _UNSUPPORTED_FIELDS if not is_empty(turn.get(name))]
-        if unsupported:
-            raise DroppedError(f"`{unsupported[0]}` of a turn is not supported")
-    return [{"role": turn["role"], "content": _text(turn.get("content"))} for turn in value]
+    return [_turn(layouts.turn_with_role(turn)) for turn in value]
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn with its role, its text, and its tool calls and reasoning, if it has any."""
+    if turn.get("role") == "function":
+        turn = {**turn, "role": "tool"}
+    if turn.get("role") not in ROLES:
+        raise DroppedError("wrong roles", _wrong_role(turn))
+    unsupported = [name for name in _UNSUPPORTED_FIELDS if not is_empty(turn.get(name))]
+    if unsupported:
+        raise DroppedError(f"`{unsupported[0]}` of a turn is not supported")
+    fields = tool_calls.extra_fields(turn)
+    content = turn.get("content")
+    if content is None and "tool_calls" in fields:
+        content = ""
+    return {"role": turn["role"], "content": _text(content), **fields}
 
 
 def _text(value: object) -> str:
@@ -254,20 +273,32 @@ def _type_name(value: object) -> str:
 
 
 def _check_prompt(prompt: Messages) -> None:
-    if not prompt or not all(turn["content"].strip() for turn in prompt):
+    if not prompt or not all(_says_something(turn) for turn in prompt):
         raise DroppedError("blank prompt")
     roles = [turn["role"] for turn in prompt]
     roles = roles[1:] if roles[0] == "system" else roles
-    if any(one == next_one for one, next_one in pairwise([*roles, "assistant"])):
-        raise DroppedError("two turns in a row by one speaker", f"roles: {', '.join(roles)}")
+    for before, role in pairwise([*roles, "assistant"]):
+        if role == before != "tool":
+            raise DroppedError("two turns in a row by one speaker", f"roles: {', '.join(roles)}")
+        if (before, role) == ("tool", "user"):
+            raise DroppedError("result of a tool without an answer", f"roles: {', '.join(roles)}")
+        if role == "tool" and before == "user":
+            raise DroppedError("result of a tool without a call", f"roles: {', '.join(roles)}")
     if not roles or "system" in roles or roles[0] != "user":
         detail = "roles: " + ", ".join(turn["role"] for turn in prompt)
         raise DroppedError("wrong roles", f"{detail}; allowed is system, user, assistant, user, …")
+    for turn, following in pairwise(prompt):
+        if calls_of(turn) and following["role"] != "tool":
+            raise DroppedError("tool calls without results", f"roles: {', '.join(roles)}")
+
+
+def _says_something(turn: Mapping[str, Any]) -> bool:
+    return bool(turn["content"].strip() or calls_of(turn) or turn["role"] == "tool")
 
 
 def _check_completion(turns: Messages) -> None:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         detail = "roles: " + ", ".join(turn["role"] for turn in turns)
         raise DroppedError("completion is not one assistant turn", detail)
-    if not turns[0]["content"].strip():
+    if not _says_something(turns[0]):
         raise DroppedError("blank completion")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ from align.data.columns import (
     check_columns,
     columns_of,
     columns_of_kind,
-    columns_with_input,
+    complete_columns,
     kind_of_part,
     rename_columns,
 )
 from align.data.decontamination import EvaluationPrompts, user_texts
 from align.data.deduplication import MinHashIndex
-from align.data.formats import UNKNOWN_LABEL, is_empty, read_row, unread_fields
+from align.data.formats import UNKNOWN_LABEL, read_row, unread_fields
 from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_store import RowTable
 from align.data.rows import DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, check_hub_keys, read_source, source_files
+from align.data.tool_calls import is_empty
 from align.errors import DataError, nearest
 
 
@@ -46,6 +47,8 @@ class Ingested:
     """Local files that were read."""
     unread: dict[str, int]
     """Columns and fields of turns that are not read, with the number of rows that have them."""
+    recognized: dict[str, str]
+    """The layout and the columns that were recognized, by the name of the source."""
 
     @property
     def tables(self) -> list[RowTable]:
@@ -81,7 +84,13 @@ def ingest(config: Prepare) -> Ingested:
             )
     files = list(dict.fromkeys(ingester.files))
     return Ingested(
-        sources, preferences, demonstrations, ingester.minhash, files, dict(ingester.unread)
+        sources,
+        preferences,
+        demonstrations,
+        ingester.minhash,
+        files,
+        dict(ingester.unread),
+        ingester.recognized,
     )
 
 
@@ -145,6 +154,7 @@ class _Ingester:
         self.minhash = MinHashIndex() if config.near_duplicates else None
         self.files: list[Path] = []
         self.unread: Counter[str] = Counter()
+        self.recognized: dict[str, str] = {}
         self._n_sources = 0
 
     def read(self, sources: Sequence[MixtureSource]) -> dict[str, RowTable]:
@@ -205,10 +215,13 @@ class _Ingester:
     def _read_part(
         self, part: Part, source: MixtureSource, tables: dict[str, RowTable], n_rows: Counter[str]
     ) -> None:
-        kind = kind_of_part(part, source.reader, source.columns)
+        layout, columns = complete_columns(part, source.reader, source.columns)
+        if layout:
+            names = ", ".join(f"{own}: {name}" for own, name in columns.items())
+            self.recognized[source.source] = f"{layout}, columns {{{names}}}"
+        kind = kind_of_part(part, source.reader, columns)
         table = tables.setdefault(kind, RowTable(kind))
         options = _pairing_options(source, self._config.split_seed)
-        columns = columns_with_input(source.columns)
         place = "" if part.name == source.source else f"{part.name}, "
         used = {
             *self._config.keep_columns,
@@ -223,7 +236,7 @@ class _Ingester:
             renamed = rename_columns(raw, columns)
             if source.reader not in PUBLIC_FORMATS:
                 self._count_unread(raw, renamed, used)
-            for converted in _convert(renamed, source.reader, options):
+            for converted in _convert(renamed, source.reader, columns, options):
                 table.n_read[self._n_sources] += 1
                 try:
                     if isinstance(converted, DroppedError):
@@ -272,11 +285,14 @@ def _pairing_options(source: MixtureSource, seed: int) -> PairingOptions:
     )
 
 
-def _convert(raw: Raw, reader: str, options: PairingOptions) -> Iterator[Raw | DroppedError]:
-    """Raw pairs of a row of a public data set; any other row, without a column ``margin``."""
+def _convert(
+    raw: Raw, reader: str, columns: Mapping[str, str], options: PairingOptions
+) -> Iterator[Raw | DroppedError]:
+    """Raw pairs of a row of a public data set; any other row, without columns not to be read."""
     if reader in PUBLIC_FORMATS:
         return PUBLIC_FORMATS[reader](raw, options)
-    return iter([{name: value for name, value in raw.items() if name != "margin"}])
+    unread = {"margin", "history"} - columns.keys()
+    return iter([{name: value for name, value in raw.items() if name not in unread}])
 
 
 def _flatten(value: Any) -> Any:

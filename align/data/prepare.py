@@ -68,6 +68,12 @@ class PreparedData:
     """Local files that were read."""
 
     @property
+    def extra_fields(self) -> frozenset[str]:
+        """Names of the fields beside role and content that any turn of any table has."""
+        tables = (part.table for rows in self.kinds.values() for part in rows.tables)
+        return frozenset[str]().union(*(table.extra_fields for table in tables))
+
+    @property
     def table_kinds(self) -> list[str]:
         """Kinds of tables, ``prompts`` last."""
         return [*self.kinds, "prompts"]
@@ -163,6 +169,8 @@ def split(ingested: Ingested, near: NearDuplicates, config: Prepare) -> Prepared
         findings["near_duplicates"] = config.near_duplicates
     if ingested.unread:
         findings["not_read"] = dict(sorted(ingested.unread.items()))
+    if ingested.recognized:
+        findings["recognized"] = ingested.recognized
     findings["leakage"] = leakage(kinds, config.test_fraction, config.split_seed)
     sources = count_by_source(ingested.sources, ingested.preferences)
     margins = kept_margins(ingested.preferences.get("pairs"))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align.data.rows import DroppedError, Row, conversation_id
+from align.data.rows import DroppedError, Row, conversation_id, turn_text, used_fields
 from align.errors import DataError
 
 BATCH = 500  # rows written to the spool at once
@@ -108,6 +108,8 @@ class RowTable:
     margins: array[float] = field(default_factory=lambda: array("d"))
     """Difference of scores of a pair; NaN if its source has no scores."""
     source_numbers: array[int] = field(default_factory=lambda: array("H"))
+    extra_fields: set[str] = field(default_factory=set)
+    """Names of the fields beside role and content that any turn has."""
     status: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     """``KEPT``, or the reason why a row is dropped; set by deduplication, once all rows are
     stored."""
@@ -122,11 +124,11 @@ class RowTable:
         """Store a checked row of source number ``source``, with the columns that are copied."""
         prompt_id = row["prompt_id"]
         if "chosen" in row:
-            sides = row["chosen"][0]["content"], row["rejected"][0]["content"]
+            sides = turn_text(row["chosen"][0]), turn_text(row["rejected"][0])
             completion, direction = sides[0], sides[0] > sides[1]
             high, low = digest_words(prompt_id, *sorted(sides))
         else:
-            completion, direction = row["completion"][0]["content"], bool(row.get("label", False))
+            completion, direction = turn_text(row["completion"][0]), bool(row.get("label", False))
             high, low = digest_words(prompt_id, completion)
         self.row_digests.extend((high, low - low % 2 + direction))
         self.completion_digests.extend(digest_words(prompt_id, completion))
@@ -134,6 +136,8 @@ class RowTable:
         self.conversation_ids.append(int(conversation_id(row), 16))
         self.margins.append(float("nan") if margin is None else margin)
         self.source_numbers.append(source)
+        for name in ("prompt", "completion", "chosen", "rejected"):
+            self.extra_fields.update(used_fields(row.get(name, ())))
         self.spool.add((row, dict(kept)))
 
     def __len__(self) -> int:

@@ -1,18 +1,21 @@
 """Types and identities of rows.
 
-A prompt is an optional system turn, then user and assistant turns, ending in a user turn; a
-completion is one assistant turn. Two prompts with the same normalized turns have the same
-``prompt_id``, which decides duplicates and splits.
+A prompt is an optional system turn, then user and assistant turns, ending in a user turn or in the
+results of tools; a completion is one assistant turn. Two prompts with the same normalized turns and
+the same tools have the same ``prompt_id``, which decides duplicates and splits.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-Message = dict[str, str]
-"""One turn of a conversation: ``{"role": ..., "content": ...}``."""
+Message = dict[str, Any]
+"""One turn of a conversation: ``{"role": ..., "content": ...}``, and of :data:`EXTRA_FIELDS` those
+that it has."""
 Messages = list[Message]
 """The turns of a conversation, in order."""
 Row = dict[str, Any]
@@ -21,7 +24,13 @@ columns."""
 Raw = dict[str, Any]
 """A row as the source has it, unchecked."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+EXTRA_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "tools")
+"""Fields of a turn beside role and content (:mod:`align.data.tool_calls`).
+
+Only the first turn of a prompt has ``tools``: the tools of the conversation, as JSON text. Tables
+have them in a column of their own.
+"""
 KINDS = ("pairs", "unpaired", "demonstrations")
 """Kinds of rows that a source can contain."""
 
@@ -48,8 +57,43 @@ def normalize_text(text: str) -> str:
 
 def prompt_id(prompt: Messages) -> str:
     """Hash of the normalized turns of a prompt, as 16 hexadecimal digits."""
-    turns = (f"{turn['role']}\x1f{normalize_text(turn['content'])}" for turn in prompt)
+    turns = (
+        f"{turn['role']}\x1f{normalize_text(turn['content'])}{_extra(turn)}" for turn in prompt
+    )
     return hashlib.blake2b("\x1e".join(turns).encode(), digest_size=8).hexdigest()
+
+
+def _extra(turn: Message) -> str:
+    """The further fields of a turn as text; empty if it has none."""
+    fields = {name: turn[name] for name in EXTRA_FIELDS if turn.get(name)}
+    return f"\x1f{json.dumps(fields)}" if fields else ""
+
+
+def turn_text(turn: Message) -> str:
+    """All that a turn says: its reasoning, its text and its tool calls.
+
+    Of a turn with text only, it is that text.
+    """
+    if len(turn) == 2:
+        return str(turn["content"])
+    parts = [turn.get("reasoning_content"), turn["content"], *map(call_text, calls_of(turn))]
+    return "\n".join(part for part in parts if part)
+
+
+def calls_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tool calls of a turn."""
+    return turn.get("tool_calls") or []
+
+
+def call_text(call: Mapping[str, Any]) -> str:
+    """A tool call as one line of JSON."""
+    function = call["function"]
+    return f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
+
+
+def used_fields(messages: Iterable[Message]) -> Iterator[str]:
+    """Names of the fields beside role and content that messages have."""
+    return (name for turn in messages if len(turn) > 2 for name in EXTRA_FIELDS if turn.get(name))
 
 
 def conversation_id(row: Row) -> str:

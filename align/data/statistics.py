@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.data.prepare import PreparedData, SplitRow
-from align.data.rows import KINDS, Row, conversation_id
+from align.data.rows import KINDS, Row, conversation_id, turn_text
 
 LONGER_WARNING = 0.6  # accuracy of preferring the longer completion above which a warning is given
 LONG_ROW = 1_000  # words
@@ -68,13 +68,13 @@ class DatasetStatistics:
         if kind == "prompts":
             return
         lengths: dict[str, int] = {
-            name: sum(len(turn["content"].split()) for turn in row[name])
+            name: sum(len(turn_text(turn).split()) for turn in row[name])
             for name in ("prompt", "completion", "chosen", "rejected")
             if name in row
         }
         self._add_longest(kind, row, lengths)
         if kind == next(kind for kind in KINDS if kind in self._rows):  # others repeat its rows
-            texts = "\n".join(turn["content"] for name in lengths for turn in row[name])
+            texts = "\n".join(turn_text(turn) for name in lengths for turn in row[name])
             match = SPECIAL_TOKENS.search(texts)
             self._special_tokens.update([match.group()] if match else [])
         if kind in ("demonstrations", "pairs"):
@@ -194,7 +194,7 @@ class BagOfWordsBaseline:
             return
         difference: dict[int, float] = {}
         for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
-            words = Counter(row[side][0]["content"].lower().split())
+            words = Counter(turn_text(row[side][0]).lower().split())
             for word, count in words.items():
                 bucket = crc32(word.encode()) % N_BUCKETS
                 difference[bucket] = difference.get(bucket, 0) + sign * math.log1p(count)
@@ -262,14 +262,16 @@ def median_words(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float
     """Median number of words in each column of messages, named ``<column>_median``."""
     return {
         f"{column}_median": median(
-            sum(len(turn["content"].split()) for turn in row[column]) for row in rows
+            sum(len(turn_text(turn).split()) for turn in row[column]) for row in rows
         )
         for column in columns
     }
 
 
-def not_read(findings: Mapping[str, Any]) -> Iterator[str]:
-    """Columns and fields of turns that are not read, with their numbers of rows, as one line."""
+def how_read(findings: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on layouts that are recognized, and on columns and fields of turns that are not read."""
+    for source, layout in findings.get("recognized", {}).items():
+        yield f"recognized: {source} as {layout}"
     counts = findings.get("not_read", {})
     names = [f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in counts.items()]
     if names:
@@ -288,5 +290,5 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if report["dropped"]:
         reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
         yield f"dropped {'; '.join(reasons)}"
-    yield from not_read(report)
+    yield from how_read(report)
     yield from (f"warning: {warning}" for warning in report.get("warnings", ()))

@@ -12,11 +12,16 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.data.rows import Row
+from align.data.rows import EXTRA_FIELDS, Row
+from align.data.tool_calls import without_nulls
 from align.errors import DataError
 
+TOOLS = "tools"
+TURNS = ("prompt", "chosen", "rejected", "completion")
+"""Columns whose values are turns."""
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import pyarrow as pa
     from datasets import Dataset
@@ -62,7 +67,7 @@ def read(
     if most is not None and len(table) > most:
         table = table.take([k * len(table) // most for k in range(most)])
     rows: list[Row] = table.to_pylist()
-    return rows
+    return [with_tools(row) for row in rows]
 
 
 def column_names(folder: Path, kind: str, split: str, *, required_by: str = "") -> list[str]:
@@ -99,14 +104,48 @@ def load_dataset(folder: Path, kind: str, split: str, output_dir: Path) -> Datas
     Raises:
         DataError: The folder has no table of the training split.
     """
-    from datasets import Dataset
+    from datasets import Dataset, List
 
     if split != "train" and not has_table(folder, kind, split):
         return None
     file = _existing_file(folder, kind, split, "")
     # `datasets` reads a path as a pattern, below the working directory as it is.
     pattern = glob.escape(str(file.absolute()))
-    return Dataset.from_parquet(pattern, cache_dir=str(output_dir / ".cache"))
+    rows = Dataset.from_parquet(pattern, cache_dir=str(output_dir / ".cache"))
+    if TOOLS not in rows.column_names:
+        return rows
+    features = rows.features.copy()
+    text = features.pop(TOOLS)
+    features["prompt"] = List({**features["prompt"].feature, TOOLS: text})
+    return rows.map(with_tools, features=features, remove_columns=[TOOLS])
+
+
+def with_tools(row: Row) -> Row:
+    """A row of a table with the tools in the first turn of its prompt, and without null fields."""
+    turns = {name: without_nulls(row[name]) for name in TURNS if isinstance(row.get(name), list)}
+    row = row | turns
+    tools = row.pop(TOOLS, None)
+    if tools and turns.get("prompt"):
+        first, *others = turns["prompt"]
+        row["prompt"] = [{**first, TOOLS: tools}, *others]
+    return row
+
+
+def without_tools(row: Row) -> Row:
+    """A row as tables store it: the tools of its prompt in a column, as TRL reads them."""
+    first, *others = row["prompt"]
+    text = {key: value for key, value in first.items() if key != TOOLS}
+    return row | {"prompt": [text, *others], TOOLS: first.get(TOOLS)}
+
+
+def write(rows: Sequence[Row], file: Path) -> None:
+    """Write conversational rows that are in memory; their other columns keep their types."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if any(TOOLS in row["prompt"][0] for row in rows):
+        rows = [without_tools(row) for row in rows]
+    pq.write_table(pa.Table.from_pylist(list(rows)), file, compression="zstd")
 
 
 @contextlib.contextmanager
@@ -142,17 +181,18 @@ ROW_GROUP = 2_000  # rows of a table held in memory at once
 class TableWriter:
     """Write conversational rows as Parquet, one row group at a time.
 
-    Turns are stored as lists of ``{role, content}``. Kept columns have the type of the first row
-    group. A later value of another type raises :class:`DataError`.
+    Turns are stored as lists of ``{role, content}`` with the fields of ``extra_fields``; ``tools``
+    is a column. Kept columns have the type of the first row group. A later value of another type
+    raises :class:`DataError`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._rows = path, list[Row]()
+    def __init__(self, path: Path, extra_fields: Collection[str] = ()) -> None:
+        self._path, self._rows, self._extra_fields = path, list[Row](), extra_fields
         self._writer: Any = None
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        self._rows.append(row)
+        self._rows.append(without_tools(row) if TOOLS in self._extra_fields else row)
         if len(self._rows) == ROW_GROUP:
             self._flush()
 
@@ -169,7 +209,7 @@ class TableWriter:
             return
         try:
             if self._writer is None:
-                schema = _schema(self._rows)
+                schema = _schema(self._rows, self._extra_fields)
                 self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
             self._writer.write_table(pa.Table.from_pylist(self._rows, self._writer.schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -180,12 +220,17 @@ class TableWriter:
         self._rows = []
 
 
-def _schema(rows: list[Row]) -> pa.Schema:
+def _schema(rows: list[Row], extra_fields: Collection[str]) -> pa.Schema:
     import pyarrow as pa
 
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    types = {"prompt_id": pa.string(), "label": pa.bool_()}
-    types |= dict.fromkeys(("prompt", "chosen", "rejected", "completion"), turns)
+    function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
+    extra_types = dict.fromkeys(EXTRA_FIELDS, pa.string()) | {"tool_calls": pa.list_(call)}
+    names = [name for name in EXTRA_FIELDS if name in extra_fields and name != TOOLS]
+    fields = [("role", pa.string()), ("content", pa.string())]
+    turns = pa.list_(pa.struct([*fields, *((name, extra_types[name]) for name in names)]))
+    types = {"prompt_id": pa.string(), "label": pa.bool_(), TOOLS: pa.string()}
+    types |= dict.fromkeys(TURNS, turns)
 
     def infer_type(name: str) -> pa.DataType:
         inferred = pa.infer_type([row[name] for row in rows])

@@ -206,7 +206,13 @@ def _read_reference(data: Path, split: str, prompts: Sequence[Row], n_completion
             continue
         for row in tables.read(data, kind, split):
             texts = completions.setdefault(row["prompt_id"], [])
-            text = row[column][-1]["content"]
+            turn = row[column][-1]
+            if len(turn) > 2:
+                raise DataError(
+                    f"{tables.table_file(data, kind, split)}: a completion has tool calls or "
+                    f"reasoning, which is no text that can be compared; name another `{REFERENCE}`"
+                )
+            text = turn["content"]
             if row.get("label", True) and text not in texts:
                 texts.append(text)
     found = sum(bool(completions.get(row["prompt_id"])) for row in prompts)

@@ -17,6 +17,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from align.data.rows import turn_text
 from align.errors import DataError, UserError, did_you_mean
 from align.judges.base import Messages, Pair
 from align.judges.verdicts import ANSWER_FORMAT
@@ -90,10 +91,14 @@ class JudgePrompt:
 
 
 def text_of(messages: Messages) -> str:
-    """The text of a prompt or a completion. Of several messages, each begins with its role."""
+    """The text of a prompt or a completion. Of several messages, each begins with its role.
+
+    The tools of a conversation come first, as JSON; a turn includes its reasoning and its calls.
+    """
+    tools = [f"tools: {message['tools']}" for message in messages[:1] if message.get("tools")]
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return "\n\n".join([*tools, turn_text(messages[0])])
+    return "\n\n".join([*tools, *(f"{each['role']}: {turn_text(each)}" for each in messages)])
 
 
 def _read_text(path: Path) -> str:

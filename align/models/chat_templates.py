@@ -21,6 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from align.errors import UserError
+from align.models import turn_fields
 
 Message = Mapping[str, Any]
 """One turn of a conversation: its role, its content, and fields that a template may write."""
@@ -57,18 +58,35 @@ class ChatTemplate:
         """A conversation as text; ``add_generation_prompt`` appends the header of an answer.
 
         Raises:
-            UserError: The template is malformed, refuses the conversation, takes too long or uses
-                what the sandbox forbids.
+            UserError: The template is malformed, refuses the conversation, takes too long, uses
+                what the sandbox forbids, or leaves out tools, tool calls or reasoning.
         """
+        tools = tools or turn_fields.tools_of(messages)
+        text = self._render(messages, add_generation_prompt, tools)
+        if tools or any(map(turn_fields.has_more_than_text, messages)):
+            missing = list(turn_fields.not_written(text, messages, tools))
+            if turn_fields.has_reasoning(messages) and not _writes_reasoning(self.text):
+                missing = missing or ["`reasoning_content`"]
+            for fewer in turn_fields.without_last_call(messages):
+                if self._render(fewer, add_generation_prompt, tools) == text:
+                    missing = missing or ["several calls in one turn"]
+            if missing:
+                raise UserError(
+                    f"{self.name}: its chat template does not write {', '.join(missing)} in the "
+                    f"conversation {_beginning(messages)}; remove such rows from the source, or "
+                    f"{REPAIR}"
+                )
+        return text
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None
+    ) -> str:
         try:
             template = _compile(self.text)
             template.environment.deadline = time.monotonic() + SECONDS  # type: ignore[attr-defined]
             return template.render(
-                messages=[
-                    {key: value for key, value in message.items() if value is not None}
-                    for message in messages
-                ],
-                tools=tools or None,
+                messages=turn_fields.for_template(messages, self.text),
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
@@ -84,6 +102,21 @@ class ChatTemplate:
                 f"{', '.join(str(m.get('role')) for m in messages)} ({_beginning(messages)}): "
                 f"{_reason(error)}; remove such rows from the source, or {REPAIR}"
             ) from None
+
+
+@functools.lru_cache(maxsize=32)
+def _writes_reasoning(text: str) -> bool:
+    """Whether a template writes the reasoning of a last turn."""
+    probe = "ReasoningPlaceholder"
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+    turns: list[Message] = [
+        {"role": "user", "content": "User"},
+        {"role": "assistant", "content": "Assistant", turn_fields.REASONING[0]: probe},
+    ]
+    try:
+        return probe in ChatTemplate(text, "", tokens)._render(turns, False, None)
+    except UserError:
+        return False
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.errors import UserError
+from align.models import turn_fields
 from align.models.chat_templates import REPAIR, ChatTemplate, Message
 
 BREAK = "\ufdd0"
@@ -93,9 +94,9 @@ class Conversations:
     def contains_control_token(self, messages: Sequence[Message]) -> bool:
         """Whether the text of a message contains a special token, which is read as text."""
         return any(
-            key != "role" and isinstance(value, str) and self.control_tokens.search(value)
+            self.control_tokens.search(text)
             for message in messages
-            for key, value in message.items()
+            for text in turn_fields.texts(message)
         )
 
     def prompts(
@@ -212,6 +213,8 @@ class Conversations:
         written = str(completion[-1].get("content") or "")
         content = written.strip()
         whole = self.template.render([*prompt, *completion], tools=tools)
+        if turn_fields.has_more_than_text(completion[-1]):
+            return self._text_with_fields(before, whole, prompt, completion[-1], tools)
         if whole.startswith(before) and content in whole[len(before) :]:
             text = whole[len(before) :]
             lead = text[: text.find(written)] if written in text else ""
@@ -235,15 +238,26 @@ class Conversations:
             content = content.removeprefix(opening).lstrip("\n")
         return content + tail
 
+    def _text_with_fields(
+        self, before: str, whole: str, prompt: list[Message], completion: Message, tools: Any
+    ) -> str:
+        """What a policy writes behind ``before`` if its turn has tool calls or reasoning.
+
+        The generation prompt may begin with reasoning that a finished turn does not write; tool
+        calls then follow it directly. It must not end the reasoning of a completion that has some.
+        """
+        shared = _common_prefix(before, whole)
+        header = _common_prefix(before, self.template.render(prompt, tools=tools))
+        if shared < header or (before[shared:].strip() and turn_fields.has_reasoning([completion])):
+            raise UserError(
+                f"{self.template.name}: its chat template writes other text before sampling, "
+                f"{before[header:]!r}, than before a turn with tool calls or reasoning; {REPAIR}"
+            )
+        return whole[shared:]
+
     def _mark(self, messages: Sequence[Message]) -> list[Message]:
         """Messages with a break within each special token of their texts."""
-        return [
-            {
-                key: self._mark_text(value) if key != "role" and isinstance(value, str) else value
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+        return [turn_fields.with_texts(message, self._mark_text) for message in messages]
 
     def _mark_text(self, text: str) -> str:
         place = 0

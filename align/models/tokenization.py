@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+Message = dict[str, Any]
 """One turn of a conversation; :mod:`align.data.rows` has the same type for the rows of tables."""
 ENDS = "end_token_ids"
 """Attribute of a loaded tokenizer: the end tokens that the files of its model list."""

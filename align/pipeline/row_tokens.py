@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from align.config.base import NewModel
 from align.config.training import KTO
 from align.config.training_base import TRLStage
-from align.models import files, gguf_files, tokenizer_files
+from align.models import files, gguf_files, tokenizer_files, turn_fields
 from align.models.conversations import Conversations, TrainedRow
 from align.pipeline.plan import PlannedStage
 from align.runtime import hub
@@ -259,7 +259,7 @@ def _text_tokens(rows: Sequence[Sequences], conversations: Conversations) -> lis
 def _texts(row: Sequences) -> list[list[str]]:
     """The texts of the messages of each sequence of a row."""
     return [
-        [str(message.get("content") or "") for message in [*row.prompt, *completion]]
+        [text for message in [*row.prompt, *completion] for text in turn_fields.texts(message)]
         for completion in row.completions
     ]
 
@@ -267,6 +267,12 @@ def _texts(row: Sequences) -> list[list[str]]:
 def _bytes(row: Sequences) -> int:
     """The bytes of the messages of the longest sequence of a row."""
     return max(sum(len(text.encode()) for text in side) for side in _texts(row))
+
+
+def _turn_bytes(turn: Mapping[str, Any]) -> int:
+    """Bytes of the texts of a turn; its tools may be written with indentation."""
+    size = sum(len(text.encode()) for text in turn_fields.texts(turn))
+    return size + 3 * len(turn.get("tools") or "")
 
 
 def _turns(row: Sequences) -> int:
@@ -290,6 +296,6 @@ def count_long_prompts(
         return 0
     left = model.positions - max_new_tokens
     # No token is shorter than a byte.
-    sizes = [sum(len(str(m.get("content")).encode()) + MARGIN * 4 for m in p) for p in prompts]
+    sizes = [sum(_turn_bytes(turn) + MARGIN * 4 for turn in prompt) for prompt in prompts]
     near = [p for p, size in zip(prompts, sizes, strict=True) if size + MARGIN * 8 > left]
     return sum(len(ids) > left for ids in model.conversations.prompts(near))

@@ -1,11 +1,13 @@
 """What the chat templates of a recipe's models do with its rows, before anything runs.
 
-Whether a template refuses a conversation depends on its roles, so one row of each sequence of roles
-is rendered. A row whose text alone makes a template fail is found when its stage tokenizes it.
+Whether a template refuses a conversation, or leaves out a part of it, depends on the roles and the
+fields of its turns, so one row of each sequence of them is rendered. A row whose text alone makes a
+template fail is found when its stage tokenizes it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from align.config.base import Stage
 from align.config.recipe import ErrorCollector
 from align.config.validation import HUB_ID
 from align.errors import UserError
-from align.models import tokenizer_files
+from align.models import tokenizer_files, turn_fields
 from align.models.conversations import Conversations
 from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
@@ -61,16 +63,17 @@ def check_rows(
     rows: Sequence[Sequences],
     train_on: Literal["all", "last"] = "last",
 ) -> None:
-    """Check that the chat template accepts the roles of all rows, of which turns are trained.
+    """Check that the chat template accepts the roles of all rows, and writes all of their turns.
 
     Raises:
         UserError: One line for each sequence of roles that it refuses, with the number of rows.
     """
-    by_roles: dict[tuple[str, ...], list[Sequences]] = {}
+    by_shape: dict[Any, list[Sequences]] = {}
     for row in rows:
-        by_roles.setdefault(tuple(str(turn["role"]) for turn in row.prompt), []).append(row)
+        turns = itertools.chain(row.prompt, *row.completions)
+        by_shape.setdefault(tuple(map(turn_fields.shape, turns)), []).append(row)
     lines = []
-    for group in by_roles.values():
+    for group in by_shape.values():
         first = group[0]
         try:
             conversations.prompts([first.prompt])

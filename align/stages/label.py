@@ -15,9 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from align.config.data import Label
 from align.data import pairing, statistics, tables
 from align.data.rows import Row
@@ -174,8 +171,7 @@ def _write(output_dir: Path, split: str, labeled: LabeledSplit) -> None:
         scored = zip(labeled.rows, labeled.scores, strict=True)
         contents["scores"] = [row | {"score": score} for row, score in scored]
     for kind, rows in contents.items():
-        file = tables.table_file(output_dir, kind, split)
-        pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+        tables.write(rows, tables.table_file(output_dir, kind, split))
 
 
 def _metrics(labeled: Mapping[str, LabeledSplit]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def run(
     def write(row: SplitRow) -> None:
         table = (row.kind, row.split)
         if table not in writers:
-            writers[table] = TableWriter(table_file(output_dir, *table))
+            writers[table] = TableWriter(table_file(output_dir, *table), prepared.extra_fields)
         writers[table].add(row.row)
 
     report = statistics.collect(

@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from align.config.data import Sample
 from align.data import tables
 from align.models import generation, tokenization
@@ -63,8 +60,7 @@ def run(
         for completion in completions
     ]
     if distributed.is_main():  # 4. write
-        file = tables.table_file(output_dir, "completions", config.split)
-        pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+        tables.write(rows, tables.table_file(output_dir, "completions", config.split))
     metrics = _metrics(config.split, len(prompts), rows)
     headline = {key: metrics[key] for key in ("rows", "mean_tokens", "finished")}
     return StageResult(metrics, headline)

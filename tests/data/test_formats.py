@@ -40,16 +40,11 @@ def test_the_last_turn_of_messages_is_the_completion():
     assert (row["prompt"], row["completion"]) == (turns[:3], turns[3:])
 
 
-TOOL_CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {}}}]
-
-
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("tool_calls", TOOL_CALL, "`tool_calls` of a turn is not supported"),
-        ("function_call", {"name": "f"}, "`function_call` of a turn is not supported"),
-        ("reasoning_content", "two and two", "`reasoning_content` of a turn is not supported"),
-        ("thinking", "two and two", "`thinking` of a turn is not supported"),
+        ("tool_calls", [{"id": "1"}], "a tool call names no function"),
+        ("thinking", ["two and two"], "`thinking` is not one text"),
         ("images", ["a.png"], "`images` of a turn is not supported"),
         ("weight", 0, "completion is marked as not to be trained on"),
         ("weight", 0.0, "completion is marked as not to be trained on"),
@@ -91,7 +86,7 @@ def test_weights_of_other_turns_and_empty_fields_change_nothing():
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"tools": [{"name": "f"}]}, "`tools` are not supported"),
+        ({"images": ["a.png"]}, "`images` are not supported"),
         ({"system": 3}, "`system` is not text"),
         ({"prompt": [system("Be kind."), user("Hi")], "system": "Be brief."}, "differs from"),
     ],

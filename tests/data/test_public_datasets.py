@@ -347,8 +347,8 @@ def test_the_columns_of_a_reader_can_be_mapped(tmp_path: Path):
     )
     prepared = prepare(config)
     assert prepared.tables()["pairs"]["train"][0]["prompt"][0]["content"] == "h"
-    with pytest.raises(UserError, match="columns: history: not a column of"):
-        prepare(Prepare(source=str(file), columns={"history": "post"}))
+    with pytest.raises(UserError, match="columns: post: not a column of"):
+        prepare(Prepare(source=str(file), columns={"post": "history"}))
 
 
 def test_a_file_or_folder_takes_precedence_over_the_catalog(

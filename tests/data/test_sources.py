@@ -104,16 +104,17 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
      "a.jsonl: none of 2 pairs is usable: 2 contradiction; fix its rows, or map `columns:`"),
     ("wrong roles", "a.jsonl", lines('{"messages": [{"role": "human", "content": "a"}]}'), {},
      "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: role `human`; allowed are"
-     " `system`, `user`, `assistant`); fix its rows"),
-    ("turns of ShareGPT", "a.jsonl", lines('{"messages": [{"from": "human", "value": "a"}]}'), {},
-     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: a turn has `from`, `value`;"
-     " rename to `role`, `content`); fix its rows"),
+     " `system`, `user`, `assistant`, `tool`); fix its rows"),
+    ("turns with other names", "a.jsonl", lines('{"messages": [{"speaker": "a", "text": "a"}]}'), {},
+     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: a turn has `speaker`,"
+     " `text`; rename to `role`, `content`); fix its rows"),
     ("unknown labels", "a.jsonl", lines(*(json.dumps({"prompt": f"{n}", "completion": "b", "label": n}) for n in (1, -1))), {},
      "a.jsonl: 1 of 2 labels are not true, false, 1 or 0 (row 2: it is '-1'); map every label, as in"
      " `labels: {up: true, down: false}`; other rows are then dropped"),
-    ("Alpaca's columns", "a.jsonl", lines('{"instruction": "a", "input": "b", "output": "c"}'), {},
-     "a.jsonl: no column `prompt`, `completion`; found `instruction`, `input`, `output`;"
-     " map it with `columns: {prompt: instruction, input: input, completion: output}`"),
+    ("nearly Alpaca's columns", "a.jsonl",
+     lines('{"instruction": "a", "input": "b", "response": "c"}'), {},
+     "a.jsonl: no column `prompt`, `completion`; found `instruction`, `input`, `response`;"
+     " map it with `columns: {prompt: instruction, input: input, completion: response}`"),
     ("empty file", "a.jsonl", b"", {}, "a.jsonl: no rows; found 1 empty file"),
     ("malformed lines", "a.jsonl", lines(PAIR_LINE, "{,}", "[1]"), {},
      "a.jsonl:2: not JSON: Expecting property name enclosed in double quotes at column 2\n"

@@ -36,14 +36,17 @@ def check(
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
 
-    def run(stages: str, *, template: str = CHATML, system: str = "", text: str = "", **files: Any):
+    def run(
+        stages: str, *, template: str = CHATML, system: str = "", text: str = "",
+        columns: dict[str, Any] | None = None, **files: Any,
+    ):  # fmt: skip
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
         for name, fields in files.items():
             edit_json(tmp_path / "model" / f"{name}.json", **fields)
         turns = [{"role": "system", "content": system}] if system else []
         rows = [
             {"prompt": [*(turns if k % 2 else []), {"role": "user", "content": f"Say {k}. {text}"}],
-             "chosen": f"It is {k}, as you like.", "rejected": "No."}
+             "chosen": f"It is {k}, as you like.", "rejected": "No.", **(k % 4 and columns or {})}
             for k in range(40)
         ]  # fmt: skip
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,6 +70,19 @@ def test_a_template_that_refuses_rows_is_an_error_in_every_stage(check: Any):
     for line in lines:
         assert "20 of 40 rows: " in line and "roles system, user" in line, line
         assert "System role not supported" in line and "chat_template_path" in line
+
+
+def test_tools_and_calls_that_a_template_does_not_write_are_errors(check: Any):
+    call = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": "Rom"}}]}
+    stages = "  kto: {model: model}\n  sample: {model: model}\n"
+    code, _, err = check(stages, columns={"tools": [{"name": "weather"}]})
+    assert code == 2 and [line[:8] for line in err.splitlines()] == ["r.yaml:3", "r.yaml:4"], err
+    for line, total in zip(err.splitlines(), (80, 40), strict=True):
+        assert f"{total * 3 // 4} of {total} rows: " in line, line
+        assert "does not write the tool `weather` in the conversation 'Say 1.'" in line
+    code, _, err = check("  dpo: {model: model}\n", columns={"chosen": [call]})
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert "30 of 40 rows: " in err and "the call of `weather` of turn 2 (assistant)" in err
 
 
 @pytest.mark.parametrize(("template", "message"), [

@@ -1,0 +1,78 @@
+"""Layouts of ShareGPT and Alpaca, recognized by their columns, and converted to roles and turns.
+
+ShareGPT has ``conversations``, whose turns are ``{from, value}``. Beside them, LLaMA-Factory has
+``chosen`` and ``rejected`` as single turns, or ``kto_tag`` as a label. Alpaca has ``instruction``,
+``input`` and ``output``, and may have ``system`` and ``history``, a list of earlier questions with
+their answers. Column maps of the recipe take precedence, and so do Align's own columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from align.data.rows import DroppedError, Messages
+from align.data.tool_calls import calls_of_text
+
+ROLES = {
+    **{"human": "user", "user": "user", "system": "system"},
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
+    "function_call": "assistant",
+}
+"""Values of ``from`` and the roles that they stand for."""
+SHAREGPT, ALPACA = "ShareGPT", "Alpaca"
+
+
+def recognize(names: Collection[str]) -> tuple[str, dict[str, str]]:
+    """The layout of a source with these columns, and the column map that reads it.
+
+    Both are empty if the columns are those of neither layout.
+    """
+    label = {"label": "kto_tag"} if "kto_tag" in names and "label" not in names else {}
+    pairs = {"chosen", "rejected"} <= set(names)
+    if "conversations" in names and "messages" not in names:
+        if pairs:
+            return SHAREGPT, {"prompt": "conversations"} if "prompt" not in names else {}
+        return SHAREGPT, {"messages": "conversations", **label}
+    if "instruction" in names and "prompt" not in names and (pairs or "output" in names):
+        columns = {"prompt": "instruction", **label}
+        if not pairs and "completion" not in names:
+            columns["completion"] = "output"
+        columns |= {name: name for name in ("input", "history") if name in names}
+        return ALPACA, columns
+    return "", {}
+
+
+def turn_with_role(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A turn of ShareGPT with ``role`` and ``content``; any other turn as it is.
+
+    Raises:
+        DroppedError: Its ``from`` is unknown.
+    """
+    if "from" not in turn or "role" in turn:
+        return turn
+    name = str(turn["from"]).strip().lower()
+    if name not in ROLES:
+        allowed = ", ".join(f"`{role}`" for role in ROLES)
+        raise DroppedError("wrong roles", f"`from` is `{name[:40]}`; allowed are {allowed}")
+    fields = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if name == "function_call":
+        return {**fields, "role": "assistant", "tool_calls": calls_of_text(turn.get("value"))}
+    return {**fields, "role": ROLES[name], "content": turn.get("value")}
+
+
+def history_turns(history: object) -> Messages:
+    """The turns of Alpaca's ``history``: pairs of a question and its answer.
+
+    Raises:
+        DroppedError: It is no list of pairs of texts.
+    """
+    turns: Messages = []
+    for pair in history if isinstance(history, list) else [] if not history else [history]:
+        texts = list(pair) if isinstance(pair, list | tuple) else []
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise DroppedError("`history` is not a list of questions with answers")
+        roles = zip(("user", "assistant"), texts, strict=True)
+        turns += [{"role": role, "content": text} for role, text in roles]
+    return turns

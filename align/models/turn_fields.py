@@ -1,0 +1,163 @@
+"""Tools, tool calls and reasoning of turns: as chat templates read them, and whether one wrote them.
+
+Tables store the arguments of a call and the tools of a conversation as JSON text
+(:mod:`align.data.tool_calls`). Templates read objects. A template that leaves out a part of a turn
+would train another text than that of the source, so a stage refuses the row. Left out: numbers and
+nested arguments, whose notation differs between templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names that templates have for the reasoning of a turn; the first is the stored one."""
+THINK = "</think>"
+Message = Mapping[str, Any]
+
+
+def for_template(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+    """Messages with the objects, and with the name of the reasoning, that a template reads."""
+    name = next((n for n in REASONING if re.search(rf"[.'\"]{n}\b", template)), REASONING[0])
+    return [_for_template(message, name) for message in messages]
+
+
+def _for_template(message: Message, reasoning: str) -> dict[str, Any]:
+    fields = {k: v for k, v in message.items() if v is not None and k != "tools"}
+    if REASONING[0] in fields:
+        fields[reasoning] = fields.pop(REASONING[0])
+    if "tool_calls" in fields:
+        fields["tool_calls"] = [_call(call) for call in fields["tool_calls"]]
+    return fields
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a call: an object that is JSON where a template writes it as text."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __add__(self, text: str) -> str:
+        return f"{self}{text}"
+
+    def __radd__(self, text: str) -> str:
+        return f"{text}{self}"
+
+
+def _call(call: Message) -> dict[str, Any]:
+    function = dict(call["function"])
+    function["arguments"] = Arguments(json.loads(function["arguments"]))
+    return {k: v for k, v in call.items() if v is not None} | {"function": function}
+
+
+def texts(message: Message) -> Iterator[str]:
+    """All texts of a message: its content, its fields and those of its tool calls."""
+    return (text for key, value in message.items() if key != "role" for text in _texts(value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]:
+    """A message with ``change`` applied to each of its texts."""
+    return {k: v if k == "role" else _with_texts(v, change) for k, v in message.items()}
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _with_texts(item, change) for key, item in value.items()}
+    return [_with_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def tools_of(messages: Sequence[Message]) -> list[Any] | None:
+    """The tools of a conversation, which its first turn has as JSON text."""
+    text = messages[0].get("tools") if messages else None
+    return json.loads(text) if text else None
+
+
+def has_more_than_text(message: Message) -> bool:
+    """Whether a turn has tool calls or reasoning, or is the result of a tool."""
+    return bool(
+        message.get("role") == "tool" or message.get("tool_calls") or message.get(REASONING[0])
+    )
+
+
+def shape(message: Message) -> tuple[Any, ...]:
+    """What of a turn decides whether a template writes all of it, apart from its texts."""
+    calls = message.get("tool_calls") or ()
+    names = [name for name in message if message[name] and name != "content"]
+    return (message["role"], *sorted(names), len(calls), bool(message.get("content")))
+
+
+def has_reasoning(messages: Sequence[Message]) -> bool:
+    """Whether any turn has reasoning apart from its text."""
+    return any(message.get(REASONING[0]) for message in messages)
+
+
+def without_last_call(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The conversation without the last call of a turn, for each turn with several calls."""
+    for k, message in enumerate(messages):
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            fewer = {**message, "tool_calls": calls[:-1]}
+            yield [*messages[:k], fewer, *messages[k + 1 :]]
+
+
+def not_written(
+    text: str, messages: Sequence[Message], tools: Sequence[Any] | None
+) -> Iterator[str]:
+    """The parts of turns that the text of a conversation lacks, in words.
+
+    Earlier turns may lack their reasoning: templates leave it out on purpose.
+    """
+    forms = _Text(text)
+    for tool in tools or ():
+        name = str(tool.get("function", tool).get("name"))
+        if name not in forms:
+            yield f"the tool `{name}`"
+    for number, message in enumerate(messages, start=1):
+        if has_more_than_text(message):
+            is_last = number == len(messages)
+            turn = f"of turn {number} ({message['role']})"
+            yield from (f"{part} {turn}" for part in _missing(forms, message, is_last))
+
+
+def _missing(text: _Text, message: Message, is_last: bool) -> Iterator[str]:
+    reasoning, content = message.get(REASONING[0]), str(message.get("content") or "")
+    if reasoning and is_last and reasoning not in text:
+        yield f"`{REASONING[0]}`"
+    if content.rpartition(THINK)[2] not in text:
+        yield "the text"
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        if function["name"] not in text:
+            yield f"the call of `{function['name']}`"
+            continue
+        for key, value in json.loads(function["arguments"]).items():
+            if key not in text or (isinstance(value, str) and value not in text):
+                yield f"the argument `{key}` of the call of `{function['name']}`"
+
+
+class _Text:
+    """A text in which parts are searched for, as they are or as JSON, whatever the white space."""
+
+    def __init__(self, text: str) -> None:
+        self._text = _squeezed(text)
+
+    def __contains__(self, part: str) -> bool:
+        forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+        return any(_squeezed(form) in self._text for form in forms)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

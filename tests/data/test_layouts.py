@@ -1,0 +1,118 @@
+"""ShareGPT's and Alpaca's layouts are recognized by their columns, and shown as recognized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.preference_data import (
+    assistant,
+    prepared_whole,
+    system,
+    training_rows,
+    user,
+    write_jsonl,
+)
+
+from align.data import layouts, statistics
+from align.data.formats import demonstration
+from align.data.rows import DroppedError
+from align.errors import DataError
+
+
+def turns(*pairs: str) -> list[dict[str, str]]:
+    return [{"from": p.partition(": ")[0], "value": p.partition(": ")[2]} for p in pairs]
+
+
+CALL = '{"name": "weather", "arguments": {"city": "Rom"}}'
+STORED = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
+GO = [system("Be brief."), user("Hi"), assistant("Hm?"), user("Go")]
+SHARED = turns("human: Hi", "gpt: Hm?", "human: Go")
+ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("ShareGPT", {"conversations": [*SHARED, *turns("gpt: A")], "system": "Be brief."},
+     "demonstrations", {"prompt": GO, "completion": [assistant("A")]}),
+    ("ShareGPT, system turn", {"conversations": turns("system: Be brief.", "user: Hi", "bard: A")},
+     "demonstrations", {"prompt": [GO[0], user("Hi")], "completion": [assistant("A")]}),
+    ("ShareGPT, pairs", {"conversations": SHARED, "system": "Be brief.",
+      "chosen": turns("gpt: A")[0], "rejected": turns("gpt: B")[0]},
+     "pairs", {"prompt": GO, "chosen": [assistant("A")], "rejected": [assistant("B")]}),
+    ("ShareGPT, labeled", {"conversations": turns("human: Hi", "gpt: A"), "kto_tag": True},
+     "unpaired", {"prompt": [user("Hi")], "completion": [assistant("A")], "label": True}),
+    ("ShareGPT, tools", {"conversations": turns("human: Hi", f"function_call: {CALL}",
+      "observation: 21", "gpt: It is 21."), "tools": '[{"name": "weather"}]'},
+     "demonstrations", {"completion": [assistant("It is 21.")], "prompt": [
+         user("Hi") | {"tools": '[{"type": "function", "function": {"name": "weather"}}]'},
+         assistant("") | {"tool_calls": [STORED]}, {"role": "tool", "content": "21"}]}),
+    ("ShareGPT, a call at the end",
+     {"conversations": turns("human: Hi", f"function_call: [{CALL}, {CALL}]")}, "demonstrations",
+     {"prompt": [user("Hi")], "completion": [assistant("") | {"tool_calls": [STORED] * 2}]}),
+    ("Alpaca", {"instruction": "Add.", "input": "1 + 2", "output": "3"},
+     "demonstrations", {"prompt": [user("Add.\n\n1 + 2")], "completion": [assistant("3")]}),
+    ("Alpaca, history", {"instruction": "Go", "input": "", "output": "A", "system": "Be brief.",
+      "history": [["Hi", "Hm?"]]},
+     "demonstrations", {"prompt": GO, "completion": [assistant("A")]}),
+    ("Alpaca, pairs", {"instruction": "Hi", "chosen": "A", "rejected": "B"},
+     "pairs", {"prompt": [user("Hi")], "chosen": [assistant("A")], "rejected": [assistant("B")]}),
+    ("Alpaca, labeled", {"instruction": "Hi", "output": "A", "kto_tag": "true"},
+     "unpaired", {"prompt": [user("Hi")], "completion": [assistant("A")], "label": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "expected"), [r[1:] for r in ROWS], ids=[r[0] for r in ROWS]
+)
+def test_a_layout_is_recognized_and_shown(
+    row: dict[str, Any], kind: str, expected: dict[str, Any], tmp_path: Path
+):
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    data = prepared_whole(file)
+    (read,) = training_rows(data, kind)
+    assert {name: read[name] for name in expected} == expected
+    assert "not_read" not in data.findings
+    layout = "ShareGPT" if "conversations" in row else "Alpaca"
+    (line,) = statistics.how_read(data.findings)
+    assert line.startswith(f"recognized: {file} as {layout}, columns {{")
+
+
+def test_own_columns_and_column_maps_take_precedence(tmp_path: Path):
+    row = {"prompt": "Hi", "completion": "A", "instruction": "x", "output": "y", "history": "z"}
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", [row]))
+    assert training_rows(data, "demonstrations")[0]["prompt"] == [user("Hi")]
+    assert "recognized" not in data.findings
+    assert data.findings["not_read"].keys() == {
+        "column `history`", "column `instruction`", "column `output`"
+    }  # fmt: skip
+    row = {"conversations": turns("human: Hi", "gpt: A"), "who": "Be brief."}
+    data = prepared_whole(write_jsonl(tmp_path / "b.jsonl", [row]), columns={"system": "who"})
+    assert training_rows(data, "demonstrations")[0]["prompt"] == [system("Be brief."), user("Hi")]
+
+
+def test_rows_of_the_layout_are_checked_as_others(tmp_path: Path):
+    rows = [
+        {"conversations": turns("human: Hi", "gpt: A")},
+        {"conversations": turns("gpt: Welcome.", "human: Hi", "gpt: A")},
+        {"conversations": turns("human: Hi")},
+        {"conversations": turns("human: Hi", "narrator: A")},
+        {"conversations": turns("human: Hi", "function_call: weather")},
+    ]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert data.dropped == {
+        "demonstrations: `function_call` is not JSON": 1,
+        "demonstrations: ends in a user turn": 1,
+        "demonstrations: no prompt": 1,
+        "demonstrations: wrong roles": 1,
+    }
+
+
+def test_a_system_turn_that_differs_from_the_column_is_dropped(tmp_path: Path):
+    row = {"conversations": turns("system: Be kind.", "human: Hi", "gpt: A"), "system": "Be brief."}
+    with pytest.raises(DataError, match="column `system` differs from the system turn"):
+        prepared_whole(write_jsonl(tmp_path / "a.jsonl", [row]))
+
+
+def test_a_history_of_another_form_is_no_conversation():
+    assert layouts.history_turns(None) == []
+    for history in ("Hi", [["Hi"]], [["Hi", None]]):
+        with pytest.raises(DroppedError, match="`history` is not a list"):
+            demonstration({"prompt": "a", "completion": "b", "history": history})

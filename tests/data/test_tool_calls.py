@@ -1,0 +1,210 @@
+"""Tools, tool calls and reasoning: read in every usual layout, stored in one, never lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.preference_data import (
+    PAIR,
+    assistant,
+    prepared_whole,
+    run_prepare,
+    system,
+    training_rows,
+    user,
+    write_jsonl,
+)
+
+from align.config.data import Prepare
+from align.data import tables
+from align.data.formats import demonstration, labeled, pair
+from align.data.rows import DroppedError, prompt_id, turn_text
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+TOOLS = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]'
+STORED = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
+CALL = {**assistant(""), "tool_calls": [STORED]}
+RESULT = {"role": "tool", "content": "21"}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rom"}'}}]},
+        {
+            "tool_calls": [
+                {"function": {"name": "weather", "arguments": {"city": "Rom", "day": None}}}
+            ]
+        },
+        {"tool_calls": [{"name": "weather", "arguments": {"city": "Rom"}}], "content": None},
+        {"tool_calls": '[{"name": "weather", "arguments": {"city": "Rom"}}]'},
+        {"tool_calls": ['{"name": "weather", "arguments": {"city": "Rom"}}']},
+        {"function_call": {"name": "weather", "arguments": '{"city":"Rom"}'}, "tool_calls": None},
+    ],
+    ids=["text", "object with a null of Parquet", "flat", "JSON", "list of JSON", "older name"],
+)
+def test_every_layout_of_a_call_is_stored_as_one(turn: dict[str, Any]):
+    turn = {"role": "assistant", "content": "", **turn}
+    assert demonstration({"messages": [user("Hi"), turn]})["completion"] == [CALL]
+    assert pair({"prompt": "Hi", "chosen": [turn], "rejected": "No."})["chosen"] == [CALL]
+    assert labeled({"prompt": "Hi", "completion": [turn], "label": 1})["completion"] == [CALL]
+
+
+def test_a_call_keeps_its_id_and_the_null_in_a_text():
+    function = {"name": "f", "arguments": '{"a": null, "b": "ü"}'}
+    call = {"id": "x1", "type": "function", "function": function}
+    row = demonstration({"messages": [user("Hi"), {**assistant("Wait."), "tool_calls": [call]}]})
+    assert row["completion"][0]["tool_calls"] == [call]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_one_name(name: str):
+    row = demonstration({"messages": [user("2+2?"), {**assistant("4"), name: " two and two"}]})
+    assert row["completion"] == [{**assistant("4"), "reasoning_content": " two and two"}]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tools": [{"type": "function", "function": WEATHER}]},
+        {"tools": json.dumps([WEATHER])},
+        {"functions": [{**WEATHER, "description": None}]},
+        {"tools": [json.dumps(WEATHER)]},
+        {"tools": WEATHER},
+    ],
+)
+def test_tools_belong_to_the_first_turn_and_to_the_identity_of_a_prompt(columns: dict[str, Any]):
+    row = pair({**PAIR, "system": "Be brief.", **columns})
+    tools = row["prompt"][0].pop("tools")
+    assert json.loads(tools) == [{"type": "function", "function": WEATHER}]
+    assert row["prompt"] == [system("Be brief."), user("Say a word.")]
+    assert row["prompt_id"] != prompt_id(row["prompt"])
+
+
+def test_results_of_tools_are_turns_of_a_prompt():
+    turns = [user("Hi"), CALL, {**RESULT, "tool_call_id": "1", "name": "weather"}, RESULT]
+    row = demonstration({"messages": [*turns, assistant("It is 21.")]})
+    assert row["prompt"] == turns
+    older = {"role": "function", "name": "weather", "content": "21"}
+    row = demonstration({"messages": [user("Hi"), CALL, older, assistant("It is 21.")]})
+    assert row["prompt"][2] == {**RESULT, "name": "weather"}
+    sides = {"chosen": [*turns, assistant("A")], "rejected": [*turns, CALL]}
+    assert pair(sides)["rejected"] == [CALL]
+
+
+def test_two_calls_of_one_function_differ_by_their_arguments():
+    other = {"name": "weather", "arguments": {"city": "Oslo"}}
+    row = pair({"prompt": "Hi", "chosen": [CALL], "rejected": [{**CALL, "tool_calls": [other]}]})
+    assert row["rejected"][0]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    with pytest.raises(DroppedError, match="chosen equals rejected"):
+        pair({"prompt": "Hi", "chosen": [CALL], "rejected": [CALL]})
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("`tools` is not JSON", {"tools": "[{", **PAIR}),
+    ("`tools` is not a list of functions", {"tools": [3], **PAIR}),
+    ("`tools` next to `functions`", {"tools": [WEATHER], "functions": [WEATHER], **PAIR}),
+    ("tool calls without results", {"messages": [user("a"), CALL, user("b"), assistant("c")]}),
+    ("result of a tool without a call", {"messages": [user("a"), RESULT, assistant("c")]}),
+    ("result of a tool without an answer",
+     {"messages": [user("a"), CALL, RESULT, user("b"), assistant("c")]}),
+    ("ends in a tool turn", {"messages": [user("a"), CALL, RESULT]}),
+    ("`tool_calls` in a turn of another role",
+     {"messages": [{**user("a"), "tool_calls": [STORED]}, assistant("c")]}),
+    ("`arguments` of a tool call are not a JSON object",
+     {"messages": [user("a"), {**CALL, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}),
+    ("`arguments` is not JSON",
+     {"messages": [user("a"), {**CALL, "tool_calls": [{"name": "f", "arguments": "x=1"}]}]}),
+    ("a tool call is not a function",
+     {"messages": [user("a"), {**CALL, "tool_calls": [{**STORED, "type": "custom"}]}]}),
+    ("`reasoning` is not one text",
+     {"messages": [user("a"), {**assistant("b"), "reasoning": "x", "thinking": "y"}]}),
+    ("a tool or a call is not JSON",
+     {"messages": [user("a"), {**CALL, "tool_calls": [{"name": "f", "arguments": {"x": b""}}]}]}),
+    ("blank completion", {"messages": [user("a"), {**assistant(" "), "reasoning": "x"}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "row"), CASES, ids=[reason for reason, _ in CASES])
+def test_a_row_with_malformed_tools_is_dropped_with_the_reason(reason: str, row: dict[str, Any]):
+    with pytest.raises(DroppedError) as error:
+        (pair if "chosen" in row else demonstration)(row)
+    assert error.value.reason == reason
+
+
+def test_prepared_tables_give_back_the_turns_and_trl_their_column(tmp_path: Path):
+    marked = {**assistant("A"), "reasoning_content": "why"}
+    rows = [
+        {
+            "prompt": [user("Hi")],
+            "chosen": [CALL],
+            "rejected": [assistant("B")],
+            "tools": [WEATHER],
+        },
+        {"prompt": [user("Go"), CALL, RESULT], "chosen": [marked], "rejected": [assistant("B")]},
+    ]
+    config = Prepare(source=write_jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.0)
+    run_prepare(config, tmp_path / "out")
+    first, second = tables.read(tmp_path / "out", "pairs", "train")
+    assert first["prompt"][0].keys() == {"role", "content", "tools"}
+    assert (first["chosen"], first["rejected"]) == ([CALL], [assistant("B")])
+    assert (second["prompt"], second["chosen"]) == ([user("Go"), CALL, RESULT], [marked])
+    in_memory = training_rows(prepared_whole(config.source))
+    assert [first, second] == in_memory
+    stored = pq.read_table(tmp_path / "out" / "pairs-train.parquet")
+    assert json.loads(stored["tools"][0].as_py())[0]["function"]["name"] == "weather"
+    assert stored["tools"][1].as_py() is None
+    assert "tools" in pq.read_schema(tmp_path / "out" / "prompts-train.parquet").names
+    assert run_prepare(config, tmp_path / "again")["pairs"] == {"train": 2}
+    files = [tmp_path / name / "pairs-train.parquet" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_dataset_for_trl_has_the_tools_in_its_prompts(tmp_path: Path):
+    rows = [
+        {"messages": [user("Hi"), CALL], "tools": None},
+        {"messages": [user("Go"), CALL], "tools": [WEATHER]},
+    ]
+    config = Prepare(source=write_jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.0)
+    run_prepare(config, tmp_path / "out")
+    dataset = tables.load_dataset(tmp_path / "out", "demonstrations", "train", tmp_path)
+    assert dataset is not None
+    assert dataset.column_names == ["prompt", "completion", "prompt_id"]
+    read = [tables.with_tools(row) for row in dataset]
+    assert read == tables.read(tmp_path / "out", "demonstrations", "train")
+
+
+def test_rows_without_tools_have_the_schema_of_before(tmp_path: Path):
+    config = Prepare(source=write_jsonl(tmp_path / "a.jsonl", [PAIR]), test_fraction=0.0)
+    run_prepare(config, tmp_path)
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pq.read_schema(tmp_path / "pairs-train.parquet")
+    assert schema.names == ["prompt", "chosen", "rejected", "prompt_id"]
+    assert [schema.field(k).type.value_type for k in range(3)] == [turns.value_type] * 3
+
+
+def test_sampled_rows_keep_the_tools(tmp_path: Path):
+    row = pair({**PAIR, "tools": TOOLS})
+    rows = [row, pair({**PAIR, "prompt": "Go"})]
+    tables.write(rows, tables.table_file(tmp_path, "pairs", "train"))
+    assert tables.read(tmp_path, "pairs", "train") == rows
+    assert "tools" in tables.column_names(tmp_path, "pairs", "train")
+
+
+def test_parquet_gives_every_call_the_arguments_of_all(tmp_path: Path):
+    calls = [{"name": "f", "arguments": {"a": "1"}}, {"name": "g", "arguments": {"b": "2"}}]
+    rows = [{"messages": [user("Hi"), {**assistant(""), "tool_calls": [call]}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = training_rows(prepared_whole(tmp_path / "a.parquet"), "demonstrations")
+    functions = [row["completion"][0]["tool_calls"][0]["function"] for row in read]
+    assert [f["arguments"] for f in functions] == ['{"a": "1"}', '{"b": "2"}']
+
+
+def test_the_text_of_a_turn_includes_all_that_it_says():
+    turn = {**CALL, "content": "Wait.", "reasoning_content": "why"}
+    assert turn_text(turn) == 'why\nWait.\n{"name": "weather", "arguments": {"city": "Rom"}}'
