@@ -230,13 +230,15 @@ class Conversations:
         header = _common_prefix(before, self.template.render(prompt, tools=tools))
         shared = _common_prefix(before, head)
         # What a finished turn writes before its text, behind the header, such as empty reasoning.
-        lead = head[shared:] if shared >= header else ""
+        lead = head[shared:] if shared >= header else _behind_prompt(before, head, prompt)
+        text = content + tail
         if whole.startswith(head) and content in whole[len(head) :]:
-            return lead + whole[len(head) :]
+            text = whole[len(head) :]
+            text = text if lead and text.startswith(lead) else lead + text
         opening = REASONING[0]
-        if before.rstrip().endswith(opening):
-            content = content.removeprefix(opening).lstrip("\n")
-        return content + tail
+        if before.rstrip().endswith(opening) and text.startswith(opening):
+            text = text.removeprefix(opening).lstrip("\n")  # the header has begun the reasoning
+        return text
 
     def _text_with_fields(
         self, before: str, whole: str, prompt: list[Message], completion: Message, tools: Any
@@ -302,6 +304,18 @@ def _joined(rows: Sequence[TokenRow]) -> list[TrainedRow]:
 
 def _answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
+
+
+def _behind_prompt(before: str, head: str, prompt: Sequence[Message]) -> str:
+    """What a template writes between a header and an answer where it rewrites the prompt.
+
+    ``before`` is the prompt with the header, ``head`` the same in front of a finished answer.
+    Mistral's template writes the system turn into the last user turn only while no answer follows.
+    """
+    last = str(prompt[-1].get("content") or "").strip() if prompt else ""
+    header = before[before.rfind(last) :]
+    place = head.rfind(header) if last in before else -1
+    return head[place + len(header) :] if last and place >= 0 else ""
 
 
 def _common_prefix(first: str, second: str) -> int:

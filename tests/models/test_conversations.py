@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trl
-from tokenizers import AddedToken, decoders
-from transformers import PreTrainedTokenizerFast
+from helpers.chat_tokenizers import make_tokenizer
 
 from align.errors import UserError
 from align.models import chat_templates, tokenization, tokenizer_files
@@ -22,9 +20,6 @@ CHAT = [
     {"role": "assistant", "content": "<think>\nearlier reasons\n</think>\n\nfirst answer"},
     {"role": "user", "content": "and then"},
 ]
-MARKS = re.compile(
-    r"<\|[^|<>\s]+\|>|<｜[^｜]+｜>|</?think>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
-)
 
 
 VICUNA = (
@@ -36,24 +31,6 @@ VICUNA = (
 
 def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
-
-
-def make_tokenizer(template: str, *, listed: tuple[str, ...] = (), eos: str = "</s>") -> Any:
-    """A byte-level tokenizer with the tokens of a template; ``listed`` are further end tokens."""
-    bpe = tokenization.train_bpe(["the question answer reasons\n\n\n"] * 9, vocab_size=300)
-    bpe.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>")
-    marks = sorted({*MARKS.findall(template), *listed, eos})
-    # as in DeepSeek's tokenizers, the tokens around a turn are not special
-    tokenizer.add_tokens(
-        [AddedToken(mark, special=not re.search("think|｜", mark)) for mark in marks]
-    )
-    tokenizer.eos_token = eos
-    tokenizer.chat_template = template
-    tokenizer.name_or_path = "folder"
-    ends = frozenset(tokenizer.convert_tokens_to_ids(list(listed)))
-    setattr(tokenizer, tokenization.ENDS, ends)
-    return tokenizer
 
 
 def shape(name: str, **more: Any) -> Any:
