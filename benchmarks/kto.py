@@ -57,7 +57,7 @@ def train(variant: str, config: KTO, inputs: dict[str, Any], folder: Path, logge
         # TRL assigns the KL completions again, in the new order.
         rows = trainer.train_dataset.select_columns(kto.COLUMNS).shuffle(seed=config.seed)
         tokenizer = trainer.processing_class
-        with trl_trainer.construction(tokenizer, config):  # TRL tokenizes as we do
+        with trl_trainer.construction(trainer.model, tokenizer, config):  # TRL tokenizes as we do
             trainer.train_dataset = trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
     started = time.monotonic()
     trl_trainer.train(trainer, folder, logger)

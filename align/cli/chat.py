@@ -9,22 +9,30 @@ from typing import Any
 
 from align.errors import printable
 
+FULL = "the conversation fills the {limit} positions of the model; an empty line starts a new one"
 
-def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
+
+def chat(
+    source: Path | str,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    quantization: str | None = None,
+) -> None:
     """Read lines from standard input and print the policy's answers while they are sampled.
 
     An empty line starts a new conversation; the end of the input ends the command. ``source`` is a
     model folder or a Hub id.
     """
     import torch
-    from transformers import TextStreamer
 
     from align.models import files, generation, tokenization
     from align.models.policy import load_policy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
-    policy = load_policy(source, dtype=dtype, device=device)
+    policy = load_policy(source, dtype=dtype, device=device, quantization=quantization)
     model: Any = policy.model
     tokenizer = policy.tokenizer
     torch.manual_seed(seed)
@@ -33,11 +41,7 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
         file=sys.stderr,
     )
 
-    class Printer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(printable(text), stream_end)
-
-    streamer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _printer(tokenizer)
     generation.set_sampling(
         model, tokenizer, temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens
     )
@@ -56,11 +60,7 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
         left = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids[0]))
         if left < 1:
             del messages[-1]
-            print(
-                f"the conversation fills the {limit} positions of the model; an empty line starts "
-                "a new one",
-                file=sys.stderr,
-            )
+            print(FULL.format(limit=limit), file=sys.stderr)
             continue
         model.generation_config.max_new_tokens = left
         inputs, mask = tokenization.pad_rows(
@@ -70,6 +70,17 @@ def chat(source: Path | str, *, temperature: float, max_new_tokens: int, seed: i
             output = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer)
         answer = tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _printer(tokenizer: Any) -> Any:
+    """Prints tokens while they are sampled, without control characters."""
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _replace_invalid_bytes() -> None:

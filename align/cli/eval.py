@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
+from align.cli.quantization import Quantization, check_quantization
 from align.cli.run import Runs
 from align.errors import UserError
 from align.runtime.environment import quiet_libraries
@@ -142,6 +143,7 @@ def eval_reward(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantization: Quantization = None,
     as_json: Json = False,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -150,6 +152,7 @@ def eval_reward(
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
+    check_quantization(quantization)
     stages = FinishedStages(runs)
     source = stages.stage(model, "reward")
     stages.prefer_lineage([source])
@@ -168,9 +171,12 @@ def eval_reward(
         measured = evaluate_reward_model(
             source,
             Path(place).expanduser(),
-            judge=None if scorer is None else _score_judge(scorer, judge, runs, dtype),
+            judge=None
+            if scorer is None
+            else _score_judge(scorer, judge, runs, dtype, quantization),
             logger=Logger("reward", Path(place), shown, main=True),
             dtype=dtype,
+            quantization=quantization,
         )
     if as_json:
         print(json.dumps(measured.to_metrics(), indent=2, allow_nan=False))
@@ -178,7 +184,9 @@ def eval_reward(
         _print_tables("reward", result_tables(measured))
 
 
-def _score_judge(judge: Any, text: str | None, runs: Path, dtype: str) -> ScoreJudge:
+def _score_judge(
+    judge: Any, text: str | None, runs: Path, dtype: str, quantization: str | None
+) -> ScoreJudge:
     """A judge that scores single completions.
 
     Raises:
@@ -196,7 +204,9 @@ def _score_judge(judge: Any, text: str | None, runs: Path, dtype: str) -> ScoreJ
             "a reward model, module:function"
         )
     inputs = {"judge": config} if isinstance(config, str) and config != "gold" else {}
-    (built,) = build_judges(config, inputs, runs=runs, dtype=dtype, batch_size=64).values()
+    (built,) = build_judges(
+        config, inputs, runs=runs, dtype=dtype, quantization=quantization, batch_size=64
+    ).values()
     return cast("ScoreJudge", built)
 
 

@@ -14,6 +14,7 @@ from align.cli.data import data
 from align.cli.eval import evaluation
 from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
+from align.cli.quantization import Quantization, check_quantization
 from align.cli.run import Force, Overrides, RecipePath, Runs, Until
 from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import guarded
@@ -92,15 +93,18 @@ def chat(
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
     ] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    quantization: Quantization = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Chat with a trained policy. An empty line starts a new conversation, Ctrl-D exits."""
     from align.cli import chat as cli_chat
     from align.pipeline import lookup
 
+    check_quantization(quantization)
     quiet_libraries()
     cli_chat.chat(
         lookup.find_policy(policy, runs),
+        quantization=quantization,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -293,11 +293,10 @@ class Stage(Config):
         """
         return Workload()
 
-    def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
+    def memory_bytes(self, size: Any, *, sharded: bool) -> int | None:
         """Estimate the memory of weights, gradients and optimizer states, without activations.
 
-        ``parameters`` counts those of the trained model; with ``sharded``, FSDP or DeepSpeed is in
-        use.
+        ``size`` is that of the trained model; with ``sharded``, FSDP or DeepSpeed is in use.
         """
         return None
 

@@ -22,6 +22,7 @@ from align.config.base import (
     Workload,
 )
 from align.config.judges import AnnotationJudge, FunctionJudge, Judges
+from align.config.quantization import QuantizableStage
 from align.config.readers import COLUMNS, READER_OPTIONS, Reader
 from align.errors import nearest
 
@@ -212,7 +213,7 @@ class Prepare(Source, Stage):
                 yield Problem(("columns", key), f"not a column of Align{nearest(key, COLUMNS)}")
 
 
-class Sample(Stage):
+class Sample(QuantizableStage):
     """Sample completions from a policy, for ``label``."""
 
     code_version: ClassVar[int] = 2
@@ -280,7 +281,7 @@ class Sample(Stage):
         }
 
 
-class Label(Stage):
+class Label(QuantizableStage):
     """Make preference pairs from sampled completions, by the scores of a judge."""
 
     code_version: ClassVar[int] = 2

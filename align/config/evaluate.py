@@ -21,12 +21,13 @@ from align.config.base import (
     duplicates,
 )
 from align.config.judges import Judges, ServerJudge
+from align.config.quantization import QuantizableStage
 
 REFERENCE = "reference"
 """The baseline whose completions are those of the data set."""
 
 
-class Evaluate(Stage):
+class Evaluate(QuantizableStage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
     code_version: ClassVar = 3

@@ -18,9 +18,8 @@ from align.config.base import (
     Workload,
     duplicates,
 )
-from align.config.training_base import BYTES_PER_PARAMETER, TRAINING_COPIES, TrainingStage
+from align.config.training_base import TrainingStage
 
-NF4_BYTES = 0.55  # per parameter, including the scales
 CRITIC_KEYS = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate")
 
 
@@ -133,8 +132,6 @@ class PPO(TrainingStage):
     Default: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    quantization: Literal["nf4"] | None = None
-    """Store the frozen backbone in 4 bits; requires ``lora``."""
 
     eval_steps: int | None = Field(None, ge=1)
     """Updates between evaluations on held-out prompts. Default: no evaluation."""
@@ -233,15 +230,11 @@ class PPO(TrainingStage):
             raise ValueError(
                 "`sampler: vllm` needs unquantized weights; remove `quantization` or `sampler`"
             )
-        if self.quantization and not self.lora:
-            raise ValueError(
-                "`quantization` freezes the backbone; set `lora`, or remove `quantization`"
-            )
         return self
 
     def digest_settings(self) -> dict[str, Any]:
         """All settings but those that cannot change the trained model."""
-        settings = super().digest_settings()
+        settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
         if not self.keep_checkpoints:
             del settings["save_steps"]
@@ -277,12 +270,6 @@ class PPO(TrainingStage):
         return {"vllm_url": self.vllm_url} if self.sampler == "vllm" else {}
 
     @property
-    def required_packages(self) -> dict[str, tuple[str, str]]:
-        """bitsandbytes, if the backbone is quantized."""
-        quantized = {"quantization": ("bitsandbytes", "-e '.[quantization]'")}
-        return quantized if self.quantization else {}
-
-    @property
     def gold_prompts(self) -> GoldPrompts | None:
         """The training prompts, if the gold score is logged."""
         return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None
@@ -311,19 +298,14 @@ class PPO(TrainingStage):
             rows=self.steps * self.batch_size, steps=self.steps * self.epochs * self.minibatches
         )
 
-    def model_copies(self, *, sharded: bool) -> int:
-        """Policy and critic are trained; the reference and the reward models are frozen.
+    @property
+    def trained_models(self) -> int:
+        """The policy, and the critic if there is one."""
+        return 1 + (self.advantages == "gae")
 
-        With ``lora`` all of them share one backbone; reward models with another backbone are not
-        counted.
+    def frozen_models(self, *, sharded: bool) -> int:
+        """The reference and the reward models, as if those had the size of the policy.
+
+        With ``lora`` all of them share one backbone; reward models with another one do not count.
         """
-        if self.lora is not None:
-            return 1
-        trained = 1 + (self.advantages == "gae")
-        frozen = 1 + len(self.rewards) - len(self.reward_functions)
-        return TRAINING_COPIES * trained + frozen
-
-    def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
-        """Weights, gradients and moments of Adam of all models."""
-        per_parameter = NF4_BYTES if self.quantization else BYTES_PER_PARAMETER[self.dtype]
-        return round(parameters * per_parameter) * self.model_copies(sharded=sharded)
+        return 1 + len(self.rewards) - len(self.reward_functions)

@@ -86,16 +86,12 @@ class DPO(PolicyStage):
     beta: float = Field(0.1, gt=0.0)
     """Strength of the implicit KL penalty towards the reference."""
 
-    def model_copies(self, *, sharded: bool) -> int:
-        """One copy more if the reference stays in memory.
+    def frozen_models(self, *, sharded: bool) -> int:
+        """The reference, if it changes during training or if weights are sharded.
 
-        It stays if it changes during training, or if weights are sharded; otherwise its
-        log-probabilities are computed before training.
+        Otherwise its log-probabilities are computed before training.
         """
-        copies = super().model_copies(sharded=sharded)
-        if self.lora is None and (sharded or self.trainer.get("sync_ref_model")):
-            copies += 1
-        return copies
+        return int(sharded or bool(self.trainer.get("sync_ref_model")))
 
 
 class Reward(TRLStage):
@@ -191,9 +187,9 @@ class KTO(PolicyStage):
         """Every batch holds both labels."""
         return int(self.trl_value(BATCH_SIZE))
 
-    def model_copies(self, *, sharded: bool) -> int:
-        """One copy more for the reference."""
-        return super().model_copies(sharded=sharded) + (self.lora is None)
+    def frozen_models(self, *, sharded: bool) -> int:
+        """The reference."""
+        return 1
 
     def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
         """Labeled completions, and two completions for each pair."""

@@ -21,14 +21,15 @@ from align.config.base import (
     Stage,
     Workload,
 )
+from align.config.memory import BYTES_PER_PARAMETER, ModelSize, training_bytes
+from align.config.quantization import QuantizableStage
 
 TOKENS_PER_WORD = 1.35  # usual ratio of subword vocabularies in English
-BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
-TRAINING_COPIES = 4  # weights, gradients, and the two moments of Adam
+BITSANDBYTES = ("adamw_8bit", "bnb", "paged", "lion", "ademamix")  # in the names of its optimizers
 BATCH_SIZE = "per_device_train_batch_size"
 
 
-class TrainingStage(Stage):
+class TrainingStage(QuantizableStage):
     """The keys of every stage that trains a language model."""
 
     trains_model: ClassVar[bool] = True
@@ -55,6 +56,14 @@ class TrainingStage(Stage):
             raise ValueError(
                 "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of "
                 f"precision); use float32{mixed}, or set `lora`, whose adapters stay in float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        if self.quantization and not self.lora:
+            raise ValueError(
+                "`quantization` freezes the backbone; set `lora`, or remove `quantization`"
             )
         return self
 
@@ -87,17 +96,28 @@ class TrainingStage(Stage):
                 f"{trained.shape}; without `lora` the adapter is merged and all weights are trained",
             )
 
-    def model_copies(self, *, sharded: bool) -> int:
-        """Copies of the weights in memory; a gradient and a moment of Adam count as one each.
+    @property
+    def optimizer_name(self) -> str:
+        """The name of the optimizer, which tells the bits of its state."""
+        return "adamw"
 
-        With adapters, which are a few percent of the weights, only the frozen weights count.
-        """
-        return 1 if self.lora else TRAINING_COPIES
+    @property
+    def trained_models(self) -> int:
+        """Models that are trained, or adapters on one frozen model."""
+        return 1
 
-    def memory_bytes(self, parameters: int, *, sharded: bool) -> int | None:
+    def frozen_models(self, *, sharded: bool) -> int:
+        """Models in memory besides the trained ones, in full fine-tuning."""
+        return 0
+
+    def memory_bytes(self, size: ModelSize, *, sharded: bool) -> int:
         """Weights, gradients, moments of Adam, and the reference where it stays in memory."""
-        copies = self.model_copies(sharded=sharded)
-        return parameters * BYTES_PER_PARAMETER[self.dtype] * copies
+        per_parameter = self.trained_models * training_bytes(self.optimizer_name)
+        if self.lora:
+            frozen = size.weight_bytes(self.dtype, self.quantization)
+            return frozen + size.adapter_parameters(self.lora) * per_parameter
+        frozen = self.frozen_models(sharded=sharded) * BYTES_PER_PARAMETER[self.dtype]
+        return size.parameters * (per_parameter + frozen)
 
 
 class TRLStage(TrainingStage):
@@ -131,6 +151,11 @@ class TRLStage(TrainingStage):
         return "last"
 
     @property
+    def optimizer_name(self) -> str:
+        """The value of ``optim``."""
+        return str(self.trl_value("optim"))
+
+    @property
     def trains_without_dropout(self) -> bool:
         """Whether TRL switches dropout off."""
         fields = trl_fields.trl_fields(str(self.trainer_config))
@@ -144,10 +169,13 @@ class TRLStage(TrainingStage):
 
     @property
     def required_packages(self) -> dict[str, tuple[str, str]]:
-        """Liger's kernels, if they are used."""
+        """Those of the stage, Liger's kernels, and the package of an 8-bit optimizer."""
+        packages = {}
         if self.trainer.get("use_liger_kernel"):
-            return {"trainer.use_liger_kernel": ("liger_kernel", "liger-kernel")}
-        return {}
+            packages["trainer.use_liger_kernel"] = ("liger_kernel", "liger-kernel")
+        if any(part in self.optimizer_name for part in BITSANDBYTES):
+            packages["trainer.optim"] = ("bitsandbytes", "-e '.[quantization]'")
+        return super().required_packages | packages
 
     def digest_settings(self) -> dict[str, Any]:
         """All settings but those, here and in ``trainer``, that cannot change the trained model."""

@@ -15,7 +15,9 @@ from align.data.rows import DroppedError, Messages
 from align.data.tool_calls import calls_of_text
 
 ROLES = {
-    **{"human": "user", "user": "user", "system": "system"},
+    "human": "user",
+    "user": "user",
+    "system": "system",
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
     "function_call": "assistant",

@@ -71,6 +71,7 @@ def evaluate_reward_model(
     *,
     judge: ScoreJudge | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
     logger: Logger | None = None,
 ) -> RewardEvaluation:
     """Measure a reward model on a folder of a stage, or on a file.
@@ -98,7 +99,7 @@ def evaluate_reward_model(
             "and a judge (`--judge gold`): the folder of a `prepare`, `sample` or `label` stage"
         )
     check_not_trained_on(inputs.prompts, data, {str(source): source})
-    model = load_reward_model(source, dtype=dtype).reward_model
+    model = load_reward_model(source, dtype=dtype, quantization=quantization).reward_model
     pairs = choices = curve = None
     if inputs.pairs:
         pairs = reward_model.measure_pairs(model, inputs.pairs, logger, split=inputs.place)

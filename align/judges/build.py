@@ -23,6 +23,7 @@ def build_judges(
     *,
     runs: Path,
     dtype: str,
+    quantization: str | None,
     batch_size: int,
 ) -> dict[str, Judge]:
     """The judges of a recipe by name.
@@ -48,7 +49,9 @@ def build_judges(
         if judge == "gold":
             return GoldJudge()
         assert source is not None, f"judge {name}: no reward model"
-        return RewardModelJudge(name, source, dtype=dtype, batch_size=batch_size)
+        return RewardModelJudge(
+            name, source, dtype=dtype, quantization=quantization, batch_size=batch_size
+        )
 
     by_key = config.by_key(judges)
     return {config.judge_name(each): build(each, inputs.get(key)) for key, each in by_key.items()}

@@ -48,7 +48,15 @@ class GoldJudge:
 class RewardModelJudge:
     """A reward model, on the device of this process."""
 
-    def __init__(self, name: str, source: Path | str, *, dtype: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Path | str,
+        *,
+        dtype: str,
+        batch_size: int,
+        quantization: str | None = None,
+    ) -> None:
         """Load the model from a folder or the Hub, to score ``batch_size`` completions at a time.
 
         Raises:
@@ -57,7 +65,9 @@ class RewardModelJudge:
         from accelerate import PartialState
 
         self.name = name
-        self._model = RewardModel.load(source, dtype=dtype, device=PartialState().device)
+        self._model = RewardModel.load(
+            source, dtype=dtype, device=PartialState().device, quantization=quantization
+        )
         self._batch_size = batch_size
 
     def check_prompts(self, prompts: Sequence[Messages], *, repair: str) -> None:

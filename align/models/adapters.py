@@ -20,6 +20,7 @@ from align.models.loading import (
     adapter_base,
     check_vocabulary,
     load_adapter,
+    load_base,
     load_merged,
     pinned_revision,
 )
@@ -45,6 +46,10 @@ class LoadConfig(Protocol):
     @property
     def revision(self) -> str | None:
         """Commit, branch or tag of a model on the Hub."""
+
+    @property
+    def quantization(self) -> str | None:
+        """``nf4`` if the linear layers are stored in 4 bits."""
 
     @property
     def lora_dict(self) -> dict[str, Any] | None:
@@ -78,7 +83,11 @@ def load_policy_and_reference(config: LoadConfig, source: Path | str) -> PolicyA
     """
     tokenizer = load_tokenizer(source, revision=config.revision)
     policy, new_adapter = load_for_training(
-        source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
+        source,
+        lora=config.lora_dict,
+        dtype=config.dtype,
+        revision=config.revision,
+        quantization=config.quantization,
     )
     check_vocabulary(source, policy, tokenizer)
     reference = None
@@ -93,12 +102,13 @@ def load_for_training(
     lora: dict[str, Any] | None,
     dtype: str,
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
     """Load the model to train, and the configuration of a new adapter if one has to be created.
 
     ``lora`` has ``r``, ``alpha``, ``dropout`` and ``target_modules``; None means full fine-tuning.
     An existing adapter is trained further and must have the shape that ``lora`` describes. Its
-    dropout is that of ``lora``.
+    dropout is that of ``lora``. ``quantization`` requires ``lora``.
 
     Raises:
         UserError: The model cannot be loaded, or an existing adapter has another shape.
@@ -106,11 +116,11 @@ def load_for_training(
     if lora is None:
         return load_merged(source, dtype=dtype, revision=revision), None
     if adapter_base(source, revision=revision) is None:
-        model = load_merged(source, dtype=dtype, revision=revision)
+        model = load_base(source, dtype=dtype, revision=revision, quantization=quantization)
         check_target_modules(source, model, lora)
         pinned = pinned_revision(source, revision=revision)
         return model, lora_config(lora, revision=pinned)
-    model = load_adapter(source, dtype=dtype, revision=revision)
+    model = load_adapter(source, dtype=dtype, revision=revision, quantization=quantization)
     check_lora(source, model, lora)
     set_dropout(model, lora["dropout"])
     return model, None

@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.models.files import AdapterBase, fingerprint, read_adapter_base
 from align.models.merging import merge_adapter
 from align.models.model_config import WRITTEN_TOKENS, other_head, vocabulary_problem
+from align.models.quantization import loading_options, prepare_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,6 +83,9 @@ def is_same_base(one: AdapterBase, other: AdapterBase) -> bool:
 def load_merged(source: Path | str, *, dtype: str, revision: str | None = None) -> PreTrainedModel:
     """Load a causal language model with trainable weights; an adapter is merged into its base.
 
+    The base is loaded in ``dtype`` even if the adapter was trained on it in 4 bits: merged weights
+    are trained further, which quantized ones cannot be.
+
     Raises:
         UserError: Weights are missing, cannot be loaded, or do not fit the config.
     """
@@ -91,19 +95,24 @@ def load_merged(source: Path | str, *, dtype: str, revision: str | None = None) 
 
 
 def load_for_inference(
-    source: Path | str, *, dtype: str, revision: str | None = None
+    source: Path | str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Load a policy as it was trained, for sampling and scoring.
 
     An adapter is not merged: in bfloat16, the rounding of a merge would remove most of a small
-    update.
+    update, and in 4 bits all of it. ``quantization`` is that of the base.
 
     Raises:
         UserError: Weights are missing, cannot be loaded, or do not fit the config.
     """
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "quantization": quantization}
     if adapter_base(source, revision=revision) is None:
-        return load_base(source, dtype=dtype, revision=revision)
-    return load_adapter(source, dtype=dtype, revision=revision).get_base_model()
+        return load_base(source, **options)
+    return load_adapter(source, **options).get_base_model()
 
 
 def load_adapter(
@@ -155,24 +164,20 @@ def attach_adapter(
 def load_base(
     source: Path | str, *, dtype: str, revision: str | None, quantization: str | None = None
 ) -> PreTrainedModel:
-    """Load full weights; ``nf4`` stores the linear layers in 4 bits (arXiv:2305.14314).
+    """Load full weights; ``nf4`` stores the linear layers in 4 bits.
 
     Raises:
         UserError: Weights are missing, cannot be loaded, or do not fit the config.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )
     model, missing = from_pretrained(
-        AutoModelForCausalLM, source, "model", dtype=dtype, revision=revision, **options
+        AutoModelForCausalLM,
+        source,
+        "model",
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization,
     )
     if missing:
         # transformers initializes missing weights randomly and only logs it.
@@ -193,6 +198,7 @@ def from_pretrained(
     *,
     dtype: str,
     revision: str | None,
+    quantization: str | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load full weights with a class of transformers; return the model and its missing weights.
@@ -214,11 +220,13 @@ def from_pretrained(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **loading_options(quantization, dtype=dtype),
             **options,
         )
     except Exception as error:
         # The files of a model may break transformers at any place, with any exception.
         raise UserError(cannot_load(source, what, error)) from None
+    prepare_layers(source, model)
     check_finite(source, model)
     surplus = _weights_of_missing_layers(model, report["unexpected_keys"])
     if surplus:

@@ -87,11 +87,12 @@ def load_policy(
     dtype: str = "float32",
     revision: str | None = None,
     device: Any = None,
+    quantization: str | None = None,
 ) -> Policy:
     """Load a policy from a stage's folder, any folder in Hugging Face layout, or the Hub.
 
     An adapter is loaded on its base model. ``device`` is the accelerator if there is one, else the
-    CPU.
+    CPU. With ``quantization="nf4"`` the linear layers are stored in 4 bits.
 
     Raises:
         UserError: The model or its tokenizer cannot be loaded, or a file of its stage is damaged.
@@ -99,7 +100,9 @@ def load_policy(
     source = as_source(source)
     if isinstance(source, Path):
         artifacts.check_folder(source)
-    model: Any = load_for_inference(source, dtype=dtype, revision=revision)
+    model: Any = load_for_inference(
+        source, dtype=dtype, revision=revision, quantization=quantization
+    )
     tokenizer = load_tokenizer(source, revision=revision)
     check_vocabulary(source, model, tokenizer)
     return Policy(model.to(device or default_device()).eval(), tokenizer)

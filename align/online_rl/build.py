@@ -40,9 +40,6 @@ from align.online_rl.models import (
 from align.rewards import reward_model
 from align.rewards.reward_model import RewardModel
 
-NF4_BLOCK = 64
-"""On a CPU, bitsandbytes needs layers whose width is a multiple of this."""
-
 
 def build_models(
     config: PPO,
@@ -165,7 +162,6 @@ class _Loader:
                 revision=config.revision,
                 quantization=config.quantization,
             )
-            _check_quantized(self.source, model)
             adapters.check_target_modules(self.source, model, self._lora())
             with adapters.peft_errors_as_user_errors(self.source):
                 return get_peft_model(model, self._lora_config()), None
@@ -247,17 +243,6 @@ class _Loader:
     def _adapter_config(self, model: Any, adapter: str | None) -> Any:
         """Configuration of the critic's adapter: that of ``adapter``, or the recipe's."""
         return model.peft_config[adapter] if adapter else self._lora_config()
-
-
-def _check_quantized(source: Path | str, model: Any) -> None:
-    """Reject layers that bitsandbytes cannot compute on a CPU."""
-    widths = {m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit"}
-    odd = sorted(width for width in widths if width % NF4_BLOCK)
-    if odd and next(model.parameters()).device.type == "cpu":
-        raise UserError(
-            f"{source}: has a layer of width {odd[0]}; on a CPU, 4-bit quantization needs "
-            f"multiples of {NF4_BLOCK}; remove `quantization`"
-        )
 
 
 def _value_head(like: Any, mean: float = 0.0) -> nn.Linear:

@@ -14,10 +14,12 @@ from typing import Any, cast
 
 from align.config.base import NewModel, Workload
 from align.config.data import Prepare, Sample
+from align.config.memory import ModelSize, new_model_size
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
+from align.models import linear_layers
 from align.models.files import count_parameters
-from align.models.gguf_files import read_header
+from align.models.gguf_files import GgufHeader, read_header
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, distributed
 
@@ -61,8 +63,8 @@ def estimate(
     """
     prepared = prepare_small(stages) if prepared is None else prepared
     known: dict[Path, Mapping[str, Any]] = {}  # statistics of prepared data and of completions
-    parameters: dict[Path, int | None] = {
-        folder: read_header(file).parameters
+    sizes: dict[Path, ModelSize | None] = {
+        folder: _gguf_size(read_header(file))
         for stage in stages
         for folder, file in stage.gguf_files.items()
     }
@@ -79,10 +81,10 @@ def estimate(
             known[stage.folder] = stage.config.written(work.rows)
         memory = None
         if stage.config.trains_model:
-            count = parameters[stage.folder] = _count_parameters(stage, parameters)
+            size = sizes[stage.folder] = _model_size(stage, sizes)
             sharded = bool(distributed.configured_plugins())
-            if count is not None:
-                memory = stage.config.memory_bytes(count, sharded=sharded)
+            if size is not None:
+                memory = stage.config.memory_bytes(size, sharded=sharded)
         estimates[stage.name] = Estimate(work, memory)
     return estimates
 
@@ -135,18 +137,22 @@ def _input_statistics(
     return artifact.metrics if artifact is not None else {}
 
 
-def _count_parameters(stage: PlannedStage, known: Mapping[Path, int | None]) -> int | None:
-    """The parameters of the model that a stage trains; None if it is not available yet."""
+def _model_size(stage: PlannedStage, known: Mapping[Path, ModelSize | None]) -> ModelSize | None:
+    """The size of the model that a stage trains; None if it is not available yet."""
     model = getattr(stage.config, "model", None)
     if isinstance(model, NewModel):
-        return model.count_parameters()
+        return new_model_size(model)
     source = stage.inputs["model"]
     if isinstance(source, str):
         return None
-    return known[source] if source in known else _stored_parameters(source)
+    return known[source] if source in known else _stored_size(source)
 
 
-def _stored_parameters(folder: Path) -> int | None:
+def _gguf_size(header: GgufHeader) -> ModelSize:
+    return ModelSize(header.parameters, linear_layers.of_gguf(header))
+
+
+def _stored_size(folder: Path) -> ModelSize | None:
     base = folder
     config = folder / "adapter_config.json"
     if config.is_file():
@@ -154,4 +160,4 @@ def _stored_parameters(folder: Path) -> int | None:
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     if not files:
         return None
-    return sum(map(count_parameters, files))
+    return ModelSize(sum(map(count_parameters, files)), linear_layers.of_folder(base))

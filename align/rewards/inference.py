@@ -57,9 +57,15 @@ class CompletionScorer:
 
 
 def load_reward_model(
-    source: Path | str, *, dtype: str = "float32", device: Any = None
+    source: Path | str,
+    *,
+    dtype: str = "float32",
+    device: Any = None,
+    quantization: str | None = None,
 ) -> CompletionScorer:
     """Load a reward model: a ``reward`` stage's folder, or any classifier with one label.
+
+    With ``quantization="nf4"`` the linear layers are stored in 4 bits.
 
     Raises:
         UserError: It cannot be loaded, a file of its stage is damaged, it has several labels, or
@@ -68,5 +74,7 @@ def load_reward_model(
     source = as_source(source)
     if isinstance(source, Path):
         artifacts.check_folder(source)
-    model = RewardModel.load(source, dtype=dtype, device=device or default_device())
+    model = RewardModel.load(
+        source, dtype=dtype, device=device or default_device(), quantization=quantization
+    )
     return CompletionScorer(model)

@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from align.models.tokenization import Message
 
 FILE, MEAN = "reward.json", "score_mean"
-LABEL = "reward"
-"""Name of the only label, as the pipelines of transformers print it."""
 HEAD = "score"
 """Attribute of the head in the sequence classifiers of transformers."""
+LABEL = "reward"
+"""Name of the only label, as the pipelines of transformers print it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,13 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, source: Path | str, *, dtype: str, device: Any, prefix_sharing: bool = True
+        cls,
+        source: Path | str,
+        *,
+        dtype: str,
+        device: Any,
+        quantization: str | None = None,
+        prefix_sharing: bool = True,
     ) -> RewardModel:
         """Load a reward model from a folder or the Hub.
 
@@ -77,7 +83,7 @@ class RewardModel:
             UserError: The model cannot be loaded, has several labels, or its head was never
                 trained.
         """
-        model: Any = load_reward_model(source, dtype=dtype).to(device)
+        model: Any = load_reward_model(source, dtype=dtype, quantization=quantization).to(device)
         tokenizer = tokenization.load_tokenizer(source)
         check_vocabulary(source, model, tokenizer)
         if prefix_sharing:
@@ -162,7 +168,12 @@ def score_mean(source: Path | str) -> float:
 
 
 def new_reward_model(
-    source: Path | str, *, lora: dict[str, Any] | None, dtype: str, revision: str | None = None
+    source: Path | str,
+    *,
+    lora: dict[str, Any] | None,
+    dtype: str,
+    revision: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Build a reward model for training: a sequence classifier with one label on a policy's layers.
 
@@ -175,25 +186,24 @@ def new_reward_model(
     import torch
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-    from transformers import AutoModelForSequenceClassification
 
     adapter_weights: dict[str, Any] = {}
-    if lora is not None and adapter_base(source, revision=revision) is not None:
-        adapted: Any = load_for_training(source, lora=lora, dtype=dtype, revision=revision)[0]
+    base = adapter_base(source, revision=revision)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "quantization": quantization}
+    if lora is not None and base is not None:
+        adapted: Any = load_for_training(source, lora=lora, **options)[0]
         # A copy of the adapter has its kind as well, such as DoRA or another scale of the rank.
         adapter = copy.deepcopy(adapted.peft_config["default"])
         adapter_weights = get_peft_model_state_dict(adapted)
         policy = adapted.unload()
     else:
-        policy, adapter = load_for_training(source, lora=lora, dtype=dtype, revision=revision)
-    config = copy.deepcopy(policy.config)
-    config.num_labels, config.id2label, config.label2id = 1, {0: LABEL}, {LABEL: 0}
-    classifier = AutoModelForSequenceClassification.from_config(
-        config, dtype=policy.dtype, trust_remote_code=False
-    )
-    classifier.base_model.load_state_dict(policy.base_model.state_dict())
-    # peft stores this path as the base of the adapter.
-    classifier.config._name_or_path = policy.config._name_or_path
+        policy, adapter = load_for_training(source, lora=lora, **options)
+    if quantization is None:
+        classifier = _with_new_head(policy)
+    else:
+        options["revision"] = revision if base is None else base.hub_revision
+        classifier = _load_below_new_head(policy.config._name_or_path, **options)
+    classifier.config.id2label, classifier.config.label2id = {0: LABEL}, {LABEL: 0}
     head = score_head(classifier)
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if adapter is None:
@@ -208,8 +218,27 @@ def new_reward_model(
     return wrapped
 
 
+def _with_new_head(policy: Any) -> Any:
+    """Copy the layers of a loaded policy below a head with one label, whose weights are random."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(
+        config, dtype=policy.dtype, trust_remote_code=False
+    )
+    classifier.base_model.load_state_dict(policy.base_model.state_dict())
+    # peft stores this path as the base of the adapter.
+    classifier.config._name_or_path = policy.config._name_or_path
+    return classifier
+
+
 def load_reward_model(
-    source: Path | str, *, dtype: str, revision: str | None = None
+    source: Path | str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Load a sequence classifier with one label for scoring; an adapter is not merged.
 
@@ -217,9 +246,10 @@ def load_reward_model(
         UserError: The model cannot be loaded, has several labels, or its head was never trained.
     """
     base = adapter_base(source, revision=revision)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "quantization": quantization}
     if base is None:
-        return _load_classifier(source, dtype=dtype, revision=revision).eval()
-    return _load_adapter(source, base, dtype=dtype, revision=revision).get_base_model().eval()
+        return _load_classifier(source, **options).eval()
+    return _load_adapter(source, base, **options).get_base_model().eval()
 
 
 def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedModel:
@@ -234,12 +264,12 @@ def load_merged_reward_model(source: Path | str, *, dtype: str) -> PreTrainedMod
     return merge_adapter(_load_adapter(source, base, dtype=dtype, revision=None), source)
 
 
-def _load_classifier(source: Path | str, *, dtype: str, revision: str | None) -> PreTrainedModel:
+def _load_classifier(source: Path | str, **options: Any) -> PreTrainedModel:
     """Load a sequence classifier with full weights."""
     from transformers import AutoModelForSequenceClassification
 
     model, missing = from_pretrained(
-        AutoModelForSequenceClassification, source, "reward model", dtype=dtype, revision=revision
+        AutoModelForSequenceClassification, source, "reward model", **options
     )
     if missing:
         raise UserError(_no_head(source, missing))
@@ -252,27 +282,28 @@ def _load_classifier(source: Path | str, *, dtype: str, revision: str | None) ->
 
 
 def _load_adapter(
-    source: Path | str, base: AdapterBase, *, dtype: str, revision: str | None
+    source: Path | str, base: AdapterBase, *, revision: str | None, **options: Any
 ) -> PeftModel:
     """Load an adapter with a trained head on the layers of its base."""
-    from transformers import AutoModelForSequenceClassification
-
     base.check_unchanged(source)
-    model, missing = from_pretrained(
-        AutoModelForSequenceClassification,
-        base.source,
-        "reward model",
-        dtype=dtype,
-        revision=base.hub_revision,
-        num_labels=1,
-    )
-    missing = [name for name in missing if not name.startswith(f"{HEAD}.")]
-    if missing:
-        raise UserError(_no_head(base.source, missing))
+    model = _load_below_new_head(base.source, revision=base.hub_revision, **options)
     wrapped = attach_adapter(model, source, base, revision=revision)
     if not hasattr(getattr(model, HEAD, None), "modules_to_save"):
         raise UserError(_no_head(source, [f"{HEAD}.weight"]))
     return wrapped
+
+
+def _load_below_new_head(source: Path | str, **options: Any) -> PreTrainedModel:
+    """Load the layers of a policy below a head with one label, whose weights are random."""
+    from transformers import AutoModelForSequenceClassification
+
+    model, missing = from_pretrained(
+        AutoModelForSequenceClassification, source, "reward model", num_labels=1, **options
+    )
+    missing = [name for name in missing if not name.startswith(f"{HEAD}.")]
+    if missing:
+        raise UserError(_no_head(source, missing))
+    return model
 
 
 def _no_head(source: Path | str, missing: Sequence[str]) -> str:

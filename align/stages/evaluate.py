@@ -50,6 +50,7 @@ def run(
         inputs,
         runs=output_dir.parent,
         dtype=config.dtype,
+        quantization=config.quantization,
         batch_size=config.batch_size,
     )
     check_rows(
@@ -62,7 +63,12 @@ def run(
     logps: dict[str, Tensor] = {}
     drift = DriftMeter(config, prompts, logger)
     for name, source in sources.items():
-        policy = load_policy(source, dtype=config.dtype, device=PartialState().device)
+        policy = load_policy(
+            source,
+            dtype=config.dtype,
+            device=PartialState().device,
+            quantization=config.quantization,
+        )
         if config.judge is not None:
             samples |= sample_policy(name, policy, prompts, config, logger)
             drift.add(name, policy, samples)

@@ -87,7 +87,7 @@ def build_with_trl_batches(
     models = adapters.load_policy_and_reference(config, inputs["model"])  # 2. models
     limit = row_limits.max_length(config, files.position_limit(models.policy.config))
     arguments.max_length = limit
-    with trl_trainer.construction(models.tokenizer, config):
+    with trl_trainer.construction(models.policy, models.tokenizer, config):
         trainer = KTOTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,

@@ -55,6 +55,7 @@ def run(
         inputs,
         runs=output_dir.parent,
         dtype=config.dtype,
+        quantization=config.quantization,
         batch_size=config.batch_size,
     )
     labeled: dict[str, LabeledSplit] = {}

@@ -23,6 +23,7 @@ from align.evaluation import reward_model as evaluation
 from align.models import files, tokenization
 from align.models.loading import check_vocabulary
 from align.models.prefix_sharing import wrapper
+from align.models.quantization import adapters_in_float32
 from align.rewards.reward_model import RewardModel, new_reward_model
 from align.runtime import distributed
 from align.runtime.progress import Logger
@@ -45,7 +46,11 @@ def run(
     distributed.barrier()
     data = Path(inputs["pairs"])
     model = RewardModel.load(
-        output_dir, dtype=config.dtype, device=device, prefix_sharing=config.prefix_sharing
+        output_dir,
+        dtype=config.dtype,
+        device=device,
+        quantization=config.quantization,
+        prefix_sharing=config.prefix_sharing,
     )
     # 6. center; an interrupted attempt may have left its offset in `reward.json`
     centering = evaluation.center(replace(model, offset=0.0), data, output_dir, logger)
@@ -71,7 +76,11 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
     tokenizer = tokenization.load_tokenizer(source, revision=config.revision)
     tokenization.set_pad_token_for_scores(tokenizer)
     model = new_reward_model(  # 1. model
-        source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
+        source,
+        lora=config.lora_dict,
+        dtype=config.dtype,
+        revision=config.revision,
+        quantization=config.quantization,
     )
     check_vocabulary(source, model, tokenizer)
     limit = row_limits.max_length(config, files.position_limit(model.config))
@@ -80,7 +89,7 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
         tokenize_pairs(tables.load_dataset(data, "pairs", split, output_dir), tokenizer, config)
         for split in ("train", "validation")
     )
-    with trl_trainer.trl_errors_as_user_errors():
+    with trl_trainer.trl_errors_as_user_errors(), adapters_in_float32(model):
         trainer = RewardTrainer(  # 3. trainer
             model=model,
             args=arguments,

@@ -31,7 +31,11 @@ def run(
     prompts = tables.read(data, "prompts", config.split, required_by="split")  # 1. data
     prompts = prompts[: config.n_prompts]
     policy = load_policy(  # 2. model
-        source, dtype=config.dtype, revision=config.revision, device=PartialState().device
+        source,
+        dtype=config.dtype,
+        revision=config.revision,
+        device=PartialState().device,
+        quantization=config.quantization,
     )
     samples = generation.sample(  # 3. sample
         policy.model,

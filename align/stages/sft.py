@@ -17,6 +17,7 @@ from align.data import tables
 from align.models import adapters, files, loading, tokenization
 from align.models.adapters import PolicyAndReference
 from align.models.prefix_sharing import wrapper
+from align.models.quantization import adapters_in_float32
 from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
@@ -46,7 +47,7 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> De
     limit = row_limits.max_length(config, files.position_limit(model.policy.config))
     arguments.max_length = limit
     repair = trl_trainer.end_repair(config)
-    with trl_trainer.trl_errors_as_user_errors():
+    with trl_trainer.trl_errors_as_user_errors(), adapters_in_float32(model.policy):
         trainer = DemonstrationTrainer(  # 3. trainer
             rows=tokenization.RowsForTRL(model.tokenizer, end_repair=repair),
             train_on=config.train_on,
@@ -82,7 +83,11 @@ def _load(
         if config.lora is not None:
             adapters.check_no_new_tokens(tokenizer, template_tokenizer)
     policy, new_adapter = adapters.load_for_training(
-        source, lora=config.lora_dict, dtype=config.dtype, revision=config.revision
+        source,
+        lora=config.lora_dict,
+        dtype=config.dtype,
+        revision=config.revision,
+        quantization=config.quantization,
     )
     loading.check_vocabulary(source, policy, tokenizer)
     return PolicyAndReference(policy, None, new_adapter, tokenizer)

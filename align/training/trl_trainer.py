@@ -23,8 +23,10 @@ from transformers import (
 
 from align.config.training_base import PolicyStage
 from align.errors import UserError
+from align.models import quantization
 from align.models.conversations import MISSING_END_REPAIR
 from align.models.logps import small_vocabulary_tiles
+from align.models.quantization import adapters_in_float32
 from align.models.tokenization import rows_for_trl
 from align.models.tokenizer_files import GENERATION_CONFIG
 from align.runtime import checkpoints, distributed, signals
@@ -103,9 +105,13 @@ def trl_arguments(
 
 
 @contextlib.contextmanager
-def construction(tokenizer: Any, config: PolicyStage) -> Iterator[None]:
-    """Inside this block, TRL's trainer of a policy tokenizes the rows as every other stage does."""
-    with trl_errors_as_user_errors(), rows_for_trl(tokenizer, end_repair=end_repair(config)):
+def construction(policy: Any, tokenizer: Any, config: PolicyStage) -> Iterator[None]:
+    """Inside this block, TRL's trainer of a policy is constructed.
+
+    TRL tokenizes the rows as every other stage does, and leaves adapters in float32.
+    """
+    rows = rows_for_trl(tokenizer, end_repair=end_repair(config))
+    with trl_errors_as_user_errors(), rows, adapters_in_float32(policy):
         yield
 
 
@@ -183,8 +189,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def count_parameters(trainer: Trainer) -> int:
     """Number of parameters of the trained model, frozen ones included."""
-    model: Any = trainer.model
-    return sum(parameter.numel() for parameter in model.parameters())
+    return quantization.count_parameters(trainer.model)
 
 
 def _last_metrics(trainer: Trainer) -> dict[str, Any]:

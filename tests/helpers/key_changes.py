@@ -18,7 +18,7 @@ from align.config.data import Prepare, Sample
 from align.config.training import SFT, Reward
 from align.runtime import artifacts
 from align.stages import prepare, reward, sample, sft
-from helpers import preference_data, tiny_models
+from helpers import preference_data, tiny_models, wide_model
 
 OASST_FILE = Path(__file__).parents[2] / "data" / "catalog" / "oasst1.sample.jsonl"
 SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -99,6 +99,7 @@ TRAINING = {
     "model": Change("<lora>"),
     "revision": Change("v2"),
     "dtype": Change("bfloat16", {"lora": LORA}),
+    "quantization": Change("nf4", {"model": "<wide>", "lora": LORA}),
     "lora": Change(LORA),
     **LORA_CHANGES,
     "seed": Change(1),
@@ -242,7 +243,6 @@ CHANGES: dict[str, dict[str, Change]] = {
         "max_grad_norm": Change(1e-3),
         "target_kl": Change(1e-6),
         "gradient_checkpointing": Change(True),
-        "quantization": Change("nf4", {"lora": LORA}),
         "eval_steps": Change(1),
         "eval_split": Change("test", EVALUATES),
         "n_eval_prompts": Change(2, EVALUATES),
@@ -254,6 +254,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "prompts": Change("<others-data>"),
         "split": Change("test"),
         "revision": Change("v2"),
+        "quantization": Change("nf4", {"model": "<wide>"}),
     },
     "label": {
         "completions": Change("<other-completions>"),
@@ -266,6 +267,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "max_pairs": Change(2),
         "batch_size": Change(3, {"judge": "<reward>"}),
         "dtype": Change("bfloat16", {"judge": "<reward>"}),
+        "quantization": Change("nf4", {"judge": "<wide-reward>"}),
         "seed": Change(1, {"label_noise": "bradley_terry", "label_noise_slope": 0.1}),
     },
     "evaluate": SAMPLING
@@ -278,6 +280,9 @@ CHANGES: dict[str, dict[str, Change]] = {
         "judge.function": FUNCTION,
         "implicit_rewards": Change(False),
         "prefix_sharing": Change(False),
+        "quantization": Change(
+            "nf4", {"policies": ["<wide>"], "baseline": "reference", "implicit_rewards": False}
+        ),
         "confidence": Change(0.5),
         "resamples": Change(100, {"n_prompts": None, "n_completions": 4, "max_new_tokens": 24}),
     },
@@ -416,6 +421,9 @@ def _build_stages(folder: Path, world: tiny_models.World) -> dict[str, str]:
     adapter = SFT(model="m", lora=LORA, seed=1, trainer=THREE_STEPS)
     built("other-lora", sft, adapter, model=whole, demonstrations=world.data)
     built("reward", reward, Reward(model="m", trainer=THREE_STEPS), model=whole, pairs=data)
+    wide = wide_model.save(world, folder / "wide")
+    settings = Reward(model="m", lora=LORA, trainer=THREE_STEPS)
+    built("wide-reward", reward, settings, model=wide, pairs=data)
     shutil.copytree(whole, folder / "no-end")
     template = (whole / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "no-end" / "chat_template.jinja").write_text(template.replace("<|im_end|>", ""))

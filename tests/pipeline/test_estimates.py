@@ -10,6 +10,7 @@ from align.config.base import Lora, NewModel, Stage, Workload
 from align.config.control import Control
 from align.config.data import Sample
 from align.config.evaluate import Evaluate
+from align.config.memory import ModelSize
 from align.config.ppo import PPO
 from align.config.training import DPO, KTO, SFT, Reward
 
@@ -108,12 +109,26 @@ def test_unknown_data_leave_rows_and_tokens_unknown():
     ],
 )  # fmt: skip
 def test_the_memory_of_a_stage_by_hand(stage: Stage, sharded: bool, copies: int):
-    assert stage.memory_bytes(1000, sharded=sharded) == 4 * 1000 * copies
+    assert stage.memory_bytes(ModelSize(1000), sharded=sharded) == 4 * 1000 * copies
 
 
-def test_quantized_weights_take_0_55_bytes():
-    stage = PPO(**POLICY, rewards=["r"], steps=1, batch_size=1, lora=Lora(), quantization="nf4")
-    assert stage.memory_bytes(1000, sharded=False) == 550
+def test_memory_with_adapters_by_hand():
+    # 640 of 1,000 weights in 4 bits: 320 bytes, 10 scales, a 25.6th of a scale of the scales.
+    size = ModelSize(1000, {"layers.0.linear": (10, 64)})
+    four_bits = 360 * 4 + 320 + 10
+    adapter = 16 * (10 + 64)  # parameters; weight, gradient and moments take 16 bytes each
+    lora = {"lora": Lora(r=16), "quantization": "nf4"}
+    ppo = {"rewards": ["r"], "steps": 1, "batch_size": 1}
+    eight_bits = {"trainer": {"optim": "paged_adamw_8bit"}}  # a byte for each of the two moments
+    for stage, expected in (
+        (DPO(**POLICY, **lora), four_bits + adapter * 16),
+        (DPO(**POLICY, **lora, **eight_bits), four_bits + adapter * 10),
+        (PPO(**POLICY, **lora, **ppo), four_bits + adapter * 2 * 16),
+        (PPO(**POLICY, **lora, **ppo, advantages="reinforce"), four_bits + adapter * 16),
+        (KTO(**POLICY, lora=Lora(), dtype="bfloat16"), 2 * 1000 + adapter * 16),
+        (SFT(model="m", **eight_bits), 1000 * 10),
+    ):
+        assert stage.memory_bytes(size, sharded=False) == expected, stage
 
 
 def test_the_parameters_of_a_new_model_are_those_that_transformers_builds():

@@ -18,6 +18,9 @@ stages:
   sft: {model: {vocab_size: 300}}
   reward: {model: sft}
   ppo: {model: sft, rewards: [reward], steps: 2, batch_size: 4, quantization: nf4, lora: {}}
+  dpo: {model: sft, quantization: nf4, lora: {}}
+  kto: {model: sft, trainer: {optim: paged_adamw_8bit}}
+  evaluate: {policies: [dpo], baseline: sft, judge: gold, quantization: nf4}
 """
 
 
@@ -28,8 +31,14 @@ def test_a_missing_optional_dependency_is_an_error_before_anything_runs(
     (tmp_path / "recipe.yaml").write_text(PPO)
     finished = launch("recipe.yaml")
     assert finished.code == 2
-    message = "ppo.quantization: bitsandbytes is not installed: pip install -e '.[quantization]'"
-    assert message in finished.err
+    for key in (
+        "ppo.quantization",
+        "dpo.quantization",
+        "kto.trainer.optim",
+        "evaluate.quantization",
+    ):
+        message = f"{key}: bitsandbytes is not installed: pip install -e '.[quantization]'"
+        assert finished.err.count(message) == 1, finished.err
     assert not list(tmp_path.glob("runs/*"))
 
 
