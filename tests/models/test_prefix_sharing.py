@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import itertools
 import logging
 import math
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,84 +17,30 @@ import pytest
 import torch
 from helpers import tiny_models
 from helpers.distributed_training import Recorder
+from helpers.prefix_models import (
+    ROWS,
+    SHARED,
+    SMALL,
+    P,
+    assert_close_in_norm,
+    batch,
+    distinct,
+    gradients,
+    hidden,
+    model,
+    varlen,
+    weighted_sum,
+    without_layout,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.integrations.neftune import activate_neftune
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from align.models.prefix_sharing import attention as prefix_sharing_attention
 from align.models.prefix_sharing import trie, wrapper
-
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # at 0.02, narrow models compute nearly the same for all inputs
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-GPT2 = {
-    "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-SHARED = [
-    pytest.param("llama", SMALL, id="Llama, grouped queries"),
-    pytest.param("qwen3", SMALL, id="Qwen3, norms of queries and keys"),
-    pytest.param("gpt2", GPT2, id="GPT-2, absolute positions"),
-    pytest.param("mistral", SMALL | {"sliding_window": 4}, id="Mistral, sliding window"),
-    pytest.param(
-        "gemma3_text",
-        SMALL | {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
-        id="Gemma 3, a window in every other layer, two rotary embeddings",
-    ),
-    pytest.param("gemma", SMALL, id="Gemma, one head of keys"),
-]
-P = [5, 6, 7, 8, 9, 10, 11]  # longer than the windows
-ROWS = {
-    "pairs": [[*P, 1, 2, 3], [3, 1, 2], [*P, 4, 4], [3, 1, 4, 4, 4]],
-    "four completions of a prompt": [[*P, 1], [*P, 2, 2], [*P, 2, 3, 1], [*P, 4]],
-    "rows equal to each other": [P, [1, 2], P, [1, 2], P],
-    "a row that is a prefix of others": [P, P[:3], [*P, 2], P[:1], [*P, 2, 3]],
-    "nothing shared": [[1, 2, 3, 4], [2, 1], [3, 3, 3]],
-    "a batch of one": [P],
-    "pad tokens inside a row": [[*P, 0, 1], [*P, 0, 0, 2], [0, 1]],
-    "an empty row": [P, [], P[:2]],
-}
-
-
-def model(kind: str, shape: dict[str, Any], dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape)).to(dtype)
-
-
-def batch(rows: list[list[int]], side: str, extra: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, ``extra`` columns wider than the longest row."""
-    width = max(map(len, rows)) + extra
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for b, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[b, place], mask[b, place] = torch.tensor(row, dtype=torch.long), 1
-    return ids, mask
-
-
-def distinct(rows: list[list[int]]) -> int:
-    return len({tuple(row[:k]) for row in rows for k in range(1, len(row) + 1)})
-
-
-def hidden(causal_model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:
-    """Hidden states of the last layer, ``[batch, time, hidden]``, with zeros for the pads."""
-    outputs = causal_model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
-    return outputs.last_hidden_state * mask[..., None]
 
 
 def tokens_computed(causal_model: Any) -> list[int]:
@@ -105,13 +51,6 @@ def tokens_computed(causal_model: Any) -> list[int]:
     layer = (backbone.layers if hasattr(backbone, "layers") else backbone.h)[0]
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     return seen
-
-
-def gradients(causal_model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of a loss by parameter name."""
-    causal_model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in causal_model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
@@ -149,23 +88,6 @@ def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "forward", forward)
 
 
-def assert_close_in_norm(
-    actual: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
-    tolerance: float = 1e-6,
-) -> None:
-    assert actual.keys() == expected.keys()
-    assert len(expected) > 0
-    for name, gradient in expected.items():
-        error = (actual[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
-        assert error < tolerance, f"{name}: {error}"
-
-
-def weighted_sum(states: torch.Tensor) -> torch.Tensor:
-    weights = torch.linspace(0, 99, states.numel(), dtype=states.dtype).cos().view_as(states)
-    return (states.tanh() * weights).sum()
-
-
 # The layout --------------------------------------------------------------------------------------
 
 
@@ -197,13 +119,15 @@ def test_a_layout_is_the_trie_of_its_rows(rows, gaps):
     attends = {(i, j) for a, i in nodes.items() for b, j in nodes.items() if a[: len(b)] == b}
     last = layout.last.tolist()
     assert attends == {(i, j) for i in range(n) for j in range(n) if j <= i <= last[j]}
+    decoded = trie.Plan.decode(layout.code)
+    assert (decoded.rows, decoded.segments) == (layout.plan.rows, layout.plan.segments)
     # the path of every row, from its segments and from the concatenated paths
-    assert sum(layout.segments) == n
-    assert sum(row.new for row in layout.rows) == n
-    pieces = torch.arange(n).split(layout.segments)
-    paths = layout.path.split([row.shared + row.new for row in layout.rows])
+    assert sum(layout.plan.segments) == n
+    assert sum(row.new for row in layout.plan.rows) == n
+    pieces = torch.arange(n).split(layout.plan.segments)
+    paths = layout.path.split([row.shared + row.new for row in layout.plan.rows])
     end = 0
-    for row, path in zip(layout.rows, paths, strict=True):
+    for row, path in zip(layout.plan.rows, paths, strict=True):
         end += row.new
         assert torch.cat([pieces[i] for i in row.segments]).tolist() == path.tolist()
         assert path.tolist() == [j for j in range(n) if (end - 1, j) in attends]
@@ -349,23 +273,6 @@ def test_a_model_in_four_bits_computes_the_same(tmp_path):
 # Attention functions for accelerators, run on the CPU ---------------------------------------------
 
 
-def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
-    """Attention as flash attention defines it, one sequence at a time."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    outputs = []
-    for (a, b), (c, d) in zip(
-        itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
-    ):
-        assert 0 < b - a <= max_q
-        assert d - c <= max_k
-        distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
-        visible = (distance >= 0) & (distance < (window or max_k))
-        x, y, z = (t.transpose(0, 1)[None] for t in (q[a:b], k[c:d], v[c:d]))
-        out = scaled_dot_product_attention(x, y, z, attn_mask=visible, scale=scale, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("function", ["attend_varlen", "attend_flex"])
 @pytest.mark.parametrize(("kind", "shape"), SHARED)
@@ -377,13 +284,13 @@ def test_attention_functions_for_accelerators_compute_the_same(kind, shape, func
     monkeypatch.setattr(prefix_sharing_attention, "varlen_function", lambda: varlen)
     calls = []
 
-    def accelerated(query, key, value, layout, scaling, dropout, window):
+    def accelerated(query, key, value, layout, scaling, window):
         calls.append(window)
         return getattr(prefix_sharing_attention, function)(
             query, key, value, layout, scaling, window
         )
 
-    monkeypatch.setattr(prefix_sharing_attention, "attend_by_row", accelerated)
+    monkeypatch.setattr(prefix_sharing_attention, "kernel_for", lambda query, layout: accelerated)
     with torch.set_grad_enabled(
         function == "attend_varlen"
     ):  # FlexAttention has no backward on CPU
@@ -424,7 +331,7 @@ def varlen_2_11(
     return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window)
 
 
-def varlen_2_13(
+def varlen_2_12(
     query,
     key,
     value,
@@ -441,7 +348,8 @@ def varlen_2_13(
     block_table=None,
     num_splits=None,
 ):
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError("Expect query and key/value to have the same number of heads")
     return varlen_2_11(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
     )
@@ -459,7 +367,7 @@ def varlen_signature(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any]
 
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize(("kind", "shape"), [SHARED[0], SHARED[2], SHARED[3]])
-@pytest.mark.parametrize("function", [varlen_2_11, varlen_2_13])
+@pytest.mark.parametrize("function", [varlen_2_11, varlen_2_12], ids=["2.11", "2.12 to 2.14"])
 def test_each_signature_of_varlen_attn_computes_the_same(
     function, kind, shape, varlen_signature, monkeypatch
 ):
@@ -468,21 +376,51 @@ def test_each_signature_of_varlen_attn_computes_the_same(
     shared = copy.deepcopy(padded)
     wrapper.enable_prefix_sharing(shared)
 
-    def accelerated(query, key, value, layout, scaling, dropout, window):
-        return prefix_sharing_attention.attend_varlen(query, key, value, layout, scaling, window)
-
-    monkeypatch.setattr(prefix_sharing_attention, "attend_by_row", accelerated)
-    ids, mask = batch(ROWS["four completions of a prompt"], "right")
-    assert_close(hidden(shared, ids, mask), hidden(padded, ids, mask), rtol=1e-6, atol=1e-6)
-
-
-def test_a_varlen_attn_without_a_window_is_not_used(varlen_signature, monkeypatch):
-    varlen_signature(varlen_2_10)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "flash_attn" else name
+        prefix_sharing_attention,
+        "kernel_for",
+        lambda query, layout: prefix_sharing_attention.attend_varlen,
     )
-    assert prefix_sharing_attention.varlen_function() is None
+    ids, mask = batch(ROWS["four completions of a prompt"], "right")
+    actual, expected = hidden(shared, ids, mask), hidden(padded, ids, mask)
+    assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    assert_close_in_norm(
+        gradients(shared, weighted_sum(actual)), gradients(padded, weighted_sum(expected))
+    )
+
+
+@pytest.mark.parametrize("missing", ["a window (2.10)", "the module (2.8 and 2.9)"])
+@pytest.mark.parametrize("has_flash_attention", [True, False])
+def test_a_torch_without_windows_leaves_it_to_flash_attention_or_flex_attention(
+    missing, has_flash_attention, varlen_signature, monkeypatch
+):
+    varlen_signature(varlen_2_10)
+    absent = {"torch.nn.attention.varlen"} if "module" in missing else set()
+    absent |= set() if has_flash_attention else {"flash_attn"}
+    package = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else name)
+    call = prefix_sharing_attention.varlen_function()
+    assert (call is not None) == has_flash_attention
+    layout = types.SimpleNamespace(varlen=call)
+    query = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    kernel = prefix_sharing_attention.kernel_for(query, layout)
+    assert kernel.__name__ == ("attend_varlen" if has_flash_attention else "attend_flex")
+    if call is not None:
+        x = torch.randn(3, 2, 4, dtype=torch.float64)
+        ends = torch.tensor([0, 3], dtype=torch.int32)
+        assert_close(
+            call(x, x, x, ends, ends, 3, 3, 0.5, 2), varlen(x, x, x, ends, ends, 3, 3, 0.5, 2)
+        )
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, window_size=(-1, -1)
+):
+    assert causal
+    return varlen_2_11(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=window_size
+    )
 
 
 # Fallbacks to the padded forward pass -------------------------------------------------------------
@@ -605,10 +543,6 @@ def test_layers_that_ignore_the_layout_are_detected(fallbacks):
     attention.forward = functools.partial(without_layout, attention.forward)
     assert torch.equal(hidden(causal_model, ids, mask), expected)
     assert "attention interface" in fallbacks[0]
-
-
-def without_layout(forward: Any, *args: Any, prefix_layout: Any = None, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from align.models.prefix_sharing.trie import Layout, Row
+from align.models.prefix_sharing.row_attention import attend_by_code, attend_by_row
+from align.models.prefix_sharing.trie import Layout
 
 # Arguments of a backbone or an attention function that do not change the result.
 IGNORED_ARGUMENTS = {
@@ -82,7 +82,9 @@ def _attend(
         CannotShare: The attention function has an argument or property that a layout cannot
             represent.
     """
-    layout.layers_run += 1
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # a compiled layer would be compiled again for each number
+        layout.layers_run += 1
     if sliding_window == 0:  # the argument is missing
         if getattr(getattr(module, "config", None), "sliding_window", None):
             raise CannotShare("the sliding window is only in the attention mask")
@@ -94,65 +96,46 @@ def _attend(
         raise CannotShare("the attention is not causal")
     if query.shape[2] != key.shape[2]:
         raise CannotShare("keys and queries have different lengths")
-    if query.device.type != "cuda" or dropout:
-        return attend_by_row(query, key, value, layout, scaling, dropout, sliding_window)
-    if query.dtype in (torch.bfloat16, torch.float16) and varlen_function() is not None:
-        return attend_varlen(query, key, value, layout, scaling, sliding_window)
-    return attend_flex(query, key, value, layout, scaling, sliding_window)
+    if dropout:
+        rows: Any = torch.compiler.disable(attend_by_row) if compiling else attend_by_row
+        return rows(query, key, value, layout.plan, scaling, sliding_window, dropout)
+    return kernel_for(query, layout)(query, key, value, layout, scaling, sliding_window)
 
 
-def attend_by_row(
+Kernel = Callable[[Tensor, Tensor, Tensor, Layout, float | None, int | None], Tensor]
+
+
+def kernel_for(query: Tensor, layout: Layout) -> Kernel:
+    """The attention function without dropout for the device and the data type of a query."""
+    if query.device.type != "cuda":
+        return attend_compiled_rows if torch.compiler.is_compiling() else attend_rows
+    if query.dtype in (torch.bfloat16, torch.float16) and layout.varlen is not None:
+        return attend_varlen
+    return torch.compiler.disable(attend_flex) if torch.compiler.is_compiling() else attend_flex
+
+
+def attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: Layout,
     scaling: float | None,
-    dropout: float,
     window: int | None,
 ) -> Tensor:
-    """Attention with one call per row.
-
-    Keys are split at the segments, so that the backward pass concatenates gradients; slices would
-    each add a zero tensor of size N.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    keys, values = key.split(layout.segments, 2), value.split(layout.segments, 2)
-    outputs = []
-    for row, new in zip(layout.rows, query.split([row.new for row in layout.rows], 2), strict=True):
-        plain = row.shared == 0 and (window is None or window >= row.new)
-        output = scaled_dot_product_attention(
-            new,
-            _concatenate([keys[i] for i in row.segments]),
-            _concatenate([values[i] for i in row.segments]),
-            attn_mask=None if plain else _mask(layout, row, window, query),
-            dropout_p=dropout,
-            is_causal=plain,
-            scale=scaling,
-        )
-        outputs.append(output.transpose(1, 2))
-    return _concatenate(outputs, 1)
+    """Attention with one call per row."""
+    return attend_by_row(query, key, value, layout.plan, scaling, window)
 
 
-def _concatenate(pieces: list[Tensor], dim: int = 2) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
-def _mask(layout: Layout, row: Row, window: int | None, like: Tensor) -> Tensor | None:
-    """Additive causal mask, ``[new, shared + new]``, aligned at the bottom right; None if empty."""
-    if row.new == 1 and (window is None or window > row.shared):
-        return None
-
-    def compute() -> Tensor:
-        distance = torch.arange(row.shared, row.shared + row.new)[:, None] - torch.arange(
-            row.shared + row.new
-        )
-        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-        return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill(hidden, -torch.inf)
-
-    key = (row.shared, row.new, window, like.dtype)
-    return layout.cached(key, lambda: compute().to(like.device))
+def attend_compiled_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """The same as one operator of a compiled graph."""
+    return attend_by_code(query, key, value, layout.code, scaling, window)
 
 
 @functools.cache
@@ -161,9 +144,9 @@ def varlen_function() -> Callable[..., Any] | None:
 
     Its arguments are ``(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)``.
 
-    torch's function is used from version 2.11 on, where it has a window; ``enable_gqa`` was added
-    later, and version 2.11 accepts fewer heads of keys without it. The flash-attn package is used
-    from version 2.1 on: before, it aligned the mask at the top left.
+    torch's function exists from version 2.10 on and is used from 2.11 on, where it has a scale and
+    a window. Version 2.12 added ``enable_gqa``; 2.11 accepts fewer heads of keys without it. The
+    flash-attn package is used from version 2.1 on: before, it aligned the mask at the top left.
     """
     import importlib.util
     import inspect
@@ -198,20 +181,12 @@ def attend_varlen(
     window: int | None,
 ) -> Tensor:
     """Attention in one call for all rows, with keys gathered along the path of each row."""
-    call = varlen_function()
+    call = layout.varlen
     assert call is not None
-    new = [row.new for row in layout.rows]
-    lengths = [row.shared + row.new for row in layout.rows]
-    ends = layout.cached(
-        "ends",
-        lambda: [
-            pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(query.device, torch.int32)
-            for sizes in (new, lengths)
-        ],
-    )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = k.index_select(0, layout.path), v.index_select(0, layout.path)
-    return call(q.contiguous(), k, v, *ends, max(new), max(lengths), scaling, window)[None]
+    sizes = layout.longest_new, layout.longest
+    return call(q.contiguous(), k, v, *layout.ends, *sizes, scaling, window)[None]
 
 
 def attend_flex(
@@ -232,7 +207,7 @@ def attend_flex(
         return ancestor if window is None else ancestor & (positions[i] - positions[j] < window)
 
     n = query.shape[2]
-    blocks = layout.cached(
+    blocks = layout.plan.cached(
         ("flex", window), lambda: create_block_mask(attends, None, None, n, n, device=query.device)
     )
     flex: Any = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention

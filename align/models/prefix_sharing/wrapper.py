@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
+from align.models.prefix_sharing import attention
 from align.models.prefix_sharing.attention import IGNORED_ARGUMENTS, CannotShare, intercept
-from align.models.prefix_sharing.trie import Layout, build_layout
+from align.models.prefix_sharing.trie import Layout, build_layout, copy_to_device, copy_to_host
 
 LOGGER = logging.getLogger("align.prefix_sharing")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -62,6 +63,8 @@ class _State:
         """Positions of the flattened batch that the next call returns; None for all."""
         self.labeled: Tensor | None = None
         """Mask ``[batch, time - 1]`` of labels; None outside a call with labels."""
+        self.copies: dict[Tensor, Tensor] = {}
+        """Arguments of the next call with their copies on the CPU."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
         copy = _State()
@@ -188,8 +191,9 @@ def _forward(self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[
     """Run a backbone packed, or padded if the batch cannot be shared."""
     state: _State = self.prefix_sharing
     positions, state.positions = state.positions, None
+    copies, state.copies = state.copies, {}
     try:
-        layout = _layout(self, ids, args, kwargs)
+        layout = _layout(self, ids, args, kwargs, copies)
         if layout is not None:
             return _packed(self, layout, kwargs, positions, ids.shape)  # type: ignore[union-attr]
     except CannotShare as reason:
@@ -202,9 +206,15 @@ def _forward(self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[
 
 
 def _layout(
-    self: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    self: Any,
+    ids: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    copies: dict[Tensor, Tensor],
 ) -> Layout | None:
     """The layout of a call; None if packing would save nothing.
+
+    ``copies`` has the arguments that are already on the CPU.
 
     Raises:
         CannotShare: The model, or an argument of the call, does not allow it.
@@ -235,9 +245,15 @@ def _layout(
         raise CannotShare("the call has no token ids, positional arguments, or `return_dict=False`")
     if mask is not None and mask.shape != ids.shape:
         raise CannotShare("the shape of the attention mask is not [batch, time]")
-    layout = build_layout(ids, mask, absolute=not hasattr(self, "rotary_emb"))
+    tensors = [ids] if mask is None else [ids, mask]
+    if not all(tensor in copies for tensor in tensors):
+        copies = copy_to_host(tensors)
+    layout = build_layout(
+        *(copies[tensor] for tensor in tensors), absolute=not hasattr(self, "rotary_emb")
+    )
     if layout is None:
         raise CannotShare("the attention mask has holes")
+    layout.to(ids.device)
     # All ranks must run the layers equally often, or those that gather sharded weights wait for
     # each other. So until a model has proven that it can share, every rank packs every batch, and
     # all of them learn about an obstacle in the same call.
@@ -264,6 +280,13 @@ def several_processes() -> bool:
     return initialized and torch.distributed.get_world_size() > 1
 
 
+def has_compiled_layers(model: nn.Module) -> bool:
+    """Whether a part of a model runs as a compiled graph (``layer.compile()``)."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    )
+
+
 def _packed(
     self: Any, layout: Layout, kwargs: dict[str, Any], positions: Tensor | None, shape: torch.Size
 ) -> Any:
@@ -278,9 +301,17 @@ def _packed(
         "position_ids": layout.positions[None],
         "prefix_layout": layout,
     }
+    layout.varlen = attention.varlen_function()
+    compiled, proven = has_compiled_layers(self), self.prefix_sharing.proven
+    # Compiled layers are not counted, so the first call runs without compilation.
+    uncompiled: Any = contextlib.nullcontext()
+    if compiled and not proven:
+        uncompiled = torch.compiler.set_stance("force_eager")
     try:
-        outputs = self.padded_forward(layout.tokens[None], **kwargs | packed)
-        if layout.layers_run != self.config.num_hidden_layers:
+        with uncompiled:
+            outputs = self.padded_forward(layout.tokens[None], **kwargs | packed)
+        counted = not (compiled and proven)
+        if counted and layout.layers_run != self.config.num_hidden_layers:
             raise CannotShare("the layers do not use transformers' attention interface")
     except CannotShare as reason:
         self.prefix_sharing.obstacle = str(reason)
@@ -309,10 +340,16 @@ def _select_labeled(
     labels = kwargs.get("labels")
     if not kwargs.get("fused_lm_head") or labels is None:
         return None
-    labeled = labels[:, 1:] != IGNORED_LABEL
-    state.labeled = labeled
-    state.positions = pad(labeled, (0, 1)).flatten().nonzero()[:, 0]
-    return args, kwargs | {"labels": None, "shift_labels": labels[:, 1:][labeled][None]}
+    tensors = [labels]
+    for tensor in (kwargs.get("input_ids"), kwargs.get("attention_mask")):
+        if isinstance(tensor, Tensor) and tensor.shape == labels.shape:
+            tensors.append(tensor)
+    state.copies = copy_to_host(tensors)
+    labeled = pad(state.copies[labels][:, 1:] != IGNORED_LABEL, (0, 1))
+    state.positions = copy_to_device(labeled.flatten().nonzero()[:, 0], labels.device)
+    state.labeled = labels[:, 1:] != IGNORED_LABEL
+    shifted = labels.flatten().index_select(0, state.positions + 1)
+    return args, kwargs | {"labels": None, "shift_labels": shifted[None]}
 
 
 def _scatter_labeled(state: _State, model: nn.Module, args: Any, outputs: Any) -> Any:
