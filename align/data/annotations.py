@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from align.data import tool_calls
 from align.data.json_list import json_type
-from align.data.rows import Messages, Raw, prompt_id
+from align.data.rows import ROLES, DroppedError, Message, Messages, Raw, prompt_id
 from align.errors import did_you_mean, shown
 
-ROLES = ("system", "user", "assistant")
 DECISIONS = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": math.nan}
 """Preference for the first completion, by the decision in Align's layout."""
 
@@ -130,7 +130,12 @@ def as_prompt(row: Raw, key: str) -> Messages:
     """The prompt at a key: a text becomes one user turn, a list of turns stays as it is."""
     value = row.get(key)
     if isinstance(value, list) and value and all(map(_is_turn, value)):
-        return [{"role": turn["role"], "content": _unicode(turn["content"], key)} for turn in value]
+        try:
+            tools = value[0].get("tools") or tool_calls.tools_text(row)
+            turns = [_read_turn(turn, key) for turn in value]
+        except DroppedError as error:
+            raise InvalidRowError(f"`{key}`: {error} {error.detail}".rstrip()) from None
+        return [{**turns[0], "tools": tools}, *turns[1:]] if tools else turns
     if isinstance(value, list):
         roles = ", ".join(ROLES)
         raise InvalidRowError(
@@ -145,6 +150,8 @@ def as_completion(row: Raw, key: str) -> str:
     if isinstance(value, list):
         if len(value) != 1 or not _is_turn(value[0]) or value[0]["role"] != "assistant":
             raise InvalidRowError(f"`{key}`: expected a text, or a list of one assistant turn")
+        if len(_read_turn(value[0], key)) > 2:
+            raise InvalidRowError(f"`{key}`: tool calls and reasoning are no text to compare")
         return _unicode(value[0]["content"], key)
     return _text(row, key)
 
@@ -176,6 +183,12 @@ def _unicode(text: str, key: str) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, such as "\ud83d" in JSON
         raise InvalidRowError(f"`{key}`: not Unicode text, half of a surrogate pair") from None
     return text
+
+
+def _read_turn(turn: Message, key: str) -> Message:
+    """A turn with its text, its tool calls and its reasoning, as ``prepare`` reads it."""
+    content = _unicode(turn["content"], key)
+    return {"role": turn["role"], "content": content, **tool_calls.extra_fields(turn)}
 
 
 def _is_turn(turn: object) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from align.config.recipe import load_stage
 from align.data.prepare import prepare as prepare_data
 from align.data.rows import KINDS
+from align.data.tables import TOOLS, without_tools
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ def prepare(source: str, kind: str | None = None, **keys: Any) -> DatasetDict:
     """
     from datasets import Dataset, DatasetDict
 
-    tables = prepare_data(load_stage("prepare", values={"source": source, **keys})).tables()
+    prepared = prepare_data(load_stage("prepare", values={"source": source, **keys}))
+    tables = prepared.tables()
     if kind is None:
         kind = next(name for name in KINDS if name in tables)
     if kind not in tables:
         raise DataError(f"{source}: no {kind}; found {', '.join(tables)}")
-    return DatasetDict({split: Dataset.from_list(rows) for split, rows in tables[kind].items()})
+    splits = tables[kind]
+    if TOOLS in prepared.extra_fields:
+        splits = {split: [without_tools(row) for row in rows] for split, rows in splits.items()}
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})

@@ -9,12 +9,13 @@ run of words in the evaluation prompts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+from align.data import layouts
 from align.data.rows import Raw, normalize_text
 
 _WORD = re.compile(r"\w+")
-PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction")
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "question", "instruction")
 
 
 class EvaluationPrompts:
@@ -48,8 +49,12 @@ def user_texts(raw: Raw) -> list[str] | None:
         return [prompt]
     if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
         return None
-    texts = [turn.get("content") for turn in prompt if turn.get("role") == "user"]
+    texts = [turn.get("content", turn.get("value")) for turn in prompt if _role(turn) == "user"]
     return texts if all(isinstance(text, str) for text in texts) else None
+
+
+def _role(turn: Mapping[str, object]) -> object:
+    return turn.get("role", layouts.ROLES.get(str(turn.get("from")).lower()))
 
 
 def _words(text: str) -> list[str]:

@@ -130,8 +130,8 @@ def _scored(raw: Raw) -> ScoredCompletions:
 
 def _prompt(raw: Raw) -> Messages:
     prompt = as_prompt(raw, "prompt")
-    if prompt[-1]["role"] != "user":
-        raise InvalidRowError("`prompt`: expected turns that end in a user turn")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise InvalidRowError("`prompt`: expected turns that end in a user or a tool turn")
     return prompt
 
 

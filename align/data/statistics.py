@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.data.prepare import PreparedData, SplitRow
-from align.data.rows import KINDS, Row, conversation_id, turn_text
+from align.data.rows import EXTRA_FIELDS, KINDS, Row, conversation_id, turn_text, used_fields
 
 LONGER_WARNING = 0.6  # accuracy of preferring the longer completion above which a warning is given
 LONG_ROW = 1_000  # words
@@ -59,6 +59,7 @@ class DatasetStatistics:
         self._longer_side: Counter[str] = Counter()
         self._longest: dict[str, dict[str, Any]] = {}
         self._special_tokens: Counter[str] = Counter()
+        self._turn_fields: Counter[str] = Counter()
         self._baseline = baseline
 
     def add(self, split_row: SplitRow) -> None:
@@ -77,6 +78,7 @@ class DatasetStatistics:
             texts = "\n".join(turn_text(turn) for name in lengths for turn in row[name])
             match = SPECIAL_TOKENS.search(texts)
             self._special_tokens.update([match.group()] if match else [])
+            self._turn_fields.update({f for name in lengths for f in used_fields(row[name])})
         if kind in ("demonstrations", "pairs"):
             for name, length in lengths.items():
                 self._words.setdefault(f"{kind}.{name}", Counter())[length] += 1
@@ -115,6 +117,8 @@ class DatasetStatistics:
             for name, value in (("median", _median(counts)), ("p95", percentile(counts, 95)))
         }
         summary["longest_rows"] = self._longest
+        if self._turn_fields:
+            summary["turn_fields"] = dict(sorted(self._turn_fields.items()))
         summary["warnings"] = list(self._special_token_warnings())
         n_pairs = self._longer_side.total()
         if n_pairs:
@@ -269,9 +273,12 @@ def median_words(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float
 
 
 def how_read(findings: Mapping[str, Any]) -> Iterator[str]:
-    """Lines on layouts that are recognized, and on columns and fields of turns that are not read."""
+    """Lines on layouts that are recognized, on tools and reasoning, and on what is not read."""
     for source, layout in findings.get("recognized", {}).items():
         yield f"recognized: {source} as {layout}"
+    if fields := findings.get("turn_fields"):
+        counted = (f"`{n}` in {fields[n]:,}" for n in EXTRA_FIELDS if n in fields)
+        yield f"rows with more than text: {', '.join(counted)}"
     counts = findings.get("not_read", {})
     names = [f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in counts.items()]
     if names:

@@ -1,4 +1,4 @@
-"""Tools, tool calls and reasoning of turns: as chat templates read them, and whether one wrote them.
+"""Tools, tool calls and reasoning of turns: as templates read them, and whether one wrote them.
 
 Tables store the arguments of a call and the tools of a conversation as JSON text
 (:mod:`align.data.tool_calls`). Templates read objects. A template that leaves out a part of a turn
@@ -55,6 +55,8 @@ def _call(call: Message) -> dict[str, Any]:
 
 def texts(message: Message) -> Iterator[str]:
     """All texts of a message: its content, its fields and those of its tool calls."""
+    if len(message) == 2:
+        return iter([message.get("content") or ""])
     return (text for key, value in message.items() if key != "role" for text in _texts(value))
 
 
@@ -94,6 +96,8 @@ def has_more_than_text(message: Message) -> bool:
 
 def shape(message: Message) -> tuple[Any, ...]:
     """What of a turn decides whether a template writes all of it, apart from its texts."""
+    if len(message) == 2:
+        return (message["role"],)
     calls = message.get("tool_calls") or ()
     names = [name for name in message if message[name] and name != "content"]
     return (message["role"], *sorted(names), len(calls), bool(message.get("content")))

@@ -150,8 +150,10 @@ def _prepared_lines(
         counts.append(f"{kind} {n_train:,} + {total - n_train:,} held out")
     dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
     yield f"{stage.name}: {', '.join(counts)}{f'; dropped: {dropped}' if dropped else ''}"
-    yield from (f"{stage.name}: {line}" for line in statistics.how_read(prepared.findings))
-    for warning in counted.summary()["warnings"]:
+    summary = counted.summary()
+    for line in statistics.how_read(summary | prepared.findings):
+        yield f"{stage.name}: {line}"
+    for warning in summary["warnings"]:
         yield f"{stage.name}: warning: {warning}"
     names = {f"{kind}-{split}" for kind, splits in in_memory.items() for split in splits}
     contents = PreparedTables(

@@ -21,7 +21,9 @@ from helpers.preference_data import (
 )
 
 from align.config.data import Prepare
-from align.data import tables
+from align.data import dataset_dict, statistics, tables
+from align.data.annotations import InvalidRowError, as_completion, as_prompt
+from align.data.decontamination import user_texts
 from align.data.formats import demonstration, labeled, pair
 from align.data.rows import DroppedError, prompt_id, turn_text
 
@@ -208,3 +210,43 @@ def test_parquet_gives_every_call_the_arguments_of_all(tmp_path: Path):
 def test_the_text_of_a_turn_includes_all_that_it_says():
     turn = {**CALL, "content": "Wait.", "reasoning_content": "why"}
     assert turn_text(turn) == 'why\nWait.\n{"name": "weather", "arguments": {"city": "Rom"}}'
+
+
+def test_the_data_set_of_the_python_api_has_the_columns_of_trl(tmp_path: Path):
+    rows = [{**PAIR, "tools": [WEATHER]}, {"prompt": "Go", "chosen": "A", "rejected": [CALL]}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = dataset_dict.prepare(source, test_fraction=0.0)["train"]
+    assert json.loads(data[0]["tools"])[0]["function"] == WEATHER and data[1]["tools"] is None
+    assert data[0]["prompt"] == [user("Say a word.")]
+    assert data[1]["rejected"][0]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+def test_rows_with_more_than_text_are_counted(tmp_path: Path):
+    rows = [
+        {**PAIR, "tools": [WEATHER]},
+        {"prompt": "Go", "chosen": "A", "rejected": [CALL], "tools": [WEATHER]},
+        {"prompt": [user("Hi"), CALL, RESULT], "chosen": "A", "rejected": "B"},
+    ]
+    prepared = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows))
+    summary = statistics.collect(prepared).summary()
+    assert summary["turn_fields"] == {"tools": 2, "tool_calls": 2}
+    (line,) = statistics.how_read(summary)
+    assert line == "rows with more than text: `tool_calls` in 2, `tools` in 2"
+
+
+def test_files_of_completions_and_annotations_find_the_prompts_of_conversations_with_tools():
+    row = demonstration(
+        {"messages": [user("Hi"), CALL, RESULT, assistant("A")], "tools": [WEATHER]}
+    )
+    turns = [user("Hi"), CALL, RESULT]
+    assert as_prompt({"prompt": turns, "tools": [WEATHER]}, "prompt") == row["prompt"]
+    assert as_prompt({"prompt": row["prompt"]}, "prompt") == row["prompt"]  # comparisons.parquet
+    with pytest.raises(InvalidRowError, match="`completion`: tool calls and reasoning are no text"):
+        as_completion({"completion": [CALL]}, "completion")
+    with pytest.raises(InvalidRowError, match="`prompt`: a tool call names no function"):
+        as_prompt({"prompt": [user("Hi"), {**CALL, "tool_calls": [3]}, RESULT]}, "prompt")
+
+
+def test_conversations_of_sharegpt_are_evaluation_prompts():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A"}]
+    assert user_texts({"conversations": turns}) == ["Hi"]

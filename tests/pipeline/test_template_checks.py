@@ -46,7 +46,7 @@ def check(
         turns = [{"role": "system", "content": system}] if system else []
         rows = [
             {"prompt": [*(turns if k % 2 else []), {"role": "user", "content": f"Say {k}. {text}"}],
-             "chosen": f"It is {k}, as you like.", "rejected": "No.", **(k % 4 and columns or {})}
+             "chosen": f"It is {k}, as you like.", "rejected": "No.", **((columns or {}) if k % 4 else {})}
             for k in range(40)
         ]  # fmt: skip
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
