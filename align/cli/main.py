@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+Dtype = Literal["float32", "bfloat16"]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -131,6 +132,27 @@ def play(
     from align.pipeline import lookup
 
     cli_play.play(lookup.find_control_policy(policy, runs), gif=gif, episodes=episodes, seed=seed)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage such as dpo, or a folder.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")],
+    runs: Runs = Path("runs"),
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the weights; by default that of the training.")
+    ] = None,
+) -> None:
+    """Write a policy or a reward model with full weights: an adapter is merged into its base."""
+    from align.cli import export as cli_export
+    from align.pipeline import lookup
+
+    cli_export.check_target(target)
+    folder, role = lookup.find_model(model, runs)
+    quiet_libraries()
+    cli_export.export(folder, role, target, dtype=dtype)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from align.models.model_config import (
     Role,
     adapter_problem,
     config_problems,
+    other_head,
 )
 from align.runtime import checksums
 
@@ -148,6 +149,19 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
         problems.append(f"{folder}: no tokenizer; expected {_TOKENIZERS[0]}")
     if problems:
         raise ArtifactError(*problems)
+
+
+def role(folder: Path) -> Role:
+    """Whether a model folder has a reward model or a policy, by its config; a policy if unknown."""
+    for name, check in ((ADAPTER_CONFIG, adapter_problem), ("config.json", _head_problem)):
+        if (folder / name).is_file() and not _json_problems(folder / name):
+            config = _read_json(folder / name)
+            return "reward model" if check(config, "reward model") is None else "policy"
+    return "policy"
+
+
+def _head_problem(config: dict[str, Any], role: Role) -> str | None:
+    return other_head(config.get("architectures"), role)
 
 
 def check_config(folder: Path, role: Role) -> None:

@@ -10,6 +10,7 @@ from align.config.base import Input
 from align.config.stages import accepted_kinds
 from align.errors import ArtifactError, nearest, printable
 from align.models import files, gguf_conversion, gguf_files, tokenizer_files
+from align.models.model_config import Role
 from align.runtime import artifacts, hub
 
 CONTROL_RECIPE = "recipes/control/cartpole_ppo.yaml"
@@ -40,6 +41,25 @@ def find_policy(policy: str, runs: Path) -> Path | str:
         hub.check_model(policy)
         return policy
     return newest_run(policy, runs, accepted_kinds(Input(policies=True)), recipe=POLICY_RECIPE)
+
+
+def find_model(model: str, runs: Path) -> tuple[Path, Role]:
+    """The folder of a policy or a reward model, and which of them it is.
+
+    ``model`` is a folder, or the name of the newest finished stage that trains a model.
+
+    Raises:
+        UserError: As :func:`find_policy`.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        kinds = (*accepted_kinds(Input(policies=True)), *accepted_kinds(Input(("reward",))))
+        folder = newest_run(model, runs, kinds, recipe=POLICY_RECIPE)
+    artifacts.check_folder(folder)
+    role = files.role(folder)
+    files.check_model_folder(folder, role)
+    tokenizer_files.check_vocabulary(folder)
+    return folder, role
 
 
 def find_control_policy(policy: str, runs: Path) -> Path:

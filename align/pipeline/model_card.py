@@ -51,17 +51,21 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
-def write_model_card(folder: Path, artifact: Artifact) -> None:
-    """Write the card of a stage that has trained a model into its folder."""
-    (folder / FILE).write_text(model_card(folder, artifact), encoding="utf-8")
+def write_model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -> None:
+    """Write the card of the model in a folder, as :func:`model_card` renders it."""
+    (folder / FILE).write_text(model_card(folder, artifact, stage=stage), encoding="utf-8")
 
 
-def model_card(folder: Path, artifact: Artifact) -> str:
-    """The card of the model in a folder; its header is the metadata that the Hub reads."""
+def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -> str:
+    """The card of the model in a folder; its header is the metadata that the Hub reads.
+
+    ``artifact`` is the record of the stage that trained it. ``stage`` is the folder of that stage,
+    if the model in ``folder`` was exported from it.
+    """
     import jinja2
     import yaml
 
-    origins = lineage(folder, artifact)
+    origins = lineage(stage or folder, artifact)
     base = _base(origins, artifact.digest)
     adapter = _adapter_config(folder)
     datasets = list(_data_sources(origins))
@@ -95,6 +99,7 @@ def model_card(folder: Path, artifact: Artifact) -> str:
         artifact=artifact,
         writes_policy=writes_policy,
         adapter=adapter,
+        is_merged=stage is not None and _adapter_config(stage) is not None,
         adapter_base=_adapter_base(adapter),
         base=_described(base),
         has_base=base is not None,

@@ -203,7 +203,7 @@ def new_reward_model(
     else:
         options["revision"] = revision if base is None else base.hub_revision
         classifier = _load_below_new_head(policy.config._name_or_path, **options)
-    classifier.config.id2label, classifier.config.label2id = {0: LABEL}, {LABEL: 0}
+    set_label(classifier.config)
     head = score_head(classifier)
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if adapter is None:
@@ -231,6 +231,11 @@ def _with_new_head(policy: Any) -> Any:
     # peft stores this path as the base of the adapter.
     classifier.config._name_or_path = policy.config._name_or_path
     return classifier
+
+
+def set_label(config: Any) -> None:
+    """Name the only label of a classifier's config."""
+    config.id2label, config.label2id = {0: LABEL}, {LABEL: 0}
 
 
 def load_reward_model(

@@ -151,8 +151,8 @@ def results(folder: Path) -> dict[str, object]:
     content: dict[str, object] = {}
     for file in artifacts.stage_files(folder):
         name = str(file.relative_to(folder))
-        if name.endswith((".png", "training_args.bin")):
-            continue  # pictures of the logs; absolute paths
+        if name.endswith(".png"):
+            continue  # pictures of the logs
         if name == "metrics.jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             keys = ("step", "seed", "loss", "score", "return")

@@ -1,7 +1,8 @@
-"""The judge behind an API with a real server: ``transformers serve`` and a tiny model."""
+"""A real server, ``transformers serve``: an exported adapter, also as the judge behind an API."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 from helpers import tiny_models
+from typer.testing import CliRunner
 
+import align
+from align.cli.main import app
 from align.config.judges import ServerJudge
 from align.errors import UserError
 from align.judges.base import Pair
@@ -29,8 +33,17 @@ SECONDS_TO_START = 120
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.world(tmp_path_factory.getbasetemp()).sft
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.world(tmp_path_factory.getbasetemp()).lora
+
+
+@pytest.fixture(scope="module")
+def model(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter merged into its base; the server reads no adapters."""
+    folder = tmp_path_factory.mktemp("export") / "merged"
+    exported = CliRunner().invoke(app, ["export", str(adapter), str(folder)])
+    assert exported.exit_code == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +100,19 @@ def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
     with pytest.raises(UserError, match=r"HTTP 400.*no/judge.*correct .* `model`") as raised:
         judge.compare(pairs(2))
     assert len(raised.value.lines) == 1 and judge.usage.requests == 2
+
+
+@pytest.mark.slow
+def test_an_exported_adapter_is_served_and_answers_as_align_does(base_url, adapter, model):
+    prompt = "Sort: d c b a"
+    expected = align.load_policy(adapter).generate([prompt], temperature=0.0, max_new_tokens=8)
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": str(model), "messages": messages, "max_tokens": 8, "temperature": 0.0}
+    request = urllib.request.Request(
+        f"{base_url}/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    assert answer["choices"][0]["message"]["content"].strip() == expected[0][0].strip() != ""

@@ -228,6 +228,26 @@ def test_an_adapter_has_the_head_that_its_role_requires(world: tiny_models.World
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "role"),
+    [
+        ("config.json", {"architectures": ["LlamaForCausalLM"]}, "policy"),
+        ("config.json", {"architectures": ["LlamaForSequenceClassification"]}, "reward model"),
+        ("config.json", {}, "policy"),
+        ("config.json", "{", "policy"),
+        ("adapter_config.json", {"task_type": "SEQ_CLS"}, "reward model"),
+        ("adapter_config.json", {"task_type": "CAUSAL_LM"}, "policy"),
+        ("README.md", "", "policy"),
+    ],
+)
+def test_the_role_of_a_model_is_that_of_its_head(
+    tmp_path: Path, file: str, content: Any, role: str
+):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / file).write_text(text)
+    assert files.role(tmp_path) == role
+
+
+@pytest.mark.parametrize(
     "content",
     ["", "[]", "7", "null", "{}", '{"score_mean": "1"}', '{"score_mean": NaN}', "\xff",
      '{"score_mean": null}', '{"score_mean": true}', '{"score_mean": [1]}'],

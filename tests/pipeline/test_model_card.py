@@ -25,7 +25,7 @@ VERSIONS = {"python": "3.12.1", "align": "0.2.0"}
 
 
 def record(folder: Path, kind: str, inputs: dict[str, tuple[str, str]], **fields: Any) -> Artifact:
-    """Write the artifact of a stage into ``folder``; an input is a folder or Hub id and a digest."""
+    """Write the artifact of a stage; each input is a folder or Hub id, and its digest."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = STAGES[kind].model_validate(fields.pop("recipe")).model_dump(exclude={"stage"})
     artifact = Artifact(

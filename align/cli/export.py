@@ -1,0 +1,109 @@
+"""Write a trained model with full weights into a new folder, for programs that read no adapters.
+
+An adapter is merged into its base. The folder has everything that a stage's folder of a full model
+has, except for the record of the stage, so it may be edited and uploaded. Left out: the upload
+itself, which ``hf upload`` does, and quantized formats.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from align.config.stages import STAGES
+from align.errors import ArtifactError, UserError, printable
+from align.models.model_config import Role
+from align.pipeline.model_card import write_model_card
+from align.runtime import artifacts
+
+
+def check_target(target: Path) -> None:
+    """Check that a folder can be written here.
+
+    Raises:
+        ArtifactError: It exists, or it is inside the folder of a finished stage.
+    """
+    if target.exists() or target.is_symlink():
+        raise ArtifactError(f"{target}: exists already; name a new folder")
+    for parent in target.resolve().parents:
+        if (parent / artifacts.FILE).is_file():
+            raise ArtifactError(
+                f"{target}: inside {parent}, whose files have checksums; name a folder outside of "
+                "it"
+            )
+
+
+def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None:
+    """Write the model of a stage or a folder with full weights into the new folder ``target``.
+
+    The weights are merged in float32 and then rounded to ``dtype``, by default that of the
+    training. Rounding to bfloat16 changes the logits; the difference is printed.
+
+    Raises:
+        UserError: The model cannot be loaded, merged or written.
+    """
+    artifact = artifacts.read_artifact(source)
+    dtype = dtype or (artifact.recipe.get("dtype") if artifact else None) or "float32"
+    temporary = target.with_name(f".{target.name}.exporting")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_model(source, role, temporary, dtype)
+        if artifact is not None and artifact.stage in STAGES:
+            write_model_card(temporary, artifact, stage=source)
+        artifacts.make_readable(temporary)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _announce(f"{source}: written to {target} in {dtype}")
+
+
+def _write_model(source: Path, role: Role, folder: Path, dtype: str) -> None:
+    """Write weights, tokenizer, end tokens and, of a reward model, the mean of its scores."""
+    import torch
+
+    from align.models import merging, tokenization
+    from align.models.loading import load_merged
+    from align.rewards import reward_model
+
+    tokenizer = tokenization.load_tokenizer(source)
+    is_policy = role == "policy"
+    load = load_merged if is_policy else reward_model.load_merged_reward_model
+    model: Any = load(source, dtype="float32")
+    if is_policy:
+        _set_end_tokens(model, source)
+    else:
+        # A classifier of transformers reads the last token that is not this one.
+        model.config.pad_token_id = tokenizer.pad_token_id
+        reward_model.set_label(model.config)
+    if dtype != "float32":
+        before = merging.probe(model)
+        model = model.to(getattr(torch, dtype))
+        after = merging.probe(model)
+        difference = float((after - before).norm() / before.norm())
+        _announce(f"{source}: rounding to {dtype} changes the logits by {difference:.2%}")
+    try:
+        model.save_pretrained(str(folder))
+    except ValueError as error:  # of a generation config that contradicts itself
+        raise UserError(f"{source}: cannot be written: {' '.join(str(error).split())}") from None
+    tokenizer.save_pretrained(str(folder))
+    if not is_policy:
+        tokenization.save_end_tokens(tokenizer, folder)
+        if (source / reward_model.FILE).is_file():
+            shutil.copy(source / reward_model.FILE, folder)
+
+
+def _set_end_tokens(model: Any, source: Path) -> None:
+    """Give a merged policy the generation config of its adapter, which has its end tokens."""
+    from transformers import GenerationConfig
+
+    from align.models.tokenizer_files import GENERATION_CONFIG
+
+    if (source / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
+
+
+def _announce(line: str) -> None:
+    print(printable(line), file=sys.stderr)
