@@ -1,12 +1,15 @@
 """Batched sampling of completions.
 
 Prompts of similar length share a batch and are padded on the left. A completion ends at its first
-stop token, which may equal the pad token. Left out: tokenization and log-probabilities, which
-:mod:`align.models.tokenization` and :mod:`align.models.logps` compute.
+stop token, which may equal the pad token. Left out: the loop over tokens
+(:mod:`align.models.decoding`), tokenization (:mod:`align.models.tokenization`) and
+log-probabilities (:mod:`align.models.logps`).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,10 +158,34 @@ def generate_tokens(
 ) -> list[Tokens]:
     """Sample one continuation of each row in a single batch, up to its first stop token inclusive.
 
-    Padding that ``generate`` writes behind a stop token, while other rows of the batch continue, is
-    removed.
+    Models and settings that :mod:`align.models.decoding` cannot decode are sampled by their own
+    ``generate``, and the reason is logged once.
+
+    Raises:
+        UserError: The probabilities of a next token are not finite.
     """
+    from align.models import decoding
+
+    obstacle = decoding.obstacle(model)
+    try:
+        if obstacle is None:
+            return decoding.decode(model, rows, stops)
+        _log_obstacle(obstacle)
+        return _generate_padded(model, rows, stops)
+    except decoding.NotFiniteError:
+        raise UserError(
+            f"{model.name_or_path}: the probabilities of the next token are not finite, although "
+            "the weights are; check its config.json, such as `rope_theta`"
+        ) from None
+
+
+def _generate_padded(
+    model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
+) -> list[Tokens]:
+    """Sample with ``model.generate``, and remove its padding behind the stop tokens."""
     import torch
+
+    from align.models.decoding import NotFiniteError
 
     pad = model.generation_config.pad_token_id
     ids, mask = pad_rows(rows, pad=pad, side="left", device=model.device)
@@ -168,11 +195,13 @@ def generate_tokens(
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise UserError(
-            f"{model.name_or_path}: the probabilities of the next token are not finite, although "
-            "the weights are; check its config.json, such as `rope_theta`"
-        ) from None
+        raise NotFiniteError from None
     return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
+
+
+@functools.cache
+def _log_obstacle(reason: str) -> None:
+    logging.getLogger("align.sampling").info("sampling with `model.generate`: %s", reason)
 
 
 def set_sampling(

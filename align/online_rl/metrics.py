@@ -19,15 +19,11 @@ def compute_metrics(
     experience: Experience,
     scores: Scores,
     diagnostics: Diagnostics | None = None,
-    *,
-    sample_batch_size: int,
 ) -> dict[str, float]:
     """Metrics of a batch, and of its update if it had one. All ranks return the same numbers.
 
-    ``kl`` is in nats per completion, ``kl_per_token`` and ``entropy`` in nats per token.
-    ``wasted_tokens`` is the share of sampled tokens after the end of a completion: sampling
-    continues until the longest completion of its batch of ``sample_batch_size`` ends. Metrics that
-    do not exist, such as the critic's loss without a critic, are left out.
+    ``kl`` is in nats per completion, ``kl_per_token`` and ``entropy`` in nats per token. Metrics
+    that do not exist, such as the critic's loss without a critic, are left out.
     """
     mask = experience.mask
     logratio = (experience.logps - experience.ref_logps).masked_fill(~mask, 0)
@@ -42,7 +38,6 @@ def compute_metrics(
     counts: dict[str, Tensor | float] = {
         "n": float(len(lengths)),
         "entropy": experience.entropy.masked_fill(~mask, 0).sum(),
-        "sampled": float(_n_sampled_tokens(completions, sample_batch_size)),
     }
     total = _sum_over_ranks({**per_completion, **counts}, experience.logps.device)
     n, tokens = total["n"], total["tokens"]
@@ -50,7 +45,6 @@ def compute_metrics(
     metrics |= {
         "kl_per_token": total["kl"] / tokens,
         "entropy": total["entropy"] / tokens,
-        "wasted_tokens": 1 - tokens / total["sampled"],
     }
     if diagnostics is not None:
         metrics |= update_metrics(diagnostics)
@@ -69,14 +63,6 @@ def update_metrics(diagnostics: Diagnostics) -> dict[str, float]:
         "grad_norm": diagnostics.grad_norm,
         "optimizer_steps": float(diagnostics.steps),
     }
-
-
-def _n_sampled_tokens(completions: Completions, batch_size: int) -> int:
-    """Tokens that the sampler generated, including those after the end of a completion."""
-    order = sorted(range(len(completions.prompts)), key=lambda i: len(completions.prompts[i]))
-    lengths = [len(completions.completions[i]) for i in order]
-    batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
-    return sum(max(batch) * len(batch) for batch in batches)
 
 
 def _sum_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:

@@ -157,13 +157,7 @@ class PPOTrainer:
         # 5. Update policy and critic.
         diagnostics = self.update(step, rollout)
 
-        metrics = compute_metrics(
-            completions,
-            experience,
-            scores,
-            diagnostics,
-            sample_batch_size=config.sample_batch_size,
-        )
+        metrics = compute_metrics(completions, experience, scores, diagnostics)
         metrics |= {
             "kl_coef": self.kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -236,9 +230,7 @@ class PPOTrainer:
         experience = compute_experience(
             self.models, completions, batch_size=config.micro_batch_size
         )
-        metrics = compute_metrics(
-            completions, experience, scores, sample_batch_size=config.sample_batch_size
-        )
+        metrics = compute_metrics(completions, experience, scores)
         self.held_out_metrics = {f"eval_{key}": metrics[key] for key in HELD_OUT if key in metrics}
         self.logger.log(done, self.held_out_metrics)
 

@@ -215,7 +215,6 @@ def two(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 TIMES = ("seconds", "seconds_sampling", "seconds_scoring")
-PER_RANK = ("wasted_tokens",)  # depends on which rows are sampled in one batch
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -239,7 +238,7 @@ def test_two_processes_log_the_metrics_of_all_completions(one, two, kind):
         for rank in two:
             metrics = rank[kind]["metrics"][step]
             assert metrics.keys() == expected.keys()
-            for key in metrics.keys() - {*TIMES, *PER_RANK}:
+            for key in metrics.keys() - {*TIMES}:
                 assert metrics[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-5), key
         for key in two[0][kind]["metrics"][step].keys() - {*TIMES}:
             assert two[0][kind]["metrics"][step][key] == two[1][kind]["metrics"][step][key], key

@@ -77,7 +77,7 @@ class PerturbedRun:
     def metrics(self, experience: Experience) -> dict[str, float]:
         """Metrics of the completions with an experience."""
         scores = self.trainer.scorer.score(self.completions, self.trainer.prompts.rows[:8])
-        return compute_metrics(self.completions, experience, scores, sample_batch_size=64)
+        return compute_metrics(self.completions, experience, scores)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Rows are those of the checklist in the design notes on PPO.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch.testing import assert_close
 from align.config.training import SFT
 from align.errors import UserError
 from align.functional.policy_gradient import kl_k1
-from align.models import generation, tokenization
+from align.models import decoding, generation, tokenization
+from align.models.decoding import Choice
 from align.online_rl.experience import compute_experience
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.sampling import LocalSampler
-from align.online_rl.trainer import PPOTrainer
 from align.runtime import distributed
 from align.stages import sft
 from align.training import trl_trainer
@@ -35,20 +36,19 @@ LOADED = [
 ]
 
 
-def record_generate(trainer: PPOTrainer) -> list[tuple[dict[str, Any], Any]]:
-    """Record arguments and results of ``generate``, with the logits and scores of each token."""
-    model, calls = trainer.models.policy.model, []
-    generate = model.generate
+def record_logits(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, list[Any]]]:
+    """Record the logits and the scores from which each token of each row is sampled."""
+    records: list[dict[int, list[Any]]] = [defaultdict(list), defaultdict(list)]
+    choose = Choice.__call__
 
-    def recording(**kwargs: Any) -> torch.Tensor:
-        output = generate(
-            **kwargs, return_dict_in_generate=True, output_logits=True, output_scores=True
-        )
-        calls.append((kwargs, output))
-        return output.sequences
+    def recording(choice: Choice, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        for record, values in zip(records, (logits, choice.scores(logits)), strict=True):
+            for row, value in zip(rows, values.clone(), strict=True):
+                record[row].append(value)
+        return choose(choice, logits, rows)
 
-    model.generate = recording
-    return calls
+    monkeypatch.setattr(Choice, "__call__", recording)
+    return records
 
 
 # Temperature
@@ -57,20 +57,20 @@ def record_generate(trainer: PPOTrainer) -> list[tuple[dict[str, Any], Any]]:
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize(("source", "lora"), LOADED)
 def test_row_03_the_temperature_divides_every_logit_in_sampling_reference_and_training(
-    folders: Folders, tmp_path: Path, source: str, lora: bool, temperature: float
-):
+    folders: Folders, tmp_path: Path, source: str, lora: bool, temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
     folder = getattr(folders.world, source)
     trainer = ppo_fixtures.build_trainer(
         folders, tmp_path, source=folder, lora=lora, temperature=temperature
     )
-    calls = record_generate(trainer)
+    raw_logits, sampled_scores = record_logits(monkeypatch)
     completions = ppo_fixtures.sample(trainer)
     experience = compute_experience(trainer.models, completions, batch_size=3)
     kl = kl_k1(experience.logps, experience.ref_logps)
     assert torch.equal(kl, torch.zeros_like(kl))
 
     # The sampler's: logits / T of each token, and the scores from which it was drawn.
-    ((_, output),) = calls
     order = sorted(range(8), key=lambda i: len(completions.prompts[i]))
     inputs = ppo_fixtures.inputs_of(trainer.models, completions)
     trained = ppo_fixtures.evaluate(trainer.models, inputs).logps.detach()
@@ -78,8 +78,8 @@ def test_row_03_the_temperature_divides_every_logit_in_sampling_reference_and_tr
     expected = ppo_fixtures.plain_logps(plain, completions, temperature)
     for place, i in enumerate(order):
         tokens = torch.tensor(completions.completions[i])[:, None]
-        for raw in ([x / temperature for x in output.logits], output.scores):
-            steps = torch.stack([x[place] for x in raw])[: len(tokens)]
+        for raw in ([x / temperature for x in raw_logits[place]], sampled_scores[place]):
+            steps = torch.stack(raw)[: len(tokens)]
             sampled = steps.log_softmax(-1).gather(1, tokens)[:, 0]
             for logps in (experience.logps, experience.ref_logps, trained):
                 ours = ppo_fixtures.columns(logps, completions)[i]
@@ -190,8 +190,10 @@ def test_row_05_a_tokenizer_whose_only_special_token_is_eos_is_rejected():
 
 @pytest.mark.parametrize("lora", [False, True], ids=["separate models", "one backbone"])
 def test_row_06_tokens_after_eos_change_no_score_no_advantage_and_no_loss(
-    folders: Folders, tmp_path: Path, recorder: Recorder, lora: bool
-):
+    folders: Folders, tmp_path: Path, recorder: Recorder, lora: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(decoding, "obstacle", lambda model: "rows end together")
     n_changed = 0
     for name in ("unchanged", "with junk"):
         trainer = ppo_fixtures.build_trainer(folders, tmp_path / name, lora=lora, max_new_tokens=40)
@@ -235,30 +237,19 @@ def test_row_06_a_completion_ends_with_its_first_eos(folders: Folders, tmp_path:
         assert (row[-1] == eos) == finished
 
 
-def test_row_29_sampling_stops_at_eos_and_wasted_tokens_are_logged(
-    folders: Folders, tmp_path: Path
-):
-    settings = {"max_new_tokens": 100, "sample_batch_size": 2}
+def test_row_29_sampling_stops_at_eos(folders: Folders, tmp_path: Path):
+    settings = {"max_new_tokens": 100, "sample_batch_size": 8}
     trainer = ppo_fixtures.build_trainer(folders, tmp_path, **settings)
     model, sizes = trainer.models.policy.model, []
-    generate = model.generate
-
-    def recording(**kwargs: Any) -> torch.Tensor:
-        output = generate(**kwargs)
-        sizes.append((output.shape[1] - kwargs["input_ids"].shape[1]) * len(output))
-        return output
-
     eos = trainer.models.tokenizer.eos_token_id
     likelier = torch.zeros(model.config.vocab_size)
     likelier[eos] = 4.0  # e^4 = 55 times as likely at every token; otherwise few completions end
     model.lm_head.register_forward_hook(lambda _, __, logits: logits + likelier)
-    model.generate = recording
-    trainer.step(0)
-    assert len(sizes) == 4
-    assert max(sizes) < 2 * 100, "sampling continues after the eos"
-    tokens = trainer.metrics["tokens"] * 8
-    assert trainer.metrics["wasted_tokens"] == pytest.approx(1 - tokens / sum(sizes))
-    assert 0 < trainer.metrics["wasted_tokens"] < 1
+    model.lm_head.register_forward_hook(lambda _, __, logits: sizes.append(len(logits)))
+    lengths = [len(c) for c in ppo_fixtures.sample(trainer).completions]
+    assert len(sizes) == max(lengths) < 100, "sampling continues after the eos"
+    continuing = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert sizes[1:] == [max(n, decoding.MIN_ROWS) for n in continuing]
 
 
 # Seeds and prompts

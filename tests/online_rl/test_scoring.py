@@ -17,7 +17,7 @@ from helpers.ppo_fixtures import Folders
 from torch.testing import assert_close
 
 from align.config.training import Reward
-from align.models import tokenization
+from align.models import decoding, tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience
 from align.online_rl.metrics import compute_metrics
@@ -28,7 +28,7 @@ from align.stages import reward
 
 
 def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contains_eos(
-    folders: Folders, tmp_path: Path
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = ppo_fixtures.build_trainer(
         folders,
@@ -49,6 +49,7 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.cat([input_ids, torch.tensor([answers[i] for i in order])], dim=1)
 
+    monkeypatch.setattr(decoding, "obstacle", lambda model: "the answers are fixed")
     trainer.models.policy.model.generate = generate
     completions = ppo_fixtures.sample(trainer, 4)
     scores = trainer.scorer.score(completions, trainer.prompts.rows[:4])
@@ -56,7 +57,7 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
     assert scores.reward.tolist() == [5, 5, 5, 5]
     assert scores.score.tolist() == [5, 3.5, 5, 5]  # 5 - 1.5
     experience = compute_experience(trainer.models, completions, batch_size=4)
-    metrics = compute_metrics(completions, experience, scores, sample_batch_size=4)
+    metrics = compute_metrics(completions, experience, scores)
     assert metrics["missing_eos"] == 0.25
 
 

@@ -1,0 +1,240 @@
+"""Decoding equals ``model.generate`` token by token, with fewer rows computed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from align.models import decoding, generation
+from align.models.decoding import MIN_ROWS, PreallocatedLayer, remaining
+
+STOPS, NEW_TOKENS = {1, 2, 3}, 16
+SMALL = {
+    "vocab_size": 12,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+WINDOW = SMALL | {"sliding_window": 4}
+HYBRID = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+ABSOLUTE = {
+    "vocab_size": 12, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+MODELS = [
+    pytest.param("llama", SMALL, id="Llama, grouped queries"),
+    pytest.param("qwen3", SMALL, id="Qwen3, norms of queries and keys"),
+    pytest.param("gpt2", ABSOLUTE, id="GPT-2, absolute positions"),
+    pytest.param("mistral", WINDOW, id="Mistral, sliding window"),
+    pytest.param("gemma3_text", HYBRID, id="Gemma 3, a window in every other layer"),
+    pytest.param("gemma2", HYBRID, id="Gemma 2, soft-capped logits"),
+]
+SOFTMAX = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+SAMPLING = [
+    pytest.param(SOFTMAX, id="softmax"),
+    pytest.param({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 0}, id="nucleus"),
+    pytest.param({"do_sample": False}, id="greedy"),
+]
+
+
+def build(kind: str, shape: dict[str, Any], **sampling: Any) -> Any:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(STOPS), pad_token_id=0, max_new_tokens=NEW_TOKENS, **sampling
+    )
+    return model
+
+
+def prompts(n: int, *, copies: int = 1) -> list[list[int]]:
+    """Prompts of one to ten tokens, each several times."""
+    random.seed(n)
+    rows = [random.choices(range(2, 12), k=random.randint(1, 10)) for _ in range(n)]
+    return [row for row in rows for _ in range(copies)]
+
+
+def generated(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
+    """The completions of ``model.generate``, up to their first stop token."""
+    torch.manual_seed(seed)
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    completions = []
+    for row in model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist():
+        ends = [place for place, token in enumerate(row) if token in STOPS]
+        completions.append(row[: ends[0] + 1] if ends else row)
+    return completions
+
+
+def decoded(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
+    torch.manual_seed(seed)
+    return decoding.decode(model, rows, STOPS)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize(("kind", "shape"), MODELS)
+def test_tokens_are_those_of_generate_with_the_same_random_state(
+    kind: str, shape: dict[str, Any], sampling: dict[str, Any]
+):
+    model = build(kind, shape, **sampling)
+    assert decoding.obstacle(model) is None
+    lengths = set()
+    for seed, rows in enumerate((prompts(9), prompts(3, copies=4), prompts(1, copies=6))):
+        expected = generated(model, rows, seed)
+        assert decoded(model, rows, seed) == expected
+        lengths |= set(map(len, expected))
+    assert len(lengths) > 1, "all rows end together"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_small_batches_and_batches_without_padding_are_those_of_generate(n: int):
+    model = build("llama", SMALL, **SOFTMAX)
+    rows = prompts(n)
+    for batch in (rows, [rows[0]] * n, [row[:1] for row in rows]):
+        assert decoded(model, batch, n) == generated(model, batch, n)
+
+
+def test_tokens_are_those_of_generate_under_an_adapter():
+    base = build("llama", SMALL, **SOFTMAX)
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft_model = get_peft_model(base, adapter).eval()
+    model, rows = peft_model.get_base_model(), prompts(3, copies=4)
+    completions = decoded(model, rows, 0)
+    assert completions == generated(model, rows, 0)
+    with peft_model.disable_adapter():
+        assert decoded(model, rows, 0) != completions
+
+
+def test_a_prompt_is_computed_once_and_rows_that_have_ended_are_not_computed():
+    model = build("llama", SMALL, **SOFTMAX)
+    shapes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    rows = prompts(5, copies=6)
+    completions = decoded(model, rows, 0)
+    lengths = list(map(len, completions))
+    assert min(lengths) < max(lengths)
+    continuing = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert shapes[0] == (5, max(map(len, rows)))
+    assert shapes[1:] == [(max(n, MIN_ROWS), 1) for n in continuing]
+
+
+def test_rows_that_stay_are_as_few_as_possible():
+    for _ in range(200):
+        continues = [random.random() < 0.5 for _ in range(random.randint(1, 12))]
+        n_min = random.randint(1, len(continues))
+        order = remaining(continues, n_min)
+        assert len(order) == max(sum(continues), n_min)
+        assert len(set(order)) == len(order)
+        assert {k for k, flag in enumerate(continues) if flag} <= set(order)
+        assert all(row in (place, row) for place, row in enumerate(order))
+        assert all(order[k] == k for k in range(len(order)) if continues[k])
+
+
+def test_the_preallocated_cache_holds_what_a_growing_cache_holds():
+    random.seed(0)
+    torch.manual_seed(0)
+    growing, initial = DynamicLayer(), DynamicLayer()
+    prompt = torch.randn(2, 6, 3, 5, 4)
+    for layer in (growing, initial):
+        layer.update(*prompt)
+    ours = PreallocatedLayer(initial, capacity=5 + 10)
+    memory = [buffer.data_ptr() for buffer in (ours.keys, ours.values)]
+    for step in range(10):
+        n = len(growing.keys)
+        for mine, theirs in zip(
+            *[layer.update(*torch.full((2, n, 3, 1, 4), float(step))) for layer in (ours, growing)],
+            strict=True,
+        ):
+            assert torch.equal(mine, theirs)
+        order = remaining([random.random() < 0.9 for _ in range(n)], 1)
+        for layer in (ours, growing):
+            layer.batch_select_indices(torch.tensor(order))
+        assert ours.get_seq_length() == growing.get_seq_length() == 6 + step
+        assert torch.equal(ours.keys, growing.keys)
+        assert torch.equal(ours.values, growing.values)
+    assert [buffer.data_ptr() for buffer in (ours.keys, ours.values)] == memory
+    assert len(ours.keys) < 6
+
+
+# Models and settings that are left to generate ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"repetition_penalty": 1.5}, "repetition_penalty"),
+        ({"min_new_tokens": 12}, "min_new_tokens"),
+        ({"top_k": 2}, "top_k"),
+    ],
+)
+def test_other_settings_of_generation_are_applied_by_generate(more: dict[str, Any], field: str):
+    model = build("llama", SMALL, **SOFTMAX | more)
+    assert decoding.obstacle(model) == f"the generation config has `{field}`"
+    rows = prompts(3, copies=4)
+    torch.manual_seed(0)
+    completions = generation.generate_tokens(model, rows, STOPS)
+    assert completions == generated(model, rows, 0)
+    assert completions != decoded(model, rows, 0), "the setting has no effect on these rows"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "reason"),
+    [
+        pytest.param(
+            "mamba",
+            {"vocab_size": 12, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1},
+            "the model prepares the inputs of its generation itself",
+            id="state-space layers",
+        ),
+        pytest.param(
+            "phi3", SMALL, "the model prepares the inputs of its generation itself", id="Phi-3"
+        ),
+        pytest.param(
+            "lfm2",
+            SMALL | {"layer_types": ["conv", "full_attention"]},
+            "the model has a cache of the kind LinearAttentionLayer",
+            id="convolutions",
+        ),
+    ],
+)
+def test_other_models_are_sampled_by_generate(kind: str, shape: dict[str, Any], reason: str):
+    model = build(kind, shape, **SOFTMAX)
+    assert decoding.obstacle(model) == reason
+    rows = prompts(3, copies=2)
+    torch.manual_seed(0)
+    assert generation.generate_tokens(model, rows, STOPS) == generated(model, rows, 0)
+
+
+def test_models_with_an_encoder_are_left_to_generate():
+    config = CONFIG_MAPPING["t5"](
+        vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    assert decoding.obstacle(AutoModelForSeq2SeqLM.from_config(config)) is not None
+
+
+def test_sharded_weights_are_left_to_generate(monkeypatch: pytest.MonkeyPatch):
+    model = build("llama", SMALL, **SOFTMAX)
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    assert decoding.obstacle(model) is None, "one process has all weights"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert decoding.obstacle(model) == "the weights are sharded over processes"
