@@ -132,6 +132,9 @@ class PPO(TrainingStage):
     Default: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    mixed_precision: Literal["bfloat16"] | None = None
+    """Data type of the layers' matrix products; weights, log-probabilities and values stay in
+    float32. Default: the type of the weights, ``dtype``."""
 
     eval_steps: int | None = Field(None, ge=1)
     """Updates between evaluations on held-out prompts. Default: no evaluation."""
@@ -236,6 +239,8 @@ class PPO(TrainingStage):
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
+        if self.mixed_precision is None:  # as in recipes from before this key existed
+            del settings["mixed_precision"]
         if not self.keep_checkpoints:
             del settings["save_steps"]
         return settings

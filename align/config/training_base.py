@@ -52,10 +52,12 @@ class TrainingStage(QuantizableStage):
     @model_validator(mode="after")
     def _check_dtype(self) -> Self:
         if self.dtype == "bfloat16" and not self.lora:
-            mixed = " (mixed precision: `trainer: {bf16: true}`)" * hasattr(self, "trainer")
+            key = (
+                "trainer: {bf16: true}" if hasattr(self, "trainer") else "mixed_precision: bfloat16"
+            )
             raise ValueError(
                 "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of "
-                f"precision); use float32{mixed}, or set `lora`, whose adapters stay in float32"
+                f"precision); use float32 (mixed precision: `{key}`), or set `lora`, whose adapters stay in float32"
             )
         return self
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -63,6 +64,8 @@ def build_models(
         tokenization.load_tokenizer(source, revision=config.revision),
     )
     models = loader.separate_models() if config.lora is None else loader.shared_backbone()
+    if config.mixed_precision is not None:
+        models = replace(models, compute_dtype=getattr(torch, config.mixed_precision))
     loading.check_vocabulary(source, models.policy.model, models.tokenizer)
     trainable = {
         id(p) for view in (models.policy, models.critic) if view for p in models.parameters(view)
@@ -77,6 +80,10 @@ def build_models(
             enable_gradient_checkpointing(model)
         if config.prefix_sharing:
             wrapper.enable_prefix_sharing(model)
+        if config.mixed_precision is not None:
+            # Autocast gives each product its type; peft would first cast each input to float32.
+            for layer in adapters.adapter_layers(model):
+                layer.cast_input_dtype_enabled = False
     for view in (models.critic, *models.rewards):
         if view is not None and view.head is not None:
             view.head.to(device)

@@ -62,7 +62,7 @@ def compute_experience(
     inputs = completions.tensors(models.tokenizer.pad_token_id, models.device)
     logps, entropies, ref_logps, values = [], [], [], []
     width = inputs["ids"].shape[1] - 1
-    with torch.inference_mode():
+    with torch.inference_mode(), models.mixed_precision():
         for first in range(0, len(inputs["ids"]), batch_size):
             part = trim_columns({k: v[first : first + batch_size] for k, v in inputs.items()})
             logp, entropy = models.policy.logps(part["ids"], part["mask"], part["labels"])
@@ -150,14 +150,15 @@ def evaluators(
 
     def policy(inputs: dict[str, Tensor]) -> Evaluated:
         width, part = inputs["ids"].shape[1] - 1, trim_columns(inputs)
-        with torch.set_grad_enabled(not frozen_policy):
+        with torch.set_grad_enabled(not frozen_policy), models.mixed_precision():
             logps, entropy = models.policy.logps(part["ids"], part["mask"], part["labels"])
         return Evaluated(pad_columns(logps, width), pad_columns(entropy, width))
 
     def critic(inputs: dict[str, Tensor]) -> Evaluated:
         assert models.critic is not None
         width, part = inputs["ids"].shape[1] - 1, trim_columns(inputs)
-        values = models.critic.values(part["ids"], part["mask"])
+        with models.mixed_precision():
+            values = models.critic.values(part["ids"], part["mask"])
         return Evaluated(values=pad_columns(values, width))
 
     return [policy] if models.critic is None else [policy, critic]

@@ -6,6 +6,7 @@ backbone. :mod:`align.online_rl.build` loads the models.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ class ModelView:
     def values(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Value of the state before each token but the first, ``[batch, time - 1]``."""
         assert self.head is not None
-        return self.head(self.hidden(ids, mask)[:, :-1].float())[..., 0]
+        states = self.hidden(ids, mask)[:, :-1]
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.float())[..., 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,17 @@ class PPOModels:
     savable: Any
     """The object whose ``save_pretrained`` writes the policy: peft's wrapper, or the model."""
     tokenizer: Any
+    compute_dtype: torch.dtype | None = None
+    """Type of matrix products in mixed precision; None for the type of the weights."""
+
+    def mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside this block, matrix products are computed in :attr:`compute_dtype`, if it is set.
+
+        Backward passes stay outside: they use the types of the forward pass.
+        """
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
 
     @property
     def device(self) -> torch.device:

@@ -143,10 +143,12 @@ class PPOTrainer:
         prompts = self.prompts.select(prompt_indices(step, len(self.prompts), config))
 
         # 1. Generate one completion for every prompt.
-        completions = self.sampler.generate(prompts.tokens, seed=self.seed("sample", step))
+        with self.models.mixed_precision():
+            completions = self.sampler.generate(prompts.tokens, seed=self.seed("sample", step))
         sampled = time.monotonic()
         # 2. Score the completions.
-        scores = self.scorer.score(completions, prompts.rows)
+        with self.models.mixed_precision():
+            scores = self.scorer.score(completions, prompts.rows)
         # 3. Compute log-probabilities under policy and reference, and values.
         experience = compute_experience(
             self.models, completions, batch_size=config.micro_batch_size
@@ -225,8 +227,9 @@ class PPOTrainer:
         config = self.config
         self.set_train_mode(False)
         prompts = self.held_out.shard()
-        completions = self.sampler.generate(prompts.tokens, seed=self.seed("evaluate", 0))
-        scores = self.scorer.score(completions, prompts.rows)
+        with self.models.mixed_precision():
+            completions = self.sampler.generate(prompts.tokens, seed=self.seed("evaluate", 0))
+            scores = self.scorer.score(completions, prompts.rows)
         experience = compute_experience(
             self.models, completions, batch_size=config.micro_batch_size
         )

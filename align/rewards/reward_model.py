@@ -134,7 +134,8 @@ class RewardModel:
                 states = output.last_hidden_state[torch.arange(len(batch), device=ids.device), last]
                 # float32 for any type of the layers: near 4, neighboring bfloat16 numbers are 1/64
                 # apart.
-                raw = states.float() @ head_weight(self.head)[0].float()
+                with torch.autocast(states.device.type, enabled=False):
+                    raw = states.float() @ head_weight(self.head)[0].float()
                 scores[torch.tensor(batch)] = raw.cpu()
         scores -= self.offset
         if n_invalid := int((~scores.isfinite()).sum()):

@@ -243,6 +243,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "max_grad_norm": Change(1e-3),
         "target_kl": Change(1e-6),
         "gradient_checkpointing": Change(True),
+        "mixed_precision": Change("bfloat16"),
         "eval_steps": Change(1),
         "eval_split": Change("test", EVALUATES),
         "n_eval_prompts": Change(2, EVALUATES),

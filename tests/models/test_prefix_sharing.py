@@ -423,6 +423,23 @@ def flash_attn_varlen_func(
     )
 
 
+@pytest.mark.usefixtures("no_fallback")
+def test_under_autocast_queries_keys_and_values_have_one_type(monkeypatch):
+    shared = model("llama", SMALL, torch.float32)
+    wrapper.enable_prefix_sharing(shared)
+    types = []
+
+    def accelerated(query, key, value, layout, scaling, window):
+        types.append({query.dtype, key.dtype, value.dtype})
+        return prefix_sharing_attention.attend_varlen(query, key, value, layout, scaling, window)
+
+    monkeypatch.setattr(prefix_sharing_attention, "varlen_function", lambda: varlen)
+    monkeypatch.setattr(prefix_sharing_attention, "kernel_for", lambda query, layout: accelerated)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden(shared, *batch(ROWS["pairs"], "right"))
+    assert types == [{torch.bfloat16}] * 2
+
+
 # Fallbacks to the padded forward pass -------------------------------------------------------------
 
 

@@ -96,6 +96,10 @@ def _attend(
         raise CannotShare("the attention is not causal")
     if query.shape[2] != key.shape[2]:
         raise CannotShare("keys and queries have different lengths")
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave queries and keys in float32, and values in the lower precision.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if dropout:
         rows: Any = torch.compiler.disable(attend_by_row) if compiling else attend_by_row
         return rows(query, key, value, layout.plan, scaling, sliding_window, dropout)
