@@ -19,7 +19,17 @@ from itertools import pairwise
 from typing import Any
 
 from align.data import layouts, tool_calls
-from align.data.rows import ROLES, DroppedError, Messages, Raw, Row, calls_of, prompt_id, turn_text
+from align.data.rows import (
+    ROLES,
+    UNTRAINED,
+    DroppedError,
+    Messages,
+    Raw,
+    Row,
+    calls_of,
+    prompt_id,
+    turn_text,
+)
 from align.data.tool_calls import is_empty
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -212,16 +222,23 @@ def _completion(completion: object) -> Messages:
     turns = _turns(completion, "assistant")
     if not isinstance(completion, list) or not completion:
         return turns
+    if field := _excluded_by(completion[-1]):
+        raise DroppedError("completion is marked as not to be trained on", f"by `{field}`")
+    return turns
+
+
+def _excluded_by(turn: Mapping[str, Any]) -> str:
+    """The field that excludes a turn from training; empty if there is none."""
     for field in _TRAIN_FIELDS:
-        value = completion[-1].get(field)
+        value = turn.get(field)
         if value is None or value != value:  # `!=`: NaN
             continue
         trained = _LABELS.get(_label_text(value))
         if trained is None:
             raise DroppedError(f"`{field}` of a turn is not 0 or 1", f"it is {str(value)[:40]!r}")
         if not trained:
-            raise DroppedError("completion is marked as not to be trained on", f"by `{field}`")
-    return turns
+            return field
+    return ""
 
 
 def _turns(value: object, role: str) -> Messages:
@@ -247,6 +264,8 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     content = turn.get("content")
     if content is None and "tool_calls" in fields:
         content = ""
+    if turn["role"] == "assistant" and _excluded_by(turn):
+        fields[UNTRAINED] = True
     return {"role": turn["role"], "content": _text(content), **fields}
 
 

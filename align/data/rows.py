@@ -25,7 +25,9 @@ Raw = dict[str, Any]
 """A row as the source has it, unchecked."""
 
 ROLES = ("system", "user", "assistant", "tool")
-EXTRA_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "tools")
+UNTRAINED = "untrained"
+"""Field of an earlier turn of the assistant that the source excludes from training: true."""
+EXTRA_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", UNTRAINED, "tools")
 """Fields of a turn beside role and content (:mod:`align.data.tool_calls`).
 
 Only the first turn of a prompt has ``tools``: the tools of the conversation, as JSON text. Tables
@@ -64,8 +66,8 @@ def prompt_id(prompt: Messages) -> str:
 
 
 def _extra(turn: Message) -> str:
-    """The further fields of a turn as text; empty if it has none."""
-    fields = {name: turn[name] for name in EXTRA_FIELDS if turn.get(name)}
+    """The further fields of a turn that a model reads, as text; empty if it has none."""
+    fields = {name: turn[name] for name in EXTRA_FIELDS if turn.get(name) and name != UNTRAINED}
     return f"\x1f{json.dumps(fields)}" if fields else ""
 
 

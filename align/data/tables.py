@@ -12,7 +12,7 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.data.rows import EXTRA_FIELDS, Row
+from align.data.rows import EXTRA_FIELDS, UNTRAINED, Row
 from align.data.tool_calls import without_nulls
 from align.errors import DataError
 
@@ -225,7 +225,8 @@ def _schema(rows: list[Row], extra_fields: Collection[str]) -> pa.Schema:
 
     function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
     call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
-    extra_types = dict.fromkeys(EXTRA_FIELDS, pa.string()) | {"tool_calls": pa.list_(call)}
+    extra_types = dict.fromkeys(EXTRA_FIELDS, pa.string())
+    extra_types |= {"tool_calls": pa.list_(call), UNTRAINED: pa.bool_()}
     names = [name for name in EXTRA_FIELDS if name in extra_fields and name != TOOLS]
     fields = [("role", pa.string()), ("content", pa.string())]
     turns = pa.list_(pa.struct([*fields, *((name, extra_types[name]) for name in names)]))

@@ -162,8 +162,7 @@ class Conversations:
         answers: list[Sequence[Message]] = []
         counts = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            earlier = [k for k, turn in enumerate(prompt) if turn["role"] == "assistant"]
-            earlier = earlier if train_on == "all" else []
+            earlier = trained_turns(prompt) if train_on == "all" else []
             contexts += [*(prompt[:k] for k in earlier), prompt]
             answers += [*(prompt[k : k + 1] for k in earlier), completion]
             counts.append(len(earlier) + 1)
@@ -289,6 +288,15 @@ class Conversations:
             return []
         line_feed, ids, alone = self.encode_batch(["\n", f"\n{text}", text])
         return ids[len(line_feed) :] if ids[: len(line_feed)] == line_feed else alone
+
+
+def trained_turns(prompt: Sequence[Message]) -> list[int]:
+    """Indices of the assistant's turns in a prompt, without those excluded from training."""
+    return [
+        k
+        for k, turn in enumerate(prompt)
+        if turn["role"] == "assistant" and not turn.get(turn_fields.UNTRAINED)
+    ]
 
 
 def _joined(rows: Sequence[TokenRow]) -> list[TrainedRow]:

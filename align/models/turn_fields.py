@@ -15,6 +15,8 @@ from typing import Any
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that templates have for the reasoning of a turn; the first is the stored one."""
+UNTRAINED = "untrained"
+"""Field of an earlier turn of the assistant that is excluded from training."""
 THINK = "</think>"
 Message = Mapping[str, Any]
 
@@ -26,7 +28,7 @@ def for_template(messages: Sequence[Message], template: str) -> list[dict[str, A
 
 
 def _for_template(message: Message, reasoning: str) -> dict[str, Any]:
-    fields = {k: v for k, v in message.items() if v is not None and k != "tools"}
+    fields = {k: v for k, v in message.items() if v is not None and k not in ("tools", UNTRAINED)}
     if REASONING[0] in fields:
         fields[reasoning] = fields.pop(REASONING[0])
     if "tool_calls" in fields:

@@ -18,7 +18,7 @@ from align.config.training_base import PolicyStage, TRLStage
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
 from align.errors import UserError
-from align.models.conversations import MISSING_END_REPAIR
+from align.models.conversations import MISSING_END_REPAIR, trained_turns
 from align.pipeline import row_tokens, template_checks
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Counts, Sequences, Tables, TokenizedModel
@@ -194,7 +194,7 @@ def _trained_lines(
     mean = sum(counts.trained) / len(counts.trained)
     template = model.conversations.template.name
     line = f"{name}: trained tokens per row: mean {mean:.1f}, median {median(counts.trained):g}, by the template of {template}"
-    several = sum(any(turn["role"] == "assistant" for turn in row.prompt) for row in rows)
+    several = sum(bool(trained_turns(row.prompt)) for row in rows)
     if several and config.trainer.get("completion_only_loss") is not False:
         trained = "all are" if config.trained_turns == "all" else "the last is"
         line += f"; {several:,} of {len(rows):,} rows have several turns: {trained} trained"

@@ -69,10 +69,10 @@ def test_a_row_whose_turns_have_more_than_text_is_dropped(field: str, value: Any
             read(row)
 
 
-def test_weights_of_other_turns_and_empty_fields_change_nothing():
+def test_empty_fields_and_weights_of_users_change_nothing():
     turns = [
         {**user("Hi"), "weight": 0},
-        {**assistant("Hm?"), "weight": 0, "tool_calls": []},
+        {**assistant("Hm?"), "weight": 1, "tool_calls": []},
         {**user("Go"), "reasoning_content": None},
         {**assistant("A"), "weight": 1.0, "train": None, "tool_calls": None},
     ]
@@ -81,6 +81,21 @@ def test_weights_of_other_turns_and_empty_fields_change_nothing():
         [user("Hi"), assistant("Hm?"), user("Go")],
         [assistant("A")],
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("weight", 0), ("train", False), ("loss_mask", "0"), ("loss", 0.0)]
+)
+def test_an_earlier_turn_that_is_excluded_from_training_is_marked(field: str, value: Any):
+    marked = {**assistant("Hm?"), field: value}
+    row = demonstration({"messages": [user("Hi"), marked, user("Go"), assistant("A")]})
+    assert row["prompt"][1] == {**assistant("Hm?"), "untrained": True}
+    same = demonstration({"messages": [user("Hi"), assistant("Hm?"), user("Go"), assistant("A")]})
+    assert row["prompt_id"] == same["prompt_id"]  # it is the same prompt
+    with pytest.raises(DroppedError, match="of a turn is not 0 or 1"):
+        demonstration(
+            {"messages": [user("Hi"), {**marked, field: 0.5}, user("Go"), assistant("A")]}
+        )
 
 
 @pytest.mark.parametrize(

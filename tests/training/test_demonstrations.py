@@ -48,10 +48,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
 def built(world: tiny_models.World, tmp_path: Path) -> Built:
     """The trainer of conversations, with a template."""
 
-    def build(
-        texts: list[list[str]], template: str, *, train_on: Any = "all", **fields: Any
-    ) -> Any:
-        rows = "".join(json.dumps(conversation(each)) + "\n" for each in texts)
+    def build(texts: list[Any], template: str, *, train_on: Any = "all", **fields: Any) -> Any:
+        read = [each if isinstance(each, dict) else conversation(each) for each in texts]
+        rows = "".join(json.dumps(row) + "\n" for row in read)
         (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
         (tmp_path / "template.jinja").write_text(template, encoding="utf-8")
         settings = Prepare(source=str(tmp_path / "rows.jsonl"), test_fraction=0.0)
@@ -100,6 +99,18 @@ def test_which_turns_are_trained(
     template: str, train_on: str, expected: list[list[str]], built: Built
 ) -> None:
     assert trained_texts(built([TURNS], template, train_on=train_on)) == [expected]
+
+
+def test_a_turn_that_the_source_excludes_is_context(built: Built) -> None:
+    row = conversation(TURNS)
+    row["messages"][3]["train"] = False
+    trainer = built([row], CHATML)
+    assert trained_texts(trainer) == [[[SPANS[0], SPANS[2]]]]
+    assert (
+        trainer.train_dataset[0]["input_ids"]
+        == built([TURNS], CHATML).train_dataset[0]["input_ids"]
+    )
+    assert trained_texts(built([row], DROPS_REASONING)) == [[SPANS[:1], SPANS[2:]]]
 
 
 def test_each_turn_follows_what_a_policy_reads_before_it(built: Built) -> None:
