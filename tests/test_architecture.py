@@ -37,8 +37,10 @@ MAY_IMPORT = {
     "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
     "online_rl evaluation judges report",
     "pipeline": "errors config control data judges models rewards runtime training",  # stages by name only
+    "pipeline.probe": "errors config control data evaluation functional models models.prefix_sharing online_rl "
+    "pipeline rewards runtime training",
     "cli": "errors config control data evaluation functional judges models models.prefix_sharing online_rl pipeline "
-    "report rewards rl runtime stages training __version__",
+    "pipeline.probe report rewards rl runtime stages training __version__",
     "run": "cli",
 }
 LIBRARY_ONLY_UNDER = {
@@ -66,7 +68,8 @@ PURE |= {"jaxtyping", "__future__", "align"}
 def unit(dotted: str) -> str:
     """The row of the table to which `align.<dotted>` belongs."""
     parts = dotted.split(".")
-    return "models.prefix_sharing" if parts[:2] == ["models", "prefix_sharing"] else parts[0]
+    nested = ".".join(parts[:2])
+    return nested if nested in MAY_IMPORT else parts[0]
 
 
 def unit_of(path: Path) -> str:

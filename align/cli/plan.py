@@ -30,6 +30,9 @@ def plan(
     runs: Runs = Path("runs"),
     until: Until = None,
     processes: Annotated[int, typer.Option(help="Number of processes of the run.", min=1)] = 1,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure a small part of each stage: expected time.")
+    ] = False,
 ) -> None:
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
     from align.config.recipe import ErrorCollector, read_recipe
@@ -61,6 +64,10 @@ def plan(
         console.print(line, markup=False, highlight=False)
     for name, rows in lost.items():
         console.print(f"{name}: warning: {rows.reason}", markup=False, highlight=False)
+    if probe and pending:
+        from align.cli.plan_times import print_times
+
+        print_times(console, stages, table, prepared, runs)
 
 
 def _plan_table(

@@ -1,0 +1,28 @@
+"""The time of a ``control`` stage, from its first updates."""
+
+from __future__ import annotations
+
+from align.config.control import Control
+from align.control import spaces
+from align.control.trainer import PolicyGradientTrainer
+from align.functional.masked import single_process
+from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch
+
+MEASURED = 2.0
+"""Seconds of updates that are measured."""
+
+
+def measure(config: Control, watch: Stopwatch) -> StageTime:
+    """Measure updates of one seed."""
+    spec = spaces.inspect_env(config.environment, config.environment_options, config.distribution)
+    trainer = PolicyGradientTrainer(config, spec, config.seeds[0])
+    with single_process():
+        trainer.train_step()  # the first one includes start-up
+        first, seconds = trainer.steps, 0.0
+        while seconds < MEASURED and not trainer.done:
+            seconds += watch.once(trainer.train_step)
+    steps = trainer.steps - first
+    total = seconds / max(steps, 1) * config.steps * len(config.seeds)
+    return StageTime(
+        {"train": Seconds.exactly(total)}, f"{steps:,} steps", "without the episodes of evaluation"
+    )

@@ -1,0 +1,203 @@
+"""The times of `align plan --probe`: formulas by hand with a clock of the test, and its table."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli.plan_times import duration, times_table
+from align.config.data import Label, Sample
+from align.data import tables
+from align.pipeline.plan import PlannedStage
+from align.pipeline.probe import data
+from align.pipeline.probe.sampling import SHORT, Lengths, measure_sampling
+from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch, computed_tokens
+from align.runtime.terminal import SafeConsole
+
+ROOT = Path(__file__).parents[2]
+
+
+class Clock:
+    """A clock that only the measured calls advance."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[Any] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float, name: Any = None) -> None:
+        self.now += seconds
+        self.calls.append(name)
+
+
+@pytest.mark.parametrize(
+    ("per_row", "size"),
+    [
+        pytest.param(0.001, 16, id="short: the whole batch"),
+        # 0.2, 0.4 and 0.8 seconds; twice 0.8 would exceed 1 second
+        pytest.param(0.2, 4, id="long: doubled until the next one would take too long"),
+        pytest.param(9.0, 1, id="very long: one row"),
+    ],
+)
+def test_the_measured_size(per_row: float, size: int):
+    clock = Clock()
+    watch = Stopwatch(clock)
+    measured = watch.largest(lambda n: watch.once(lambda: clock.work(n * per_row)), 16)
+    assert measured == (size, pytest.approx(size * per_row))
+
+
+def test_start_up_counts_only_in_long_calls():
+    clock = Clock()
+    watch = Stopwatch(clock)
+    seconds = iter([0.4, 0.1, 0.2])  # the first call includes the start-up
+    assert watch.settled(lambda: clock.work(next(seconds))) == pytest.approx(0.1)
+    seconds = iter([0.6])  # too long to be repeated
+    assert watch.settled(lambda: clock.work(next(seconds))) == pytest.approx(0.6)
+
+
+def test_computed_tokens_are_the_distinct_prefixes():
+    draw = random.Random(0)
+    rows = [[draw.randrange(2) for _ in range(draw.randrange(1, 6))] for _ in range(30)]
+    prefixes = {tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)}
+    assert computed_tokens(rows, shared=True) == len(prefixes)
+    assert computed_tokens(rows, shared=False) == 30 * 5
+
+
+@pytest.mark.parametrize(
+    ("per_token", "batch"),
+    [
+        pytest.param(1e-5, 8, id="the full batch is measured"),
+        pytest.param(5e-3, 64, id="a part of the batch, and all of it with short prompts"),
+    ],
+)
+def test_the_time_of_sampling_is_that_of_its_two_phases(per_token: float, batch: int):
+    """Reading costs a time per token; a new token costs one per row and per token before it."""
+    prompts, per_row, per_context, most = [[1] * 108] * 64, 1e-3, 2e-6, 40
+    clock = Clock()
+
+    def seconds(rows: int, length: int, n_tokens: int) -> float:
+        reading = per_token * rows * length
+        return reading + sum(
+            rows * (per_row + per_context * (length + k - SHORT)) for k in range(n_tokens)
+        )
+
+    def generate(rows: Any, n_tokens: int) -> None:
+        clock.work(seconds(len(rows), len(rows[0]), n_tokens), (len(rows), n_tokens))
+
+    speed = measure_sampling(Stopwatch(clock), generate, prompts, batch=batch, most=most)
+    assert max(n for _, n in clock.calls) <= 17  # few tokens are sampled
+    assert speed.batch_seconds(most) == pytest.approx(seconds(batch, 108, most), rel=0.03)
+    # 96 rows of 10 to 40 tokens
+    times = speed.seconds(96, Lengths(10.0, most))
+    assert times.least == pytest.approx(96 / batch * seconds(batch, 108, 10), rel=0.03)
+    assert times.most == pytest.approx(96 / batch * seconds(batch, 108, 40), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (Seconds.exactly(3.14), "3.1 s"),
+        (Seconds(90.0, 95.0), "92 s"),
+        (Seconds(300.0, 600.0), "5 to 10 min"),
+        (Seconds(90.0, 600.0), "90 s to 10 min"),
+        (Seconds(3600.0, 9000.0), "60 min to 2.5 h"),
+    ],
+)
+def test_a_range_is_printed_only_where_it_is_one(seconds: Seconds, text: str):
+    assert duration(seconds) == text
+
+
+def test_the_table_fits_80_columns_and_names_what_is_not_known(
+    capsys: pytest.CaptureFixture[str],
+):
+    parts = {"sample": Seconds(100.0, 200.0), "update": Seconds.exactly(50.0)}
+    times = {
+        "a_stage_with_a_long_name": StageTime(parts, "61 to 256 tokens per completion"),
+        "dpo": StageTime(known=False, remark="no data"),
+    }
+    SafeConsole(width=80).print(times_table(times, start_up=8.0))
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    words = re.sub(r"\s+", " ", printed)
+    assert "2 to 4 min" in words and "sample 80 %" in words  # 200 of 250 seconds
+    assert "dpo not known" in words
+    assert "all ≥ 3 to 4 min" in words  # 158 to 258 seconds
+
+
+def planned(name: str, config: Any, runs: Path, inputs: dict[str, Path]) -> PlannedStage:
+    return PlannedStage(name, config, name, runs / name, dict(inputs), {}, "run")
+
+
+def test_data_that_do_not_exist_yet_are_replaced_by_rows_of_the_prepared_data(tmp_path: Path):
+    def turn(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    for kind, columns in (("demonstrations", ("completion",)), ("prompts", ())):
+        writer = tables.TableWriter(tables.table_file(prepared, kind, "train"))
+        for k in range(300):
+            row = {"prompt": turn("user", f"question {k}"), "prompt_id": str(k)}
+            writer.add(row | {c: turn("assistant", f"answer {k}") for c in columns})
+        writer.close()
+    runs = tmp_path / "runs"
+    sample = Sample(model="m", prompts=str(prepared), n_prompts=200, n_completions=4)
+    label = Label(completions="sample", judge="gold", pairing="all")
+    stages = [
+        planned("sample", sample, runs, {"prompts": prepared}),
+        planned("label", label, runs, {"completions": runs / "sample"}),
+    ]
+    sampled = data.sample(stages, {}, tmp_path / "probe")
+    assert sampled[prepared].count("demonstrations") == 300
+    assert len(sampled[prepared].sampled("prompts")) == data.SAMPLE
+    # 200 prompts with 4 completions: 4 * 3 / 2 = 6 pairs each
+    assert sampled[runs / "sample"].count("completions") == 800
+    assert sampled[runs / "label"].count("pairs") == 1_200
+    pair = sampled[runs / "label"].sampled("pairs")[0]
+    assert pair["chosen"] != pair["rejected"] and pair["prompt"] == turn("user", "question 0")
+    assert not runs.exists()
+
+
+@pytest.mark.slow
+def test_every_kind_of_stage_is_measured_and_nothing_is_written(tmp_path: Path):
+    model = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    trainer = {"per_device_train_batch_size": 8, "bf16": False, "eval_strategy": "no"}
+    lora = {"r": 2, "alpha": 4}
+    recipe = {"stages": {
+        "prepare": {"source": "embedded", "max_rows": 200},
+        "sft": {"model": model, "trainer": trainer},
+        "dpo": {"model": "sft", "trainer": trainer},
+        "kto": {"model": "sft", "trainer": trainer, "lora": lora},
+        "reward": {"model": "sft", "trainer": trainer},
+        "ppo": {"model": "sft", "rewards": ["reward"], "steps": 3, "batch_size": 8,
+                "max_new_tokens": 8},
+        "sample": {"model": "sft", "max_new_tokens": 8, "n_prompts": 10},
+        "label": {"judge": "reward"},
+        "more": {"stage": "dpo", "model": "dpo", "pairs": "label", "trainer": trainer},
+        "evaluate": {"policies": ["dpo", "kto"], "baseline": "sft", "judge": ["gold", "reward"],
+                     "max_new_tokens": 8},
+    }}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = subprocess.run(
+        [sys.executable, "-m", "align.cli.main", "plan", "recipe.yaml", "--probe"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not known" not in done.stdout
+    table = done.stdout[done.stdout.index("of which") :]
+    for name in recipe["stages"]:
+        assert re.search(rf"^{name} +[\d.]+ (to [\d.]+ )?(s|min)", table, re.MULTILINE), name
+    assert re.search(r"^all +\d", table, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
