@@ -61,10 +61,13 @@ def main() -> None:
     stages = plan_stages(errors, options.runs, until=options.until)
     errors.raise_any()
     prepared = estimates.prepare_small(stages)
-    work = estimates.estimate(stages, world_size=1, prepared=prepared)
     begin = clock()
     times = measure(
-        stages, work, prepared, options.runs, announce=lambda _: None, watch=Stopwatch(clock)
+        stages,
+        prepared,
+        options.runs,
+        announce=lambda line: print(f"{clock() - begin:.1f} s: {line}", flush=True),
+        watch=Stopwatch(clock),
     )
     print(f"probe: {clock() - begin:.1f} s")
     for name, stage in times.items():

@@ -67,7 +67,7 @@ def plan(
     if probe and pending:
         from align.cli.plan_times import print_times
 
-        print_times(console, stages, table, prepared, runs)
+        print_times(console, stages, prepared, runs, processes)
 
 
 def _plan_table(

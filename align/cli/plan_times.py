@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from align.data.prepare import PreparedData
-    from align.pipeline.estimates import Estimate
     from align.pipeline.plan import PlannedStage
     from align.pipeline.probe.timing import Seconds, StageTime
     from align.runtime.terminal import SafeConsole
@@ -25,9 +24,9 @@ UNKNOWN = "not known"
 def print_times(
     console: SafeConsole,
     stages: Sequence[PlannedStage],
-    estimates: Mapping[str, Estimate],
     prepared: Mapping[Path, PreparedData],
     runs: Path,
+    processes: int,
 ) -> None:
     """Measure the unfinished stages and print their expected times."""
     import time
@@ -42,9 +41,9 @@ def print_times(
     start_up = time.monotonic() - started
     times = measure(
         stages,
-        estimates,
         prepared,
         runs,
+        processes=processes,
         announce=lambda line: console.print(f"probe: {line}", style="dim", markup=False),
     )
     console.print(times_table(times, start_up))

@@ -175,14 +175,13 @@ def test_every_kind_of_stage_is_measured_and_nothing_is_written(tmp_path: Path):
     recipe = {"stages": {
         "prepare": {"source": "embedded", "max_rows": 200},
         "sft": {"model": model, "trainer": trainer},
-        "dpo": {"model": "sft", "trainer": trainer},
         "kto": {"model": "sft", "trainer": trainer, "lora": lora},
         "reward": {"model": "sft", "trainer": trainer},
         "ppo": {"model": "sft", "rewards": ["reward"], "steps": 3, "batch_size": 8,
                 "max_new_tokens": 8},
         "sample": {"model": "sft", "max_new_tokens": 8, "n_prompts": 10},
         "label": {"judge": "reward"},
-        "more": {"stage": "dpo", "model": "dpo", "pairs": "label", "trainer": trainer},
+        "dpo": {"model": "sft", "pairs": "label", "trainer": trainer},
         "evaluate": {"policies": ["dpo", "kto"], "baseline": "sft", "judge": ["gold", "reward"],
                      "max_new_tokens": 8},
     }}  # fmt: skip

@@ -17,7 +17,7 @@ from align.data import tables
 from align.data.prepare import PreparedData
 from align.pipeline.plan import PlannedStage
 
-SAMPLE = 256
+SAMPLE = 128
 """Number of rows that are sampled from each table, evenly spaced."""
 
 Rows = dict[tuple[str, str], list[dict[str, Any]]]

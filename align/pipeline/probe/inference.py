@@ -32,7 +32,12 @@ def measure_sample(
 ) -> StageTime:
     """Measure a stage that samples completions."""
     load, policy = watch.result(
-        lambda: load_policy(inputs["model"], dtype=config.dtype, revision=config.revision)
+        lambda: load_policy(
+            inputs["model"],
+            dtype=config.dtype,
+            revision=config.revision,
+            quantization=config.quantization,
+        )
     )
     speed, lengths = sampling_speed(config, policy, data, config.split, watch)
     prompts = data.count("prompts", config.split)
@@ -63,7 +68,9 @@ def measure_evaluate(
     parts: dict[str, Seconds] = {}
     measured = ""
     if sources:
-        load, policy = watch.result(lambda: load_policy(sources[0], dtype=config.dtype))
+        load, policy = watch.result(
+            lambda: load_policy(sources[0], dtype=config.dtype, quantization=config.quantization)
+        )
         parts["load"] = Seconds.exactly(load * len(dict.fromkeys(sources)))
         forward = 0.0
         sampled = completed_rows(data)
@@ -170,7 +177,7 @@ def _judging(
     for key in judges.by_key(config.judge):
         if key not in inputs or not pairs:
             continue
-        load, model = watch.result(partial(_reward_model, inputs[key], config.dtype))
+        load, model = watch.result(partial(_reward_model, inputs[key], config))
 
         def score(size: int, model: RewardModel = model) -> float:
             prompts, completions = zip(*_typical(pairs, size), strict=True)
@@ -181,10 +188,15 @@ def _judging(
     return {"judge": total} if total.most else {}
 
 
-def _reward_model(source: Path | str, dtype: str) -> RewardModel:
+def _reward_model(source: Path | str, config: Label | Evaluate) -> RewardModel:
     from accelerate import PartialState
 
-    return RewardModel.load(source, dtype=dtype, device=PartialState().device)
+    return RewardModel.load(
+        source,
+        dtype=config.dtype,
+        device=PartialState().device,
+        quantization=config.quantization,
+    )
 
 
 def _per_row(

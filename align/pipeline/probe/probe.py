@@ -10,16 +10,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from align.config.base import Workload
 from align.config.control import Control
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
 from align.config.ppo import PPO
-from align.config.training import TRLStage
+from align.config.training_base import TRLStage
 from align.data.prepare import PreparedData, prepare
 from align.errors import UserError
 from align.models import gguf_conversion
-from align.pipeline.estimates import Estimate
 from align.pipeline.plan import PlannedStage
 from align.pipeline.probe import control, inference, online_rl, training
 from align.pipeline.probe.data import SampledData, data_inputs, sample
@@ -31,10 +29,10 @@ NO_DATA = "its data are not prepared yet and are too large or on the Hub"
 
 def measure(
     stages: Sequence[PlannedStage],
-    estimates: Mapping[str, Estimate],
     prepared: Mapping[Path, PreparedData],
     runs: Path,
     *,
+    processes: int = 1,
     announce: Callable[[str], None],
     watch: Stopwatch | None = None,
 ) -> dict[str, StageTime]:
@@ -58,9 +56,7 @@ def measure(
                 gguf_conversion.converted(file, runs, announce)
             output_dir = folder / stage.name
             output_dir.mkdir(exist_ok=True)
-            times[stage.name] = _measure(
-                stage, estimates[stage.name].work, data, folders, output_dir, watch
-            )
+            times[stage.name] = _measure(stage, data, folders, output_dir, watch, processes)
             if stage.config.trains_model:
                 folders[stage.folder] = output_dir
     return times
@@ -68,11 +64,11 @@ def measure(
 
 def _measure(
     stage: PlannedStage,
-    work: Workload,
     data: Mapping[Path, SampledData],
     folders: Mapping[Path, Path],
     output_dir: Path,
     watch: Stopwatch,
+    processes: int,
 ) -> StageTime:
     """The time of one stage; an error of the stage is its remark."""
     config = stage.config
@@ -97,8 +93,9 @@ def _measure(
         return StageTime(known=False, remark="a stage that it reads could not be measured")
     try:
         if isinstance(config, TRLStage):
-            work = training.true_work(config, sampled, work)
-            return training.measure(config, stage.stage, inputs, sampled, output_dir, work, watch)
+            return training.measure(
+                config, stage.stage, inputs, sampled, output_dir, watch, processes=processes
+            )
         if isinstance(config, PPO):
             return online_rl.measure(config, inputs, sampled, output_dir, watch)
         if isinstance(config, Sample):

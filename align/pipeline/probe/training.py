@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from align.config.base import Workload
-from align.config.training import BATCH_SIZE, DPO, Reward, TRLStage
+from align.config.training import DPO, KTO, Reward
+from align.config.training_base import BATCH_SIZE, TRLStage
 from align.models import tokenization
 from align.models.logps import small_vocabulary_tiles
 from align.pipeline.probe.data import SampledData
@@ -47,24 +47,15 @@ def measure(
     inputs: dict[str, Path | str],
     data: SampledData,
     output_dir: Path,
-    work: Workload,
     watch: Stopwatch,
+    *,
+    processes: int,
 ) -> StageTime:
     """Measure a stage; its model is written to ``output_dir``, where later stages find it."""
     config = config.model_copy(update={"trainer": config.trainer | {"report_to": "none"}})
     probe = _TrainerProbe(config, kind, inputs, data, output_dir, watch)
     with small_vocabulary_tiles():
-        return probe.measure(work)
-
-
-def true_work(config: TRLStage, data: SampledData, work: Workload) -> Workload:
-    """The rows and the steps of a stage; those of sampled data are counted on the stand-in."""
-    if work.steps is not None and work.rows is not None:
-        return work
-    counts: dict[str, dict[str, int]] = {}
-    for (kind, split), count in data.counts.items():
-        counts.setdefault(kind, {})[split] = count
-    return config.workload(counts, 1)
+        return probe.measure(processes)
 
 
 class _TrainerProbe:
@@ -96,12 +87,14 @@ class _TrainerProbe:
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
 
-    def measure(self, work: Workload) -> StageTime:
-        """The parts of the stage's time."""
-        arguments, rows, steps = self.trainer.args, work.rows or 0, work.steps or 0
+    def measure(self, processes: int) -> StageTime:
+        """The parts of the stage's time; ``processes`` share the batches."""
+        growth = self._growth()
+        rows = round(len(self.trainer.train_dataset) * growth / processes)
+        table = self.config.reads[0].kind
+        steps = self.config.workload({table: {"train": rows}}, 1).steps or 0
         parts = {"load": Seconds.exactly(self.load)}
-        sampled = sum(self.data.counts.values()) and len(self.trainer.train_dataset)
-        parts["tokenize"] = Seconds.exactly(self.tokenize * rows / max(sampled, 1))
+        parts["tokenize"] = Seconds.exactly(self.tokenize * growth)
         size = int(self.config.trl_value(BATCH_SIZE))
         typical = self._mean_tokens(size)
         forward = self._forward_seconds_per_token()
@@ -111,7 +104,7 @@ class _TrainerProbe:
             self.trainer.precompute_ref_logps = True
         measured, backward = self._step_seconds(size, typical)
         step = self._optimizer_seconds()
-        accumulation = arguments.gradient_accumulation_steps
+        accumulation = self.trainer.args.gradient_accumulation_steps
         parts["train"] = Seconds.exactly(steps * (backward * accumulation + step))
         if evaluations := self._count_evaluations(steps):
             kind = self.config.reads[0].kind
@@ -121,6 +114,16 @@ class _TrainerProbe:
         if isinstance(self.config, Reward):
             parts["score"] = Seconds.exactly(self.load + forward * self._scored_tokens(per_row))
         return StageTime(parts, measured)
+
+    def _growth(self) -> float:
+        """Rows of the data per sampled row; a pair is two rows of KTO."""
+        kinds = [table.kind for table in self.config.reads if self.data.count(table.kind)]
+        if not isinstance(self.config, KTO):
+            kinds = kinds[:1]
+        weights = {kind: 1 + (kind == "pairs") for kind in kinds}
+        rows = sum(weight * self.data.count(kind) for kind, weight in weights.items())
+        sampled = sum(weight * len(self.data.sampled(kind)) for kind, weight in weights.items())
+        return rows / sampled
 
     def _batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` rows, as the trainer makes them."""
