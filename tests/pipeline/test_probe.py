@@ -43,8 +43,8 @@ class Clock:
     ("per_row", "size"),
     [
         pytest.param(0.001, 16, id="short: the whole batch"),
-        # 0.2, 0.4 and 0.8 seconds; twice 0.8 would exceed 1 second
-        pytest.param(0.2, 4, id="long: doubled until the next one would take too long"),
+        # 0.7, 1.4 and 2.8 seconds; twice 2.8 would exceed 4 seconds
+        pytest.param(0.7, 4, id="long: doubled until the next one would take too long"),
         pytest.param(9.0, 1, id="very long: one row"),
     ],
 )

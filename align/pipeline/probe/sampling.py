@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from align.pipeline.probe.timing import LONGEST, Seconds, Stopwatch
+from align.pipeline.probe.timing import Seconds, Stopwatch
 
 SHORT = 8
 """Tokens of a prompt that is cut so that it is read in no time."""
+LONGEST = 1.0
+"""Seconds that the reading of prompts, and the sampling of tokens, may take in a measurement."""
 NEW = 16
 """Largest number of tokens that are sampled in a measurement."""
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-LONGEST = 1.0
-"""Seconds of a measurement above which no larger one is made."""
+LONGEST = 4.0
+"""Seconds that the next measurement, of twice the size, may take."""
 REPEATED = 0.5
 """Seconds of a measurement below which it is repeated, because the first one includes start-up."""
 
@@ -90,9 +90,10 @@ class Stopwatch:
     def largest(
         self, measure: Callable[[int], float], most: int, *, first: int = 1
     ) -> tuple[int, float]:
-        """Double a size until its measurement takes :data:`LONGEST` seconds; the size, the seconds.
+        """Double a size as long as its measurement is short; the last size and its seconds.
 
-        The size never exceeds ``most``.
+        The size never exceeds ``most``. On a large model the first size includes start-up, and the
+        second does not.
         """
         size = min(first, most)
         while True:

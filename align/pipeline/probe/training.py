@@ -97,7 +97,10 @@ class _TrainerProbe:
         parts["tokenize"] = Seconds.exactly(self.tokenize * growth)
         size = int(self.config.trl_value(BATCH_SIZE))
         typical = self._mean_tokens(size)
-        forward = self._forward_seconds_per_token()
+        evaluations = self._count_evaluations(steps)
+        forward = 0.0
+        if self.references or evaluations or isinstance(self.config, Reward):
+            forward = self._forward_seconds_per_token()
         per_row = typical / size
         if self.references:
             parts["reference"] = Seconds.exactly(forward * per_row * rows)
@@ -106,7 +109,7 @@ class _TrainerProbe:
         step = self._optimizer_seconds()
         accumulation = self.trainer.args.gradient_accumulation_steps
         parts["train"] = Seconds.exactly(steps * (backward * accumulation + step))
-        if evaluations := self._count_evaluations(steps):
+        if evaluations:
             kind = self.config.reads[0].kind
             held_out = self.data.count(kind, "validation") * evaluations
             parts["evaluate"] = Seconds.exactly(forward * per_row * held_out)
