@@ -130,6 +130,9 @@ class PPO(TrainingStage):
     target_kl: float | None = Field(None, gt=0.0)
     """KL divergence from the policy at sampling, per token, at which an update stops early.
     Default: none."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """Optimizer; ``paged_adamw_8bit`` of bitsandbytes stores the moments of large weights in 8
+    bits, and moves them to the memory of the CPU where that of a GPU is full."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     mixed_precision: Literal["bfloat16"] | None = None
@@ -241,6 +244,8 @@ class PPO(TrainingStage):
         del settings["vllm_url"]
         if self.mixed_precision is None:  # as in recipes from before this key existed
             del settings["mixed_precision"]
+        if self.optimizer == "adamw":
+            del settings["optimizer"]  # the only one before the key existed
         if not self.keep_checkpoints:
             del settings["save_steps"]
         return settings
@@ -302,6 +307,17 @@ class PPO(TrainingStage):
         return Workload(
             rows=self.steps * self.batch_size, steps=self.steps * self.epochs * self.minibatches
         )
+
+    @property
+    def optimizer_name(self) -> str:
+        """The value of ``optimizer``."""
+        return self.optimizer
+
+    @property
+    def required_packages(self) -> dict[str, tuple[str, str]]:
+        """bitsandbytes, if a model or the optimizer is quantized."""
+        eight_bits = {"optimizer": ("bitsandbytes", "-e '.[quantization]'")}
+        return super().required_packages | (eight_bits if self.optimizer != "adamw" else {})
 
     @property
     def trained_models(self) -> int:

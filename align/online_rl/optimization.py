@@ -44,7 +44,7 @@ def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
     )
 
 
-def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.AdamW:
+def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.Optimizer:
     """AdamW with one parameter group for the policy and one for the critic.
 
     ``base`` in a group is its peak learning rate; :func:`set_learning_rates` multiplies it.
@@ -53,7 +53,14 @@ def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.AdamW:
     if models.critic is not None:
         rate = config.critic_learning_rate or config.learning_rate
         groups.append({"params": models.parameters(models.critic), "base": rate})
-    return torch.optim.AdamW(groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0)
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    eight_bits: torch.optim.Optimizer = PagedAdamW8bit(
+        groups, lr=0.0, eps=ADAM_EPS, weight_decay=0.0
+    )
+    return eight_bits
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: PPO, step: int) -> None:

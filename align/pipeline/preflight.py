@@ -31,6 +31,7 @@ from align.pipeline.model_checks import (
     check_target_modules,
 )
 from align.pipeline.plan import PlannedStage
+from align.pipeline.quantization_checks import check_quantization, remarks
 from align.pipeline.table_checks import check_tables
 from align.pipeline.template_checks import check_added_tokens, check_chat_templates
 from align.rewards.function_source import signature
@@ -83,6 +84,7 @@ def examine(
         check(errors, stages)
     check_batch_sizes(errors, stages, world_size)
     yield from check_server_judges(errors, stages)
+    yield from remarks(stages)
     inputs = (target for stage in stages for target in stage.inputs.values())
     for folder in dict.fromkeys(target for target in inputs if isinstance(target, Path)):
         if (folder / artifacts.FILE).is_file() and data_tables.table_names(folder):
@@ -211,6 +213,7 @@ CHECKS = (
     check_gguf_files,
     check_revisions,
     check_target_modules,
+    check_quantization,
     check_chat_templates,
     check_added_tokens,
     check_packages,

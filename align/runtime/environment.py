@@ -35,5 +35,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )
+    # A check of the recipe prints it once, before training.
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     for name, message in _IRRELEVANT.items():
         logging.getLogger(name).addFilter(lambda record, m=message: m not in record.getMessage())  # type: ignore[misc]

@@ -1,5 +1,7 @@
 """Builds the optimizer and the schedule of training arguments once, for a single weight.
 
+An optimizer of bitsandbytes also makes a step, because its kernels depend on the device.
+
 Their libraries check most values only when they are built, which is after earlier stages trained.
 Left out: optimizers that choose among the layers of a model, such as GaLore and LOMO.
 """
@@ -11,6 +13,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, get_scheduler
 
 from align.errors import UserError
@@ -20,6 +23,8 @@ BY_LAYER = ("galore", "apollo", "lomo", "muon", "dion")
 PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
 """Packages of those of them that torch does not have."""
 STEPS = 10
+QUANTIZED_STATE = 4096
+"""Elements of the smallest weight whose optimizer state bitsandbytes stores in 8 bits."""
 
 
 def check_optimizer(arguments: Any) -> None:
@@ -38,6 +43,8 @@ def check_optimizer(arguments: Any) -> None:
         try:
             optimizer_class, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
             optimizer = optimizer_class([weight], **keywords)
+            if optimizer_class.__module__.startswith("bitsandbytes"):
+                _step(optimizer, weight)
         except Exception as error:  # each optimizer raises what it likes
             raise UserError(f"trainer.optim: {name} cannot be built: {_words(error)}") from None
     try:
@@ -58,6 +65,15 @@ def check_optimizer(arguments: Any) -> None:
             f"trainer.lr_scheduler_kwargs: {getattr(arguments.lr_scheduler_type, 'value', '')} "
             f"cannot be built: {_words(error)}"
         ) from None
+
+
+def _step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:
+    """Make a step on the device of this process: some kernels exist for other devices only."""
+    weight.data = torch.zeros(QUANTIZED_STATE, device=PartialState().device)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.data, weight.grad = torch.zeros(1), None
+    optimizer.state.clear()
 
 
 def _words(error: Exception) -> str:

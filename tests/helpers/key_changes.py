@@ -242,6 +242,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "entropy_coef": Change(1.0),
         "max_grad_norm": Change(1e-3),
         "target_kl": Change(1e-6),
+        "optimizer": Change("paged_adamw_8bit", {"model": "<wide>"}),
         "gradient_checkpointing": Change(True),
         "mixed_precision": Change("bfloat16"),
         "eval_steps": Change(1),

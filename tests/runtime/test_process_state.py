@@ -71,6 +71,29 @@ def test_the_state_of_accelerate_does_not_leak_into_the_next_stage():
     assert PartialState._shared_state != {}  # the process group stays
 
 
+def test_the_overrides_of_an_8_bit_optimizer_do_not_leak_into_the_next_stage():
+    optim = pytest.importorskip("bitsandbytes").optim
+    embedding = torch.nn.Embedding(64, 64)
+    # transformers' Trainer does this for every embedding where the optimizer has 8 bits.
+    manager = optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+
+    def state_of_embedding() -> torch.dtype:
+        optimizer = optim.AdamW8bit(embedding.parameters(), lr=1e-3)
+        embedding.weight.grad = torch.ones_like(embedding.weight)
+        optimizer.step()
+        dtype: torch.dtype = optimizer.state[embedding.weight]["state1"].dtype
+        return dtype
+
+    assert state_of_embedding() == torch.float32
+    held = weakref.ref(embedding)
+    distributed.reset_process_state(0)
+    assert state_of_embedding() == torch.uint8
+    del embedding, state_of_embedding, manager
+    gc.collect()
+    assert held() is None  # nor does its model stay in memory
+
+
 def test_unconnected_processes_are_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(

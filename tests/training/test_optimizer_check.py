@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import trl
 
+from align.config.training_base import BITSANDBYTES
+from align.config.trl_fields import trl_fields
 from align.errors import UserError
 from align.training import trl_trainer
 
@@ -45,6 +47,30 @@ def test_an_invalid_value_is_a_user_error(
 ) -> None:
     with pytest.raises(UserError, match=message):
         arguments(tmp_path, **trainer)
+
+
+OPTIMIZERS = [
+    name
+    for name in trl_fields("SFTConfig")["optim"].choices
+    if any(part in name for part in BITSANDBYTES) and "galore" not in name
+]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_bitsandbytes_makes_a_step_on_this_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = pytest.importorskip("bitsandbytes").optim.optimizer
+    arguments(tmp_path, optim=name)
+
+    def fails(*_: Any) -> None:
+        raise NotImplementedError("no kernel for cpu")
+
+    for kind in (optim.Optimizer1State, optim.Optimizer2State):
+        monkeypatch.setattr(kind, "update_step", fails)
+    with pytest.raises(UserError, match=f"trainer.optim: {name} .*: NotImplementedError: no ker"):
+        arguments(tmp_path, optim=name)
 
 
 def test_losses_that_are_not_finite_are_not_filtered(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Checks of models in 4 bits and of optimizers of bitsandbytes, without loading a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from align.config.base import NewModel
+from align.config.memory import new_model_size
+from align.config.recipe import ErrorCollector
+from align.errors import UserError
+from align.models import files, gguf_files, linear_layers
+from align.models.quantization import width_problem
+from align.pipeline.plan import PlannedStage
+from align.runtime import distributed
+
+NOT_QUANTIZED = ("rewards",)
+"""Inputs of ``ppo`` that keep their type unless they share the backbone of the policy."""
+
+
+def check_quantization(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that no weights in 4 bits are sharded, and that a CPU can compute the layers."""
+    stages = {stage.folder: stage for stage in pending}
+    for stage in pending:
+        if getattr(stage.config, "quantization", None) is None:
+            continue
+        plugins = distributed.configured_plugins()
+        if plugins and stage.config.trains_model:
+            errors.add(
+                (stage.name, "quantization"),
+                f"{plugins[0]} shards weights, which is not supported for weights in 4 bits; "
+                "launch without it, as with accelerate_configs/multi_gpu.yaml, or remove this key",
+            )
+            continue
+        for key, target in stage.inputs.items():
+            declared = stage.config.inputs[key.split(".")[0]]
+            if not declared.models or key.split(".")[0] in NOT_QUANTIZED:
+                continue
+            problem = width_problem(_layers(target, stages))
+            if problem is not None and not _has_accelerator():
+                errors.add((stage.name, "quantization"), f"{target}: {problem}")
+
+
+def remarks(pending: Sequence[PlannedStage]) -> Iterator[str]:
+    """A line for each stage whose paged optimizer has no paging here."""
+    for stage in pending:
+        optimizer = str(getattr(stage.config, "optimizer_name", ""))
+        if "paged" in optimizer and not _has_accelerator():
+            yield f"{stage.name}: {optimizer} keeps its state in memory: a CPU has no paging"
+
+
+def _layers(
+    target: Path | str, stages: Mapping[Path, PlannedStage]
+) -> Mapping[str, tuple[int, int]]:
+    """The linear layers of a model, or of the model that a stage will train; none if unknown."""
+    if isinstance(target, str):
+        return {}
+    if target in stages:
+        stage = stages[target]
+        model = getattr(stage.config, "model", None)
+        if isinstance(model, NewModel):
+            return new_model_size(model).linear
+        return _layers(stage.inputs.get("model", ""), stages)
+    for stage in stages.values():
+        if target in stage.gguf_files and not target.is_dir():
+            return linear_layers.of_gguf(gguf_files.read_header(stage.gguf_files[target]))
+    config = target / files.ADAPTER_CONFIG
+    if config.is_file():
+        try:
+            return _layers(Path(files.read_adapter_base(config, target).source), {})
+        except UserError:
+            return {}  # loading reports it
+    return linear_layers.of_folder(target)
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
