@@ -50,6 +50,11 @@ def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
+        if artifact is not None and artifact.recipe.get("quantization"):
+            _announce(
+                f"{source}: trained on a base in 4 bits and merged into its full weights, so the "
+                "logits differ from those in the training"
+            )
         _write_model(source, role, temporary, dtype)
         if artifact is not None and artifact.stage in STAGES:
             write_model_card(temporary, artifact, stage=source)

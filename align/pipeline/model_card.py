@@ -78,7 +78,11 @@ def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -
         "base_model": _hub_base(base, adapter),
         "base_model_relation": "adapter" if adapter else "finetune",
         "datasets": [each.name for each in datasets if each.is_on_hub],
-        "tags": ["align", artifact.stage, *(["lora"] if adapter else [])],
+        "tags": [
+            "align",
+            artifact.stage,
+            *([str(adapter.get("peft_type")).lower()] if adapter else []),
+        ],
     }
     if not header["base_model"]:
         del header["base_model_relation"]

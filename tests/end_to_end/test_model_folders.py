@@ -35,6 +35,8 @@ RECIPE = {
     "prepare": {"source": "pairs.jsonl", "test_fraction": 0.25},
     "sft": {"model": "base.gguf", "trainer": TRAINER},
     "adapter": {"stage": "sft", "model": "base.gguf", "lora": LORA, "trainer": TRAINER},
+    "quantized": {"stage": "sft", "model": "base.gguf", "lora": LORA, "quantization": "nf4",
+                  "trainer": TRAINER},
     "dpo": {"model": "adapter", "lora": LORA, "trainer": TRAINER},
     "kto": {"model": "adapter", "trainer": TRAINER},
     "reward": {"model": "sft", "trainer": TRAINER},
@@ -57,7 +59,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for i in range(24)
     )
     (home / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    gguf_models.write_model(home / "base.gguf", general__license="apache-2.0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_models, "WIDTH", 64)  # 4 bits on a CPU
+        gguf_models.write_model(home / "base.gguf", general__license="apache-2.0")
     with contextlib.chdir(home):
         (home / "recipe.yaml").write_text(yaml.safe_dump({"stages": RECIPE}, sort_keys=False))
         run = align.run("recipe.yaml")
@@ -104,7 +108,7 @@ def greedy(model: Any, tokenizer: Any) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", [*POLICIES, *REWARD_MODELS])
+@pytest.mark.parametrize("name", [*POLICIES, "quantized", *REWARD_MODELS])
 def test_the_code_of_a_card_runs_in_its_folder(folders, name, monkeypatch):
     folder = folders[name]
     monkeypatch.chdir(folder)

@@ -54,7 +54,9 @@ def prepared(runs: Path, source: str = "hh-rlhf", files: dict[str, str] | None =
 def adapter(folder: Path, base: str) -> Path:
     """A folder with the config of an adapter."""
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"})
+    )
     return folder
 
 
@@ -179,6 +181,20 @@ def test_texts_with_the_marks_of_tables_and_yaml_stay_in_their_place(tmp_path):
     folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc")
     odd = dataclasses.replace(artifact, recipe=artifact.recipe | {"trainer": {"run_name": "a|b"}})
     assert '| trainer.run_name | `"a\\|b"` |' in model_card(folder, odd)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_an_adapter_is_loaded_on_a_base_of_the_type_that_it_was_trained_on(tmp_path, quantization):
+    folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc")
+    recipe = artifact.recipe | {"quantization": quantization}
+    card = model_card(folder, dataclasses.replace(artifact, recipe=recipe))
+    code = card.partition("```python\n")[2].partition("```")[0]
+    compile(code, "README.md", "exec")
+    marks = ("BitsAndBytesConfig(", "quantization_config=quantization", "--quantization nf4")
+    assert [mark in card for mark in marks] == [quantization is not None] * 3
+    (folder / "adapter_config.json").rename(tmp_path / "elsewhere")  # full weights
+    exported = model_card(folder, dataclasses.replace(artifact, recipe=recipe))
+    assert not any(mark in exported for mark in marks)
 
 
 def test_every_loss_of_trl_has_a_method_and_every_trained_model_too():
