@@ -250,3 +250,16 @@ def test_files_of_completions_and_annotations_find_the_prompts_of_conversations_
 def test_conversations_of_sharegpt_are_evaluation_prompts():
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A"}]
     assert user_texts({"conversations": turns}) == ["Hi"]
+
+
+def test_completions_that_differ_in_their_calls_are_no_duplicates(tmp_path: Path):
+    cities = ("Rom", "Oslo", "Rom")
+    calls = [{"name": "weather", "arguments": {"city": city}} for city in cities]
+    turns = [{**assistant(""), "tool_calls": [call]} for call in calls]
+    rows = [{"prompt": "Hi", "completion": [turn]} for turn in turns]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert len(training_rows(data, "demonstrations")) == 2
+    assert data.dropped == {"demonstrations: exact duplicate": 1}
+    other = [{**row, "tools": [WEATHER]} for row in rows]
+    data = prepared_whole(write_jsonl(tmp_path / "b.jsonl", rows + other))
+    assert len(training_rows(data, "demonstrations")) == 4

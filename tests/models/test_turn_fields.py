@@ -10,9 +10,11 @@ import pytest
 import trl
 from models.test_conversations import make_tokenizer
 
+from align.config.training import DPO
 from align.errors import UserError
 from align.models import tokenization, turn_fields
 from align.models.chat_templates import ChatTemplate
+from align.pipeline import row_tokens
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ARGUMENTS = {"city": 'Zürich "West"', "days": 2}
@@ -209,3 +211,15 @@ def test_arguments_are_json_where_a_template_writes_text():
         assert ChatTemplate(f"weather {template}", "x").render([CALLS]) == (
             f"weather {json.dumps(ARGUMENTS, ensure_ascii=False)}"
         )
+
+
+def test_lengths_count_tools_and_reasoning_of_all_rows():
+    template = tokenization.conversations(tokenizer_of(QWEN3))
+    model = row_tokens.TokenizedModel(template, positions=600)
+    many = json.dumps(TOOLS * 6)
+    assert row_tokens.count_long_prompts([[ASK], [{**ASK, "tools": many}]], model, 10) == 1
+    rows = [row_tokens.Sequences([ASK], ([ANSWER],))] * 401
+    reasoned = {**ANSWER, "reasoning_content": "because " * 100}
+    rows[1] = row_tokens.Sequences([ASK], ([reasoned],))  # not one of the sample of every second
+    counts = row_tokens.count(DPO(model="m", trainer={"max_length": 300}), rows, model)
+    assert counts.truncated == 1
