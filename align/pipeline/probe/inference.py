@@ -98,7 +98,7 @@ def sampling_speed(
     config: Any, policy: Policy, data: SampledData, split: str, watch: Stopwatch
 ) -> tuple[SamplingSpeed, Lengths]:
     """The speed of sampling from a policy, and the lengths of its completions."""
-    stops = generation.set_sampling(
+    generation.set_sampling(
         policy.model,
         policy.tokenizer,
         temperature=config.temperature,
@@ -108,11 +108,11 @@ def sampling_speed(
     rows = data.sampled("prompts", split) or data.sampled("prompts")
     prompts = tokenization.tokenize_prompts(policy.tokenizer, [row["prompt"] for row in rows])
 
+    prompts = [prompt for prompt in prompts for _ in range(config.n_completions)]
+
     def generate(rows: Sequence[Sequence[int]], n_tokens: int) -> None:
         set_length(policy.model, n_tokens)
-        generation.generate(
-            policy.model, rows, stops, batch_size=len(rows), batch_seed=lambda number: number
-        )
+        generation.generate_tokens(policy.model, rows, stops=())
 
     speed = measure_sampling(
         watch, generate, prompts, batch=config.batch_size, most=config.max_new_tokens
@@ -121,9 +121,9 @@ def sampling_speed(
 
 
 def set_length(model: Any, n_tokens: int) -> None:
-    """Make a model sample exactly so many tokens."""
+    """Make a model sample exactly so many tokens, for callers without stop tokens."""
     model.generation_config.max_new_tokens = n_tokens
-    model.generation_config.min_new_tokens = n_tokens
+    model.generation_config.eos_token_id = None
 
 
 def expected_lengths(tokenizer: Any, data: SampledData, most: int) -> Lengths:

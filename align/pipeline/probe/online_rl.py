@@ -6,6 +6,7 @@ time of everything but sampling does not depend on what an untrained policy samp
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from align.online_rl import checkpoint
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience, make_rollout
 from align.online_rl.prompts import prompt_indices
+from align.online_rl.sampling import LocalSampler
 from align.online_rl.trainer import PPOTrainer
 from align.pipeline.probe.data import SampledData
 from align.pipeline.probe.inference import described, expected_lengths, set_length
@@ -97,9 +99,12 @@ class _PPOProbe:
         trainer, config = self.trainer, self.config
         prompts = [trainer.prompts.tokens[i] for i in self.indices]
 
+        assert isinstance(trainer.sampler, LocalSampler)
+        sampler = dataclasses.replace(trainer.sampler, stops=set())
+
         def generate(rows: Sequence[Sequence[int]], n_tokens: int) -> None:
             set_length(trainer.models.policy.model, n_tokens)
-            trainer.sampler.generate(rows, seed=0)
+            sampler.generate(rows, seed=0)
 
         trainer.set_train_mode(False)
         batch = min(config.sample_batch_size, config.batch_size)

@@ -1,7 +1,7 @@
 """The time of sampling completions, from short measurements of its two phases.
 
-Reading the prompts takes a time per token. Each further token takes a time per row, which grows
-with the tokens that the row has already.
+Reading the prompts takes a time per token; equal prompts of a batch are read once. Each further
+token takes a time per row, which grows with the tokens that the row has already.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def measure_sampling(
     A batch whose prompts take too long to read is measured with fewer rows, and in full with short
     prompts.
     """
-    rows = [prompts[k % len(prompts)] for k in range(batch)]
-    rows = sorted(rows, key=len)
+    rows = sorted((prompts[k % len(prompts)] for k in range(batch)), key=len)
     middle = rows[len(rows) // 2]
     short = [list(row[-SHORT:]) for row in rows]
     one = watch.settled(lambda: generate([middle], 1))
@@ -84,9 +83,14 @@ def measure_sampling(
         _, full_token = _phases(watch, generate, short, most)
     length = fmean(map(len, some))
     per_token = max(0.0, token - short_token) / len(some) / max(1.0, length - SHORT)
+    scale = _read_tokens(rows) / _read_tokens(some)
     mean = fmean(map(len, rows))
-    scale = batch * mean / (len(some) * length)
     return SamplingSpeed(batch, reading * scale, full_token, per_token * batch, mean)
+
+
+def _read_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens of the distinct rows."""
+    return sum(map(len, set(map(tuple, rows))))
 
 
 def _phases(
