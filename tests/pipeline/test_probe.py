@@ -204,6 +204,6 @@ def test_every_kind_of_stage_is_measured_and_nothing_is_written(tmp_path: Path):
     assert "not known" not in done.stdout
     table = done.stdout[done.stdout.index("of which") :]
     for name in recipe["stages"]:
-        assert re.search(rf"^{name} +[\d.]+ (to [\d.]+ )?(s|min)", table, re.MULTILINE), name
-    assert re.search(r"^all +\d", table, re.MULTILINE)
+        assert re.search(rf"^ *{name} +[\d.]+ .*?(s|min)\b", table, re.MULTILINE), name
+    assert re.search(r"^ *all +\d", table, re.MULTILINE)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -115,7 +115,7 @@ class _TrainerProbe:
             parts["evaluate"] = Seconds.exactly(forward * per_row * held_out)
         parts["save"] = self._saving(steps)
         if isinstance(self.config, Reward):
-            parts["score"] = Seconds.exactly(self.load + forward * self._scored_tokens(per_row))
+            parts["score"] = Seconds.exactly(self.load + forward * self._scored_tokens())
         return StageTime(parts, measured)
 
     def _growth(self) -> float:
@@ -263,12 +263,26 @@ class _TrainerProbe:
             return at_start
         return at_start + _occasions(arguments.eval_steps or arguments.logging_steps, steps)
 
-    def _scored_tokens(self, per_pair: float) -> float:
-        """Token positions that center and measure a reward model."""
-        centered = min(self.data.count("demonstrations") or self.data.count("pairs"), CENTERED)
-        held_out = self.data.count("pairs", "test") or self.data.count("pairs", "validation")
-        # The two sides of a held-out pair are scored one after the other, without sharing.
-        return per_pair * (0.5 * centered + 1.2 * held_out)
+    def _scored_tokens(self) -> float:
+        """Token positions that center and measure a reward model, one completion a row."""
+        kind, column = "demonstrations", "completion"
+        if not self.data.count(kind):
+            kind, column = "pairs", "chosen"
+        centered = min(self.data.count(kind), CENTERED)
+        tokens = centered * self._mean_length(self.data.sampled(kind), column)
+        split = next((s for s in ("test", "validation") if self.data.count("pairs", s)), None)
+        if split is not None:
+            pairs = self.data.sampled("pairs", split)
+            sides = (self._mean_length(pairs, side) for side in ("chosen", "rejected"))
+            tokens += self.data.count("pairs", split) * sum(sides)
+        return tokens
+
+    def _mean_length(self, rows: list[dict[str, Any]], column: str) -> float:
+        """Mean tokens of prompts with the completions of a column, as a reward model reads them."""
+        prompts, completions = [row["prompt"] for row in rows], [row[column] for row in rows]
+        tokenizer = self.trainer.processing_class
+        ids = tokenization.tokenize_for_reward(tokenizer, prompts, completions)
+        return fmean(map(len, ids))
 
 
 def _occasions(interval: float, steps: int) -> int:
