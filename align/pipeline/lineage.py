@@ -7,7 +7,7 @@ digest are known from the stage that read it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from align.errors import ArtifactError
@@ -43,22 +43,29 @@ class Origin:
 
 
 def lineage(folder: Path, artifact: Artifact) -> dict[str, Origin]:
-    """The origins of a stage by digest, each after those that it was made from; itself last."""
+    """The origins of a stage by digest, each after those that it was made from; itself last.
+
+    The digest of a record counts, where there is one: a stage without prompts stores another digest
+    of its data, which leaves out the keys of the prompts.
+    """
     origins: dict[str, Origin] = {}
-    _add(origins, Origin(artifact.name, artifact.digest, folder, artifact, _digests(artifact)))
+    _add(origins, Origin(artifact.name, artifact.digest, folder, artifact, {}))
     return origins
 
 
 def _add(origins: dict[str, Origin], origin: Origin) -> None:
+    inputs: dict[str, str] = {}
     if origin.artifact is not None and origin.folder is not None:
-        for entry in origin.artifact.inputs.values():
-            if entry["digest"] not in origins:
-                _add(origins, _origin(entry, beside=origin.folder))
-    origins[origin.digest] = origin
+        for key, entry in origin.artifact.inputs.items():
+            source = _origin(entry, beside=origin.folder)
+            inputs[key] = source.digest
+            if source.digest not in origins:
+                _add(origins, source)
+    origins[origin.digest] = replace(origin, inputs=inputs)
 
 
 def _origin(entry: Mapping[str, str], *, beside: Path) -> Origin:
-    """The origin that an input names. A folder of runs may have been moved."""
+    """The origin that an input names, without its inputs. A folder of runs may have been moved."""
     target, digest = Path(entry["folder"]), entry["digest"]
     if digest.startswith(HUB):
         return Origin(entry["folder"], digest, None, None, {})
@@ -71,8 +78,4 @@ def _origin(entry: Mapping[str, str], *, beside: Path) -> Origin:
         artifact = None
     if artifact is None:
         return Origin(folder.name, digest, folder, None, {})
-    return Origin(artifact.name, digest, folder, artifact, _digests(artifact))
-
-
-def _digests(artifact: Artifact) -> dict[str, str]:
-    return {key: entry["digest"] for key, entry in artifact.inputs.items()}
+    return Origin(artifact.name, artifact.digest, folder, artifact, {})

@@ -84,6 +84,7 @@ def test_a_real_model_goes_through_every_stage(model: Path, launch: Any):
         adapter = json.loads((folder / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(base.resolve()), name
         assert (folder / "tokenizer.json").is_file()
+        assert "license: apache-2.0" in (folder / "README.md").read_text()  # of the GGUF file
     compared = stages["evaluate"]["metrics"]["comparisons"]
     assert {each["policy"] for each in compared} >= {"dpo", "kto", "ppo", str(model)}
     assert_plain_libraries_load_it(Path(stages["dpo"]["folder"]), base)

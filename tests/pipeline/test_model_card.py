@@ -177,6 +177,22 @@ def test_a_moved_folder_of_runs_keeps_its_lineage_and_a_removed_one_its_names(tm
     assert header(card)["tags"] == ["align", "dpo", "lora"]
 
 
+def test_data_is_listed_once_though_stages_store_digests_with_and_without_its_prompts(tmp_path):
+    folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc")
+    inputs = artifact.inputs | {"pairs": artifact.inputs["pairs"] | {"digest": "9" * 64}}
+    assert model_card(folder, dataclasses.replace(artifact, inputs=inputs)) == model_card(
+        folder, artifact
+    )
+
+
+def test_the_record_of_an_earlier_version_has_a_card(tmp_path):
+    folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc")
+    recipe = {key: value for key, value in artifact.recipe.items() if key != "quantization"}
+    assert model_card(folder, dataclasses.replace(artifact, recipe=recipe)) == model_card(
+        folder, artifact
+    )
+
+
 def test_texts_with_the_marks_of_tables_and_yaml_stay_in_their_place(tmp_path):
     folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc")
     odd = dataclasses.replace(artifact, recipe=artifact.recipe | {"trainer": {"run_name": "a|b"}})
