@@ -266,7 +266,24 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
         content = ""
     if turn["role"] == "assistant" and _excluded_by(turn):
         fields[UNTRAINED] = True
-    return {"role": turn["role"], "content": _text(content), **fields}
+    return {"role": turn["role"], "content": _text(_joined(content)), **fields}
+
+
+def _joined(content: object) -> object:
+    """The text of a content that is a list of text parts; any other content as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    others = [part for part in content if not _is_text_part(part)]
+    if others:
+        kind = others[0].get("type") if isinstance(others[0], dict) else None
+        raise DroppedError("content is not text", f"it has a part `{str(kind)[:40]}`")
+    return "".join(part["text"] for part in content)
+
+
+def _is_text_part(part: object) -> bool:
+    """Whether a part of a content has text and nothing else; Parquet adds keys that are null."""
+    keys = {k for k, v in part.items() if v is not None} if isinstance(part, dict) else set()
+    return isinstance(part, dict) and keys == {"type", "text"} and part["type"] == "text"
 
 
 def _text(value: object) -> str:

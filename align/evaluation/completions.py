@@ -210,7 +210,7 @@ def _read_reference(data: Path, split: str, prompts: Sequence[Row], n_completion
             if len(turn) > 2:
                 raise DataError(
                     f"{tables.table_file(data, kind, split)}: a completion has tool calls or "
-                    f"reasoning, which is no text that can be compared; name another `{REFERENCE}`"
+                    f"reasoning, which is no text that can be compared; name another `baseline`"
                 )
             text = turn["content"]
             if row.get("label", True) and text not in texts:

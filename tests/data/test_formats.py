@@ -197,3 +197,13 @@ def test_an_unusable_row_is_dropped_for_a_named_reason(
 ):
     with pytest.raises(DroppedError, match=reason):
         reader(raw)
+
+
+def test_text_parts_are_joined_and_other_parts_drop_the_row():
+    parts = [{"type": "text", "text": "A ", "image_url": None}, {"type": "text", "text": "B"}]
+    row = demonstration({"messages": [user("Hi"), {"role": "assistant", "content": parts}]})
+    assert row["completion"] == [assistant("A B")]
+    image = {"type": "image_url", "text": None, "image_url": {"url": "a.png"}}
+    for content in ([*parts, image], ["A"], [{"type": "text", "text": "A", "file": "x"}]):
+        with pytest.raises(DroppedError, match="content is not text"):
+            demonstration({"messages": [{"role": "user", "content": content}, assistant("A")]})

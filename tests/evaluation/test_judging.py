@@ -17,6 +17,8 @@ from helpers import tiny_models
 from rich.console import Console
 
 from align.config.evaluate import Evaluate
+from align.data import tables as data_tables
+from align.data.rows import prompt_id
 from align.errors import DataError
 from align.evaluation import tables
 from align.evaluation.completions import Samples, matches, read_completions
@@ -542,3 +544,13 @@ def test_a_file_of_other_prompts_is_refused(tmp_path: Path):
     file = completion_file(tmp_path / "other.jsonl", [("Who?", "me")])
     with pytest.raises(DataError, match="none of its 1 prompt is a held-out prompt"):
         read_completions(settings(file), tmp_path, prompts(2))
+
+
+def test_completions_of_the_data_set_with_tool_calls_are_no_reference(tmp_path: Path):
+    call = {"type": "function", "function": {"name": "rain", "arguments": "{}"}}
+    prompt = [{"role": "user", "content": "Rain?"}]
+    completion = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = {"prompt": prompt, "completion": completion, "prompt_id": prompt_id(prompt)}
+    data_tables.write([row], data_tables.table_file(tmp_path, "demonstrations", "test"))
+    with pytest.raises(DataError, match="a completion has tool calls or reasoning"):
+        read_completions(settings("a"), tmp_path, [row])

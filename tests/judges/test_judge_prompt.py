@@ -190,3 +190,15 @@ def test_a_wrong_rubric_names_its_line(tmp_path, text, message):
 def test_a_rubric_that_does_not_exist_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such file; name a YAML file with `criteria:`"):
         read_rubric(tmp_path / "rubric.yaml")
+
+
+def test_tools_and_calls_are_read_as_text():
+    call = {"type": "function", "function": {"name": "rain", "arguments": '{"city": "Rom"}'}}
+    prompt = [
+        {"role": "user", "content": "Rain?", "tools": '[{"name": "rain"}]'},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "none"},
+    ]
+    text = render(None, Pair(prompt, pair().first, pair().second, {}))
+    assert 'tools: [{"name": "rain"}]\n\nuser: Rain?\n\nassistant: {"name": "rain", "arg' in text
+    assert "tool: none" in text
