@@ -55,6 +55,11 @@ def test_the_measured_size(per_row: float, size: int):
     assert measured == (size, pytest.approx(size * per_row))
 
 
+def test_the_first_measurement_is_never_the_only_one():
+    seconds = iter([5.0, 3.0])  # the first one includes 2 seconds of start-up
+    assert Stopwatch(Clock()).largest(lambda n: next(seconds), 16) == (1, 3.0)
+
+
 def test_start_up_counts_only_in_long_calls():
     clock = Clock()
     watch = Stopwatch(clock)

@@ -21,7 +21,7 @@ from align.models.policy import Policy, load_policy
 from align.models.prefix_sharing import wrapper
 from align.pipeline.probe.data import SampledData, completed_rows
 from align.pipeline.probe.sampling import Lengths, SamplingSpeed, measure_sampling
-from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch
+from align.pipeline.probe.timing import LONGEST_FORWARD, Seconds, StageTime, Stopwatch
 from align.rewards.reward_model import RewardModel
 
 SERVER = "without the requests to the judge"
@@ -203,7 +203,7 @@ def _per_row(
     score: Any, pairs: Sequence[tuple[Any, Any]], batch: int, tokenizer: Any, watch: Stopwatch
 ) -> float:
     """Seconds per row of all ``pairs``, measured on some of them."""
-    size, seconds = watch.largest(score, min(batch, len(pairs)))
+    size, seconds = watch.largest(score, min(batch, len(pairs)), longest=LONGEST_FORWARD)
     measured, all_rows = (
         fmean(
             len(row.ids) for row in tokenization.tokenize_rows(tokenizer, *zip(*part, strict=True))

@@ -25,7 +25,13 @@ from align.online_rl.trainer import PPOTrainer
 from align.pipeline.probe.data import SampledData
 from align.pipeline.probe.inference import described, expected_lengths, set_length
 from align.pipeline.probe.sampling import Lengths, SamplingSpeed, measure_sampling
-from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch, computed_tokens
+from align.pipeline.probe.timing import (
+    LONGEST_FORWARD,
+    Seconds,
+    StageTime,
+    Stopwatch,
+    computed_tokens,
+)
 from align.runtime.progress import Logger, NullDisplay
 
 
@@ -124,7 +130,7 @@ class _PPOProbe:
 
             return self.watch.settled(call)
 
-        size, seconds = self.watch.largest(forward, self._most())
+        size, seconds = self.watch.largest(forward, self._most(), longest=LONGEST_FORWARD)
         return seconds, self._tokens(self._completions(size)[0], size)
 
     def seconds_of_update(self) -> _Update:

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LONGEST = 4.0
-"""Seconds that the next measurement, of twice the size, may take."""
+"""Seconds that the next measurement of a backward pass, of twice the size, may take."""
+LONGEST_FORWARD = 2.0
+"""Seconds that the next measurement of a forward pass may take."""
 REPEATED = 0.5
 """Seconds of a measurement below which it is repeated, because the first one includes start-up."""
 
@@ -88,19 +90,26 @@ class Stopwatch:
         return min(self.once(call) for _ in range(2))
 
     def largest(
-        self, measure: Callable[[int], float], most: int, *, first: int = 1
+        self,
+        measure: Callable[[int], float],
+        most: int,
+        *,
+        first: int = 1,
+        longest: float = LONGEST,
     ) -> tuple[int, float]:
         """Double a size as long as its measurement is short; the last size and its seconds.
 
-        The size never exceeds ``most``. On a large model the first size includes start-up, and the
-        second does not.
+        The size never exceeds ``most``, and a measurement is expected to take at most ``longest``
+        seconds. The first measurement includes start-up and is never the only one.
         """
         size = min(first, most)
-        while True:
-            seconds = measure(size)
-            if size >= most or 2 * seconds > LONGEST:
-                return size, seconds
+        seconds = measure(size)
+        if size >= most or 2 * seconds > longest:
+            return size, min(seconds, measure(size))
+        while size < most and 2 * seconds <= longest:
             size = min(2 * size, most)
+            seconds = measure(size)
+        return size, seconds
 
 
 def has_accelerator() -> bool:

@@ -21,7 +21,13 @@ from align.config.training_base import BATCH_SIZE, TRLStage
 from align.models import tokenization
 from align.models.logps import small_vocabulary_tiles
 from align.pipeline.probe.data import SampledData
-from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch, computed_tokens
+from align.pipeline.probe.timing import (
+    LONGEST_FORWARD,
+    Seconds,
+    StageTime,
+    Stopwatch,
+    computed_tokens,
+)
 from align.pipeline.runner import stage_module
 from align.training import reference_logps
 from align.training.kto_batches import MixedLabels
@@ -183,7 +189,9 @@ class _TrainerProbe:
                 return self.watch.settled(call)
 
         size = int(self.config.trl_value(BATCH_SIZE))
-        _, seconds = self.watch.largest(loss, self._most(size), first=self._least)
+        _, seconds = self.watch.largest(
+            loss, self._most(size), first=self._least, longest=LONGEST_FORWARD
+        )
         return seconds / last["batch"].tokens
 
     @property
