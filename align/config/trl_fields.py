@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from align.config import optimizers
 from align.errors import did_you_mean, mismatch, nearest, shown
 
 FILE = Path(__file__).with_name("trl_fields.json")
@@ -276,6 +277,9 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
         if len(weights) != n_losses:
             message = f"{len(weights)} weights for {n_losses} of `loss_type`; list one for each"
             yield ("loss_weights",), message
+    changed = {name: value for name, value in valid.items() if value != fields[name].default}
+    for name, message in optimizers.unread_fields(str(value_of("optim")), changed):
+        yield (name,), message
     scheduler = str(value_of("lr_scheduler_type"))
     kwargs = valid.get("lr_scheduler_kwargs")
     if kwargs is not None and scheduler in scheduler_fields():

@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from helpers import tiny_models
 
 from align.config import trl_fields
@@ -235,6 +236,47 @@ def test_pairs_cannot_be_grouped_by_length(stage_class: Any, refused: bool) -> N
 
 def test_a_field_that_needs_another_is_refused_alone() -> None:
     assert list(SFT(model="m", trainer={"packing_strategy": "wrapped"}).problems({}))
+
+
+def optimizer_settings(optimizer: str, **fields: Any) -> str:
+    """What transformers passes to an optimizer, as text; its error if a package is missing."""
+    values = {"learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-8}
+    args = SimpleNamespace(**(values | {"optim": optimizer, "optim_args": None} | fields))
+    model = SimpleNamespace(named_parameters=list, parameters=list)
+    try:
+        chosen = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except ImportError as error:
+        pytest.skip(f"its package is missing: {error}")
+    return str(chosen)
+
+
+INSTALLED = [
+    *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_32bit"),
+    *("ademamix", "ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit"),
+]
+ARGUMENTS = "momentum=0.5, lr_decay=0.5, beta3=0.5, alpha=0.5"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optimizer", INSTALLED)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 0.1), ("optim_args", ARGUMENTS)],
+)
+def test_a_field_is_refused_exactly_if_transformers_does_not_pass_it_on(
+    optimizer: str, field: str, value: Any
+) -> None:
+    fields = {field: value}
+    is_passed = optimizer_settings(optimizer, **fields) != optimizer_settings(optimizer)
+    problems = SFT(model="m", trainer={"optim": optimizer, **fields}).problems({})
+    assert [problem.keys for problem in problems] == ([] if is_passed else [("trainer", field)])
+
+
+def test_modules_are_read_by_low_rank_optimizers_only() -> None:
+    for optimizer, n_problems in (("adamw_torch", 1), ("galore_adamw", 0), ("apollo_adamw", 0)):
+        trainer = {"optim": optimizer, "optim_target_modules": "all-linear"}
+        assert len(list(SFT(model="m", trainer=trainer).problems({}))) == n_problems
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "lomo"])
