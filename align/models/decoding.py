@@ -5,6 +5,7 @@ The result is that of ``model.generate`` with the same random state, at a fracti
 - Rows that are equal, such as the ``n`` completions of a prompt, are computed once up to their end.
 - The cache is allocated once. ``generate`` copies all of it for every token.
 - A row that has ended leaves the batch: the last row takes its place in the cache.
+- Random numbers of rows that have ended are skipped, not computed.
 
 Left out: models and generation settings that :func:`obstacle` lists, for which
 :mod:`align.models.generation` calls ``model.generate``; compiled decoding.
@@ -12,7 +13,9 @@ Left out: models and generation settings that :func:`obstacle` lists, for which
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -114,8 +117,8 @@ class Choice:
         """The next token after each of ``logits``, which belong to ``rows`` of the first batch.
 
         Torch's ``multinomial`` draws the largest of p / q, with q from an exponential distribution.
-        The noise q is drawn for all rows of the first batch, also for those that have ended, so the
-        tokens do not depend on when a row leaves the batch.
+        Each row has its place in the noise q of the first batch, so the tokens do not depend on
+        when a row leaves the batch.
 
         Raises:
             NotFiniteError: A probability is not finite.
@@ -125,10 +128,40 @@ class Choice:
         probabilities = self.scores(logits).softmax(-1)
         if probabilities[:, 0].isnan().any():  # one NaN or infinity makes all of its row NaN
             raise NotFiniteError
-        noise = torch.empty(
-            (self.n_rows, logits.shape[-1]), dtype=torch.float32, device=logits.device
-        ).exponential_()
-        return (probabilities / noise[rows]).argmax(-1)
+        return (probabilities / exponential_rows(rows, self.n_rows, probabilities)).argmax(-1)
+
+
+def exponential_rows(rows: list[int], n_rows: int, like: Tensor) -> Tensor:
+    """The ``rows`` of a table of exponential random numbers with ``n_rows`` rows.
+
+    Afterwards torch's random state is as if the whole table had been drawn. The other rows are
+    skipped by drawing uniform numbers, which take a quarter of the time.
+    """
+    width = like.shape[-1]
+    table = torch.empty((n_rows, width), dtype=torch.float32, device=like.device)
+    if like.device.type != "cpu" or not _draws_in_order():
+        return table.exponential_()[rows]
+    used = set(rows)
+    for is_used, run in itertools.groupby(range(n_rows), used.__contains__):
+        numbers = list(run)
+        if is_used:
+            table[numbers[0] : numbers[-1] + 1].exponential_()
+        else:
+            torch.empty(len(numbers) * width, dtype=torch.float64).uniform_()
+    return table[rows]
+
+
+@functools.cache
+def _draws_in_order() -> bool:
+    """Whether a CPU draws exponential numbers one by one, from as many bits as uniform ones.
+
+    On Intel processors, torch draws a table with MKL, which consumes one number per table.
+    """
+    whole, parts = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    table = torch.empty(3, 64).exponential_(generator=whole)
+    torch.empty(64, dtype=torch.float64).uniform_(generator=parts)
+    same_rows = torch.equal(torch.empty(2, 64).exponential_(generator=parts), table[1:])
+    return same_rows and torch.equal(whole.get_state(), parts.get_state())
 
 
 class _Batch:
