@@ -171,7 +171,7 @@ def generate_tokens(
         if obstacle is None:
             return decoding.decode(model, rows, stops)
         _log_obstacle(obstacle)
-        return _generate_padded(model, rows, stops)
+        return generate_with_transformers(model, rows, stops)
     except decoding.NotFiniteError:
         raise UserError(
             f"{model.name_or_path}: the probabilities of the next token are not finite, although "
@@ -179,7 +179,7 @@ def generate_tokens(
         ) from None
 
 
-def _generate_padded(
+def generate_with_transformers(
     model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
 ) -> list[Tokens]:
     """Sample with ``model.generate``, and remove its padding behind the stop tokens."""

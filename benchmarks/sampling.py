@@ -1,0 +1,119 @@
+"""Sampling by Align and by ``model.generate`` of transformers: equal models, prompts and seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py --models embedded --rounds 5
+
+Both sides sample the same completions, which the script checks. The models have random weights; a
+bias on the logit of the stop token ends completions after ``--mean`` tokens on average, where the
+length limit does not cut them. The sides take turns, and the side that starts changes between
+rounds. Time is processor time of one thread, the smallest of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+from align.models import decoding, generation
+
+STOP, PAD = 2, 0
+# width, layers, heads, heads of keys, intermediate width, vocabulary, tied; prompts, their lengths
+MODELS: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {
+    "embedded": (
+        {"vocab_size": 900, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 256},
+        32,
+        (15, 60),
+    ),
+    "135m": (
+        {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
+         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+         "max_position_embeddings": 2048, "tie_word_embeddings": True},
+        8,
+        (60, 200),
+    ),
+}  # fmt: skip
+SAMPLING = {
+    "temperature 1": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+    "temperature 0.7, top_p 0.9": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
+    "greedy": {"do_sample": False},
+}
+
+
+def build(shape: dict[str, Any], mean: int) -> Any:
+    """A Llama with random weights whose completions have about ``mean`` tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=STOP, pad_token_id=PAD)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    bias = torch.zeros(config.vocab_size)
+    bias[STOP] = math.log(config.vocab_size / mean)
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits + bias)
+    return model
+
+
+def prompts(n: int, lengths: tuple[int, int], vocabulary: int) -> list[list[int]]:
+    """Random prompts with lengths between two bounds."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.randint(*lengths, (n,), generator=generator).tolist()
+    return [torch.randint(3, vocabulary, (k,), generator=generator).tolist() for k in sizes]
+
+
+def timed(sample: Callable[[], list[list[int]]], seed: int) -> tuple[float, list[list[int]]]:
+    """Processor seconds of a call, and its completions."""
+    torch.manual_seed(seed)
+    start = time.process_time()
+    completions = sample()
+    return time.process_time() - start, completions
+
+
+def compare(model: Any, rows: list[list[int]], rounds: int) -> str:
+    """The smallest times of both sides as cells of a table."""
+    sides = (
+        lambda: generation.generate_with_transformers(model, rows, {STOP}),
+        lambda: decoding.decode(model, rows, {STOP}),
+    )
+    seconds: list[list[float]] = [[], []]
+    for number in range(rounds):
+        results = {}
+        for side in (0, 1) if number % 2 else (1, 0):
+            elapsed, results[side] = timed(sides[side], number)
+            seconds[side].append(elapsed)
+        assert results[0] == results[1], "the sides sampled other completions"
+    theirs, ours = map(min, seconds)
+    return f"{theirs:.2f} | {ours:.2f} | {theirs / ours:.1f}"
+
+
+def main() -> None:
+    """Print one row per model and setting."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--copies", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--mean", type=int, default=30, help="mean tokens of a completion")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| model | sampling | generate (s) | Align (s) | ratio |\n|---|---|---|---|---|")
+    for name in arguments.models:
+        shape, n_prompts, lengths = MODELS[name]
+        model = build(shape, arguments.mean)
+        distinct = prompts(n_prompts, lengths, shape["vocab_size"])
+        rows = [row for row in distinct for _ in range(arguments.copies)]
+        for label, settings in SAMPLING.items():
+            model.generation_config = GenerationConfig(
+                eos_token_id=[STOP],
+                pad_token_id=PAD,
+                max_new_tokens=arguments.new_tokens,
+                **settings,
+            )
+            print(f"| {name} | {label} | {compare(model, rows, arguments.rounds)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
