@@ -21,6 +21,7 @@ BOTH = pytest.mark.parametrize("lora", [False, True], ids=["separate models", "o
 def built(folders: Folders, lora: bool, precision: str | None) -> PPOModels:
     """Models whose policy and critic differ from their initial state."""
     reward = folders.adapter if lora else folders.full
+    torch.manual_seed(0)  # a new adapter begins with random factors
     models = ppo_fixtures.build_models(
         folders.world.sft, [reward], lora=lora, share=True, mixed_precision=precision
     )
@@ -58,8 +59,8 @@ def test_products_are_in_bfloat16_and_results_close_to_those_in_float32(
         values, expected = (getattr(e, name)[e.mask] for e in (mixed, exact))
         assert values.dtype == torch.float32
         assert not torch.equal(values, expected)
-        # Logits are below 16, where neighboring numbers of bfloat16 are 1/16 apart.
-        assert (values - expected).abs().mean() < 1 / 32, name
+        # Logits are below 4, where neighboring numbers of bfloat16 are 1/64 apart.
+        assert (values - expected).abs().mean() < 1 / 64, name
     assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.98
 
 
