@@ -129,21 +129,29 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
+def size_for(device: str, size: int) -> int:
+    """A size of a weight: on a GPU, whose kernels need it, the next multiple of 128."""
+    return size if device == "cpu" else math.ceil(size / 128) * 128
+
+
 def build(kind: str, share: bool, texts: list[dict[str, Any]], tokens: Any, args: Any) -> Any:
     """Build a trainer of TRL, with prefix sharing if ``share``."""
     kind, _, lora = kind.partition("-")
     name = KINDS[kind]
     torch.manual_seed(args.seed)
     config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=args.width, intermediate_size=args.width * 8 // 3, num_hidden_layers=args.layers,
+        vocab_size=size_for(args.device, len(tokens)), hidden_size=args.width,
+        intermediate_size=size_for(args.device, args.width * 8 // 3), num_hidden_layers=args.layers,
         num_attention_heads=args.width // 64, max_position_embeddings=8192, pad_token_id=tokens.pad_token_id,
         eos_token_id=tokens.eos_token_id, bos_token_id=None, num_labels=1,
     )  # fmt: skip
     kinds = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
-    policy = kinds.from_config(config, dtype=getattr(torch, args.dtype))
+    with torch.device(args.device):
+        policy = kinds.from_config(config, dtype=getattr(torch, args.dtype))
     options: dict[str, Any] = {}
     if kind in ("dpo", "kto") and not lora:
-        options["ref_model"] = kinds.from_config(config, dtype=getattr(torch, args.dtype))
+        with torch.device(args.device):
+            options["ref_model"] = kinds.from_config(config, dtype=getattr(torch, args.dtype))
         options["ref_model"].load_state_dict(policy.state_dict())
     if lora:
         task = (

@@ -111,6 +111,10 @@ class PPO(TrainingStage):
     micro_batch_size: int = Field(16, ge=1)
     """Completions per forward pass on each process. Smaller values save memory and do not change
     the result."""
+    tokens_per_batch: int | None = Field(None, ge=1)
+    """Tokens per forward pass of the update on each process, in place of ``micro_batch_size``:
+    distinct ones with ``prefix_sharing``, otherwise those of the padded batch. The result does not
+    change. A longer completion forms a batch alone."""
     sample_batch_size: int = Field(64, ge=1)
     """Completions sampled at once on each process."""
     clip: float = Field(0.2, gt=0.0)
@@ -203,6 +207,11 @@ class PPO(TrainingStage):
                 f"({self.n_completions}), because all completions of a "
                 "prompt are in the same update"
             )
+        if self.tokens_per_batch and "micro_batch_size" in self.model_fields_set:
+            raise ValueError(
+                "`micro_batch_size` and `tokens_per_batch` both set the size of a forward pass; "
+                "remove one of them"
+            )
         if self.minibatches > self.batch_size:
             raise ValueError(
                 f"`minibatches` ({self.minibatches}) must not exceed `batch_size` "
@@ -242,8 +251,9 @@ class PPO(TrainingStage):
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
-        if self.mixed_precision is None:  # as in recipes from before this key existed
-            del settings["mixed_precision"]
+        for key in ("mixed_precision", "tokens_per_batch"):
+            if settings[key] is None:  # as in recipes from before the key existed
+                del settings[key]
         if self.optimizer == "adamw":
             del settings["optimizer"]  # the only one before the key existed
         if not self.keep_checkpoints:

@@ -12,14 +12,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Input, ModelOrNew, NewModel, Problem, Stage, Table
-from align.config.training_base import BATCH_SIZE, PolicyStage, TRLStage
+from align.config.token_batches import TokenBatchStage
+from align.config.training_base import BATCH_SIZE, PolicyStage
 
 
-class SFT(PolicyStage):
+class SFT(PolicyStage, TokenBatchStage):
     """Supervised fine-tuning on demonstrations."""
 
     code_version: ClassVar[int] = 3
     trainer_config: ClassVar[str | None] = "SFTConfig"
+    loss_is_mean_over_rows: ClassVar[bool] = False
     inputs: ClassVar = {
         "model": Input(policies=True, models=True),
         "demonstrations": Input(("prepare",)),
@@ -64,7 +66,7 @@ class SFT(PolicyStage):
             )
 
 
-class DPO(PolicyStage):
+class DPO(PolicyStage, TokenBatchStage):
     """Direct preference optimization, and the other losses of TRL's trainer.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
@@ -94,7 +96,7 @@ class DPO(PolicyStage):
         return int(sharded or bool(self.trainer.get("sync_ref_model")))
 
 
-class Reward(TRLStage):
+class Reward(TokenBatchStage):
     """A Bradley-Terry reward model.
 
     Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.

@@ -13,7 +13,9 @@ from torch import Tensor
 from align.config.ppo import PPO
 from align.errors import UserError
 from align.functional.masked import sum_over_ranks
+from align.models import token_batches
 from align.online_rl.models import PPOModels
+from align.rl.rollout import Rollout
 from align.rl.update import Objective
 from align.runtime import distributed
 
@@ -27,6 +29,8 @@ def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
     ``kl_coef`` is the current coefficient; it has an effect on rollouts with ``ref_logps`` only.
     """
     pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)
+    if config.tokens_per_batch is not None:  # :func:`divide_by_tokens` divides a minibatch
+        pieces = 1
     return Objective(
         epochs=config.epochs,
         minibatches=config.minibatches,
@@ -42,6 +46,16 @@ def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
         max_grad_norm=config.max_grad_norm,
         whiten=config.normalize_advantages,
     )
+
+
+def divide_by_tokens(rollout: Rollout, *, config: PPO) -> list[Rollout]:
+    """Rows of a minibatch in forward passes of at most ``tokens_per_batch`` tokens."""
+    assert config.tokens_per_batch is not None
+    ids, lengths = rollout.inputs["ids"].tolist(), rollout.inputs["mask"].sum(1).tolist()
+    rows = [[row[:length]] for row, length in zip(ids, lengths, strict=True)]
+    sharing = config.prefix_sharing
+    batches = token_batches.divide(rows, tokens=config.tokens_per_batch, prefix_sharing=sharing)
+    return [rollout.take(torch.tensor(batch)) for batch in batches]
 
 
 def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.Optimizer:

@@ -34,6 +34,7 @@ from align.online_rl.optimization import (
     build_objective,
     build_optimizer,
     clip_gradients,
+    divide_by_tokens,
     set_learning_rates,
 )
 from align.online_rl.prompts import prompt_indices, tokenize
@@ -174,6 +175,9 @@ class PPOTrainer:
         """Update policy and critic; during the critic's warm-up, the critic only."""
         config = self.config
         set_learning_rates(self.optimizer, config, step)
+        divide = (
+            None if config.tokens_per_batch is None else partial(divide_by_tokens, config=config)
+        )
         self.set_train_mode(True)
         return update(
             evaluators(self.models, frozen_policy=step < config.critic_warmup_steps),
@@ -181,6 +185,7 @@ class PPOTrainer:
             build_objective(config, len(rollout), kl_coef=self.kl_coef),
             self.optimizer,
             generator=generator(config.seed, "shuffle", step, distributed.rank()),
+            divide=divide,
             clip_gradients=partial(clip_gradients, self.optimizer),
         )
 

@@ -134,6 +134,7 @@ def update(
     *,
     generator: torch.Generator,
     parameters: Iterable[Tensor] | None = None,
+    divide: Callable[[Rollout], Sequence[Rollout]] | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
     clip_gradients: Callable[[list[Tensor], float], Tensor] = torch.nn.utils.clip_grad_norm_,
 ) -> Diagnostics:
@@ -144,8 +145,8 @@ def update(
     the graph of the first is freed before that of the second is built, and the gradients are the
     same. The loss of a minibatch is the sum over its valid tokens divided by their number in all
     micro-batches and on all ranks, so that every token has the same weight however the minibatch is
-    split. The critic is trained if the rollout has returns. Random numbers come from ``generator``
-    alone.
+    split: into ``micro_batches`` equal parts, or by ``divide``. The critic is trained if the
+    rollout has returns. Random numbers come from ``generator`` alone.
 
     Gradients of ``parameters`` are clipped together, by default those of all of the optimizer's.
     ``accelerator.backward`` and ``accelerator.clip_grad_norm_`` fit ``backward`` and
@@ -170,9 +171,11 @@ def update(
     counts: list[Tensor] = []
     stopped = False
     optimizer.zero_grad()
-    for minibatch, tokens in _minibatches(rollout, objective, generator):
+    in_order = divide is not None or objective.micro_batches > 1
+    for minibatch, tokens in _minibatches(rollout, objective, generator, in_order=in_order):
         counts.append(tokens)
-        for piece in minibatch.split(objective.micro_batches):
+        pieces = divide(minibatch) if divide else minibatch.split(objective.micro_batches)
+        for piece in pieces:
             totals: Tensor | None = None
             outputs: set[str] = set()
             for evaluator in evaluators:
@@ -189,7 +192,7 @@ def update(
             assert totals is not None
             history.append(totals)
         if objective.target_kl is not None:
-            kl = torch.stack(history[-objective.micro_batches :])[:, _KL].sum()
+            kl = torch.stack(history[-len(pieces) :])[:, _KL].sum()
             # "not <=" rather than ">": NaN stops as well, before it reaches the weights.
             stopped = not bool(sum_over_ranks(kl) / tokens <= objective.target_kl)
             if stopped:
@@ -199,8 +202,8 @@ def update(
         optimizer.zero_grad()
     optimizer.zero_grad()
 
-    pieces = torch.stack(history)
-    means = sum_over_ranks(pieces[:, :_RATIO].sum(0)) / torch.stack(counts).sum()
+    terms_of_pieces = torch.stack(history)
+    means = sum_over_ranks(terms_of_pieces[:, :_RATIO].sum(0)) / torch.stack(counts).sum()
     policy_loss, value_loss, entropy, kl, clip_fraction = means.tolist()
     return Diagnostics(
         policy_loss=policy_loss,
@@ -208,7 +211,7 @@ def update(
         entropy=entropy,
         kl=kl,
         clip_fraction=clip_fraction,
-        ratio_max=float(max_over_ranks(pieces[:, _RATIO].amax())),
+        ratio_max=float(max_over_ranks(terms_of_pieces[:, _RATIO].amax())),
         explained_variance=_explained_variance(rollout),
         grad_norm=float(torch.stack(norms).mean()) if norms else math.nan,
         epochs=len(norms) // objective.minibatches,
@@ -258,12 +261,12 @@ def _constants(rollout: Rollout, *, whiten: bool) -> Rollout:
 
 
 def _minibatches(
-    rollout: Rollout, objective: Objective, generator: torch.Generator
+    rollout: Rollout, objective: Objective, generator: torch.Generator, *, in_order: bool
 ) -> Iterator[tuple[Rollout, Tensor]]:
     """Each minibatch of each epoch, with the number of its valid tokens on all ranks."""
     for _ in range(objective.epochs):
         order = torch.randperm(len(rollout), generator=generator, device=generator.device)
-        if objective.micro_batches > 1:
+        if in_order:
             # Rows of one prompt are consecutive; in order, they share a micro-batch and its prefix.
             ends = [
                 len(order) * part // objective.minibatches

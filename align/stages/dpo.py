@@ -19,6 +19,7 @@ from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import reference_logps, row_limits, trl_trainer
 from align.training.dpo_trainer import TokenWeightedDPOTrainer
+from align.training.token_batches import use_token_batches
 
 
 def run(
@@ -66,6 +67,11 @@ def build(
     if "ref" in getattr(trainer.model, "peft_config", {}):
         adapters.copy_adapter(trainer.model, "default", "ref")  # TRL leaves embeddings out
     row_limits.check_lost_rows(config, trainer, train_rows, limit)
+    use_token_batches(
+        trainer,
+        config,
+        lambda row: [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")],
+    )
     if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
         wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
     return trainer

@@ -39,7 +39,7 @@ def run(
         trainer.save_policy()  # 3. policy, tokenizer and picture
     except OutOfMemoryError as error:
         raise UserError(
-            "out of memory: lower `micro_batch_size` (results stay the same) or "
+            "out of memory: lower `micro_batch_size` or `tokens_per_batch` (results stay the same) or "
             "`sample_batch_size`, or set `gradient_checkpointing: true`, `lora` or "
             f"`quantization: nf4` ({str(error).splitlines()[0]})"
         ) from error

@@ -30,6 +30,11 @@ from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import row_limits, trl_trainer
 from align.training.reward_rows import tokenize_pairs
+from align.training.token_batches import TokenBatchTrainer, use_token_batches
+
+
+class PairTrainer(TokenBatchTrainer, RewardTrainer):
+    """TRL's trainer of reward models, whose batches may have a number of tokens."""
 
 
 def run(
@@ -90,7 +95,7 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
         for split in ("train", "validation")
     )
     with trl_trainer.trl_errors_as_user_errors(), adapters_in_float32(model):
-        trainer = RewardTrainer(  # 3. trainer
+        trainer = PairTrainer(  # 3. trainer
             model=model,
             args=arguments,
             train_dataset=train_rows,
@@ -98,6 +103,7 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
             processing_class=tokenizer,
         )
     row_limits.check_lost_rows(config, trainer, train_rows, limit)
+    use_token_batches(trainer, config, lambda row: [row["chosen_ids"], row["rejected_ids"]])
     if config.prefix_sharing:
         wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
     return trainer

@@ -22,7 +22,8 @@ from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import row_limits, trl_trainer
-from align.training.demonstration_trainer import DemonstrationTrainer
+from align.training.demonstration_trainer import DemonstrationTrainer, token_rows
+from align.training.token_batches import use_token_batches
 
 
 def run(
@@ -60,6 +61,7 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> De
         )
     if not arguments.packing:  # packed rows have no prompt
         row_limits.check_lost_rows(config, trainer, train_rows, limit)
+    use_token_batches(trainer, config, lambda row: [each["input_ids"] for each in token_rows(row)])
     if config.prefix_sharing:
         wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
     return trainer

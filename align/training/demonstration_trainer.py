@@ -18,6 +18,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from align.models.conversations import TrainedRow
 from align.models.tokenization import RowsForTRL
+from align.training.token_batches import TokenBatchTrainer
 
 IGNORED_LABEL = -100
 DEMONSTRATION = "demonstration"
@@ -26,7 +27,7 @@ LENGTHS = "seq_lengths"
 """Column with the lengths of the token rows in one list of tokens, as TRL names it."""
 
 
-class DemonstrationTrainer(SFTTrainer):
+class DemonstrationTrainer(TokenBatchTrainer, SFTTrainer):
     """``SFTTrainer`` that tokenizes demonstrations with ``rows``."""
 
     data_collator: Any

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from trl import DPOTrainer
 
+from align.training.token_batches import TokenBatchTrainer
+
 TOKEN_MEAN = "sft"
 """The loss of TRL that is a mean over tokens; all others are means over pairs."""
 
 
-class TokenWeightedDPOTrainer(DPOTrainer):
+class TokenWeightedDPOTrainer(TokenBatchTrainer, DPOTrainer):
     """A ``DPOTrainer`` whose ``sft`` loss is the mean over the tokens of an optimizer step."""
 
     loss_types: list[str]

@@ -31,6 +31,7 @@ SPEED = {
     "prefix_sharing",
     "batch_size",
     "micro_batch_size",
+    "tokens_per_batch",
     "sample_batch_size",
     "gradient_checkpointing",
 }

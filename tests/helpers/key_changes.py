@@ -112,6 +112,8 @@ TRAINER = TRAINING | {
         0.0, {"max_lost_rows": 1.0, "trainer": THREE_STEPS | {"max_length": 48}}
     ),
 }
+UNSIZED = {k: v for k, v in THREE_STEPS.items() if k != "per_device_train_batch_size"}
+TOKENS = Change(150, {"trainer": UNSIZED})
 WITH_DROPOUT = {"lora": LORA, "trainer": THREE_STEPS | {"disable_dropout": False}}
 DROPOUT = {"lora.dropout": Change(0.5, WITH_DROPOUT)}
 POLICY = TRAINER | {"allow_missing_end_token": Change(True, {"model": "<no-end>"})}
@@ -171,6 +173,7 @@ CHANGES: dict[str, dict[str, Change]] = {
     | {
         "lora.dropout": Change(0.5, {"lora": LORA}),
         "demonstrations": Change("<others-data>"),
+        "tokens_per_batch": TOKENS,
         "train_on": Change("last", {"demonstrations": "<turns-data>"}),
         "model.vocab_size": Change(SHAPE | {"vocab_size": 280}, NEW),
         "model.hidden_size": Change(SHAPE | {"hidden_size": 40}, NEW),
@@ -182,11 +185,14 @@ CHANGES: dict[str, dict[str, Change]] = {
         "model.tie_word_embeddings": Change(SHAPE | {"tie_word_embeddings": False}, NEW),
         "model.initializer_range": Change(SHAPE | {"initializer_range": 0.1}, NEW),
     },
-    "dpo": POLICY | DROPOUT | {"pairs": Change("<others-data>"), "beta": Change(0.5)},
+    "dpo": POLICY
+    | DROPOUT
+    | {"pairs": Change("<others-data>"), "beta": Change(0.5), "tokens_per_batch": TOKENS},
     "reward": TRAINER
     | DROPOUT
     | {
         "pairs": Change("<others-data>"),
+        "tokens_per_batch": TOKENS,
         "margin_coef": Change(2.0, {"pairs": "<scored-data>"}),
         "max_lost_rows": Change(
             0.0, {"max_lost_rows": 1.0, "trainer": THREE_STEPS | {"max_length": 120}}
@@ -233,6 +239,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "epochs": Change(1),
         "minibatches": Change(1),
         "micro_batch_size": Change(3),
+        "tokens_per_batch": Change(40),
         "sample_batch_size": Change(3),
         "clip": Change(0.01),
         "clip_high": Change(0.01),

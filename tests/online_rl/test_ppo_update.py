@@ -429,3 +429,33 @@ def test_row_27_padding_changes_no_metric_of_the_update(
         results.append({k: v for k, v in ppo.metrics.items() if "seconds" not in k})
     assert results[1] == pytest.approx(results[0], rel=1e-3, abs=1e-5)
     assert results[0]["clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_gradient_does_not_depend_on_the_tokens_of_a_forward_pass(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+):
+    results = []
+    for name, sizes in (("rows", {"micro_batch_size": 8}), ("tokens", {"tokens_per_batch": 120})):
+        with pytest.MonkeyPatch.context() as patch, recorded_gradients(patch) as gradients:
+            recorder = Recorder(patch)
+            ppo = ppo_fixtures.build_trainer(
+                folders, tmp_path / name, n_completions=2, prefix_sharing=share, epochs=1, **sizes
+            )
+            ppo.step(0)
+        results.append((gradients[0], recorder.policy_calls, recorder.rollouts[0]))
+    (expected, _, rows), (actual, calls, others) = results
+    assert torch.equal(rows.inputs["ids"], others.inputs["ids"])
+    assert len(calls) > 1
+    taken = []
+    for inputs, _ in calls:
+        ids = [
+            row[:n] for row, n in zip(inputs["ids"].tolist(), inputs["mask"].sum(1), strict=True)
+        ]
+        taken += [tuple(row) for row in ids]
+        prefixes = {tuple(row[: k + 1]) for row in ids for k in range(len(row))}
+        tokens = len(prefixes) if share else len(ids) * max(map(len, ids))
+        assert len(ids) == 1 or tokens <= 120
+    assert len(taken) == 8
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
