@@ -100,16 +100,15 @@ class Stopwatch:
         """Double a size as long as its measurement is short; the last size and its seconds.
 
         The size never exceeds ``most``, and a measurement is expected to take at most ``longest``
-        seconds. The first measurement includes start-up and is never the only one.
+        seconds, unless it is the second: the first one includes start-up and does not count.
         """
         size = min(first, most)
-        seconds = measure(size)
-        if size >= most or 2 * seconds > longest:
-            return size, min(seconds, measure(size))
-        while size < most and 2 * seconds <= longest:
+        measure(size)
+        while True:
             size = min(2 * size, most)
             seconds = measure(size)
-        return size, seconds
+            if size >= most or 2 * seconds > longest:
+                return size, seconds
 
 
 def has_accelerator() -> bool:
