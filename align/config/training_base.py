@@ -218,6 +218,13 @@ class TRLStage(TrainingStage):
         yield from super().problems(stages)
         for keys, message in trl_fields.conflicts(str(self.trainer_config), self.trainer):
             yield Problem(("trainer", *keys), message)
+        for field in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+            if self.prefix_sharing and self.trainer.get(field):
+                yield Problem(
+                    ("trainer", field),
+                    "prefix sharing does not work in a compiled model; remove it, or set "
+                    "`prefix_sharing: false`",
+                )
 
     def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
         """The number of training rows, from the metrics of the data; None if unknown."""

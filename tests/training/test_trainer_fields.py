@@ -273,6 +273,13 @@ def test_a_field_is_refused_exactly_if_transformers_does_not_pass_it_on(
     assert [problem.keys for problem in problems] == ([] if is_passed else [("trainer", field)])
 
 
+def test_a_compiled_model_cannot_share_prefixes() -> None:
+    trainer = {"torch_compile_backend": "eager"}
+    (problem,) = DPO(model="m", trainer=trainer).problems({})
+    assert problem.keys == ("trainer", "torch_compile_backend")
+    assert not list(DPO(model="m", trainer=trainer, prefix_sharing=False).problems({}))
+
+
 def test_modules_are_read_by_low_rank_optimizers_only() -> None:
     for optimizer, n_problems in (("adamw_torch", 1), ("galore_adamw", 0), ("apollo_adamw", 0)):
         trainer = {"optim": optimizer, "optim_target_modules": "all-linear"}
