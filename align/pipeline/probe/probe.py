@@ -92,6 +92,8 @@ def _measure(
     if missing:
         return StageTime(known=False, remark="a stage that it reads could not be measured")
     try:
+        if isinstance(config, TRLStage) and getattr(config, "tokens_per_batch", None) is not None:
+            return StageTime(known=False, remark="batches by `tokens_per_batch` are not measured")
         if isinstance(config, TRLStage):
             return training.measure(
                 config, stage.stage, inputs, sampled, output_dir, watch, processes=processes
