@@ -423,21 +423,21 @@ def flash_attn_varlen_func(
     )
 
 
-@pytest.mark.usefixtures("no_fallback")
-def test_under_autocast_queries_keys_and_values_have_one_type(monkeypatch):
-    shared = model("llama", SMALL, torch.float32)
-    wrapper.enable_prefix_sharing(shared)
+def test_under_autocast_accelerators_get_queries_keys_and_values_of_one_type(monkeypatch):
+    layout = trie.build_layout(*batch(ROWS["pairs"], "right"), absolute=False)
     types = []
 
     def accelerated(query, key, value, layout, scaling, window):
-        types.append({query.dtype, key.dtype, value.dtype})
-        return prefix_sharing_attention.attend_varlen(query, key, value, layout, scaling, window)
+        types.append([query.dtype, key.dtype, value.dtype])
+        return query
 
-    monkeypatch.setattr(prefix_sharing_attention, "varlen_function", lambda: varlen)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # not eager on a CPU
     monkeypatch.setattr(prefix_sharing_attention, "kernel_for", lambda query, layout: accelerated)
+    rotated = torch.randn(1, 4, len(layout.tokens), 8)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden(shared, *batch(ROWS["pairs"], "right"))
-    assert types == [{torch.bfloat16}] * 2
+        value = rotated.to(torch.bfloat16)
+        prefix_sharing_attention._attend(torch.nn.Module(), rotated, rotated, value, layout)
+    assert types == [[torch.bfloat16] * 3]
 
 
 # Fallbacks to the padded forward pass -------------------------------------------------------------

@@ -96,7 +96,8 @@ def _attend(
         raise CannotShare("the attention is not causal")
     if query.shape[2] != key.shape[2]:
         raise CannotShare("keys and queries have different lengths")
-    if torch.is_autocast_enabled(query.device.type):
+    eager_on_cpu = query.device.type == "cpu" and not compiling  # torch's attention casts them
+    if torch.is_autocast_enabled(query.device.type) and not eager_on_cpu:
         # Rotary embeddings leave queries and keys in float32, and values in the lower precision.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
