@@ -54,7 +54,7 @@ def user_texts(raw: Raw) -> list[str] | None:
 
 
 def _role(turn: Mapping[str, object]) -> object:
-    return turn.get("role", layouts.ROLES.get(str(turn.get("from")).lower()))
+    return turn.get("role") or layouts.ROLES.get(str(turn.get("from")).lower())
 
 
 def _words(text: str) -> list[str]:

@@ -29,6 +29,7 @@ from align.data.rows import (
     calls_of,
     prompt_id,
     turn_text,
+    with_numbered_calls,
 )
 from align.data.tool_calls import is_empty
 
@@ -129,20 +130,24 @@ def unread_fields(raw: Raw) -> set[str]:
         for turn in turns
         if isinstance(turn, dict) and len(turn) > 2
         for field, value in turn.items()
-        if (field not in _KNOWN_FIELDS or _is_unread_name(turn, field)) and not is_empty(value)
+        if not _is_read(turn, field) and not is_empty(value)
     }
 
 
-def _is_unread_name(turn: Mapping[str, Any], field: str) -> bool:
-    """Whether a field is the name or the call id of a turn that is not the result of a tool."""
-    role = turn.get("role", layouts.ROLES.get(str(turn.get("from"))))
-    return field in ("name", "tool_call_id") and role not in ("tool", "function")
+def _is_read(turn: Mapping[str, Any], field: str) -> bool:
+    """Whether a field of a turn is read; only results of tools have a name and a call id."""
+    if layouts.is_sharegpt(turn) and field in ("from", "value"):
+        return True
+    role = turn.get("role") or layouts.ROLES.get(str(turn.get("from")))
+    if field in ("name", "tool_call_id"):
+        return role in ("tool", "function")
+    return field in _KNOWN_FIELDS
 
 
 def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
     """Join the prompt of a row and completions; ``sides`` may be whole conversations instead."""
     for column in _MEDIA:
-        if not is_empty(raw.get(column)):
+        if raw.get(column) and not is_empty(raw[column]):
             raise DroppedError(f"`{column}` are not supported")
     tools = tool_calls.tools_text(raw)
     prompt, addition = raw.get("prompt"), _optional_text(raw, "input")
@@ -152,13 +157,17 @@ def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
         prompt_turns, completions = _divide_conversations(prompt, sides)
         if addition:
             raise DroppedError("`input` next to a whole conversation")
-    elif prompt is None:
+    elif prompt is None and any(len(turns) > 1 for turns in sides.values()):
+        raise DroppedError("begins with an assistant turn")
+    elif prompt is None and not ("prompt" in raw and addition):
         raise DroppedError("no prompt")
     else:
-        prompt_turns = [*layouts.history_turns(raw.get("history")), *_turns(prompt, "user")]
+        turns = _turns("" if prompt is None else prompt, "user")
+        prompt_turns = [*layouts.history_turns(raw.get("history")), *turns]
         completions = dict(sides)
     if addition and prompt_turns:
-        content = f"{prompt_turns[-1]['content']}\n\n{addition}"
+        content = prompt_turns[-1]["content"]
+        content = f"{content}\n\n{addition}" if content.strip() else addition
         prompt_turns = [*prompt_turns[:-1], {**prompt_turns[-1], "content": content}]
     prompt_turns = _with_system(_optional_text(raw, "system"), prompt_turns)
     _check_prompt(prompt_turns)
@@ -176,9 +185,10 @@ def _divide_conversations(
     last = {turns[-1]["role"] for turns in conversations.values()} - {"assistant"}
     if last:
         raise DroppedError(f"ends in a {min(last)} turn")
-    first, *others = conversations.values()
+    first = next(iter(conversations.values()))
+    numbered, *others = map(with_numbered_calls, conversations.values())
     n_shared, longest = 0, min(len(turns) for turns in conversations.values()) - 1
-    while n_shared < longest and all(turns[n_shared] == first[n_shared] for turns in others):
+    while n_shared < longest and all(turns[n_shared] == numbered[n_shared] for turns in others):
         n_shared += 1
     if n_shared == 0 and longest:
         raise DroppedError("transcripts share no beginning")
@@ -257,16 +267,19 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
         turn = {**turn, "role": "tool"}
     if turn.get("role") not in ROLES:
         raise DroppedError("wrong roles", _wrong_role(turn))
-    unsupported = [name for name in _UNSUPPORTED_FIELDS if not is_empty(turn.get(name))]
+    unsupported = [n for n in _UNSUPPORTED_FIELDS if turn.get(n) and not is_empty(turn[n])]
     if unsupported:
         raise DroppedError(f"`{unsupported[0]}` of a turn is not supported")
     fields = tool_calls.extra_fields(turn)
     content = turn.get("content")
-    if content is None and "tool_calls" in fields:
+    if content is None and ("tool_calls" in fields or turn["role"] == "system"):
         content = ""
     if turn["role"] == "assistant" and _excluded_by(turn):
         fields[UNTRAINED] = True
-    return {"role": turn["role"], "content": _text(_joined(content)), **fields}
+    content = _text(_joined(content))
+    if tool_calls.REASONING[0] in fields:
+        content = tool_calls.behind_reasoning(content, fields[tool_calls.REASONING[0]])
+    return {"role": turn["role"], "content": content, **fields}
 
 
 def _joined(content: object) -> object:
@@ -320,6 +333,8 @@ def _check_prompt(prompt: Messages) -> None:
             raise DroppedError("result of a tool without an answer", f"roles: {', '.join(roles)}")
         if role == "tool" and before == "user":
             raise DroppedError("result of a tool without a call", f"roles: {', '.join(roles)}")
+    if roles and roles[0] == "assistant":
+        raise DroppedError("begins with an assistant turn", f"roles: {', '.join(roles)}")
     if not roles or "system" in roles or roles[0] != "user":
         detail = "roles: " + ", ".join(turn["role"] for turn in prompt)
         raise DroppedError("wrong roles", f"{detail}; allowed is system, user, assistant, user, …")
@@ -337,4 +352,5 @@ def _check_completion(turns: Messages) -> None:
         detail = "roles: " + ", ".join(turn["role"] for turn in turns)
         raise DroppedError("completion is not one assistant turn", detail)
     if not _says_something(turns[0]):
-        raise DroppedError("blank completion")
+        thought = tool_calls.REASONING[0] in turns[0]
+        raise DroppedError("completion has only reasoning" if thought else "blank completion")

@@ -46,13 +46,21 @@ def recognize(names: Collection[str]) -> tuple[str, dict[str, str]]:
     return "", {}
 
 
+def is_sharegpt(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn has a speaker as ShareGPT names it, and no role.
+
+    Parquet gives turns of a source with both layouts the keys of both, one of them null.
+    """
+    return "from" in turn and turn.get("role") is None
+
+
 def turn_with_role(turn: Mapping[str, Any]) -> Mapping[str, Any]:
     """A turn of ShareGPT with ``role`` and ``content``; any other turn as it is.
 
     Raises:
         DroppedError: Its ``from`` is unknown.
     """
-    if "from" not in turn or "role" in turn:
+    if not is_sharegpt(turn):
         return turn
     name = str(turn["from"]).strip().lower()
     if name not in ROLES:

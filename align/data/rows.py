@@ -60,7 +60,8 @@ def normalize_text(text: str) -> str:
 def prompt_id(prompt: Messages) -> str:
     """Hash of the normalized turns of a prompt, as 16 hexadecimal digits."""
     turns = (
-        f"{turn['role']}\x1f{normalize_text(turn['content'])}{_extra(turn)}" for turn in prompt
+        f"{turn['role']}\x1f{normalize_text(turn['content'])}{_extra(turn)}"
+        for turn in with_numbered_calls(prompt)
     )
     return hashlib.blake2b("\x1e".join(turns).encode(), digest_size=8).hexdigest()
 
@@ -69,6 +70,28 @@ def _extra(turn: Message) -> str:
     """The further fields of a turn that a model reads, as text; empty if it has none."""
     fields = {name: turn[name] for name in EXTRA_FIELDS if turn.get(name) and name != UNTRAINED}
     return f"\x1f{json.dumps(fields)}" if fields else ""
+
+
+def with_numbered_calls(turns: Messages) -> Messages:
+    """The turns with numbers, from 0, in place of the ids of their calls, which are random.
+
+    >>> call, result = {"tool_calls": [{"id": "x7"}]}, {"tool_call_id": "x7"}
+    >>> with_numbered_calls([call, result])
+    [{'tool_calls': [{'id': '0'}]}, {'tool_call_id': '0'}]
+    """
+    numbers: dict[str, str] = {}
+
+    def numbered(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+        if not fields.get(name):
+            return dict(fields)
+        return {**fields, name: numbers.setdefault(fields[name], str(len(numbers)))}
+
+    changed = []
+    for turn in turns:
+        if calls_of(turn):
+            turn = {**turn, "tool_calls": [numbered(call, "id") for call in calls_of(turn)]}
+        changed.append(numbered(turn, "tool_call_id") if "tool_call_id" in turn else turn)
+    return changed
 
 
 def turn_text(turn: Message) -> str:

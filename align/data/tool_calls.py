@@ -21,12 +21,16 @@ CALLS = ("tool_calls", "function_call")
 TOOLS = ("tools", "functions")
 """Columns with the tools of a conversation; ``functions`` is the older name."""
 FIELDS = (*REASONING, *CALLS, "tool_call_id", "name")
-_EMPTY: tuple[Any, ...] = (None, False, "", "null", [], "[]", {}, "{}")
+_EMPTY: tuple[Any, ...] = (None, "", "null", [], "[]", {}, "{}")
+_ARGUMENTS = ("arguments", "args", "parameters")
+"""Names of the arguments of a call; the first is the stored one."""
+_FUNCTION_FIELDS = {"name", *_ARGUMENTS}
+_CALL_FIELDS = {"id", "type", "index"}  # the place of a call is its index
 
 
 def is_empty(value: object) -> bool:
     """Whether a value has no content: missing, false, or an empty text, list or object."""
-    return value is None or value in _EMPTY
+    return value is False or value in _EMPTY  # 0 equals False, but it may be the id of a call
 
 
 def extra_fields(turn: Mapping[str, Any]) -> Message:
@@ -54,21 +58,33 @@ def extra_fields(turn: Mapping[str, Any]) -> Message:
     if len(calls) > 1:
         raise DroppedError("`tool_calls` next to `function_call`")
     if calls:
-        value = decoded(turn[calls[0]], calls[0])
-        fields["tool_calls"] = [
-            _call(call) for call in (value if isinstance(value, list) else [value])
-        ]
+        fields["tool_calls"] = calls_of_text(turn[calls[0]], calls[0])
     return fields
 
 
-def calls_of_text(value: object) -> list[dict[str, Any]]:
-    """The calls of a turn whose text is one call, or a list of them, as JSON.
+def behind_reasoning(text: str, reasoning: str) -> str:
+    """The text of a turn without its reasoning, if the text repeats what a field has.
 
     Raises:
-        DroppedError: The text is no call.
+        DroppedError: The text begins with other reasoning.
     """
-    calls = decoded(value, "function_call")
-    return [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    inline, end, rest = text.partition("</think>")
+    begins = inline.lstrip().startswith("<think>")
+    inline = inline.lstrip().removeprefix("<think>").strip()
+    if end and (inline == reasoning.strip() or (begins and not inline)):
+        return rest.lstrip()
+    if begins:
+        raise DroppedError("reasoning in the text differs from `reasoning_content`")
+    return text
+
+
+def calls_of_text(value: object, name: str = "function_call") -> list[dict[str, Any]]:
+    """The calls of a turn from a field that has one call, or a list of them, or their JSON.
+
+    Raises:
+        DroppedError: The field has something else.
+    """
+    return [_call(call) for call in _items(value, name)]
 
 
 def tools_text(raw: Raw) -> str:
@@ -82,13 +98,16 @@ def tools_text(raw: Raw) -> str:
         return ""
     if len(names) > 1:
         raise DroppedError("`tools` next to `functions`")
-    tools = decoded(raw[names[0]], names[0])
-    tools = tools if isinstance(tools, list) else [tools]
-    return to_json([_tool(tool, names[0]) for tool in tools])
+    return to_json([_tool(tool, names[0]) for tool in _items(raw[names[0]], names[0])])
 
 
-def _tool(value: object, column: str) -> dict[str, Any]:
-    tool: Any = without_nulls(decoded(value, column))
+def _items(value: object, name: str) -> list[Any]:
+    """The objects of a field that has one or several, or their JSON, which keeps its nulls."""
+    value = decoded(value, name) if isinstance(value, str) else without_nulls(value)
+    return [decoded(item, name) for item in (value if isinstance(value, list) else [value])]
+
+
+def _tool(tool: Any, column: str) -> dict[str, Any]:
     if isinstance(tool, dict) and "function" not in tool and "name" in tool:
         tool = {"type": "function", "function": tool}
     function = tool.get("function") if isinstance(tool, dict) else None
@@ -97,25 +116,40 @@ def _tool(value: object, column: str) -> dict[str, Any]:
     return dict(tool)
 
 
-def _call(value: object) -> dict[str, Any]:
+def _call(call: Any) -> dict[str, Any]:
     """A call with its arguments as JSON text."""
-    call: Any = decoded(value, "tool_calls")
-    function = call.get("function", call) if isinstance(call, dict) else None
+    nested = call.get("function") if isinstance(call, dict) else None
+    function = call if is_empty(nested) else nested
     if not isinstance(function, dict) or not _is_name(function.get("name")):
         raise DroppedError("a tool call names no function", f"{to_json(call):.60}")
-    if (kind := call.get("type")) not in (None, "function"):
+    if (kind := call.get("type")) not in (None, "function", "tool_call"):
         raise DroppedError("a tool call is not a function", f"its type is {str(kind)[:40]!r}")
-    given = function.get("arguments")
-    arguments = {} if is_empty(given) else given
-    if isinstance(arguments, str):
-        arguments = decoded(arguments, "arguments")
-    else:
-        arguments = without_nulls(arguments)
-    if not isinstance(arguments, dict):
-        raise DroppedError("`arguments` of a tool call are not a JSON object", f"{given!r:.60}")
+    outer = _CALL_FIELDS | (_FUNCTION_FIELDS if function is call else {"function"})
+    _check_fields(call, outer)
+    if function is not call:
+        _check_fields(function, _FUNCTION_FIELDS)
     identity = {} if is_empty(call.get("id")) else {"id": str(call["id"])}
-    stored = {"name": function["name"], "arguments": to_json(arguments)}
+    stored = {"name": function["name"], "arguments": to_json(_arguments(function))}
     return {**identity, "type": "function", "function": stored}
+
+
+def _check_fields(call: Mapping[str, Any], known: set[str]) -> None:
+    unknown = [key for key, value in call.items() if key not in known and not is_empty(value)]
+    if unknown:
+        allowed = ", ".join(f"`{name}`" for name in sorted(known))
+        detail = f"it has `{str(unknown[0])[:40]}`; allowed are {allowed}"
+        raise DroppedError("a tool call has an unknown field", detail)
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    names = [name for name in _ARGUMENTS if not is_empty(function.get(name))]
+    if len(names) > 1:
+        raise DroppedError(f"`{names[0]}` next to `{names[1]}` in a tool call")
+    value = function[names[0]] if names else {}
+    arguments = decoded(value, names[0]) if names else {}
+    if not isinstance(arguments, dict):
+        raise DroppedError("`arguments` of a tool call are not a JSON object", f"{value!r:.60}")
+    return arguments
 
 
 def _is_name(value: object) -> bool:

@@ -168,7 +168,7 @@ H, A = "\n\nHuman: ", "\n\nAssistant: "
         (pair, {**PAIR, "prompt": 3}, "content is not text"),
         (pair, {**PAIR, "prompt": [user("a"), user("b")]}, "two turns in a row by one speaker"),
         (pair, {**PAIR, "prompt": [user("a"), assistant("b")]}, "in a row by one speaker"),
-        (pair, {**PAIR, "prompt": [assistant("a"), user("b")]}, "wrong roles"),
+        (pair, {**PAIR, "prompt": [assistant("a"), user("b")]}, "begins with an assistant turn"),
         (pair, {**PAIR, "prompt": [{"role": "human", "content": "a"}]}, "wrong roles"),
         (pair, {**PAIR, "prompt": [{"role": "system", "content": "a"}]}, "wrong roles"),
         (pair, {**PAIR, "chosen": ""}, "blank completion"),

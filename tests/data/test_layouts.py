@@ -47,6 +47,20 @@ ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("ShareGPT, a call at the end",
      {"conversations": turns("human: Hi", f"function_call: [{CALL}, {CALL}]")}, "demonstrations",
      {"prompt": [user("Hi")], "completion": [assistant("") | {"tool_calls": [STORED] * 2}]}),
+    ("ShareGPT, parameters of a call", {"conversations": turns("human: Hi",
+      'function_call: {"name": "weather", "parameters": {"city": "Rom"}}')}, "demonstrations",
+     {"prompt": [user("Hi")], "completion": [assistant("") | {"tool_calls": [STORED]}]}),
+    ("ShareGPT, third field", {"conversations": [t | {"weight": 1}
+      for t in turns("human: Hi", "gpt: A")]},
+     "demonstrations", {"prompt": [user("Hi")], "completion": [assistant("A")]}),
+    ("ShareGPT, null role and null system turn", {"conversations": [
+      t | {"role": None, "content": None, "value": t["value"] or None}
+      for t in turns("system: ", "human: Hi", "gpt: A")]},
+     "demonstrations", {"prompt": [user("Hi")], "completion": [assistant("A")]}),
+    ("Alpaca, blank instruction", {"instruction": " ", "input": "1 + 2", "output": "3"},
+     "demonstrations", {"prompt": [user("1 + 2")], "completion": [assistant("3")]}),
+    ("Alpaca, no instruction", {"instruction": None, "input": "1 + 2", "output": "3"},
+     "demonstrations", {"prompt": [user("1 + 2")], "completion": [assistant("3")]}),
     ("Alpaca", {"instruction": "Add.", "input": "1 + 2", "output": "3"},
      "demonstrations", {"prompt": [user("Add.\n\n1 + 2")], "completion": [assistant("3")]}),
     ("Alpaca, history", {"instruction": "Go", "input": "", "output": "A", "system": "Be brief.",
@@ -75,6 +89,15 @@ def test_a_layout_is_recognized_and_shown(
     assert line.startswith(f"recognized: {file} as {layout}, columns {{")
 
 
+def test_fields_that_a_layout_does_not_read_are_shown(tmp_path: Path):
+    speakers = [t | {"weight": None, "emotion": "glad"} for t in turns("human: Hi", "gpt: A")]
+    own = [user("Hi") | {"from": "x"}, assistant("A") | {"from": "y"}]
+    for row, name in (({"conversations": speakers}, "emotion"), ({"messages": own}, "from")):
+        data = prepared_whole(write_jsonl(tmp_path / f"{name}.jsonl", [row]))
+        names = [field for field in data.findings["not_read"] if field.startswith("field")]
+        assert names == [f"field `{name}` of turns"]
+
+
 def test_own_columns_and_column_maps_take_precedence(tmp_path: Path):
     row = {"prompt": "Hi", "completion": "A", "instruction": "x", "output": "y", "history": "z"}
     data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", [row]))
@@ -100,7 +123,7 @@ def test_rows_of_the_layout_are_checked_as_others(tmp_path: Path):
     assert data.dropped == {
         "demonstrations: `function_call` is not JSON": 1,
         "demonstrations: ends in a user turn": 1,
-        "demonstrations: no prompt": 1,
+        "demonstrations: begins with an assistant turn": 1,
         "demonstrations: wrong roles": 1,
     }
 

@@ -47,8 +47,25 @@ RESULT = {"role": "tool", "content": "21"}
         {"tool_calls": '[{"name": "weather", "arguments": {"city": "Rom"}}]'},
         {"tool_calls": ['{"name": "weather", "arguments": {"city": "Rom"}}']},
         {"function_call": {"name": "weather", "arguments": '{"city":"Rom"}'}, "tool_calls": None},
+        {"tool_calls": [{"name": "weather", "args": {"city": "Rom"}, "type": "tool_call"}]},
+        {"tool_calls": [{"name": "weather", "parameters": {"city": "Rom"}, "arguments": None}]},
+        {
+            "tool_calls": [
+                {"function": None, "index": 0, "name": "weather", "args": '{"city":"Rom"}'}
+            ]
+        },
     ],
-    ids=["text", "object with a null of Parquet", "flat", "JSON", "list of JSON", "older name"],
+    ids=[
+        "text",
+        "object with a null of Parquet",
+        "flat",
+        "JSON",
+        "list of JSON",
+        "older name",
+        "LangChain",
+        "Llama",
+        "both forms in Parquet",
+    ],
 )
 def test_every_layout_of_a_call_is_stored_as_one(turn: dict[str, Any]):
     turn = {"role": "assistant", "content": "", **turn}
@@ -62,6 +79,49 @@ def test_a_call_keeps_its_id_and_the_null_in_a_text():
     call = {"id": "x1", "type": "function", "function": function}
     row = demonstration({"messages": [user("Hi"), {**assistant("Wait."), "tool_calls": [call]}]})
     assert row["completion"][0]["tool_calls"] == [call]
+
+
+def test_the_id_of_a_call_may_be_zero():
+    turns = [{**CALL, "tool_calls": [{**STORED, "id": 0}]}, {**RESULT, "tool_call_id": 0}]
+    row = demonstration({"messages": [user("Hi"), *turns, assistant("A")]})
+    assert row["prompt"][1]["tool_calls"][0]["id"] == row["prompt"][2]["tool_call_id"] == "0"
+
+
+def test_json_text_keeps_its_nulls_and_objects_lose_those_of_parquet():
+    function = {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}
+    tool = {"type": "function", "function": function}
+    tools = json.dumps([tool])
+    calls = json.dumps([{"name": "f", "arguments": {"x": None}}])
+    turns = [user("Hi"), {**assistant(""), "tool_calls": calls}]
+    row = demonstration({"messages": turns, "tools": tools})
+    assert row["prompt"][0]["tools"] == tools
+    call = row["completion"][0]["tool_calls"][0]
+    assert call["function"]["arguments"] == '{"x": null}'
+    turns = [user("Hi"), {**assistant(""), "tool_calls": json.loads(calls)}]
+    row = demonstration({"messages": turns, "tools": [tool]})
+    assert "null" not in json.dumps(row)
+
+
+def test_call_ids_distinguish_neither_transcripts_nor_prompts():
+    def turns(first: str, second: str, answer: str) -> list[dict[str, Any]]:
+        calls = [{**STORED, "id": first}, {**STORED, "id": second}]
+        results = [{**RESULT, "tool_call_id": first}, {**RESULT, "tool_call_id": second}]
+        return [user("Hi"), {**CALL, "tool_calls": calls}, *results, assistant(answer)]
+
+    row = pair({"chosen": turns("a1", "a2", "A"), "rejected": turns("b1", "b2", "B")})
+    other = demonstration({"messages": turns("b1", "b2", "B")})
+    assert (row["prompt"], row["prompt_id"]) == (turns("a1", "a2", "A")[:-1], other["prompt_id"])
+    question, calls, first, second = other["prompt"]
+    assert prompt_id([question, calls, second, first]) != other["prompt_id"]
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nwhy\n</think>\n\n4", "why\n</think>\n\n4", "<think></think>4", "4"]
+)
+def test_reasoning_that_a_turn_has_twice_is_kept_once(text: str):
+    turn = {**assistant(text), "reasoning_content": "why\n"}
+    row = demonstration({"messages": [user("2+2?"), turn]})
+    assert row["completion"] == [{**assistant("4"), "reasoning_content": "why\n"}]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -128,11 +188,26 @@ CASES: list[tuple[str, dict[str, Any]]] = [
      {"messages": [user("a"), {**assistant("b"), "reasoning": "x", "thinking": "y"}]}),
     ("a tool or a call is not JSON",
      {"messages": [user("a"), {**CALL, "tool_calls": [{"name": "f", "arguments": {"x": b""}}]}]}),
-    ("blank completion", {"messages": [user("a"), {**assistant(" "), "reasoning": "x"}]}),
+    ("completion has only reasoning",
+     {"messages": [user("a"), {**assistant(" "), "reasoning": "x"}]}),
+    ("reasoning in the text differs from `reasoning_content`",
+     {"messages": [user("a"), {**assistant("<think>y</think>b"), "reasoning": "x"}]}),
+    ("reasoning in the text differs from `reasoning_content`",
+     {"messages": [user("a"), {**assistant("<think>x"), "reasoning": "x"}]}),
+    ("a tool call has an unknown field",
+     {"messages": [user("a"), {**CALL, "tool_calls": [{"name": "f", "kwargs": {"x": 1}}]}]}),
+    ("a tool call has an unknown field",
+     {"messages": [user("a"), {**CALL, "tool_calls": [
+         {"function": {"name": "f"}, "arguments": {"x": 1}}]}]}),
+    ("`arguments` next to `args` in a tool call",
+     {"messages": [user("a"), {**CALL, "tool_calls": [
+         {"name": "f", "arguments": {"x": 1}, "args": {"x": 2}}]}]}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("reason", "row"), CASES, ids=[reason for reason, _ in CASES])
+@pytest.mark.parametrize(
+    ("reason", "row"), CASES, ids=[f"{k}: {reason}" for k, (reason, _) in enumerate(CASES)]
+)
 def test_a_row_with_malformed_tools_is_dropped_with_the_reason(reason: str, row: dict[str, Any]):
     with pytest.raises(DroppedError) as error:
         (pair if "chosen" in row else demonstration)(row)
