@@ -36,10 +36,16 @@ def plan(
 ) -> None:
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
     from align.config.recipe import ErrorCollector, read_recipe
+    from align.errors import UserError
     from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline.plan import plan_stages
     from align.runtime.terminal import SafeConsole
 
+    if probe and processes > 1:
+        raise UserError(
+            f"--processes {processes}: --probe measures one process and not the exchange between "
+            "several; give one of the two options"
+        )
     errors = ErrorCollector(read_recipe(recipe, overrides or []))
     stages = plan_stages(errors, runs, until=until)
     pending = [stage for stage in stages if stage.status != "reused"]
@@ -67,7 +73,7 @@ def plan(
     if probe and pending:
         from align.cli.plan_times import print_times
 
-        print_times(console, stages, prepared, runs, processes)
+        print_times(console, stages, prepared, runs)
 
 
 def _plan_table(

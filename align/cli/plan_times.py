@@ -26,7 +26,6 @@ def print_times(
     stages: Sequence[PlannedStage],
     prepared: Mapping[Path, PreparedData],
     runs: Path,
-    processes: int,
 ) -> None:
     """Measure the unfinished stages and print their expected times."""
     import time
@@ -43,7 +42,6 @@ def print_times(
         stages,
         prepared,
         runs,
-        processes=processes,
         announce=lambda line: console.print(f"probe: {line}", style="dim", markup=False),
     )
     console.print(times_table(times, start_up))

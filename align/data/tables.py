@@ -183,18 +183,39 @@ class TableWriter:
 
     Turns are stored as lists of ``{role, content}`` with the fields of ``extra_fields``; ``tools``
     is a column. Kept columns have the type of the first row group. A later value of another type
-    raises :class:`DataError`.
+    raises :class:`DataError`. The columns are those of the first row.
     """
 
     def __init__(self, path: Path, extra_fields: Collection[str] = ()) -> None:
         self._path, self._rows, self._extra_fields = path, list[Row](), extra_fields
+        self._turn_fields = {"role", "content", *extra_fields} - {TOOLS}
+        self._columns: Collection[str] | None = None
         self._writer: Any = None
 
     def add(self, row: Row) -> None:
-        """Append a row."""
-        self._rows.append(without_tools(row) if TOOLS in self._extra_fields else row)
+        """Append a row.
+
+        Raises:
+            ValueError: The row has a field that the table does not store.
+        """
+        if TOOLS in self._extra_fields:
+            row = without_tools(row)
+        self._check_fields(row)
+        self._rows.append(row)
         if len(self._rows) == ROW_GROUP:
             self._flush()
+
+    def _check_fields(self, row: Row) -> None:
+        """Raise an error for fields that Arrow would drop in silence."""
+        if self._columns is None:
+            self._columns = row.keys()
+        unknown = row.keys() - self._columns
+        for name in TURNS:
+            turns = row.get(name)
+            for turn in turns if isinstance(turns, list) else ():
+                unknown |= turn.keys() - self._turn_fields
+        if unknown:
+            raise ValueError(f"{self._path}: fields without a place: {', '.join(sorted(unknown))}")
 
     def close(self) -> None:
         """Write the remaining rows and close the file."""

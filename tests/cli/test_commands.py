@@ -15,7 +15,7 @@ import align
 from align import __version__
 from align.cli import chat, data, env, launcher, main, plan
 from align.config.recipe import read_recipe
-from align.errors import ArtifactError, RecipeError
+from align.errors import ArtifactError, RecipeError, UserError
 from align.models import tokenization
 from align.runtime import artifacts
 
@@ -131,6 +131,11 @@ def test_plan_and_check_count_one_stage(tmp_path, capsys):
     output = capsys.readouterr().out
     assert output.count(": 1 stage") == 2
     assert "1 stages" not in output
+
+
+def test_the_probe_measures_one_process_only(tmp_path):
+    with pytest.raises(UserError, match="--processes 2: --probe measures one process"):
+        plan.plan(Path("dpo"), runs=tmp_path, processes=2, probe=True)
 
 
 def test_a_plan_fits_80_columns_and_shows_names_as_written(tmp_path, capsys, monkeypatch):

@@ -92,6 +92,39 @@ def test_trl_gets_a_data_set_none_without_a_held_out_split_and_an_error_without_
         tables.load_dataset(tmp_path, "pairs", "train", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "further", "unknown"),
+    [
+        pytest.param({"tools": "[]"}, {}, "tools", id="tools in a table without them"),
+        pytest.param({"reasoning_content": "why"}, {}, "reasoning_content", id="a field of a turn"),
+        pytest.param({"tool_calls": [], "name": "n"}, {}, "name, tool_calls", id="two fields"),
+        pytest.param({}, {"label": True}, "label", id="a column that the first row lacks"),
+    ],
+)
+def test_a_field_that_the_table_does_not_store_is_an_error(
+    tmp_path: Path, fields: Row, further: Row, unknown: str
+):
+    writer = tables.TableWriter(tables.table_file(tmp_path, "prompts", "train"))
+    first, second = numbered_rows(2)
+    writer.add(first)
+    second["prompt"][0] |= fields
+    with pytest.raises(ValueError, match=rf"prompts-train.parquet: .*: {unknown}$"):
+        writer.add(second | further)
+    writer.close()
+    assert tables.read(tmp_path, "prompts", "train") == [first]
+
+
+def test_a_field_of_every_turn_is_stored_where_the_table_has_it(tmp_path: Path):
+    file = tables.table_file(tmp_path, "prompts", "train")
+    writer = tables.TableWriter(file, {"tools", "reasoning_content"})
+    first, second = numbered_rows(2)
+    first["prompt"][0] |= {"tools": "[]", "reasoning_content": "why"}
+    for row in (first, second):
+        writer.add(row)
+    writer.close()
+    assert tables.read(tmp_path, "prompts", "train") == [first, second]
+
+
 def test_a_damaged_table_is_named(tmp_path: Path):
     tables.table_file(tmp_path, "pairs", "train").write_bytes(b"PAR1" + bytes(40) + b"PAR1")
     for read in (tables.read, tables.column_names, tables.count_rows):

@@ -6,17 +6,21 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from align.cli.plan_times import duration, times_table
-from align.config.data import Label, Sample
+from align.config.data import Label, Prepare, Sample
+from align.config.ppo import PPO
+from align.config.training import SFT
 from align.data import tables
+from align.data.rows import Row
 from align.pipeline.plan import PlannedStage
-from align.pipeline.probe import data
+from align.pipeline.probe import data, probe
 from align.pipeline.probe.sampling import SHORT, Lengths, measure_sampling
 from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch, computed_tokens
 from align.runtime.terminal import SafeConsole
@@ -179,6 +183,68 @@ def test_data_that_do_not_exist_yet_are_replaced_by_rows_of_the_prepared_data(tm
     pair = sampled[runs / "label"].sampled("pairs")[0]
     assert pair["chosen"] != pair["rejected"] and pair["prompt"] == turn("user", "question 0")
     assert not runs.exists()
+
+
+TOOL_TURNS: list[Row] = [
+    {"role": "user", "content": "Weather?", "tools": '[{"name": "weather"}]'},
+    {"role": "assistant", "content": "Wait.", "reasoning_content": "why", "untrained": True},
+    {"role": "user", "content": "I wait."},
+]
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["written", "in memory"])
+def test_sampled_rows_have_every_field_of_their_turns(tmp_path: Path, written: bool):
+    plain = {"prompt": [{"role": "user", "content": "Hi"}], "prompt_id": "2"}
+    rows: list[Row] = [
+        {
+            "prompt": TOOL_TURNS,
+            "completion": [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            "prompt_id": "1",
+        },
+        plain | {"completion": [{"role": "assistant", "content": "Ho"}]},
+    ]
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    in_memory = {} if written else {prepared: InMemory(rows)}
+    if written:
+        tables.write(rows, tables.table_file(prepared, "demonstrations", "train"))
+    sample = Sample(model="m", prompts=str(prepared), n_completions=1)
+    stages = [planned("sample", sample, tmp_path / "runs", {"prompts": prepared})]
+    if not written:
+        prepare = planned("prepare", Prepare(source="embedded"), tmp_path, {})
+        stages = [replace(prepare, folder=prepared), *stages]
+        prepared.rmdir()
+    sampled = data.sample(stages, cast("Any", in_memory), tmp_path / "probe")
+    assert sampled[prepared].sampled("demonstrations") == rows
+    assert sampled[tmp_path / "runs" / "sample"].sampled("completions") == rows
+
+
+class InMemory:
+    """Prepared data with one table."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def tables(self) -> dict[str, dict[str, list[Row]]]:
+        return {"demonstrations": {"train": self.rows}}
+
+
+BY_TOKENS = {"tokens_per_batch": 100}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SFT(model="m", **BY_TOKENS), id="sft"),
+        pytest.param(PPO(model="m", rewards=["r"], steps=1, batch_size=8, **BY_TOKENS), id="ppo"),
+    ],
+)
+def test_batches_by_tokens_are_not_measured(tmp_path: Path, config: Any):
+    stages = [planned("stage", config, tmp_path, {})]
+    times = probe.measure(stages, {}, tmp_path, announce=lambda line: None)
+    unknown = StageTime(known=False, remark="batches by `tokens_per_batch` are not measured")
+    assert times == {"stage": unknown}
 
 
 @pytest.mark.slow

@@ -164,8 +164,5 @@ def _write(data: tuple[Rows, dict[tuple[str, str], int]], folder: Path) -> Sampl
     by_table, counts = data
     for (kind, split), rows in by_table.items():
         if rows:
-            writer = tables.TableWriter(tables.table_file(folder, kind, split))
-            for row in rows:
-                writer.add(row)
-            writer.close()
+            tables.write(rows, tables.table_file(folder, kind, split))
     return SampledData(folder, counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def measure(
     parts |= {name: seconds * config.steps for name, seconds in per_step.items()}
     if config.eval_steps:
         held_out = min(config.n_eval_prompts, data.count("prompts", config.eval_split))
-        evaluations = 1 + config.steps // config.eval_steps
+        evaluations = 1 + math.ceil(config.steps / config.eval_steps)  # before the first step too
         share = evaluations * held_out / config.batch_size
         once = per_step.get("sample", Seconds()) + per_step["score"]
         parts["evaluate"] = once * share
@@ -80,7 +81,7 @@ def _saving(config: PPO, trainer: PPOTrainer, output_dir: Path, watch: Stopwatch
     )
     (output_dir / "metrics.jsonl").touch()  # the picture is drawn of it
     policy = watch.once(trainer.save_policy)
-    n = config.steps // (config.save_steps or max(1, config.steps // 10))
+    n = (config.steps - 1) // (config.save_steps or max(1, config.steps // 10))
     return Seconds.exactly(policy + one * n)
 
 
@@ -110,7 +111,8 @@ class _PPOProbe:
 
         def generate(rows: Sequence[Sequence[int]], n_tokens: int) -> None:
             set_length(trainer.models.policy.model, n_tokens)
-            sampler.generate(rows, seed=0)
+            with trainer.models.mixed_precision():
+                sampler.generate(rows, seed=0)
 
         trainer.set_train_mode(False)
         batch = min(config.sample_batch_size, config.batch_size)
@@ -125,7 +127,8 @@ class _PPOProbe:
             completions, rows = self._completions(size)
 
             def call() -> None:
-                self.trainer.scorer.score(completions, rows)
+                with self.trainer.models.mixed_precision():
+                    self.trainer.scorer.score(completions, rows)
                 compute_experience(self.trainer.models, completions, batch_size=size)
 
             return self.watch.settled(call)

@@ -25,6 +25,7 @@ from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch
 from align.runtime import distributed
 
 NO_DATA = "its data are not prepared yet and are too large or on the Hub"
+BY_TOKENS = "batches by `tokens_per_batch` are not measured"
 
 
 def measure(
@@ -32,7 +33,6 @@ def measure(
     prepared: Mapping[Path, PreparedData],
     runs: Path,
     *,
-    processes: int = 1,
     announce: Callable[[str], None],
     watch: Stopwatch | None = None,
 ) -> dict[str, StageTime]:
@@ -56,7 +56,7 @@ def measure(
                 gguf_conversion.converted(file, runs, announce)
             output_dir = folder / stage.name
             output_dir.mkdir(exist_ok=True)
-            times[stage.name] = _measure(stage, data, folders, output_dir, watch, processes)
+            times[stage.name] = _measure(stage, data, folders, output_dir, watch)
             if stage.config.trains_model:
                 folders[stage.folder] = output_dir
     return times
@@ -68,10 +68,11 @@ def _measure(
     folders: Mapping[Path, Path],
     output_dir: Path,
     watch: Stopwatch,
-    processes: int,
 ) -> StageTime:
     """The time of one stage; an error of the stage is its remark."""
     config = stage.config
+    if getattr(config, "tokens_per_batch", None) is not None:
+        return StageTime(known=False, remark=BY_TOKENS)
     if isinstance(config, Prepare):
         if stage.folder not in data:
             return StageTime(known=False, remark=NO_DATA)
@@ -92,12 +93,8 @@ def _measure(
     if missing:
         return StageTime(known=False, remark="a stage that it reads could not be measured")
     try:
-        if isinstance(config, TRLStage) and getattr(config, "tokens_per_batch", None) is not None:
-            return StageTime(known=False, remark="batches by `tokens_per_batch` are not measured")
         if isinstance(config, TRLStage):
-            return training.measure(
-                config, stage.stage, inputs, sampled, output_dir, watch, processes=processes
-            )
+            return training.measure(config, stage.stage, inputs, sampled, output_dir, watch)
         if isinstance(config, PPO):
             return online_rl.measure(config, inputs, sampled, output_dir, watch)
         if isinstance(config, Sample):

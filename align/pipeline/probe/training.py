@@ -7,6 +7,7 @@ the optimizer step, the forward pass and the saving are measured one by one.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,14 +55,12 @@ def measure(
     data: SampledData,
     output_dir: Path,
     watch: Stopwatch,
-    *,
-    processes: int,
 ) -> StageTime:
     """Measure a stage; its model is written to ``output_dir``, where later stages find it."""
     config = config.model_copy(update={"trainer": config.trainer | {"report_to": "none"}})
     probe = _TrainerProbe(config, kind, inputs, data, output_dir, watch)
     with small_vocabulary_tiles():
-        return probe.measure(processes)
+        return probe.measure()
 
 
 class _TrainerProbe:
@@ -93,10 +92,10 @@ class _TrainerProbe:
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
 
-    def measure(self, processes: int) -> StageTime:
-        """The parts of the stage's time; ``processes`` share the batches."""
+    def measure(self) -> StageTime:
+        """The parts of the stage's time."""
         growth = self._growth()
-        rows = round(len(self.trainer.train_dataset) * growth / processes)
+        rows = round(len(self.trainer.train_dataset) * growth)
         table = self.config.reads[0].kind
         steps = self.config.workload({table: {"train": rows}}, 1).steps or 0
         parts = {"load": Seconds.exactly(self.load)}
@@ -294,9 +293,12 @@ class _TrainerProbe:
 
 
 def _occasions(interval: float, steps: int) -> int:
-    """How often something is done every ``interval`` steps, or every share of all steps below 1."""
-    every = interval if interval >= 1 else max(1.0, round(interval * steps))
-    return int(steps // every)
+    """How often something is done every ``interval`` steps and after the last one.
+
+    An interval below 1 is a share of all steps.
+    """
+    every = interval if interval >= 1 else max(1, math.ceil(interval * steps))
+    return math.ceil(steps / every)
 
 
 @dataclass(slots=True)
