@@ -166,6 +166,10 @@ class Conversations:
             contexts += [*(prompt[:k] for k in earlier), prompt]
             answers += [*(prompt[k : k + 1] for k in earlier), completion]
             counts.append(len(earlier) + 1)
+        answers = [
+            self._without_second_reasoning(*turn, tools)
+            for turn in zip(contexts, answers, strict=True)
+        ]
         rows = iter(self.rows(contexts, answers, tools=tools))
         return [_joined([next(rows) for _ in range(count)]) for count in counts]
 
@@ -250,11 +254,38 @@ class Conversations:
         shared = _common_prefix(before, whole)
         header = _common_prefix(before, self.template.render(prompt, tools=tools))
         if shared < header or (before[shared:].strip() and turn_fields.has_reasoning([completion])):
-            raise UserError(
-                f"{self.template.name}: its chat template writes other text before sampling, "
-                f"{before[header:]!r}, than before a turn with tool calls or reasoning; {REPAIR}"
-            )
+            raise self._begins_otherwise(before[header:])
         return whole[shared:]
+
+    def _without_second_reasoning(
+        self, prompt: Sequence[Message], completion: Sequence[Message], tools: Any
+    ) -> Sequence[Message]:
+        """A completion without empty reasoning in its text, if its prompt ends the reasoning.
+
+        Sampled completions are not changed: their tokens are those that the policy has written.
+
+        Raises:
+            UserError: The reasoning in its text is not empty.
+        """
+        opening, closing = REASONING
+        content = str(completion[-1].get("content") or "").lstrip()
+        if not content.startswith(opening):
+            return completion
+        marked = self._mark(prompt)
+        before = self.template.render(marked, add_generation_prompt=True, tools=tools)
+        header = before[_common_prefix(before, self.template.render(marked, tools=tools)) :]
+        if not header.rstrip().endswith(closing):
+            return completion
+        reasoning, _, rest = content.removeprefix(opening).partition(closing)
+        if reasoning.strip():
+            raise self._begins_otherwise(header)
+        return [*completion[:-1], {**completion[-1], "content": rest.lstrip()}]
+
+    def _begins_otherwise(self, header: str) -> UserError:
+        return UserError(
+            f"{self.template.name}: its chat template writes other text before sampling, "
+            f"{header!r}, than before a turn with tool calls or reasoning; {REPAIR}"
+        )
 
     def _mark(self, messages: Sequence[Message]) -> list[Message]:
         """Messages with a break within each special token of their texts."""

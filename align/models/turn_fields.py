@@ -18,6 +18,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 UNTRAINED = "untrained"
 """Field of an earlier turn of the assistant that is excluded from training."""
 THINK = "</think>"
+_OPENING = "<think>"
 Message = Mapping[str, Any]
 
 
@@ -98,11 +99,12 @@ def has_more_than_text(message: Message) -> bool:
 
 def shape(message: Message) -> tuple[Any, ...]:
     """What of a turn decides whether a template writes all of it, apart from its texts."""
+    reasons = message["role"] == "assistant" and _OPENING in str(message.get("content") or "")
     if len(message) == 2:
-        return (message["role"],)
+        return (message["role"], reasons)
     calls = message.get("tool_calls") or ()
     names = [name for name in message if message[name] and name != "content"]
-    return (message["role"], *sorted(names), len(calls), bool(message.get("content")))
+    return (message["role"], reasons, *sorted(names), len(calls), bool(message.get("content")))
 
 
 def has_reasoning(messages: Sequence[Message]) -> bool:

@@ -177,6 +177,29 @@ def test_real_templates_are_written_as_by_transformers(name: str):
         assert template.render(stored) == expected
 
 
+def test_reasoning_in_the_text_is_refused_behind_a_prompt_that_ends_it():
+    def trained(template: str, content: str) -> str:
+        tokenizer = tokenizer_of(template)
+        turns = [{"role": "assistant", "content": content}]
+        ((row,),) = tokenization.conversations(tokenizer).trained_rows(
+            [[ASK]], [turns], train_on="last"
+        )
+        ((start, end),) = row.turns
+        return str(tokenizer.decode(row.ids[start:end]))
+
+    inline = "<think>\nwhy\n</think>\n\nfour"
+    with pytest.raises(UserError, match="writes other text before sampling, '.*</think>"):
+        trained(CLOSES_THINK, inline)
+    assert trained(CLOSES_THINK, "<think>\n\n</think>\n\nfour") == "four<|im_end|>"
+    assert trained(CLOSES_THINK, "four") == "four<|im_end|>"
+    assert trained(HERMES, inline) == f"{inline}<|im_end|>"
+    assert turn_fields.shape({"role": "assistant", "content": inline}) != turn_fields.shape(ANSWER)
+    # A policy may write it, and rows of sampled text have the tokens that were sampled.
+    answer = {"role": "assistant", "content": inline}
+    (row,) = tokenization.tokenize_rows(tokenizer_of(CLOSES_THINK), [[ASK]], [[answer]])
+    assert tokenizer_of(CLOSES_THINK).decode(row.ids[row.start :]) == f"{inline}<|im_end|>"
+
+
 def test_reasoning_has_the_name_that_the_template_reads():
     tokenizer = real_tokenizer("gptoss")  # it reads `thinking`
     expected = tokenizer.apply_chat_template(
