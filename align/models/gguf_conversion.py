@@ -77,6 +77,8 @@ def _convert(file: Path, folder: Path) -> None:
     model = _load(file)
     check_finite(file, model)
     check_vocabulary(file, model, tokenizer)
+    if len(ends := gguf_files.read_header(file).ends) > 1:  # transformers reads the first one
+        model.generation_config.eos_token_id = ends
     model.save_pretrained(str(folder))
     artifacts.make_readable(folder)
     digest = gguf_files.digest(file)

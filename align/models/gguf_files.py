@@ -26,11 +26,27 @@ from align.runtime import artifacts, checksums
 SUFFIX = ".gguf"
 KIND = "gguf"
 """The kind of a converted folder in its ``artifact.json``, where stages have theirs."""
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the digest. It is raised when the same file becomes another model than before."""
 DOWNLOAD = "download it again"
+END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+"""Keys of the tokens at which a policy stops: the ends of a text, of a turn, and of a message."""
+_GPT2_SPLITS = {
+    *("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"),
+    *("gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es", "jina-de"),
+    *("jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
+}
+"""Values of ``tokenizer.ggml.pre`` for which llama.cpp splits text as GPT-2 does."""
+_DIGIT_SPLITS = {
+    *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+}
+"""Values for which it takes single digits out first: no token of such models has two digits.
+
+Only several spaces before a digit are split otherwise than in the original.
+"""
 _NUMBERS = "BbHhIif?"  # by type 0 to 7
 _LONG_NUMBERS = {10: "Q", 11: "q", 12: "d"}
+_PRE = "tokenizer.ggml.pre"
 _TEXT, _ARRAY = 8, 9
 _ALIGNMENT = 32  # bytes, unless the file has `general.alignment`
 
@@ -48,6 +64,12 @@ class GgufHeader:
     def architecture(self) -> str:
         """The architecture as llama.cpp calls it."""
         return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens at which a policy stops, the end of a text first."""
+        values = [self.metadata[key] for key in END_KEYS if key in self.metadata]
+        return list(dict.fromkeys(value for value in values if isinstance(value, int)))
 
     @property
     def parameters(self) -> int:
@@ -98,6 +120,12 @@ def check_convertible(file: Path) -> None:
         raise ArtifactError(
             f"{file}: transformers does not read GGUF files of the architecture "
             f"{header.architecture!r:.80}; name the folder of the model in Hugging Face layout"
+        )
+    if not _splits_text(header):
+        raise ArtifactError(
+            f"{file}: transformers does not know how its tokenizer splits text "
+            f"(tokenizer.ggml.pre = {header.metadata[_PRE]!r:.60}), and would split it as GPT-2; "
+            "name the folder of the model in Hugging Face layout"
         )
     if scaling := _rope_scaling(header):
         raise ArtifactError(
@@ -216,6 +244,24 @@ def _supported_architectures() -> set[str]:
     except ImportError:
         return {_plain(name) for name in GGUF_CONFIG_MAPPING}
     return {_plain(name) for name in (*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS)}
+
+
+def _splits_text(header: GgufHeader) -> bool:
+    """Whether the converted tokenizer splits text into words as the one of the file.
+
+    llama.cpp reads the name of the split for byte-level vocabularies (``gpt2``) only. Without a
+    name, or with ``default``, the file does not contain how its text was split.
+    """
+    split = str(header.metadata.get(_PRE, "default"))
+    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or split == "default":
+        return True
+    if split in _GPT2_SPLITS | _DIGIT_SPLITS:
+        return True
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # not listed where expected
+        return True
+    return split in GGUF_PRE_TOKENIZER_SPLITS
 
 
 def _plain(architecture: str) -> str:

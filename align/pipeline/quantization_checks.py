@@ -12,7 +12,7 @@ from align.errors import UserError
 from align.models import files, gguf_files, linear_layers
 from align.models.quantization import width_problem
 from align.pipeline.plan import PlannedStage
-from align.runtime import distributed
+from align.runtime import artifacts, distributed
 
 NOT_QUANTIZED = ("rewards",)
 """Inputs of ``ppo`` that keep their type unless they share the backbone of the policy."""
@@ -38,7 +38,8 @@ def check_quantization(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
                 continue
             problem = width_problem(_layers(target, stages))
             if problem is not None and not _has_accelerator():
-                errors.add((stage.name, "quantization"), f"{target}: {problem}")
+                source = stage.gguf_files.get(Path(target), target)
+                errors.add((stage.name, "quantization"), f"{source}: {problem}")
 
 
 def remarks(pending: Sequence[PlannedStage]) -> Iterator[str]:
@@ -62,7 +63,7 @@ def _layers(
             return new_model_size(model).linear
         return _layers(stage.inputs.get("model", ""), stages)
     for stage in stages.values():
-        if target in stage.gguf_files and not target.is_dir():
+        if target in stage.gguf_files and not (target / artifacts.FILE).is_file():
             return linear_layers.of_gguf(gguf_files.read_header(stage.gguf_files[target]))
     config = target / files.ADAPTER_CONFIG
     if config.is_file():

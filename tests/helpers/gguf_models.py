@@ -22,10 +22,12 @@ POSITIONS = 192
 WIDTH, LAYERS, HEADS, KEY_VALUE_HEADS, INNER = 32, 2, 4, 2, 64
 
 
-def write_model(path: Path, *, architecture: str = "llama", **metadata: Any) -> Path:
+def write_model(
+    path: Path, *, architecture: str = "llama", ends: tuple[int, ...] = (2,), **metadata: Any
+) -> Path:
     """Write the model to ``path``: weights in Q8_0, norms in float32, tied embeddings.
 
-    ``metadata`` are more values by key, with ``__`` for the points. Skips the test without the
+    ``ends`` are the tokens that end a text, a turn and a message; ``metadata`` are more values by key, with ``__`` for the points. Skips the test without the
     package gguf.
     """
     gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -48,7 +50,9 @@ def write_model(path: Path, *, architecture: str = "llama", **metadata: Any) -> 
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
     writer.add_token_merges(["Ġ t", "h e"])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    adders = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, token in zip(adders, ends, strict=False):
+        add(token)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)

@@ -17,8 +17,14 @@ from align.config.data import Prepare
 from align.config.recipe import ErrorCollector, load_recipe
 from align.errors import ArtifactError, UserError
 from align.evaluation import held_out
-from align.models import gguf_conversion, gguf_files
-from align.pipeline import estimates, lookup, model_checks, token_lengths
+from align.models import gguf_conversion, gguf_files, tokenization
+from align.pipeline import (
+    estimates,
+    lookup,
+    model_checks,
+    quantization_checks,
+    token_lengths,
+)
 from align.pipeline.plan import plan, plan_stages
 from align.runtime import artifacts
 
@@ -32,10 +38,14 @@ def text(value: str) -> bytes:
 
 
 def by_hand(
-    *, architecture: str = "llama", values: int = 4, tensor: str = "output.weight"
+    *, architecture: str = "llama", values: int = 4, tensor: str = "output.weight", **texts: str
 ) -> bytes:
-    """A GGUF file without the package: three keys and one float32 tensor of ``values`` × 2."""
+    """A GGUF file without the package: keys and one float32 tensor of ``values`` × 2.
+
+    ``texts`` are further values of the tokenizer.
+    """
     keys = [
+        *(text(f"tokenizer.ggml.{k}") + struct.pack("<I", 8) + text(v) for k, v in texts.items()),
         text("general.architecture") + struct.pack("<I", 8) + text(architecture),
         text(f"{architecture}.context_length") + struct.pack("<II", 4, 77),
         text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("Ġb"),
@@ -122,6 +132,49 @@ def test_what_is_no_model_is_refused_with_its_place_and_the_repair(monkeypatch: 
     Path("a.gguf").write_bytes(by_hand(tensor="rope_freqs.weight"))
     (line,) = errors(sft={"model": "a.gguf"})
     assert "its rotary embeddings are scaled (rope_freqs.weight), which" in line
+
+
+SPLITS = [
+    ("gpt2", "smollm", True), ("gpt2", "gpt-2", True), ("gpt2", "llama-bpe", True),
+    ("gpt2", "default", True), ("gpt2", "deepseek-llm", False), ("gpt2", "new-bpe", False),
+    ("llama", "new-bpe", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "pre", "known"), SPLITS)
+def test_a_tokenizer_that_would_split_text_otherwise_is_refused(
+    model: str, pre: str, known: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gguf_files, "is_installed", lambda: True)
+    monkeypatch.setattr(gguf_files, "_block_sizes", lambda: {0: (1, 4)})
+    Path("a.gguf").write_bytes(by_hand(model=model, pre=pre))
+    lines = errors(sft={"model": "a.gguf"})
+    assert [f"tokenizer.ggml.pre = '{pre}'" in line for line in lines] == [True] * (not known)
+
+
+def test_the_ends_of_a_turn_and_of_a_message_are_ends_of_the_converted_policy():
+    file = gguf_models.write_model(Path("a.gguf"), ends=(0, 2, 1))
+    folder = gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    tokenizer = tokenization.load_tokenizer(folder)
+    assert tokenizer.eos_token_id == 0
+    assert tokenization.end_tokens(tokenizer) == {0, 1, 2}
+    assert tokenization.conversations(tokenizer).end_of_turn().ended
+    file = gguf_models.write_model(Path("b.gguf"), ends=(2, 2))
+    assert gguf_files.read_header(file).ends == [2]
+
+
+def test_layers_that_a_cpu_cannot_compute_in_4_bits_are_named_before_and_after_the_conversion(
+    converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    file, runs = converted
+    monkeypatch.setattr(quantization_checks, "_has_accelerator", lambda: False)
+    stages = {"sft": {"model": str(file), "quantization": "nf4", "lora": {"r": 2}}}
+    Path("unfinished", gguf_files.converted_folder(file, runs).name).mkdir(parents=True)
+    for folder in (Path("none"), Path("unfinished"), runs):
+        collected = ErrorCollector(load_recipe({"stages": {"prepare": DATA, **stages}}))
+        quantization_checks.check_quantization(collected, plan_stages(collected, folder))
+        (line,) = collected.lines
+        assert f"{file}: its layer " in line and "_proj has 32 inputs; on a CPU" in line
 
 
 def test_a_language_model_is_no_reward_model():

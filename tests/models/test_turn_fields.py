@@ -188,7 +188,7 @@ def test_reasoning_in_the_text_is_refused_behind_a_prompt_that_ends_it():
         return str(tokenizer.decode(row.ids[start:end]))
 
     inline = "<think>\nwhy\n</think>\n\nfour"
-    with pytest.raises(UserError, match="writes other text before sampling, '.*</think>"):
+    with pytest.raises(UserError, match=r"writes other text before sampling, '.*</think>"):
         trained(CLOSES_THINK, inline)
     assert trained(CLOSES_THINK, "<think>\n\n</think>\n\nfour") == "four<|im_end|>"
     assert trained(CLOSES_THINK, "four") == "four<|im_end|>"
