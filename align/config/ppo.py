@@ -140,8 +140,8 @@ class PPO(TrainingStage):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     mixed_precision: Literal["bfloat16"] | None = None
-    """Data type of the layers' matrix products; weights, log-probabilities and values stay in
-    float32. Default: the type of the weights, ``dtype``."""
+    """Data type of the layers' matrix products, and of the logits in sampling; weights,
+    log-probabilities and values stay in float32. Default: the type of the weights, ``dtype``."""
 
     eval_steps: int | None = Field(None, ge=1)
     """Updates between evaluations on held-out prompts. Default: no evaluation."""

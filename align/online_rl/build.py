@@ -90,7 +90,12 @@ def build_models(
     for view in (models.policy, models.reference):
         if not hasattr(view.model, "has_fused_head"):
             view.model.has_fused_head = True
-            add_fused_lm_head(view.model, config.temperature, outputs=("log_probs", "entropy"))
+            add_fused_lm_head(
+                view.model,
+                config.temperature,
+                cast_lm_head_to_fp32=config.mixed_precision is not None,
+                outputs=("log_probs", "entropy"),
+            )
     return models
 
 

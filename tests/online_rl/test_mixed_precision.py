@@ -59,9 +59,31 @@ def test_products_are_in_bfloat16_and_results_close_to_those_in_float32(
         values, expected = (getattr(e, name)[e.mask] for e in (mixed, exact))
         assert values.dtype == torch.float32
         assert not torch.equal(values, expected)
-        # Logits are below 4, where neighboring numbers of bfloat16 are 1/64 apart.
+        # Hidden states have 8 bits; the head is in float32.
         assert (values - expected).abs().mean() < 1 / 64, name
     assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.98
+
+
+@BOTH
+def test_log_probabilities_come_from_a_head_in_float32(folders: Folders, lora: bool):
+    models = built(folders, lora, "bfloat16")
+    ids = torch.arange(5, 25)[None]
+    mask = torch.ones_like(ids)
+    for view in (models.policy, models.reference):
+        head = view.model.get_output_embeddings()
+        # Neighboring numbers of bfloat16 are 1/4 apart from 32 on.
+        head.weight.data *= 40 / head.weight.abs().max()
+        with torch.no_grad(), models.mixed_precision():
+            states = view.hidden(ids, mask)[:, :-1].double()
+            logps, entropy = view.logps(ids, mask, ids)
+        logits = states @ head.weight.double().T
+        assert logits.abs().max() > 32
+        expected = logits.log_softmax(-1)
+        assert logps.dtype == torch.float32
+        chosen = expected.gather(-1, ids[:, 1:, None])[..., 0]
+        assert_close(logps.double(), chosen, rtol=0, atol=1e-3)
+        expected_entropy = -(expected.exp() * expected).sum(-1)
+        assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-3)
 
 
 @BOTH
