@@ -1,8 +1,10 @@
 """Model card: the README.md of a model folder, from the record of its stage and of its ancestors.
 
-Its layout is the template ``model_card.md.jinja``. The card depends on the records alone, without
-dates and durations, so the same run writes the same card. Left out: results of ``evaluate``, which
-are written after the card.
+Its layout is the template ``model_card.md.jinja``. The card has no dates and durations, so the same
+run writes the same card on the same machine. What it reads beside the records differs elsewhere:
+the license in the card of the base model, which may be in the cache or not; whether folders of the
+lineage still exist; whether the name of a source is that of a local file. Left out: results of
+``evaluate``, which are written after the card.
 """
 
 from __future__ import annotations
