@@ -1,10 +1,13 @@
 """Decoding: sample a continuation of each row of a batch, token by token, with a key/value cache.
 
-The result is that of ``model.generate`` with the same random state, at a fraction of its time:
+On a CPU, the result is that of ``model.generate`` with the same random state, at a fraction of its
+time. On a GPU the last bits of a row may depend on the size of its batch, so completions may
+differ; random numbers are drawn for all rows there. What saves time:
 
 - Rows that are equal, such as the ``n`` completions of a prompt, are computed once up to their end.
 - The cache is allocated once. ``generate`` copies all of it for every token.
-- A row that has ended leaves the batch: the last row takes its place in the cache.
+- A row that has ended leaves the batch, down to :data:`MIN_ROWS`: the last row takes its place in
+  the cache.
 - Random numbers of rows that have ended are skipped, not computed.
 
 Left out: models and generation settings that :func:`obstacle` lists, for which
@@ -32,8 +35,9 @@ from transformers.generation import (
 from align.models.tokenization import pad_rows
 
 MIN_ROWS = 4
-"""Smallest batch that rows are removed from. Libraries multiply matrices of up to three rows by
-another kernel, whose last bits differ; with four or more, a row does not depend on the others."""
+"""Rows that stay in a batch, ended ones among them. On a CPU, libraries multiply matrices of up to
+three rows by another kernel, whose last bits differ; with four or more, a row does not depend on
+the others. This is not so on a GPU."""
 SETTINGS = {
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "eos_token_id", "pad_token_id",
     "bos_token_id", "transformers_version",
