@@ -79,12 +79,14 @@ def adapters_in_float32(model: Any) -> Iterator[None]:
 
     TRL casts them to bfloat16, in which small updates round to zero: it has 8 bits of precision.
     """
-    before = {id(p): p.data for p in model.parameters() if p.requires_grad}
+    # The parameters are kept as well: a new one could otherwise get the id of one that is replaced.
+    before = {id(p): (p, p.data) for p in model.parameters() if p.requires_grad}
     yield
     if getattr(model, "is_quantized", False):
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = before.get(id(parameter), parameter.data.float())
+                kept = before.get(id(parameter))
+                parameter.data = parameter.data.float() if kept is None else kept[1]
 
 
 def count_parameters(model: Any) -> int:

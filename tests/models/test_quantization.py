@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_adapters_stay_as_they_are_where_trl_casts_them(wide: Path, tmp_path: Pa
     after = dict(model.named_parameters())
     assert {after[name].dtype for name in before} == {torch.float32}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_parameter_that_replaces_another_cannot_have_its_id():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.is_quantized = True
+    with quantization.adapters_in_float32(model):
+        replaced = weakref.ref(model.weight)
+        model.weight = torch.nn.Parameter(torch.ones(1, 2, dtype=torch.bfloat16))
+        assert replaced() is not None
+    assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight.data, torch.ones(1, 2))
 
 
 def test_a_policy_is_its_adapter_on_the_base_of_the_type_that_is_named(wide: Path, tmp_path: Path):
