@@ -8,7 +8,7 @@ from pathlib import Path
 from align.config.base import NewModel
 from align.config.memory import new_model_size
 from align.config.recipe import ErrorCollector
-from align.errors import UserError
+from align.errors import ArtifactError, UserError
 from align.models import files, gguf_files, linear_layers
 from align.models.quantization import width_problem
 from align.pipeline.plan import PlannedStage
@@ -43,11 +43,41 @@ def check_quantization(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
 
 
 def remarks(pending: Sequence[PlannedStage]) -> Iterator[str]:
-    """A line for each stage whose paged optimizer has no paging here."""
+    """A line for each paged optimizer without paging, and each adapter on a base of another type.
+
+    Such an adapter was trained on a base in 4 bits, and is read on one in full precision.
+    """
+    stages = {stage.folder: stage for stage in pending}
     for stage in pending:
         optimizer = str(getattr(stage.config, "optimizer_name", ""))
         if "paged" in optimizer and not _has_accelerator():
             yield f"{stage.name}: {optimizer} keeps its state in memory: a CPU has no paging"
+        if getattr(stage.config, "quantization", "no such key") is not None:
+            continue
+        for target in dict.fromkeys(
+            target
+            for key, target in stage.inputs.items()
+            if stage.config.inputs[key.split(".")[0]].models and _trained_in_4_bits(target, stages)
+        ):
+            name = stages[target].name if target in stages else target
+            yield (
+                f"{stage.name}: the adapters of {name} are trained on a base in 4 bits, and read "
+                "here on a base that is not quantized; `quantization` decides"
+            )
+
+
+def _trained_in_4_bits(target: Path | str, stages: Mapping[Path, PlannedStage]) -> bool:
+    """Whether a stage, planned or finished, trains adapters on a base in 4 bits."""
+    if isinstance(target, str):
+        return False
+    if target in stages:
+        config = stages[target].config
+        return config.trains_model and getattr(config, "quantization", None) is not None
+    try:
+        artifact = artifacts.read_artifact(target)
+    except ArtifactError:
+        return False  # reported where inputs are checked
+    return artifact is not None and artifact.recipe.get("quantization") is not None
 
 
 def _layers(

@@ -10,6 +10,8 @@ from helpers import tiny_models
 from align.config.recipe import ErrorCollector, load_recipe
 from align.pipeline import quantization_checks
 from align.pipeline.plan import plan_stages
+from align.runtime import artifacts
+from align.runtime.artifacts import Artifact
 
 RECIPE = """\
 stages:
@@ -56,6 +58,38 @@ def test_layers_that_a_cpu_cannot_compute_are_named_with_their_stage(
     assert [line.split(": ")[1] for line in wide] == ["kto.quantization"]
     monkeypatch.setattr(quantization_checks, "_has_accelerator", lambda: True)
     assert problems(tmp_path, adapter, 96) == ([], [])
+
+
+def test_adapters_that_are_read_on_another_base_than_in_training_are_named(tmp_path: Path):
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    recipe = {"quantization": "nf4"}
+    record = Artifact("reward", "old", "1" * 64, recipe, {}, {}, {}, None, 0, 1, 0.0, None)
+    artifacts.write_artifact(folder, record)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"""\
+stages:
+  prepare: {{source: embedded, max_rows: 50}}
+  sft: {{model: {{hidden_size: 64}}}}
+  dpo: {{model: sft, quantization: nf4, lora: {{}}}}
+  kto: {{model: dpo, quantization: nf4, lora: {{}}}}
+  sample: {{model: dpo}}
+  ppo: {{model: sft, rewards: [{folder}, "a:b"], steps: 1, batch_size: 1}}
+  evaluate: {{policies: [dpo, kto], baseline: sft, judge: gold}}
+""")
+    errors = ErrorCollector(load_recipe(file))
+    stages = plan_stages(errors, tmp_path / "runs")
+    assert errors.lines == []
+    lines = list(quantization_checks.remarks(stages))
+    read = [
+        line.partition(" are trained on a base in 4 bits, and read here on")[0] for line in lines
+    ]
+    assert read == [
+        "sample: the adapters of dpo",
+        f"ppo: the adapters of {folder}",
+        "evaluate: the adapters of dpo",
+        "evaluate: the adapters of kto",
+    ]
 
 
 @pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")])  # fmt: skip
