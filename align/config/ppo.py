@@ -112,9 +112,9 @@ class PPO(TrainingStage):
     """Completions per forward pass on each process. Smaller values save memory and do not change
     the result."""
     tokens_per_batch: int | None = Field(None, ge=1)
-    """Tokens per forward pass of the update on each process, in place of ``micro_batch_size``:
-    distinct ones with ``prefix_sharing``, otherwise those of the padded batch. The result does not
-    change. A longer completion forms a batch alone."""
+    """Tokens per forward pass on each process, in place of ``micro_batch_size``: distinct ones with
+    ``prefix_sharing``, otherwise those of the padded batch. The result does not change. A longer
+    completion forms a batch alone."""
     sample_batch_size: int = Field(64, ge=1)
     """Completions sampled at once on each process."""
     clip: float = Field(0.2, gt=0.0)

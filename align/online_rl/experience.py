@@ -56,15 +56,28 @@ class Experience:
 
 
 def compute_experience(
-    models: PPOModels, completions: Completions, *, batch_size: int
+    models: PPOModels,
+    completions: Completions,
+    *,
+    batch_size: int,
+    divide: Callable[[list[list[int]]], list[list[int]]] | None = None,
 ) -> Experience:
-    """Evaluate completions under policy, reference and critic, ``batch_size`` rows at a time."""
+    """Evaluate completions under policy, reference and critic, ``batch_size`` rows at a time.
+
+    If ``divide`` is given, it divides the rows instead, as lists of their indices in order.
+    """
     inputs = completions.tensors(models.tokenizer.pad_token_id, models.device)
+    indices = list(range(len(completions.rows)))
+    batches = (
+        [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
+        if divide is None
+        else divide(completions.rows)
+    )
     logps, entropies, ref_logps, values = [], [], [], []
     width = inputs["ids"].shape[1] - 1
     with torch.inference_mode(), models.mixed_precision():
-        for first in range(0, len(inputs["ids"]), batch_size):
-            part = trim_columns({k: v[first : first + batch_size] for k, v in inputs.items()})
+        for batch in batches:
+            part = trim_columns({k: v[batch] for k, v in inputs.items()})
             logp, entropy = models.policy.logps(part["ids"], part["mask"], part["labels"])
             ref_logp, _ = models.reference.logps(part["ids"], part["mask"], part["labels"])
             logps.append(pad_columns(logp, width))

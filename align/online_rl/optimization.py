@@ -6,6 +6,7 @@ The update itself is :func:`align.rl.update.update`, the same for control and la
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,14 +49,21 @@ def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
     )
 
 
-def divide_by_tokens(rollout: Rollout, *, config: PPO) -> list[Rollout]:
-    """Rows of a minibatch in forward passes of at most ``tokens_per_batch`` tokens."""
+def divide_rows(rows: Sequence[Sequence[int]], *, config: PPO) -> list[list[int]]:
+    """Indices of rows, in order, in forward passes of at most ``tokens_per_batch`` tokens."""
     assert config.tokens_per_batch is not None
+    return token_batches.divide(
+        [[row] for row in rows],
+        tokens=config.tokens_per_batch,
+        prefix_sharing=config.prefix_sharing,
+    )
+
+
+def divide_by_tokens(rollout: Rollout, *, config: PPO) -> list[Rollout]:
+    """A minibatch in forward passes of at most ``tokens_per_batch`` tokens."""
     ids, lengths = rollout.inputs["ids"].tolist(), rollout.inputs["mask"].sum(1).tolist()
-    rows = [[row[:length]] for row, length in zip(ids, lengths, strict=True)]
-    sharing = config.prefix_sharing
-    batches = token_batches.divide(rows, tokens=config.tokens_per_batch, prefix_sharing=sharing)
-    return [rollout.take(torch.tensor(batch)) for batch in batches]
+    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    return [rollout.take(torch.tensor(batch)) for batch in divide_rows(rows, config=config)]
 
 
 def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.Optimizer:

@@ -27,7 +27,8 @@ from align.models import logps
 from align.models.tokenizer_files import GENERATION_CONFIG
 from align.online_rl import checkpoint, plots, samples
 from align.online_rl.build import build_models
-from align.online_rl.experience import compute_experience, evaluators, make_rollout
+from align.online_rl.completions import Completions
+from align.online_rl.experience import Experience, compute_experience, evaluators, make_rollout
 from align.online_rl.metrics import compute_metrics
 from align.online_rl.models import POLICY
 from align.online_rl.optimization import (
@@ -35,6 +36,7 @@ from align.online_rl.optimization import (
     build_optimizer,
     clip_gradients,
     divide_by_tokens,
+    divide_rows,
     set_learning_rates,
 )
 from align.online_rl.prompts import prompt_indices, tokenize
@@ -151,9 +153,7 @@ class PPOTrainer:
         with self.models.mixed_precision():
             scores = self.scorer.score(completions, prompts.rows)
         # 3. Compute log-probabilities under policy and reference, and values.
-        experience = compute_experience(
-            self.models, completions, batch_size=config.micro_batch_size
-        )
+        experience = self.experience(completions)
         # 4. Turn scores and KL into token rewards, and those into advantages.
         rollout = make_rollout(experience, scores.score, config, kl_coef=self.kl_coef)
         scored = time.monotonic()
@@ -170,6 +170,14 @@ class PPOTrainer:
         }
         self.adapt_kl_coef(metrics["kl"])
         self.log_step(step, metrics, prompts.rows, scores)
+
+    def experience(self, completions: Completions) -> Experience:
+        """Log-probabilities and values of completions, in forward passes of the recipe's size."""
+        config = self.config
+        divide = None if config.tokens_per_batch is None else partial(divide_rows, config=config)
+        return compute_experience(
+            self.models, completions, batch_size=config.micro_batch_size, divide=divide
+        )
 
     def update(self, step: int, rollout: Rollout) -> Diagnostics:
         """Update policy and critic; during the critic's warm-up, the critic only."""
@@ -229,15 +237,12 @@ class PPOTrainer:
         """Sample and score held-out prompts after ``done`` steps, always with the same seed."""
         if not len(self.held_out):
             return
-        config = self.config
         self.set_train_mode(False)
         prompts = self.held_out.shard()
         with self.models.mixed_precision():
             completions = self.sampler.generate(prompts.tokens, seed=self.seed("evaluate", 0))
             scores = self.scorer.score(completions, prompts.rows)
-        experience = compute_experience(
-            self.models, completions, batch_size=config.micro_batch_size
-        )
+        experience = self.experience(completions)
         metrics = compute_metrics(completions, experience, scores)
         self.held_out_metrics = {f"eval_{key}": metrics[key] for key in HELD_OUT if key in metrics}
         self.logger.log(done, self.held_out_metrics)

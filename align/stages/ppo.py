@@ -38,9 +38,10 @@ def run(
         trainer.train()  # 2. the loop
         trainer.save_policy()  # 3. policy, tokenizer and picture
     except OutOfMemoryError as error:
+        size = "micro_batch_size" if config.tokens_per_batch is None else "tokens_per_batch"
         raise UserError(
-            "out of memory: lower `micro_batch_size` or `tokens_per_batch` (results stay the same) or "
-            "`sample_batch_size`, or set `gradient_checkpointing: true`, `lora` or "
+            f"out of memory: lower `{size}` (results stay the same) or `sample_batch_size`, or set "
+            "`gradient_checkpointing: true`, `lora` or "
             f"`quantization: nf4` ({str(error).splitlines()[0]})"
         ) from error
     headline = {key: trainer.metrics[key] for key in ("score", "kl")}

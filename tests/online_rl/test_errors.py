@@ -97,19 +97,20 @@ def test_a_run_that_diverges_writes_no_policy(folders: Folders, tmp_path: Path):
     assert not list(tmp_path.glob("adapter_model*"))
 
 
+@pytest.mark.parametrize("key", ["micro_batch_size", "tokens_per_batch"])
 def test_out_of_memory_names_the_settings_that_reduce_it(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ):
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
     monkeypatch.setattr(trainer, "build_models", fail)
     inputs = {"model": folders.world.sft, "prompts": folders.world.data, "rewards.0": folders.full}
-    config = ppo_fixtures.ppo_config()
+    config = ppo_fixtures.ppo_config(**{key: 100})
     with pytest.raises(UserError) as raised:
         ppo.run(config, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
     (line,) = raised.value.lines
-    assert "lower `micro_batch_size` (results stay the same)" in line
+    assert f"lower `{key}` (results stay the same) or `sample_batch_size`" in line
     assert "Tried to allocate 2 GiB" in line
 
 

@@ -27,6 +27,7 @@ from align.online_rl import trainer
 from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience, compute_experience, make_rollout
 from align.online_rl.metrics import compute_metrics
+from align.online_rl.models import ModelView
 from align.online_rl.sampling import LocalSampler
 
 OWN_REWARDS: dict[str, Any] = {"advantages": "reinforce", "gamma": 0.0}
@@ -172,6 +173,35 @@ def test_row_08_the_score_is_on_the_last_token_and_rewards_sum_to_the_score_minu
     in_loss = make_rollout(experience, scores, config, kl_coef=0.5)
     assert_close(in_loss.advantages.sum(1), scores)
     assert in_loss.ref_logps is experience.ref_logps
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_forward_passes_without_gradients_have_at_most_the_tokens_of_the_recipe(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+):
+    ppo = ppo_fixtures.build_trainer(folders, tmp_path, tokens_per_batch=120, prefix_sharing=share)
+    prompts = ppo.prompts.tokens[:4]
+    answers = [[7, 8, 9][: k % 4] + [5] * k for k in range(1, 9)]
+    completions = Completions([p for p in prompts for _ in range(2)], answers, [True] * 8)
+    expected = compute_experience(ppo.models, completions, batch_size=8)
+    seen, logps = [], ModelView.logps
+
+    def recorded(view: ModelView, ids: Tensor, mask: Tensor, labels: Tensor) -> Any:
+        if view is ppo.models.policy:
+            seen.append([row[:n] for row, n in zip(ids.tolist(), mask.sum(1), strict=True)])
+        return logps(view, ids, mask, labels)
+
+    monkeypatch.setattr(ModelView, "logps", recorded)
+    actual = ppo.experience(completions)
+    assert [row for batch in seen for row in batch] == completions.rows
+    assert 1 < len(seen) < 8
+    for batch in seen:
+        prefixes = {tuple(row[: k + 1]) for row in batch for k in range(len(row))}
+        tokens = len(prefixes) if share else len(batch) * max(map(len, batch))
+        assert len(batch) == 1 or tokens <= 120
+    for name in ("logps", "ref_logps", "entropy", "values"):
+        one, other = (getattr(e, name)[e.mask] for e in (actual, expected))
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_row_13_the_kl_in_the_reward_is_unbiased(folders: Folders, tmp_path: Path):
