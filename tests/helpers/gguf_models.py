@@ -27,8 +27,8 @@ def write_model(
 ) -> Path:
     """Write the model to ``path``: weights in Q8_0, norms in float32, tied embeddings.
 
-    ``ends`` are the tokens that end a text, a turn and a message; ``metadata`` are more values by key, with ``__`` for the points. Skips the test without the
-    package gguf.
+    ``ends`` are the tokens that end a text, a turn and a message. ``metadata`` are more values by
+    key, with ``__`` for the points. Skips the test without the package gguf.
     """
     gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
     from transformers.convert_slow_tokenizer import bytes_to_unicode
