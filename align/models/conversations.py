@@ -250,10 +250,16 @@ class Conversations:
 
         The generation prompt may begin with reasoning that a finished turn does not write; tool
         calls then follow it directly. It must not end the reasoning of a completion that has some.
+        Both may begin with the same character behind the header, such as ``<``: the header is what
+        ``before`` shares with a turn that has a text only.
         """
-        shared = _common_prefix(before, whole)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        plain = {"role": completion["role"], "content": PLACEHOLDER}
+        shared = _common_prefix(before, self.template.render([*prompt, plain], tools=tools))
         header = _common_prefix(before, self.template.render(prompt, tools=tools))
-        if shared < header or (before[shared:].strip() and turn_fields.has_reasoning([completion])):
+        begun = before[shared:].strip() and turn_fields.has_reasoning([completion])
+        if shared < header or begun or not whole.startswith(before[:shared]):
             raise self._begins_otherwise(before[header:])
         return whole[shared:]
 

@@ -56,6 +56,13 @@ CLOSES_THINK = QWEN3.replace(
     "'<|im_start|>assistant\n' }}{% endif",
     "'<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif",
 )
+QWQ = HERMES.replace(  # the header and a call begin with the same character
+    "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>\n' }}{% endif"
+)
+R1 = QWQ.replace("<|im_start|>' + m.role + '\n'", "<|im_start|>' + m.role").replace(
+    "assistant\n<think>", "assistant<think>"
+)
+THINKS_IN_ANSWERS = OPENS_THINK.replace("and loop.last", "and loop.last and not m.tool_calls")
 LLAMA = """
 {%- for m in messages %}
 {%- if m.role == 'tool' %}{{ '<|im_start|>ipython\n' + (m.content | tojson) + '<|im_end|>' }}
@@ -108,6 +115,10 @@ def completion_of(template: str, prompt: list[Any], completion: Any) -> str:
         (QWEN3, [ASK, REASONED, ASK], ANSWER, "<think>\n\n</think>\n\nNo rain."),
         (OPENS_THINK, [ASK], REASONED, THINK.removeprefix("<think>\n") + "No rain."),
         (CLOSES_THINK, [ASK], ANSWER, "No rain."),
+        (QWQ, [ASK_WITH_TOOLS], CALLS, f"<tool_call>\n{JSON_CALL}\n</tool_call>"),
+        (R1, [ASK_WITH_TOOLS], CALLS, f"<tool_call>\n{JSON_CALL}\n</tool_call>"),
+        (R1, [ASK_WITH_TOOLS, CALLS, RESULT], {**CALLS, "content": "<b>"},
+         f"<b><tool_call>\n{JSON_CALL}\n</tool_call>"),
         (LLAMA, [ASK_WITH_TOOLS, CALLS, RESULT], CALLS, JSON_CALL.replace("arguments", "parameters")),
         (CONCATENATED, [ASK_WITH_TOOLS], CALLS, f"weather\n{json.dumps(ARGUMENTS, ensure_ascii=False)}\n"),
     ],
@@ -135,6 +146,8 @@ REFUSALS = [
      [ASK, CALLS, RESULT], ANSWER, "the text of turn 3 (tool)"),
     ("arguments that are not written", HERMES.replace("call.function.arguments | tojson", "'{}'"),
      [ASK], CALLS, "the argument `city` of the call of `weather` of turn 2 (assistant)"),
+    ("a call without the beginning of the reasoning that answers have", THINKS_IN_ANSWERS, [ASK], CALLS,
+     "writes other text before sampling"),
     ("reasoning behind a prompt that ends it", CLOSES_THINK, [ASK], REASONED,
      "writes other text before sampling"),
 ]  # fmt: skip
