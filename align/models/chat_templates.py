@@ -64,12 +64,7 @@ class ChatTemplate:
         tools = tools or turn_fields.tools_of(messages)
         text = self._render(messages, add_generation_prompt, tools)
         if tools or any(map(turn_fields.has_more_than_text, messages)):
-            missing = list(turn_fields.not_written(text, messages, tools))
-            if turn_fields.has_reasoning(messages) and not _writes_reasoning(self.text):
-                missing = missing or ["`reasoning_content`"]
-            for fewer in turn_fields.without_last_call(messages):
-                if self._render(fewer, add_generation_prompt, tools) == text:
-                    missing = missing or ["several calls in one turn"]
+            missing = self._missing(text, messages, add_generation_prompt, tools)
             if missing:
                 raise UserError(
                     f"{self.name}: its chat template does not write {', '.join(missing)} in the "
@@ -77,6 +72,29 @@ class ChatTemplate:
                     f"{REPAIR}"
                 )
         return text
+
+    def _missing(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None,
+    ) -> list[str]:
+        """The parts that the template leaves out, in words.
+
+        A template that refuses names of functions which it does not know is rendered without marks.
+        """
+        marked, marked_tools = turn_fields.marked(messages, tools)
+        try:
+            marked_text = self._render(marked, add_generation_prompt, marked_tools)
+        except UserError:
+            missing = list(turn_fields.not_written(text, messages, tools))
+        else:
+            parts = turn_fields.not_written(marked_text, marked, marked_tools)
+            missing = [turn_fields.without_marks(part) for part in parts]
+        if not missing and turn_fields.has_reasoning(messages):
+            return [] if _writes_reasoning(self.text) else [f"`{turn_fields.REASONING[0]}`"]
+        return missing
 
     def _render(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None

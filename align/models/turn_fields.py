@@ -2,12 +2,15 @@
 
 Tables store the arguments of a call and the tools of a conversation as JSON text
 (:mod:`align.data.tool_calls`). Templates read objects. A template that leaves out a part of a turn
-would train another text than that of the source, so a stage refuses the row. Left out: numbers and
-nested arguments, whose notation differs between templates.
+would train another text than that of the source, so a stage refuses the row. The name of a function
+is in the tools too, and the value of an argument often in the question: the template is
+therefore rendered once more with a mark in each part. Left out: numbers and nested arguments, whose
+notation differs between templates.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,13 +115,48 @@ def has_reasoning(messages: Sequence[Message]) -> bool:
     return any(message.get(REASONING[0]) for message in messages)
 
 
-def without_last_call(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The conversation without the last call of a turn, for each turn with several calls."""
-    for k, message in enumerate(messages):
-        calls = message.get("tool_calls") or []
-        if len(calls) > 1:
-            fewer = {**message, "tool_calls": calls[:-1]}
-            yield [*messages[:k], fewer, *messages[k + 1 :]]
+def marked(
+    messages: Sequence[Message], tools: Sequence[Any] | None
+) -> tuple[list[Message], list[Any] | None]:
+    """A conversation and its tools with a mark, which is nowhere else, in each part of a turn.
+
+    Parts are names of tools and calls, arguments, results, and texts of turns that have more.
+    """
+    numbers = itertools.count()
+
+    def mark(text: str) -> str:
+        return f"{text}Part{next(numbers)}x" if text.strip() else text
+
+    def mark_call(call: Message) -> dict[str, Any]:
+        function = call["function"]
+        arguments = {
+            mark(key): mark(value) if isinstance(value, str) else value
+            for key, value in json.loads(function["arguments"]).items()
+        }
+        text = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {"name": mark(function["name"]), "arguments": text}}
+
+    def mark_turn(message: Message) -> Message:
+        if not has_more_than_text(message):
+            return message
+        fields: dict[str, Any] = {
+            key: mark(message[key]) for key in ("content", REASONING[0]) if message.get(key)
+        }
+        if calls := message.get("tool_calls"):
+            fields["tool_calls"] = [mark_call(call) for call in calls]
+        return {**message, **fields}
+
+    def mark_tool(tool: Message) -> dict[str, Any]:
+        if "function" in tool:
+            return {**tool, "function": mark_tool(tool["function"])}
+        return {**tool, "name": mark(str(tool.get("name")))}
+
+    return [*map(mark_turn, messages)], [*map(mark_tool, tools)] if tools else None
+
+
+def without_marks(text: str) -> str:
+    """A text of :func:`marked` as it was."""
+    return re.sub(r"Part\d+x", "", text)
 
 
 def not_written(

@@ -83,6 +83,18 @@ CONCATENATED = """
 {{- '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
 FIRST_CALL = HERMES.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
+NO_CALLS = HERMES.replace("in m.tool_calls", "in []")
+NAME_ONLY = HERMES.replace("{{- call.function.arguments | tojson }}", "{{- '{}' }}")
+NO_RESULTS = HERMES.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}")
+KNOWN_NAMES = HERMES.replace(
+    "in m.tool_calls %}",
+    "in m.tool_calls %}{% if call.function.name != 'weather' %}{{ raise_exception('No.') }}{% endif %}",
+)
+IN_ROME = {"role": "user", "content": "Weather in Rome?", "tools": json.dumps(TOOLS)}
+CALL_OF_ROME = {
+    **CALLS,
+    "tool_calls": [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}],
+}
 JSON_CALL = '{"name": "weather", "arguments": {"city": "Zürich \\"West\\"", "days": 2}}'
 THINK = "<think>\nThe result is none.\n</think>\n\n"
 
@@ -115,6 +127,7 @@ def completion_of(template: str, prompt: list[Any], completion: Any) -> str:
         (QWEN3, [ASK, REASONED, ASK], ANSWER, "<think>\n\n</think>\n\nNo rain."),
         (OPENS_THINK, [ASK], REASONED, THINK.removeprefix("<think>\n") + "No rain."),
         (CLOSES_THINK, [ASK], ANSWER, "No rain."),
+        (KNOWN_NAMES, [ASK_WITH_TOOLS], CALLS, f"<tool_call>\n{JSON_CALL}\n</tool_call>"),
         (QWQ, [ASK_WITH_TOOLS], CALLS, f"<tool_call>\n{JSON_CALL}\n</tool_call>"),
         (R1, [ASK_WITH_TOOLS], CALLS, f"<tool_call>\n{JSON_CALL}\n</tool_call>"),
         (R1, [ASK_WITH_TOOLS, CALLS, RESULT], {**CALLS, "content": "<b>"},
@@ -139,7 +152,7 @@ REFUSALS = [
     ("text that is left out beside a call", LLAMA, [ASK], {**CALLS, "content": "Wait."},
      "the text of turn 2 (assistant)"),
     ("the second call of a turn", FIRST_CALL, [ASK], {**CALLS, "tool_calls": [CALL, CALL]},
-     "several calls in one turn"),
+     "the call of `weather` of turn 2 (assistant)"),
     ("the second call, which the template refuses", LLAMA, [ASK], {**CALLS, "tool_calls": [CALL, CALL]},
      "Only one call."),
     ("a result that is not written", HERMES.replace("m.content + '\n</tool", "'\n</tool"),
@@ -148,6 +161,18 @@ REFUSALS = [
      [ASK], CALLS, "the argument `city` of the call of `weather` of turn 2 (assistant)"),
     ("a call without the beginning of the reasoning that answers have", THINKS_IN_ANSWERS, [ASK], CALLS,
      "writes other text before sampling"),
+    ("a call whose name is in the tools and whose argument in the question", NO_CALLS,
+     [IN_ROME, CALL_OF_ROME, RESULT], ANSWER,
+     "the call of `weather` of turn 2 (assistant)"),
+    ("arguments whose names are in the tools and whose values in the question", NAME_ONLY,
+     [IN_ROME, CALL_OF_ROME, RESULT], ANSWER,
+     "the argument `city` of the call of `weather` of turn 2 (assistant)"),
+    ("a result that is in the question", NO_RESULTS,
+     [IN_ROME, CALL_OF_ROME, {"role": "tool", "content": "Rome"}], ANSWER, "the text of turn 3 (tool)"),
+    ("a tool that is in the question", NO_TOOLS, [{**IN_ROME, "content": "weather"}], ANSWER,
+     "the tool `weather`"),
+    ("reasoning that is in the question", HERMES, [ASK], {**ANSWER, "reasoning_content": "Rain?"},
+     "`reasoning_content` of turn 2 (assistant)"),
     ("reasoning behind a prompt that ends it", CLOSES_THINK, [ASK], REASONED,
      "writes other text before sampling"),
 ]  # fmt: skip
@@ -244,7 +269,8 @@ def test_arguments_are_json_where_a_template_writes_text():
     for template in ("{{ messages[0].tool_calls[0].function.arguments }}",
                      "{{ '' ~ messages[0].tool_calls[0].function.arguments }}",
                      "{{ messages[0].tool_calls[0].function.arguments + '' }}"):  # fmt: skip
-        assert ChatTemplate(f"weather {template}", "x").render([CALLS]) == (
+        name = "{{ messages[0].tool_calls[0].function.name }}"
+        assert ChatTemplate(f"{name} {template}", "x").render([CALLS]) == (
             f"weather {json.dumps(ARGUMENTS, ensure_ascii=False)}"
         )
 
