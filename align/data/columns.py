@@ -55,11 +55,13 @@ def complete_columns(
 ) -> tuple[str, Mapping[str, str]]:
     """The layout that is recognized, if any, and the column map of a source with its columns.
 
-    Alpaca's ``input`` and ``history`` also belong to a prompt that is mapped to ``instruction``.
+    Alpaca's ``input`` and ``history`` also belong to a prompt that is mapped to ``instruction``,
+    unless another column is read from them.
     """
     in_source = columns_of(part)
     if columns.get("prompt") == "instruction":
-        columns = {n: n for n in ("input", "history") if n in in_source} | dict(columns)
+        free = set(in_source).difference(columns.values())
+        columns = {n: n for n in ("input", "history") if n in free} | dict(columns)
     names = columns_of(part, columns)
     rows = [rename_columns(raw, columns) for raw in part.head]
     if reader != "columns" or (kind_of(names) and not _lacks_prompt(names, rows)):
@@ -90,7 +92,7 @@ def rename_columns(raw: Raw, columns: Mapping[str, str]) -> Raw:
 
     A renamed column is not available under its old name. ``input`` is read if it is mapped.
     """
-    if "input" in raw and "input" not in columns:
+    if "input" in raw and "input" not in {*columns, *columns.values()}:
         raw = {name: value for name, value in raw.items() if name != "input"}
     if not columns:
         return raw

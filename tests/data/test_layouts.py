@@ -111,6 +111,14 @@ def test_own_columns_and_column_maps_take_precedence(tmp_path: Path):
     assert training_rows(data, "demonstrations")[0]["prompt"] == [system("Be brief."), user("Hi")]
 
 
+def test_a_mapped_input_is_no_part_of_the_prompt_too(tmp_path: Path):
+    row = {"instruction": "Hi", "input": "Be brief.", "output": "A", "history": [["Go", "Hm?"]]}
+    columns = {"prompt": "instruction", "completion": "output", "system": "input"}
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", [row]), columns=columns)
+    (read,) = training_rows(data, "demonstrations")
+    assert read["prompt"] == [system("Be brief."), user("Go"), assistant("Hm?"), user("Hi")]
+
+
 def test_rows_of_the_layout_are_checked_as_others(tmp_path: Path):
     rows = [
         {"conversations": turns("human: Hi", "gpt: A")},
