@@ -191,4 +191,4 @@ def data_show(
             line.append(f"⟦{text}⟧" if trained else text, style="bold green" if trained else "dim")
         console.print(line)
     if stage in ("sft", "dpo", "kto"):
-        console.print(f"\n{model}: trained tokens per row: {token_view.trained_tokens(rows)}")
+        console.print(f"\n{model}: {token_view.trained_tokens(rows)}")

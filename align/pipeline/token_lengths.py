@@ -188,12 +188,19 @@ def _trained_lines(
     rows: Sequence[Sequences],
     model: TokenizedModel,
 ) -> Iterator[str]:
-    """How many tokens of a row a policy trains, and of how many rows several turns."""
+    """How many tokens of a row a policy trains, and of how many rows several turns.
+
+    The row of a pair trains both of its completions.
+    """
     if not isinstance(config, PolicyStage) or model.conversations is None:
         return
     mean = sum(counts.trained) / len(counts.trained)
     template = model.conversations.template.name
-    line = f"{name}: trained tokens per row: mean {mean:.1f}, median {median(counts.trained):g}, by the template of {template}"
+    unit = "pair" if "rejected" in config.row_columns else "row"
+    line = (
+        f"{name}: trained tokens per {unit}: mean {mean:.1f}, median {median(counts.trained):g}, "
+        f"by the template of {template}"
+    )
     several = sum(bool(trained_turns(row.prompt)) for row in rows)
     if several and config.trainer.get("completion_only_loss") is not False:
         trained = "all are" if config.trained_turns == "all" else "the last is"

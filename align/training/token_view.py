@@ -49,14 +49,15 @@ class TokenizedRow:
 
 
 def trained_tokens(rows: Sequence[TokenizedRow]) -> str:
-    """How many tokens of a row are trained, in words."""
+    """How many tokens of a row are trained, in words; those of a pair are on both of its sides."""
     counts: dict[int, int] = {}
     for row in rows:
         counts[row.row] = counts.get(row.row, 0) + sum(row.trained)
     values = list(counts.values())
-    line = f"mean {sum(values) / len(values):.1f}, median {median(values):g}"
+    unit = "pair" if any(row.side == "rejected" for row in rows) else "row"
+    line = f"trained tokens per {unit}: mean {sum(values) / len(values):.1f}, median {median(values):g}"
     none = values.count(0)
-    return f"{line}; {none} of {len(values)} rows: none" if none else line
+    return f"{line}; {none} of {len(values)} {unit}s: none" if none else line
 
 
 @dataclass(frozen=True, slots=True)

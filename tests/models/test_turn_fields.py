@@ -85,7 +85,9 @@ CONCATENATED = """
 FIRST_CALL = HERMES.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
 NO_CALLS = HERMES.replace("in m.tool_calls", "in []")
 NAME_ONLY = HERMES.replace("{{- call.function.arguments | tojson }}", "{{- '{}' }}")
-NO_RESULTS = HERMES.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}")
+NO_RESULTS = HERMES.replace(
+    "{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}"
+)
 KNOWN_NAMES = HERMES.replace(
     "in m.tool_calls %}",
     "in m.tool_calls %}{% if call.function.name != 'weather' %}{{ raise_exception('No.') }}{% endif %}",

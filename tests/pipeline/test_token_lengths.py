@@ -52,7 +52,7 @@ def test_check_counts_lost_rows_and_refuses_a_limit_beyond_the_positions(
     )
     line, trained = [line for line in lines if line.startswith("dpo: ")]
     assert "`max_length` 48: 1 of 11 are longer (warning: 1 of 11 rows are lost" in line
-    assert "mean 4.5, median 5" in trained  # "no" is two tokens
+    assert "trained tokens per pair: mean 4.5, median 5" in trained  # "no" is two tokens
     assert errors.lines == [
         "recipe.yaml:6: reward.trainer.max_length: 200 is more than the 64 positions of the model; "
         "set it to 64 or less"

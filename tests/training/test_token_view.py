@@ -100,10 +100,15 @@ def test_all_turns_of_a_demonstration_are_marked(tmp_path_factory: pytest.TempPa
     assert both.title == "row 1, demonstration"
     n_both, n_single = sum(both.trained), sum(single.trained)
     middle = (n_both + n_single) / 2
-    words = f"mean {middle:.1f}, median {middle:g}"
+    words = f"trained tokens per row: mean {middle:.1f}, median {middle:g}"
     assert token_view.trained_tokens([both, single]) == words
     none = token_view.TokenizedRow(2, "", [], [], [], "left out")
     assert token_view.trained_tokens([both, single, none]).endswith("; 1 of 3 rows: none")
+    sides = [
+        token_view.TokenizedRow(0, side, [1, 2, 2], ["a"] * 3, [False, True, True], "")
+        for side in ("chosen", "rejected")
+    ]
+    assert token_view.trained_tokens(sides) == "trained tokens per pair: mean 4.0, median 4"
     last, _ = token_view.tokenized_rows(prepare, "sft", str(world.sft), 2, train_on="last")
     assert sum(last.trained) == n_single
     template = folder / "template"
