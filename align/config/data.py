@@ -284,7 +284,7 @@ class Sample(QuantizableStage):
 class Label(QuantizableStage):
     """Make preference pairs from sampled completions, by the scores of a judge."""
 
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
     inputs: ClassVar = {
         "completions": Input(("sample",)),
         "judge": Input(("reward",), models=True, words=("gold",)),

@@ -30,7 +30,7 @@ REFERENCE = "reference"
 class Evaluate(QuantizableStage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
-    code_version: ClassVar = 3
+    code_version: ClassVar[int] = 4
     metrics_class: ClassVar = "align.evaluation.results:EvaluationMetrics"
     inputs: ClassVar = {
         "policies": Input(policies=True, models=True, suffix=".jsonl"),

@@ -102,7 +102,7 @@ class Reward(TokenBatchStage):
     Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
     """
 
-    code_version: ClassVar[int] = 3
+    code_version: ClassVar[int] = 4
     trainer_config: ClassVar[str | None] = "RewardConfig"
     writes_policy: ClassVar[bool] = False
     metrics_class: ClassVar = "align.evaluation.reward_results:RewardModelReport"

@@ -125,7 +125,7 @@ class TrainingStage(QuantizableStage):
 class TRLStage(TrainingStage):
     """The keys of every stage that trains a model with a TRL trainer."""
 
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
     row_columns: ClassVar[tuple[str, ...]] = ("completion",)
     """The columns of a row, besides its prompt, that the trainer reads."""
 
