@@ -179,7 +179,11 @@ def test_recipes_and_overrides_in_commands_are_valid(document, monkeypatch):
         if recipe is None:
             continue
         values = [re.sub(r"\b(SEED)\b", "0", word) for word in words]
-        overrides = [word for word in values if re.match(r"[a-z_0-9]+\.[a-z_.0-9]+=", word)]
+        overrides = [
+            word
+            for word in values  # a file of a model has to exist
+            if re.match(r"[a-z_0-9]+\.[a-z_.0-9]+=", word) and not word.endswith(".gguf")
+        ]
         stages = load_recipe(recipe, overrides).stages
         assert stages, words
         for stage in stages.values():
