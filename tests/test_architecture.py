@@ -156,6 +156,12 @@ def test_top_level_modules_shadow_nothing_and_are_few():
     assert {path.stem for path in entries if path.name != "py.typed"} & taken == set()
 
 
+def test_names_of_test_files_are_unique():
+    """pytest refuses to collect two modules with one name in folders that are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
+
+
 def test_files_have_at_most_400_lines_and_functions_60():
     too_long = []
     for path in MODULES:

@@ -96,8 +96,8 @@ def test_a_real_model_goes_through_every_stage(model: Path, launch: Any):
         assert "license: apache-2.0" in (folder / "README.md").read_text()  # of the GGUF file
     compared = stages["evaluate"]["metrics"]["comparisons"]
     assert {each["policy"] for each in compared} >= {"dpo", "kto", "ppo", str(model)}
-    (compared,) = stages["evaluate4"]["metrics"]["comparisons"]
-    assert compared["policy"] == "dpo4"
+    compared = stages["evaluate4"]["metrics"]["comparisons"]
+    assert {each["policy"] for each in compared} >= {"dpo4"}
     assert_plain_libraries_load_it(Path(stages["dpo"]["folder"]), base)
 
 
