@@ -78,7 +78,10 @@ def _tokenizer(model: str) -> Iterator[str]:
     gguf_files.check_convertible(file)
     with tempfile.TemporaryDirectory() as folder:
         gguf_conversion.write_tokenizer(file, Path(folder))
-        yield folder
+        try:
+            yield folder
+        except UserError as error:  # its lines name the folder
+            raise UserError(*(line.replace(folder, model) for line in error.lines)) from None
 
 
 def _console() -> Console:

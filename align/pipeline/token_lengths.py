@@ -44,7 +44,10 @@ def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[
     models = row_tokens.unconverted(stages)
     files = {d: file for stage in stages for d, file in stage.gguf_files.items() if d in models}
     for folder, file in files.items():
-        yield f"{file}: a run first converts it into {folder}; then the tokens of rows are counted"
+        yield (
+            f"{file}: a run first converts it into {folder}; not checked before that: the chat "
+            "template with the rows, and their tokens"
+        )
     for stage in stages:
         if stage.config.prepares_data:
             with errors.at(stage.name):

@@ -193,9 +193,12 @@ def count_parameters(trainer: Trainer) -> int:
 
 
 def _last_metrics(trainer: Trainer) -> dict[str, Any]:
+    """The last logged metrics; of a run shorter than ``logging_steps``, those of the whole run."""
     history = trainer.state.log_history
-    training_entries = [entry for entry in history if "loss" in entry]
-    last = training_entries[-1] if training_entries else {}
+    whole = [{**entry, "loss": entry["train_loss"]} for entry in history if "train_loss" in entry]
+    last: dict[str, Any] = next(
+        (entry for entry in reversed([*whole, *history]) if "loss" in entry), {}
+    )
     metrics: dict[str, Any] = {key: last[key] for key in KEY_METRICS if key in last}
     metrics |= {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
     for entry in history:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import shutil
 import struct
@@ -296,6 +297,13 @@ def test_the_command_shows_the_tokens_of_a_file(
 
     data_show("embedded", ["max_rows=60"], stage="sft", model=str(converted[0]), n=1)
     assert "<|im_start|>assistant⏎" in capsys.readouterr().out
+    Path("calls.json").write_text(json.dumps([{
+        "tools": '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]',
+        "messages": [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Hot."}],
+    }]))  # fmt: skip
+    with pytest.raises(UserError) as raised:  # the template has no tools
+        data_show("calls.json", ["test_fraction=0"], stage="sft", model=str(converted[0]), n=1)
+    assert all(line.startswith(f"{converted[0]}: its chat template") for line in raised.value.lines)
 
 
 @pytest.mark.slow
