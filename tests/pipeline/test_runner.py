@@ -114,37 +114,44 @@ OTHER: dict[str, dict[str, Any]] = {
         "labels": {"up": True},
     },
     "sft": {
+        "train_on": "last", "quantization": "nf4", "tokens_per_batch": 99,
         "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "dpo": {
+        "quantization": "nf4", "tokens_per_batch": 99,
         "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "kto": {
+        "quantization": "nf4",
         "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,
         "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "sample": {
+        "quantization": "nf4",
         "model": "sft_2", "prompts": "prepare_2", "split": "test", "n_prompts": 3, "n_completions": 2,
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
         "revision": "abc", "seed": 1,
     },
     "label": {
+        "quantization": "nf4",
         "completions": "sample_2", "judge": "reward", "pairing": "all", "margin": 0.1,
         "label_noise": "bradley_terry", "label_noise_slope": 2.0, "max_pairs": 3, "batch_size": 3, "dtype": "bfloat16", "seed": 1,
     },
     "reward": {
+        "quantization": "nf4", "tokens_per_batch": 99,
         "max_lost_rows": 0.5,
         "model": "sft_2", "pairs": "prepare_2", "margin_coef": 0.5, "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "ppo": {
+        "tokens_per_batch": 99, "optimizer": "paged_adamw_8bit", "mixed_precision": "bfloat16",
         "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "max_new_tokens": 3,
         "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
@@ -158,6 +165,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False,
     },
     "evaluate": {
+        "quantization": "nf4",
         "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
         "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
