@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import prefix_models
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
@@ -16,26 +17,11 @@ from align.models import decoding, generation
 from align.models.decoding import MIN_ROWS, PreallocatedLayer, remaining
 
 STOPS, NEW_TOKENS = {1, 2, 3}, 16
-SMALL = {
-    "vocab_size": 12,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+VOCABULARY = {"vocab_size": 12, "pad_token_id": 0, "eos_token_id": 1}
+SMALL = prefix_models.SMALL | VOCABULARY
 WINDOW = SMALL | {"sliding_window": 4}
 HYBRID = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
-ABSOLUTE = {
-    "vocab_size": 12, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+ABSOLUTE = prefix_models.GPT2 | VOCABULARY
 SOFTMAX = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 NUCLEUS = SOFTMAX | {"temperature": 0.7, "top_p": 0.8}
 GREEDY = {"do_sample": False}
