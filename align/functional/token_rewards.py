@@ -1,11 +1,17 @@
 """Rewards and advantages of tokens from the score of their completion.
 
 Rows are completions; columns are the tokens of prompt and completion. ``mask`` is True on the
-completion's real tokens, which are contiguous and include its eos. All other entries are padding,
-which may have any value, NaN included; they are 0 in every result.
+completion's real tokens, eos included. All other entries are padding, which may have any value, NaN
+included; they are 0 in every result.
+
+A row may also be an episode of several turns, with tokens of an environment between those of the
+policy. ``mask`` is True on the policy's tokens. The state after the last token of a turn is the one
+before the first token of the next turn: what the environment writes is part of its transition.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,12 +25,12 @@ def last_tokens(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
 
     An empty row has none.
 
-    >>> last_tokens(torch.tensor([[False, True, True, False], [True, True, True, True]])).int()
+    >>> last_tokens(torch.tensor([[False, True, True, False], [True, False, False, True]])).int()
     tensor([[0, 0, 1, 0],
             [0, 0, 0, 1]], dtype=torch.int32)
     """
-    after = torch.nn.functional.pad(mask[:, 1:], (0, 1))
-    return mask & ~after
+    following = mask.int().flip(1).cumsum(1).flip(1)
+    return mask & (following == 1)
 
 
 def token_rewards(
@@ -61,12 +67,21 @@ def completion_gae(
     """Advantages by :func:`align.functional.returns.gae`, terminated at the last real token.
 
     A completion that was cut off by its length limit terminates there too: it was scored as it is.
+
+    In an episode with a token of the environment between two of the policy, and gamma = lam = 1,
+    each advantage is the sum of the later rewards minus the value:
+
+    >>> mask = torch.tensor([[True, False, True]])
+    >>> rewards, values = torch.tensor([[1.0, 9.0, 2.0]]), torch.tensor([[0.5, 9.0, 1.5]])
+    >>> completion_gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    tensor([[2.5000, 0.0000, 0.5000]])
     """
-    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    ends = last_tokens(mask)
-    cut = ~mask  # tokens before and after the completion belong to no episode
-    advantages = gae(rewards, values, next_values, ends, cut, gamma=gamma, lam=lam)
-    return advantages.masked_fill(~mask, 0)
+
+    def advantages(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+        return gae(rewards, values, next_values, last_tokens(mask), ~mask, gamma=gamma, lam=lam)
+
+    return _over_real_tokens(advantages, rewards, values, mask=mask)
 
 
 def leave_one_out(returns: Float[Tensor, " batch"], *, n: int) -> Float[Tensor, " batch"]:
@@ -98,8 +113,22 @@ def rewards_to_go(
 
     Source: Williams 1992, Machine Learning 8.
     """
-    zeros = torch.zeros_like(rewards)
-    returns = discounted_returns(
-        rewards.masked_fill(~mask, 0), zeros, last_tokens(mask), ~mask, gamma=gamma
-    )
-    return returns.masked_fill(~mask, 0)
+
+    def returns(rewards: Tensor, mask: Tensor) -> Tensor:
+        zeros = torch.zeros_like(rewards)
+        return discounted_returns(rewards, zeros, last_tokens(mask), ~mask, gamma=gamma)
+
+    return _over_real_tokens(returns, rewards, mask=mask)
+
+
+def _over_real_tokens(
+    function: Callable[..., Tensor], *columns: Float[Tensor, "batch time"], mask: Tensor
+) -> Float[Tensor, "batch time"]:
+    """Apply a function of ``columns`` and ``mask`` to rows whose real tokens are adjacent.
+
+    The tokens of a row move to its left, and the result back to their places; it is 0 elsewhere.
+    """
+    order = (~mask).int().argsort(dim=1, stable=True)
+    adjacent = [column.masked_fill(~mask, 0).gather(1, order) for column in columns]
+    result = function(*adjacent, mask.gather(1, order))
+    return torch.zeros_like(result).scatter(1, order, result).masked_fill(~mask, 0)

@@ -241,3 +241,30 @@ def test_padding_of_a_completion_may_be_nan_or_infinite(junk):
     # A score that is not finite stays on the last token of its completion.
     rewards = token_rewards(torch.tensor([junk, 1.0]), numbers, mask, kl_coef=0.5)
     assert rewards.isfinite().sum() == 7
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_of_an_environment_between_those_of_a_policy_are_part_of_a_transition(seed: int):
+    # Each token's sum runs over the policy's later tokens, whose discount does not count others.
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, 6, 12, generator=generator, dtype=torch.float64)
+    mask = torch.rand(6, 12, generator=generator) < 0.5
+    mask[0] = False
+    advantages = completion_gae(rewards, values, mask, gamma=0.9, lam=0.8)
+    returns = rewards_to_go(rewards, mask, gamma=0.9)
+    score = token_rewards(torch.ones(6), torch.zeros(6, 12), mask, kl_coef=0.0)
+    for r in range(6):
+        places = mask[r].nonzero()[:, 0].tolist()
+        assert score[r].nonzero()[:, 0].tolist() == places[-1:]
+        for start, place in enumerate(places):
+            later = places[start:]
+            expected = sum(0.9**k * rewards[r, j].item() for k, j in enumerate(later))
+            assert returns[r, place].item() == pytest.approx(expected)
+            following = [*(values[r, j].item() for j in later[1:]), 0.0]
+            expected = sum(
+                0.72**k * (rewards[r, j].item() + 0.9 * after - values[r, j].item())
+                for k, (j, after) in enumerate(zip(later, following, strict=True))
+            )
+            assert advantages[r, place].item() == pytest.approx(expected)
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
