@@ -48,7 +48,10 @@ Force = Annotated[
     str | None,
     typer.Option(metavar="STAGE|all", help="Remove the results of a stage and run it again."),
 ]
-Until = Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")]
+Until = Annotated[
+    str | None,
+    typer.Option(metavar="STAGE", help="Run this stage and those whose results it needs."),
+]
 
 
 def run_recipe(

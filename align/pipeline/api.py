@@ -57,7 +57,7 @@ def plan(
     until: str | None = None,
     force: str | None = None,
 ) -> list[PlannedStage]:
-    """Plan the stages of a recipe, in order and up to ``until``. Nothing is started or written.
+    """Plan the stages of a recipe, or those that ``until`` needs. Nothing is started or written.
 
     Raises:
         UserError: The recipe, an option or an input is invalid.
@@ -72,9 +72,9 @@ def run(
     until: str | None = None,
     force: str | None = None,
 ) -> Run:
-    """Run the unfinished stages of a recipe, in order and up to ``until``; reuse the others.
+    """Run the unfinished stages of a recipe, in its order, and reuse the finished ones.
 
-    ``force`` names a stage, or ``all``, that runs even if it is finished.
+    ``until`` names a stage: it and the stages whose results it needs are run. ``force`` names a stage, or ``all``, that runs even if it is finished.
 
     Raises:
         UserError: One line for each error in the recipe, the data or the models.

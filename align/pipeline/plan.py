@@ -51,7 +51,7 @@ class PlannedStage:
 def plan(
     recipe: Recipe, runs: Path, *, until: str | None = None, force: str | None = None
 ) -> list[PlannedStage]:
-    """Plan the stages of a recipe, in order and up to ``until``. Nothing is started or written.
+    """Plan the stages of a recipe, or those that ``until`` needs. Nothing is started or written.
 
     ``force`` names a stage, or ``all``, that runs even if it is finished.
 
@@ -74,8 +74,11 @@ def plan_stages(
     """
     recipe = errors.recipe
     _check_options(errors, until, force)
+    needed = _needed_stages(recipe, until)
     planned: dict[str, PlannedStage] = {}
     for name, config in recipe.stages.items():
+        if name not in needed:
+            continue
         n_errors = len(errors.lines)
         depends_on = set(config.input_names().values()) & recipe.stages.keys()
         if depends_on <= planned.keys():
@@ -83,21 +86,33 @@ def plan_stages(
                 stage = _planned_stage(name, config, runs, planned, errors, force)
                 if len(errors.lines) == n_errors:
                     planned[name] = stage
-        if name == until:
-            break
     return list(planned.values())
 
 
+def _needed_stages(recipe: Recipe, until: str | None) -> set[str]:
+    """The stage ``until`` and those whose results it needs; all of them if it names none."""
+    if until is None or until not in recipe.stages:
+        return set(recipe.stages)
+    needed: set[str] = set()
+    unseen: set[str] = {until}
+    while unseen:
+        name = unseen.pop()
+        needed.add(name)
+        inputs = set(recipe.stages[name].input_names().values())
+        unseen |= (inputs & recipe.stages.keys()) - needed
+    return needed
+
+
 def _check_options(errors: ErrorCollector, until: str | None, force: str | None) -> None:
-    """Check that ``--until`` and ``--force`` name stages, and that the forced stage is reached."""
+    """Check that ``--until`` and ``--force`` name stages, and that the forced stage is needed."""
     names = list(errors.recipe.names)
     for option, value, others in (("--until", until, []), ("--force", force, ["all"])):
         if value is not None and value not in [*names, *others]:
             hint = nearest(value, [*names, *others])
             errors.lines.append(f"{option} {value}: no such stage{hint}")
-    if until in names and force in names and names.index(force) > names.index(until):
+    if until in names and force in names and force not in _needed_stages(errors.recipe, until):
         errors.lines.append(
-            f"--force {force}: `--until {until}` stops before this stage; remove one of the two"
+            f"--force {force}: `--until {until}` does not need this stage; remove one of the two"
         )
 
 

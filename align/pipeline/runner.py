@@ -77,7 +77,7 @@ def run_recipe(
     force: str | None = None,
     until: str | None = None,
 ) -> RunSummary:
-    """Run the unfinished stages of a recipe, up to ``until``, and write ``summary.json``.
+    """Run unfinished stages: all, or those that ``until`` needs; write ``summary.json``.
 
     ``force`` names a stage, or ``all``, that runs even if it is finished.
 

@@ -389,9 +389,9 @@ REFERENCES = [
         "recipe.yaml:2: control.env: unknown key; did you mean `environment`?",
     ),
     invalid(
-        "a forced stage that is not reached",
+        "a forced stage that is not needed",
         recipe(PREPARE, SFT, "dpo: {model: sft}"),
-        "--force dpo: `--until sft` stops before this stage; remove one of the two",
+        "--force dpo: `--until sft` does not need this stage; remove one of the two",
         arguments=("--until", "sft", "--force", "dpo"),
     ),
     invalid(

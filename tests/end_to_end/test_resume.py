@@ -175,7 +175,7 @@ def test_a_signal_saves_a_checkpoint_from_which_the_same_command_resumes(uninter
     # KTO's 16th step is in its second epoch, whose order of rows differs from the first.
     for stage, step, number in (("dpo", 4, signal.SIGTERM), ("kto", 16, signal.SIGINT)):
         marked = recipe_runs.file_exists(runs, f"{stage}-*/checkpoint-{step}/complete.json")
-        assert recipe_runs.stop(runs, "--until", "kto", when=marked, number=number) == 130
+        assert recipe_runs.stop(runs, when=marked, number=number) == 130
         assert "interrupted" in recipe_runs.log(runs).splitlines()[-1]
         folder = stage_folder(runs, stage)
         assert artifacts.read_artifact(folder) is None

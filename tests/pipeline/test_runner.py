@@ -375,8 +375,17 @@ def test_force_runs_one_stage_again_and_reuses_the_others(here):
     assert set(run(force="all").values()) == {"ran"}
 
 
-def test_until_stops_after_a_stage(here):
+def test_until_runs_a_stage_and_those_whose_results_it_needs(here):
     assert run(until="sft") == {"prepare": "ran", "sft": "ran"}
+    recipe = Path("recipe.yaml")
+    other = "  dpo_alone: {stage: dpo, model: sft, beta: 0.3}\n"
+    recipe.write_text(recipe.read_text() + other)
+    # `dpo` comes before it in the file, and neither its model nor its data come from `dpo`
+    assert run(until="dpo_alone") == {"prepare": "reused", "sft": "reused", "dpo_alone": "ran"}
+    with pytest.raises(UserError, match="--force dpo: `--until dpo_alone` does not need this"):
+        run(until="dpo_alone", force="dpo")
+    assert run(until="dpo_alone", force="sft")["sft"] == "ran"
+    assert set(run(until="dpo_alone", force="all").values()) == {"ran"}
 
 
 def test_force_and_until_must_name_existing_stages(here):
