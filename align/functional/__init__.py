@@ -17,6 +17,7 @@ from align.functional.bradley_terry import bradley_terry_strengths, holm_adjuste
 from align.functional.intervals import bootstrap_interval, proportion_interval
 from align.functional.length_control import length_controlled_win_rate, length_controlled_win_rates
 from align.functional.masked import masked_scale, masked_var, masked_whiten
+from align.functional.overoptimization import fit_overoptimization, overoptimization_gain
 from align.functional.policy_gradient import (
     adaptive_kl_coef,
     clipped_surrogate_loss,
@@ -33,6 +34,7 @@ from align.functional.policy_gradient import (
 from align.functional.prediction_powered import prediction_powered_mean
 from align.functional.preference import bradley_terry_loss, dpo_loss, kto_loss
 from align.functional.returns import discounted_returns, gae
+from align.functional.sequential import decline_e_values
 from align.functional.token_rewards import (
     completion_gae,
     leave_one_out,
@@ -60,11 +62,13 @@ __all__ = [
     "cohen_kappa",
     "completion_gae",
     "consistency",
+    "decline_e_values",
     "detectable_difference",
     "discounted_returns",
     "dpo_loss",
     "entropy",
     "explained_variance",
+    "fit_overoptimization",
     "gae",
     "holm_adjusted",
     "importance_ratio",
@@ -82,6 +86,7 @@ __all__ = [
     "masked_whiten",
     "missing_bounds",
     "outcomes",
+    "overoptimization_gain",
     "paired_permutation_p_value",
     "position_bias",
     "prediction_powered_mean",
