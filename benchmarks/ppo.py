@@ -129,9 +129,9 @@ def peer_settings(folder: Path, args: argparse.Namespace, *, lora: bool) -> dict
 
 def run_align(settings: dict[str, Any]) -> dict[str, Any]:
     """Run Align in this process."""
-    from align.config.ppo import PPO
+    from align.config.online_rl_stages import PPO
     from align.models import logps
-    from align.online_rl.trainer import PPOTrainer
+    from align.online_rl.trainer import OnlineRLTrainer
     from align.runtime import distributed, environment
     from align.runtime.progress import Logger, NullDisplay
 
@@ -171,7 +171,7 @@ def run_align(settings: dict[str, Any]) -> dict[str, Any]:
         display = NullDisplay()
         logger = Logger("ppo", Path(folder), display, main=True)
         display.start("ppo", Path(folder), "")
-        trainer = PPOTrainer(config, inputs, Path(folder), logger)
+        trainer = OnlineRLTrainer(config, inputs, Path(folder), logger)
         _reset_peak()
 
         with logps.small_vocabulary_tiles():

@@ -102,7 +102,7 @@ def test_overrides_and_shipped_recipes_apply_to_a_mapping():
 
 def ppo(*rewards, **keys):
     stage = {"model": "sft", "rewards": list(rewards), "steps": 1, "batch_size": 4}
-    stage |= {"advantages": "reinforce", "max_new_tokens": 4, "learning_rate": 1e-4} | keys
+    stage |= {"stage": "reinforce", "max_new_tokens": 4, "learning_rate": 1e-4} | keys
     return {"stages": {"prepare": PREPARE, "sft": SFT, "ppo": stage}}
 
 

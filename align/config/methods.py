@@ -35,8 +35,9 @@ _LOSSES = {
     },
     "reward": {"": "a Bradley-Terry reward model (Ouyang et al. 2022, arXiv:2203.02155, eq. 1)"},
 }
-_ADVANTAGES = {
-    "gae": "proximal policy optimization, PPO (Schulman et al. 2017, arXiv:1707.06347)",
+_ESTIMATORS = {
+    "ppo": "proximal policy optimization, PPO (Schulman et al. 2017, arXiv:1707.06347)",
+    "grpo": "group-relative policy optimization, GRPO (Shao et al. 2024, arXiv:2402.03300)",
     "rloo": "REINFORCE leave-one-out, RLOO (Ahmadian et al. 2024, arXiv:2402.14740)",
     "reinforce": "REINFORCE (Williams 1992)",
 }
@@ -56,8 +57,8 @@ def method(kind: str, settings: Mapping[str, Any]) -> list[str]:
         chosen = settings.get("trainer", {}).get("loss_type", next(iter(losses)))
         names = chosen if isinstance(chosen, list) else [chosen]
         methods += [losses.get(name, f"the loss `{name}` of TRL") for name in names]
-    elif settings.get("advantages") in _ADVANTAGES:
-        methods.append(_ADVANTAGES[settings["advantages"]])
+    elif kind in _ESTIMATORS:
+        methods.append(_ESTIMATORS[kind])
         methods += [_KL] * bool(settings.get("kl_coef"))
     methods += [_LORA] * bool(settings.get("lora"))
     methods += [_NF4] * (settings.get("quantization") == "nf4")

@@ -6,6 +6,7 @@ After a change of the configuration, write it again:
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -73,9 +74,10 @@ def _section(title: str, cls: type[BaseModel], level: int = 2) -> str:
 
 
 def _fields(cls: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The keys of a class: its own before the inherited ones, without ``stage``."""
-    own = {key: field for key, field in cls.model_fields.items() if key in cls.__annotations__}
-    return {key: f for key, f in (own | cls.model_fields).items() if key != "stage"}
+    """The keys of a class: its own before those of its bases, without ``stage``."""
+    names = [key for base in cls.__mro__ for key in inspect.get_annotations(base)]
+    ordered = {key: cls.model_fields[key] for key in names if key in cls.model_fields}
+    return {key: field for key, field in ordered.items() if key != "stage"}
 
 
 def _markdown(text: str) -> str:

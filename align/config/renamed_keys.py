@@ -14,8 +14,8 @@ RENAMED: dict[tuple[str, str], str] = {
     ("Control", "lam"): "`gae_lambda`",
     ("Control", "level"): "`confidence`",
     ("PPO", "lam"): "`gae_lambda`",
-    ("PPO", "whiten_advantages"): "`normalize_advantages`",
-    ("PPO", "whiten_rewards"): "`normalize_rewards`",
+    ("OnlineRL", "whiten_advantages"): "`normalize_advantages`",
+    ("OnlineRL", "whiten_rewards"): "`normalize_rewards`",
     ("Prepare", "keep"): "`keep_columns`",
     ("Prepare", "ngram"): "`decontamination_ngram`",
     ("Evaluate", "level"): "`confidence`",
@@ -29,11 +29,15 @@ RENAMED: dict[tuple[str, str], str] = {
 
 
 REMOVED: dict[tuple[str, str], str] = {
-    ("PPO", "kl_estimator"): (
+    ("OnlineRL", "advantages"): (
+        "the kind of the stage is the estimator; remove it, and write `stage: ppo` (GAE), "
+        "`stage: grpo`, `stage: rloo` or `stage: reinforce`"
+    ),
+    ("OnlineRL", "kl_estimator"): (
         "the reward contains the log-ratio, k1 (k3 there has another gradient than the KL "
         "divergence and collapses the policy); remove it, or set `kl_placement: loss` to use k3"
     ),
-    ("PPO", "top_p"): (
+    ("OnlineRL", "top_p"): (
         "training samples from the whole distribution, because a truncated one moves the optimum; "
         "remove it, or lower `temperature`"
     ),
@@ -43,7 +47,7 @@ REMOVED: dict[tuple[str, str], str] = {
 
 def hint(classes: Iterable[type[Stage] | None], key: str) -> str:
     """The end of an error message if ``key`` is the name of an old key, else nothing."""
-    for name in (cls.__name__ for cls in classes if cls):
+    for name in (base.__name__ for cls in classes if cls for base in cls.__mro__):
         if (name, key) in RENAMED:
             return f"; renamed to {RENAMED[name, key]}"
         if (name, key) in REMOVED:

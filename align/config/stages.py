@@ -9,7 +9,7 @@ from align.config.base import Input, Stage
 from align.config.control import Control
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
-from align.config.ppo import PPO
+from align.config.online_rl_stages import GRPO, PPO, RLOO, Reinforce
 from align.config.training import DPO, KTO, SFT, Reward
 
 STAGES: dict[str, type[Stage]] = {
@@ -19,6 +19,9 @@ STAGES: dict[str, type[Stage]] = {
     "reward": Reward,
     "kto": KTO,
     "ppo": PPO,
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "reinforce": Reinforce,
     "sample": Sample,
     "label": Label,
     "evaluate": Evaluate,

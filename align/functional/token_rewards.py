@@ -12,12 +12,17 @@ before the first token of the next turn: what the environment writes is part of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from align.functional.masked import masked_var, sum_over_ranks
 from align.functional.returns import discounted_returns, gae
+
+DEVIATION_EPS = 1e-4
+"""Added to the standard deviations that advantages are divided by."""
 
 
 def last_tokens(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
@@ -98,6 +103,36 @@ def leave_one_out(returns: Float[Tensor, " batch"], *, n: int) -> Float[Tensor, 
     groups = returns.view(-1, n)
     others = (groups.sum(1, keepdim=True) - groups) / (n - 1)
     return (groups - others).flatten()
+
+
+def group_relative(
+    returns: Float[Tensor, " batch"],
+    *,
+    n: int,
+    scale: Literal["group", "batch", "none"],
+) -> Float[Tensor, " batch"]:
+    """Return of each completion minus the mean of its prompt, divided by a standard deviation.
+
+    ``n`` consecutive completions share a prompt. The deviation (with n - 1) is that of the returns
+    of the prompt, or of all returns on all ranks; with ``none``, nothing is divided.
+    :data:`DEVIATION_EPS` is added to it, so that equal returns have the advantage 0.
+
+    >>> group_relative(torch.tensor([1.0, 3.0, 5.0]), n=3, scale="none")
+    tensor([-2.,  0.,  2.])
+
+    Source: Shao et al. 2024 (GRPO), arXiv:2402.03300, section 4.1.2; without the division: Liu et
+    al. 2025 (Dr. GRPO), arXiv:2503.20783.
+    """
+    groups = returns.view(-1, n)
+    centered = groups - groups.mean(1, keepdim=True)
+    if scale == "group":
+        centered = centered / (groups.std(1, keepdim=True) + DEVIATION_EPS)
+    elif scale == "batch":
+        everything = torch.ones_like(returns, dtype=torch.bool)
+        count = sum_over_ranks(everything.sum())
+        variance = masked_var(returns, everything) * count / (count - 1)
+        centered = centered / (variance.sqrt() + DEVIATION_EPS)
+    return centered.flatten()
 
 
 def rewards_to_go(

@@ -1,1 +1,1 @@
-"""Online reinforcement learning of language models: PPO, RLOO and REINFORCE."""
+"""Online reinforcement learning of language models: PPO, GRPO, RLOO, REINFORCE."""

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.errors import UserError
 from align.models import adapters, loading, tokenization
 from align.models.files import AdapterBase
@@ -43,7 +43,7 @@ from align.rewards.reward_model import RewardModel
 
 
 def build_models(
-    config: PPO,
+    config: OnlineRL,
     source: Path | str,
     reward_sources: Sequence[Path | str],
     *,
@@ -103,14 +103,14 @@ def build_models(
 class _Loader:
     """Loads the models of a recipe."""
 
-    config: PPO
+    config: OnlineRL
     source: Path | str
     reward_sources: Sequence[Path | str]
     tokenizer: Any
 
     @property
     def has_critic(self) -> bool:
-        return self.config.advantages == "gae"
+        return self.config.has_critic
 
     def separate_models(self) -> PPOModels:
         """Every model with its own weights."""

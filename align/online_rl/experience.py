@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
+from align.config.online_rl_stages import GRPO, PPO, RLOO, Reinforce
 from align.functional import policy_gradient
 from align.functional.masked import masked_scale
 from align.functional.token_rewards import (
     completion_gae,
+    group_relative,
     leave_one_out,
     rewards_to_go,
     token_rewards,
@@ -116,7 +118,7 @@ def align_sampler_logps(
 
 
 def make_rollout(
-    experience: Experience, scores: Float[Tensor, " batch"], config: PPO, *, kl_coef: float
+    experience: Experience, scores: Float[Tensor, " batch"], config: OnlineRL, *, kl_coef: float
 ) -> Rollout:
     """Token rewards from KL and scores, advantages, and the critic's targets.
 
@@ -132,17 +134,12 @@ def make_rollout(
     if config.normalize_rewards:
         rewards = masked_scale(rewards, mask)
     values = returns = None
-    if config.advantages == "gae":
+    if config.has_critic:
         assert experience.values is not None
         values = experience.values.masked_fill(~mask, 0)
-        advantages = completion_gae(
-            rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda
-        )
+    advantages = estimate_advantages(rewards, values, mask, config)
+    if values is not None:
         returns = advantages + values
-    elif config.advantages == "rloo":
-        advantages = leave_one_out(rewards.sum(1), n=config.n_completions)[:, None] * mask
-    else:
-        advantages = rewards_to_go(rewards, mask, gamma=config.gamma)
     weights = None
     if experience.sampler_logps is not None:
         weights = policy_gradient.importance_weights(
@@ -150,6 +147,30 @@ def make_rollout(
         )
     ref_logps = experience.ref_logps if kl_in_loss else None
     return Rollout(experience.inputs, logps, advantages, mask, values, returns, weights, ref_logps)
+
+
+def estimate_advantages(
+    rewards: Float[Tensor, "batch time"],
+    values: Float[Tensor, "batch time"] | None,
+    mask: Bool[Tensor, "batch time"],
+    config: OnlineRL,
+) -> Float[Tensor, "batch time"]:
+    """Advantages of the tokens by the estimator of the stage."""
+    match config:
+        case PPO():
+            assert values is not None
+            return completion_gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+        case GRPO():
+            returns = group_relative(
+                rewards.sum(1), n=config.n_completions, scale=config.scale_advantages
+            )
+            return returns[:, None] * mask
+        case RLOO():
+            return leave_one_out(rewards.sum(1), n=config.n_completions)[:, None] * mask
+        case Reinforce():
+            return rewards_to_go(rewards, mask, gamma=config.gamma)
+        case _:
+            raise TypeError(f"no estimator of advantages for {type(config).__name__}")
 
 
 def evaluators(

@@ -1,4 +1,4 @@
-"""Optimizer, learning rates, gradient clipping and objective of a PPO run.
+"""Optimizer, learning rates, gradient clipping and objective of an online-RL run.
 
 The update itself is :func:`align.rl.update.update`, the same for control and language models.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
+from align.config.online_rl_stages import PPO
 from align.errors import UserError
 from align.functional.masked import sum_over_ranks
 from align.models import token_batches
@@ -24,11 +26,14 @@ ADAM_EPS = 1e-5
 """As in the original PPO code (Huang et al. 2024, arXiv:2403.17031, section 3.1)."""
 
 
-def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
+def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objective:
     """The update's objective for ``n_rows`` completions on this rank.
 
     ``kl_coef`` is the current coefficient; it has an effect on rollouts with ``ref_logps`` only.
     """
+    critic: dict[str, Any] = {}
+    if isinstance(config, PPO):
+        critic = {"value_coef": config.value_coef, "value_clip": config.value_clip}
     pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)
     if config.tokens_per_batch is not None:  # :func:`divide_by_tokens` divides a minibatch
         pieces = 1
@@ -39,17 +44,16 @@ def build_objective(config: PPO, n_rows: int, *, kl_coef: float) -> Objective:
         clip_low=config.clip,
         clip_high=config.clip_high or config.clip,
         dual_clip=config.dual_clip,
-        value_coef=config.value_coef,
-        value_clip=config.value_clip,
         entropy_coef=config.entropy_coef,
         kl_coef=kl_coef,
         target_kl=config.target_kl,
         max_grad_norm=config.max_grad_norm,
         whiten=config.normalize_advantages,
+        **critic,
     )
 
 
-def divide_rows(rows: Sequence[Sequence[int]], *, config: PPO) -> list[list[int]]:
+def divide_rows(rows: Sequence[Sequence[int]], *, config: OnlineRL) -> list[list[int]]:
     """Indices of rows, in order, in forward passes of at most ``tokens_per_batch`` tokens."""
     assert config.tokens_per_batch is not None
     return token_batches.divide(
@@ -59,20 +63,21 @@ def divide_rows(rows: Sequence[Sequence[int]], *, config: PPO) -> list[list[int]
     )
 
 
-def divide_by_tokens(rollout: Rollout, *, config: PPO) -> list[Rollout]:
+def divide_by_tokens(rollout: Rollout, *, config: OnlineRL) -> list[Rollout]:
     """A minibatch in forward passes of at most ``tokens_per_batch`` tokens."""
     ids, lengths = rollout.inputs["ids"].tolist(), rollout.inputs["mask"].sum(1).tolist()
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     return [rollout.take(torch.tensor(batch)) for batch in divide_rows(rows, config=config)]
 
 
-def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.Optimizer:
+def build_optimizer(config: OnlineRL, models: PPOModels) -> torch.optim.Optimizer:
     """AdamW with one parameter group for the policy and one for the critic.
 
     ``base`` in a group is its peak learning rate; :func:`set_learning_rates` multiplies it.
     """
     groups = [{"params": models.parameters(models.policy), "base": config.learning_rate}]
     if models.critic is not None:
+        assert isinstance(config, PPO)
         rate = config.critic_learning_rate or config.learning_rate
         groups.append({"params": models.parameters(models.critic), "base": rate})
     if config.optimizer == "adamw":
@@ -85,7 +90,7 @@ def build_optimizer(config: PPO, models: PPOModels) -> torch.optim.Optimizer:
     return eight_bits
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: PPO, step: int) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: OnlineRL, step: int) -> None:
     """Set the learning rates of a step; they depend on nothing but its number."""
     factor = schedule(step, config.steps, config.warmup_steps, config.schedule)
     for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import randperm
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.data.rows import Row
 from align.models import generation, tokenization
 from align.online_rl.models import PPOModels
@@ -35,7 +35,7 @@ class Prompts:
         return Prompts(self.rows[own], self.tokens[own])
 
 
-def tokenize(rows: Sequence[Row], models: PPOModels, config: PPO) -> Prompts:
+def tokenize(rows: Sequence[Row], models: PPOModels, config: OnlineRL) -> Prompts:
     """Tokenize prompts for the policy.
 
     Raises:
@@ -46,7 +46,7 @@ def tokenize(rows: Sequence[Row], models: PPOModels, config: PPO) -> Prompts:
     return Prompts(rows, tokens)
 
 
-def prompt_indices(step: int, n_prompts: int, config: PPO) -> list[int]:
+def prompt_indices(step: int, n_prompts: int, config: OnlineRL) -> list[int]:
     """Indices of the prompts of a step on this rank, each repeated ``n_completions`` times.
 
     Every epoch visits each prompt once, in a fresh order. Ranks take turns, so the ranks together

@@ -1,4 +1,4 @@
-"""Typed metrics of a ``ppo`` stage, as ``artifact.json`` stores them.
+"""Typed metrics of the online-RL stages, as ``artifact.json`` stores them.
 
 Loads no heavy library, so that finished runs can be read quickly.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+KINDS = ("ppo", "grpo", "rloo", "reinforce")
+"""Kinds of stages; the metrics of the last step are stored under the kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +44,8 @@ class BatchMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PPOMetrics:
-    """Metrics of a ``ppo`` stage."""
+class OnlineRLMetrics:
+    """Metrics of an online-RL stage."""
 
     steps: int
     """Updates."""
@@ -54,9 +57,9 @@ class PPOMetrics:
     """Metrics of the last held-out evaluation; None if the recipe has none."""
 
     @classmethod
-    def from_metrics(cls, metrics: Mapping[str, Any]) -> PPOMetrics:
+    def from_metrics(cls, metrics: Mapping[str, Any]) -> OnlineRLMetrics:
         """Read the metrics of a finished stage."""
-        last = metrics["ppo"]
+        last = next(metrics[kind] for kind in KINDS if kind in metrics)
         has_held_out = "eval_score" in last
         return cls(
             steps=metrics["steps"],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.models import generation
 from align.models.adapters import active_adapter
 from align.online_rl.completions import Completions
@@ -49,7 +49,7 @@ class LocalSampler:
         return Completions([list(p) for p in prompts], completions, finished)
 
 
-def build_sampler(config: PPO, models: PPOModels) -> Sampler:
+def build_sampler(config: OnlineRL, models: PPOModels) -> Sampler:
     """The sampler that ``config.sampler`` names. It sets the policy's ``generation_config``.
 
     Raises:

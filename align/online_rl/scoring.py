@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.data.rows import Row
 from align.errors import UserError
 from align.models import tokenization
@@ -97,7 +97,7 @@ class Scorer:
 
     rewards: Mapping[str, RewardSource]
     """Rewards by their names in the recipe, in its order."""
-    config: PPO
+    config: OnlineRL
     tokenizer: Any
 
     def score(self, completions: Completions, rows: Sequence[Row]) -> Scores:
@@ -131,7 +131,7 @@ def _gold_scores(texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
     return torch.tensor([gold.gold_score(r, t) for r, t in zip(requests, texts, strict=True)])
 
 
-def load_functions(config: PPO) -> dict[str, Score]:
+def load_functions(config: OnlineRL) -> dict[str, Score]:
     """The reward functions of a recipe, by name.
 
     Raises:
@@ -140,7 +140,7 @@ def load_functions(config: PPO) -> dict[str, Score]:
     return {name: load_function(name) for name in config.reward_functions.values()}
 
 
-def build_scorer(config: PPO, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:
+def build_scorer(config: OnlineRL, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:
     """The scorer of a recipe. Its reward models are ``models.rewards``, in the recipe's order."""
     reward_models = iter(models.rewards)
     end = tokenization.end_of_turn(models.tokenizer) if models.rewards else -1

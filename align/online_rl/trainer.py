@@ -1,4 +1,4 @@
-"""The PPO loop on a language model: generate, score, compute experience, build a rollout, update.
+"""Online RL on a language model: generate, score, compute experience, build a rollout, update.
 
 The update is :func:`align.rl.update.update`, the same that solves CartPole. Several processes share
 each batch, and gradients are averaged once per optimizer step. All seeds are derived from the step
@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.data import tables
 from align.data.rows import Row
 from align.errors import UserError
@@ -55,20 +55,20 @@ HELD_OUT = ("score", "reward", "gold", "kl", "tokens", "missing_eos")
 """Metrics of the held-out evaluation."""
 
 
-class PPOTrainer:
-    """A PPO run: models, prompts, sampler, scorer and optimizer, and the state between two steps.
+class OnlineRLTrainer:
+    """A run: models, prompts, sampler, scorer and optimizer, and the state between two steps.
 
     Raises:
         UserError: An input is missing, or the configuration does not fit the launch or the models.
     """
 
     def __init__(
-        self, config: PPO, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+        self, config: OnlineRL, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
     ) -> None:
         accelerator = Accelerator()
         if str(accelerator.distributed_type).rpartition(".")[2] in SHARDED:
             raise UserError(
-                "PPO does not shard weights: launch it with accelerate_configs/multi_gpu.yaml, and "
+                "online RL does not shard weights: launch it with accelerate_configs/multi_gpu.yaml, and "
                 "save memory with `lora` and `quantization: nf4`"
             )
         for problem in config.batch_size_problems(distributed.world_size()):
@@ -188,7 +188,7 @@ class PPOTrainer:
         )
         self.set_train_mode(True)
         return update(
-            evaluators(self.models, frozen_policy=step < config.critic_warmup_steps),
+            evaluators(self.models, frozen_policy=step < config.steps_without_policy),
             rollout,
             build_objective(config, len(rollout), kl_coef=self.kl_coef),
             self.optimizer,
@@ -277,7 +277,7 @@ class PPOTrainer:
         distributed.barrier()
 
 
-def _read_held_out(config: PPO, data: Path) -> list[Row]:
+def _read_held_out(config: OnlineRL, data: Path) -> list[Row]:
     """Rows of the held-out prompts; none if the recipe does not evaluate."""
     if not config.eval_steps:
         return []

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.errors import UserError
 from align.models.adapters import adapter_layers
 from align.online_rl.completions import Completions
@@ -60,7 +60,7 @@ class VLLMSampler:
     policy: ModelView
     stops: set[int]
     """Tokens that end a completion."""
-    config: PPO
+    config: OnlineRL
 
     def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Completions:
         """Send the policy's weights, and sample one completion per prompt."""

@@ -16,12 +16,13 @@ from statistics import median
 from typing import Any
 
 from align.config.data import Prepare
+from align.config.online_rl import OnlineRL
 from align.config.stages import STAGES
 from align.data.prepare import prepare
 from align.data.rows import Row
 from align.errors import DataError
 
-SUPPORTED_STAGES = ("sft", "dpo", "kto", "reward", "ppo")
+SUPPORTED_STAGES = ("sft", "dpo", "kto", "reward", "ppo", "grpo", "rloo", "reinforce")
 """The kinds of stages whose tokens can be shown."""
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label")
 
@@ -87,7 +88,7 @@ def tokenized_rows(
     tokenizer = tokenization.load_tokenizer(model)
     tokenization.conversations(tokenizer)
     rows = _training_rows(config, STAGES[stage].reads[0].kind, n)
-    if stage == "ppo":
+    if issubclass(STAGES[stage], OnlineRL):
         return _prompts(rows, tokenizer)
     if stage == "reward":
         return _reward_rows(rows, tokenizer)
@@ -205,7 +206,7 @@ def _part(row_indices: Sequence[int], i: int) -> str:
 
 
 def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[TokenizedRow]:
-    """Prompts as PPO tokenizes them."""
+    """Prompts as online RL tokenizes them."""
     from align.models import tokenization
 
     remark = "the policy continues here; the tokens that it samples, with their end, are trained"

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from align.config.base import Lora, Stage
 from align.config.evaluate import Evaluate
-from align.config.ppo import PPO
+from align.config.online_rl_stages import PPO
 from align.config.stages import STAGES
 from align.config.training import DPO, KTO, SFT, Reward
 
@@ -45,5 +45,5 @@ def test_the_key_enters_a_digest_only_where_it_is_used():
 
 def test_every_stage_that_loads_a_language_model_has_the_key():
     assert {name for name, cls in STAGES.items() if "quantization" in cls.model_fields} == {
-        "sft", "dpo", "kto", "reward", "ppo", "sample", "label", "evaluate",
+        "sft", "dpo", "kto", "reward", "ppo", "grpo", "rloo", "reinforce", "sample", "label", "evaluate",
     }  # fmt: skip

@@ -13,10 +13,11 @@ from align.config.renamed_keys import REMOVED, RENAMED
 from align.config.stages import STAGES
 from align.errors import UserError
 
-KINDS = {cls.__name__: kind for kind, cls in STAGES.items()}
+KINDS = {base.__name__: kind for kind, cls in STAGES.items() for base in cls.__mro__}
 STAGE: dict[str, dict[str, Any]] = {
     "Control": {"environment": "CartPole-v1", "steps": 100},
     "PPO": {"model": "a/b", "rewards": ["a/b"], "steps": 1, "batch_size": 1},
+    "OnlineRL": {"model": "a/b", "rewards": ["a/b"], "steps": 1, "batch_size": 1},
     "Prepare": {"source": "embedded"},
     "Evaluate": {"policies": ["a/b"], "baseline": "a/c", "judge": "gold"},
     "Label": {"judge": "gold"},

@@ -31,7 +31,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
-from align.config.ppo import PPO
+from align.config.stages import STAGES
 from align.config.training import DPO, Reward
 from align.data import tables
 from align.rewards import reward_model
@@ -200,9 +200,9 @@ ON_POLICY: dict[str, Any] = {
     "sample_batch_size": 384,
 }
 GAE = {"critic_learning_rate": 1.0e-2, "value_clip": None, "value_coef": 0.5}
-RLOO = {"advantages": "rloo", "n_completions": 128}
+RLOO = {"stage": "rloo", "epochs": 4, "n_completions": 128}
 LOSS = {**RLOO, "kl_placement": "loss", "learning_rate": 1.5e-3}
-REINFORCE = {"advantages": "reinforce", "epochs": 1, "normalize_advantages": True}
+REINFORCE = {"stage": "reinforce", "epochs": 1, "normalize_advantages": True}
 
 
 def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tensor:
@@ -217,9 +217,9 @@ def ppo(world: World, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tenso
         "    return [TABLE[prompt[-1]['content']][text] for prompt, text in pairs]\n"
     )
     monkeypatch.chdir(world.folder)
-    config = PPO.model_validate(
-        {"model": "model", "rewards": [f"{name}:score"], **ON_POLICY, **settings}
-    )
+    settings = {"model": "model", "rewards": [f"{name}:score"], **ON_POLICY, **settings}
+    cls = STAGES[settings.pop("stage", "ppo")]
+    config = cls.model_validate({k: v for k, v in settings.items() if k in cls.model_fields})
     inputs = {"model": world.model, "prompts": world.data}
     stage(stages_ppo, config, inputs, world.folder / "ppo")
     return distribution(world.folder / "ppo")

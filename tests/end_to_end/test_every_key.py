@@ -8,6 +8,7 @@ does the same with the fields of TRL.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import types
@@ -22,6 +23,7 @@ from helpers.key_changes import BASE, CHANGES, TRAINER, Change, build_files
 from pydantic import BaseModel
 
 import align
+from align.config.online_rl import OnlineRL
 from align.config.stages import STAGES
 from align.errors import UserError
 from align.online_rl import plots as ppo_plots
@@ -42,11 +44,18 @@ ELSEWHERE = ("mixture.", "judge.api", "judge.rubric", "judge.annotations", "impo
 SHARED = TRAINER.keys() | {"lora.dropout", "allow_missing_end_token"}
 """Keys that all stages with a trainer share."""
 EVERYWHERE = "ALIGN_ALL_KEYS" in os.environ
-"""Whether shared keys are tested in all stages, and ``ppo`` too: three minutes in place of one."""
+"""Whether shared keys are tested in all stages, and those of ``ppo`` too: minutes more."""
 TIMED = ("second", "runtime", "time", "memory", "flos")
 """Parts of the names of results that differ between two equal runs."""
 CONTENT = (".parquet", ".safetensors", ".jsonl")
 """Suffixes of result files. Others only repeat the settings."""
+
+
+def _is_own(kind: str, key: str) -> bool:
+    """Whether the short run tests a key: those of online RL are tested in detail elsewhere."""
+    if issubclass(STAGES[kind], OnlineRL):
+        return kind != "ppo" and key in inspect.get_annotations(STAGES[kind])
+    return kind == "sft" or key not in SHARED
 
 
 def keys_of(config: type[BaseModel]) -> Iterator[str]:
@@ -132,8 +141,7 @@ def untimed(value: Any) -> Any:
         (kind, key)
         for kind in CHANGES
         for key in CHANGES[kind]
-        if key != "importance_cap"
-        and (EVERYWHERE or (kind != "ppo" and (kind == "sft" or key not in SHARED)))
+        if key != "importance_cap" and (EVERYWHERE or _is_own(kind, key))
     ],
 )
 def test_a_change_of_a_key_has_an_effect_or_is_refused(

@@ -42,8 +42,8 @@ RECIPE = {
     "reward": {"model": "sft", "trainer": TRAINER},
     "scorer": {"stage": "reward", "model": "adapter", "lora": LORA, "trainer": TRAINER},
     "ppo": {"model": "sft", "rewards": ["reward"], **ROLLOUTS},
-    "rloo": {"stage": "ppo", "model": "adapter", "rewards": ["scorer"], "lora": LORA,
-             "advantages": "rloo", "n_completions": 2, **ROLLOUTS},
+    "rloo": {"model": "adapter", "rewards": ["scorer"], "lora": LORA,
+             "n_completions": 2, **ROLLOUTS},
 }  # fmt: skip
 POLICIES = ("sft", "adapter", "dpo", "kto", "ppo", "rloo")
 REWARD_MODELS = ("reward", "scorer")

@@ -23,12 +23,12 @@ from helpers.tiny_models import logger, stage, world
 from test_launch import LAUNCH, SCRIPT, TWO
 from torch.testing import assert_close
 
-from align.config.ppo import PPO
+from align.config.stages import STAGES
 from align.config.training import Reward
 from align.errors import UserError
 from align.online_rl.completions import Completions
 from align.online_rl.prompts import prompt_indices
-from align.online_rl.trainer import PPOTrainer
+from align.online_rl.trainer import OnlineRLTrainer
 from align.runtime import distributed
 
 pytestmark = pytest.mark.filterwarnings(
@@ -58,25 +58,24 @@ SETTINGS: dict[str, Any] = {
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
 KINDS: dict[str, dict[str, Any]] = {
     "gae": LORA,
-    "rloo": LORA | {"advantages": "rloo", "n_completions": 2},
-    "reinforce": {"advantages": "reinforce"},
+    "rloo": LORA | {"stage": "rloo", "n_completions": 2},
+    "reinforce": {"stage": "reinforce"},
     "gae, full fine-tuning": {},
 }
 
 
-def config_of(kind: str, **own: Any) -> PPO:
+def config_of(kind: str, **own: Any) -> Any:
     """The configuration of a kind of run."""
     fields = SETTINGS | KINDS[kind] | own
-    if fields.get("advantages", "gae") != "gae":
-        del fields["value_coef"]  # without a critic it has no effect and is rejected
-    return PPO.model_validate(fields)
+    stage = STAGES[fields.pop("stage", "ppo")]
+    return stage.model_validate({k: v for k, v in fields.items() if k in stage.model_fields})
 
 
-def build(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> PPOTrainer:
+def build(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> OnlineRLTrainer:
     """A trainer with plain gradient descent: Adam would turn a rounding error into a large step."""
     folder.mkdir(parents=True, exist_ok=True)
     distributed.reset_process_state(0)
-    trainer = PPOTrainer(config_of(kind, **own), inputs, folder, logger("ppo", folder))
+    trainer = OnlineRLTrainer(config_of(kind, **own), inputs, folder, logger("ppo", folder))
     groups = [
         {key: group[key] for key in ("params", "base")} for group in trainer.optimizer.param_groups
     ]
@@ -87,7 +86,7 @@ def build(kind: str, inputs: dict[str, Path], folder: Path, **own: Any) -> PPOTr
 class FixedSampler:
     """Returns this rank's share of completions that depend only on the step."""
 
-    def __init__(self, trainer: PPOTrainer) -> None:
+    def __init__(self, trainer: OnlineRLTrainer) -> None:
         self.trainer, self.n_steps = trainer, 0
         (self.stop,) = trainer.sampler.stops
 
@@ -117,7 +116,7 @@ class FixedSampler:
         return rows
 
 
-def flat_weights(trainer: PPOTrainer) -> torch.Tensor:
+def flat_weights(trainer: OnlineRLTrainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.models.weights().values()])
 
 
@@ -304,11 +303,11 @@ def test_a_run_repeats_itself_to_the_bit_and_another_seed_does_not(inputs, tmp_p
 
 def test_prompts_that_two_processes_cannot_share_are_rejected(monkeypatch, inputs, tmp_path):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    own = {"batch_size": 10, "n_completions": 2, "advantages": "rloo"}
+    own = {"batch_size": 10, "n_completions": 2, "stage": "rloo"}
     with pytest.raises(
         UserError, match=r"batch_size: 5 prompts .* over 2 processes.* multiple of 4"
     ):
-        PPOTrainer(config_of("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
+        OnlineRLTrainer(config_of("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
@@ -325,7 +324,7 @@ def test_a_sharded_launch_is_rejected_in_one_line_before_any_model_is_loaded(
     monkeypatch.setattr(trainer, "Accelerator", Sharded)
     monkeypatch.setattr(trainer, "build_models", None)
     with pytest.raises(UserError) as raised:
-        PPOTrainer(config_of("gae"), inputs, tmp_path, logger("ppo", tmp_path))
+        OnlineRLTrainer(config_of("gae"), inputs, tmp_path, logger("ppo", tmp_path))
     (line,) = raised.value.lines
     assert "accelerate_configs/multi_gpu.yaml" in line
     assert "\n" not in line

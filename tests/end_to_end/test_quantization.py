@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_launch import LAUNCH, SCRIPT, TWO
 
 import align
-from align.config.ppo import PPO
+from align.config.online_rl_stages import PPO
 from align.config.training import DPO
 from align.runtime import artifacts
 from align.stages import dpo, ppo

@@ -222,7 +222,6 @@ CHANGES: dict[str, dict[str, Change]] = {
         "sampler": Change("vllm"),
         "vllm_url": Change("http://localhost:1", {"sampler": "vllm"}),
         "importance_cap": Change(1.1, {"sampler": "vllm"}),
-        "advantages": Change("reinforce"),
         "gamma": Change(0.5),
         "gae_lambda": Change(0.1),
         "normalize_advantages": Change(False),
@@ -329,6 +328,21 @@ CHANGES: dict[str, dict[str, Change]] = {
         "keep_checkpoints": Change(True),
     },
 }
+
+PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
+CHANGES["reinforce"] = {k: v for k, v in CHANGES["ppo"].items() if k not in PPO_ONLY}
+CHANGES["rloo"] = {k: v for k, v in CHANGES["reinforce"].items() if k != "gamma"}
+CHANGES["rloo"] |= {
+    "n_completions": Change(4),
+    "normalize_advantages": Change(True),
+    "normalize_rewards": Change(True),
+}
+CHANGES["grpo"] = CHANGES["rloo"] | {
+    "scale_advantages": Change("none"),
+    "kl_placement": Change("reward"),
+}
+for kind in ("grpo", "rloo", "reinforce"):
+    BASE[kind] = BASE["ppo"] | {"n_completions": 2}
 
 
 def length(prompts: list[str], completions: list[str]) -> list[float]:

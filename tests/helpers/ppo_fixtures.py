@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.config.ppo import PPO
+from align.config.stages import STAGES
 from align.config.training import Reward
 from align.models import tokenization
 from align.online_rl import build, experience, trainer
@@ -23,7 +23,7 @@ from align.online_rl.experience import Experience
 from align.online_rl.models import ModelView, PPOModels
 from align.online_rl.sampling import LocalSampler
 from align.online_rl.scoring import Scorer, Scores
-from align.online_rl.trainer import PPOTrainer
+from align.online_rl.trainer import OnlineRLTrainer
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, Evaluated
 from align.runtime import distributed
@@ -105,9 +105,13 @@ def five(prompts: Any, completions: Sequence[str]) -> list[float]:
     return [5.0] * len(completions)
 
 
-def ppo_config(**settings: Any) -> PPO:
-    """8 completions of up to 24 tokens per step, in one batch, unless ``settings`` differ."""
-    defaults = {
+def ppo_config(kind: str = "ppo", **settings: Any) -> Any:
+    """8 completions of up to 24 tokens per step, in one batch, unless ``settings`` differ.
+
+    Stages of every ``kind`` have the defaults of ``ppo``.
+    """
+    shared = {} if kind == "ppo" else {"epochs": 4, "normalize_advantages": True}
+    defaults = shared | {
         "model": "sft",
         "rewards": ["reward"],
         "steps": 4,
@@ -118,7 +122,7 @@ def ppo_config(**settings: Any) -> PPO:
         "learning_rate": 1e-2,
         "missing_eos_penalty": 1.0,
     }
-    return PPO(**defaults | settings)
+    return STAGES[kind](**defaults | settings)
 
 
 def build_trainer(
@@ -129,7 +133,7 @@ def build_trainer(
     reward_model: Path | None = None,
     lora: bool = False,
     **settings: Any,
-) -> PPOTrainer:
+) -> OnlineRLTrainer:
     """A PPO run before its first step, with :func:`ppo_config`."""
     config = ppo_config(lora=tiny_models.LORA if lora else None, **settings)
     inputs = {
@@ -139,7 +143,7 @@ def build_trainer(
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     distributed.reset_process_state(config.seed)  # as before every stage
-    return PPOTrainer(config, inputs, output_dir, tiny_models.logger("ppo", output_dir))
+    return OnlineRLTrainer(config, inputs, output_dir, tiny_models.logger("ppo", output_dir))
 
 
 def build_models(
@@ -173,7 +177,7 @@ def make_ends_likely(models: PPOModels) -> None:
         head.weight[tokenizer.eos_token_id] = head.weight[frequent]
 
 
-def set_learning_rates_to_0(trainer: PPOTrainer) -> None:
+def set_learning_rates_to_0(trainer: OnlineRLTrainer) -> None:
     """Let steps run completely without changing a weight."""
     for group in trainer.optimizer.param_groups:
         group["base"] = 0.0
@@ -184,12 +188,12 @@ def parameter_copies(view: ModelView, models: PPOModels) -> list[Tensor]:
     return [p.detach().clone() for p in models.parameters(view)]
 
 
-def flat_weights(trainer: PPOTrainer) -> Tensor:
+def flat_weights(trainer: OnlineRLTrainer) -> Tensor:
     """A copy of all trainable parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in trainer.models.weights().values()])
 
 
-def sample(trainer: PPOTrainer, n: int = 8, *, seed: int = 0) -> Completions:
+def sample(trainer: OnlineRLTrainer, n: int = 8, *, seed: int = 0) -> Completions:
     """Completions of the first ``n`` prompts."""
     trainer.set_train_mode(False)
     return trainer.sampler.generate(trainer.prompts.tokens[:n], seed=trainer.seed("test", seed))

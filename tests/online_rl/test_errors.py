@@ -11,7 +11,7 @@ from helpers import ppo_fixtures, tiny_models
 from helpers.ppo_fixtures import Folders
 from pydantic import ValidationError
 
-from align.config.ppo import PPO
+from align.config.online_rl_stages import PPO
 from align.errors import UserError
 from align.online_rl import trainer
 from align.runtime import distributed
@@ -23,13 +23,6 @@ BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"advantages": "rloo", "n_completions": 2, "gae_lambda": 0.9},
-            "`gae_lambda` has no effect with `advantages: rloo`",
-        ),
-        ({"advantages": "rloo", "n_completions": 2, "gamma": 0.9}, "`gamma` has no effect"),
-        ({"advantages": "reinforce", "value_clip": 0.1}, "`value_clip` has no effect"),
-        ({"advantages": "rloo"}, "set `n_completions` to at least 2"),
         ({"vllm_url": "http://x"}, "has no effect without `sampler: vllm`"),
         ({"kl_horizon": 100}, "has no effect without `kl_target`"),
         ({"n_eval_prompts": 3}, "has no effect without `eval_steps`"),

@@ -30,7 +30,7 @@ from align.online_rl.metrics import compute_metrics
 from align.online_rl.models import ModelView
 from align.online_rl.sampling import LocalSampler
 
-OWN_REWARDS: dict[str, Any] = {"advantages": "reinforce", "gamma": 0.0}
+OWN_REWARDS: dict[str, Any] = {"kind": "reinforce", "gamma": 0.0}
 """With a discount of 0, the advantages of REINFORCE are each token's own reward."""
 
 
@@ -143,7 +143,7 @@ def test_row_08_the_score_is_on_the_last_token_and_rewards_sum_to_the_score_minu
         make_rollout(
             experience,
             scores,
-            ppo_config(advantages="reinforce", gamma=gamma),
+            ppo_config(kind="reinforce", gamma=gamma),
             kl_coef=0.5,
         ).advantages
         for gamma in (0.0, 1.0)
@@ -169,7 +169,7 @@ def test_row_08_the_score_is_on_the_last_token_and_rewards_sum_to_the_score_minu
         assert sums[i, start].item() == pytest.approx((scores[i] - 0.5 * kl.sum()).item(), abs=2e-3)
     assert distance > 1
     # As a term of the loss, the penalty leaves the rewards alone and needs the reference.
-    config = ppo_config(advantages="reinforce", gamma=0.0, kl_placement="loss")
+    config = ppo_config(kind="reinforce", gamma=0.0, kl_placement="loss")
     in_loss = make_rollout(experience, scores, config, kl_coef=0.5)
     assert_close(in_loss.advantages.sum(1), scores)
     assert in_loss.ref_logps is experience.ref_logps
@@ -309,16 +309,14 @@ def test_row_15_advantages_of_completions_are_the_double_sum_over_their_tokens(
     assert rollout.mask.sum() == sum(map(len, completions.completions))
 
 
-@pytest.mark.parametrize("advantages", ["gae", "reinforce", "rloo"])
-def test_row_15_padding_changes_no_advantage(run: PerturbedRun, advantages: str):
-    config = ppo_config(
-        advantages=advantages, n_completions=2, normalize_rewards=advantages == "gae"
-    )
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "reinforce", "rloo"])
+def test_row_15_padding_changes_no_advantage(run: PerturbedRun, kind: str):
+    config = ppo_config(kind, n_completions=2, normalize_rewards=kind == "ppo")
     before, junk, wide = (
         make_rollout(experience, run.scores, config, kl_coef=0.05)
         for experience in (run.experience, run.with_junk(), run.with_padding(9))
     )
-    for name in ("advantages", "mask") + (("values", "returns") if advantages == "gae" else ()):
+    for name in ("advantages", "mask") + (("values", "returns") if kind == "ppo" else ()):
         expected, padded = getattr(before, name), getattr(wide, name)
         assert torch.equal(getattr(junk, name)[before.mask], expected[before.mask])
         assert padded[:, -9:].count_nonzero() == 0

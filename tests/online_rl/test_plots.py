@@ -12,7 +12,7 @@ from helpers import ppo_fixtures
 from helpers.ppo_fixtures import Folders
 
 from align.online_rl import plots, samples
-from align.online_rl.results import PPOMetrics
+from align.online_rl.results import OnlineRLMetrics
 from align.rewards import gold
 from align.stages import ppo
 
@@ -93,7 +93,7 @@ def test_the_result_table_has_a_row_for_training_and_one_for_held_out_prompts(tm
     last |= {"eval_score": 1.25, "eval_reward": 1.3, "eval_kl": 2.5, "eval_gold": 0.5}
     last |= {"eval_tokens": 29.0, "eval_missing_eos": 0.0}
     stored = {"ppo": last, "steps": 40, "trained_parameters": 1000, "score": 1.5, "kl": 2.0}
-    metrics = PPOMetrics.from_metrics(stored)
+    metrics = OnlineRLMetrics.from_metrics(stored)
     assert metrics.trained_parameters == 1000
     table = ppo.result_table(metrics, tmp_path)
     assert table.columns == ("prompts<", "score", "gold", "KL", "entropy", "tokens", "no eos")

@@ -24,7 +24,7 @@ from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience, make_rollout
 from align.online_rl.optimization import clip_gradients
 from align.online_rl.sampling import Sampler
-from align.online_rl.trainer import PPOTrainer
+from align.online_rl.trainer import OnlineRLTrainer
 from align.rl.rollout import Rollout
 
 LOADED = [
@@ -205,7 +205,7 @@ def test_row_20_a_token_has_the_same_weight_in_long_and_short_completions(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ):
     # The loss of all tokens by hand: sum of -advantage * log-probability / number of tokens.
-    settings = {"micro_batch_size": 2, "epochs": 1, "max_new_tokens": 40, "advantages": "reinforce"}
+    settings = {"micro_batch_size": 2, "epochs": 1, "max_new_tokens": 40, "kind": "reinforce"}
     ppo = ppo_fixtures.build_trainer(folders, tmp_path, normalize_advantages=False, **settings)
     with recorded_gradients(monkeypatch) as gradients:
         ppo_fixtures.set_learning_rates_to_0(ppo)
@@ -339,7 +339,7 @@ def test_row_23_ratios_far_from_1_give_finite_steps_within_the_bounds(
         return dataclasses.replace(rollout, logps=rollout.logps - difference, advantages=advantages)
 
     monkeypatch.setattr(trainer, "make_rollout", shifted)
-    settings = {"epochs": 1, "normalize_advantages": False, "advantages": "reinforce"} | settings
+    settings = {"epochs": 1, "normalize_advantages": False, "kind": "reinforce"} | settings
     ppo = ppo_fixtures.build_trainer(folders, tmp_path, lora=True, max_new_tokens=8, **settings)
     ppo.step(0)
     metrics = ppo.metrics
@@ -353,7 +353,7 @@ def test_row_23_ratios_far_from_1_give_finite_steps_within_the_bounds(
 class NoisySampler:
     """Samples with the policy, but reports log-probabilities that differ from the policy's."""
 
-    ppo: PPOTrainer
+    ppo: OnlineRLTrainer
     sampler: Sampler
     scale: float
     generator: torch.Generator

@@ -34,7 +34,7 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
         folders,
         tmp_path,
         rewards=[ppo_fixtures.FIVE],
-        advantages="rloo",
+        kind="rloo",
         n_completions=2,
         missing_eos_penalty=1.5,
     )
@@ -175,7 +175,7 @@ def test_a_reward_model_with_another_template_keeps_its_tokenizer_on_one_backbon
     tokenizer = tokenization.load_tokenizer(other)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     tokenizer.save_pretrained(str(other))
-    settings = {"lora": True, "advantages": "rloo", "n_completions": 2, "batch_size": 4}
+    settings = {"lora": True, "kind": "rloo", "n_completions": 2, "batch_size": 4}
     same = ppo_fixtures.build_trainer(
         folders, tmp_path / "a", reward_model=folders.adapter, **settings
     )

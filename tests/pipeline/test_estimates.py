@@ -11,7 +11,7 @@ from align.config.control import Control
 from align.config.data import Sample
 from align.config.evaluate import Evaluate
 from align.config.memory import ModelSize
-from align.config.ppo import PPO
+from align.config.online_rl_stages import PPO, RLOO, Reinforce
 from align.config.training import DPO, KTO, SFT, Reward
 
 STATISTICS = {
@@ -100,8 +100,7 @@ def test_unknown_data_leave_rows_and_tokens_unknown():
             id="ppo",
         ),
         pytest.param(
-            PPO(**POLICY, rewards=["reward"], steps=1, batch_size=2, n_completions=2,
-                advantages="rloo"),
+            RLOO(**POLICY, rewards=["reward"], steps=1, batch_size=2, n_completions=2),
             False,
             6,
             id="rloo has no critic",
@@ -124,7 +123,7 @@ def test_memory_with_adapters_by_hand():
         (DPO(**POLICY, **lora), four_bits + adapter * 16),
         (DPO(**POLICY, **lora, **eight_bits), four_bits + adapter * 10),
         (PPO(**POLICY, **lora, **ppo), four_bits + adapter * 2 * 16),
-        (PPO(**POLICY, **lora, **ppo, advantages="reinforce"), four_bits + adapter * 16),
+        (Reinforce(**POLICY, **lora, **ppo), four_bits + adapter * 16),
         (KTO(**POLICY, lora=Lora(), dtype="bfloat16"), 2 * 1000 + adapter * 16),
         (SFT(model="m", **eight_bits), 1000 * 10),
     ):

@@ -220,9 +220,9 @@ def test_every_loss_of_trl_has_a_method_and_every_trained_model_too():
             (text,) = method(kind, {"trainer": {"loss_type": loss}})
             assert "of TRL" not in text, (kind, loss)
     trained = {kind for kind, stage in STAGES.items() if stage.trains_model}
-    settings = {"advantages": "gae", "kl_coef": 0.1, "trainer": {}}
+    settings = {"kl_coef": 0.1, "trainer": {}}
     assert all(method(kind, settings) for kind in trained)
-    assert len(method("ppo", {"advantages": "rloo", "kl_coef": 0, "lora": {"r": 4}})) == 2
-    assert method("ppo", {"advantages": "rloo", "lora": {}, "quantization": "nf4"})[1:] == [
+    assert len(method("rloo", {"kl_coef": 0, "lora": {"r": 4}})) == 2
+    assert method("rloo", {"lora": {}, "quantization": "nf4"})[1:] == [
         "a base in 4 bits, QLoRA (Dettmers et al. 2023, arXiv:2305.14314)"
     ]

@@ -15,7 +15,7 @@ import yaml
 
 from align.cli.plan_times import duration, times_table
 from align.config.data import Label, Prepare, Sample
-from align.config.ppo import PPO
+from align.config.online_rl_stages import PPO
 from align.config.training import SFT
 from align.data import tables
 from align.data.rows import Row

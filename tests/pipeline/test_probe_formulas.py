@@ -19,7 +19,8 @@ import torch
 from align.config.control import Control
 from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
-from align.config.ppo import PPO
+from align.config.online_rl_stages import PPO
+from align.config.stages import STAGES
 from align.config.training import DPO, KTO, SFT, Reward
 from align.data import tables
 from align.online_rl.completions import Completions
@@ -69,7 +70,7 @@ PROMPT, EXPECTED, MOST = 20, 10, 40  # tokens
 class FakeSampler:
     """A sampler that takes its time; its policy must be in mixed precision."""
 
-    trainer: FakePPOTrainer
+    trainer: FakeOnlineTrainer
     stops: set[int] = field(default_factory=lambda: {0})
 
     def generate(self, rows: Any, *, seed: int) -> None:
@@ -79,7 +80,7 @@ class FakeSampler:
         self.trainer.clock.work(READ * sum(map(len, distinct)) + NEW * n * len(rows))
 
 
-class FakePPOTrainer:
+class FakeOnlineTrainer:
     """A trainer whose calls take a time per token."""
 
     def __init__(self, config: PPO, clock: Clock) -> None:
@@ -112,9 +113,9 @@ class FakePPOTrainer:
         self.clock.work(SCORE * sum(map(len, completions.rows)))
 
     def update(self, step: int, rollout: Completions) -> None:
-        assert step == self.config.critic_warmup_steps
+        assert step == self.config.steps_without_policy
         assert (self.config.epochs, self.config.minibatches) == (1, 1)
-        assert self.config.advantages != "rloo"
+        assert self.config.least_completions == 1
         self.clock.work(PASS * sum(map(len, rollout.rows)) + OPTIMIZER)
 
     def save_policy(self) -> None:
@@ -133,10 +134,10 @@ def fake_ppo(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
         assert len(scores) == len(experience.rows)
         return experience
 
-    def build(config: PPO, *_: Any) -> FakePPOTrainer:
-        return FakePPOTrainer(config, clock)
+    def build(config: PPO, *_: Any) -> FakeOnlineTrainer:
+        return FakeOnlineTrainer(config, clock)
 
-    monkeypatch.setattr(online_rl, "PPOTrainer", build)
+    monkeypatch.setattr(online_rl, "OnlineRLTrainer", build)
     monkeypatch.setattr(online_rl, "LocalSampler", FakeSampler)
     monkeypatch.setattr(online_rl, "compute_experience", experience)
     monkeypatch.setattr(online_rl, "make_rollout", rollout)
@@ -166,13 +167,14 @@ PPO_SETTINGS: dict[str, Any] = {
         # after step 2: the last one writes the policy; before the first step and after 2 and 4
         pytest.param({"steps": 4, "eval_steps": 2, "n_eval_prompts": 24}, 1, 3, id="an even end"),
         pytest.param({"critic_warmup_steps": 1}, 2, 0, id="not evaluated"),
-        pytest.param({"advantages": "rloo"}, 2, 0, id="without a critic"),
+        pytest.param({"kind": "rloo"}, 2, 0, id="without a critic"),
     ],
 )
 def test_the_time_of_ppo(
     tmp_path: Path, clock: Clock, fake_ppo: None, settings: Any, checkpoints: int, evaluations: int
 ):
-    config = PPO(**PPO_SETTINGS | settings)
+    settings = PPO_SETTINGS | settings
+    config: Any = STAGES[settings.pop("kind", "ppo")](**settings)
     data = SampledData(tmp_path, {("prompts", config.eval_split): 24, ("prompts", "train"): 100})
     time = online_rl.measure(config, {}, data, tmp_path, Stopwatch(clock))
 
@@ -205,7 +207,7 @@ def test_the_tokens_of_ppo_are_those_that_the_model_computes(
     """Two completions share their prompt of 20 tokens: 10 of 16 rows' 30 tokens differ."""
     for sharing, tokens in ((False, 16 * 30), (True, 8 * 20 + 16 * 10)):
         config = PPO(**PPO_SETTINGS | {"prefix_sharing": sharing})
-        trainer: Any = FakePPOTrainer(config, clock)
+        trainer: Any = FakeOnlineTrainer(config, clock)
         made = online_rl._PPOProbe(config, trainer, Lengths(EXPECTED, MOST), Stopwatch(clock))
         # random tokens of two completions may begin equally
         assert made._step_tokens(10, 16) == pytest.approx(tokens, abs=3)

@@ -155,7 +155,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "max_new_tokens": 3,
         "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
-        "advantages": "rloo", "gamma": 0.5, "gae_lambda": 0.5, "normalize_advantages": False, "normalize_rewards": True,
+        "gamma": 0.5, "gae_lambda": 0.5, "normalize_advantages": False, "normalize_rewards": True,
         "kl_coef": 0.5, "kl_placement": "loss", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
         "critic_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 3, "critic_warmup_steps": 3,
         "epochs": 3, "minibatches": 3, "micro_batch_size": 3, "sample_batch_size": 3, "clip": 0.5,
@@ -181,6 +181,12 @@ OTHER: dict[str, dict[str, Any]] = {
         "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True,
     },
 }  # fmt: skip
+PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
+OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
+OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}
+OTHER["rloo"]["normalize_advantages"] = True
+OTHER["grpo"] = OTHER["rloo"] | {"scale_advantages": "none", "kl_placement": "reward"}
+ONLINE_RL = ("ppo", "grpo", "rloo", "reinforce")
 BASE: dict[str, dict[str, Any]] = {
     "prepare": {"source": "rows.jsonl"},
     "sft": {"model": {"vocab_size": 300, "hidden_size": 32}},
@@ -200,6 +206,7 @@ BASE: dict[str, dict[str, Any]] = {
     },
     "control": {"environment": "CartPole-v1", "steps": 100},
 }  # fmt: skip
+BASE |= dict.fromkeys(ONLINE_RL, BASE["ppo"])
 
 
 def digest_with(stage: str, **changes: Any) -> str:
@@ -219,7 +226,7 @@ def digest_with(stage: str, **changes: Any) -> str:
     return stage_digest(settings, inputs)
 
 
-NOT_IN_DIGEST = [("ppo", "save_steps"), ("ppo", "vllm_url")]
+NOT_IN_DIGEST = [(stage, key) for stage in ONLINE_RL for key in ("save_steps", "vllm_url")]
 NOT_IN_DIGEST += [(stage, "max_lost_rows") for stage in ("sft", "dpo", "kto", "reward")]
 
 
@@ -261,7 +268,7 @@ def test_other_kept_columns_change_only_the_stages_that_read_prompts(here):
     assert "prepare" in changed
     assert not changed & {"sft", "dpo", "kto", "reward"}
     assert all(
-        before[name].config.reads[0].kind == "prompts" for name in changed & {"sample", "ppo"}
+        before[name].config.reads[0].kind == "prompts" for name in changed & {"sample", *ONLINE_RL}
     )
 
 

@@ -1,4 +1,4 @@
-"""The time of a ``ppo`` stage: sampling, scoring, log-probabilities and updates.
+"""The time of an online-RL stage: sampling, scoring, log-probabilities and updates.
 
 The trainer is that of the stage. Completions are random tokens of the expected length, so that the
 time of everything but sampling does not depend on what an untrained policy samples.
@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
+from align.config.online_rl_stages import Reinforce
 from align.models.logps import small_vocabulary_tiles
 from align.online_rl import checkpoint
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience, make_rollout
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.sampling import LocalSampler
-from align.online_rl.trainer import PPOTrainer
+from align.online_rl.trainer import OnlineRLTrainer
 from align.pipeline.probe.data import SampledData
 from align.pipeline.probe.inference import described, expected_lengths, set_length
 from align.pipeline.probe.sampling import Lengths, SamplingSpeed, measure_sampling
@@ -37,7 +38,7 @@ from align.runtime.progress import Logger, NullDisplay
 
 
 def measure(
-    config: PPO,
+    config: OnlineRL,
     inputs: Mapping[str, Path | str],
     data: SampledData,
     output_dir: Path,
@@ -45,7 +46,7 @@ def measure(
 ) -> StageTime:
     """Measure a stage; its policy is written to ``output_dir``, where later stages find it."""
     logger = Logger("probe", output_dir, NullDisplay(), main=True)
-    load, trainer = watch.result(lambda: PPOTrainer(config, inputs, output_dir, logger))
+    load, trainer = watch.result(lambda: OnlineRLTrainer(config, inputs, output_dir, logger))
     lengths = expected_lengths(trainer.models.tokenizer, data, config.max_new_tokens)
     probe = _PPOProbe(config, trainer, lengths, watch)
     parts = {"load": Seconds.exactly(load)}
@@ -74,7 +75,9 @@ def measure(
     return StageTime(parts, described(lengths), remark)
 
 
-def _saving(config: PPO, trainer: PPOTrainer, output_dir: Path, watch: Stopwatch) -> Seconds:
+def _saving(
+    config: OnlineRL, trainer: OnlineRLTrainer, output_dir: Path, watch: Stopwatch
+) -> Seconds:
     """Seconds of all checkpoints and of the trained policy."""
     one = watch.once(
         lambda: checkpoint.save(output_dir, 1, trainer.models, trainer.optimizer, config.kl_coef)
@@ -83,6 +86,13 @@ def _saving(config: PPO, trainer: PPOTrainer, output_dir: Path, watch: Stopwatch
     policy = watch.once(trainer.save_policy)
     n = (config.steps - 1) // (config.save_steps or max(1, config.steps // 10))
     return Seconds.exactly(policy + one * n)
+
+
+def _without_groups(config: OnlineRL) -> OnlineRL:
+    """Settings of which an update may have any number of completions, with the same passes."""
+    if config.least_completions == 1:
+        return config
+    return Reinforce.model_construct(**{k: v for k, v in config if k in Reinforce.model_fields})
 
 
 class _Update:
@@ -96,7 +106,7 @@ class _PPOProbe:
     """A built trainer and what is measured of it."""
 
     def __init__(
-        self, config: PPO, trainer: PPOTrainer, lengths: Lengths, watch: Stopwatch
+        self, config: OnlineRL, trainer: OnlineRLTrainer, lengths: Lengths, watch: Stopwatch
     ) -> None:
         self.config, self.trainer, self.lengths, self.watch = config, trainer, lengths, watch
         self.indices = prompt_indices(0, len(trainer.prompts), config)
@@ -140,16 +150,16 @@ class _PPOProbe:
         """Seconds of the passes over some completions, apart from the optimizer step."""
         trainer = self.trainer
         once: dict[str, Any] = {"epochs": 1, "minibatches": 1, "target_kl": None}
-        if self.config.advantages == "rloo":  # which needs all completions of a prompt
-            once["advantages"] = "reinforce"
 
         def update(size: int) -> float:
             completions, _ = self._completions(size)
-            trainer.config = self.config.model_copy(update=once | {"micro_batch_size": size})
+            trainer.config = _without_groups(self.config).model_copy(
+                update=once | {"micro_batch_size": size}
+            )
             experience = compute_experience(trainer.models, completions, batch_size=size)
             scores = torch.arange(size, dtype=torch.float32)
             rollout = make_rollout(experience, scores, trainer.config, kl_coef=0.0)
-            step = self.config.critic_warmup_steps  # the first step that trains the policy
+            step = self.config.steps_without_policy  # the first step that trains the policy
             return self.watch.settled(lambda: trainer.update(step, rollout))
 
         update(1)  # the first one allocates the optimizer's state

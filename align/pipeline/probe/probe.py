@@ -13,7 +13,7 @@ from pathlib import Path
 from align.config.control import Control
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
-from align.config.ppo import PPO
+from align.config.online_rl import OnlineRL
 from align.config.training_base import TRLStage
 from align.data.prepare import PreparedData, prepare
 from align.errors import UserError
@@ -95,7 +95,7 @@ def _measure(
     try:
         if isinstance(config, TRLStage):
             return training.measure(config, stage.stage, inputs, sampled, output_dir, watch)
-        if isinstance(config, PPO):
+        if isinstance(config, OnlineRL):
             return online_rl.measure(config, inputs, sampled, output_dir, watch)
         if isinstance(config, Sample):
             return inference.measure_sample(config, inputs, sampled, watch)

@@ -1,0 +1,233 @@
+"""Configuration that all online-RL stages share: what they read, check and declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import model_validator
+
+from align.config.base import (
+    FUNCTION,
+    GoldPrompts,
+    HeldOut,
+    Input,
+    Keys,
+    Problem,
+    Table,
+    Workload,
+)
+from align.config.online_rl_keys import (
+    HeldOutKeys,
+    KLKeys,
+    LossKeys,
+    MemoryKeys,
+    RewardKeys,
+    SamplingKeys,
+    StepKeys,
+)
+from align.config.training_base import TrainingStage
+
+
+class OnlineRL(
+    RewardKeys,
+    SamplingKeys,
+    KLKeys,
+    LossKeys,
+    StepKeys,
+    MemoryKeys,
+    HeldOutKeys,
+    TrainingStage,
+):
+    """Training of a policy on completions that it samples, towards a reward.
+
+    The kinds of stages are its subclasses, one for each estimator of the advantages. They run the
+    same trainer and differ in their defaults, and in the keys of the estimator.
+    """
+
+    inputs: ClassVar = {
+        "model": Input(policies=True, models=True),
+        "prompts": Input(("prepare",)),
+        "rewards": Input(("reward",), models=True, functions=True),
+    }
+    reads: ClassVar = (Table("prompts", "prompts"),)
+    metrics_class: ClassVar[str | None] = "align.online_rl.results:OnlineRLMetrics"
+    has_critic: ClassVar[bool] = False
+    """Whether the estimator of the advantages trains a critic."""
+    least_completions: ClassVar[int] = 1
+    """Completions per prompt that the estimator needs."""
+
+    model: str
+    """The initial policy and the reference: an earlier stage, a folder, a GGUF file or a Hub id."""
+    prompts: str = "prepare"
+    """The prompts to sample completions for: an earlier ``prepare`` stage, or its folder."""
+
+    @model_validator(mode="after")
+    def _check_keys_without_effect(self) -> Self:
+        ignored: dict[str, str] = {}  # key → the setting that disables it
+        if self.sampler != "vllm":
+            ignored["vllm_url"] = "without `sampler: vllm`"
+        if self.kl_target is None:
+            ignored["kl_horizon"] = "without `kl_target`"
+        if self.kl_coef == 0:
+            ignored["kl_placement"] = "with `kl_coef: 0`"
+        if self.eval_steps is None:
+            ignored |= dict.fromkeys(("eval_split", "n_eval_prompts"), "without `eval_steps`")
+        for key, condition in ignored.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"`{key}` has no effect {condition}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> Self:
+        if self.kl_target is None:
+            return self
+        if self.kl_coef == 0:
+            raise ValueError("`kl_target` adapts `kl_coef`, which must therefore be greater than 0")
+        if self.batch_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"`kl_horizon` ({self.kl_horizon}) must be more than a fifth of `batch_size` "
+                f"({self.batch_size}), or one step could change the sign of `kl_coef`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch_sizes(self) -> Self:
+        if self.batch_size % self.n_completions:
+            raise ValueError(
+                f"`batch_size` ({self.batch_size}) must be a multiple of `n_completions` "
+                f"({self.n_completions}), because all completions of a "
+                "prompt are in the same update"
+            )
+        if self.tokens_per_batch and "micro_batch_size" in self.model_fields_set:
+            raise ValueError(
+                "`micro_batch_size` and `tokens_per_batch` both set the size of a forward pass; "
+                "remove one of them"
+            )
+        if self.minibatches > self.batch_size:
+            raise ValueError(
+                f"`minibatches` ({self.minibatches}) must not exceed `batch_size` "
+                f"({self.batch_size})"
+            )
+        if self.n_completions < self.least_completions:
+            raise ValueError(
+                "the advantages compare the completions of a prompt; set `n_completions` to at "
+                f"least {self.least_completions}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        longest = max(self.steps_without_policy, self.warmup_steps)
+        if longest >= self.steps:
+            keys = "`warmup_steps`"
+            keys += " and `critic_warmup_steps`" * self.has_critic
+            raise ValueError(f"{keys} must be less than `steps` ({self.steps}), got {longest}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        if self.quantization and self.sampler == "vllm":
+            raise ValueError(
+                "`sampler: vllm` needs unquantized weights; remove `quantization` or `sampler`"
+            )
+        return self
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings but those that cannot change the trained model."""
+        settings = super().digest_settings() | {"quantization": self.quantization}
+        del settings["vllm_url"]
+        for key in ("mixed_precision", "tokens_per_batch"):
+            if settings[key] is None:  # as in recipes from before the key existed
+                del settings[key]
+        if self.optimizer == "adamw":
+            del settings["optimizer"]  # the only one before the key existed
+        if not self.keep_checkpoints:
+            del settings["save_steps"]
+        return settings
+
+    def required_tables(self) -> tuple[Table, ...]:
+        """The training prompts, and those to evaluate on."""
+        if self.eval_steps is None:
+            return self.reads
+        return (
+            *self.reads,
+            Table("prompts", "prompts", self.eval_split, requested_by="eval_split"),
+        )
+
+    def held_out(self) -> Iterator[HeldOut]:
+        """The split to evaluate on, if the stage evaluates."""
+        if self.eval_steps is not None:
+            yield HeldOut(("eval_steps",), "prompts", self.eval_split)
+
+    @property
+    def trains_without_dropout(self) -> bool:
+        """Always: with dropout, the ratio of the policy to itself would not be 1."""
+        return True
+
+    @property
+    def reward_functions(self) -> dict[Keys, str]:
+        """The rewards that are Python functions."""
+        return {("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)}
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """The vLLM server, if it samples."""
+        return {"vllm_url": self.vllm_url} if self.sampler == "vllm" else {}
+
+    @property
+    def gold_prompts(self) -> GoldPrompts | None:
+        """The training prompts, if the gold score is logged."""
+        return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None
+
+    def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
+        """Prompts or minibatches that cannot be divided over the processes."""
+        prompts = self.batch_size // self.n_completions
+        if prompts % world_size:
+            yield Problem(
+                ("batch_size",),
+                f"{prompts} prompts (`batch_size` {self.batch_size} / `n_completions` "
+                f"{self.n_completions}) cannot be divided over {world_size} processes; "
+                f"use a multiple of {world_size * self.n_completions}",
+            )
+        elif self.minibatches > self.batch_size // world_size:
+            yield Problem(
+                ("minibatches",),
+                f"`minibatches` ({self.minibatches}) must not exceed the "
+                f"{self.batch_size // world_size} completions of a process; lower it, "
+                "or raise `batch_size`",
+            )
+
+    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
+        """Completions that are sampled, and optimizer steps."""
+        return Workload(
+            rows=self.steps * self.batch_size, steps=self.steps * self.epochs * self.minibatches
+        )
+
+    @property
+    def optimizer_name(self) -> str:
+        """The value of ``optimizer``."""
+        return self.optimizer
+
+    @property
+    def required_packages(self) -> dict[str, tuple[str, str]]:
+        """bitsandbytes, if a model or the optimizer is quantized."""
+        eight_bits = {"optimizer": ("bitsandbytes", "-e '.[quantization]'")}
+        return super().required_packages | (eight_bits if self.optimizer != "adamw" else {})
+
+    @property
+    def trained_models(self) -> int:
+        """The policy, and the critic if there is one."""
+        return 1 + self.has_critic
+
+    @property
+    def steps_without_policy(self) -> int:
+        """Updates at the start in which the policy is not trained."""
+        return 0
+
+    def frozen_models(self, *, sharded: bool) -> int:
+        """The reference and the reward models, as if those had the size of the policy.
+
+        With ``lora`` all of them share one backbone; reward models with another one do not count.
+        """
+        return 1 + len(self.rewards) - len(self.reward_functions)

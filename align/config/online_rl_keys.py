@@ -1,0 +1,148 @@
+"""Keys that all online-RL stages have, in groups: rewards, sampling, KL, loss, steps, memory."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from align.config.base import Config, duplicates
+
+
+class RewardKeys(Config):
+    """What the policy is trained on."""
+
+    rewards: list[str] = Field(min_length=1)
+    """Sources of the score: ``reward`` stages, folders, Hub ids, or Python functions, written
+    ``module:function``."""
+    weights: list[float] | None = None
+    """Weights of the rewards in the sum, in their order. Default: 1 each."""
+    judge: Literal["gold"] | None = None
+    """Score that is logged beside the reward and not trained on: ``gold`` is the exact score of the
+    embedded task."""
+    missing_eos_penalty: float | None = Field(None, ge=0.0)
+    """Subtracted from the score of a completion without an end-of-sequence token."""
+    normalize_rewards: bool = False
+    """Scale rewards to variance 1 in each update; their mean is unchanged."""
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        repeated = duplicates(self.rewards)
+        if repeated:
+            raise ValueError(
+                f"`rewards` contains {repeated[0]!r} more than once; list it once, with a weight"
+            )
+        if self.weights is not None and len(self.weights) != len(self.rewards):
+            raise ValueError(
+                f"`weights` must have one entry for each of `rewards` ({len(self.rewards)}), "
+                f"got {len(self.weights)}"
+            )
+        return self
+
+
+class SamplingKeys(Config):
+    """How completions are sampled."""
+
+    n_completions: int = Field(1, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Sampling temperature. The log-probabilities of policy and reference are computed at the same
+    temperature, over the whole vocabulary that is sampled from."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest completion in tokens."""
+    sampler: Literal["transformers", "vllm"] = "transformers"
+    """Engine that samples completions; ``vllm`` is a server at ``vllm_url``."""
+    vllm_url: str = "http://localhost:8000"
+    """Address of the vLLM server."""
+    importance_cap: float = Field(2.0, gt=0.0)
+    """Upper bound on the importance weights policy / sampler, where another engine samples."""
+    sample_batch_size: int = Field(64, ge=1)
+    """Completions sampled at once on each process."""
+
+
+class KLKeys(Config):
+    """The KL penalty towards the reference."""
+
+    kl_coef: float = Field(0.05, ge=0.0)
+    """Coefficient of the KL penalty towards the reference."""
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty is: in the ``reward`` of each token, as the log-ratio (``k1``), or a
+    term of the ``loss``, from the low-variance ``k3``, which normalization of advantages and
+    rewards does not scale."""
+    kl_target: float | None = Field(None, gt=0.0)
+    """KL divergence, in nats per completion, that ``kl_coef`` is adapted to. Default: ``kl_coef``
+    is constant."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Completions in which ``kl_coef`` changes by at most 20 %."""
+
+
+class LossKeys(Config):
+    """The loss of the policy."""
+
+    normalize_advantages: bool = True
+    """Normalize advantages to mean 0 and variance 1 in each update."""
+    clip: float = Field(0.2, gt=0.0)
+    """Clipping range of the probability ratio."""
+    clip_high: float | None = Field(None, gt=0.0)
+    """Clipping range above 1. Default: ``clip``."""
+    dual_clip: float | None = Field(None, gt=1.0)
+    """Upper bound on the loss ratio for negative advantages. Default: none."""
+    entropy_coef: float = Field(0.0, ge=0.0)
+    """Weight of the entropy bonus."""
+
+
+class StepKeys(Config):
+    """Updates, optimizer steps and forward passes."""
+
+    steps: int = Field(ge=1)
+    """Number of updates; each samples new completions."""
+    batch_size: int = Field(ge=1)
+    """Completions per update, on all processes together."""
+    learning_rate: float = Field(1e-5, gt=0.0)
+    """Learning rate of the policy."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Schedule of the learning rates after warm-up; ``linear`` and ``cosine`` decay to 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates in which the learning rates rise from 0."""
+    epochs: int = Field(4, ge=1)
+    """Passes over the completions of an update."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per pass."""
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    """Gradients with a larger norm are scaled down to it."""
+    target_kl: float | None = Field(None, gt=0.0)
+    """KL divergence from the policy at sampling, per token, at which an update stops early.
+    Default: none."""
+
+
+class MemoryKeys(Config):
+    """Memory and time of an update; the result is the same, up to rounding."""
+
+    micro_batch_size: int = Field(16, ge=1)
+    """Completions per forward pass on each process. Smaller values save memory and do not change
+    the result."""
+    tokens_per_batch: int | None = Field(None, ge=1)
+    """Tokens per forward pass on each process, in place of ``micro_batch_size``: distinct ones with
+    ``prefix_sharing``, otherwise those of the padded batch. The result does not change. A longer
+    completion forms a batch alone."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """Optimizer; ``paged_adamw_8bit`` of bitsandbytes stores the moments of large weights in 8
+    bits, and moves them to the memory of the CPU where that of a GPU is full."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    mixed_precision: Literal["bfloat16"] | None = None
+    """Data type of the layers' matrix products, and of the logits in sampling; weights,
+    log-probabilities and values stay in float32. Default: the type of the weights, ``dtype``."""
+
+
+class HeldOutKeys(Config):
+    """Evaluation on held-out prompts during training, and checkpoints."""
+
+    eval_steps: int | None = Field(None, ge=1)
+    """Updates between evaluations on held-out prompts. Default: no evaluation."""
+    eval_split: Literal["test", "validation"] = "validation"
+    """Split of the held-out prompts."""
+    n_eval_prompts: int = Field(128, ge=1)
+    """Number of held-out prompts."""
+    save_steps: int | None = Field(None, ge=1)
+    """Updates between checkpoints. Default: ten checkpoints in all."""

@@ -1,0 +1,75 @@
+"""The run of every online-RL stage: build the trainer, train, save, and report.
+
+The kinds of stages differ in their configuration only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import OutOfMemoryError
+
+from align.config.online_rl import OnlineRL
+from align.config.stages import stage_kind
+from align.errors import UserError
+from align.online_rl import plots
+from align.online_rl.results import OnlineRLMetrics
+from align.online_rl.trainer import OnlineRLTrainer
+from align.runtime.progress import Logger
+from align.runtime.results import ResultTable, StageResult
+
+COLUMNS = (
+    ("score", "score", ".3f"),
+    ("gold", "gold", ".3f"),
+    ("kl", "KL", ".2f"),
+    ("entropy", "entropy", ".3f"),
+    ("tokens", "tokens", ".1f"),
+    ("missing_eos", "no eos", ".3f"),
+)
+"""Metric, header and format of each column of the result table."""
+
+
+def run(
+    config: OnlineRL, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
+) -> StageResult:
+    """Train ``config.model`` on ``config.rewards``."""
+    try:
+        trainer = OnlineRLTrainer(config, inputs, output_dir, logger)  # 1. models, prompts, rewards
+        trainer.train()  # 2. the loop
+        trainer.save_policy()  # 3. policy, tokenizer and picture
+    except OutOfMemoryError as error:
+        size = "micro_batch_size" if config.tokens_per_batch is None else "tokens_per_batch"
+        raise UserError(
+            f"out of memory: lower `{size}` (results stay the same) or `sample_batch_size`, or set "
+            "`gradient_checkpointing: true`, `lora` or "
+            f"`quantization: nf4` ({str(error).splitlines()[0]})"
+        ) from error
+    headline = {key: trainer.metrics[key] for key in ("score", "kl")}
+    metrics = {
+        stage_kind(config): trainer.metrics | trainer.held_out_metrics,
+        "steps": config.steps,
+        **headline,
+        "trained_parameters": sum(p.numel() for p in trainer.models.weights().values()),
+    }
+    table = result_table(OnlineRLMetrics.from_metrics(metrics), output_dir)
+    return StageResult(metrics, headline, tables=(table,))
+
+
+def result_table(metrics: OnlineRLMetrics, output_dir: Path) -> ResultTable:
+    """Metrics of the last step, and of the last held-out evaluation if there was one."""
+    batches = {"training": metrics.training, "held out": metrics.held_out}
+    return ResultTable(
+        f"after {metrics.steps} updates; KL in nats per completion",
+        ("prompts<", *(header for _, header, _ in COLUMNS)),
+        [
+            (name, *(_format(getattr(batch, key), form) for key, _, form in COLUMNS))
+            for name, batch in batches.items()
+            if batch is not None
+        ],
+        note=f"curves: {output_dir / plots.PICTURE}",
+    )
+
+
+def _format(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
