@@ -418,7 +418,7 @@ RECIPES = [
         "another name with an unknown kind",
         recipe(PREPARE, SFT, "low_beta: {stage: DPO, model: sft}"),
         "recipe.yaml:4: low_beta.stage: expected a kind of stage, got the text 'DPO'",
-        "known: prepare, sft, dpo, reward, kto, ppo, sample, label, evaluate",
+        "known: prepare, sft, dpo, reward, kto, ppo, grpo, rloo, reinforce, sample, label, evaluate",
     ),
     invalid(
         "a stage's name in capitals",
