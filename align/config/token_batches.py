@@ -30,8 +30,8 @@ class TokenBatchStage(TRLStage):
     tokens_per_batch: int | None = Field(None, ge=1)
     """Tokens of a batch on each process, in place of ``trainer.per_device_train_batch_size``:
     distinct ones with ``prefix_sharing``, otherwise those of the padded batch. A longer row forms a
-    batch alone. The loss of a step is the mean over its rows, or tokens in ``sft``, whatever their
-    division."""
+    batch alone, as do the rows of ``kto`` that both labels need. The loss of a step is the mean
+    over its rows, or tokens in ``sft``, whatever their division."""
 
     def digest_settings(self) -> dict[str, Any]:
         """All settings; an unused key does not change the digest."""

@@ -6,6 +6,7 @@ TRL's configuration class, under ``trainer``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -141,7 +142,7 @@ class Reward(TokenBatchStage):
         return {"margin_coef": (self.reads[0], "margin")} if self.margin_coef else {}
 
 
-class KTO(PolicyStage):
+class KTO(PolicyStage, TokenBatchStage):
     """Kahneman-Tversky optimization: labels instead of pairs.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306.
@@ -186,8 +187,8 @@ class KTO(PolicyStage):
 
     @property
     def labels_per_batch(self) -> int | None:
-        """Every batch holds both labels."""
-        return int(self.trl_value(BATCH_SIZE))
+        """Every batch holds both labels; one of a number of tokens may be as large as needed."""
+        return sys.maxsize if self.tokens_per_batch else int(self.trl_value(BATCH_SIZE))
 
     def frozen_models(self, *, sharded: bool) -> int:
         """The reference."""

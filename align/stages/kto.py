@@ -26,9 +26,20 @@ from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
 from align.training import row_limits, trl_trainer
-from align.training.kto_batches import MixedLabels, label_weights, weights_warning, with_kl_partners
+from align.training.kto_batches import (
+    LabeledRows,
+    MixedLabels,
+    label_weights,
+    weights_warning,
+    with_kl_partners,
+)
+from align.training.token_batches import TokenBatchTrainer, use_token_batches
 
 COLUMNS = ["prompt", "completion", "label"]
+
+
+class LabelTrainer(TokenBatchTrainer, KTOTrainer):
+    """TRL's trainer of KTO, whose batches may have a number of tokens."""
 
 
 def run(
@@ -50,12 +61,23 @@ def run(
     return StageResult(metrics, trl_trainer.headline(metrics), remarks)
 
 
-def build(config: KTO, inputs: Mapping[str, Path | str], output_dir: Path) -> KTOTrainer:
+def build(config: KTO, inputs: Mapping[str, Path | str], output_dir: Path) -> LabelTrainer:
     """Build the trainer. Before the first step, the policy equals its reference to the last bit."""
     trainer = build_with_trl_batches(config, inputs, output_dir)
-    # 5. batches; each rank receives `size` consecutive rows as its batch
-    size = trainer.args.per_device_train_batch_size
-    trainer.train_dataset = MixedLabels(trainer.train_dataset, batch_size=size, seed=config.seed)
+    # 5. batches
+    if config.tokens_per_batch is not None:
+        trainer.train_dataset = rows = LabeledRows(trainer.train_dataset)
+        use_token_batches(
+            trainer,
+            config,
+            lambda row: [row["prompt_ids"] + row["completion_ids"]],
+            blocks=rows.blocks(config.seed),
+        )
+    else:  # each rank receives `size` consecutive rows as its batch
+        size = trainer.args.per_device_train_batch_size
+        trainer.train_dataset = MixedLabels(
+            trainer.train_dataset, batch_size=size, seed=config.seed
+        )
     if trainer.eval_dataset is not None and _evaluates(trainer.args):
         size = trainer.args.per_device_eval_batch_size
         trainer.eval_dataset = MixedLabels(trainer.eval_dataset, batch_size=size, seed=config.seed)
@@ -66,7 +88,7 @@ def build(config: KTO, inputs: Mapping[str, Path | str], output_dir: Path) -> KT
 
 def build_with_trl_batches(
     config: KTO, inputs: Mapping[str, Path | str], output_dir: Path
-) -> KTOTrainer:
+) -> LabelTrainer:
     """Build the trainer with TRL's order of rows.
 
     In each block of 1,000 rows, all desirable completions precede all others.
@@ -88,7 +110,7 @@ def build_with_trl_batches(
     limit = row_limits.max_length(config, files.position_limit(models.policy.config))
     arguments.max_length = limit
     with trl_trainer.construction(models.policy, models.tokenizer, config):
-        trainer = KTOTrainer(  # 3. trainer
+        trainer = LabelTrainer(  # 3. trainer
             model=models.policy,
             ref_model=models.reference,
             args=arguments,

@@ -28,6 +28,8 @@ RECOMMENDED_RATIO = (1.0, 4 / 3)
 paper."""
 COLUMNS = ("prompt_ids", "completion_ids", "label")
 """Columns of a tokenized row that TRL's collator reads."""
+BLOCK = 4
+"""Fewest rows that stay together where batches have a number of tokens: both sides of two pairs."""
 
 
 # Order -------------------------------------------------------------------------------------------
@@ -273,19 +275,47 @@ def weights_warning(weights: Weights) -> str:
 # Batches -----------------------------------------------------------------------------------------
 
 
-class MixedLabels(torch.utils.data.Dataset[dict[str, Any]]):
+class LabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Tokenized rows with their labels, in the order of the data."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows.select_columns(list(COLUMNS))
+        self.labels: list[bool] = self.rows["label"][:]
+        # Hashes take a tenth of the memory of the ids.
+        self.prompts = [hash(tuple(ids)) for ids in self.rows["prompt_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[index]
+        return row
+
+    def blocks(self, seed: int) -> list[list[int]]:
+        """Row indices in blocks that keep the rules of :func:`interleaved`, and so do unions.
+
+        A block is the smallest batch that can have both labels and both sides of a pair.
+
+        Raises:
+            DataError: A label has no completion, or one prompt has most of the rows.
+        """
+        rows, desirable = len(self.labels), sum(self.labels)
+        check_label_counts(desirable, rows - desirable, batch_size=rows)
+        size = max(BLOCK, math.ceil(rows / min(desirable, rows - desirable)))
+        order = interleaved(self.labels, self.prompts, batch_size=size, seed=seed, epoch=0)
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class MixedLabels(LabeledRows):
     """Labeled rows in the order of the current epoch.
 
     accelerate's data loader calls ``set_epoch`` before each epoch.
     """
 
     def __init__(self, rows: Any, *, batch_size: int, seed: int) -> None:
-        self.rows = rows.select_columns(list(COLUMNS))
-        self.labels: list[bool] = self.rows["label"][:]
-        # Hashes take a tenth of the memory of the ids.
-        prompts = [hash(tuple(ids)) for ids in self.rows["prompt_ids"]]
+        super().__init__(rows)
         self._order = functools.partial(
-            interleaved, self.labels, prompts, batch_size=batch_size, seed=seed
+            interleaved, self.labels, self.prompts, batch_size=batch_size, seed=seed
         )
         self.set_epoch(0)
 
@@ -297,7 +327,7 @@ class MixedLabels(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[self.order[index]]
+        return super().__getitem__(self.order[index])
 
 
 def with_kl_partners(

@@ -73,23 +73,31 @@ def build_batches(
 
 
 def use_token_batches(
-    trainer: Any, config: TokenBatchStage, token_rows: Callable[[Mapping[str, Any]], Item]
+    trainer: Any,
+    config: TokenBatchStage,
+    token_rows: Callable[[Mapping[str, Any]], Item],
+    *,
+    blocks: Sequence[list[int]] | None = None,
 ) -> None:
     """Divide the training rows of a trainer by ``tokens_per_batch``, if the stage sets it.
 
     ``token_rows`` returns the token rows of a row of the data set, which TRL truncates to
-    ``max_length``.
+    ``max_length``. The rows of one of ``blocks`` stay in one batch.
     """
     if config.tokens_per_batch is None:
         return
     longest = trainer.args.max_length
+    rows = [[ids[:longest] for ids in token_rows(row)] for row in trainer.train_dataset]
+    if blocks is None:
+        blocks = [[index] for index in range(len(rows))]
     batches = build_batches(
-        [[ids[:longest] for ids in token_rows(row)] for row in trainer.train_dataset],
+        [[ids for index in block for ids in rows[index]] for block in blocks],
         tokens=config.tokens_per_batch,
         prefix_sharing=config.prefix_sharing,
         seed=config.seed,
         ranks=distributed.world_size(),
     )
+    batches = [[index for k in batch for index in blocks[k]] for batch in batches]
     trainer.token_batches = TokenBatches(
         batches, seed=config.seed, rank=distributed.rank(), ranks=distributed.world_size()
     )

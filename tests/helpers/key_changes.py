@@ -203,6 +203,7 @@ CHANGES: dict[str, dict[str, Change]] = {
     | {
         "preferences": Change("<others-data>"),
         "beta": Change(0.5),
+        "tokens_per_batch": TOKENS,
         "desirable_weight": Change(3.0),
         "undesirable_weight": Change(3.0),
     },

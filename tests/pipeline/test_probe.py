@@ -15,12 +15,10 @@ import yaml
 
 from align.cli.plan_times import duration, times_table
 from align.config.data import Label, Prepare, Sample
-from align.config.online_rl_stages import PPO
-from align.config.training import SFT
 from align.data import tables
 from align.data.rows import Row
 from align.pipeline.plan import PlannedStage
-from align.pipeline.probe import data, probe
+from align.pipeline.probe import data
 from align.pipeline.probe.sampling import SHORT, Lengths, measure_sampling
 from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch, computed_tokens
 from align.runtime.terminal import SafeConsole
@@ -230,35 +228,19 @@ class InMemory:
         return {"demonstrations": {"train": self.rows}}
 
 
-BY_TOKENS = {"tokens_per_batch": 100}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(SFT(model="m", **BY_TOKENS), id="sft"),
-        pytest.param(PPO(model="m", rewards=["r"], steps=1, batch_size=8, **BY_TOKENS), id="ppo"),
-    ],
-)
-def test_batches_by_tokens_are_not_measured(tmp_path: Path, config: Any):
-    stages = [planned("stage", config, tmp_path, {})]
-    times = probe.measure(stages, {}, tmp_path, announce=lambda line: None)
-    unknown = StageTime(known=False, remark="batches by `tokens_per_batch` are not measured")
-    assert times == {"stage": unknown}
-
-
 @pytest.mark.slow
 def test_every_kind_of_stage_is_measured_and_nothing_is_written(tmp_path: Path):
     model = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     trainer = {"per_device_train_batch_size": 8, "bf16": False, "eval_strategy": "no"}
     lora = {"r": 2, "alpha": 4}
+    by_tokens = {"bf16": False, "eval_strategy": "no"}
     recipe = {"stages": {
         "prepare": {"source": "embedded", "max_rows": 200},
         "sft": {"model": model, "trainer": trainer},
-        "kto": {"model": "sft", "trainer": trainer, "lora": lora},
-        "reward": {"model": "sft", "trainer": trainer},
+        "kto": {"model": "sft", "trainer": by_tokens, "lora": lora, "tokens_per_batch": 400},
+        "reward": {"model": "sft", "trainer": by_tokens, "tokens_per_batch": 10_000},
         "ppo": {"model": "sft", "rewards": ["reward"], "steps": 3, "batch_size": 8,
-                "max_new_tokens": 8},
+                "max_new_tokens": 8, "tokens_per_batch": 200},
         "sample": {"model": "sft", "max_new_tokens": 8, "n_prompts": 10},
         "label": {"judge": "reward"},
         "dpo": {"model": "sft", "pairs": "label", "trainer": trainer},

@@ -127,7 +127,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "kto": {
-        "quantization": "nf4",
+        "quantization": "nf4", "tokens_per_batch": 99,
         "max_lost_rows": 0.5, "allow_missing_end_token": True,
         "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,

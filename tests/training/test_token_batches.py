@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from align.config.training import DPO, SFT, Reward
+from align.config.training import DPO, KTO, SFT, Reward
 from align.models.prefix_sharing import trie
 from align.models.token_batches import divide
-from align.stages import dpo, reward, sft
+from align.stages import dpo, kto, reward, sft
 from align.training.token_batches import TokenBatches, build_batches
 
 ROW = st.lists(st.integers(0, 2), min_size=1, max_size=6)
@@ -83,6 +84,7 @@ STAGES = [
     pytest.param(sft, SFT, "demonstrations", id="sft"),
     pytest.param(dpo, DPO, "pairs", id="dpo"),
     pytest.param(reward, Reward, "pairs", id="reward"),
+    pytest.param(kto, KTO, "preferences", id="kto"),
 ]
 
 
@@ -92,6 +94,8 @@ def test_the_loss_of_a_step_is_that_of_its_rows_in_one_batch(
 ):
     fields = {k: v for k, v in tiny_models.TRAINER.items() if "batch_size" not in k}
     fields |= {"gradient_accumulation_steps": 3, "max_steps": 1}
+    if config_class is KTO:  # the KL term of the other loss depends on the batch of a row
+        fields["loss_type"] = "apo_zero_unpaired"
     config = config_class(model="sft", tokens_per_batch=700, trainer=fields)
     trainer = stage.build(config, {"model": world.sft, data: world.data}, tmp_path)
     trainer.model.train()
@@ -109,6 +113,7 @@ def test_the_loss_of_a_step_is_that_of_its_rows_in_one_batch(
         trainer.compute_loss(trainer.model, b, num_items_in_batch=items) / steps for b in batches
     ]
     actual = gradients(trainer.model, sum(losses))
+    assert any(gradient.norm() > 1e-3 for gradient in actual.values())
 
     sampler = trainer.token_batches
     sampler.set_epoch(0)
@@ -117,6 +122,29 @@ def test_the_loss_of_a_step_is_that_of_its_rows_in_one_batch(
     expected = trainer.compute_loss(trainer.model, whole)
     assert_close(sum(losses), expected)
     assert_close_in_norm(actual, gradients(trainer.model, expected), tolerance=1e-4)
+
+
+def test_batches_of_kto_have_both_labels_and_both_sides_of_a_pair(world, tmp_path):
+    fields = {k: v for k, v in tiny_models.TRAINER.items() if "batch_size" not in k}
+    config = KTO(model="sft", tokens_per_batch=500, trainer=fields)
+    trainer = kto.build(config, {"model": world.sft, "preferences": world.data}, tmp_path)
+    rows, batches = trainer.train_dataset, trainer.token_batches.batches
+    assert len(set(map(len, batches))) > 1
+    seen = [index for each in batches for index in each]
+    assert set(seen) == set(range(len(rows)))
+    assert len(seen) - len(rows) < 4  # the last block is filled
+    together = 0
+    for each in batches:
+        sides = [(rows.prompts[index], rows.labels[index]) for index in each]
+        assert {label for _, label in sides} == {True, False}
+        assert 2 * max(Counter(prompt for prompt, _ in sides).values()) <= len(each)
+        together += sum((prompt, not label) in sides for prompt, label in sides)
+        ids = [[rows[i]["prompt_ids"] + rows[i]["completion_ids"]] for i in each]
+        assert len(each) == 4 or count(ids, sharing=True) <= 500
+    assert together >= len(rows) - 4
+    for inputs in trainer.get_train_dataloader():
+        partners = zip(inputs["input_ids"], inputs["KL_input_ids"], strict=True)
+        assert all(one.tolist() != other.tolist() for one, other in partners)
 
 
 @pytest.mark.parametrize("field", ["per_device_train_batch_size", "train_sampling_strategy"])

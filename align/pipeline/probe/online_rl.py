@@ -21,6 +21,7 @@ from align.models.logps import small_vocabulary_tiles
 from align.online_rl import checkpoint
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience, make_rollout
+from align.online_rl.optimization import divide_rows
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.sampling import LocalSampler
 from align.online_rl.trainer import OnlineRLTrainer
@@ -110,6 +111,14 @@ class _PPOProbe:
     ) -> None:
         self.config, self.trainer, self.lengths, self.watch = config, trainer, lengths, watch
         self.indices = prompt_indices(0, len(trainer.prompts), config)
+        if config.tokens_per_batch is not None:
+            self.config = trainer.config = self._with_batches_of_rows(config)
+
+    def _with_batches_of_rows(self, config: OnlineRL) -> OnlineRL:
+        """The stage with as many rows per forward pass as ``tokens_per_batch`` fits on average."""
+        rows = self._completions(config.batch_size // config.minibatches)[0].rows
+        size = max(1, round(len(rows) / len(divide_rows(rows, config=config))))
+        return config.model_copy(update={"tokens_per_batch": None, "micro_batch_size": size})
 
     def sampling_speed(self) -> SamplingSpeed:
         """The speed of the policy's sampler."""

@@ -25,7 +25,6 @@ from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch
 from align.runtime import distributed
 
 NO_DATA = "its data are not prepared yet and are too large or on the Hub"
-BY_TOKENS = "batches by `tokens_per_batch` are not measured"
 
 
 def measure(
@@ -71,8 +70,6 @@ def _measure(
 ) -> StageTime:
     """The time of one stage; an error of the stage is its remark."""
     config = stage.config
-    if getattr(config, "tokens_per_batch", None) is not None:
-        return StageTime(known=False, remark=BY_TOKENS)
     if isinstance(config, Prepare):
         if stage.folder not in data:
             return StageTime(known=False, remark=NO_DATA)

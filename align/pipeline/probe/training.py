@@ -1,14 +1,15 @@
 """The time of the stages with a TRL trainer: ``sft``, ``dpo``, ``kto`` and ``reward``.
 
 The trainer is the one that the stage builds, on a sample of its rows. The backward pass of a batch,
-the optimizer step, the forward pass and the saving are measured one by one.
+the optimizer step, the forward pass and the saving are measured one by one. Batches of a number of
+tokens are measured as batches of as many rows as fit on average.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +32,7 @@ from align.pipeline.probe.timing import (
 )
 from align.pipeline.runner import stage_module
 from align.training import reference_logps
-from align.training.kto_batches import MixedLabels
+from align.training.kto_batches import LabeledRows, MixedLabels
 
 BATCHES = 32
 """Number of batches whose tokens are counted."""
@@ -89,6 +90,8 @@ class _TrainerProbe:
                 trainer.train_dataset = trainer.train_dataset.add_column(column, values)
         # Set by `train`, and the divisor of the loss in `training_step`.
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+        if getattr(config, "tokens_per_batch", None) is not None:
+            self.config = self._with_batches_of_rows(config)
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
 
@@ -123,6 +126,16 @@ class _TrainerProbe:
             parts["score"] = Seconds.exactly(self.load + forward * self._scored_tokens())
         return StageTime(parts, measured)
 
+    def _with_batches_of_rows(self, config: TRLStage) -> TRLStage:
+        """The stage with a number of rows in place of ``tokens_per_batch``, and the trainer too."""
+        sizes = [len(batch) for batch in self.trainer.token_batches.batches]
+        self.trainer.token_batches = None
+        fitting = config.tokens_per_batch / self._mean_tokens(sizes[0])  # type: ignore[attr-defined]
+        size = max(self._least, rows_per_batch(sizes, fitting))
+        self.trainer.args.per_device_train_batch_size = size
+        trainer = config.trainer | {BATCH_SIZE: size}
+        return config.model_copy(update={"trainer": trainer, "tokens_per_batch": None})
+
     def _growth(self) -> float:
         """Rows of the data per sampled row; a pair is two rows of KTO."""
         kinds = [table.kind for table in self.config.reads if self.data.count(table.kind)]
@@ -137,7 +150,7 @@ class _TrainerProbe:
         """Batches of ``size`` rows, as the trainer makes them."""
         trainer = self.trainer
         trainer._train_batch_size = size
-        if isinstance(trainer.train_dataset, MixedLabels):  # their order depends on the batches
+        if isinstance(trainer.train_dataset, LabeledRows):  # their order depends on the batches
             rows = trainer.train_dataset.rows
             trainer.train_dataset = MixedLabels(rows, batch_size=size, seed=self.config.seed)
         for inputs in trainer.get_train_dataloader():
@@ -290,6 +303,19 @@ class _TrainerProbe:
         tokenizer = self.trainer.processing_class
         ids = tokenization.tokenize_for_reward(tokenizer, prompts, completions)
         return fmean(map(len, ids))
+
+
+def rows_per_batch(sizes: Sequence[int], fitting: float) -> int:
+    """Mean rows of a full batch, given the rows of batches, of which the last may not be full.
+
+    A single batch may not be full either; ``fitting`` is how often its tokens fit into a batch.
+
+    >>> rows_per_batch([6, 8, 1], 1.0), rows_per_batch([6], 2.5)
+    (7, 15)
+    """
+    if len(sizes) == 1:
+        return round(sizes[0] * max(1.0, fitting))
+    return round(fmean(sizes[:-1]))
 
 
 def _occasions(interval: float, steps: int) -> int:
