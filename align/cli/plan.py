@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +66,7 @@ def plan(
     )
     console.print(_plan_table(title, stages, table))
     console.print(LEGEND, style="dim")
-    for line in estimates.count_requests(stages, table):
+    for line in (*_reasons_to_run(stages, runs), *estimates.count_requests(stages, table)):
         console.print(line, markup=False, highlight=False)
     for name, rows in lost.items():
         console.print(f"{name}: warning: {rows.reason}", markup=False, highlight=False)
@@ -74,6 +74,19 @@ def plan(
         from align.cli.plan_times import print_times
 
         print_times(console, stages, prepared, runs)
+
+
+def _reasons_to_run(stages: Sequence[PlannedStage], runs: Path) -> Iterator[str]:
+    """Why stages would run although stages of their names are finished."""
+    from align.cli.inventory import explain_new, take_inventory
+
+    if not runs.is_dir():
+        return
+    finished = take_inventory(runs).stages
+    for stage in stages:
+        change = explain_new(stage, finished) if stage.status == "run" else None
+        if change is not None and not stage.folder.exists():  # else --force runs it again
+            yield f"{stage.name}: new run: {change}"
 
 
 def _plan_table(

@@ -1,0 +1,158 @@
+"""The command `align runs`: what a runs folder holds, and the removal of what no run refers to."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from align.cli.run import Runs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from align.cli.inventory import StageFolder
+
+DAY = 24 * 3600  # seconds
+LONGEST = 60  # characters of the settings of a stage
+UNITS = ((DAY, "d"), (3600, "h"), (60, "min"))
+
+
+def runs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[STAGE]", help="Only stages of this name or kind.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove stages that no run refers to, after asking.")
+    ] = False,
+    older_than: Annotated[
+        float, typer.Option(metavar="DAYS", min=0.0, help="With --prune: only stages this old.")
+    ] = 1.0,
+    yes: Annotated[bool, typer.Option("--yes", help="With --prune: do not ask.")] = False,
+) -> None:
+    """Show the stages in a runs folder: settings, result, age, size, and the runs that use them."""
+    from align.cli.inventory import take_inventory
+    from align.errors import UserError
+    from align.runtime.terminal import SafeConsole
+
+    if name and prune:
+        raise UserError(f"{name}: --prune looks at all stages; remove the name")
+    console = SafeConsole(soft_wrap=True)
+    inventory = take_inventory(runs)
+    if prune and inventory.problems:
+        lines = [
+            f"{line}; --prune needs it: repair it or move it away" for line in inventory.problems
+        ]
+        raise UserError(*lines)
+    for problem in inventory.problems:
+        console.print(f"warning: {problem}")
+    if prune:
+        _prune(console, inventory.unreferenced(before=time.time() - older_than * DAY), yes=yes)
+        return
+    shown = [s for s in inventory.stages if name is None or name in (s.name, _kind(s))]
+    if name and not shown:
+        raise UserError(f"{name}: no stage of this name in {runs}; `align runs` shows all")
+    _print_stages(console, shown)
+    free = sum(stage.bytes for stage in shown if not stage.runs)
+    total = sum(stage.bytes for stage in shown)
+    console.print(f"{_counted(len(shown))}, {_size(total)}; no run refers to {_size(free)} of them")
+
+
+def _prune(console: Console, stages: Sequence[StageFolder], *, yes: bool) -> None:
+    """Show what no run refers to, ask, and remove it."""
+    from align.cli.inventory import remove
+    from align.errors import UserError
+    from align.pipeline.runner import check_removable
+
+    if not stages:
+        console.print("nothing to remove: runs refer to all stages, or the others are too new")
+        return
+    for stage in stages:
+        check_removable(stage.folder)
+    _print_stages(console, stages)
+    total = _size(sum(stage.bytes for stage in stages))
+    question = f"Remove {_counted(len(stages))}, {total}? This cannot be undone."
+    if not yes and not _can_ask():
+        raise UserError(f"--prune would remove {_counted(len(stages))}; confirm with --yes")
+    if not (yes or typer.confirm(question)):
+        console.print("nothing was removed")
+        return
+    for stage in stages:
+        remove(stage)
+    console.print(f"removed {_counted(len(stages))}, {total}")
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
+def _print_stages(console: Console, stages: Sequence[StageFolder]) -> None:
+    """A line for each stage, then its result, its settings and its runs."""
+    width = max((len(stage.folder.name) for stage in stages), default=0)
+    for stage in stages:
+        age = _age(time.time() - stage.changed)
+        line = f"{stage.folder.name:<{width}}  {age:>7}  {_size(stage.bytes):>8}"
+        console.print(f"{line}  {', '.join(stage.runs) or '(no run)'}")
+        for detail in _details(stage, stages):
+            console.print(f"    {detail}", style="dim")
+
+
+def _details(stage: StageFolder, stages: Sequence[StageFolder]) -> Iterator[str]:
+    from align.runtime.progress import numbers
+
+    if stage.artifact is None:
+        state = "in use by a run" if stage.is_held else stage.status
+        yield f"{state}: {stage.problem}" if stage.problem else state
+        return
+    if stage.artifact.headline:
+        yield numbers(stage.artifact.headline)
+    settings = _distinctive_settings(stage, stages)
+    if settings:
+        yield settings
+
+
+def _distinctive_settings(stage: StageFolder, stages: Sequence[StageFolder]) -> str:
+    """The settings in which stages of one name and kind differ from each other."""
+    from align.cli.inventory import flat
+
+    assert stage.artifact is not None
+    alike = [
+        flat(other.artifact.recipe)
+        for other in stages
+        if other.artifact is not None
+        and (other.name, other.artifact.stage) == (stage.name, stage.artifact.stage)
+    ]
+    mine = flat(stage.artifact.recipe)
+    keys = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
+    text = " ".join(f"{key}={mine[key]}" for key in keys)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _kind(stage: StageFolder) -> str:
+    return stage.artifact.stage if stage.artifact else ""
+
+
+def _counted(count: int) -> str:
+    return f"{count} stage{'s' * (count != 1)}"
+
+
+def _age(seconds: float) -> str:
+    """The age in its largest unit: ``3 d``, ``2 h``, ``5 min``, ``now``."""
+    for length, unit in UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return "now"
+
+
+def _size(count: float) -> str:
+    """Bytes with a decimal prefix: ``19.6 MB``."""
+    for prefix in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.3g} {prefix}B"
+        count /= 1000
+    return f"{count:.3g} GB"
