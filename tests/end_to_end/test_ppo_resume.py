@@ -87,7 +87,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The runs of an uninterrupted recipe."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "recipe.yaml").write_text(RECIPE)
-    assert recipe_runs.run(folder / "runs") == 0, recipe_runs.log(folder / "runs")
+    assert recipe_runs.run_in_new_interpreter(folder / "runs") == 0, recipe_runs.log(
+        folder / "runs"
+    )
     yield folder / "runs"
     shutil.rmtree(folder)
 

@@ -84,7 +84,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "recipe.yaml").write_text(RECIPE)
     runs = folder / "runs"
-    assert recipe_runs.run(runs) == 0, recipe_runs.log(runs)
+    assert recipe_runs.run_in_new_interpreter(runs) == 0, recipe_runs.log(runs)
     yield runs
     shutil.rmtree(folder)
 

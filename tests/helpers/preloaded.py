@@ -1,0 +1,27 @@
+"""Modules that the fork server of :mod:`helpers.recipe_runs` imports once.
+
+Importing them takes longer than most runs of the tests.
+"""
+
+import contextlib
+import gc
+
+from align.runtime import environment
+
+environment.quiet_libraries()
+
+import datasets.io.parquet  # noqa: E402, F401
+import matplotlib.pyplot  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+from align.cli import run  # noqa: E402, F401
+from align.models import decoding  # noqa: E402, F401
+from align.pipeline import runner, summary  # noqa: E402, F401
+from align.stages import dpo, evaluate, kto, label, ppo, prepare, reward, sample, sft  # noqa: E402, F401
+
+with contextlib.suppress(ImportError):
+    import deepspeed  # noqa: F401 (accelerate imports it where it is installed)
+
+# accelerate collects garbage at the start of each training: half a second for imported modules
+gc.collect()
+gc.freeze()
