@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
@@ -27,6 +28,17 @@ from align.config.online_rl_keys import (
     StepKeys,
 )
 from align.config.training_base import TrainingStage
+
+BEFORE = {
+    "mixed_precision": None,
+    "tokens_per_batch": None,
+    "optimizer": "adamw",
+    "loss": "clip",
+    "aggregate": "token",
+}
+"""Keys that stages did not always have, and the value that they had then."""
+CISPO_CLIP = 4.0
+"""Default of ``clip_high`` for CISPO: as in ScaleRL (arXiv:2510.13786), a ratio of at most 5."""
 
 
 class OnlineRL(
@@ -71,6 +83,8 @@ class OnlineRL(
             ignored["kl_horizon"] = "without `kl_target`"
         if self.kl_coef == 0:
             ignored["kl_placement"] = "with `kl_coef: 0`"
+        if self.loss == "cispo":
+            ignored |= dict.fromkeys(("clip", "dual_clip"), "with `loss: cispo`")
         if self.eval_steps is None:
             ignored |= dict.fromkeys(("eval_split", "n_eval_prompts"), "without `eval_steps`")
         for key, condition in ignored.items():
@@ -137,11 +151,9 @@ class OnlineRL(
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
-        for key in ("mixed_precision", "tokens_per_batch"):
-            if settings[key] is None:  # as in recipes from before the key existed
+        for key, only in BEFORE.items():
+            if settings[key] == only:
                 del settings[key]
-        if self.optimizer == "adamw":
-            del settings["optimizer"]  # the only one before the key existed
         if not self.keep_checkpoints:
             del settings["save_steps"]
         return settings
@@ -219,6 +231,13 @@ class OnlineRL(
     def trained_models(self) -> int:
         """The policy, and the critic if there is one."""
         return 1 + self.has_critic
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the probability ratio is clipped."""
+        if self.loss == "cispo":
+            return math.inf, self.clip_high or CISPO_CLIP
+        return self.clip, self.clip_high or self.clip
 
     @property
     def steps_without_policy(self) -> int:

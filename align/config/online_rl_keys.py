@@ -65,10 +65,11 @@ class KLKeys(Config):
 
     kl_coef: float = Field(0.05, ge=0.0)
     """Coefficient of the KL penalty towards the reference."""
-    kl_placement: Literal["reward", "loss"] = "reward"
+    kl_placement: Literal["reward", "loss", "token_loss"] = "reward"
     """Where the KL penalty is: in the ``reward`` of each token, as the log-ratio (``k1``), or a
     term of the ``loss``, from the low-variance ``k3``, which normalization of advantages and
-    rewards does not scale."""
+    rewards does not scale. With ``token_loss`` a token pays for its own ``k3`` and not for the
+    later ones, as in TRL."""
     kl_target: float | None = Field(None, gt=0.0)
     """KL divergence, in nats per completion, that ``kl_coef`` is adapted to. Default: ``kl_coef``
     is constant."""
@@ -81,14 +82,29 @@ class LossKeys(Config):
 
     normalize_advantages: bool = True
     """Normalize advantages to mean 0 and variance 1 in each update."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """``clip``: the surrogate of PPO, without a gradient beyond the clipping range; ``cispo``:
+    log-probabilities, weighted by the ratio clipped above."""
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """What the losses of the tokens are divided by: the tokens of the minibatch (``token``); the
+    tokens of their completion, then the completions (``sequence``); or ``max_new_tokens`` times
+    the completions (``constant``)."""
     clip: float = Field(0.2, gt=0.0)
     """Clipping range of the probability ratio."""
     clip_high: float | None = Field(None, gt=0.0)
-    """Clipping range above 1. Default: ``clip``."""
+    """Clipping range above 1. Default: ``clip``; 4 with ``loss: cispo``."""
     dual_clip: float | None = Field(None, gt=1.0)
     """Upper bound on the loss ratio for negative advantages. Default: none."""
     entropy_coef: float = Field(0.0, ge=0.0)
     """Weight of the entropy bonus."""
+
+
+class GroupKeys(Config):
+    """Keys of the estimators that compare the completions of a prompt: one advantage for each."""
+
+    ratio: Literal["token", "sequence"] = "token"
+    """Probability ratio that is clipped: of each ``token``, or the geometric mean of those of the
+    completion (``sequence``)."""
 
 
 class StepKeys(Config):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from align.config.online_rl import OnlineRL
+from align.config.online_rl_keys import GroupKeys
 
 
 class PPO(OnlineRL):
@@ -42,7 +43,7 @@ class PPO(OnlineRL):
         return super().digest_settings() | {"advantages": "gae"}
 
 
-class GRPO(OnlineRL):
+class GRPO(GroupKeys, OnlineRL):
     """Group-relative policy optimization: rewards are compared with those of the same prompt.
 
     The advantage of a completion is its reward minus the mean reward of the completions of its
@@ -62,15 +63,20 @@ class GRPO(OnlineRL):
     """Normalize advantages to mean 0 and variance 1 in each update."""
     kl_coef: float = Field(0.04, ge=0.0)
     """Coefficient of the KL penalty towards the reference."""
-    kl_placement: Literal["reward", "loss"] = "loss"
+    aggregate: Literal["token", "sequence", "constant"] = "sequence"
+    """What the losses of the tokens are divided by: the tokens of the minibatch (``token``, as in
+    DAPO); the tokens of their completion, then the completions (``sequence``); or
+    ``max_new_tokens`` times the completions (``constant``, as in Dr. GRPO)."""
+    kl_placement: Literal["reward", "loss", "token_loss"] = "loss"
     """Where the KL penalty is: in the ``reward`` of each token, as the log-ratio (``k1``), or a
     term of the ``loss``, from the low-variance ``k3``, which normalization of advantages and
-    rewards does not scale."""
+    rewards does not scale. With ``token_loss`` a token pays for its own ``k3`` and not for the
+    later ones, as in TRL."""
     epochs: int = Field(1, ge=1)
     """Passes over the completions of an update."""
 
 
-class RLOO(OnlineRL):
+class RLOO(GroupKeys, OnlineRL):
     """REINFORCE leave-one-out: rewards are compared with those of the others of the prompt.
 
     The advantage of a completion is its reward minus the mean reward of the other completions of

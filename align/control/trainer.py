@@ -31,8 +31,9 @@ from align.control.networks import Policy, build_critic
 from align.control.spaces import EnvSpec
 from align.errors import UserError
 from align.functional.returns import discounted_returns, gae
+from align.rl.objective import Objective
 from align.rl.rollout import Rollout
-from align.rl.update import Evaluated, Objective, update
+from align.rl.update import Evaluated, update
 
 RESET_INTERVAL = 200_000
 """Steps after which all environments are reset."""

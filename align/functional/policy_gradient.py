@@ -66,6 +66,48 @@ def clipped_surrogate_loss(
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
 
 
+def sequence_logps(
+    logps: Float[Tensor, "batch time"],
+    old_logps: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+) -> Float[Tensor, "batch time"]:
+    """Log-probabilities whose ratio to the old ones is that of the row, for every action.
+
+    The ratio of a row is the geometric mean of the ratios of its actions, so it does not grow with
+    their number. Entries where ``mask`` is False count for nothing.
+
+    >>> new, old = torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.1, 0.1]]).log()
+    >>> importance_ratio(sequence_logps(new, old, torch.ones(1, 2).bool()), old)  # of 2 and 8
+    tensor([[4.0000, 4.0000]])
+
+    Source: Zheng et al. 2025 (GSPO), arXiv:2507.18071, eq. 7.
+    """
+    differences = (logps - old_logps).masked_fill(~mask, 0)
+    return old_logps + differences.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def cispo_loss(
+    logps: Float[Tensor, "*shape"],
+    ratio: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*shape"],
+    *,
+    clip_high: float,
+) -> Float[Tensor, "*shape"]:
+    """Score-function loss, weighted by the ratio clipped to ``1 + clip_high``: ``-A * w * logp``.
+
+    The weight has no gradient. Other than with :func:`clipped_surrogate_loss`, every action has a
+    gradient, however far its ratio is from 1.
+
+    >>> logps, ratio = torch.tensor([-2.0, -1.0]), torch.tensor([0.5, 9.0])
+    >>> cispo_loss(logps, ratio, torch.ones(2), clip_high=4.0)
+    tensor([1., 5.])
+
+    Source: MiniMax 2025 (CISPO), arXiv:2506.13585, eq. 4; the upper bound alone: Khatri et al. 2025
+    (ScaleRL), arXiv:2510.13786.
+    """
+    return reinforce_loss(logps, advantages) * ratio.detach().clamp(max=1 + clip_high)
+
+
 def clipped_value_loss(
     values: Float[Tensor, "*shape"],
     old_values: Float[Tensor, "*shape"],

@@ -127,7 +127,7 @@ def make_rollout(
     the log-probabilities under the reference.
     """
     mask, logps = experience.mask, experience.logps
-    kl_in_loss = config.kl_placement == "loss"
+    kl_in_loss = config.kl_placement != "reward"
     kl = policy_gradient.kl_k1(logps, experience.ref_logps)
     kl_coef = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores.to(logps.device), kl, mask, kl_coef=kl_coef)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from align.config.online_rl import OnlineRL
+from align.config.online_rl_keys import GroupKeys
 from align.config.online_rl_stages import PPO
 from align.errors import UserError
 from align.functional.masked import sum_over_ranks
 from align.models import token_batches
 from align.online_rl.models import PPOModels
+from align.rl.objective import Objective
 from align.rl.rollout import Rollout
-from align.rl.update import Objective
 from align.runtime import distributed
 
 ADAM_EPS = 1e-5
@@ -31,9 +32,12 @@ def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objecti
 
     ``kl_coef`` is the current coefficient; it has an effect on rollouts with ``ref_logps`` only.
     """
-    critic: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     if isinstance(config, PPO):
-        critic = {"value_coef": config.value_coef, "value_clip": config.value_clip}
+        own = {"value_coef": config.value_coef, "value_clip": config.value_clip}
+    if isinstance(config, GroupKeys):
+        own = {"ratio": config.ratio}
+    clip_low, clip_high = config.clip_range
     pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)
     if config.tokens_per_batch is not None:  # :func:`divide_by_tokens` divides a minibatch
         pieces = 1
@@ -41,15 +45,19 @@ def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objecti
         epochs=config.epochs,
         minibatches=config.minibatches,
         micro_batches=min(pieces, n_rows // config.minibatches),
-        clip_low=config.clip,
-        clip_high=config.clip_high or config.clip,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        loss=config.loss,
+        aggregate=config.aggregate,
+        longest=config.max_new_tokens,
         dual_clip=config.dual_clip,
         entropy_coef=config.entropy_coef,
         kl_coef=kl_coef,
+        kl_credit="token" if config.kl_placement == "token_loss" else "completion",
         target_kl=config.target_kl,
         max_grad_norm=config.max_grad_norm,
         whiten=config.normalize_advantages,
-        **critic,
+        **own,
     )
 
 

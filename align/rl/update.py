@@ -33,50 +33,17 @@ from torch import Tensor
 
 from align.functional.masked import masked_whiten, max_over_ranks, ranks, sum_over_ranks
 from align.functional.policy_gradient import (
+    cispo_loss,
     clipped_surrogate_loss,
     clipped_value_loss,
     explained_variance,
     importance_ratio,
     kl_k3,
     kl_loss,
+    sequence_logps,
 )
+from align.rl.objective import Objective
 from align.rl.rollout import Rollout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """The objective of an update, and its number of steps. By default one policy-gradient step."""
-
-    epochs: int = 1
-    """Passes over the rollout."""
-    minibatches: int = 1
-    """Optimizer steps per epoch."""
-    micro_batches: int = 1
-    """Forward passes per minibatch. More of them save memory and leave the gradient as it is."""
-    clip_low: float = math.inf
-    """How far below 1 the probability ratio of an action may fall before its gradient is 0."""
-    clip_high: float = math.inf
-    """How far above 1 the probability ratio of an action may rise before its gradient is 0."""
-    dual_clip: float | None = None
-    """Bound of the loss of an action with negative advantage, in multiples of it; above 1."""
-    value_coef: float = 0.5
-    """Weight of the value loss."""
-    value_clip: float | None = None
-    """Bound of the critic's change, in units of the returns."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    kl_coef: float = 0.0
-    """Weight of the KL term of the loss, for a rollout with ``ref_logps``."""
-    max_grad_norm: float = math.inf
-    """Norm to which gradients are clipped, of all parameters together."""
-    target_kl: float | None = None
-    """KL(old, new), in nats per token, above which a minibatch ends the update before its step."""
-    whiten: bool = False
-    """Normalize advantages to mean 0 and variance 1 over the whole rollout and all ranks.
-
-    Normalized within minibatches, the weight of an action would depend on the shuffle and on the
-    number of ranks.
-    """
 
 
 class Evaluated(NamedTuple):
@@ -144,8 +111,9 @@ def update(
     policy and critic share no trained parameters, two functions, one for each, halve the memory:
     the graph of the first is freed before that of the second is built, and the gradients are the
     same. The loss of a minibatch is the sum over its valid tokens divided by their number in all
-    micro-batches and on all ranks, so that every token has the same weight however the minibatch is
-    split: into ``micro_batches`` equal parts, or by ``divide``. The critic is trained if the
+    micro-batches and on all ranks, unless ``objective.aggregate`` differs, so that every token has
+    the same weight however the minibatch is split: into ``micro_batches`` equal parts, or by
+    ``divide``. The critic is trained if the
     rollout has returns. Random numbers come from ``generator`` alone.
 
     Gradients of ``parameters`` are clipped together, by default those of all of the optimizer's.
@@ -174,6 +142,7 @@ def update(
     in_order = divide is not None or objective.micro_batches > 1
     for minibatch, tokens in _minibatches(rollout, objective, generator, in_order=in_order):
         counts.append(tokens)
+        per_row = tokens.to(rollout.logps.dtype) / (len(minibatch) * ranks())
         pieces = divide(minibatch) if divide else minibatch.split(objective.micro_batches)
         for piece in pieces:
             totals: Tensor | None = None
@@ -181,7 +150,7 @@ def update(
             for evaluator in evaluators:
                 evaluated = evaluator(piece.inputs)
                 outputs |= {k for k in evaluated._fields if getattr(evaluated, k) is not None}
-                terms = _terms(evaluated, piece, objective)
+                terms = _terms(evaluated, piece, objective, tokens_per_row=per_row)
                 if losses := _losses(terms, objective):
                     # Gradients are averaged over the ranks; times their number, they are summed.
                     backward(sum(losses[1:], losses[0]) * ranks() / tokens)
@@ -280,29 +249,28 @@ def _minibatches(
         yield from zip(minibatches, counts.clamp(min=1), strict=True)
 
 
-def _terms(evaluated: Evaluated, piece: Rollout, objective: Objective) -> _Terms:
+def _terms(
+    evaluated: Evaluated, piece: Rollout, objective: Objective, *, tokens_per_row: Tensor
+) -> _Terms:
     """A micro-batch's share of losses and diagnostics; NaN where ``evaluated`` has no output."""
     _check_shapes("evaluate", evaluated, evaluated._fields, piece.mask.shape)
     padding = ~piece.mask
     policy = value = entropy = kl = clipped = ratio_max = piece.logps.new_tensor(math.nan)
     if evaluated.logps is not None:
         logps = evaluated.logps.masked_fill(padding, 0)
-        losses = clipped_surrogate_loss(
-            logps,
-            piece.logps,
-            piece.advantages,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            dual_clip=objective.dual_clip,
-        )
-        if piece.ref_logps is not None:
-            kl_terms = kl_loss(logps, piece.logps, piece.ref_logps, piece.mask)
-            losses = losses + objective.kl_coef * kl_terms
-        policy = (losses if piece.weights is None else losses * piece.weights).sum()
+        compared = logps  # those of which the ratio is clipped
+        if objective.ratio == "sequence":
+            compared = sequence_logps(logps, piece.logps, piece.mask)
+        losses = _policy_losses(logps, compared, piece, objective)
+        if piece.weights is not None:
+            losses = losses * piece.weights
+        if objective.aggregate != "token":
+            losses = losses * _row_weights(piece, objective, tokens_per_row)
+        policy = losses.sum()
         with torch.no_grad():
-            ratio = importance_ratio(logps, piece.logps)
+            ratio = importance_ratio(compared, piece.logps)
             outside = (ratio < 1 - objective.clip_low) | (ratio > 1 + objective.clip_high)
-            clipped = outside.to(logps.dtype).sum()
+            clipped = (outside & piece.mask).to(logps.dtype).sum()
             kl = kl_k3(piece.logps, logps).sum()
             ratio_max = ratio.masked_fill(padding, -math.inf).amax()
     if evaluated.values is not None and piece.values is not None and piece.returns is not None:
@@ -313,6 +281,41 @@ def _terms(evaluated: Evaluated, piece: Rollout, objective: Objective) -> _Terms
     if evaluated.entropy is not None:
         entropy = evaluated.entropy.masked_fill(padding, 0).sum()
     return _Terms(policy, value, entropy, kl, clipped, ratio_max)
+
+
+def _policy_losses(logps: Tensor, compared: Tensor, piece: Rollout, objective: Objective) -> Tensor:
+    """The losses of the actions, and their KL terms where the rollout has a reference."""
+    if objective.loss == "cispo":
+        losses = cispo_loss(
+            logps,
+            importance_ratio(compared, piece.logps),
+            piece.advantages,
+            clip_high=objective.clip_high,
+        )
+    else:
+        losses = clipped_surrogate_loss(
+            compared,
+            piece.logps,
+            piece.advantages,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            dual_clip=objective.dual_clip,
+        )
+    if piece.ref_logps is None:
+        return losses
+    if objective.kl_credit == "completion":
+        kl_terms = kl_loss(logps, piece.logps, piece.ref_logps, piece.mask)
+    else:
+        kl_terms = importance_ratio(compared, piece.logps) * kl_k3(logps, piece.ref_logps)
+    return losses + objective.kl_coef * kl_terms
+
+
+def _row_weights(piece: Rollout, objective: Objective, tokens_per_row: Tensor) -> Tensor:
+    """Factors of the losses of rows, whose sum is then divided by the number of tokens."""
+    if objective.aggregate == "constant":
+        return tokens_per_row / objective.longest
+    lengths = piece.mask.sum(1, keepdim=True).clamp(min=1)
+    return tokens_per_row / lengths.to(tokens_per_row.dtype)
 
 
 def _check_shapes(where: str, owner: object, names: Iterable[str], shape: torch.Size) -> None:

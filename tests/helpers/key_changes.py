@@ -227,6 +227,8 @@ CHANGES: dict[str, dict[str, Change]] = {
         "gae_lambda": Change(0.1),
         "normalize_advantages": Change(False),
         "normalize_rewards": Change(True, {"normalize_advantages": False}),
+        "loss": Change("cispo", {"epochs": 4}),
+        "aggregate": Change("sequence"),
         "kl_coef": Change(1.0),
         "kl_placement": Change("loss"),
         "kl_target": Change(0.01),
@@ -335,11 +337,13 @@ CHANGES["reinforce"] = {k: v for k, v in CHANGES["ppo"].items() if k not in PPO_
 CHANGES["rloo"] = {k: v for k, v in CHANGES["reinforce"].items() if k != "gamma"}
 CHANGES["rloo"] |= {
     "n_completions": Change(4),
+    "ratio": Change("sequence", {"epochs": 4}),
     "normalize_advantages": Change(True),
     "normalize_rewards": Change(True),
 }
 CHANGES["grpo"] = CHANGES["rloo"] | {
     "scale_advantages": Change("none"),
+    "aggregate": Change("token"),
     "kl_placement": Change("reward"),
 }
 for kind in ("grpo", "rloo", "reinforce"):

@@ -11,10 +11,9 @@ import pytest
 from helpers import ppo_fixtures
 from helpers.ppo_fixtures import Folders
 
-from align.online_rl import plots, samples
+from align.online_rl import plots, run, samples
 from align.online_rl.results import OnlineRLMetrics
 from align.rewards import gold
-from align.stages import ppo
 
 
 def test_row_30_reward_hacking_is_visible_in_metrics_and_in_one_picture(
@@ -92,10 +91,10 @@ def test_the_result_table_has_a_row_for_training_and_one_for_held_out_prompts(tm
     last |= {"missing_eos": 0.125, "kl_coef": 0.05}
     last |= {"eval_score": 1.25, "eval_reward": 1.3, "eval_kl": 2.5, "eval_gold": 0.5}
     last |= {"eval_tokens": 29.0, "eval_missing_eos": 0.0}
-    stored = {"ppo": last, "steps": 40, "trained_parameters": 1000, "score": 1.5, "kl": 2.0}
+    stored = {"grpo": last, "steps": 40, "trained_parameters": 1000, "score": 1.5, "kl": 2.0}
     metrics = OnlineRLMetrics.from_metrics(stored)
     assert metrics.trained_parameters == 1000
-    table = ppo.result_table(metrics, tmp_path)
+    table = run.result_table(metrics, tmp_path)
     assert table.columns == ("prompts<", "score", "gold", "KL", "entropy", "tokens", "no eos")
     assert list(table.rows) == [
         ("training", "1.500", "–", "2.00", "0.250", "30.0", "0.125"),

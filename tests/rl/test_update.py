@@ -26,8 +26,9 @@ from align.functional.masked import (
     sum_over_ranks,
 )
 from align.functional.policy_gradient import importance_weights, reinforce_loss
+from align.rl.objective import Objective
 from align.rl.rollout import Rollout
-from align.rl.update import Diagnostics, Evaluated, Objective, update
+from align.rl.update import Diagnostics, Evaluated, update
 
 PPO = Objective(
     epochs=2,
@@ -655,7 +656,16 @@ def cases() -> dict[str, tuple[Rollout, Objective]]:
     """
     exact = rollout(12)
     apart = dataclasses.replace(exact, logps=exact.logps - torch.cat([shift(0), shift(1)]))
-    return {"whole": (rollout(12, noise=0.3), WHOLE), "stop": (exact, STOP), "apart": (apart, STOP)}
+    noisy = rollout(12, noise=0.3)
+    by_rows = dataclasses.replace(WHOLE, aggregate="sequence", ratio="sequence")
+    by_length = dataclasses.replace(WHOLE, aggregate="constant", longest=5, loss="cispo")
+    return {
+        "whole": (noisy, WHOLE),
+        "sequence": (noisy, by_rows),
+        "constant": (noisy, by_length),
+        "stop": (exact, STOP),
+        "apart": (apart, STOP),
+    }
 
 
 def half(batch: Rollout, rank: int) -> Rollout:
@@ -715,6 +725,8 @@ def test_two_ranks_whiten_as_one(two):
     ("name", "steps"),
     [
         pytest.param("whole", 2, id="all steps"),
+        pytest.param("sequence", 2, id="a mean over rows"),
+        pytest.param("constant", 2, id="a sum over rows"),
         pytest.param("stop", 2, id="both stop after the second"),
         pytest.param("apart", 0, id="both stop, although one alone would not"),
     ],
@@ -722,7 +734,7 @@ def test_two_ranks_whiten_as_one(two):
 def test_two_ranks_learn_the_same_as_one_with_all_rows(two, name, steps):
     updated, diagnostics = learn(*cases()[name])
     assert diagnostics.steps == steps
-    assert diagnostics.stopped_early == (name != "whole")
+    assert diagnostics.stopped_early == (name in ("stop", "apart"))
     for rank in two:
         same(rank[name][0], updated)
         assert rank[name][1] == pytest.approx(
