@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from align.models import decoding, generation
+from align.models.decoding import SampledTokens
 
 STOP, PAD = 2, 0
 # width, layers, heads, heads of keys, intermediate width, vocabulary, tied; prompts, their lengths
@@ -64,7 +65,9 @@ def prompts(n: int, lengths: tuple[int, int], vocabulary: int) -> list[list[int]
     return [torch.randint(3, vocabulary, (k,), generator=generator).tolist() for k in sizes]
 
 
-def timed(sample: Callable[[], list[list[int]]], seed: int) -> tuple[float, list[list[int]]]:
+def timed(
+    sample: Callable[[], list[SampledTokens]], seed: int
+) -> tuple[float, list[SampledTokens]]:
     """Processor seconds of a call, and its completions."""
     torch.manual_seed(seed)
     start = time.process_time()
@@ -84,7 +87,8 @@ def compare(model: Any, rows: list[list[int]], rounds: int) -> str:
         for side in (0, 1) if number % 2 else (1, 0):
             elapsed, results[side] = timed(sides[side], number)
             seconds[side].append(elapsed)
-        assert results[0] == results[1], "the sides sampled other completions"
+        tokens = [[row.tokens for row in results[side]] for side in (0, 1)]
+        assert tokens[0] == tokens[1], "the sides sampled other completions"
     theirs, ours = map(min, seconds)
     return f"{theirs:.2f} | {ours:.2f} | {theirs / ours:.1f}"
 

@@ -20,7 +20,8 @@ import functools
 import inspect
 import itertools
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ SETTINGS = {
 
 class NotFiniteError(Exception):
     """The probabilities of the next token are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """The continuation of a row, up to its first stop token inclusive."""
+
+    tokens: list[int]
+    logps: list[float]
+    """Log-probability of each token under the distribution that it was sampled from, in nats."""
 
 
 def obstacle(model: Any) -> str | None:
@@ -85,7 +95,9 @@ def _is_sharded(model: Any) -> bool:
     return several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
-def decode(model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]) -> list[list[int]]:
+def decode(
+    model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
+) -> list[SampledTokens]:
     """Sample one continuation of each row, up to its first stop token inclusive.
 
     ``model.generation_config`` has the temperature, ``top_p`` and the largest number of new tokens.
@@ -96,6 +108,13 @@ def decode(model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]) ->
     with torch.inference_mode():
         batch = _Batch(model, rows, model.generation_config.max_new_tokens)
         return batch.run(Choice(model.generation_config, len(rows)), stops)
+
+
+class ChosenTokens(NamedTuple):
+    """The next token of each row, and its log-probability."""
+
+    tokens: Tensor
+    logps: Tensor
 
 
 class Choice:
@@ -117,7 +136,7 @@ class Choice:
         scores: Tensor = self.warpers(None, logits.float())
         return scores
 
-    def __call__(self, logits: Tensor, rows: list[int]) -> Tensor:
+    def __call__(self, logits: Tensor, rows: list[int]) -> ChosenTokens:
         """The next token after each of ``logits``, which belong to ``rows`` of the first batch.
 
         Torch's ``multinomial`` draws the largest of p / q, with q from an exponential distribution.
@@ -128,11 +147,47 @@ class Choice:
             NotFiniteError: A probability is not finite.
         """
         if not self.do_sample:
-            return logits.argmax(-1)
+            return ChosenTokens(logits.argmax(-1), logits.new_zeros(len(logits)))
         probabilities = self.scores(logits).softmax(-1)
         if probabilities[:, 0].isnan().any():  # one NaN or infinity makes all of its row NaN
             raise NotFiniteError
-        return (probabilities / exponential_rows(rows, self.n_rows, probabilities)).argmax(-1)
+        noise = exponential_rows(rows, self.n_rows, probabilities)
+        tokens = (probabilities / noise).argmax(-1)
+        return ChosenTokens(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log())
+
+
+class LogpRecorder:
+    """A logits processor of ``model.generate`` that records log-probabilities and changes nothing.
+
+    ``generate`` itself would return the logits of all steps, ``[steps, batch, vocabulary]``.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._choice = Choice(config, 0)
+        self._last: Tensor | None = None
+        self._logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Record the tokens that were chosen in the step before."""
+        self._record(input_ids)
+        # `generate` divides by the temperature after this call.
+        self._last = self._choice.scores(scores).log_softmax(-1)
+        return scores
+
+    def _record(self, ids: Tensor) -> None:
+        if self._last is not None:
+            logps = self._last.gather(-1, ids[:, -1:])
+            self._logps.append(logps if self._choice.do_sample else torch.zeros_like(logps))
+
+    def logps(self, output: Tensor, n_new: int) -> Tensor:
+        """Log-probabilities of the last ``n_new`` tokens of ``output``, the result of ``generate``.
+
+        They are NaN if a model's own ``generate`` ignores logits processors.
+        """
+        self._record(output)
+        if len(self._logps) != n_new:
+            return torch.full((len(output), n_new), torch.nan)
+        return torch.cat(self._logps, -1)
 
 
 def exponential_rows(rows: list[int], n_rows: int, like: Tensor) -> Tensor:
@@ -193,19 +248,23 @@ class _Batch:
         self.logits = self._forward(ids)
         self._expand(torch.tensor([places[tuple(row)] for row in rows], device=model.device))
 
-    def run(self, choose: Choice, stops: Collection[int]) -> list[list[int]]:
+    def run(self, choose: Choice, stops: Collection[int]) -> list[SampledTokens]:
         """Decode until every row has ended, and return the new tokens of each row."""
         completions: list[list[int]] = [[] for _ in self.rows]
         ended = [False for _ in self.rows]
+        numbers: list[int] = []  # the rows of `logps`, of ended ones too
+        logps: list[Tensor] = []  # tensors: each conversion would wait for the GPU
         while True:
-            tokens = choose(self.logits, self.rows)
+            tokens, logp = choose(self.logits, self.rows)
+            numbers += self.rows
+            logps.append(logp)
             for row, token in zip(self.rows, tokens.tolist(), strict=True):
                 if not ended[row]:
                     completions[row].append(token)
                     ended[row] = token in stops or len(completions[row]) == self.max_new_tokens
             order = remaining([not ended[row] for row in self.rows], self.min_rows)
             if all(ended):
-                return completions
+                return _with_logps(completions, numbers, torch.cat(logps).tolist())
             if len(order) < len(self.rows):
                 tokens = self._select(order, tokens)
             self.width += 1
@@ -247,6 +306,17 @@ class _Batch:
             layer.batch_select_indices(index)
         self.mask, self.positions = self.mask[index], self.positions[index]
         return tokens[index]
+
+
+def _with_logps(
+    completions: list[list[int]], numbers: list[int], logps: list[float]
+) -> list[SampledTokens]:
+    """Completions with those of ``logps`` that belong to their tokens, by the numbers of rows."""
+    by_row: list[list[float]] = [[] for _ in completions]
+    for row, logp in zip(numbers, logps, strict=True):
+        if len(by_row[row]) < len(completions[row]):
+            by_row[row].append(logp)
+    return [SampledTokens(*row) for row in zip(completions, by_row, strict=True)]
 
 
 def remaining(continues: Sequence[bool], n_min: int) -> list[int]:

@@ -28,14 +28,14 @@ from align.models.tokenizer_files import token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from align.models.decoding import SampledTokens
     from align.models.tokenization import Message
 
-Tokens = list[int]
 Batch = tuple[int, list[int]]
 """Number of a batch, and the indices of its prompts."""
-MapBatches = Callable[
-    [Sequence[Batch], Callable[[list[Batch]], list[list[list[Tokens]]]]], list[list[list[Tokens]]]
-]
+Results = list[list[list["SampledTokens"]]]
+"""Of each batch, the completions of each prompt."""
+MapBatches = Callable[[Sequence[Batch], Callable[[list[Batch]], Results]], Results]
 """Applies a function to lists of batches and returns the results of all batches in order."""
 
 
@@ -120,7 +120,7 @@ def generate(
     batch_size: int,
     batch_seed: Callable[[int], int],
     map_batches: MapBatches | None = None,
-) -> list[list[Tokens]]:
+) -> list[list[SampledTokens]]:
     """Sample ``n_completions`` completions of each tokenized prompt by ``model.generation_config``.
 
     Prompts are sorted by length and sampled ``batch_size`` prompts at a time. Before batch k,
@@ -132,7 +132,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def run(numbered: list[Batch]) -> list[list[list[Tokens]]]:
+    def run(numbered: list[Batch]) -> Results:
         results = []
         for number, batch in numbered:
             torch.manual_seed(batch_seed(number))
@@ -146,7 +146,7 @@ def generate(
 
     numbered = list(enumerate(batches))
     sampled = run(numbered) if map_batches is None else map_batches(numbered, run)
-    completions: list[list[Tokens]] = [[] for _ in prompts]
+    completions: list[list[SampledTokens]] = [[] for _ in prompts]
     for batch, results in zip(batches, sampled, strict=True):
         for i, rows in zip(batch, results, strict=True):
             completions[i] = rows
@@ -155,7 +155,7 @@ def generate(
 
 def generate_tokens(
     model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
-) -> list[Tokens]:
+) -> list[SampledTokens]:
     """Sample one continuation of each row in a single batch, up to its first stop token inclusive.
 
     Models and settings that :mod:`align.models.decoding` cannot decode are sampled by their own
@@ -181,22 +181,33 @@ def generate_tokens(
 
 def generate_with_transformers(
     model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
-) -> list[Tokens]:
+) -> list[SampledTokens]:
     """Sample with ``model.generate``, and remove its padding behind the stop tokens."""
     import torch
 
-    from align.models.decoding import NotFiniteError
+    from transformers import LogitsProcessorList
+
+    from align.models.decoding import LogpRecorder, NotFiniteError, SampledTokens
 
     pad = model.generation_config.pad_token_id
     ids, mask = pad_rows(rows, pad=pad, side="left", device=model.device)
+    recorder = LogpRecorder(model.generation_config)
     try:
         with torch.inference_mode():
-            output = model.generate(input_ids=ids, attention_mask=mask)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
         raise NotFiniteError from None
-    return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
+    new = output[:, ids.shape[1] :]
+    completions = [until_stop(row, stops) for row in new.tolist()]
+    logps = recorder.logps(output, new.shape[1]).tolist()
+    pairs = zip(completions, logps, strict=True)
+    return [SampledTokens(tokens, row[: len(tokens)]) for tokens, row in pairs]
 
 
 @functools.cache
@@ -235,7 +246,10 @@ def set_sampling(
     return stops
 
 
-def _completion(row: Tokens, stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
-    finished = row[-1] in stops
-    text = decode_completion(tokenizer, row, finished=finished)
-    return Completion(text, len(row) - finished, finished, tuple(row))
+def _completion(
+    row: SampledTokens, stops: set[int], tokenizer: PreTrainedTokenizerBase
+) -> Completion:
+    tokens = row.tokens
+    finished = tokens[-1] in stops
+    text = decode_completion(tokenizer, tokens, finished=finished)
+    return Completion(text, len(tokens) - finished, finished, tuple(tokens))

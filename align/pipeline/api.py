@@ -74,7 +74,8 @@ def run(
 ) -> Run:
     """Run the unfinished stages of a recipe, in its order, and reuse the finished ones.
 
-    ``until`` names a stage: it and the stages whose results it needs are run. ``force`` names a stage, or ``all``, that runs even if it is finished.
+    ``until`` names a stage: it and the stages whose results it needs are run. ``force`` names a
+    stage, or ``all``, that runs even if it is finished.
 
     Raises:
         UserError: One line for each error in the recipe, the data or the models.

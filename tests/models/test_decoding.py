@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -69,7 +70,12 @@ def generated(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
 
 def decoded(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
     torch.manual_seed(seed)
-    return decoding.decode(model, rows, STOPS)
+    return [row.tokens for row in decoding.decode(model, rows, STOPS)]
+
+
+def sampled_by_generate(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
+    torch.manual_seed(seed)
+    return [row.tokens for row in generation.generate_tokens(model, rows, STOPS)]
 
 
 @pytest.mark.parametrize(("kind", "shape", "sampling"), CASES)
@@ -103,6 +109,35 @@ def test_tokens_are_those_of_generate_under_an_adapter():
     assert completions == generated(model, rows, 0)
     with peft_model.disable_adapter():
         assert decoded(model, rows, 0) != completions
+
+
+@pytest.mark.parametrize("sample", [decoding.decode, generation.generate_with_transformers])
+@pytest.mark.parametrize(
+    "sampling", [SOFTMAX, SOFTMAX | {"temperature": 0.7}, NUCLEUS], ids=["1", "0.7", "top_p"]
+)
+def test_log_probabilities_are_those_of_the_distribution_that_a_token_is_drawn_from(
+    sample: Any, sampling: dict[str, Any]
+):
+    model, rows = build("llama", SMALL, **sampling), prompts(3, copies=4)
+    torch.manual_seed(0)
+    completions = sample(model, rows, STOPS)
+    assert len({len(row.tokens) for row in completions}) > 1, "all rows end together"
+    for prompt, row in zip(rows, completions, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 : -1]
+        probabilities = (logits.double() / sampling["temperature"]).softmax(-1)
+        for token, logp, full in zip(row.tokens, row.logps, probabilities, strict=True):
+            # top_p keeps the likeliest tokens, the fewest whose probabilities sum to it
+            likelier = full[full > full[token]].sum()
+            kept = sum(p for p in full if full[full > p].sum() < sampling["top_p"])
+            assert likelier < sampling["top_p"]
+            assert math.exp(logp) == pytest.approx(float(full[token] / kept), rel=1e-4)
+
+
+@pytest.mark.parametrize("sample", [decoding.decode, generation.generate_with_transformers])
+def test_a_greedy_choice_has_probability_1(sample: Any):
+    (row,) = sample(build("llama", SMALL, **GREEDY), [[4, 5]], STOPS)
+    assert row.logps == [0.0] * len(row.tokens)
 
 
 def test_a_prompt_is_computed_once_and_rows_that_have_ended_are_not_computed():
@@ -187,8 +222,7 @@ def test_other_settings_of_generation_are_applied_by_generate(more: dict[str, An
     model = build("llama", SMALL, **SOFTMAX | more)
     assert decoding.obstacle(model) == f"the generation config has `{field}`"
     rows = prompts(3, copies=4)
-    torch.manual_seed(0)
-    completions = generation.generate_tokens(model, rows, STOPS)
+    completions = sampled_by_generate(model, rows, 0)
     assert completions == generated(model, rows, 0)
     assert completions != decoded(model, rows, 0), "the setting has no effect on these rows"
 
@@ -217,8 +251,7 @@ def test_other_models_are_sampled_by_generate(kind: str, shape: dict[str, Any], 
     model = build(kind, shape, **SOFTMAX)
     assert decoding.obstacle(model) == reason
     rows = prompts(3, copies=2)
-    torch.manual_seed(0)
-    assert generation.generate_tokens(model, rows, STOPS) == generated(model, rows, 0)
+    assert sampled_by_generate(model, rows, 0) == generated(model, rows, 0)
 
 
 def test_models_with_an_encoder_are_left_to_generate():
