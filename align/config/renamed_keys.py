@@ -1,4 +1,4 @@
-"""Keys of recipes that were renamed or removed, for errors about their old names."""
+"""Keys of recipes that were renamed, removed or refused, for errors about them."""
 
 from __future__ import annotations
 
@@ -37,19 +37,28 @@ REMOVED: dict[tuple[str, str], str] = {
         "the reward contains the log-ratio, k1 (k3 there has another gradient than the KL "
         "divergence and collapses the policy); remove it, or set `kl_placement: loss` to use k3"
     ),
-    ("OnlineRL", "top_p"): (
-        "training samples from the whole distribution, because a truncated one moves the optimum; "
-        "remove it, or lower `temperature`"
-    ),
 }
 """The class of a stage and a removed key → the reason and the repair."""
 
 
+WHOLE_DISTRIBUTION = (
+    "training samples from the whole distribution, as its log-probabilities are computed (a part of "
+    "it would move the optimum); remove it, or lower `temperature`"
+)
+REFUSED: dict[tuple[str, str], str] = {
+    ("OnlineRL", key): WHOLE_DISTRIBUTION
+    for key in ("top_p", "top_k", "min_p", "repetition_penalty")
+}
+"""The class of a stage and a key that others have → why it is refused, and the repair."""
+
+
 def hint(classes: Iterable[type[Stage] | None], key: str) -> str:
-    """The end of an error message if ``key`` is the name of an old key, else nothing."""
+    """The end of an error message if ``key`` is an old or a refused key, else nothing."""
     for name in (base.__name__ for cls in classes if cls for base in cls.__mro__):
         if (name, key) in RENAMED:
             return f"; renamed to {RENAMED[name, key]}"
         if (name, key) in REMOVED:
             return f"; removed: {REMOVED[name, key]}"
+        if (name, key) in REFUSED:
+            return f"; {REFUSED[name, key]}"
     return ""

@@ -184,7 +184,6 @@ def generate_with_transformers(
 ) -> list[SampledTokens]:
     """Sample with ``model.generate``, and remove its padding behind the stop tokens."""
     import torch
-
     from transformers import LogitsProcessorList
 
     from align.models.decoding import LogpRecorder, NotFiniteError, SampledTokens

@@ -28,7 +28,7 @@ class Completions:
     finished: list[bool]
     """Whether the completion ends with a stop token; otherwise the length limit cut it off."""
     sampler_logps: list[list[float]] | None = None
-    """Log-probability of each token according to the sampler. None if the policy sampled."""
+    """Log-probability of each token according to the sampler, in nats; None if unknown."""
 
     @property
     def rows(self) -> list[list[int]]:

@@ -49,7 +49,7 @@ class Experience:
     values: Float[Tensor, "batch time"] | None
     """The critic's values of the states before each token; None without a critic."""
     sampler_logps: Float[Tensor, "batch time"] | None = None
-    """Log-probabilities of the tokens according to the sampler; None if the policy sampled."""
+    """Log-probabilities of the tokens according to the sampler; None if they are unknown."""
 
     @property
     def mask(self) -> Bool[Tensor, "batch time"]:
@@ -102,7 +102,7 @@ def compute_experience(
 def align_sampler_logps(
     completions: Completions, logps: Float[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"] | None:
-    """The sampler's log-probabilities in the columns of ``logps``; None if the policy sampled.
+    """The sampler's log-probabilities in the columns of ``logps``; None if they are unknown.
 
     Columns outside the completions are copied from ``logps``, so their importance weight is 1.
     """
@@ -124,7 +124,8 @@ def make_rollout(
 
     ``kl_coef`` is the current coefficient, which may have been adapted from ``config.kl_coef``. If
     the KL penalty is a term of the loss, the rewards are the scores alone, and the rollout holds
-    the log-probabilities under the reference.
+    the log-probabilities under the reference. Tokens of another engine than the policy have the
+    weights of :func:`importance_weights`.
     """
     mask, logps = experience.mask, experience.logps
     kl_in_loss = config.kl_placement != "reward"
@@ -141,7 +142,7 @@ def make_rollout(
     if values is not None:
         returns = advantages + values
     weights = None
-    if experience.sampler_logps is not None:
+    if config.sampler == "vllm" and experience.sampler_logps is not None:
         weights = policy_gradient.importance_weights(
             logps, experience.sampler_logps, cap=config.importance_cap
         )

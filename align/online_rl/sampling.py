@@ -5,9 +5,10 @@ Both samplers have one method, ``generate(prompts, seed=...)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from align.config.online_rl import OnlineRL
 from align.models import generation
@@ -20,8 +21,13 @@ from align.runtime.seeds import derive_seed
 class Sampler(Protocol):
     """Samples one completion per prompt from the current policy."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Completions:
-        """One completion per prompt, in the prompts' order. Equal seeds give equal completions."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+    ) -> Completions:
+        """One completion per prompt, in the prompts' order. Equal seeds give equal completions.
+
+        ``max_new_tokens`` replaces the length limit of the recipe.
+        """
         ...
 
 
@@ -34,19 +40,38 @@ class LocalSampler:
     """Tokens that end a completion."""
     batch_size: int
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Completions:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+    ) -> Completions:
         """One completion per prompt; prompts of similar length are batched together."""
-        with active_adapter(self.policy.model, self.policy.adapter):
+        model = self.policy.model
+        with active_adapter(model, self.policy.adapter), _length_limit(model, max_new_tokens):
             sampled = generation.generate(
-                self.policy.model,
+                model,
                 prompts,
                 self.stops,
                 batch_size=self.batch_size,
                 batch_seed=lambda number: derive_seed(seed, number * self.batch_size),
             )
-        completions = [rows[0] for rows in sampled]
-        finished = [row[-1] in self.stops for row in completions]
-        return Completions([list(p) for p in prompts], completions, finished)
+        completions = [rows[0].tokens for rows in sampled]
+        return Completions(
+            [list(p) for p in prompts],
+            completions,
+            [row[-1] in self.stops for row in completions],
+            [rows[0].logps for rows in sampled],
+        )
+
+
+@contextlib.contextmanager
+def _length_limit(model: Any, max_new_tokens: int | None) -> Iterator[None]:
+    """Inside this block, a model samples at most so many tokens, if the number is given."""
+    config = model.generation_config
+    before = config.max_new_tokens
+    config.max_new_tokens = max_new_tokens or before
+    try:
+        yield
+    finally:
+        config.max_new_tokens = before
 
 
 def build_sampler(config: OnlineRL, models: PPOModels) -> Sampler:

@@ -40,6 +40,7 @@ from align.online_rl.optimization import (
     set_learning_rates,
 )
 from align.online_rl.prompts import prompt_indices, tokenize
+from align.online_rl.sampler_agreement import compare, ratio_metrics
 from align.online_rl.sampling import build_sampler
 from align.online_rl.scoring import Scores, build_scorer, load_functions
 from align.rl.rollout import Rollout
@@ -107,6 +108,7 @@ class OnlineRLTrainer:
         save_steps = config.save_steps or max(1, config.steps // 10)
         first = self.resume()
         with signals.deferred() as stop, logps.small_vocabulary_tiles():
+            self.check_sampler()
             if first == 0:
                 self.evaluate(0)
             for step in range(first, config.steps):
@@ -124,6 +126,19 @@ class OnlineRLTrainer:
                     )
                 if stopping:
                     raise signals.Interrupted
+
+    def check_sampler(self) -> None:
+        """Check that sampler and update compute the same log-probabilities.
+
+        Raises:
+            UserError: They differ by more than rounding.
+        """
+        self.set_train_mode(False)
+        agreement = compare(
+            self.models, self.sampler, self.prompts.tokens, seed=self.seed("agreement", 0)
+        )
+        agreement.check(self.config)
+        self.logger.info(agreement.describe())
 
     def check_weights(self, done: int) -> None:
         """Check trained weights before they are saved; gradients are checked in each update.
@@ -161,6 +176,7 @@ class OnlineRLTrainer:
         diagnostics = self.update(step, rollout)
 
         metrics = compute_metrics(completions, experience, scores, diagnostics)
+        metrics |= ratio_metrics(experience, cap=config.importance_cap)
         metrics |= {
             "kl_coef": self.kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],

@@ -62,7 +62,9 @@ class VLLMSampler:
     """Tokens that end a completion."""
     config: OnlineRL
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Completions:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+    ) -> Completions:
         """Send the policy's weights, and sample one completion per prompt."""
         self._send_weights()
 
@@ -73,7 +75,7 @@ class VLLMSampler:
                 [list(prompts[i])],
                 temperature=self.config.temperature,
                 top_p=1.0,
-                max_tokens=self.config.max_new_tokens,
+                max_tokens=max_new_tokens or self.config.max_new_tokens,
                 logprobs=0,
                 generation_kwargs={
                     "stop_token_ids": sorted(self.stops),

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align.config.recipe import load_recipe
-from align.config.renamed_keys import REMOVED, RENAMED
+from align.config.renamed_keys import REFUSED, REMOVED, RENAMED
 from align.config.stages import STAGES
 from align.errors import UserError
 
@@ -52,6 +52,20 @@ def test_a_removed_key_is_refused_with_the_reason_and_the_repair(
     (line,) = [line for line in error.value.lines if f": {kind}.{old}: " in line]
     assert line.endswith(f": {kind}.{old}: unknown key; removed: {REMOVED[cls, old]}")
     assert old not in STAGES[kind].model_fields
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce"])
+@pytest.mark.parametrize(("cls", "key"), REFUSED, ids=".".join)
+def test_sampling_from_a_part_of_the_distribution_is_refused_with_the_reason(
+    cls: str, key: str, kind: str, tmp_path: Path
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"stages": {kind: {**STAGE[cls], key: 0.9}}}))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    (line,) = [line for line in error.value.lines if f": {kind}.{key}: " in line]
+    assert "training samples from the whole distribution" in line
+    assert key not in STAGES[kind].model_fields
 
 
 def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(tmp_path: Path):

@@ -359,8 +359,10 @@ class NoisySampler:
     generator: torch.Generator
     noise: list[list[float]] = dataclasses.field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Completions:
-        completions = self.sampler.generate(prompts, seed=seed)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+    ) -> Completions:
+        completions = self.sampler.generate(prompts, seed=seed, max_new_tokens=max_new_tokens)
         logps = compute_experience(self.ppo.models, completions, batch_size=16).logps
         self.noise = [
             (self.scale * torch.randn(len(c), generator=self.generator)).tolist()
@@ -376,18 +378,22 @@ def test_row_24_completions_of_another_engine_are_weighted_by_truncated_ratios(
 ):
     generator = torch.Generator().manual_seed(0)
     noise: dict[str, list[list[float]]] = {}
+    metrics: list[dict[str, float]] = []
 
     def run(name: str, scale: float | None) -> tuple[Rollout, Tensor]:
         ppo = ppo_fixtures.build_trainer(folders, tmp_path / name, importance_cap=1.5, epochs=1)
         if scale is not None:
+            ppo.config = ppo.config.model_copy(update={"sampler": "vllm"})
             ppo.sampler = NoisySampler(ppo, ppo.sampler, scale, generator)
         ppo.step(0)
+        metrics.append(ppo.metrics)
         if scale is not None:
             noise[name] = ppo.sampler.noise
         return recorder.rollouts[-1], flat_weights(ppo)
 
     own, plain = run("own", None)
     assert own.weights is None
+    assert metrics[-1]["sampler/ratio_mean"] == pytest.approx(1, abs=1e-5)
     same, weighted = run("same", 0.0)
     assert (same.weights[same.mask] == 1).all()
     assert torch.equal(plain, weighted)
@@ -400,6 +406,11 @@ def test_row_24_completions_of_another_engine_are_weighted_by_truncated_ratios(
         assert_close(row, expected, rtol=1e-4, atol=1e-5)
     assert (noisy.weights[noisy.mask] == 1.5).any() and (noisy.weights[noisy.mask] < 0.9).any()
     assert not torch.equal(plain, changed)
+    ratios = [math.exp(d) for row in noise["noisy"] for d in row]  # logged before they are cut
+    assert metrics[-1]["sampler/ratio_max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert metrics[-1]["sampler/ratio_min"] == pytest.approx(min(ratios), rel=1e-4)
+    above = sum(ratio > 1.5 for ratio in ratios) / len(ratios)
+    assert metrics[-1]["sampler/above_cap"] == pytest.approx(above, abs=1e-6)
     wild, finite = run("wild", 100.0)
     assert wild.weights[wild.mask].max() <= 1.5
     assert finite.isfinite().all()

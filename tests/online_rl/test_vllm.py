@@ -16,6 +16,7 @@ from align.models import loading
 from align.online_rl import vllm
 from align.online_rl.completions import Completions
 from align.online_rl.experience import align_sampler_logps
+from align.online_rl.sampler_agreement import compare
 from align.runtime import distributed
 
 
@@ -89,6 +90,54 @@ def test_the_servers_log_probabilities_become_capped_importance_weights(world):
     # e^(-1.5 + 1) = 0.6065; e^(-0.5 + 3) = 12.2, capped at 2; equal ones weigh exactly 1
     weights = importance_weights(logps, theirs, cap=2.0)
     assert_close(weights, torch.tensor([[1.0, 0.6065307, 2.0], [1.0, 1.0, 1.0]]))
+
+
+class ModelClient:
+    """A server's client with a model: it receives weights, and samples at the temperature."""
+
+    def __init__(self, folder: Path, *, updates: bool) -> None:
+        self.model = loading.load_merged(folder, dtype="float32")
+        self.updates = updates
+
+    def update_named_params(self, shapes: Any, named: Any) -> None:
+        weights = dict(named)
+        if self.updates:
+            self.model.load_state_dict(weights, strict=False)
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def generate(self, prompts: Any, **arguments: Any) -> dict[str, Any]:
+        torch.manual_seed(arguments["generation_kwargs"]["seed"])
+        ids, logps = list(prompts[0]), []
+        for _ in range(arguments["max_tokens"]):
+            with torch.no_grad():
+                logits = self.model(torch.tensor([ids])).logits[0, -1]
+            distribution = (logits / arguments["temperature"]).log_softmax(-1)
+            ids.append(int(distribution.exp().multinomial(1)))
+            logps.append([float(distribution[ids[-1]])])
+            if ids[-1] in arguments["generation_kwargs"]["stop_token_ids"]:
+                break
+        return {"completion_ids": [ids[len(prompts[0]) :]], "logprobs": [logps]}
+
+
+@pytest.mark.parametrize("updates", [True, False], ids=["merged weights", "weights of the base"])
+def test_the_server_is_compared_with_the_policy_before_the_first_step(world, updates: bool):
+    models = ppo_fixtures.build_models(world.lora, [], lora=True, temperature=0.7)
+    ppo_fixtures.perturb(models, scale=0.3)
+    client = ModelClient(world.sft, updates=updates)
+    config = ppo_fixtures.ppo_config(sampler="vllm", temperature=0.7, lora=tiny_models.LORA)
+    eos = models.tokenizer.eos_token_id
+    sampler = vllm.VLLMSampler(client, models.policy, {eos}, config)
+    prompts = [[4, 5, 6], [7, 8]]
+    agreement = compare(models, sampler, prompts, seed=0)
+    if updates:
+        agreement.check(config)
+        assert agreement.mean < 1e-5
+        assert agreement.n_tokens <= 32
+    else:
+        with pytest.raises(UserError, match=r"explains at most 0\.1; .*processed_logprobs"):
+            agreement.check(config)
 
 
 def test_a_missing_server_is_reported_before_training(tmp_path: Path, launch: Any):
