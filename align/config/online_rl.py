@@ -35,6 +35,8 @@ BEFORE = {
     "optimizer": "adamw",
     "loss": "clip",
     "aggregate": "token",
+    "overlong_buffer": None,
+    "overlong_penalty": 1.0,
 }
 """Keys that stages did not always have, and the value that they had then."""
 CISPO_CLIP = 4.0
@@ -79,6 +81,8 @@ class OnlineRL(
         ignored: dict[str, str] = {}  # key → the setting that disables it
         if self.sampler != "vllm":
             ignored["vllm_url"] = "without `sampler: vllm`"
+        if self.overlong_buffer is None:
+            ignored["overlong_penalty"] = "without `overlong_buffer`"
         if self.kl_target is None:
             ignored["kl_horizon"] = "without `kl_target`"
         if self.kl_coef == 0:
@@ -117,6 +121,11 @@ class OnlineRL(
             raise ValueError(
                 "`micro_batch_size` and `tokens_per_batch` both set the size of a forward pass; "
                 "remove one of them"
+            )
+        if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"`overlong_buffer` ({self.overlong_buffer}) must not exceed `max_new_tokens` "
+                f"({self.max_new_tokens})"
             )
         if self.minibatches > self.batch_size:
             raise ValueError(

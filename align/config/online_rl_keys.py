@@ -22,6 +22,11 @@ class RewardKeys(Config):
     embedded task."""
     missing_eos_penalty: float | None = Field(None, ge=0.0)
     """Subtracted from the score of a completion without an end-of-sequence token."""
+    overlong_buffer: int | None = Field(None, ge=1)
+    """Tokens before ``max_new_tokens`` in which a penalty on the length of a completion rises from
+    0 to ``overlong_penalty``. Default: no penalty."""
+    overlong_penalty: float = Field(1.0, gt=0.0)
+    """Subtracted from the score of a completion of ``max_new_tokens`` tokens."""
     normalize_rewards: bool = False
     """Scale rewards to variance 1 in each update; their mean is unchanged."""
 
@@ -105,6 +110,18 @@ class GroupKeys(Config):
     ratio: Literal["token", "sequence"] = "token"
     """Probability ratio that is clipped: of each ``token``, or the geometric mean of those of the
     completion (``sequence``)."""
+    filter: Literal["mixed_groups"] | None = None
+    """Which completions an update is made of. With ``mixed_groups``, prompts whose completions have
+    equal scores, which teach nothing, are replaced by others. Default: all."""
+    max_draws: int = Field(4, ge=2)
+    """Draws of an update with ``filter``, the first included; then prompts whose completions have
+    equal scores fill the batch."""
+
+    @model_validator(mode="after")
+    def _check_filter(self) -> Self:
+        if self.filter is None and "max_draws" in self.model_fields_set:
+            raise ValueError("`max_draws` has no effect without `filter`; remove it")
+        return self
 
 
 class StepKeys(Config):

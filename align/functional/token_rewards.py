@@ -135,6 +135,19 @@ def group_relative(
     return centered.flatten()
 
 
+def overlong_share(
+    lengths: Float[Tensor, " batch"], *, longest: int, buffer: int
+) -> Float[Tensor, " batch"]:
+    """Share of the penalty for length: 0 up to ``longest - buffer`` tokens, 1 from ``longest`` on.
+
+    >>> overlong_share(torch.tensor([80.0, 90.0, 100.0]), longest=100, buffer=20)
+    tensor([0.0000, 0.5000, 1.0000])
+
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, eq. 13, with the opposite sign.
+    """
+    return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
+
+
 def rewards_to_go(
     rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], *, gamma: float
 ) -> Float[Tensor, "batch time"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from align.config.online_rl import OnlineRL
 from align.data.rows import Row
 from align.errors import UserError
+from align.functional.token_rewards import overlong_share
 from align.models import tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.models import PPOModels
@@ -35,7 +36,10 @@ class Scores:
     reward: Tensor
     """Weighted sum of the rewards."""
     score: Tensor
-    """``reward`` minus the penalty of completions without eos. The policy is trained on this."""
+    """``reward`` minus the penalties of completions that are too long or without eos.
+
+    The policy is trained on this.
+    """
     gold: Tensor | None
     """Exact score of the embedded task. It is logged and never trained on."""
 
@@ -113,6 +117,13 @@ class Scorer:
         reward = total.clone()
         if config.missing_eos_penalty:
             total -= config.missing_eos_penalty * (~torch.tensor(completions.finished)).float()
+        if config.overlong_buffer is not None:
+            share = overlong_share(
+                torch.tensor([float(len(completion)) for completion in completions.completions]),
+                longest=config.max_new_tokens,
+                buffer=config.overlong_buffer,
+            )
+            total -= config.overlong_penalty * share
         gold_scores = _gold_scores(texts, rows) if config.judge == "gold" else None
         return Scores(texts, rewards, reward, total, gold_scores)
 

@@ -29,6 +29,7 @@ from align.online_rl import checkpoint, plots, samples
 from align.online_rl.build import build_models
 from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience, compute_experience, evaluators, make_rollout
+from align.online_rl.groups import Batch, draw_batch
 from align.online_rl.metrics import compute_metrics
 from align.online_rl.models import POLICY
 from align.online_rl.optimization import (
@@ -158,15 +159,10 @@ class OnlineRLTrainer:
         config = self.config
         started = time.monotonic()
         self.set_train_mode(False)
-        prompts = self.prompts.select(prompt_indices(step, len(self.prompts), config))
 
-        # 1. Generate one completion for every prompt.
-        with self.models.mixed_precision():
-            completions = self.sampler.generate(prompts.tokens, seed=self.seed("sample", step))
-        sampled = time.monotonic()
-        # 2. Score the completions.
-        with self.models.mixed_precision():
-            scores = self.scorer.score(completions, prompts.rows)
+        # 1. Generate one completion for every prompt. 2. Score the completions.
+        batch, group_metrics = draw_batch(partial(self.draw, step), config, self.models.device)
+        completions, scores = batch.completions, batch.scores
         # 3. Compute log-probabilities under policy and reference, and values.
         experience = self.experience(completions)
         # 4. Turn scores and KL into token rewards, and those into advantages.
@@ -177,15 +173,32 @@ class OnlineRLTrainer:
 
         metrics = compute_metrics(completions, experience, scores, diagnostics)
         metrics |= ratio_metrics(experience, cap=config.importance_cap)
-        metrics |= {
+        metrics |= group_metrics | {
             "kl_coef": self.kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": time.monotonic() - started,
-            "seconds_sampling": sampled - started,
-            "seconds_scoring": scored - sampled,
+            "seconds_sampling": batch.sampling_seconds,
+            "seconds_scoring": scored - started - batch.sampling_seconds,
         }
         self.adapt_kl_coef(metrics["kl"])
-        self.log_step(step, metrics, prompts.rows, scores)
+        self.log_step(step, metrics, batch.rows, scores)
+
+    def draw(self, step: int, number: int = 0, groups: int | None = None) -> Batch:
+        """Sample and score the completions of some prompts of a step.
+
+        Draw ``number`` has the prompts that the run would visit if it were that many times longer.
+        """
+        config = self.config
+        started = time.monotonic()
+        visited = prompt_indices(step + number * config.steps, len(self.prompts), config)
+        end = None if groups is None else groups * config.n_completions
+        prompts = self.prompts.select(visited[:end])
+        seed = self.seed("sample", step) if number == 0 else self.seed(f"sample {number}", step)
+        with self.models.mixed_precision():
+            completions = self.sampler.generate(prompts.tokens, seed=seed)
+            sampled = time.monotonic()
+            scores = self.scorer.score(completions, prompts.rows)
+        return Batch(list(prompts.rows), completions, scores, sampled - started)
 
     def experience(self, completions: Completions) -> Experience:
         """Log-probabilities and values of completions, in forward passes of the recipe's size."""

@@ -228,6 +228,8 @@ CHANGES: dict[str, dict[str, Change]] = {
         "normalize_advantages": Change(False),
         "normalize_rewards": Change(True, {"normalize_advantages": False}),
         "loss": Change("cispo", {"epochs": 4}),
+        "overlong_buffer": Change(8),
+        "overlong_penalty": Change(3.0, {"overlong_buffer": 8}),
         "aggregate": Change("sequence"),
         "kl_coef": Change(1.0),
         "kl_placement": Change("loss"),
@@ -332,12 +334,15 @@ CHANGES: dict[str, dict[str, Change]] = {
     },
 }
 
+EQUAL_GROUPS = {"rewards": ["helpers.key_changes:long"]}
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
 CHANGES["reinforce"] = {k: v for k, v in CHANGES["ppo"].items() if k not in PPO_ONLY}
 CHANGES["rloo"] = {k: v for k, v in CHANGES["reinforce"].items() if k != "gamma"}
 CHANGES["rloo"] |= {
     "n_completions": Change(4),
     "ratio": Change("sequence", {"epochs": 4}),
+    "filter": Change("mixed_groups", EQUAL_GROUPS),
+    "max_draws": Change(2, {"filter": "mixed_groups", **EQUAL_GROUPS}),
     "normalize_advantages": Change(True),
     "normalize_rewards": Change(True),
 }
@@ -353,6 +358,11 @@ for kind in ("grpo", "rloo", "reinforce"):
 def length(prompts: list[str], completions: list[str]) -> list[float]:
     """A reward function: the number of characters."""
     return [float(len(completion)) for completion in completions]
+
+
+def long(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward function that is equal for many completions: whether there are many characters."""
+    return [float(len(completion) > 20) for completion in completions]
 
 
 def words(prompts: list[str], completions: list[str]) -> list[float]:
