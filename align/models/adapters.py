@@ -263,6 +263,20 @@ def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
+def leave_casts_to_autocast(model: Any) -> None:
+    """Let adapters read their inputs as they are, in a model that always runs under autocast.
+
+    peft casts each input to the float32 of the adapter's weights, and autocast casts it back for
+    the matrix product. Without both the result is the same to the last bit. Adapters with dropout,
+    which draws in the type of its input, and those of other kinds than plain LoRA stay as they are.
+    """
+    for layer in adapter_layers(model):
+        dropouts = getattr(layer, "lora_dropout", {}).values()
+        is_plain = bool(dropouts) and not getattr(layer, "lora_variant", {})
+        if is_plain and not any(getattr(dropout, "p", 0.0) for dropout in dropouts):
+            layer.cast_input_dtype_enabled = False
+
+
 def adapter_layers(model: Any) -> list[Any]:
     """List the layers of a model that peft has wrapped: adapted, or trained as a copy."""
     from peft.tuners.tuners_utils import BaseTunerLayer

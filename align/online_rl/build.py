@@ -81,9 +81,7 @@ def build_models(
         if config.prefix_sharing:
             wrapper.enable_prefix_sharing(model)
         if config.mixed_precision is not None:
-            # Autocast gives each product its type; peft would first cast each input to float32.
-            for layer in adapters.adapter_layers(model):
-                layer.cast_input_dtype_enabled = False
+            adapters.leave_casts_to_autocast(model)
     for view in (models.critic, *models.rewards):
         if view is not None and view.head is not None:
             view.head.to(device)

@@ -14,10 +14,9 @@ from trl import DPOConfig
 from align.config.training import DPO
 from align.data import tables
 from align.models import adapters, files, logps
-from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import reference_logps, row_limits, trl_trainer
+from align.training import reference_logps, row_limits, speed, trl_trainer
 from align.training.dpo_trainer import TokenWeightedDPOTrainer
 from align.training.token_batches import use_token_batches
 
@@ -72,6 +71,5 @@ def build(
         config,
         lambda row: [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")],
     )
-    if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
-        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
+    speed.speed_up(trainer, config)  # 4. speed
     return trainer

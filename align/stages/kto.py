@@ -22,10 +22,9 @@ from trl.data_utils import unpair_preference_dataset
 from align.config.training import KTO
 from align.data import tables
 from align.models import adapters, files
-from align.models.prefix_sharing import wrapper
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import row_limits, trl_trainer
+from align.training import row_limits, speed, trl_trainer
 from align.training.kto_batches import (
     LabeledRows,
     MixedLabels,
@@ -122,8 +121,7 @@ def build_with_trl_batches(
     if "ref" in getattr(trainer.model, "peft_config", {}):
         adapters.copy_adapter(trainer.model, "default", "ref")  # TRL leaves embeddings out
     row_limits.check_lost_rows(config, trainer, train_rows, limit)
-    if config.prefix_sharing:  # 4. speed; the trainer's model includes a new adapter
-        wrapper.enable_prefix_sharing(trainer.model, trainer.ref_model)
+    speed.speed_up(trainer, config)  # 4. speed
     return trainer
 
 

@@ -22,13 +22,12 @@ from align.evaluation import reward_accuracy
 from align.evaluation import reward_model as evaluation
 from align.models import files, tokenization
 from align.models.loading import check_vocabulary
-from align.models.prefix_sharing import wrapper
 from align.models.quantization import adapters_in_float32
 from align.rewards.reward_model import RewardModel, new_reward_model
 from align.runtime import distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import row_limits, trl_trainer
+from align.training import row_limits, speed, trl_trainer
 from align.training.reward_rows import tokenize_pairs
 from align.training.token_batches import TokenBatchTrainer, use_token_batches
 
@@ -104,6 +103,5 @@ def build(config: Reward, inputs: Mapping[str, Path | str], output_dir: Path) ->
         )
     row_limits.check_lost_rows(config, trainer, train_rows, limit)
     use_token_batches(trainer, config, lambda row: [row["chosen_ids"], row["rejected_ids"]])
-    if config.prefix_sharing:
-        wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
+    speed.speed_up(trainer, config)  # 4. speed
     return trainer

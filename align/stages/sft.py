@@ -16,12 +16,11 @@ from align.config.training import SFT
 from align.data import tables
 from align.models import adapters, files, loading, tokenization
 from align.models.adapters import PolicyAndReference
-from align.models.prefix_sharing import wrapper
 from align.models.quantization import adapters_in_float32
 from align.runtime import checkpoints, distributed
 from align.runtime.progress import Logger
 from align.runtime.results import StageResult
-from align.training import row_limits, trl_trainer
+from align.training import row_limits, speed, trl_trainer
 from align.training.demonstration_trainer import DemonstrationTrainer, token_rows
 from align.training.token_batches import use_token_batches
 
@@ -62,8 +61,7 @@ def build(config: SFT, inputs: Mapping[str, Path | str], output_dir: Path) -> De
     if not arguments.packing:  # packed rows have no prompt
         row_limits.check_lost_rows(config, trainer, train_rows, limit)
     use_token_batches(trainer, config, lambda row: [each["input_ids"] for each in token_rows(row)])
-    if config.prefix_sharing:
-        wrapper.enable_prefix_sharing(trainer.model)  # 4. speed
+    speed.speed_up(trainer, config)  # 4. speed
     return trainer
 
 

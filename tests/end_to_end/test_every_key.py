@@ -36,6 +36,7 @@ SPEED = {
     "tokens_per_batch",
     "sample_batch_size",
     "gradient_checkpointing",
+    "compile_layers",
 }
 """Keys that only change time or memory, so that results are equal up to rounding."""
 ELSEWHERE = ("mixture.", "judge.api", "judge.rubric", "judge.annotations", "importance_cap")

@@ -107,6 +107,7 @@ TRAINING = {
     "keep_checkpoints": Change(True),
 }
 TRAINER = TRAINING | {
+    "compile_layers": Change("aot_eager"),
     "trainer": Change(THREE_STEPS | {"learning_rate": 1e-3}),
     "max_lost_rows": Change(
         0.0, {"max_lost_rows": 1.0, "trainer": THREE_STEPS | {"max_length": 48}}

@@ -797,10 +797,13 @@ def test_log_probabilities_with_shared_prefixes_are_the_same(world):
 @pytest.mark.parametrize(
     "kind", ["llama", "gemma2"], ids=["shared", "padded, since it cannot share"]
 )
-def test_only_labeled_positions_reach_the_vocabulary(kind, monkeypatch):
+@pytest.mark.parametrize("triton", [False, True], ids=["every position", "as with Triton"])
+def test_only_labeled_positions_reach_the_vocabulary(kind, triton, monkeypatch):
     import trl.kernels.chunked_logprob as tiles
     import trl.trainer.utils as inside
 
+    # With Triton, TRL selects the labeled positions of what it receives. The tiles stay torch's.
+    monkeypatch.setattr(inside, "_use_triton", lambda device: triton)
     monkeypatch.setattr(tiles, "TOKEN_CHUNK_SIZE", 3)  # several tiles
     causal_model = model(kind, SMALL, torch.float32)
     inside.add_fused_lm_head(

@@ -115,20 +115,20 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "sft": {
         "train_on": "last", "quantization": "nf4", "tokens_per_batch": 99,
-        "max_lost_rows": 0.5, "allow_missing_end_token": True,
+        "max_lost_rows": 0.5, "compile_layers": "inductor", "allow_missing_end_token": True,
         "model": NewModel(vocab_size=301, hidden_size=32), "demonstrations": "prepare_2",
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "dpo": {
         "quantization": "nf4", "tokens_per_batch": 99,
-        "max_lost_rows": 0.5, "allow_missing_end_token": True,
+        "max_lost_rows": 0.5, "compile_layers": "inductor", "allow_missing_end_token": True,
         "model": "sft_2", "pairs": "prepare_2", "beta": 0.2, "dtype": "bfloat16", "revision": "abc",
         "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "kto": {
         "quantization": "nf4", "tokens_per_batch": 99,
-        "max_lost_rows": 0.5, "allow_missing_end_token": True,
+        "max_lost_rows": 0.5, "compile_layers": "inductor", "allow_missing_end_token": True,
         "model": "sft_2", "preferences": "prepare_2", "beta": 0.2, "desirable_weight": 1.1, "undesirable_weight": 1.1,
         "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True,
         "prefix_sharing": False, "trainer": {"max_steps": 3},
@@ -146,7 +146,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "reward": {
         "quantization": "nf4", "tokens_per_batch": 99,
-        "max_lost_rows": 0.5,
+        "max_lost_rows": 0.5, "compile_layers": "inductor",
         "model": "sft_2", "pairs": "prepare_2", "margin_coef": 0.5, "dtype": "bfloat16", "revision": "abc", "lora": {"r": 2}, "seed": 1,
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },

@@ -111,6 +111,18 @@ def enable_prefix_sharing(*models: nn.Module | None) -> None:
             ]
 
 
+@torch.no_grad()
+def prove(model: nn.Module) -> None:
+    """Check with two short rows that every layer of a model with prefix sharing attends along them.
+
+    The first call does this otherwise, and runs without compiled layers. It would do so after a
+    resume too, whose rounding would then differ from that of a run without interruption.
+    """
+    backbone = _backbone(model)
+    ids = torch.tensor([[0, 1], [0, 2]], device=backbone.device)
+    backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
 def disable_prefix_sharing(*models: nn.Module | None) -> None:
     """Undo :func:`enable_prefix_sharing`; models without prefix sharing and None are ignored."""
     model: Any
