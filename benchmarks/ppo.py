@@ -1,8 +1,10 @@
-"""Benchmark of PPO against the last PPOTrainer of TRL, and of its memory against SFT with LoRA.
+r"""Benchmark of PPO against the last PPOTrainer of TRL, and of its memory against SFT with LoRA.
 
     python benchmarks/ppo.py --peer trl-ppo/bin/python            # the environment: see trl_ppo.py
     python benchmarks/ppo.py --peer trl-ppo/bin/python --prompt 40 --vocabulary 1000 --quick
     python benchmarks/ppo.py                                      # Align and the memory only
+    python benchmarks/ppo.py --device cuda --precision bfloat16 --layers 24 --width 1024 \
+        --batch 64 --micro 16 --response 128 --updates 4
 
 Both sides get the same folders: a random Llama as policy, and another as reward model. With LoRA,
 Align's reward model is an adapter on the policy's base (one backbone); TRL's is a separate model,
@@ -14,7 +16,10 @@ ever samples eos, so both generate equally many tokens.
 Each run is a separate process: one update to warm up, then the timed ones. The order of the sides
 alternates between ``--rounds``. Seconds are wall-clock time; on shared cores, ``cpu`` (processor
 seconds) is the fairer number. Memory is the peak resident size during training (``VmHWM``) with
-libraries, and in brackets without the size before the models were loaded.
+libraries, and in brackets without the size before the models were loaded; with ``--device cuda`` it
+is what torch allocated on the GPU. Every part of an update ends with a copy to the host, so the
+parts are apart on a GPU too. On a GPU, sizes are multiples of 128, and ``--precision bfloat16`` is
+mixed precision with float32 weights on both sides. The GPU path was not run yet.
 """
 
 from __future__ import annotations
@@ -35,7 +40,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 
@@ -54,10 +58,11 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     tokens = [AddedToken(f"<t{i}>", normalized=False) for i in range(300, args.vocabulary)]
     tokenizer.add_tokens(tokens)
     torch.manual_seed(0)
+    multiple = 1 if args.device == "cpu" else 128
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=math.ceil(len(tokenizer) / multiple) * multiple,
         hidden_size=args.width,
-        intermediate_size=args.width * 8 // 3,
+        intermediate_size=args.width * 8 // 3 // multiple * multiple,
         num_hidden_layers=args.layers,
         num_attention_heads=max(2, args.width // 64),
         max_position_embeddings=4096,
@@ -124,6 +129,8 @@ def peer_settings(folder: Path, args: argparse.Namespace, *, lora: bool) -> dict
         "seed": 0,
         "lora": LORA if lora else None,
         "per_prompt": args.per_prompt,
+        "device": args.device,
+        "precision": args.precision,
     }
 
 
@@ -136,7 +143,7 @@ def run_align(settings: dict[str, Any]) -> dict[str, Any]:
     from align.runtime.progress import Logger, NullDisplay
 
     environment.quiet_libraries()
-    start = _resident("VmRSS")
+    start = _used(settings["device"])
     distributed.init_process_group()
     distributed.reset_process_state(settings["seed"])
     lora = settings["lora"]
@@ -160,6 +167,7 @@ def run_align(settings: dict[str, Any]) -> dict[str, Any]:
         sample_batch_size=settings["rollout_batch_size"],
         learning_rate=settings["learning_rate"],
         schedule="constant",
+        mixed_precision=settings["precision"],
         lora=lora and {"r": lora["r"], "alpha": lora["alpha"]},
         seed=settings["seed"],
         save_steps=10**6,
@@ -172,7 +180,7 @@ def run_align(settings: dict[str, Any]) -> dict[str, Any]:
         logger = Logger("ppo", Path(folder), display, main=True)
         display.start("ppo", Path(folder), "")
         trainer = OnlineRLTrainer(config, inputs, Path(folder), logger)
-        _reset_peak()
+        _reset_peak(settings["device"])
 
         with logps.small_vocabulary_tiles():
             trainer.step(0)
@@ -191,7 +199,7 @@ def run_align(settings: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": cpu,
         "parts": {"generation": sampling, "scoring": scoring, "update": whole - sampling - scoring},
         "response_tokens": statistics.mean(step["tokens"] for step in steps),
-        "peak_bytes": _resident("VmHWM"),
+        "peak_bytes": _peak(settings["device"]),
         "start_bytes": start,
     }
 
@@ -204,7 +212,7 @@ def run_sft(settings: dict[str, Any]) -> dict[str, Any]:
     from align.stages import sft
 
     environment.quiet_libraries()
-    start = _resident("VmRSS")
+    start = _used(settings["device"])
     distributed.init_process_group()
     distributed.reset_process_state(0)
     config = SFT(
@@ -214,7 +222,7 @@ def run_sft(settings: dict[str, Any]) -> dict[str, Any]:
         trainer={
             "per_device_train_batch_size": settings["micro_batch_size"],
             "max_steps": 4,
-            "bf16": False,
+            "bf16": settings["precision"] is not None,
             "gradient_checkpointing": False,
             "max_length": 4096,
             "save_strategy": "no",
@@ -224,9 +232,9 @@ def run_sft(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         display = NullDisplay()
         display.start("sft", Path(folder), "")
-        _reset_peak()
+        _reset_peak(settings["device"])
         sft.run(config, inputs, Path(folder), Logger("sft", Path(folder), display, main=True))
-    return {"peak_bytes": _resident("VmHWM"), "start_bytes": start}
+    return {"peak_bytes": _peak(settings["device"]), "start_bytes": start}
 
 
 def _resident(key: str) -> int:
@@ -234,8 +242,25 @@ def _resident(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def _used(device: str) -> int:
+    """Memory that is used before the models are loaded, in bytes."""
+    return _resident("VmRSS") if device == "cpu" else 0
+
+
+def _peak(device: str) -> int:
+    """Highest memory since the last reset, in bytes."""
+    import torch
+
+    return _resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def _reset_peak(device: str) -> None:
+    import torch
+
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
 
 
 def launch(command: list[str]) -> dict[str, Any]:
@@ -263,12 +288,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("bfloat16",), help="mixed precision; float32")
     parser.add_argument("--quick", action="store_true", help="one round of one update")
     parser.add_argument("--only", choices=["align", "sft"], help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         settings = json.loads(args.settings.read_text())
+        if settings["device"] == "cpu":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         run = run_align if args.only == "align" else run_sft
         print(json.dumps(run(settings)))
         return

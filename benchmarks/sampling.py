@@ -1,24 +1,35 @@
-"""Sampling by Align and by ``model.generate`` of transformers: equal models, prompts and seeds.
+"""Sampling by Align and by two methods of transformers: equal models, prompts and settings.
 
     OMP_NUM_THREADS=1 python benchmarks/sampling.py
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --models embedded --rounds 5
 
-Both sides sample the same completions, which the script checks. The models have random weights; a
-bias on the logit of the stop token ends completions after ``--mean`` tokens on average, where the
-length limit does not cut them. The sides take turns, and the side that starts changes between
-rounds. Time is processor time of one thread, the smallest of the rounds.
+Align and ``model.generate`` sample the same completions, which the script checks. The continuous
+batching of ``model.generate_batch`` draws others, except greedy ones, so its seconds are given for
+the number of tokens that Align sampled; its cache has space for all rows at once.
+
+The models have random weights; a bias on the logit of the stop token ends completions after
+``--mean`` tokens on average, where the length limit does not cut them. The sides take turns, and
+the side that starts changes between rounds. Time is processor time of one thread, the median of the
+rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 from align.models import decoding, generation
 from align.models.decoding import SampledTokens
@@ -75,22 +86,41 @@ def timed(
     return time.process_time() - start, completions
 
 
+def continuous(model: Any, rows: list[list[int]]) -> list[SampledTokens]:
+    """Sample by continuous batching; the cache of a row has pages of 32 tokens."""
+    longest = max(map(len, rows)) + model.generation_config.max_new_tokens
+    config = ContinuousBatchingConfig(
+        page_size=32,
+        num_blocks=len(rows) * (longest // 32 + 2),
+        max_batch_tokens=max(len(rows), 512),
+        use_cuda_graph=False,
+    )
+    outputs = model.generate_batch(rows, continuous_batching_config=config, warmup=False)
+    return [SampledTokens(output.generated_tokens, []) for output in outputs.values()]
+
+
 def compare(model: Any, rows: list[list[int]], rounds: int) -> str:
-    """The smallest times of both sides as cells of a table."""
+    """The median times of all sides as cells of a table."""
+    paged = copy.deepcopy(model)  # it changes the attention of its model
     sides = (
         lambda: generation.generate_with_transformers(model, rows, {STOP}),
         lambda: decoding.decode(model, rows, {STOP}),
+        lambda: continuous(paged, rows),
     )
-    seconds: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[], [], []]
     for number in range(rounds):
         results = {}
-        for side in (0, 1) if number % 2 else (1, 0):
+        for side in (0, 1, 2) if number % 2 else (2, 1, 0):
             elapsed, results[side] = timed(sides[side], number)
             seconds[side].append(elapsed)
         tokens = [[row.tokens for row in results[side]] for side in (0, 1)]
         assert tokens[0] == tokens[1], "the sides sampled other completions"
-    theirs, ours = map(min, seconds)
-    return f"{theirs:.2f} | {ours:.2f} | {theirs / ours:.1f}"
+        sampled = [sum(len(row.tokens) for row in results[side]) for side in (1, 2)]
+        seconds[2][-1] *= sampled[0] / sampled[1]
+    generate, ours, batched = map(statistics.median, seconds)
+    cells = (f"{generate:.2f}", f"{batched:.2f}", f"{ours:.2f}")
+    ratios = (f"{generate / ours:.1f}", f"{batched / ours:.1f}")
+    return " | ".join((*cells, *ratios))
 
 
 def main() -> None:
@@ -103,7 +133,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | sampling | generate (s) | Align (s) | ratio |\n|---|---|---|---|---|")
+    print("| model | sampling | generate (s) | generate_batch (s) | Align (s) | generate / Align | generate_batch / Align |")  # fmt: skip
+    print("|" + "---|" * 7)
     for name in arguments.models:
         shape, n_prompts, lengths = MODELS[name]
         model = build(shape, arguments.mean)

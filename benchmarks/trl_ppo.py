@@ -1,4 +1,4 @@
-"""Benchmark of TRL's PPOTrainer on a CPU, for ``benchmarks/ppo.py``, in a separate environment.
+"""Benchmark of TRL's PPOTrainer, for ``benchmarks/ppo.py``, in a separate environment.
 
 TRL 1.12.0 (26 August 2026) is the last release with a PPO trainer, ``trl.experimental.ppo``; 1.13.0
 removed it (huggingface/trl#7020). The other packages are the newest of that day, except torch,
@@ -12,8 +12,8 @@ which is the version that Align uses:
 This file imports nothing from Align. ``settings.json`` holds the fields of ``Settings``. ``policy``
 and ``reward`` are folders written by ``save_pretrained``; both use the tokenizer of ``policy``. The
 value model starts as a copy of the reward model, as in TRL's example. The reference is a copy of
-the policy; with LoRA it is the policy without its adapter. Everything is float32, with a constant
-learning rate and without dropout; nothing is evaluated or saved.
+the policy; with LoRA it is the policy without its adapter. Everything is float32, or in mixed
+precision, with a constant learning rate and without dropout; nothing is evaluated or saved.
 
 The last line of stdout is JSON. ``seconds`` is the time from the end of the warm-up to the end of
 the last update. ``peak_bytes`` is the peak resident size within ``train()``, including warm-up and
@@ -80,6 +80,9 @@ class Settings:
     """Timed updates, after the warm-up."""
     learning_rate: float
     seed: int
+    device: str
+    precision: str | None
+    """``bfloat16`` for mixed precision; None for float32."""
     lora: dict[str, Any] | None
     """LoRA of the policy, such as ``{"r": 8, "alpha": 16}``; ``target_modules`` is optional."""
     warm_up: int = 1
@@ -252,8 +255,8 @@ def configure(settings: Settings, folder: str) -> PPOConfig:
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         seed=settings.seed,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=settings.device == "cpu",
+        bf16=settings.precision is not None,
         gradient_checkpointing=False,
         eval_strategy="no",
         save_strategy="no",
@@ -310,10 +313,11 @@ def main(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer, meter = build(settings, folder)
         gc.collect()
+        on_cpu = settings.device == "cpu"
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-        start_bytes = resident("VmRSS")
+        start_bytes = resident("VmRSS") if on_cpu else 0
         trainer.train()
-        peak_bytes = resident("VmHWM")
+        peak_bytes = resident("VmHWM") if on_cpu else torch.cuda.max_memory_allocated()
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     report = meter.report(settings.warm_up, settings.batch_size) | {
         "peak_bytes": peak_bytes,

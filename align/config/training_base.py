@@ -237,7 +237,8 @@ class TRLStage(TrainingStage):
                 )
         if self.compile_layers and self.quantization:
             yield Problem(
-                ("compile_layers",), "layers in 4 bits are not compiled; remove `quantization` or it"
+                ("compile_layers",),
+                "layers in 4 bits are not compiled; remove `quantization` or it",
             )
 
     def count_rows(self, statistics: Mapping[str, Any]) -> int | None:
