@@ -23,6 +23,7 @@ from align.config.online_rl_keys import (
     KLKeys,
     LossKeys,
     MemoryKeys,
+    ReportingKeys,
     RewardKeys,
     SamplingKeys,
     StepKeys,
@@ -51,6 +52,7 @@ class OnlineRL(
     StepKeys,
     MemoryKeys,
     HeldOutKeys,
+    ReportingKeys,
     TrainingStage,
 ):
     """Training of a policy on completions that it samples, towards a reward.
@@ -160,6 +162,7 @@ class OnlineRL(
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
+        del settings["report_to"]
         for key, only in BEFORE.items():
             if settings[key] == only:
                 del settings[key]
@@ -190,6 +193,11 @@ class OnlineRL(
     def reward_functions(self) -> dict[Keys, str]:
         """The rewards that are Python functions."""
         return {("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)}
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The values of ``report_to``."""
+        return tuple(self.report_to)
 
     @property
     def servers(self) -> dict[str, str]:

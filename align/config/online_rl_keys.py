@@ -179,3 +179,11 @@ class HeldOutKeys(Config):
     """Number of held-out prompts."""
     save_steps: int | None = Field(None, ge=1)
     """Updates between checkpoints. Default: ten checkpoints in all."""
+
+
+class ReportingKeys(Config):
+    """Where metrics are reported, beside ``metrics.jsonl``."""
+
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Experiment trackers that get the metrics: TensorBoard's files are in the folder ``runs`` of
+    the stage, and the others are configured by their own environment variables."""

@@ -1,6 +1,6 @@
 """The picture of a PPO run, ``ppo.png``, drawn from ``metrics.jsonl``.
 
-It shows score, KL, entropy, length, missing eos, clip fraction and explained variance against
+It shows score, each of several rewards, KL, entropy, length, missing eos, clip fraction and explained variance against
 steps, and reward and gold score against the square root of the KL, where over-optimization is
 visible (Gao et al. 2023, arXiv:2210.10760, figure 1).
 """
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.online_rl.results import reward_parts, rewards_of
 from align.report.panels import BLUE, RED, Panel, draw_panels
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Point = dict[str, float]
 
 PICTURE = "ppo.png"
 OVER_OPTIMIZATION = "reward and gold score against √KL(policy, reference)"
+REWARDS = "each reward, without its weight"
 PANELS = (
     ("score", "score"),
     ("gold", "gold score"),
@@ -49,6 +51,8 @@ def draw(output_dir: Path) -> None:
     steps = [p for p in points if p.keys() >= {"step", "score", "kl", "reward"}]
     held_out = [p for p in points if "eval_score" in p]
     panels = [Panel(OVER_OPTIMIZATION, partial(draw_over_optimization, steps=steps))]
+    if parts := reward_parts(rewards_of(steps[0])) if steps else {}:
+        panels.append(Panel(REWARDS, partial(_draw_rewards, names=list(parts), steps=steps)))
     panels += [
         Panel(title, partial(_draw_metric, key=key, steps=steps, held_out=held_out))
         for key, title in PANELS
@@ -74,6 +78,14 @@ def _draw_metric(
             label="held out",
         )
         axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_rewards(axes: Axes, *, names: Sequence[str], steps: Sequence[Point]) -> None:
+    parts = [reward_parts(rewards_of(p)) for p in steps]
+    for name in names:
+        values = [part.get(name, math.nan) for part in parts]
+        axes.plot([p["step"] for p in steps], values, linewidth=1, label=name)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def draw_over_optimization(axes: Axes, *, steps: Sequence[Point]) -> None:

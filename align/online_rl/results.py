@@ -5,6 +5,7 @@ Loads no heavy library, so that finished runs can be read quickly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,9 @@ class BatchMetrics:
     def from_metrics(cls, metrics: Mapping[str, Any], prefix: str = "") -> BatchMetrics:
         """Read the metrics whose keys start with ``prefix``."""
         names = [name for name in cls.__dataclass_fields__ if prefix + name in metrics]
-        each = f"{prefix}rewards/"
-        rewards = {k.removeprefix(each): v for k, v in metrics.items() if k.startswith(each)}
-        return cls(rewards=rewards, **{name: metrics[prefix + name] for name in names})
+        return cls(
+            rewards=rewards_of(metrics, prefix), **{name: metrics[prefix + name] for name in names}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +68,25 @@ class OnlineRLMetrics:
             training=BatchMetrics.from_metrics(last),
             held_out=BatchMetrics.from_metrics(last, "eval_") if has_held_out else None,
         )
+
+
+def rewards_of(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Each reward among the metrics whose keys start with ``prefix``, by its name in the recipe."""
+    each = f"{prefix}rewards/"
+    return {k.removeprefix(each): v for k, v in metrics.items() if k.startswith(each)}
+
+
+def reward_parts(rewards: Mapping[str, float]) -> dict[str, float]:
+    """Each of several rewards by a short name, which is that of its function or its folder.
+
+    Of a single reward there is nothing to show beside the score.
+
+    >>> reward_parts({"rewards:short": 0.5, "runs/reward-1a2b": 2.0})
+    {'short': 0.5, 'reward-1a2b': 2.0}
+    >>> reward_parts({"rewards:short": 0.5})
+    {}
+    """
+    short = {re.split("[/:]", name.rstrip("/"))[-1]: value for name, value in rewards.items()}
+    if len(rewards) < 2:
+        return {}
+    return short if len(short) == len(rewards) else dict(rewards)

@@ -14,7 +14,7 @@ from align.config.online_rl import OnlineRL
 from align.config.stages import stage_kind
 from align.errors import UserError
 from align.online_rl import plots
-from align.online_rl.results import OnlineRLMetrics
+from align.online_rl.results import BatchMetrics, OnlineRLMetrics, reward_parts
 from align.online_rl.trainer import OnlineRLTrainer
 from align.runtime.progress import Logger
 from align.runtime.results import ResultTable, StageResult
@@ -57,16 +57,22 @@ def run(
 
 
 def result_table(metrics: OnlineRLMetrics, output_dir: Path) -> ResultTable:
-    """Metrics of the last step, and of the last held-out evaluation if there was one."""
+    """Metrics of the last step, and of the last held-out evaluation if there was one.
+
+    Several rewards have a column each.
+    """
     batches = {"training": metrics.training, "held out": metrics.held_out}
+    parts = reward_parts(metrics.training.rewards)
+
+    def row(name: str, batch: BatchMetrics) -> tuple[str, ...]:
+        cells = [_format(getattr(batch, key), form) for key, _, form in COLUMNS]
+        own = reward_parts(batch.rewards)
+        return (name, *cells, *(_format(own.get(part), ".3f") for part in parts))
+
     return ResultTable(
         f"after {metrics.steps} updates; KL in nats per completion",
-        ("prompts<", *(header for _, header, _ in COLUMNS)),
-        [
-            (name, *(_format(getattr(batch, key), form) for key, _, form in COLUMNS))
-            for name, batch in batches.items()
-            if batch is not None
-        ],
+        ("prompts<", *(header for _, header, _ in COLUMNS), *parts),
+        [row(name, batch) for name, batch in batches.items() if batch is not None],
         note=f"curves: {output_dir / plots.PICTURE}",
     )
 

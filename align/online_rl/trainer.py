@@ -41,6 +41,7 @@ from align.online_rl.optimization import (
     set_learning_rates,
 )
 from align.online_rl.prompts import prompt_indices, tokenize
+from align.online_rl.results import reward_parts, rewards_of
 from align.online_rl.sampler_agreement import compare, ratio_metrics
 from align.online_rl.sampling import build_sampler
 from align.online_rl.scoring import Scores, build_scorer, load_functions
@@ -49,12 +50,13 @@ from align.rl.update import Diagnostics, update
 from align.runtime import artifacts, checkpoints, distributed, signals
 from align.runtime.progress import Logger, truncate_jsonl
 from align.runtime.seeds import derive_seed, generator
+from align.runtime.tracking import reporting
 
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 SHOWN = ("score", "kl", "entropy")
-"""Metrics on the progress line."""
+"""Metrics on the progress line, before those of the rewards if there are several."""
 HELD_OUT = ("score", "reward", "gold", "kl", "tokens", "missing_eos")
-"""Metrics of the held-out evaluation."""
+"""Metrics of the held-out evaluation, beside those of the rewards."""
 
 
 class OnlineRLTrainer:
@@ -108,7 +110,10 @@ class OnlineRLTrainer:
         config = self.config
         save_steps = config.save_steps or max(1, config.steps // 10)
         first = self.resume()
-        with signals.deferred() as stop, logps.small_vocabulary_tiles():
+        trackers = reporting(
+            config.report_to, self.logger, self.output_dir, settings=config.model_dump(), done=first
+        )
+        with signals.deferred() as stop, logps.small_vocabulary_tiles(), trackers:
             self.check_sampler()
             if first == 0:
                 self.evaluate(0)
@@ -258,7 +263,8 @@ class OnlineRLTrainer:
         done, steps = step + 1, self.config.steps
         self.metrics = metrics
         self.logger.log(done, metrics)
-        self.logger.step(done, steps, {k: metrics[k] for k in SHOWN})
+        parts = reward_parts(rewards_of(metrics))
+        self.logger.step(done, steps, {k: metrics[k] for k in SHOWN} | parts)
         if distributed.is_main() and samples.is_sampled(done, steps):
             samples.append(self.output_dir, done, rows, scores)
 
@@ -273,7 +279,8 @@ class OnlineRLTrainer:
             scores = self.scorer.score(completions, prompts.rows)
         experience = self.experience(completions)
         metrics = compute_metrics(completions, experience, scores)
-        self.held_out_metrics = {f"eval_{key}": metrics[key] for key in HELD_OUT if key in metrics}
+        shown = [key for key in metrics if key in HELD_OUT or key.startswith("rewards/")]
+        self.held_out_metrics = {f"eval_{key}": metrics[key] for key in shown}
         self.logger.log(done, self.held_out_metrics)
 
     def resume(self) -> int:

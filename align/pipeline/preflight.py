@@ -137,9 +137,10 @@ def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
 def check_trackers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that the experiment trackers are installed and have a key."""
     for stage in pending:
+        keys = ("trainer", "report_to") if stage.config.trainer_config else ("report_to",)
         for tracker in stage.config.trackers:
             if problem := trackers.problem(tracker):
-                errors.add((stage.name, "trainer", "report_to"), problem)
+                errors.add((stage.name, *keys), problem)
 
 
 def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

@@ -1,4 +1,4 @@
-"""Experiment trackers of ``trainer: {report_to: ...}``: the package, and the key for their server.
+"""Experiment trackers of ``report_to``: the package, and the key for their server.
 
 Without these checks, transformers reports a missing package, and the server a missing key, when a
 stage begins to train.

@@ -1,15 +1,16 @@
 """Progress of a run: ``metrics.jsonl`` in a stage's folder, and the display on the terminal.
 
 On a terminal the display is one live progress bar; elsewhere (CI, a log file) it is plain lines.
-Trackers such as TensorBoard or W&B are enabled with Hugging Face's own ``trainer: {report_to: …}``.
+Experiment trackers such as TensorBoard are in :mod:`align.runtime.tracking`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,8 +221,9 @@ class Logger:
     """Reports the progress of a stage to ``metrics.jsonl`` (rank 0 only) and to the display."""
 
     def __init__(self, name: str, folder: Path, display: Display, *, main: bool) -> None:
-        self._name, self._display = name, display
+        self.name, self._display = name, display
         self._file = folder / "metrics.jsonl" if main else None
+        self._forward: Callable[[int, Mapping[str, Any]], None] | None = None
 
     def step(
         self,
@@ -233,13 +235,24 @@ class Logger:
     ) -> None:
         """Show that ``done`` of ``total`` units, such as steps, are done."""
         if self._file is not None:
-            self._display.step(self._name, done, total, metrics or {}, unit)
+            self._display.step(self.name, done, total, metrics or {}, unit)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of a step to ``metrics.jsonl``."""
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
+            if self._forward is not None:
+                self._forward(step, metrics)
+
+    @contextlib.contextmanager
+    def forwarded(self, send: Callable[[int, Mapping[str, Any]], None]) -> Iterator[None]:
+        """Inside this block, ``send(step, metrics)`` is called with what is logged, on rank 0."""
+        self._forward = send
+        try:
+            yield
+        finally:
+            self._forward = None
 
     def rewind(self, step: int) -> None:
         """Remove the metrics after ``step``; a resumed run writes them again."""

@@ -261,6 +261,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "eval_split": Change("test", EVALUATES),
         "n_eval_prompts": Change(2, EVALUATES),
         "save_steps": Change(1, {"keep_checkpoints": True, "save_steps": 2}),
+        "report_to": Change(["wandb"]),
     },
     "sample": SAMPLING
     | {

@@ -75,6 +75,44 @@ def test_row_30_reward_hacking_is_visible_in_metrics_and_in_one_picture(
         assert points.get_xdata().tolist() == pytest.approx(distance)
 
 
+def test_each_of_several_rewards_is_on_the_progress_line_in_the_table_and_in_the_picture(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "draw_panels", lambda panels, *_, **__: drawn.extend(panels))
+    trainer = ppo_fixtures.build_trainer(
+        folders, tmp_path, rewards=[ppo_fixtures.FIVE, "align.rewards.gold:rewards"],
+        steps=2, eval_steps=2, eval_split="test", n_eval_prompts=4,
+    )  # fmt: skip
+    shown: list[dict[str, float]] = []
+    monkeypatch.setattr(trainer.logger, "step", lambda done, total, values: shown.append(values))
+    trainer.train()
+    plots.draw(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "score" in line]
+    gold = [line["rewards/align.rewards.gold:rewards"] for line in steps]
+    assert [values["five"] for values in shown] == [5.0, 5.0]
+    assert [values["rewards"] for values in shown] == gold
+    metrics = OnlineRLMetrics.from_metrics(
+        {"ppo": trainer.metrics | trainer.held_out_metrics, "steps": 2, "trained_parameters": 1}
+    )
+    table = run.result_table(metrics, tmp_path)
+    assert table.columns[-2:] == ("five", "rewards")
+    held_out = lines[-1]["eval_rewards/align.rewards.gold:rewards"]
+    assert [row[-2:] for row in table.rows] == [
+        ("5.000", f"{gold[-1]:.3f}"),
+        ("5.000", f"{held_out:.3f}"),
+    ]
+    (panel,) = [panel for panel in drawn if panel.title == plots.REWARDS]
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    panel.draw(axes)
+    curves = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert curves == {"five": [5.0, 5.0], "rewards": gold}
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [

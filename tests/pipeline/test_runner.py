@@ -163,6 +163,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.5, "target_kl": 0.5, "gradient_checkpointing": True, "quantization": "nf4",
         "eval_steps": 3, "eval_split": "test", "n_eval_prompts": 3, "save_steps": 3, "dtype": "bfloat16",
         "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False,
+        "report_to": ["wandb"],
     },
     "evaluate": {
         "quantization": "nf4",
@@ -231,7 +232,9 @@ def digest_with(stage: str, **changes: Any) -> str:
     return stage_digest(settings, inputs)
 
 
-NOT_IN_DIGEST = [(stage, key) for stage in ONLINE_RL for key in ("save_steps", "vllm_url")]
+NOT_IN_DIGEST = [
+    (stage, key) for stage in ONLINE_RL for key in ("save_steps", "vllm_url", "report_to")
+]
 NOT_IN_DIGEST += [(stage, "max_lost_rows") for stage in ("sft", "dpo", "kto", "reward")]
 
 
