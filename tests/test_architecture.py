@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "models": "errors models.prefix_sharing runtime",
     "runtime": "errors __version__",
     "report": "errors",
+    "report.page": "errors config report runtime",
     "data": "errors config runtime",
     "control": "errors functional rl report config",
     "rewards": "errors config models models.prefix_sharing runtime",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "pipeline.probe": "errors config control data evaluation functional models models.prefix_sharing online_rl "
     "pipeline rewards runtime training",
     "cli": "errors config control data evaluation functional judges models models.prefix_sharing online_rl pipeline "
-    "pipeline.probe report rewards rl runtime stages training __version__",
+    "pipeline.probe report report.page rewards rl runtime stages training __version__",
     "run": "cli",
 }
 LIBRARY_ONLY_UNDER = {

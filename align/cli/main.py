@@ -15,6 +15,7 @@ from align.cli.eval import evaluation
 from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
 from align.cli.quantization import Quantization, check_quantization
+from align.cli.report import report
 from align.cli.run import Force, Overrides, RecipePath, Runs, Until
 from align.cli.runs import runs as list_runs
 from align.runtime.environment import quiet_libraries
@@ -84,6 +85,7 @@ def run(
 app.command()(plan)
 app.command()(check)
 app.command("runs")(list_runs)
+app.command()(report)
 
 
 @app.command()

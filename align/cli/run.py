@@ -66,12 +66,16 @@ def run_recipe(
     from align.config.recipe import read_recipe
     from align.pipeline import runner
     from align.pipeline.summary import show_summary
-    from align.runtime import progress
+    from align.runtime import distributed, progress
 
     loaded = read_recipe(recipe, overrides or [])
     with progress.display() as display:
         summary = runner.run_recipe(loaded, runs, display, force=force, until=until)
     show_summary(summary, display.console, runs / loaded.name / "summary.json")
+    if distributed.is_main():
+        from align.cli.next_steps import show_next_steps
+
+        show_next_steps(summary, runs, loaded.name, display.console)
 
 
 def main() -> None:

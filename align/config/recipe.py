@@ -54,6 +54,8 @@ class Recipe:
     """The errors of a recipe that was read by :func:`read_recipe`, one line each."""
     names: tuple[str, ...] = ()
     """The names of all stages, including those with errors, which ``stages`` leaves out."""
+    overrides: tuple[str, ...] = ()
+    """The overrides as they were given."""
 
     @property
     def name(self) -> str:
@@ -155,6 +157,7 @@ def read_recipe(
         raise RecipeError(f"{file}: the name of a recipe must not consist of dots; rename it")
     if len(raw.stages) > MAX_STAGES:
         raise RecipeError(f"{file}: {len(raw.stages):,} stages, more than {MAX_STAGES:,}; split it")
+    overrides = tuple(overrides)
     for override in overrides:
         apply_override(override, raw)
     classes = raw.classes()
@@ -170,7 +173,12 @@ def read_recipe(
     for stage_name, stage in stages.items():
         validation.validate_stage(stage_name, stage, stages, raw.report)
     return Recipe(
-        file, _valid_stages(stages, raw), raw.places(), tuple(raw.problems), tuple(raw.stages)
+        file,
+        _valid_stages(stages, raw),
+        raw.places(),
+        tuple(raw.problems),
+        tuple(raw.stages),
+        overrides,
     )
 
 

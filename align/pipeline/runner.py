@@ -59,6 +59,7 @@ class RunSummary:
     recipe: str
     seconds: float
     stages: tuple[FinishedStage, ...]
+    overrides: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The content of ``summary.json``."""
@@ -66,7 +67,12 @@ class RunSummary:
         stages = [{key: getattr(stage, key) for key in keys} for stage in self.stages]
         for stage in stages:
             stage["folder"] = str(stage["folder"])
-        return {"recipe": self.recipe, "seconds": self.seconds, "stages": stages}
+        return {
+            "recipe": self.recipe,
+            "overrides": list(self.overrides),
+            "seconds": self.seconds,
+            "stages": stages,
+        }
 
 
 def run_recipe(
@@ -107,7 +113,7 @@ def run_recipe(
         if stage.config.prepares_data:
             _raise_errors(recipe, check_tables, stage.folder, pending)
     seconds = round(time.monotonic() - started, 3)
-    summary = RunSummary(str(recipe.path), seconds, tuple(finished))
+    summary = RunSummary(str(recipe.path), seconds, tuple(finished), recipe.overrides)
     if distributed.is_main():
         artifacts.write_json(runs / recipe.name / "summary.json", summary.as_json())
     distributed.barrier()

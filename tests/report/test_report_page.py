@@ -1,0 +1,284 @@
+"""Tests of the report of a run: its contents, what it escapes, and the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from align.cli import next_steps
+from align.cli.main import app
+from align.errors import ArtifactError
+from align.pipeline.runner import FinishedStage, RunSummary
+from align.report.page import contents
+from align.report.page.render import write_report
+from align.runtime import artifacts
+
+EVIL = '</script><script>document.title="evil"</script><b onclick="x">'
+VOID = {"meta", "link", "input", "path", "rect", "use", "br", "stop", "circle", "line"}
+
+
+def stage(runs: Path, name: str, kind: str | None = None, **fields) -> Path:
+    folder = runs / f"{name}-{len(name):012x}"
+    folder.mkdir(parents=True)
+    record = {
+        "stage": kind or name,
+        "name": name,
+        "digest": f"{len(name):064x}",
+        "recipe": {},
+        "inputs": {},
+        "metrics": {},
+        "versions": {"python": "3.11", "align": "0.2"},
+        "commit": None,
+        "seed": 0,
+        "world_size": 1,
+        "seconds": 75.0,
+        "peak_memory_bytes": 2_500_000_000,
+    }
+    (folder / "artifact.json").write_text(
+        json.dumps(
+            artifacts.checksums.seal(
+                {**record, "headline": {}, "remarks": [], "tables": [], "files": {}, **fields}
+            )
+        )
+    )
+    return folder
+
+
+def comparison(policy: str, **fields) -> dict:
+    return {
+        "policy": policy,
+        "baseline": "sft",
+        "judge": "gold",
+        "win_rate": 0.62,
+        "ci": [0.54, 0.69],
+        "length_controlled_win_rate": 0.555,
+        **fields,
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run of prepare, sft, dpo and evaluate, whose texts try to leave the page."""
+    runs = tmp_path / "runs"
+    prepare = stage(runs, "prepare")
+    (prepare / "README.md").write_text(f"# Data {EVIL}")
+    source = {"demonstrations": {"folder": f"runs/{prepare.name}", "digest": "0" * 64}}
+    sft = stage(runs, "sft", inputs=source, headline={"loss": 1.25},
+                recipe={"seed": 3, "trainer": {"max_steps": 5}, "prefix_sharing": True})  # fmt: skip
+    lines = [{"step": k, "loss": 2.0 / k, "seed": ""} for k in (1, 2, 3)]
+    (sft / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    dpo = stage(runs, "dpo", inputs={"model": {"folder": str(sft), "digest": "0" * 64}},
+                remarks=[f"a remark {EVIL}"])  # fmt: skip
+    lines = [{"step": k, "logps/chosen": -40.0 * k, "logps/rejected": -9} for k in (1, 2, 3)]
+    (dpo / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tables = [
+        {"title": f"win rates {EVIL}", "columns": ["policy", "win rate"], "rows": [["dpo", "62.0"]],
+         "note": "in %"},
+        {"title": "a prompt", "columns": ["dpo<", "sft<"], "rows": [["left out", "of the page"]],
+         "note": ""},
+    ]  # fmt: skip
+    metrics = {"comparisons": [comparison("dpo"), comparison("sft again")]}
+    evaluate = stage(runs, "evaluate", metrics=metrics, tables=tables,
+                     inputs={"policies.0": {"folder": str(dpo), "digest": "0" * 64}})  # fmt: skip
+    rows = [
+        {
+            "prompt": "p",
+            "messages": [{"role": "user", "content": f"prompt number {k} {EVIL}"}],
+            "judge": "gold",
+            "policy": "dpo",
+            "baseline": "sft",
+            "policy_completion": "word " * (k + 1),
+            "baseline_completion": f"an answer {EVIL}" if k else "",
+            "outcome": (1.0, 0.0, 0.5, None)[k % 4],
+            "reason": "shorter",
+            "policy_score": 0.25,
+            "baseline_score": None,
+        }
+        for k in range(12)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), evaluate / "comparisons.parquet")
+    folder = runs / "recipe"
+    folder.mkdir()
+    entries = [
+        {"name": f.name.rpartition("-")[0], "folder": str(f), "status": "ran"}
+        for f in (prepare, sft, dpo, evaluate)
+    ]
+    entries[0]["status"] = "reused"
+    summary = {"recipe": "recipe.yaml", "overrides": ["sft.seed=3"], "seconds": 6220.0,
+               "stages": entries}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+class Tree(HTMLParser):
+    """Checks that elements are closed in order, and collects attributes and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, key, value) for key, value in attrs]
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data
+
+
+def test_the_page_shows_chain_results_curves_settings_and_samples(run):
+    page = Tree(write_report(run).read_text())
+    for text in (
+        "1 h 43 min in this run",
+        "reused (1 min 15 s)",
+        "win rates ",
+        "62.0",
+        "loss",
+        "the log-probability of the chosen completions fell from -40.0 to -120.0",
+        "max_steps",
+        "prompt number 3",
+        "2.50 GB peak",
+        "align run recipe.yaml sft.seed=3",
+        "python",
+    ):
+        assert text in page.text, text
+    assert "left out" not in page.text
+    assert "prefix_sharing" not in page.text  # a default
+    labels = [value for _, key, value in page.attributes if key == "data-label"]
+    assert labels[:4] == ["dpo wins", "sft wins", "tie", "no verdict"]
+    pictures = [value for tag, key, value in page.attributes if (tag, key) == ("svg", "aria-label")]
+    assert "Win rates with 95 % intervals" in pictures
+    assert "loss of sft, by step" in pictures
+    assert "logps of dpo, by step" in pictures
+
+
+def test_data_cannot_leave_the_page_and_the_page_loads_nothing(run):
+    text = write_report(run).read_text()
+    page = Tree(text)
+    assert not [each for each in page.attributes if each[1].startswith("on")]
+    assert text.count("<script") == 1
+    loading = {"src", "href", "xlink:href", "data", "action"}
+    links = {value for _, key, value in page.attributes if key in loading}
+    assert {link for link in links if link and link[0] != "#"} == {"data:,"}
+    assert "url(" not in re.sub(r"url\(#", "", text)
+
+
+def test_the_same_run_gives_the_same_page(run):
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_a_stage_whose_folder_was_removed_is_named(run):
+    shutil.rmtree(next(run.parent.glob("sft-*")))
+    (next(run.parent.glob("dpo-*")) / "artifact.json").write_text("{")
+    page = Tree(write_report(run).read_text())
+    assert "Not shown, because their folders were removed or changed:" in page.text
+    assert contents.read_run(run).missing == ("sft-000000000003", "dpo-000000000003")
+
+
+@pytest.mark.parametrize("content", ["{", '{"stages": [1]}', "[]", '{"stages": []}'])
+def test_a_damaged_summary_is_an_error_of_one_line(run, content):
+    (run / "summary.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"summary.json: cannot be read .*; run its recipe"):
+        write_report(run)
+
+
+def test_the_command_finds_a_run_by_folder_name_and_recipe(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("stages:\n  prepare: {source: embedded}\n")
+    for name in ("recipe", str(run), "recipe.yaml"):
+        result = CliRunner().invoke(app, ["report", name])
+        assert result.stdout.strip().endswith("runs/recipe/report.html")
+    for name, message in {
+        "recpie": r"recpie: neither a run in runs nor a recipe; did you mean `recipe`\?",
+        "dpo": r"runs/dpo: no finished run of dpo; `align run dpo` finishes it",
+    }.items():
+        with pytest.raises(ArtifactError, match=message):
+            raise CliRunner().invoke(app, ["report", name]).exception
+
+
+def finished(*kinds: str) -> RunSummary:
+    stages = [
+        FinishedStage(name=kind, stage=kind, digest="", folder=Path(kind), status="ran",
+                      seconds=1.0, metrics={}, tables=())
+        for kind in kinds
+    ]  # fmt: skip
+    return RunSummary("recipe.yaml", 1.0, tuple(stages))
+
+
+def test_the_next_commands_use_the_last_policy():
+    runs = Path("runs")
+    trained = list(next_steps.next_commands(finished("prepare", "sft", "dpo"), runs))
+    assert trained == [
+        "align chat dpo",
+        "align eval dpo --baseline sft",
+        "align export dpo dpo-merged",
+    ]
+    evaluated = list(next_steps.next_commands(finished("sft", "dpo", "evaluate"), Path("other")))
+    assert evaluated == ["align chat dpo --runs other", "align export dpo dpo-merged --runs other"]
+    assert list(next_steps.next_commands(finished("control"), runs)) == ["align play control"]
+    assert list(next_steps.next_commands(finished("prepare"), runs)) == []
+
+
+def test_a_report_that_fails_does_not_fail_the_run(run, capsys):
+    (run / "summary.json").unlink()
+    console = Console(width=200)
+    next_steps.show_next_steps(finished("sft"), run.parent, run.name, console)
+    output = capsys.readouterr().out
+    assert "warning: no report: ArtifactError: " in output
+    assert "next: align chat sft" in output
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_browser(run, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    page = write_report(run).read_text()
+    probe = """
+<script>
+const section = document.querySelector(".samples");
+const shown = () => section.querySelectorAll(".sample:not([hidden])").length;
+const counts = [shown()];
+const search = section.querySelector("input");
+search.value = "number 3"; search.dispatchEvent(new Event("input")); counts.push(shown());
+search.value = ""; search.dispatchEvent(new Event("input"));
+const select = section.querySelector("select");
+select.value = "dpo wins"; select.dispatchEvent(new Event("change")); counts.push(shown());
+const wide = document.documentElement.scrollWidth > window.innerWidth;
+document.title = JSON.stringify([counts, wide, section.querySelector("output").textContent]);
+</script></body>"""
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", probe))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800",
+               "--enable-logging=stderr", "--dump-dom", file.as_uri()]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    title = re.search(r"<title>(.*?)</title>", result.stdout)
+    assert title is not None
+    counts, wide, output = json.loads(title[1])
+    assert counts == [12, 1, 3]
+    assert output == "3 shown"
+    assert not wide
+    assert "CONSOLE" not in result.stderr
