@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import FUNCTION
-from align.config.judges import VERIFIERS
+from align.config.functions import BUILT_IN
 from align.config.recipe import Recipe, read_recipe
 from align.config.stages import STAGES
 from align.config.yaml_loader import scalar
@@ -77,7 +77,7 @@ class FinishedStages:
             return text
         if text.lstrip().startswith("{"):
             return scalar(text)
-        if text in VERIFIERS or FUNCTION.match(text):
+        if text in BUILT_IN or FUNCTION.match(text):
             return {"function": text}
         if text.lower().endswith(annotation_files.SUFFIXES):
             return {"annotations": text}

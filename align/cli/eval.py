@@ -192,13 +192,19 @@ def _score_judge(
     Raises:
         UserError: The judge compares two completions, or cannot be loaded.
     """
-    from align.config.judges import FunctionJudge
+    from pydantic import ValidationError
+
+    from align.config.functions import ScoreFunction
     from align.judges.build import build_judges
 
-    config = (
-        FunctionJudge(**judge) if isinstance(judge, dict) and [*judge] == ["function"] else judge
-    )
-    if not isinstance(config, str | FunctionJudge):
+    is_function = isinstance(judge, dict) and "function" in judge
+    try:
+        config = ScoreFunction(**judge) if is_function else judge
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"--judge {text}: {place}: {first['msg']}".replace(": : ", ": ")) from None
+    if not isinstance(config, str | ScoreFunction):
         raise UserError(
             f"--judge {text}: compares two completions; expected one that scores single ones: gold, "
             "a reward model, module:function"

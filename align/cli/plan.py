@@ -118,7 +118,7 @@ def _plan_table(
 def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
     """Check recipe, data, token lengths and chat template without training."""
     from align.config.recipe import ErrorCollector, read_recipe
-    from align.pipeline import estimates, preflight
+    from align.pipeline import estimates, preflight, reward_checks
     from align.pipeline.plan import plan_stages
     from align.runtime.environment import quiet_libraries
     from align.runtime.terminal import SafeConsole
@@ -130,7 +130,9 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     errors = ErrorCollector(loaded)
     stages = plan_stages(errors, runs)
     warnings = 0
-    for line in preflight.examine(errors, stages, runs, world_size=1):
+    reward_checks.import_functions(errors, stages)
+    further = reward_checks.examine
+    for line in preflight.examine(errors, stages, runs, world_size=1, further=further):
         console.print(line)
         warnings += "warning:" in line
     errors.raise_any()

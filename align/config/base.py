@@ -218,8 +218,8 @@ class Stage(Config):
         return False
 
     @property
-    def reward_functions(self) -> dict[Keys, str]:
-        """Python functions, written ``module:function``, by the key that names them."""
+    def reward_functions(self) -> Mapping[Keys, Any]:
+        """The functions that score completions, by the key that names them."""
         return {}
 
     @property

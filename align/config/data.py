@@ -21,7 +21,8 @@ from align.config.base import (
     Table,
     Workload,
 )
-from align.config.judges import AnnotationJudge, FunctionJudge, Judges
+from align.config.functions import ScoreFunction
+from align.config.judges import AnnotationJudge, Judges
 from align.config.quantization import QuantizableStage
 from align.config.readers import COLUMNS, READER_OPTIONS, Reader
 from align.errors import nearest
@@ -342,7 +343,7 @@ class Label(QuantizableStage):
     @property
     def compares(self) -> bool:
         """Whether pairs of completions are compared, and not the scores of one judge."""
-        return not isinstance(self.judge, str | FunctionJudge)
+        return not isinstance(self.judge, str | ScoreFunction)
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Wrong judges, and files that do not exist."""
@@ -372,7 +373,7 @@ class Label(QuantizableStage):
         return judges.judge_files(self.judge)
 
     @property
-    def reward_functions(self) -> dict[Keys, str]:
+    def reward_functions(self) -> dict[Keys, ScoreFunction]:
         """The judges that are Python functions."""
         return judges.judge_functions(self.judge)
 

@@ -20,6 +20,7 @@ from align.config.base import (
     Workload,
     duplicates,
 )
+from align.config.functions import ScoreFunction
 from align.config.judges import Judges, ServerJudge
 from align.config.quantization import QuantizableStage
 
@@ -144,7 +145,7 @@ class Evaluate(QuantizableStage):
         return self.completion_files | judges.judge_files(self.judge)
 
     @property
-    def reward_functions(self) -> dict[Keys, str]:
+    def reward_functions(self) -> dict[Keys, ScoreFunction]:
         """The judges that are Python functions."""
         return judges.judge_functions(self.judge)
 

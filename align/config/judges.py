@@ -11,10 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from align.config.base import FUNCTION, Config, Keys, Problem, duplicates
+from align.config.base import Config, Keys, Problem, duplicates
+from align.config.functions import ScoreFunction
 
-VERIFIERS = ("math", "regex", "json_schema", "length", "contains")
-"""Built-in score functions, in :mod:`align.rewards.verifiers`."""
 PANEL = "panel"
 """Name of the mean over several judges in results."""
 
@@ -22,29 +21,6 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 _OWN_FIELDS = ("model", "messages", "stream", "n", "response_format")
 """Fields of a request that cannot be set with ``extra_body``."""
 _SECRETS = ("api_key", "apikey", "api-key", "authorization", "access_token", "password", "secret")
-
-
-class FunctionJudge(Config):
-    """Scores of a Python function."""
-
-    function: str
-    """The function, written ``module:function``, with the signature of reward functions; or a
-    built-in verifier: ``math``, ``regex``, ``json_schema``, ``length`` or ``contains``."""
-
-    @model_validator(mode="after")
-    def _check_function(self) -> FunctionJudge:
-        if self.function not in VERIFIERS and not FUNCTION.match(self.function):
-            raise ValueError(
-                f"`function` must be written module:function, or be {', '.join(VERIFIERS)}; got "
-                f"{self.function!r}"
-            )
-        return self
-
-    @property
-    def address(self) -> str:
-        """The function as ``module:function``."""
-        verifier = self.function in VERIFIERS
-        return f"align.rewards.verifiers:{self.function}" if verifier else self.function
 
 
 class AnnotationJudge(Config):
@@ -183,7 +159,7 @@ def _kind_of_judge(value: Any) -> str | None:
 
 JudgeConfig = Annotated[
     Annotated[str, Tag("«text»")]
-    | Annotated[FunctionJudge, Tag("«function»")]
+    | Annotated[ScoreFunction, Tag("«function»")]
     | Annotated[AnnotationJudge, Tag("«annotations»")]
     | Annotated[ServerJudge, Tag("«api»")],
     Discriminator(
@@ -213,17 +189,17 @@ def judge_name(judge: JudgeConfig) -> str:
     """The name of a judge in results and tables."""
     if isinstance(judge, str):
         return judge
-    if isinstance(judge, FunctionJudge):
-        return judge.function
+    if isinstance(judge, ScoreFunction):
+        return judge.label
     return judge.annotations if isinstance(judge, AnnotationJudge) else judge.name
 
 
-def judge_functions(judges: Judges | None) -> dict[Keys, str]:
-    """Python functions, written ``module:function``, by the key that names them."""
+def judge_functions(judges: Judges | None) -> dict[Keys, ScoreFunction]:
+    """The judges that are Python functions, by the key that names the function."""
     return {
-        (*_keys(key), "function"): judge.address
+        (*_keys(key), "function"): judge
         for key, judge in by_key(judges).items()
-        if isinstance(judge, FunctionJudge)
+        if isinstance(judge, ScoreFunction)
     }
 
 
@@ -269,6 +245,8 @@ def digest_settings(judges: Judges | None) -> Any:
     def settings(judge: JudgeConfig) -> Any:
         if isinstance(judge, ServerJudge):
             return judge.model_dump(exclude={"api": set(REQUEST_KEYS)})
+        if isinstance(judge, ScoreFunction):
+            return judge.digest_settings()
         return judge if isinstance(judge, str) else judge.model_dump()
 
     if isinstance(judges, list):

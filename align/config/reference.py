@@ -16,7 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from align.config.base import Lora, NewModel
 from align.config.data import MixtureSource
-from align.config.judges import AnnotationJudge, FunctionJudge, Server, ServerJudge
+from align.config.functions import ScoreFunction
+from align.config.judges import AnnotationJudge, Server, ServerJudge
 from align.config.stages import STAGES
 
 _INTRODUCTION = """\
@@ -43,7 +44,7 @@ _MAPPINGS: dict[type[BaseModel], str] = {
     NewModel: "new-model",
     Lora: "lora",
     MixtureSource: "mixture-entry",
-    FunctionJudge: "function-judge",
+    ScoreFunction: "score-function",
     AnnotationJudge: "annotation-judge",
     ServerJudge: "server-judge",
     Server: "server",

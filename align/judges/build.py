@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import judges as config
+from align.config.functions import ScoreFunction
 from align.config.judges import Judges
 from align.judges.annotations import People
 from align.judges.base import PairJudge, ScoreJudge
@@ -38,8 +39,8 @@ def build_judges(
 
     def build(judge: config.JudgeConfig, source: Path | str | None) -> Judge:
         name = config.judge_name(judge)
-        if isinstance(judge, config.FunctionJudge):
-            return FunctionJudge(name, judge.address)
+        if isinstance(judge, ScoreFunction):
+            return FunctionJudge(judge)
         if isinstance(judge, config.AnnotationJudge):
             return People(name, Path(judge.annotations))
         if isinstance(judge, config.ServerJudge):

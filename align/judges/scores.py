@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.config.functions import ScoreFunction
 from align.errors import DataError
 from align.judges.base import Messages, ScoreJudge
 from align.rewards import functions, gold
@@ -90,15 +91,15 @@ class FunctionJudge:
     It may return None or NaN where it has no score.
     """
 
-    def __init__(self, name: str, address: str) -> None:
-        """Import the function ``module:function``; ``name`` is what the recipe calls it.
+    def __init__(self, config: ScoreFunction) -> None:
+        """Import the function that a recipe names.
 
         Raises:
             UserError: The function cannot be imported, or has other parameters.
         """
-        self.name = name
-        self._address = address
-        self._function = functions.load_function(address)
+        self.name = config.label
+        self._config = config
+        self._function = functions.load_function(config.address)
 
     def check_prompts(self, prompts: Sequence[Messages], *, repair: str) -> None:
         """Accept any prompts."""
@@ -111,7 +112,7 @@ class FunctionJudge:
     ) -> list[float]:
         """Score each completion by the text of its last message."""
         texts = [completion[-1]["content"] for completion in completions]
-        return functions.judge(self._address, self._function, prompts, texts, columns)
+        return functions.judge(self._config, self._function, prompts, texts, columns)
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Check that the prompts' rows have the columns that the function requires.
@@ -119,7 +120,7 @@ class FunctionJudge:
         Raises:
             DataError: One is missing.
         """
-        if missing := missing_columns(self._address, columns):
+        if missing := missing_columns(self._config, columns):
             raise DataError(
                 f"{self.name}: requires the column `{missing[0]}`; the prompts have "
                 f"{', '.join(sorted(columns)) or 'no further columns'}; add it to `keep_columns` "

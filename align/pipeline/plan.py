@@ -251,9 +251,9 @@ def _file_digests(name: str, config: Stage, errors: ErrorCollector) -> dict[str,
             if digest is not None:
                 digests[key] = digest
     for function in config.reward_functions.values():
-        digest = functions.source_digest(function)
+        digest = functions.source_digest(function.address)
         if digest is not None:
-            digests[function] = digest
+            digests[function.address] = digest
     return digests
 
 

@@ -23,7 +23,7 @@ from align.data import tables as data_tables
 from align.data.annotation_files import read_annotations
 from align.data.completion_files import read_completions
 from align.errors import UserError
-from align.pipeline import token_lengths, trackers
+from align.pipeline import reward_checks, token_lengths, trackers
 from align.pipeline.model_checks import (
     check_gguf_files,
     check_hub_models,
@@ -32,10 +32,15 @@ from align.pipeline.model_checks import (
 )
 from align.pipeline.plan import PlannedStage
 from align.pipeline.quantization_checks import check_quantization, remarks
-from align.pipeline.table_checks import check_tables
+from align.pipeline.table_checks import (
+    TableCheck,
+    check_tables,
+    finished_tables,
+    no_further_check,
+)
 from align.pipeline.template_checks import check_added_tokens, check_chat_templates
+from align.rewards import functions
 from align.rewards.function_source import signature
-from align.rewards.functions import load_function
 from align.runtime import artifacts
 
 SERVER_TIMEOUT_SECONDS = 5
@@ -73,11 +78,12 @@ def examine(
     *,
     world_size: int,
     largest_source: float = math.inf,
+    further: TableCheck = no_further_check,
 ) -> Iterator[str]:
     """Make all checks that need no training library; yield a line for each result.
 
     Sources of more than ``largest_source`` bytes are not read: their rows are checked when they are
-    prepared.
+    prepared. ``further`` is one more check of prepared data.
     """
     check_writable(errors, runs)
     for check in CHECKS:
@@ -89,8 +95,9 @@ def examine(
     for folder in dict.fromkeys(target for target in inputs if isinstance(target, Path)):
         if (folder / artifacts.FILE).is_file() and data_tables.table_names(folder):
             check_tables(errors, folder, stages)
+            yield from further(errors, folder, finished_tables(folder), stages)
     read = [stage for stage in stages if _source_bytes(stage) <= largest_source]
-    yield from token_lengths.examine(errors, read)
+    yield from token_lengths.examine(errors, read, further)
 
 
 def _source_bytes(stage: PlannedStage) -> int:
@@ -156,11 +163,15 @@ def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
 
 
 def check_reward_functions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Look for each reward function in the source of its module, which is not run."""
+    """Look for each reward function in the source of its module, which is not run.
+
+    Of a built-in function, look for the package that it needs.
+    """
     for stage in pending:
         for keys, function in stage.config.reward_functions.items():
             with errors.at(stage.name, *keys):
-                signature(function)
+                functions.check_package(function)
+                signature(function.address)
 
 
 def check_servers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -229,11 +240,22 @@ CHECKS = (
 
 def check_before_training(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Make the checks of a run that run code of the recipe, or import a training library."""
-    for stage in pending:
-        for keys, function in stage.config.reward_functions.items():
-            with errors.at(stage.name, *keys):
-                load_function(function)
+    reward_checks.import_functions(errors, pending)
     check_trainer_arguments(errors, pending)
+    finished = (folder for stage in pending for folder in stage.inputs.values())
+    for folder in dict.fromkeys(finished):
+        if isinstance(folder, Path) and (folder / artifacts.FILE).is_file():
+            if data_tables.table_names(folder):
+                tables = finished_tables(folder)
+                reward_checks.call_functions(errors, folder, tables, pending)
+
+
+def check_prepared(
+    errors: ErrorCollector, folder: Path, stages: Sequence[PlannedStage]
+) -> None:
+    """Check that prepared data fit the stages that read them, and call their functions."""
+    check_tables(errors, folder, stages)
+    reward_checks.call_functions(errors, folder, finished_tables(folder), stages)
 
 
 def check_unusual_trainers(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> None:

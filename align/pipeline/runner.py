@@ -24,7 +24,6 @@ from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.model_card import write_model_card
 from align.pipeline.plan import PlannedStage, plan_stages
-from align.pipeline.table_checks import check_tables
 from align.runtime import artifacts, checkpoints, distributed, exit_codes, signals
 from align.runtime.locks import folder_lock
 from align.runtime.progress import Display, Logger
@@ -111,7 +110,7 @@ def run_recipe(
         forced = force in ("all", stage.name)
         finished.append(_run_or_reuse(stage, recipe, display, forced=forced))
         if stage.config.prepares_data:
-            _raise_errors(recipe, check_tables, stage.folder, pending)
+            _raise_errors(recipe, preflight.check_prepared, stage.folder, pending)
     seconds = round(time.monotonic() - started, 3)
     summary = RunSummary(str(recipe.path), seconds, tuple(finished), recipe.overrides)
     if distributed.is_main():
@@ -136,8 +135,10 @@ def plan_checked(
         preflight.check_finished_stages(errors, planned)
     pending = [stage for stage in planned if stage.status != "reused"]
     # A larger source is not read twice: the errors of its rows are raised when it is prepared.
-    limits = {"world_size": distributed.world_size(), "largest_source": LARGEST_SOURCE}
-    for _ in preflight.examine(errors, pending, runs, **limits):
+    world_size = distributed.world_size()
+    for _ in preflight.examine(
+        errors, pending, runs, world_size=world_size, largest_source=LARGEST_SOURCE
+    ):
         pass  # the lines are for `align check`
     errors.raise_any()
     return planned

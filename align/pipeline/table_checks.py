@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,35 @@ class PreparedTables:
         return [prompt[-1]["content"] for prompt in values]
 
 
+TableCheck = Callable[
+    [ErrorCollector, Path, PreparedTables, Sequence[PlannedStage]], Iterator[str]
+]
+"""A further check of prepared data: it collects errors and yields lines."""
+
+
+def no_further_check(
+    errors: ErrorCollector, data: Path, tables: PreparedTables, pending: Sequence[PlannedStage]
+) -> Iterator[str]:
+    """Check nothing."""
+    yield from ()
+
+
 def check_tables(errors: ErrorCollector, data: Path, pending: Sequence[PlannedStage]) -> None:
     """Check that finished prepared data have the tables and columns of pending stages."""
 
+    check_contents(errors, data, finished_tables(data), pending)
+
+
+def finished_tables(data: Path) -> PreparedTables:
+    """The tables of finished prepared data."""
     def column(kind: str, split: str, name: str) -> list[Any]:
         return [row[name] for row in data_tables.read(data, kind, split, columns=[name])]
 
-    tables = PreparedTables(
+    return PreparedTables(
         set(data_tables.table_names(data)),
         column,
         lambda kind, split: data_tables.column_names(data, kind, split),
     )
-    check_contents(errors, data, tables, pending)
 
 
 def check_contents(
@@ -111,16 +128,16 @@ def _check_columns(errors: ErrorCollector, stage: PlannedStage, tables: Prepared
         exists = table.name in tables.names
         if exists and column not in tables.columns(table.kind, table.split):
             errors.add((stage.name, key), f"{table.name} has no column `{column}`; remove this key")
-    for keys, function in stage.config.reward_functions.items():
+    for keys, config in stage.config.reward_functions.items():
         if "prompts-train" not in tables.names:
             continue  # reported as a missing table
         columns, missing = tables.columns("prompts", "train"), list[str]()
         with contextlib.suppress(UserError):  # a missing function is reported elsewhere
-            missing = missing_columns(function, columns)
+            missing = missing_columns(config, columns)
         for column in missing:
             errors.add(
                 (stage.name, *keys),
-                f"{function} requires the column `{column}`, and the prompts have "
+                f"{config.function} requires the column `{column}`, and the prompts have "
                 f"{', '.join(columns)}; add it to `keep_columns` of the `prepare` stage",
             )
 

@@ -22,7 +22,7 @@ from align.models.conversations import MISSING_END_REPAIR, trained_turns
 from align.pipeline import row_tokens, template_checks
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Counts, Sequences, Tables, TokenizedModel
-from align.pipeline.table_checks import PreparedTables, check_contents
+from align.pipeline.table_checks import PreparedTables, TableCheck, check_contents
 from align.training import row_limits
 
 MAX_LENGTH = "trainer.max_length: "
@@ -38,8 +38,15 @@ class Lost:
     """The count and the reason in words."""
 
 
-def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[str]:
-    """Prepare the data in memory and count the tokens of training stages; yield lines."""
+def examine(
+    errors: ErrorCollector,
+    stages: Sequence[PlannedStage],
+    check_tables: TableCheck,
+) -> Iterator[str]:
+    """Prepare the data in memory and count the tokens of training stages; yield lines.
+
+    ``check_tables`` makes further checks of the tables, and yields lines as well.
+    """
     tables: dict[Path, Tables] = {}
     models = row_tokens.unconverted(stages)
     files = {d: file for stage in stages for d, file in stage.gguf_files.items() if d in models}
@@ -51,7 +58,7 @@ def examine(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> Iterator[
     for stage in stages:
         if stage.config.prepares_data:
             with errors.at(stage.name):
-                yield from _prepared_lines(stage, stages, tables, errors)
+                yield from _prepared_lines(stage, stages, tables, errors, check_tables)
         elif isinstance(stage.config, TRLStage):
             yield from _stage_lines(errors, stage, stage.config, tables, models)
         else:
@@ -133,6 +140,7 @@ def _prepared_lines(
     stages: Sequence[PlannedStage],
     tables: dict[Path, Tables],
     errors: ErrorCollector,
+    check_tables: TableCheck,
 ) -> Iterator[str]:
     """Prepare the data of one stage in memory; its counts, dropped rows and warnings."""
     read = [s for s in stage.config.external_sources() if s.split]
@@ -165,6 +173,7 @@ def _prepared_lines(
         lambda kind, split: next(iter(in_memory[kind][split]), {}),
     )
     check_contents(errors, stage.folder, contents, stages)
+    yield from check_tables(errors, stage.folder, contents, stages)
 
 
 def _length_line(name: str, counts: Counts, config: TRLStage, rows: int) -> str:

@@ -1,7 +1,7 @@
-"""What is known of a reward function from its source, without running it, for ``align check``.
+"""What is known of a reward function from its source, without running it, before a launch.
 
 A name that the source does not decide, such as one from ``import *`` or below a decorator, is
-accepted here: a run imports the function before anything is trained.
+accepted here: ``align check`` and a run import the function before anything is trained.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from align.config.functions import ScoreFunction
 from align.errors import UserError, did_you_mean
-from align.rewards.functions import SEARCHED, check_parameters, function_file, load_function
+from align.rewards.functions import NAMED, SEARCHED, check_parameters, function_file, load_function
 
 DYNAMIC = {"__getattr__", "globals", "exec", "setattr", "*"}
 """Names whose use means that a module may define more than its source shows."""
-
-
-NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +29,16 @@ class Signature:
     required: tuple[str, ...]
 
 
-def missing_columns(name: str, columns: Collection[str]) -> list[str]:
-    """Required parameters of a function that are not among ``columns``, as far as is known.
+def missing_columns(function: ScoreFunction, columns: Collection[str]) -> list[str]:
+    """Columns that a function requires and the prompts lack, as far as is known.
+
+    ``columns`` are those of the prompts.
 
     Raises:
         UserError: There is no such reward function.
     """
-    known = signature(name)
-    given = {"prompts", "completions", *columns}
-    return [each for each in known.required if each not in given] if known else []
+    known = signature(function.address)
+    return list(function.missing_columns(known.required if known else (), columns))
 
 
 def signature(name: str) -> Signature | None:

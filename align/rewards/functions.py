@@ -8,46 +8,30 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-import logging
 import math
-import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.machinery import all_suffixes
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.functions import ScoreFunction
 from align.errors import UserError, counted
-from align.runtime import artifacts, signals
+from align.rewards.containment import contained, working_directory_on_path
+from align.runtime import artifacts
 
 if TYPE_CHECKING:
     from align.models.tokenization import Message
 
-LOGGER = logging.getLogger("align.rewards")
 Score = Callable[..., Sequence[float | None]]
 LARGEST_SCORE = 1e15
 """Squares of larger scores, summed over a batch, could overflow single precision."""
-SECONDS_UNTIL_WARNING = 120.0
+SECONDS = 600.0
+"""Longest time of an import or a call, if the recipe sets no other."""
 SEARCHED = "modules are searched in the working directory and in installed packages"
-
-
-@contextlib.contextmanager
-def _watched(name: str) -> Iterator[None]:
-    """Log a warning if a reward function does not return, because a run would only seem to stop."""
-    message = "%s: the reward function has not returned after %.0f seconds; the run waits for it"
-    timer = threading.Timer(
-        SECONDS_UNTIL_WARNING, LOGGER.warning, (message, name, SECONDS_UNTIL_WARNING)
-    )
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def load_function(name: str) -> Score:
@@ -61,7 +45,8 @@ def load_function(name: str) -> Score:
         UserError: The module or function cannot be imported, or has other parameters.
     """
     module, _, attribute = name.partition(":")
-    with _working_directory_on_path(), _contained(f"{name}: cannot be imported", SEARCHED):
+    place = f"{name}: cannot be imported"
+    with working_directory_on_path(), contained(place, SEARCHED, seconds=SECONDS):
         function = getattr(importlib.import_module(module), attribute)
     if not callable(function) or inspect.iscoroutinefunction(function):
         kind = "async function" if callable(function) else type(function).__name__
@@ -86,6 +71,19 @@ def check_parameters(name: str, parameters: Collection[str]) -> None:
         )
 
 
+def check_package(config: ScoreFunction) -> None:
+    """Check that the package that a built-in function needs is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if config.package is not None and importlib.util.find_spec(config.package[0]) is None:
+        module, requirement = config.package
+        raise UserError(
+            f"{config.function}: {module} is not installed: pip install {requirement}"
+        )
+
+
 def function_file(name: str) -> Path | None:
     """The file of ``module:function``; None if there is none. Nothing is imported."""
     module = name.partition(":")[0]
@@ -93,7 +91,7 @@ def function_file(name: str) -> Path | None:
         file = getattr(sys.modules[module], "__file__", None)
         return Path(file) if file else None
     package, *below = module.split(".")
-    with _working_directory_on_path():
+    with working_directory_on_path():
         try:
             spec = importlib.util.find_spec(package)  # of `a.b`, it would import `a`
         except (ValueError, AttributeError):
@@ -127,9 +125,31 @@ def source_digest(name: str) -> str | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Completions that a function scores: one prompt, text and value of each column a row."""
+
+    prompts: Sequence[Sequence[Message]]
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def row(self, i: int) -> ScoredRows:
+        """One of the rows."""
+        columns = {key: [values[i]] for key, values in self.columns.items()}
+        return ScoredRows([self.prompts[i]], [self.completions[i]], columns)
+
+    def place(self, i: int) -> str:
+        """The completion of a row, for error messages."""
+        prompt = self.prompts[i][-1].get("content") if self.prompts[i] else ""
+        return f"{self.completions[i]!r:.80} (row {i + 1} of {len(self)}, prompt {prompt!r:.80})"
+
+
 def call(
-    name: str,
-    score: Score,
+    config: ScoreFunction,
+    function: Score,
     prompts: Sequence[Sequence[Message]],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
@@ -139,16 +159,14 @@ def call(
     Raises:
         UserError: The function returns anything else.
     """
-    result = _returned(name, score, prompts, completions, columns)
-    return [
-        _number(name, value, completion)
-        for value, completion in zip(result, completions, strict=True)
-    ]
+    rows = ScoredRows(prompts, completions, config.columns(columns, len(completions)))
+    result = _returned(config, function, rows)
+    return [_number(config.function, value, rows.place(i)) for i, value in enumerate(result)]
 
 
 def judge(
-    name: str,
-    score: Score,
+    config: ScoreFunction,
+    function: Score,
     prompts: Sequence[Sequence[Message]],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
@@ -158,10 +176,10 @@ def judge(
     Raises:
         UserError: The function returns anything else but numbers.
     """
-    result = _returned(name, score, prompts, completions, columns)
+    rows = ScoredRows(prompts, completions, config.columns(columns, len(completions)))
     return [
-        math.nan if _is_missing(value) else _number(name, value, completion)
-        for value, completion in zip(result, completions, strict=True)
+        math.nan if _is_missing(value) else _number(config.function, value, rows.place(i))
+        for i, value in enumerate(_returned(config, function, rows))
     ]
 
 
@@ -170,47 +188,65 @@ def _is_missing(value: object) -> bool:
     return value is None or bool(getattr(value, "shape", ()) == () and value != value)
 
 
-def _returned(
-    name: str,
-    score: Score,
-    prompts: Sequence[Sequence[Message]],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> Sequence[object]:
+def _returned(config: ScoreFunction, function: Score, rows: ScoredRows) -> Sequence[object]:
     """What a function returns: one value per completion."""
-    parameters = inspect.signature(score).parameters
+    try:
+        return _called(config.function, function, rows, config.timeout_seconds)
+    except UserError as error:
+        raise UserError(f"{error}{_failing_row(config, function, rows)}") from error
+
+
+def _failing_row(config: ScoreFunction, function: Score, rows: ScoredRows) -> str:
+    """The first row that fails alone, for the end of an error message.
+
+    A row has its share of the time limit, at least one second.
+    """
+    if len(rows) == 1:
+        return f"; it failed with {rows.place(0)}"
+    seconds = max(1.0, config.timeout_seconds / max(len(rows), 1))
+    for i in range(len(rows)):
+        try:
+            _called(config.function, function, rows.row(i), seconds)
+        except UserError:
+            return f"; it fails with {rows.place(i)}"
+    return f"; it fails with {counted(len(rows), 'row')} together and with none of them alone"
+
+
+def _called(name: str, function: Score, rows: ScoredRows, seconds: float) -> Sequence[object]:
+    """What one call of a function returns: a list with one value per completion."""
+    parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     # Copies: the function may change its arguments.
-    options = {key: list(v) for key, v in columns.items() if takes_all or key in parameters}
-    messages = [[{**message} for message in prompt] for prompt in prompts]
-    with _contained(f"{name}: failed", "a reward function must return"), _watched(name):
-        result = score(prompts=messages, completions=list(completions), **options)
-    if hasattr(result, "tolist"):  # an array or a tensor
-        result = result.tolist()
+    options = {k: list(v) for k, v in rows.columns.items() if takes_all or k in parameters}
+    messages = [[{**message} for message in prompt] for prompt in rows.prompts]
+    with contained(f"{name}: failed", "a reward function must return", seconds=seconds):
+        result = function(prompts=messages, completions=list(rows.completions), **options)
+        if hasattr(result, "tolist"):  # an array or a tensor
+            result = result.tolist()
     if not isinstance(result, list | tuple):
         raise UserError(
             f"{name}: expected a list of numbers, got {_shown(result)}; return a list of numbers"
         )
-    if len(result) != len(completions):
+    if len(result) != len(rows):
         raise UserError(
             f"{name}: {counted(len(result), 'score')} for"
-            f" {counted(len(completions), 'completion')}; return one for each"
+            f" {counted(len(rows), 'completion')}; return one for each"
         )
     return result
 
 
-def _number(name: str, value: object, completion: str) -> float:
+def _number(name: str, value: object, place: str) -> float:
     """A score as a number that is finite in single precision, as the policy is trained on it."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # of an array or a tensor
     if value is None:
         raise UserError(
-            f"{name}: the score of {completion!r:.80} is None; a reward is a number for every "
+            f"{name}: the score of {place} is None; a reward is a number for every "
             "completion, so a verifier needs a usable reference answer in every row"
         )
     if not isinstance(value, Real):
         raise UserError(
-            f"{name}: the score of {completion!r:.80} is {_shown(value)}; return a list of numbers"
+            f"{name}: the score of {place} is {_shown(value)}; return a list of numbers"
         )
     try:
         number = float(value)
@@ -218,7 +254,7 @@ def _number(name: str, value: object, completion: str) -> float:
         number = math.inf
     if not abs(number) <= LARGEST_SCORE:  # true for NaN
         raise UserError(
-            f"{name}: the score of {completion!r:.80} is {number}; scores must be finite, at most "
+            f"{name}: the score of {place} is {number}; scores must be finite, at most "
             f"{LARGEST_SCORE:g} in size"
         )
     return number
@@ -227,49 +263,3 @@ def _number(name: str, value: object, completion: str) -> float:
 def _shown(value: object) -> str:
     return "None" if value is None else f"{type(value).__name__} {value!r:.80}"
 
-
-class _ExitError(Exception):
-    """The function would have ended the process."""
-
-
-@contextlib.contextmanager
-def _contained(place: str, repair: str) -> Iterator[None]:
-    """Turn whatever the user's code does instead of returning into a ``UserError``.
-
-    It may raise anything, exit, or change the working directory, on which relative paths depend.
-    """
-    process, directory, exit_process = os.getpid(), Path.cwd(), os._exit
-
-    def refuse(status: int) -> None:
-        if os.getpid() != process:
-            exit_process(status)  # a process that the user's code has forked
-        raise _ExitError(f"os._exit({status})")
-
-    os._exit = refuse  # type: ignore[assignment]
-    try:
-        yield
-    except signals.Interrupted:
-        raise
-    except BaseException as error:
-        pressed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if isinstance(error, KeyboardInterrupt) and pressed:
-            raise  # Ctrl-C in a program that uses the Python API
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].removeprefix(
-            "_ExitError: "
-        )
-        where = f" (line {frame.lineno} of {frame.filename})" if frame.lineno else ""
-        raise UserError(f"{place}: {reason}{where}; {repair}") from error
-    finally:
-        os._exit = exit_process
-        os.chdir(directory)
-
-
-@contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before

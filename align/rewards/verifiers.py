@@ -1,18 +1,20 @@
-"""Scores of completions that are computed exactly: math, patterns, JSON schemas, lengths, words.
+"""Built-in scores of completions: numbers, math, patterns, JSON schemas, lengths, words, sentiment.
 
-Each is a reward function: a recipe names it as ``{function: math}`` in ``judge``, or as
-``align.rewards.verifiers:math`` in ``rewards`` of ``ppo``. It compares the completion with the
-column ``answer`` of its prompt's row (add it to ``keep_columns`` of the ``prepare`` stage) and
-returns 1 where the completion passes, else 0. It returns None, which is a missing verdict of a
-judge and an error as a reward, where the row has no usable answer. Imports no heavy library.
+Each is a reward function, which a recipe names by its short name (:mod:`align.config.functions`).
+All but ``sentiment`` compare the completion with the answer of its prompt, by default the column
+``answer`` (add it to ``keep_columns`` of the ``prepare`` stage), and return 1 where the completion
+passes, else 0. They return None, which is a missing verdict of a judge and an error as a reward,
+where the answer is not usable. Optional packages are imported by the functions that need them.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache, lru_cache
 from typing import Any
 
 Scores = list[float | None]
@@ -30,23 +32,73 @@ _MARKED = (
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
-def math(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
+_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
+"""What encloses an expression in LaTeX."""
+SECONDS_PER_EXPRESSION = 5
+"""Longest time to read or to compare an expression; one that takes longer does not pass."""
+
+
+def number(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
     r"""Whether the final number of a completion equals that of the reference answer, exactly.
 
     The final answer follows ``####``, or is in ``\boxed{}``; without a mark, it is the last number
     of the text. Numbers may have signs, decimals, thousands separators, a percent sign, and one
     fraction bar; ``1/2`` equals ``0.5``. Left out: algebra, units, words for numbers.
 
-    >>> math([], ["so 3 * 14 = 42.", "#### 1,000"], ["42", "#### 1000"])
+    >>> number([], ["so 3 * 14 = 42.", "#### 1,000"], ["42", "#### 1000"])
     [1.0, 1.0]
-    >>> math([], [r"\boxed{\frac{1}{2}}", "41"], ["0.5", "42"])
+    >>> number([], [r"\boxed{\frac{1}{2}}", "41"], ["0.5", "42"])
     [1.0, 0.0]
     """
     expected = [None if each is None else final_number(str(each)) for each in answer]
     return [
-        None if number is None else float(final_number(text) == number)
-        for text, number in zip(completions, expected, strict=True)
+        None if each is None else float(final_number(text) == each)
+        for text, each in zip(completions, expected, strict=True)
     ]
+
+
+def math(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any]) -> Scores:
+    r"""Whether the final expression of a completion equals that of the answer, by math-verify.
+
+    Numbers are compared to six decimals, expressions by algebra. The final expression follows
+    ``####`` or is in ``\boxed{}``; without a mark, it is the last one in LaTeX, or the last number.
+    An answer without LaTeX delimiters is read as LaTeX as a whole.
+
+    >>> math([], [r"\boxed{(x-1)(x+1)}", "so x = 2"], ["x^2-1", "3"])
+    [1.0, 0.0]
+    """
+    from math_verify import verify
+
+    expected = [_expressions(_as_latex(str(each))) if each is not None else () for each in answer]
+    seconds = _seconds_per_expression()
+    return [
+        float(verify([*gold], [*_expressions(text)], timeout_seconds=seconds)) if gold else None
+        for text, gold in zip(completions, expected, strict=True)
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _expressions(text: str) -> tuple[Any, ...]:
+    """The final expression of a text, and its source; empty if there is none."""
+    from math_verify import parse
+
+    marked = list(_MARKED[0].finditer(text))
+    found = parse(
+        marked[-1][1] if marked else text, parsing_timeout=_seconds_per_expression() or 0
+    )
+    return tuple(found) if any(not isinstance(each, str) for each in found) else ()
+
+
+def _as_latex(answer: str) -> str:
+    marked = list(_MARKED[0].finditer(answer))
+    answer = marked[-1][1] if marked else answer
+    return answer if _DELIMITED.search(answer) else f"${answer.strip()}$"
+
+
+def _seconds_per_expression() -> int | None:
+    """The limit of math-verify, which sets an alarm; only the main thread can."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return SECONDS_PER_EXPRESSION if in_main_thread else None
 
 
 def final_number(text: str) -> Fraction | None:
@@ -130,8 +182,8 @@ def length(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[
 
 
 def _whole_number(text: str) -> int | None:
-    number = final_number(text)
-    return int(number) if number is not None and number.denominator == 1 else None
+    value = final_number(text)
+    return int(value) if value is not None and value.denominator == 1 else None
 
 
 def json_schema(
@@ -139,8 +191,8 @@ def json_schema(
 ) -> Scores:
     """Whether a completion is JSON that is valid under the schema in ``answer``.
 
-    The schema is a mapping, or JSON as text. The JSON may be inside a Markdown fence. Schemas are
-    checked with the package jsonschema; ``{}`` requires valid JSON only and needs no package.
+    The schema is a mapping, or JSON as text; ``{}`` accepts all JSON. The JSON may be inside a
+    Markdown fence. Schemas are checked with the package jsonschema.
 
     >>> json_schema([], ['{"a": 1}', "a: 1"], ["{}", "{}"])
     [1.0, 0.0]
@@ -158,8 +210,8 @@ def _schema(answer: Any) -> Any:
             answer = json.loads(answer)
         except (ValueError, RecursionError):
             return None
-    if not answer or not isinstance(answer, dict):
-        return answer if isinstance(answer, dict | bool) else None
+    if not isinstance(answer, dict | bool):
+        return None
     from jsonschema import Draft202012Validator, SchemaError
 
     try:
@@ -175,8 +227,26 @@ def _is_valid(text: str, schema: Any) -> bool:
         value = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return False
-    if schema == {}:
-        return True
     from jsonschema import Draft202012Validator
 
     return bool(Draft202012Validator(schema).is_valid(value))
+
+
+def sentiment(prompts: Sequence[Any], completions: Sequence[str]) -> Scores:
+    """How positive a completion is, from -1 to 1: the compound score of VADER.
+
+    VADER adds up the valence of words from a lexicon, with rules for negation, emphasis and
+    punctuation; it reads English. Source: Hutto and Gilbert 2014, ICWSM.
+
+    >>> sentiment([], ["The film is wonderful!", "The film is boring."])
+    [0.6114, -0.3182]
+    """
+    analyzer = _sentiment_analyzer()
+    return [analyzer.polarity_scores(text)["compound"] for text in completions]
+
+
+@cache
+def _sentiment_analyzer() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()

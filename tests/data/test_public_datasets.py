@@ -92,7 +92,7 @@ def test_gsm8k_gives_demonstrations_whose_answer_is_kept_for_the_verifier():
     assert [turn["content"] for turn in row["prompt"]] == [PENS]
     assert row["completion"][0]["content"] == "3 boxes of 4 are 3*4=12 pens.\n#### 12"
     (prompt,) = prepared.tables()["prompts"]["train"]
-    assert verifiers.math([], ["It is 12.", "#### 7"], [prompt["answer"]] * 2) == [1.0, 0.0]
+    assert verifiers.number([], ["It is 12.", "#### 7"], [prompt["answer"]] * 2) == [1.0, 0.0]
     assert prepared.dropped == {"demonstrations: no final answer behind ####": 1}
 
 
@@ -105,7 +105,7 @@ def test_labeled_solutions_keep_the_reference_answer_for_the_verifier():
     assert prompt["ground_truth"] == "3*4=<<3*4=12>>12\nA: 12"
     (pair,) = prepared.tables()["pairs"]["train"]  # best against worst, without the catalog
     sides = [pair[side][0]["content"] for side in ("chosen", "rejected")]
-    assert verifiers.math([], sides, [prompt["answer"]] * 2) == [1.0, 0.0]
+    assert verifiers.number([], sides, [prompt["answer"]] * 2) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_real_labeled_solutions_give_2429_pairs_that_the_verifier_agrees_wit
     references = [answers[pair["prompt_id"]] for pair in pairs]
     for side, is_correct in (("chosen", 1.0), ("rejected", 0.0)):
         texts = [pair[side][0]["content"] for pair in pairs]
-        assert verifiers.math([], texts, references) == [is_correct] * len(pairs)
+        assert verifiers.number([], texts, references) == [is_correct] * len(pairs)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no copy of GSM8K beside the checkout")

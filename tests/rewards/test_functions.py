@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from align.config.functions import ScoreFunction
 from align.errors import UserError
-from align.rewards import function_source, functions
+from align.rewards import containment, function_source, functions
 from align.runtime import signals
+
+MINE = ScoreFunction(function="mine:f")
 
 
 @pytest.fixture
@@ -58,9 +61,9 @@ def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
     [
         ("None", "expected a list of numbers, got None"),
         ("[None]", "is None; a reward is a number"),
-        ("['1']", "the score of 'a' is str '1'; return a list of numbers"),
-        ("[[1.0]]", "the score of 'a' is list"),
-        ("[1j]", "the score of 'a' is complex 1j"),
+        ("['1']", "the score of 'a' \\(row 1 of 1, prompt ''\\) is str '1'; return a list of numbers"),
+        ("[[1.0]]", "the score of 'a' \\(row 1 of 1, prompt ''\\) is list"),
+        ("[1j]", "the score of 'a' \\(row 1 of 1, prompt ''\\) is complex 1j"),
         ("'1'", "expected a list of numbers, got str '1'"),
         ("{1.0: 'a'}", "expected a list of numbers, got dict"),
         ("{1.0}", "expected a list of numbers, got set"),
@@ -72,7 +75,7 @@ def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
         ("[-float('inf')]", "scores must be finite"),
         ("[1e300]", "scores must be finite, at most 1e\\+15"),
         ("[10**400]", "scores must be finite"),
-        ("torch.tensor([[1.0]])", "the score of 'a' is list"),
+        ("torch.tensor([[1.0]])", "the score of 'a' \\(row 1 of 1, prompt ''\\) is list"),
         ("torch.tensor([float('nan')])", "scores must be finite"),
     ],
 )
@@ -80,7 +83,7 @@ def test_the_scores_of_a_reward_function_are_checked(module: Any, scores: str, m
     module(f"import torch\ndef f(prompts, completions): return {scores}")
     function = functions.load_function("mine:f")
     with pytest.raises(UserError, match=message) as raised:
-        functions.call("mine:f", function, [[]], ["a"], {"prompt_id": ["1"]})
+        functions.call(MINE, function, [[]], ["a"], {"prompt_id": ["1"]})
     assert len(raised.value.lines) == 1
 
 
@@ -94,7 +97,7 @@ def test_the_scores_of_a_reward_function_are_checked(module: Any, scores: str, m
 def test_numbers_of_any_library_are_scores(module: Any, scores: str):
     module(f"import numpy, torch\nfrom fractions import Fraction\ndef f(prompts, completions): return {scores}")  # fmt: skip
     function = functions.load_function("mine:f")
-    assert functions.call("mine:f", function, [[]], ["a"], {}) == [1.0]
+    assert functions.call(MINE, function, [[]], ["a"], {}) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +106,10 @@ def test_numbers_of_any_library_are_scores(module: Any, scores: str):
 def test_a_judge_may_have_no_score(module: Any, missing: str):
     module(f"import numpy, torch\ndef f(prompts, completions): return [{missing}, 1]")
     function = functions.load_function("mine:f")
-    scores = functions.judge("mine:f", function, [[], []], ["a", "b"], {})
+    scores = functions.judge(MINE, function, [[], []], ["a", "b"], {})
     assert math.isnan(scores[0]) and scores[1] == 1.0
     with pytest.raises(UserError):
-        functions.call("mine:f", function, [[], []], ["a", "b"], {})
+        functions.call(MINE, function, [[], []], ["a", "b"], {})
 
 
 @pytest.mark.parametrize(
@@ -123,12 +126,12 @@ def test_a_judge_may_have_no_score(module: Any, missing: str):
 def test_a_reward_function_that_raises_or_exits_is_an_error_of_one_line(
     module: Any, monkeypatch: pytest.MonkeyPatch, body: str, message: str
 ):
-    monkeypatch.setattr(functions.signal, "getsignal", lambda number: "the handler of a run")
+    monkeypatch.setattr(containment.signal, "getsignal", lambda number: "the handler of a run")
     module(f"import os, sys\ndef f(prompts, completions):\n    {body}")
     function = functions.load_function("mine:f")
     exit_process = os._exit
     with pytest.raises(UserError, match=f"^mine:f: {message}") as raised:
-        functions.call("mine:f", function, [[]], ["a"], {})
+        functions.call(MINE, function, [[]], ["a"], {})
     assert len(raised.value.lines) == 1
     assert os._exit is exit_process
 
@@ -136,25 +139,74 @@ def test_a_reward_function_that_raises_or_exits_is_an_error_of_one_line(
 def test_a_reward_function_that_does_not_return_is_named_in_the_log(
     module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(functions, "SECONDS_UNTIL_WARNING", 0.01)
+    monkeypatch.setattr(containment, "SECONDS_UNTIL_WARNING", 0.01)
     module("import time\ndef f(prompts, completions):\n    time.sleep(0.1)\n    return [1.0]")
     function = functions.load_function("mine:f")
-    assert functions.call("mine:f", function, [[]], ["a"], {}) == [1.0]
-    assert "mine:f: the reward function has not returned after 0 seconds" in caplog.text
+    assert functions.call(MINE, function, [[]], ["a"], {}) == [1.0]
+    assert "mine:f: failed: not returned after 0 seconds; the run waits" in caplog.text
     caplog.clear()
     module("def f(prompts, completions): return [1.0]")
-    functions.call("mine:f", functions.load_function("mine:f"), [[]], ["a"], {})
+    functions.call(MINE, functions.load_function("mine:f"), [[]], ["a"], {})
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("while True: pass", id="a loop"),
+        pytest.param("time.sleep(30)", id="a wait"),
+        pytest.param("re.match('(a|a)*b', 'a' * 60)", id="a regular expression"),
+        pytest.param(
+            "for _ in range(2):\n        try: time.sleep(30)\n        except BaseException: pass",
+            id="it catches the interruption once",
+        ),
+    ],
+)
+def test_a_function_that_does_not_return_in_time_ends_with_its_line_and_row(
+    module: Any, monkeypatch: pytest.MonkeyPatch, body: str
+):
+    monkeypatch.setattr(containment, "SECONDS_BETWEEN_ATTEMPTS", 0.02)
+    module(f"import re, time\ndef f(prompts, completions):\n    {body}\n    return [1.0]")
+    config = ScoreFunction(function="mine:f", timeout_seconds=0.05)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError) as raised:
+        functions.call(config, functions.load_function("mine:f"), [[]], ["a"], {})
+    (line,) = raised.value.lines
+    assert line.startswith("mine:f: failed: not returned after 0.05 seconds (line ")
+    assert line.endswith(
+        ".py); raise `timeout_seconds` if it needs longer; it failed with 'a' (row 1 of 1, prompt '')"
+    )
+    assert signal.getsignal(signal.SIGVTALRM) is before
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "row"),
+    [
+        ("return [1 / len(text) for text in completions]", "failed: ZeroDivisionError", "fails with '' (row 3 of 4, prompt 'c')"),
+        ("return [0.0 for text in completions if text]", "3 scores for 4 completions", "fails with '' (row 3 of 4, prompt 'c')"),
+        ("sys.exit(len(completions))" , "failed: SystemExit: 4", "fails with 'x' (row 1 of 4, prompt 'a')"),
+        ("return [0.0, 0.0, None, 0.0]", "is None; a reward is a number", "the score of '' (row 3 of 4, prompt 'c')"),
+        ("return [0.0] * len(completions) if len(completions) < 3 else 'four'", "got str 'four'", "fails with 4 rows together and with none of them alone"),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_row_that_causes_it(module: Any, body: str, message: str, row: str):
+    module(f"import sys\ndef f(prompts, completions):\n    {body}")
+    prompts: Any = [[{"role": "user", "content": each}] for each in "abcd"]
+    with pytest.raises(UserError) as raised:
+        functions.call(MINE, functions.load_function("mine:f"), prompts, ["x", "xx", "", "y"], {})
+    (line,) = raised.value.lines
+    assert message in line
+    assert row in line
 
 
 def test_signals_pass_through_a_reward_function(module: Any, monkeypatch: pytest.MonkeyPatch):
     module("def f(prompts, completions): raise completions[0]")
     function = functions.load_function("mine:f")
     with pytest.raises(signals.Interrupted):
-        functions.call("mine:f", function, [[]], [signals.Interrupted()], {})  # type: ignore[list-item]
-    monkeypatch.setattr(functions.signal, "getsignal", lambda number: signal.default_int_handler)
+        functions.call(MINE, function, [[]], [signals.Interrupted()], {})  # type: ignore[list-item]
+    monkeypatch.setattr(containment.signal, "getsignal", lambda number: signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
-        functions.call("mine:f", function, [[]], [KeyboardInterrupt()], {})  # type: ignore[list-item]
+        functions.call(MINE, function, [[]], [KeyboardInterrupt()], {})  # type: ignore[list-item]
 
 
 def test_a_reward_function_changes_neither_its_arguments_nor_the_working_directory(
@@ -169,7 +221,7 @@ def test_a_reward_function_changes_neither_its_arguments_nor_the_working_directo
     )
     prompts, completions, columns = [[{"role": "user", "content": "a"}]], ["b"], {"level": ["c"]}
     function = functions.load_function("mine:f")
-    functions.call("mine:f", function, prompts, completions, columns)
+    functions.call(MINE, function, prompts, completions, columns)
     assert (prompts, completions) == ([[{"role": "user", "content": "a"}]], ["b"])
     assert columns == {"level": ["c"]}
     assert Path.cwd() == tmp_path
@@ -243,12 +295,29 @@ def test_a_module_that_does_not_exist_is_known_without_an_import(module: Any):
         function_source.signature("json:loads")
 
 
+def test_the_answer_of_a_function_is_a_column_of_any_name_or_a_constant(module: Any):
+    module("def f(prompts, completions, answer): return [len(each) for each in answer]")
+    function = functions.load_function("mine:f")
+    columns = {"prompt_id": ["1", "2"], "key": ["abc", "d"]}
+    arguments = ([[], []], ["x", "y"], columns)
+    named = ScoreFunction(function="mine:f", answer_column="key")
+    assert functions.call(named, function, *arguments) == [3, 1]
+    constant = ScoreFunction(function="mine:f", answer="ab")
+    assert functions.call(constant, function, *arguments) == [2, 2]
+    assert function_source.missing_columns(named, ["prompt_id"]) == ["key"]
+    assert function_source.missing_columns(named, ["key"]) == []
+    assert function_source.missing_columns(constant, []) == []
+    assert function_source.missing_columns(MINE, ["key"]) == ["answer"]
+    with pytest.raises(ValueError, match="`answer` and `answer_column` both set"):
+        ScoreFunction(function="mine:f", answer="a", answer_column="b")
+
+
 def test_missing_columns_of_a_reward_function_are_reported_before_training(
     module: Any, tmp_path: Path, launch: Any
 ):
     module("def f(prompts, completions, answer, level=1, **columns): return [0.0]")
-    assert function_source.missing_columns("mine:f", ["prompt_id"]) == ["answer"]
-    assert function_source.missing_columns("mine:f", ["prompt_id", "answer"]) == []
+    assert function_source.missing_columns(MINE, ["prompt_id"]) == ["answer"]
+    assert function_source.missing_columns(MINE, ["prompt_id", "answer"]) == []
     (tmp_path / "recipe.yaml").write_text(
         "stages:\n"
         "  prepare: {source: embedded, max_rows: 40}\n"

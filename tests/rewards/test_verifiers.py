@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
 from math import isnan
 
 import pytest
 
-from align.config.judges import VERIFIERS
+from align.config.functions import BUILT_IN, ScoreFunction
 from align.errors import UserError
 from align.models.tokenization import Message
 from align.rewards import functions, verifiers
@@ -35,9 +36,52 @@ def test_the_final_number_of_a_text(text: str, number: Fraction | None):
     assert verifiers.final_number(text) == number
 
 
-def test_math_is_exact():
+def test_numbers_are_exact():
     texts = ["0.1", "1/3", "0.3333333333333333", "42.0", "forty-two"]
-    assert verifiers.math([], texts, ["1/10", "1/3", "1/3", 42, "42"]) == [1, 1, 0, 1, 0]
+    assert verifiers.number([], texts, ["1/10", "1/3", "1/3", 42, "42"]) == [1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "passes"),
+    [
+        pytest.param("5+7=12\n#### 12", "so 12\n#### 12", 1, id="GSM8K"),
+        pytest.param("3, or rather\n#### 4", "#### 3", 0, id="only the marked part"),
+        pytest.param(r"\boxed{\frac{2}{4}}", "0.5", 1, id="fraction"),
+        pytest.param("0.3333333333", r"\frac{1}{3}", 1, id="six decimals"),
+        pytest.param("0.33", r"\frac{1}{3}", 0, id="two decimals"),
+        pytest.param(r"$\sqrt{8}$", r"2\sqrt{2}", 1, id="roots"),
+        pytest.param("$(x-1)(x+1)$", "x^2-1", 1, id="algebra"),
+        pytest.param("$x = 3$", "3", 1, id="solved for a variable"),
+        pytest.param(r"$\{2, 1\}$", r"\{1, 2\}", 1, id="a set has no order"),
+        pytest.param("$(1, 2)$", "(2, 1)", 0, id="a tuple has one"),
+        pytest.param("x^2-1", "x^2-1", 0, id="an expression without delimiters in a text"),
+        pytest.param("", "3", 0, id="nothing"),
+    ],
+)
+def test_math_is_equality_of_expressions(text: str, answer: str, passes: float):
+    pytest.importorskip("math_verify")
+    assert verifiers.math([], [text], [answer]) == [passes]
+
+
+def test_math_works_outside_of_the_main_thread():
+    pytest.importorskip("math_verify")
+    results: list[object] = []
+    thread = threading.Thread(
+        target=lambda: results.append(verifiers.math([], ["$7$", "8"], ["7", "7.5"]))
+    )
+    thread.start()
+    thread.join()
+    assert results == [[1.0, 0.0]]
+
+
+def test_sentiment_is_the_compound_score_of_vader():
+    pytest.importorskip("vaderSentiment")
+    # The valences 1.9 of "good" and 3.1 of "great" in the lexicon, s / sqrt(s^2 + 15), 4 decimals;
+    # "not" turns a valence into -0.74 of it.
+    texts = ["good", "great", "good great", "not good", "", "table"]
+    sums = [1.9, 3.1, 5.0, -0.74 * 1.9, 0.0, 0.0]
+    expected = [round(s / (s * s + 15) ** 0.5, 4) for s in sums]
+    assert verifiers.sentiment([], texts) == expected
 
 
 def test_schemas_are_checked():
@@ -52,20 +96,23 @@ def test_lists_of_texts_may_be_json_as_prepared_data_store_them():
     assert verifiers.contains([], texts, answers) == [1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_verifier_is_a_reward_function(name: str):
-    address = f"align.rewards.verifiers:{name}"
-    function = functions.load_function(address)
+    config = ScoreFunction(function=name)
+    if config.package:
+        pytest.importorskip(config.package[0])
+    function = functions.load_function(config.address)
     prompts = [[{"role": "user", "content": "?"}]]
     answer = {"json_schema": "{}", "length": 3}.get(name, "7")
-    (score,) = functions.call(address, function, prompts, ["7"], {"answer": [answer]})
-    assert score == 1.0
+    (score,) = functions.call(config, function, prompts, ["7"], {"answer": [answer]})
+    assert score == (0.0 if name == "sentiment" else 1.0)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "usable", "unusable"),
     [
-        ("math", "None 5", "5", (None, "no number", "1/0")),
+        ("number", "None 5", "5", (None, "no number", "1/0")),
+        ("math", "5", "5", (None, "", "$$")),
         ("regex", "None", "No", (None, "(")),
         ("contains", "None", "none", (None, [], ["none", None])),
         ("length", "one", "1", (None, "many", 1.5)),
@@ -75,13 +122,15 @@ def test_every_verifier_is_a_reward_function(name: str):
 def test_a_verifier_has_no_score_without_a_usable_answer(
     name: str, text: str, usable: object, unusable: tuple[object, ...]
 ):
-    address = f"align.rewards.verifiers:{name}"
-    function = functions.load_function(address)
+    config = ScoreFunction(function=name)
+    if config.package:
+        pytest.importorskip(config.package[0])
+    function = functions.load_function(config.address)
     n = 1 + len(unusable)
     columns = {"answer": [usable, *unusable]}
     prompts: list[list[Message]] = [[] for _ in range(n)]
-    scores = functions.judge(address, function, prompts, [text] * n, columns)
+    scores = functions.judge(config, function, prompts, [text] * n, columns)
     assert scores[0] == 1.0
     assert all(isnan(score) for score in scores[1:])
     with pytest.raises(UserError, match=r"is None; .*needs a usable reference answer in every row"):
-        functions.call(address, function, prompts, [text] * n, columns)
+        functions.call(config, function, prompts, [text] * n, columns)

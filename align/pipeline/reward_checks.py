@@ -1,0 +1,243 @@
+"""Functions that score completions, called on a few rows of the data before anything is trained.
+
+Every function is imported and called with answers of the data and with an empty completion, so that
+its errors are those of a check and not of a run. Then the scores of the answers are compared with
+those of answers to other prompts. Left out: reward models, whose scores need torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.base import Keys
+from align.config.functions import ScoreFunction
+from align.config.recipe import ErrorCollector
+from align.errors import UserError
+from align.pipeline.plan import PlannedStage
+from align.pipeline.table_checks import PreparedTables
+from align.rewards import functions
+from align.rewards.function_source import missing_columns, signature
+from align.rewards.functions import Score
+
+N_CALLED = 8
+"""Rows of the first call, whose result is only checked."""
+N_COMPARED = 32
+"""Rows whose answers are compared with answers to other prompts."""
+LEVEL = 0.05
+"""A sign test with a larger p-value finds no difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Prompts with their answers in the data."""
+
+    prompts: Sequence[Any]
+    columns: Mapping[str, Sequence[Any]]
+    chosen: Sequence[str]
+    """Texts of chosen completions or of demonstrations; of prompts without either, no text."""
+    rejected: Sequence[str]
+    """Texts of rejected completions; empty if the data have none."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Scores of the answers of prompts, and of other completions of the same prompts."""
+
+    mean: float
+    other_mean: float
+    higher: int
+    """Prompts whose answer scores higher than the other completion."""
+    lower: int
+    n: int
+
+    @property
+    def p_value(self) -> float:
+        """The p-value of the two-sided sign test, without ties."""
+        n, extreme = self.higher + self.lower, min(self.higher, self.lower)
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(extreme + 1)) / 2**n)
+
+    @property
+    def separates(self) -> bool:
+        """Whether the answers score higher, beyond chance."""
+        return self.higher > self.lower and self.p_value <= LEVEL
+
+    def __str__(self) -> str:
+        equal = self.n - self.higher - self.lower
+        return (
+            f"mean {self.mean:.3g} against {self.other_mean:.3g}, higher in {self.higher}, equal "
+            f"in {equal}, lower in {self.lower} of {self.n} (sign test p = {self.p_value:.2g})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFunction:
+    """A function of a stage, and the rows that it is checked with."""
+
+    place: str
+    """The key that names the function, with its stage."""
+    config: ScoreFunction
+    function: Score
+    answers: Answers
+    is_reward: bool
+    """Whether the function needs a score for every completion; a judge may have none."""
+
+    def scores(self, texts: Sequence[str], n: int) -> list[float]:
+        """Scores of ``texts`` as completions of the first ``n`` prompts."""
+        score = functions.call if self.is_reward else functions.judge
+        columns = {name: values[:n] for name, values in self.answers.columns.items()}
+        return score(self.config, self.function, self.answers.prompts[:n], texts[:n], columns)
+
+
+def import_functions(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> None:
+    """Import every function that scores completions."""
+    for stage in stages:
+        for keys, config in stage.config.reward_functions.items():
+            try:
+                signature(config.address)
+            except UserError:
+                continue  # reported before anything is imported
+            with errors.at(stage.name, *keys):
+                functions.load_function(config.address)
+
+
+def examine(
+    errors: ErrorCollector, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
+) -> Iterator[str]:
+    """Call the functions of the stages that read ``data``; yield a line for each comparison."""
+    n_errors = len(errors.lines)
+    call_functions(errors, data, tables, stages)
+    if len(errors.lines) == n_errors:
+        yield from compare_answers(errors, data, tables, stages)
+
+
+def call_functions(
+    errors: ErrorCollector, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
+) -> None:
+    """Call the functions of the stages that read ``data`` with a few of its rows."""
+    for stage, keys, checked in _functions(data, tables, stages):
+        with errors.at(stage.name, *keys):
+            checked.scores(checked.answers.chosen, min(len(checked.answers), N_CALLED))
+            checked.scores([""], 1)  # a policy may write nothing
+
+
+def compare_answers(
+    errors: ErrorCollector, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
+) -> Iterator[str]:
+    """Compare the scores of the answers of ``data`` with others; yield a line a function."""
+    for stage, keys, checked in _functions(data, tables, stages):
+        with errors.at(stage.name, *keys):
+            yield _report(checked)
+
+
+def _functions(
+    data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
+) -> Iterator[tuple[PlannedStage, Keys, CheckedFunction]]:
+    """The functions of stages that can be called with the prompts of ``data``."""
+    for stage in stages:
+        split = _prompt_split(stage, data, tables, stages)
+        if split is None or not stage.config.reward_functions:
+            continue
+        answers = read_answers(tables, split)
+        for keys, config in stage.config.reward_functions.items():
+            try:
+                function = functions.load_function(config.address)
+            except UserError:
+                continue  # reported where functions are imported
+            if missing_columns(config, answers.columns) or not len(answers):
+                continue  # reported as a missing column or table
+            place = ".".join(map(str, (stage.name, *keys)))
+            checked = CheckedFunction(place, config, function, answers, keys[0] == "rewards")
+            yield stage, keys, checked
+
+
+def _prompt_split(
+    stage: PlannedStage, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
+) -> str | None:
+    """The split of ``data`` whose completions a stage scores, itself or from a ``sample`` stage."""
+    inputs = set(stage.inputs.values())
+    for each in (stage, *(other for other in stages if other.folder in inputs)):
+        if data in each.inputs.values():
+            for table in each.config.required_tables():
+                if table.kind == "prompts" and table.name in tables.names:
+                    return table.split
+    return None
+
+
+def read_answers(tables: PreparedTables, split: str) -> Answers:
+    """Rows of the prompts of a split; those with an answer in the data first."""
+    ids = tables.column("prompts", split, "prompt_id")
+    texts = _texts(tables, split)
+    order = sorted(range(len(ids)), key=lambda i: ids[i] not in texts)[:N_COMPARED]
+    columns = {
+        name: [values[i] for i in order]
+        for name in tables.columns("prompts", split)
+        for values in [tables.column("prompts", split, name)]
+    }
+    pairs = [texts.get(ids[i], ("", None)) for i in order]
+    rejected = [text for _, text in pairs if text is not None]
+    return Answers(
+        columns.pop("prompt"),
+        columns,
+        [chosen for chosen, _ in pairs],
+        rejected if len(rejected) == len(pairs) else [],
+    )
+
+
+def _texts(tables: PreparedTables, split: str) -> dict[str, tuple[str, str | None]]:
+    """A chosen and a rejected completion, or a demonstration, by the prompt's identity."""
+    texts: dict[str, tuple[str, str | None]] = {}
+    sides = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",)}
+    for kind, (first, *second) in sides.items():
+        if f"{kind}-{split}" in tables.names:
+            ids = tables.column(kind, split, "prompt_id")
+            chosen = tables.column(kind, split, first)
+            rejected = tables.column(kind, split, second[0]) if second else [None] * len(ids)
+            for prompt_id, one, other in zip(ids, chosen, rejected, strict=True):
+                text = None if other is None else other[-1]["content"] or ""
+                texts.setdefault(prompt_id, (one[-1]["content"] or "", text))
+    return texts
+
+
+def compare(scores: Sequence[float], others: Sequence[float]) -> Comparison:
+    """Compare scores of the same prompts; a pair with a missing one is left out."""
+    pairs = [
+        (one, other)
+        for one, other in zip(scores, others, strict=True)
+        if not math.isnan(one) and not math.isnan(other)
+    ]
+    n = len(pairs)
+    return Comparison(
+        mean=math.fsum(one for one, _ in pairs) / max(n, 1),
+        other_mean=math.fsum(other for _, other in pairs) / max(n, 1),
+        higher=sum(one > other for one, other in pairs),
+        lower=sum(one < other for one, other in pairs),
+        n=n,
+    )
+
+
+def _report(checked: CheckedFunction) -> str:
+    """The line about a function: its scores, with a warning where they separate nothing."""
+    answers, place, label = checked.answers, checked.place, checked.config.label
+    n, chosen, half = len(answers), answers.chosen, len(answers) // 2
+    if not any(chosen):
+        return f"{place}: {label}: called; the data have no answers to compare"
+    scores = checked.scores(chosen, n)
+    shuffled = compare(scores, checked.scores([*chosen[half:], *chosen[:half]], n))
+    comparisons = {"answers from those of other prompts": shuffled}
+    if answers.rejected:
+        rejected = checked.scores(answers.rejected, n)
+        comparisons["chosen from rejected answers"] = compare(scores, rejected)
+    found = "; ".join(f"{what}: {comparison}" for what, comparison in comparisons.items())
+    if any(comparison.separates for comparison in comparisons.values()):
+        return f"{place}: {label} separates {found}"
+    known = [score for score in scores if not math.isnan(score)]
+    if not known:
+        return f"{place}: warning: {label} has no score for {n} answers of the data"
+    return f"{place}: warning: {label} does not separate {found}"
