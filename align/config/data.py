@@ -22,7 +22,6 @@ from align.config.base import (
     Workload,
 )
 from align.config.functions import ScoreFunction
-from align.config.judges import AnnotationJudge, Judges
 from align.config.quantization import QuantizableStage
 from align.config.readers import COLUMNS, READER_OPTIONS, Reader
 from align.errors import nearest
@@ -294,7 +293,7 @@ class Label(QuantizableStage):
 
     completions: str = "sample"
     """The sampled completions: an earlier ``sample`` stage, or its folder."""
-    judge: Judges
+    judge: judges.Judges
     """The judge, or a list of several, whose mean decides where each of them has a verdict:
     ``gold``, the exact score of the embedded task; a ``reward`` stage, a folder or a Hub id; or a
     mapping with ``function``, ``annotations`` or ``api``. ``annotations`` stand alone."""
@@ -348,8 +347,8 @@ class Label(QuantizableStage):
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Wrong judges, and files that do not exist."""
         yield from judges.judge_problems(self.judge)
-        by_key = judges.by_key(self.judge)
-        if len(by_key) > 1 and any(isinstance(each, AnnotationJudge) for each in by_key.values()):
+        kinds = [type(judge) for judge in judges.by_key(self.judge).values()]
+        if len(kinds) > 1 and judges.AnnotationJudge in kinds:
             yield Problem(
                 ("judge",),
                 "`annotations` cannot be one of several judges, because people decide about some "

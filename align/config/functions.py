@@ -6,9 +6,9 @@ This is the one place where the short name of a built-in function gets its meani
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from align.config.base import FUNCTION, Config
 
@@ -72,9 +72,7 @@ class ScoreFunction(Config):
         """The settings that can change a score or the name of one."""
         return self.model_dump(exclude={"timeout_seconds"}, exclude_defaults=True)
 
-    def missing_columns(
-        self, required: Collection[str], columns: Collection[str]
-    ) -> Iterator[str]:
+    def missing_columns(self, required: Collection[str], columns: Collection[str]) -> Iterator[str]:
         """The columns that the function lacks.
 
         ``required`` are its parameters without a default, ``columns`` those of the prompts.
@@ -94,3 +92,19 @@ class ScoreFunction(Config):
             return {**columns, "answer": columns[self.answer_column]}
         return dict(columns)
 
+
+Reward = Annotated[
+    Annotated[str, Tag("«text»")] | Annotated[ScoreFunction, Tag("«function»")],
+    Discriminator(
+        lambda value: "«text»" if isinstance(value, str) else "«function»",
+    ),
+]
+"""A reward of a recipe: a reward model or a function by its name, or a mapping."""
+
+
+def as_function(reward: str | ScoreFunction) -> ScoreFunction | None:
+    """The function that a reward names; None if it names a reward model."""
+    if isinstance(reward, ScoreFunction):
+        return reward
+    is_function = reward in BUILT_IN or FUNCTION.match(reward)
+    return ScoreFunction.model_validate({"function": reward}) if is_function else None

@@ -9,15 +9,16 @@ from typing import Any, ClassVar, Self
 from pydantic import model_validator
 
 from align.config.base import (
-    FUNCTION,
     GoldPrompts,
     HeldOut,
     Input,
     Keys,
     Problem,
+    Stage,
     Table,
     Workload,
 )
+from align.config.functions import BUILT_IN, ScoreFunction, as_function
 from align.config.online_rl_keys import (
     HeldOutKeys,
     KLKeys,
@@ -38,6 +39,7 @@ BEFORE = {
     "aggregate": "token",
     "overlong_buffer": None,
     "overlong_penalty": 1.0,
+    "normalize_scores": "none",
 }
 """Keys that stages did not always have, and the value that they had then."""
 CISPO_CLIP = 4.0
@@ -64,7 +66,7 @@ class OnlineRL(
     inputs: ClassVar = {
         "model": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),
-        "rewards": Input(("reward",), models=True, functions=True),
+        "rewards": Input(("reward",), models=True, functions=True, words=BUILT_IN),
     }
     reads: ClassVar = (Table("prompts", "prompts"),)
     metrics_class: ClassVar[str | None] = "align.online_rl.results:OnlineRLMetrics"
@@ -134,6 +136,11 @@ class OnlineRL(
                 f"`minibatches` ({self.minibatches}) must not exceed `batch_size` "
                 f"({self.batch_size})"
             )
+        if self.normalize_scores == "group" and self.n_completions < 2:
+            raise ValueError(
+                "`normalize_scores: group` compares the completions of a prompt; set "
+                "`n_completions` to at least 2, or use `batch`"
+            )
         if self.n_completions < self.least_completions:
             raise ValueError(
                 "the advantages compare the completions of a prompt; set `n_completions` to at "
@@ -163,6 +170,9 @@ class OnlineRL(
         settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
         del settings["report_to"]
+        settings["rewards"] = [
+            each if isinstance(each, str) else each.digest_settings() for each in self.rewards
+        ]
         for key, only in BEFORE.items():
             if settings[key] == only:
                 del settings[key]
@@ -190,9 +200,19 @@ class OnlineRL(
         return True
 
     @property
-    def reward_functions(self) -> dict[Keys, str]:
+    def reward_functions(self) -> dict[Keys, ScoreFunction]:
         """The rewards that are Python functions."""
-        return {("rewards", k): name for k, name in enumerate(self.rewards) if FUNCTION.match(name)}
+        functions = enumerate(map(as_function, self.rewards))
+        return {("rewards", k): function for k, function in functions if function is not None}
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Rewards whose name is that of a stage and of a built-in function."""
+        yield from super().problems(stages)
+        for k, name in enumerate(self.rewards):
+            if name in BUILT_IN and name in stages:
+                yield Problem(
+                    ("rewards", k), f"`{name}` is a built-in function and a stage; rename the stage"
+                )
 
     @property
     def trackers(self) -> tuple[str, ...]:

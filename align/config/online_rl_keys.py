@@ -7,14 +7,16 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config, duplicates
+from align.config.functions import Reward, ScoreFunction, as_function
 
 
 class RewardKeys(Config):
     """What the policy is trained on."""
 
-    rewards: list[str] = Field(min_length=1)
-    """Sources of the score: ``reward`` stages, folders, Hub ids, or Python functions, written
-    ``module:function``."""
+    rewards: list[Reward] = Field(min_length=1)
+    """Sources of the score: ``reward`` stages, folders, Hub ids; Python functions, written
+    ``module:function``, or the name of a built-in one, such as ``math``; or a mapping with
+    ``function``."""
     weights: list[float] | None = None
     """Weights of the rewards in the sum, in their order. Default: 1 each."""
     judge: Literal["gold"] | None = None
@@ -27,15 +29,19 @@ class RewardKeys(Config):
     0 to ``overlong_penalty``. Default: no penalty."""
     overlong_penalty: float = Field(1.0, gt=0.0)
     """Subtracted from the score of a completion of ``max_new_tokens`` tokens."""
+    normalize_scores: Literal["none", "group", "batch"] = "none"
+    """Set each reward to mean 0 and variance 1 before it is weighted: among the completions of a
+    prompt (``group``), or in the batch."""
     normalize_rewards: bool = False
     """Scale rewards to variance 1 in each update; their mean is unchanged."""
 
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
-        repeated = duplicates(self.rewards)
+        repeated = duplicates(self.reward_names)
         if repeated:
             raise ValueError(
-                f"`rewards` contains {repeated[0]!r} more than once; list it once, with a weight"
+                f"`rewards` contains {repeated[0]!r} more than once; list it once, with a weight, "
+                "or give a mapping another `name`"
             )
         if self.weights is not None and len(self.weights) != len(self.rewards):
             raise ValueError(
@@ -43,6 +49,17 @@ class RewardKeys(Config):
                 f"got {len(self.weights)}"
             )
         return self
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The names of the rewards in logs, in the order of the recipe."""
+        return [each if isinstance(each, str) else each.label for each in self.rewards]
+
+    @property
+    def score_functions(self) -> dict[str, ScoreFunction]:
+        """The rewards that are Python functions, by name."""
+        functions = zip(self.reward_names, map(as_function, self.rewards), strict=True)
+        return {name: function for name, function in functions if function is not None}
 
 
 class SamplingKeys(Config):

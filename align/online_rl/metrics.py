@@ -46,6 +46,7 @@ def compute_metrics(
         "kl_per_token": total["kl"] / tokens,
         "entropy": total["entropy"] / tokens,
     }
+    metrics |= {f"variance_share/{name}": s for name, s in scores.variance_shares.items()}
     if diagnostics is not None:
         metrics |= update_metrics(diagnostics)
     return {key: value for key, value in metrics.items() if not math.isnan(value)}

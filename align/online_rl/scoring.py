@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from align.config.functions import ScoreFunction
 from align.config.online_rl import OnlineRL
 from align.data.rows import Row
 from align.errors import UserError
-from align.functional.token_rewards import overlong_share
+from align.functional.masked import masked_whiten
+from align.functional.token_rewards import group_relative, overlong_share
+from align.functional.variance_shares import variance_shares
 from align.models import tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.models import PPOModels
@@ -42,6 +45,8 @@ class Scores:
     """
     gold: Tensor | None
     """Exact score of the embedded task. It is logged and never trained on."""
+    variance_shares: Mapping[str, float] = field(default_factory=dict)
+    """Share of each of several rewards in the variance of their sum; NaN if it does not vary."""
 
     def columns(self) -> dict[str, Tensor]:
         """All scores by metric key."""
@@ -85,14 +90,14 @@ class ModelReward:
 class FunctionReward:
     """A Python function of prompts, completion texts and columns of the prompts' rows."""
 
-    name: str
+    config: ScoreFunction
     function: Score
 
     def score(self, completions: Completions, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
         """Scores of the texts."""
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         messages = [row["prompt"] for row in rows]
-        return torch.tensor(call(self.name, self.function, messages, texts, columns))
+        return torch.tensor(call(self.config, self.function, messages, texts, columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +108,16 @@ class Scorer:
     """Rewards by their names in the recipe, in its order."""
     config: OnlineRL
     tokenizer: Any
+    device: Any = "cpu"
+    """Where sums over ranks are computed."""
 
     def score(self, completions: Completions, rows: Sequence[Row]) -> Scores:
         """Score completions of the prompts in ``rows``."""
         config = self.config
         texts = completions.texts(self.tokenizer)
-        weights = config.weights or [1.0] * len(self.rewards)
         rewards = {name: r.score(completions, texts, rows) for name, r in self.rewards.items()}
         total = torch.zeros(len(texts))
-        for (name, scores), weight in zip(rewards.items(), weights, strict=True):
+        for (name, scores), weight in zip(rewards.items(), self.weights, strict=True):
             total += weight * scores
             _check_finite(name, total, texts)
         reward = total.clone()
@@ -126,6 +132,38 @@ class Scorer:
             total -= config.overlong_penalty * share
         gold_scores = _gold_scores(texts, rows) if config.judge == "gold" else None
         return Scores(texts, rewards, reward, total, gold_scores)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each reward."""
+        return self.config.weights or [1.0] * len(self.rewards)
+
+    def for_training(self, scores: Scores) -> Scores:
+        """The scores of a batch as the policy is trained on them: normalized as the recipe sets.
+
+        The rewards and their sum are unchanged; penalties are subtracted after normalization.
+        """
+        rewards = {
+            name: self._normalized(values.to(self.device))
+            for name, values in scores.rewards.items()
+        }
+        weighted = zip(rewards.values(), self.weights, strict=True)
+        parts = torch.stack([weight * values for values, weight in weighted])
+        score = scores.score
+        if self.config.normalize_scores != "none":
+            score = parts.sum(0).cpu() - (scores.reward - scores.score)
+        if len(rewards) == 1:
+            return replace(scores, score=score)
+        shares = variance_shares(parts, n=self.config.n_completions).tolist()
+        return replace(scores, score=score, variance_shares=dict(zip(rewards, shares, strict=True)))
+
+    def _normalized(self, scores: Tensor) -> Tensor:
+        """The scores of one reward with mean 0 and variance 1, unless the recipe leaves them."""
+        if self.config.normalize_scores == "group":
+            return group_relative(scores, n=self.config.n_completions, scale="group")
+        if self.config.normalize_scores == "batch":
+            return masked_whiten(scores, torch.ones_like(scores, dtype=torch.bool))
+        return scores
 
 
 def _check_finite(name: str, scores: Tensor, texts: Sequence[str]) -> None:
@@ -148,7 +186,8 @@ def load_functions(config: OnlineRL) -> dict[str, Score]:
     Raises:
         UserError: A function cannot be imported, or has the wrong signature.
     """
-    return {name: load_function(name) for name in config.reward_functions.values()}
+    functions = config.score_functions.items()
+    return {name: load_function(function.address) for name, function in functions}
 
 
 def build_scorer(config: OnlineRL, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:
@@ -156,9 +195,9 @@ def build_scorer(config: OnlineRL, models: PPOModels, functions: Mapping[str, Sc
     reward_models = iter(models.rewards)
     end = tokenization.end_of_turn(models.tokenizer) if models.rewards else -1
     rewards: dict[str, RewardSource] = {
-        name: FunctionReward(name, functions[name])
+        name: FunctionReward(config.score_functions[name], functions[name])
         if name in functions
         else ModelReward(next(reward_models), config.sample_batch_size, end)
-        for name in config.rewards
+        for name in config.reward_names
     }
-    return Scorer(rewards, config, models.tokenizer)
+    return Scorer(rewards, config, models.tokenizer, models.device)

@@ -81,7 +81,9 @@ class OnlineRLTrainer:
         rows = tables.read(Path(inputs["prompts"]), "prompts", "train")
         held_out = _read_held_out(config, Path(inputs["prompts"]))
         reward_sources = [
-            inputs[f"rewards.{k}"] for k, name in enumerate(config.rewards) if name not in functions
+            inputs[f"rewards.{k}"]
+            for k, name in enumerate(config.reward_names)
+            if name not in functions
         ]
         self.config, self.output_dir, self.logger = config, output_dir, logger
         self.models = build_models(
@@ -167,7 +169,7 @@ class OnlineRLTrainer:
 
         # 1. Generate one completion for every prompt. 2. Score the completions.
         batch, group_metrics = draw_batch(partial(self.draw, step), config, self.models.device)
-        completions, scores = batch.completions, batch.scores
+        completions, scores = batch.completions, self.scorer.for_training(batch.scores)
         # 3. Compute log-probabilities under policy and reference, and values.
         experience = self.experience(completions)
         # 4. Turn scores and KL into token rewards, and those into advantages.

@@ -250,9 +250,7 @@ def check_before_training(errors: ErrorCollector, pending: Sequence[PlannedStage
                 reward_checks.call_functions(errors, folder, tables, pending)
 
 
-def check_prepared(
-    errors: ErrorCollector, folder: Path, stages: Sequence[PlannedStage]
-) -> None:
+def check_prepared(errors: ErrorCollector, folder: Path, stages: Sequence[PlannedStage]) -> None:
     """Check that prepared data fit the stages that read them, and call their functions."""
     check_tables(errors, folder, stages)
     reward_checks.call_functions(errors, folder, finished_tables(folder), stages)

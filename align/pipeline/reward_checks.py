@@ -147,6 +147,7 @@ def _functions(
         answers = read_answers(tables, split)
         for keys, config in stage.config.reward_functions.items():
             try:
+                functions.check_package(config)
                 function = functions.load_function(config.address)
             except UserError:
                 continue  # reported where functions are imported

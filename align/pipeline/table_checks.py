@@ -38,9 +38,7 @@ class PreparedTables:
         return [prompt[-1]["content"] for prompt in values]
 
 
-TableCheck = Callable[
-    [ErrorCollector, Path, PreparedTables, Sequence[PlannedStage]], Iterator[str]
-]
+TableCheck = Callable[[ErrorCollector, Path, PreparedTables, Sequence[PlannedStage]], Iterator[str]]
 """A further check of prepared data: it collects errors and yields lines."""
 
 
@@ -53,12 +51,12 @@ def no_further_check(
 
 def check_tables(errors: ErrorCollector, data: Path, pending: Sequence[PlannedStage]) -> None:
     """Check that finished prepared data have the tables and columns of pending stages."""
-
     check_contents(errors, data, finished_tables(data), pending)
 
 
 def finished_tables(data: Path) -> PreparedTables:
     """The tables of finished prepared data."""
+
     def column(kind: str, split: str, name: str) -> list[Any]:
         return [row[name] for row in data_tables.read(data, kind, split, columns=[name])]
 

@@ -79,9 +79,7 @@ def check_package(config: ScoreFunction) -> None:
     """
     if config.package is not None and importlib.util.find_spec(config.package[0]) is None:
         module, requirement = config.package
-        raise UserError(
-            f"{config.function}: {module} is not installed: pip install {requirement}"
-        )
+        raise UserError(f"{config.function}: {module} is not installed: pip install {requirement}")
 
 
 def function_file(name: str) -> Path | None:
@@ -262,4 +260,3 @@ def _number(name: str, value: object, place: str) -> float:
 
 def _shown(value: object) -> str:
     return "None" if value is None else f"{type(value).__name__} {value!r:.80}"
-

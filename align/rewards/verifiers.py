@@ -83,9 +83,7 @@ def _expressions(text: str) -> tuple[Any, ...]:
     from math_verify import parse
 
     marked = list(_MARKED[0].finditer(text))
-    found = parse(
-        marked[-1][1] if marked else text, parsing_timeout=_seconds_per_expression() or 0
-    )
+    found = parse(marked[-1][1] if marked else text, parsing_timeout=_seconds_per_expression() or 0)
     return tuple(found) if any(not isinstance(each, str) for each in found) else ()
 
 

@@ -39,9 +39,13 @@ SPEED = {
     "compile_layers",
 }
 """Keys that only change time or memory, so that results are equal up to rounding."""
-ELSEWHERE = ("mixture.", "judge.api", "judge.rubric", "judge.annotations", "importance_cap")
+ELSEWHERE = (
+    *("mixture.", "judge.api", "judge.rubric", "judge.annotations", "importance_cap"),
+    *("rewards.", "judge.answer", "judge.name", "judge.timeout_seconds"),
+)
 """Keys of other tests: those of a source, which ``prepare`` reads in the same way; of judges
-(``tests/judges``); of a server that samples (``tests/online_rl/test_vllm.py``)."""
+(``tests/judges``); of functions that score (``tests/rewards``, ``tests/config``); of a server that
+samples (``tests/online_rl/test_vllm.py``)."""
 SHARED = TRAINER.keys() | {"lora.dropout", "allow_missing_end_token"}
 """Keys that all stages with a trainer share."""
 EVERYWHERE = "ALIGN_ALL_KEYS" in os.environ

@@ -227,6 +227,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "gamma": Change(0.5),
         "gae_lambda": Change(0.1),
         "normalize_advantages": Change(False),
+        "normalize_scores": Change("batch"),
         "normalize_rewards": Change(True, {"normalize_advantages": False}),
         "loss": Change("cispo", {"epochs": 4}),
         "overlong_buffer": Change(8),

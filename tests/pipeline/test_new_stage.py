@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from align.config.base import GymEnvironment, HeldOut, Input, Problem, Stage, Table, Workload
+from align.config.functions import ScoreFunction
 from align.config.recipe import ErrorCollector, load_recipe
 from align.config.stages import STAGES
 from align.errors import UserError
@@ -54,8 +55,9 @@ class Count(Stage):
             yield Problem(("limit",), "must not be negative")
 
     @property
-    def reward_functions(self) -> dict[Any, str]:
-        return {("limit",): "no_such_module:score"} if self.limit == 7 else {}
+    def reward_functions(self) -> dict[Any, ScoreFunction]:
+        function = ScoreFunction(function="no_such_module:score")
+        return {("limit",): function} if self.limit == 7 else {}
 
     @property
     def servers(self) -> dict[str, str]:

@@ -156,7 +156,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "max_new_tokens": 3,
         "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
         "gamma": 0.5, "gae_lambda": 0.5, "normalize_advantages": False, "normalize_rewards": True,
-        "loss": "cispo", "aggregate": "constant", "overlong_buffer": 2, "overlong_penalty": 2.0, "kl_coef": 0.5, "kl_placement": "loss", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
+        "normalize_scores": "batch", "loss": "cispo", "aggregate": "constant", "overlong_buffer": 2, "overlong_penalty": 2.0, "kl_coef": 0.5, "kl_placement": "loss", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
         "critic_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 3, "critic_warmup_steps": 3,
         "epochs": 3, "minibatches": 3, "micro_batch_size": 3, "sample_batch_size": 3, "clip": 0.5,
         "clip_high": 0.5, "dual_clip": 2.0, "value_clip": 0.5, "value_coef": 0.5, "entropy_coef": 0.5,

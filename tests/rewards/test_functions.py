@@ -61,7 +61,10 @@ def test_a_reward_function_that_cannot_be_used_is_rejected_in_one_line(
     [
         ("None", "expected a list of numbers, got None"),
         ("[None]", "is None; a reward is a number"),
-        ("['1']", "the score of 'a' \\(row 1 of 1, prompt ''\\) is str '1'; return a list of numbers"),
+        (
+            "['1']",
+            "the score of 'a' \\(row 1 of 1, prompt ''\\) is str '1'; return a list of numbers",
+        ),
         ("[[1.0]]", "the score of 'a' \\(row 1 of 1, prompt ''\\) is list"),
         ("[1j]", "the score of 'a' \\(row 1 of 1, prompt ''\\) is complex 1j"),
         ("'1'", "expected a list of numbers, got str '1'"),
@@ -157,7 +160,7 @@ def test_a_reward_function_that_does_not_return_is_named_in_the_log(
         pytest.param("time.sleep(30)", id="a wait"),
         pytest.param("re.match('(a|a)*b', 'a' * 60)", id="a regular expression"),
         pytest.param(
-            "for _ in range(2):\n        try: time.sleep(30)\n        except BaseException: pass",
+            "try: time.sleep(30)\n    except BaseException: time.sleep(30)",
             id="it catches the interruption once",
         ),
     ],
