@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "rewards": "errors config models models.prefix_sharing runtime",
     "judges": "errors config data functional models models.prefix_sharing runtime rewards",
     "training": "errors config data models models.prefix_sharing runtime",
-    "online_rl": "errors config data functional models models.prefix_sharing rewards rl runtime report",
+    "online_rl": "errors config data functional judges models models.prefix_sharing rewards rl runtime report",
     "evaluation": "errors config data functional models models.prefix_sharing rewards judges runtime",
     "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
     "online_rl evaluation judges report",

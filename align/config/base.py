@@ -8,45 +8,19 @@ never tests for the class of a stage, so a new stage is one module in ``config``
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from align.config.inputs import FUNCTION as FUNCTION
+from align.config.inputs import Input as Input
+from align.config.inputs import input_names
+
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")  # module:function
 Keys = tuple[str | int, ...]  # the address of a key below a stage: ("rewards", 0)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A key that names what a stage reads: an earlier stage of ``stages``, or its folder.
-
-    With ``policies``, it may be any stage that writes a policy. With ``models``, the value may also
-    name a model: a folder in Hugging Face layout or a Hub id. With ``functions``, it may be a
-    Python function, written ``module:function``. The values in ``words`` have a fixed meaning and
-    name no input.
-    """
-
-    stages: tuple[str, ...] = ()
-    policies: bool = False
-    models: bool = False
-    functions: bool = False
-    words: tuple[str, ...] = ()
-    suffix: str = ""
-    """Suffix of files that the key may name beside inputs; empty: it names no file."""
-
-    def names_no_input(self, value: str) -> bool:
-        """Whether ``value`` is a fixed word, a function or a file: no stage, folder or model."""
-        is_function = self.functions and FUNCTION.match(value) is not None
-        return value in self.words or is_function or self.names_file(value)
-
-    def names_file(self, value: str) -> bool:
-        """Whether ``value`` is a file."""
-        return bool(self.suffix) and value.endswith(self.suffix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +97,8 @@ class GoldPrompts:
     """The split of prepared data; of sampled completions, the sampling stage decides."""
     repair: str
     """The last part of the error message."""
+    keys: Keys = ("judge",)
+    """The key that an error is reported at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +158,7 @@ class Stage(Config):
 
     def input_names(self) -> dict[str, str]:
         """The named inputs by key, such as ``{"model": "sft", "policies.0": "dpo"}``."""
-        return input_names(type(self), {key: getattr(self, key) for key in self.inputs})
+        return input_names(self.inputs, {key: getattr(self, key) for key in self.inputs})
 
     def digest_settings(self) -> dict[str, Any]:
         """The settings that the digest of the stage covers."""
@@ -299,20 +275,6 @@ class Stage(Config):
         ``size`` is that of the trained model; with ``sharded``, FSDP or DeepSpeed is in use.
         """
         return None
-
-
-def input_names(stage: type[Stage], values: Mapping[str, Any]) -> dict[str, str]:
-    """The named inputs of a stage by key, from raw ``values``; in a list, ``key.number``."""
-    candidates: dict[str, Any] = {}
-    for key in stage.inputs:
-        value = values.get(key, stage.model_fields[key].default)
-        items = enumerate(value) if isinstance(value, list) else ()
-        candidates |= {key: value} | {f"{key}.{i}": item for i, item in items}
-    return {
-        key: value
-        for key, value in candidates.items()
-        if isinstance(value, str) and not stage.inputs[key.split(".")[0]].names_no_input(value)
-    }
 
 
 class NewModel(Config):

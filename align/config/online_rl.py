@@ -40,6 +40,7 @@ BEFORE = {
     "overlong_buffer": None,
     "overlong_penalty": 1.0,
     "normalize_scores": "none",
+    "stop": None,
 }
 """Keys that stages did not always have, and the value that they had then."""
 CISPO_CLIP = 4.0
@@ -67,6 +68,7 @@ class OnlineRL(
         "model": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),
         "rewards": Input(("reward",), models=True, functions=True, words=BUILT_IN),
+        "stop": Input(("reward",), models=True, words=("gold",), field="judge"),
     }
     reads: ClassVar = (Table("prompts", "prompts"),)
     metrics_class: ClassVar[str | None] = "align.online_rl.results:OnlineRLMetrics"
@@ -110,6 +112,17 @@ class OnlineRL(
             raise ValueError(
                 f"`kl_horizon` ({self.kl_horizon}) must be more than a fifth of `batch_size` "
                 f"({self.batch_size}), or one step could change the sign of `kl_coef`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> Self:
+        if self.stop and self.eval_steps is None:
+            raise ValueError("`stop` compares policies in evaluations; set `eval_steps`")
+        if self.stop and self.eval_split == "test":
+            raise ValueError(
+                "`stop` chooses the policy by `eval_split`, so a later evaluation on the test "
+                "split would be no independent evidence; set `eval_split: validation`"
             )
         return self
 
@@ -178,6 +191,9 @@ class OnlineRL(
                 del settings[key]
         if not self.keep_checkpoints:
             del settings["save_steps"]
+        if self.stop is not None:
+            is_input = "stop.judge" in self.input_names()
+            settings["stop"] = self.stop.digest_settings(judge_is_input=is_input)
         return settings
 
     def required_tables(self) -> tuple[Table, ...]:
@@ -201,18 +217,31 @@ class OnlineRL(
 
     @property
     def reward_functions(self) -> dict[Keys, ScoreFunction]:
-        """The rewards that are Python functions."""
+        """The rewards that are Python functions, and the judge of ``stop`` if it is one."""
         functions = enumerate(map(as_function, self.rewards))
-        return {("rewards", k): function for k, function in functions if function is not None}
+        rewards: dict[Keys, ScoreFunction] = {
+            ("rewards", k): function for k, function in functions if function is not None
+        }
+        return rewards | (self.stop.functions if self.stop else {})
+
+    @property
+    def server_judges(self) -> Mapping[Keys, Any]:
+        """The judge of ``stop``, if it is behind an API."""
+        return self.stop.server if self.stop else {}
+
+    def named_paths(self) -> dict[str, str]:
+        """Files that the judge of ``stop`` reads."""
+        return self.stop.files if self.stop else {}
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Rewards whose name is that of a stage and of a built-in function."""
+        """Rewards with two meanings, and files of the judge of ``stop`` that do not exist."""
         yield from super().problems(stages)
         for k, name in enumerate(self.rewards):
             if name in BUILT_IN and name in stages:
                 yield Problem(
                     ("rewards", k), f"`{name}` is a built-in function and a stage; rename the stage"
                 )
+        yield from self.stop.problems() if self.stop else ()
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -226,8 +255,13 @@ class OnlineRL(
 
     @property
     def gold_prompts(self) -> GoldPrompts | None:
-        """The training prompts, if the gold score is logged."""
-        return GoldPrompts("prompts", "train", "remove `judge`") if self.judge else None
+        """The training prompts, if the gold score is logged; the held-out ones, if it decides."""
+        if self.judge:
+            return GoldPrompts("prompts", "train", "remove `judge`")
+        if self.stop and self.stop.judge == "gold":
+            repair = "name another `judge` in `stop`"
+            return GoldPrompts("prompts", self.eval_split, repair, ("stop", "judge"))
+        return None
 
     def batch_size_problems(self, world_size: int) -> Iterator[Problem]:
         """Prompts or minibatches that cannot be divided over the processes."""
@@ -286,4 +320,4 @@ class OnlineRL(
 
         With ``lora`` all of them share one backbone; reward models with another one do not count.
         """
-        return 1 + len(self.rewards) - len(self.reward_functions)
+        return 1 + len(self.rewards) - len(self.score_functions)

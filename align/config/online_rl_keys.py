@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from align.config.base import Config, duplicates
 from align.config.functions import Reward, ScoreFunction, as_function
+from align.config.stopping import Stop
 
 
 class RewardKeys(Config):
@@ -194,6 +195,9 @@ class HeldOutKeys(Config):
     """Split of the held-out prompts."""
     n_eval_prompts: int = Field(128, ge=1)
     """Number of held-out prompts."""
+    stop: Stop | None = None
+    """Stop the run when a judge finds, in the evaluations, that the policy declines; the best
+    policy is saved. Default: all ``steps`` are run, and the last policy is saved."""
     save_steps: int | None = Field(None, ge=1)
     """Updates between checkpoints. Default: ten checkpoints in all."""
 

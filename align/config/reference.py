@@ -19,6 +19,7 @@ from align.config.data import MixtureSource
 from align.config.functions import ScoreFunction
 from align.config.judges import AnnotationJudge, Server, ServerJudge
 from align.config.stages import STAGES
+from align.config.stopping import Stop
 
 _INTRODUCTION = """\
 # Configuration
@@ -43,6 +44,7 @@ _TYPES: dict[Any, str] = {
 _MAPPINGS: dict[type[BaseModel], str] = {
     NewModel: "new-model",
     Lora: "lora",
+    Stop: "stop",
     MixtureSource: "mixture-entry",
     ScoreFunction: "score-function",
     AnnotationJudge: "annotation-judge",

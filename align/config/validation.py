@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config.base import Input, Stage, input_names
+from align.config.base import Stage
+from align.config.inputs import Input, input_names
 from align.config.stages import STAGES, accepted_kinds
 from align.errors import did_you_mean, shown
 
@@ -32,7 +33,8 @@ def validate_inputs(
     ``values`` are the raw settings of the stage; ``classes`` has the classes of all stages of the
     recipe, in order.
     """
-    for key, target in input_names(stage, values).items():
+    defaults = {key: stage.model_fields[key].default for key in stage.inputs}
+    for key, target in input_names(stage.inputs, defaults | dict(values)).items():
         message = _input_error(target, stage.inputs[key.split(".")[0]], name, classes)
         if message:
             report(

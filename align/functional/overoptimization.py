@@ -48,6 +48,10 @@ class OveroptimizationFit:
     """``alpha`` and ``beta`` of each bootstrap resample."""
     confidence: float
 
+    def gain(self, distance: float) -> float:
+        """Gain at a distance, by the fitted law."""
+        return distance * (self.alpha.value - self.beta.value * math.log(distance))
+
     def gain_interval(self, distance: float) -> Interval:
         """Interval of the gain at a distance, from the bootstrap."""
         basis = torch.tensor([distance, -math.log(distance) * distance]).double()

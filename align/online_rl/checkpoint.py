@@ -1,21 +1,26 @@
-"""Checkpoints of a PPO run: trainable weights, optimizer state, KL coefficient and step.
+"""Checkpoints of an online-RL run: trainable weights, optimizer state, KL coefficient and step.
 
-Nothing else changes between steps: all seeds are derived from the step number.
+With a stop rule also its comparisons so far, and the weights of the best policy. Nothing else
+changes between steps: all seeds are derived from the step number.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.online_rl.models import PPOModels
+from align.online_rl.stopping import StopRule
 from align.runtime import artifacts, checkpoints, distributed
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
+BEST = "best.safetensors"
+"""The weights of the best policy so far, if there is a stop rule."""
 N_KEPT = 2
 """Checkpoints that are kept; older ones are deleted."""
 
@@ -26,6 +31,7 @@ def save(
     models: PPOModels,
     optimizer: torch.optim.Optimizer,
     kl_coef: float,
+    stop_rule: StopRule | None = None,
 ) -> None:
     """Write the checkpoint after ``step`` steps. The main process writes, and all ranks wait."""
     if distributed.is_main():
@@ -35,7 +41,12 @@ def save(
         weights = {k: p.detach().contiguous() for k, p in models.weights().items()}
         save_file(without_shared_memory(weights), folder / WEIGHTS)
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-        artifacts.write_json(folder / STATE, {"step": step, "kl_coef": kl_coef})
+        state: dict[str, Any] = {"step": step, "kl_coef": kl_coef}
+        if stop_rule is not None:
+            state["stop"] = stop_rule.state()
+            best = {str(i): weight.contiguous() for i, weight in enumerate(stop_rule.best)}
+            save_file(without_shared_memory(best), folder / BEST)
+        artifacts.write_json(folder / STATE, state)
         checkpoints.mark_complete(folder, world_size=distributed.world_size())
         for old in checkpoints.list_checkpoints(output_dir)[:-N_KEPT]:
             shutil.rmtree(old)
@@ -43,7 +54,10 @@ def save(
 
 
 def load(
-    checkpoint: Path, models: PPOModels, optimizer: torch.optim.Optimizer
+    checkpoint: Path,
+    models: PPOModels,
+    optimizer: torch.optim.Optimizer,
+    stop_rule: StopRule | None = None,
 ) -> tuple[int, float]:
     """Restore weights and optimizer; returns the steps done and the KL coefficient."""
     state = artifacts.read_json(checkpoint / STATE)
@@ -54,6 +68,9 @@ def load(
     optimizer.load_state_dict(
         torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
     )
+    if stop_rule is not None:
+        best = load_file(checkpoint / BEST)
+        stop_rule.restore(state["stop"], [best[str(i)] for i in range(len(best))])
     return int(state["step"]), float(state["kl_coef"])
 
 

@@ -45,6 +45,25 @@ class BatchMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopMetrics:
+    """Result of the stop rule."""
+
+    judge: str
+    alpha: float
+    """The stated false-alarm rate."""
+    is_stopped: bool
+    """Whether the rule ended the run before its last step."""
+    best_step: int
+    """Updates of the policy that is saved."""
+    checks: int
+    """Checks in which the judge compared policies."""
+    e_value: float
+    """Evidence of a decline after the last check; the run stops at ``1 / alpha``."""
+    missing: int
+    """Comparisons for which the judge gave no usable verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineRLMetrics:
     """Metrics of an online-RL stage."""
 
@@ -56,6 +75,8 @@ class OnlineRLMetrics:
     """Metrics of the last step."""
     held_out: BatchMetrics | None
     """Metrics of the last held-out evaluation; None if the recipe has none."""
+    stop: StopMetrics | None = None
+    """Result of the stop rule; None if the recipe has none."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> OnlineRLMetrics:
@@ -67,6 +88,7 @@ class OnlineRLMetrics:
             trained_parameters=metrics["trained_parameters"],
             training=BatchMetrics.from_metrics(last),
             held_out=BatchMetrics.from_metrics(last, "eval_") if has_held_out else None,
+            stop=StopMetrics(**metrics["stop"]) if "stop" in metrics else None,
         )
 
 

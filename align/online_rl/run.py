@@ -6,6 +6,7 @@ The kinds of stages differ in their configuration only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import OutOfMemoryError
@@ -14,7 +15,7 @@ from align.config.online_rl import OnlineRL
 from align.config.stages import stage_kind
 from align.errors import UserError
 from align.online_rl import plots
-from align.online_rl.results import BatchMetrics, OnlineRLMetrics, reward_parts
+from align.online_rl.results import BatchMetrics, OnlineRLMetrics, StopMetrics, reward_parts
 from align.online_rl.trainer import OnlineRLTrainer
 from align.runtime.progress import Logger
 from align.runtime.results import ResultTable, StageResult
@@ -48,12 +49,32 @@ def run(
     headline = {key: trainer.metrics[key] for key in ("score", "kl")}
     metrics = {
         stage_kind(config): trainer.metrics | trainer.held_out_metrics,
-        "steps": config.steps,
+        "steps": trainer.done,
         **headline,
         "trained_parameters": sum(p.numel() for p in trainer.models.weights().values()),
     }
+    remarks: tuple[str, ...] = ()
+    if trainer.stop_rule is not None:
+        stopped = trainer.stop_rule.result(trainer.done, config.steps)
+        metrics["stop"] = asdict(stopped)
+        remarks = (stop_remark(stopped, trainer.done, config.steps),)
     table = result_table(OnlineRLMetrics.from_metrics(metrics), output_dir)
-    return StageResult(metrics, headline, tables=(table,))
+    return StageResult(metrics, headline, remarks, tables=(table,))
+
+
+def stop_remark(stop: StopMetrics, done: int, steps: int) -> str:
+    """What the stop rule found, and which policy is saved."""
+    saved = f"the policy of step {stop.best_step} is saved"
+    evidence = f"e-value {stop.e_value:.3g} in {stop.checks} checks"
+    missing = f"; {stop.missing:,} comparisons without a verdict" if stop.missing else ""
+    if stop.is_stopped:
+        return (
+            f"stopped after {done} of {steps} updates: by {stop.judge} the policy declines "
+            f"({evidence}, limit {1 / stop.alpha:.3g}); {saved}{missing}"
+        )
+    return (
+        f"{stop.judge} found no decline ({evidence}, limit {1 / stop.alpha:.3g}); {saved}{missing}"
+    )
 
 
 def result_table(metrics: OnlineRLMetrics, output_dir: Path) -> ResultTable:

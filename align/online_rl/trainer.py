@@ -25,7 +25,7 @@ from align.errors import UserError
 from align.functional.policy_gradient import adaptive_kl_coef
 from align.models import logps
 from align.models.tokenizer_files import GENERATION_CONFIG
-from align.online_rl import checkpoint, plots, samples
+from align.online_rl import checkpoint, held_out, plots, samples
 from align.online_rl.build import build_models
 from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience, compute_experience, evaluators, make_rollout
@@ -45,6 +45,7 @@ from align.online_rl.results import reward_parts, rewards_of
 from align.online_rl.sampler_agreement import compare, ratio_metrics
 from align.online_rl.sampling import build_sampler
 from align.online_rl.scoring import Scores, build_scorer, load_functions
+from align.online_rl.stopping import build_stop_rule
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, update
 from align.runtime import artifacts, checkpoints, distributed, signals
@@ -79,7 +80,8 @@ class OnlineRLTrainer:
             raise UserError(f"{problem.keys[0]}: {problem.message}")
         functions = load_functions(config)
         rows = tables.read(Path(inputs["prompts"]), "prompts", "train")
-        held_out = _read_held_out(config, Path(inputs["prompts"]))
+        held_out_rows = _read_held_out(config, Path(inputs["prompts"]))
+        evaluated = held_out_rows[: config.n_eval_prompts]
         reward_sources = [
             inputs[f"rewards.{k}"]
             for k, name in enumerate(config.reward_names)
@@ -94,7 +96,16 @@ class OnlineRLTrainer:
         self.sampler = build_sampler(config, self.models)
         self.scorer = build_scorer(config, self.models, functions)
         self.prompts = tokenize(rows, self.models, config)
-        self.held_out = tokenize(held_out, self.models, config)
+        self.held_out = tokenize(evaluated, self.models, config)
+        self.stop_rule = build_stop_rule(
+            config,
+            inputs,
+            held_out_rows,
+            partial(tokenize, models=self.models, config=config),
+            self.models,
+            self.sampler,
+            runs=output_dir.parent,
+        )
         self.optimizer = build_optimizer(config, self.models)
         self.kl_coef = config.kl_coef
         """Coefficient of the KL penalty in the next step."""
@@ -102,9 +113,11 @@ class OnlineRLTrainer:
         """Metrics of the last step."""
         self.held_out_metrics: dict[str, float] = {}
         """Metrics of the last held-out evaluation."""
+        self.done = 0
+        """Updates so far."""
 
     def train(self) -> None:
-        """Run all steps, from the last checkpoint if there is one.
+        """Run all steps, from the last checkpoint if there is one, or until the stop rule stops.
 
         Raises:
             Interrupted: A signal arrived; a checkpoint of the finished steps has been written.
@@ -121,19 +134,29 @@ class OnlineRLTrainer:
                 self.evaluate(0)
             for step in range(first, config.steps):
                 self.step(step)
-                done = step + 1
+                self.done = done = step + 1
                 is_last = done == config.steps
                 if config.eval_steps and (done % config.eval_steps == 0 or is_last):
                     self.evaluate(done)
+                    is_last = is_last or (self.stop_rule is not None and self.stop_rule.stops)
                 stopping = distributed.any_rank(stop.requested) and not is_last
                 if stopping or is_last or done % save_steps == 0:
                     self.check_weights(done)
                 if stopping or (done % save_steps == 0 and not is_last):
                     checkpoint.save(
-                        self.output_dir, done, self.models, self.optimizer, self.kl_coef
+                        self.output_dir,
+                        done,
+                        self.models,
+                        self.optimizer,
+                        self.kl_coef,
+                        self.stop_rule,
                     )
                 if stopping:
                     raise signals.Interrupted
+                if is_last:
+                    break
+        if self.stop_rule is not None:
+            self.stop_rule.restore_best()
 
     def check_sampler(self) -> None:
         """Check that sampler and update compute the same log-probabilities.
@@ -283,20 +306,24 @@ class OnlineRLTrainer:
         metrics = compute_metrics(completions, experience, scores)
         shown = [key for key in metrics if key in HELD_OUT or key.startswith("rewards/")]
         self.held_out_metrics = {f"eval_{key}": metrics[key] for key in shown}
-        self.logger.log(done, self.held_out_metrics)
+        checked = {} if self.stop_rule is None else self.stop_rule.check(done)
+        self.logger.log(done, self.held_out_metrics | checked)
+        own = held_out.measurements(scores, experience)
+        held_out.append(self.output_dir, done, own, len(self.held_out))
 
     def resume(self) -> int:
         """Restore the last complete checkpoint; returns the number of steps done, 0 without one."""
         last = checkpoints.last_checkpoint(self.output_dir, world_size=distributed.world_size())
         done = 0
         if last is not None:
-            done, self.kl_coef = checkpoint.load(last, self.models, self.optimizer)
+            done, self.kl_coef = checkpoint.load(last, self.models, self.optimizer, self.stop_rule)
             self.logger.info(f"resuming from step {done}: {last}")
         # Without a checkpoint, the evaluation before step 1 is repeated as well, hence -1.
         logged = -1 if last is None else done
         self.logger.rewind(logged)
         if distributed.is_main():
-            truncate_jsonl(self.output_dir / samples.FILE, logged)
+            for file in (samples.FILE, held_out.FILE):
+                truncate_jsonl(self.output_dir / file, logged)
         return done
 
     def save_policy(self) -> None:
@@ -316,11 +343,11 @@ class OnlineRLTrainer:
 
 
 def _read_held_out(config: OnlineRL, data: Path) -> list[Row]:
-    """Rows of the held-out prompts; none if the recipe does not evaluate."""
+    """All rows of the held-out prompts; none if the recipe does not evaluate."""
     if not config.eval_steps:
         return []
-    rows = tables.read(data, "prompts", config.eval_split)[: config.n_eval_prompts]
-    if 0 < len(rows) < distributed.world_size():
+    rows = tables.read(data, "prompts", config.eval_split)
+    if 0 < min(len(rows), config.n_eval_prompts) < distributed.world_size():
         raise UserError(
             f"eval_steps: the {config.eval_split} split has {len(rows)} prompts, fewer than the "
             f"{distributed.world_size()} processes; remove `eval_steps`, or prepare more prompts"

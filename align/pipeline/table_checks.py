@@ -81,7 +81,7 @@ def check_contents(
         if split is not None and stage.config.gold_prompts is not None:
             from align.rewards import gold
 
-            with errors.at(stage.name, "judge"):
+            with errors.at(stage.name, *stage.config.gold_prompts.keys):
                 gold.check_prompts(tables.prompts(split), repair=stage.config.gold_prompts.repair)
 
 

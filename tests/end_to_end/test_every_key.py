@@ -40,7 +40,14 @@ SPEED = {
 }
 """Keys that only change time or memory, so that results are equal up to rounding."""
 ELSEWHERE = (
-    *("mixture.", "judge.api", "judge.rubric", "judge.annotations", "importance_cap"),
+    *(
+        "mixture.",
+        "stop.judge.",
+        "judge.api",
+        "judge.rubric",
+        "judge.annotations",
+        "importance_cap",
+    ),
     *("rewards.", "judge.answer", "judge.name", "judge.timeout_seconds"),
 )
 """Keys of other tests: those of a source, which ``prepare`` reads in the same way; of judges

@@ -261,6 +261,11 @@ CHANGES: dict[str, dict[str, Change]] = {
         "eval_steps": Change(1),
         "eval_split": Change("test", EVALUATES),
         "n_eval_prompts": Change(2, EVALUATES),
+        "stop": Change({"judge": "gold"}, EVALUATES),
+        "stop.judge": Change({"judge": "<reward>"}, EVALUATES | {"stop": {"judge": "gold"}}),
+        "stop.alpha": Change(
+            {"judge": "gold", "alpha": 0.9}, EVALUATES | {"stop": {"judge": "gold"}}
+        ),
         "save_steps": Change(1, {"keep_checkpoints": True, "save_steps": 2}),
         "report_to": Change(["wandb"]),
     },

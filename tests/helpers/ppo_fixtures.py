@@ -105,6 +105,11 @@ def five(prompts: Any, completions: Sequence[str]) -> list[float]:
     return [5.0] * len(completions)
 
 
+def length(prompts: Any, completions: Sequence[str]) -> list[float]:
+    """A score function: the number of characters."""
+    return [float(len(text)) for text in completions]
+
+
 def ppo_config(kind: str = "ppo", **settings: Any) -> Any:
     """8 completions of up to 24 tokens per step, in one batch, unless ``settings`` differ.
 

@@ -28,6 +28,7 @@ from align.config.base import NewModel
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
 from align.config.stages import STAGES
+from align.config.stopping import Stop
 from align.errors import DataError, UserError
 from align.pipeline import plan as pipeline_plan
 from align.pipeline import preflight, runner
@@ -161,7 +162,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "epochs": 3, "minibatches": 3, "micro_batch_size": 3, "sample_batch_size": 3, "clip": 0.5,
         "clip_high": 0.5, "dual_clip": 2.0, "value_clip": 0.5, "value_coef": 0.5, "entropy_coef": 0.5,
         "max_grad_norm": 0.5, "target_kl": 0.5, "gradient_checkpointing": True, "quantization": "nf4",
-        "eval_steps": 3, "eval_split": "test", "n_eval_prompts": 3, "save_steps": 3, "dtype": "bfloat16",
+        "eval_steps": 3, "eval_split": "test", "n_eval_prompts": 3, "save_steps": 3, "stop": Stop(judge="gold"), "dtype": "bfloat16",
         "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False,
         "report_to": ["wandb"],
     },
