@@ -205,6 +205,6 @@ class HeldOutKeys(Config):
 class ReportingKeys(Config):
     """Where metrics are reported, beside ``metrics.jsonl``."""
 
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Experiment trackers that get the metrics: TensorBoard's files are in the folder ``runs`` of
     the stage, and the others are configured by their own environment variables."""

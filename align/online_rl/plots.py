@@ -1,8 +1,8 @@
 """The picture of a PPO run, ``ppo.png``, drawn from ``metrics.jsonl``.
 
-It shows score, each of several rewards, KL, entropy, length, missing eos, clip fraction and explained variance against
-steps, and reward and gold score against the square root of the KL, where over-optimization is
-visible (Gao et al. 2023, arXiv:2210.10760, figure 1).
+It shows score, each of several rewards, KL, entropy, length, missing eos, clip fraction and
+explained variance against steps, and reward and gold score against the square root of the KL, where
+over-optimization is visible (Gao et al. 2023, arXiv:2210.10760, figure 1).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def reporting(
     """
     trackers = {
         name: tracker
-        for name in names
+        for name in dict.fromkeys(names)
         for tracker in _started(name, folder, settings=settings, done=done)
     }
 

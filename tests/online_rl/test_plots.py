@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 from helpers import ppo_fixtures
 from helpers.ppo_fixtures import Folders
@@ -75,7 +77,7 @@ def test_row_30_reward_hacking_is_visible_in_metrics_and_in_one_picture(
         assert points.get_xdata().tolist() == pytest.approx(distance)
 
 
-def test_each_of_several_rewards_is_on_the_progress_line_in_the_table_and_in_the_picture(
+def test_each_of_several_rewards_is_on_the_progress_line_in_the_table_the_picture_and_trackers(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("matplotlib")
@@ -83,14 +85,21 @@ def test_each_of_several_rewards_is_on_the_progress_line_in_the_table_and_in_the
     monkeypatch.setattr(plots, "draw_panels", lambda panels, *_, **__: drawn.extend(panels))
     trainer = ppo_fixtures.build_trainer(
         folders, tmp_path, rewards=[ppo_fixtures.FIVE, "align.rewards.gold:rewards"],
-        steps=2, eval_steps=2, eval_split="test", n_eval_prompts=4,
+        steps=2, eval_steps=2, eval_split="test", n_eval_prompts=4, report_to=["wandb"],
     )  # fmt: skip
+    sent: list[tuple[int, dict[str, float]]] = []
+    tracker = SimpleNamespace(log=lambda v, step: sent.append((step, v)), finish=lambda: None)
+    accelerator = SimpleNamespace(trackers=[tracker], init_trackers=lambda *_, **__: None)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: accelerator)
     shown: list[dict[str, float]] = []
     monkeypatch.setattr(trainer.logger, "step", lambda done, total, values: shown.append(values))
     trainer.train()
     plots.draw(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "score" in line]
+    assert [{"step": step, **values} for step, values in sent] == [
+        {k if k == "step" else f"ppo/{k}": v for k, v in line.items()} for line in lines
+    ]
     gold = [line["rewards/align.rewards.gold:rewards"] for line in steps]
     assert [values["five"] for values in shown] == [5.0, 5.0]
     assert [values["rewards"] for values in shown] == gold

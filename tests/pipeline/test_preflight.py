@@ -46,19 +46,23 @@ TRAINER = """\
 stages:
   prepare: {source: embedded, max_rows: 50}
   sft: {model: {vocab_size: 300}, trainer: {report_to: [wandb], use_liger_kernel: true}}
+  grpo:
+    {model: sft, rewards: ["align.rewards.gold:rewards"], steps: 1, batch_size: 4,
+     n_completions: 2, report_to: [trackio]}
 """
 
 
 def test_trackers_and_packages_of_trainer_fields_are_checked_before_anything_runs(
     launch, tmp_path, monkeypatch
 ):
-    for module in ("wandb", "liger_kernel"):
+    for module in ("wandb", "trackio", "liger_kernel"):
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "recipe.yaml").write_text(TRAINER)
     finished = launch("recipe.yaml")
     assert finished.code == 2
     for line in (
         "sft.trainer.report_to: wandb is not installed: pip install wandb",
+        "grpo.report_to: trackio is not installed: pip install trackio",
         "sft.trainer.use_liger_kernel: liger_kernel is not installed: pip install liger-kernel",
     ):
         assert line in finished.err

@@ -53,6 +53,7 @@ def test_tensorboard_has_every_metric_with_the_stage_in_front(logger: Logger, tm
     assert scalars(tmp_path)["grpo/score"] == [(1, 1.5), (2, 1.5), (3, 2.5)]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages that it imports
 def test_wandb_without_a_network_stores_the_run(
     logger: Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -67,7 +68,8 @@ def test_wandb_without_a_network_stores_the_run(
         assert word in content
 
 
-def test_mlflow_stores_the_run_in_a_file_store(
+@pytest.mark.filterwarnings("ignore")  # of the packages that it imports
+def test_mlflow_stores_the_run_in_a_local_database(
     logger: Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
