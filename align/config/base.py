@@ -199,6 +199,11 @@ class Stage(Config):
         return {}
 
     @property
+    def environments(self) -> dict[Keys, str]:
+        """Environments of language models, written ``module:Class``, by the key that names them."""
+        return {}
+
+    @property
     def servers(self) -> dict[str, str]:
         """Addresses of the vLLM servers that must answer, by key."""
         return {}
@@ -297,8 +302,7 @@ class NewModel(Config):
     tie_word_embeddings: bool = True
     """Use the input embeddings as the output layer."""
     initializer_range: float = Field(0.02, gt=0.0)
-    """Standard deviation of the random weights. Narrow models learn to copy words sooner with more.
-    """
+    """Standard deviation of random weights. With more, narrow models soon learn to copy words."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> NewModel:
@@ -334,14 +338,12 @@ class Lora(Config):
     """Scale of the update: it is multiplied by ``alpha / r``."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability at the input of the adapters, in this stage. ``dpo``, ``kto`` and
-    ``reward`` train without dropout unless ``trainer`` has ``disable_dropout: false``; ``ppo``
-    always does."""
+    ``reward`` have none unless ``trainer`` has ``disable_dropout: false``; online RL never has."""
     target_modules: Annotated[
         Annotated[str, Tag(TAGS[0])] | Annotated[list[str], Tag(TAGS[1])],
         Discriminator(lambda v: TAGS[1] if isinstance(v, list) else TAGS[0]),
     ] = "all-linear"
-    """Names of the adapted layers, or ``all-linear``: every linear layer except the output layer.
-    """
+    """Names of the adapted layers, or ``all-linear``: all linear layers but the output layer."""
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config.shipped import data_dir
+from align.config.shipped import EMBEDDED, data_dir
 
 DOCUMENTATION = ("license", "citation")  # keys of an entry that no reader needs
 
@@ -33,11 +33,11 @@ def entries() -> dict[str, dict[str, Any]]:
 def with_catalog_entry(values: Mapping[str, Any]) -> dict[str, Any]:
     """Add the keys of a catalog entry to those of a source, if ``source`` names one.
 
-    An existing file or folder of that name takes precedence, except over ``embedded``.
+    An existing file or folder of that name takes precedence, except over embedded data.
     """
     name = values.get("source")
     entry = entries().get(name) if isinstance(name, str) else None
-    if entry is None or (name != "embedded" and Path(str(name)).exists()):
+    if entry is None or (name not in EMBEDDED and Path(str(name)).exists()):
         return dict(values)
     known = {k: v for k, v in entry.items() if k not in DOCUMENTATION and v is not None}
     if values.get("reader", known.get("reader")) != known.get("reader"):
@@ -51,8 +51,8 @@ def license_of(source: str) -> tuple[str, str]:
     for name, entry in entries().items():
         word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
         # A local copy of a data set usually has its name in its path.
-        is_copy = name != "embedded" and re.search(word, source.lower())
+        is_copy = name not in EMBEDDED and re.search(word, source.lower())
         if source in (name, entry["source"]) or is_copy:
             identifier, text = entry["license"]["id"], entry["license"]["text"]
-            return identifier, text if name == "embedded" else f"{text} ({entry['citation']})"
+            return identifier, text if name in EMBEDDED else f"{text} ({entry['citation']})"
     return "", "unknown; see the source"

@@ -20,6 +20,8 @@ from align.config.base import (
 )
 from align.config.functions import BUILT_IN, ScoreFunction, as_function
 from align.config.online_rl_keys import (
+    ENVIRONMENTS,
+    EnvironmentKeys,
     HeldOutKeys,
     KLKeys,
     LossKeys,
@@ -41,6 +43,9 @@ BEFORE = {
     "overlong_penalty": 1.0,
     "normalize_scores": "none",
     "stop": None,
+    "environment": None,
+    "max_turns": 8,
+    "max_episode_tokens": None,
 }
 """Keys that stages did not always have, and the value that they had then."""
 CISPO_CLIP = 4.0
@@ -49,6 +54,7 @@ CISPO_CLIP = 4.0
 
 class OnlineRL(
     RewardKeys,
+    EnvironmentKeys,
     SamplingKeys,
     KLKeys,
     LossKeys,
@@ -100,6 +106,25 @@ class OnlineRL(
         for key, condition in ignored.items():
             if key in self.model_fields_set:
                 raise ValueError(f"`{key}` has no effect {condition}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sources_of_rewards(self) -> Self:
+        if not self.rewards and self.environment is None:
+            raise ValueError("set `rewards`, or an `environment`, which rewards the policy as well")
+        if self.environment is not None:
+            for key in ("judge", "sampler"):
+                if getattr(self, key) in ("gold", "vllm"):
+                    raise ValueError(
+                        f"`{key}: {getattr(self, key)}` works on completions of one turn; remove "
+                        f"it, or remove `environment`"
+                    )
+            for key in ("overlong_buffer", "stop"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"`{key}` measures completions of one turn; remove it, or remove "
+                        "`environment`"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -247,6 +272,12 @@ class OnlineRL(
     def trackers(self) -> tuple[str, ...]:
         """The values of ``report_to``."""
         return tuple(self.report_to)
+
+    @property
+    def environments(self) -> dict[Keys, str]:
+        """The class of the environment, if there is one."""
+        name = self.environment
+        return {} if name is None else {("environment",): ENVIRONMENTS.get(name, name)}
 
     @property
     def servers(self) -> dict[str, str]:

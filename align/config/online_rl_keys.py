@@ -1,4 +1,4 @@
-"""Keys that all online-RL stages have, in groups: rewards, sampling, KL, loss, steps, memory."""
+"""Keys that all online-RL stages have, in groups, such as rewards, sampling and memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.config.base import Config, duplicates
+from align.config.base import FUNCTION, Config, duplicates
 from align.config.functions import Reward, ScoreFunction, as_function
 from align.config.stopping import Stop
+from align.errors import did_you_mean
 
 
 class RewardKeys(Config):
     """What the policy is trained on."""
 
-    rewards: list[Reward] = Field(min_length=1)
+    rewards: list[Reward] = Field([])
     """Sources of the score: ``reward`` stages, folders, Hub ids; Python functions, written
     ``module:function``, or the name of a built-in one, such as ``math``; or a mapping with
     ``function``."""
@@ -61,6 +62,38 @@ class RewardKeys(Config):
         """The rewards that are Python functions, by name."""
         functions = zip(self.reward_names, map(as_function, self.rewards), strict=True)
         return {name: function for name, function in functions if function is not None}
+
+
+ENVIRONMENTS = {"arithmetic": "align.rewards.arithmetic:Arithmetic"}
+"""Classes of the environments that Align contains, by their names in a recipe."""
+
+
+class EnvironmentKeys(Config):
+    """Episodes of several turns."""
+
+    environment: str | None = None
+    """Environment that answers the turns of the policy: a Python class, written ``module:Class``,
+    or ``arithmetic``, the embedded one. The rewards of an episode are added to those of
+    ``rewards``. Default: none; a completion is one turn."""
+    max_turns: int = Field(8, ge=1)
+    """Turns of the policy in an episode."""
+    max_episode_tokens: int | None = Field(None, ge=1)
+    """Longest episode in tokens, with its prompt. It ends before a turn for which fewer than
+    ``max_new_tokens`` are left. Default: the positions of the model."""
+
+    @model_validator(mode="after")
+    def _check_environment(self) -> Self:
+        name = self.environment
+        if name is None:
+            for key in ("max_turns", "max_episode_tokens"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"`{key}` has no effect without `environment`; remove it")
+        elif name not in ENVIRONMENTS and not FUNCTION.match(name):
+            raise ValueError(
+                f"`environment` is {name!r}{did_you_mean(name, ENVIRONMENTS)}; name a class, "
+                f"`module:Class`, or an embedded environment: {', '.join(ENVIRONMENTS)}"
+            )
+        return self
 
 
 class SamplingKeys(Config):

@@ -11,11 +11,16 @@ from pathlib import Path
 
 from align.errors import RecipeError, UserError, did_you_mean
 
+EMBEDDED = {
+    "embedded": ("demonstrations.jsonl.gz", "pairs.jsonl.gz"),
+    "arithmetic": ("demonstrations.jsonl.gz",),
+}
+"""Files of the data sets that ship with Align, by the names that a recipe gives them."""
 _PACKAGE = Path(__file__).parents[1]
 
 
 def data_dir() -> Path:
-    """Return the folder with the embedded data set and the catalog.
+    """Return the folder with the embedded data sets and the catalog.
 
     Raises:
         UserError: The folder is missing, so the installation is incomplete.

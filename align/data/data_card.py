@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config import catalog
 from align.config.data import Prepare
-from align.config.shipped import data_dir
+from align.config.shipped import EMBEDDED, data_dir
 from align.data.rows import KINDS
 from align.data.statistics import LONG_ROW, LONGER_WARNING, how_read
 
@@ -94,7 +94,7 @@ def summary_sentences(report: Mapping[str, Any]) -> Iterator[str]:
 def displayed_path(file: Path) -> str:
     """Path of a source file in the card.
 
-    For the embedded data set, it does not depend on where Align is installed.
+    For an embedded data set, it does not depend on where Align is installed.
     """
-    is_embedded = file.parent == data_dir() / "embedded"
-    return f"data/embedded/{file.name}" if is_embedded else file.as_posix()
+    is_embedded = file.parent.parent == data_dir() and file.parent.name in EMBEDDED
+    return f"data/{file.parent.name}/{file.name}" if is_embedded else file.as_posix()

@@ -1,4 +1,4 @@
-"""Sources of preference data: the embedded data set, a file, a folder or a Hub id to raw rows.
+"""Sources of preference data: an embedded data set, a file, a folder or a Hub id to raw rows.
 
 A source is read in parts, one per file, so that an error names its file and line, and so that a
 folder may contain pairs in one file and demonstrations in another. :mod:`align.data.formats`
@@ -14,14 +14,13 @@ from itertools import chain, islice
 from pathlib import Path
 
 from align.config.data import MixtureSource
-from align.config.shipped import data_dir
+from align.config.shipped import EMBEDDED, data_dir
 from align.data.files import SUFFIXES, read_file
 from align.data.folders import split_files
 from align.data.rows import Raw
 from align.errors import DataError, did_you_mean
 from align.runtime import hub
 
-EMBEDDED_FILES = ("demonstrations.jsonl.gz", "pairs.jsonl.gz")
 BATCH = 1000  # rows of a Hub data set in memory at once
 HEAD = 100  # rows from which the columns of a part are known
 
@@ -65,7 +64,7 @@ def check_hub_keys(source: MixtureSource) -> None:
     if not source_files(source.source, split=source.data_split):
         return
     keys = [key for key in ("config", "data_dir", "revision") if getattr(source, key) is not None]
-    is_folder = source.source != "embedded" and Path(source.source).expanduser().is_dir()
+    is_folder = source.source not in EMBEDDED and Path(source.source).expanduser().is_dir()
     if source.data_split != "train" and not is_folder:
         keys.append("data_split")
     if keys:
@@ -86,8 +85,8 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     Raises:
         DataError: The path does not exist, or the folder contains no data files of the split.
     """
-    if source == "embedded":
-        return embedded_files()
+    if source in EMBEDDED:
+        return embedded_files(source)
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -105,13 +104,13 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     return []
 
 
-def embedded_files() -> list[Path]:
-    """Files of the embedded data set.
+def embedded_files(source: str) -> list[Path]:
+    """Files of a data set that ships with Align.
 
     Raises:
         DataError: A file is missing from the installation.
     """
-    files = [data_dir() / "embedded" / name for name in EMBEDDED_FILES]
+    files = [data_dir() / source / name for name in EMBEDDED[source]]
     missing = [
         f"{file}: missing from the installation; install Align again"
         for file in files
@@ -133,7 +132,7 @@ def _is_path(source: str) -> bool:
 
 def _read_hub(source: MixtureSource, max_rows: int | None) -> Iterator[Raw]:
     name = source.source
-    suggestion = did_you_mean(name, ["embedded"])
+    suggestion = did_you_mean(name, EMBEDDED)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"{name!r}: not a file, a folder, or a Hub id (owner/name){suggestion}")
     if not hub.is_offline() and not hub.hub_is_reachable():

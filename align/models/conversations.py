@@ -140,6 +140,36 @@ class Conversations:
             for head, whole, (_, text) in zip(heads, wholes, texts, strict=True)
         ]
 
+    def between_turns(self, conversation: Sequence[Message]) -> list[int]:
+        """Token ids between the end of the last turn of the assistant and its next turn.
+
+        They are the messages behind that turn, with the header of the next one. Of the turn itself
+        only its place counts, so that sampled tokens stay as they are.
+
+        Raises:
+            UserError: The template fails, or does not write the turn.
+        """
+        place = max(k for k, turn in enumerate(conversation) if turn["role"] == "assistant")
+        before, behind = conversation[:place], conversation[place + 1 :]
+        content = PLACEHOLDER
+        while any(content in text for turn in conversation for text in turn_fields.texts(turn)):
+            content += "X"
+        turns = self._mark([*before, _answer(content), *behind])
+        whole = self.template.render(turns, add_generation_prompt=True)
+        _, written, text = whole.rpartition(content)
+        if not written:
+            which = f"turn {place + 1} (assistant)"
+            raise UserError(f"{self.template.name}: its chat template omits {which}; {REPAIR}")
+        ids = self._encode_behind(text)
+        if not self.writes_end:
+            return ids
+        return ids[next((k for k, token in enumerate(ids, 1) if token in self.ends), 0) :]
+
+    @functools.cached_property
+    def writes_end(self) -> bool:
+        """Whether the template ends a completion with a token at which a policy stops."""
+        return self.end_of_turn().ended
+
     def trained_rows(
         self,
         prompts: Sequence[Sequence[Message]],
@@ -192,7 +222,7 @@ class Conversations:
             UserError: It does not, so a policy trained on its rows would not stop; ``repair`` is
                 the rest of the message.
         """
-        if not self.end_of_turn().ended:
+        if not self.writes_end:
             turn = self.template.render(
                 [{"role": "user", "content": "User"}, _answer(PLACEHOLDER)]
             ).rpartition(PLACEHOLDER)[2]

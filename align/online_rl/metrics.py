@@ -27,13 +27,18 @@ def compute_metrics(
     """
     mask = experience.mask
     logratio = (experience.logps - experience.ref_logps).masked_fill(~mask, 0)
-    lengths = torch.tensor([float(len(c)) for c in completions.completions])
+    lengths = torch.tensor(completions.lengths, dtype=torch.float32)
     finished = torch.tensor([float(f) for f in completions.finished])
     per_completion: dict[str, Tensor | float] = {
         "kl": logratio.sum(),
         "tokens": lengths.sum(),
         "missing_eos": len(lengths) - finished.sum(),
     }
+    if completions.episodes is not None:
+        per_completion |= {
+            "turns": float(sum(map(len, completions.turns))),
+            "ended": float(sum(episode.ended for episode in completions.episodes)),
+        }
     per_completion |= {key: column.sum() for key, column in scores.columns().items()}
     counts: dict[str, Tensor | float] = {
         "n": float(len(lengths)),

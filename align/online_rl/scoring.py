@@ -101,6 +101,15 @@ class FunctionReward:
 
 
 @dataclass(frozen=True, slots=True)
+class EnvironmentReward:
+    """The rewards of an environment, summed over the turns of each episode."""
+
+    def score(self, completions: Completions, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """The sum of each episode."""
+        return torch.tensor([episode.reward for episode in completions.episodes or ()])
+
+
+@dataclass(frozen=True, slots=True)
 class Scorer:
     """Scores completions by the rewards of a recipe."""
 
@@ -135,8 +144,9 @@ class Scorer:
 
     @property
     def weights(self) -> list[float]:
-        """The weight of each reward."""
-        return self.config.weights or [1.0] * len(self.rewards)
+        """The weight of each reward; 1 for those of the environment."""
+        weights = self.config.weights or [1.0] * len(self.config.rewards)
+        return weights if self.config.environment is None else [*weights, 1.0]
 
     def for_training(self, scores: Scores) -> Scores:
         """The scores of a batch as the policy is trained on them: normalized as the recipe sets.
@@ -200,4 +210,6 @@ def build_scorer(config: OnlineRL, models: PPOModels, functions: Mapping[str, Sc
         else ModelReward(next(reward_models), config.sample_batch_size, end)
         for name in config.reward_names
     }
+    if config.environment is not None:
+        rewards[config.environment] = EnvironmentReward()
     return Scorer(rewards, config, models.tokenizer, models.device)

@@ -28,6 +28,7 @@ from align.models.tokenizer_files import GENERATION_CONFIG
 from align.online_rl import checkpoint, held_out, plots, samples
 from align.online_rl.build import build_models
 from align.online_rl.completions import Completions
+from align.online_rl.episodes import build_player
 from align.online_rl.experience import Experience, compute_experience, evaluators, make_rollout
 from align.online_rl.groups import Batch, draw_batch
 from align.online_rl.metrics import compute_metrics
@@ -40,7 +41,7 @@ from align.online_rl.optimization import (
     divide_rows,
     set_learning_rates,
 )
-from align.online_rl.prompts import prompt_indices, tokenize
+from align.online_rl.prompts import Prompts, prompt_indices, tokenize
 from align.online_rl.results import reward_parts, rewards_of
 from align.online_rl.sampler_agreement import compare, ratio_metrics
 from align.online_rl.sampling import build_sampler
@@ -56,7 +57,7 @@ from align.runtime.tracking import reporting
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 SHOWN = ("score", "kl", "entropy")
 """Metrics on the progress line, before those of the rewards if there are several."""
-HELD_OUT = ("score", "reward", "gold", "kl", "tokens", "missing_eos")
+HELD_OUT = ("score", "reward", "gold", "kl", "tokens", "missing_eos", "turns", "ended")
 """Metrics of the held-out evaluation, beside those of the rewards."""
 
 
@@ -94,6 +95,7 @@ class OnlineRLTrainer:
         # The sampler replaces the policy's generation config; the original one is saved in the end.
         self.generation_config = self.models.policy.model.generation_config
         self.sampler = build_sampler(config, self.models)
+        self.player = build_player(config, self.sampler, self.models)
         self.scorer = build_scorer(config, self.models, functions)
         self.prompts = tokenize(rows, self.models, config)
         self.held_out = tokenize(evaluated, self.models, config)
@@ -190,7 +192,7 @@ class OnlineRLTrainer:
         started = time.monotonic()
         self.set_train_mode(False)
 
-        # 1. Generate one completion for every prompt. 2. Score the completions.
+        # 1. Generate a completion, or play an episode, for every prompt. 2. Score them.
         batch, group_metrics = draw_batch(partial(self.draw, step), config, self.models.device)
         completions, scores = batch.completions, self.scorer.for_training(batch.scores)
         # 3. Compute log-probabilities under policy and reference, and values.
@@ -224,11 +226,19 @@ class OnlineRLTrainer:
         end = None if groups is None else groups * config.n_completions
         prompts = self.prompts.select(visited[:end])
         seed = self.seed("sample", step) if number == 0 else self.seed(f"sample {number}", step)
+        completions, rows = self.sample(prompts, seed=seed)
+        sampled = time.monotonic()
         with self.models.mixed_precision():
-            completions = self.sampler.generate(prompts.tokens, seed=seed)
-            sampled = time.monotonic()
-            scores = self.scorer.score(completions, prompts.rows)
-        return Batch(list(prompts.rows), completions, scores, sampled - started)
+            scores = self.scorer.score(completions, rows)
+        return Batch(list(rows), completions, scores, sampled - started)
+
+    def sample(self, prompts: Prompts, *, seed: int) -> tuple[Completions, Sequence[Row]]:
+        """Completions of prompts, or episodes, and the rows that the rewards read."""
+        with self.models.mixed_precision():
+            if self.player is None:
+                return self.sampler.generate(prompts.tokens, seed=seed), prompts.rows
+            played = self.player.play(prompts.rows, seed=seed)
+            return played.completions, played.rows
 
     def experience(self, completions: Completions) -> Experience:
         """Log-probabilities and values of completions, in forward passes of the recipe's size."""
@@ -299,9 +309,9 @@ class OnlineRLTrainer:
             return
         self.set_train_mode(False)
         prompts = self.held_out.shard()
+        completions, rows = self.sample(prompts, seed=self.seed("evaluate", 0))
         with self.models.mixed_precision():
-            completions = self.sampler.generate(prompts.tokens, seed=self.seed("evaluate", 0))
-            scores = self.scorer.score(completions, prompts.rows)
+            scores = self.scorer.score(completions, rows)
         experience = self.experience(completions)
         metrics = compute_metrics(completions, experience, scores)
         shown = [key for key in metrics if key in HELD_OUT or key.startswith("rewards/")]

@@ -18,6 +18,7 @@ from typing import Any
 
 from align.config import catalog
 from align.config.methods import method
+from align.config.shipped import EMBEDDED
 from align.config.stages import STAGES
 from align.models import gguf_files
 from align.models.files import ADAPTER_CONFIG
@@ -230,7 +231,7 @@ def _data_sources(origins: Mapping[str, Origin]) -> Iterator[_Source]:
         sources = [recipe.get("source"), recipe.get("demonstrations")]
         sources += [entry.get("source") for entry in recipe.get("mixture", ())]
         for source in dict.fromkeys(map(str, filter(None, sources))):
-            prefix = f"data/{source}/" if source == "embedded" else source
+            prefix = f"data/{source}/" if source in EMBEDDED else source
             files = {
                 Path(file).name: digest
                 for file, digest in artifact.metrics.get("files", {}).items()

@@ -250,10 +250,11 @@ def _file_digests(name: str, config: Stage, errors: ErrorCollector) -> dict[str,
             digest = _path_digest(value)
             if digest is not None:
                 digests[key] = digest
-    for function in config.reward_functions.values():
-        digest = functions.source_digest(function.address)
+    addresses = [function.address for function in config.reward_functions.values()]
+    for address in (*addresses, *config.environments.values()):
+        digest = functions.source_digest(address)
         if digest is not None:
-            digests[function.address] = digest
+            digests[address] = digest
     return digests
 
 

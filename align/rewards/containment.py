@@ -35,10 +35,17 @@ class _OvertimeError(BaseException):
 
 
 @contextlib.contextmanager
-def contained(place: str, repair: str, *, seconds: float) -> Iterator[None]:
+def contained(
+    place: str,
+    repair: str,
+    *,
+    seconds: float,
+    overtime: str = "raise `timeout_seconds` if it needs longer",
+) -> Iterator[None]:
     """Turn whatever the code inside the block does instead of returning into a ``UserError``.
 
     After ``seconds`` the block is interrupted, if it is in the main thread of a POSIX system.
+    ``repair`` and ``overtime`` end the messages.
     """
     process, directory, exit_process = os.getpid(), Path.cwd(), os._exit
 
@@ -60,8 +67,7 @@ def contained(place: str, repair: str, *, seconds: float) -> Iterator[None]:
         where = _line(error)
         if isinstance(error, _OvertimeError):
             raise UserError(
-                f"{place}: not returned after {seconds:g} seconds{where}; raise `timeout_seconds` "
-                "if it needs longer"
+                f"{place}: not returned after {seconds:g} seconds{where}; {overtime}"
             ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].removeprefix(
             "_ExitError: "

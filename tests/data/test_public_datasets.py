@@ -150,7 +150,7 @@ def test_the_real_questions_are_all_read():
 
 def test_every_entry_has_a_license_and_a_citation_and_no_unknown_key():
     files = sorted(FOLDER.glob("*.yaml"))
-    assert {file.stem for file in files} == {*EXPECTED, "embedded", "gsm8k"}
+    assert {file.stem for file in files} == {*EXPECTED, "embedded", "arithmetic", "gsm8k"}
     for file in files:
         entry = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert entry["citation"] and entry["license"]["text"]

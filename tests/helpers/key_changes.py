@@ -24,6 +24,7 @@ OASST_FILE = Path(__file__).parents[2] / "data" / "catalog" / "oasst1.sample.jso
 SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "max_position_embeddings": tiny_models.POSITIONS}
 LORA = {"r": 4, "alpha": 8}
+ECHO = "helpers.ppo_fixtures:Echo"
 THREE_STEPS = tiny_models.TRAINER | {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
 SCORED = {"source": "<scores>", "reader": "ultrafeedback"}
 VOTES = {"source": "<votes>", "reader": "shp"}
@@ -230,6 +231,9 @@ CHANGES: dict[str, dict[str, Change]] = {
         "normalize_scores": Change("batch"),
         "normalize_rewards": Change(True, {"normalize_advantages": False}),
         "loss": Change("cispo", {"epochs": 4}),
+        "environment": Change(ECHO),
+        "max_turns": Change(1, {"environment": ECHO, "max_new_tokens": 40}),
+        "max_episode_tokens": Change(120, {"environment": ECHO, "max_new_tokens": 40}),
         "overlong_buffer": Change(8),
         "overlong_penalty": Change(3.0, {"overlong_buffer": 8}),
         "aggregate": Change("sequence"),

@@ -110,6 +110,18 @@ def length(prompts: Any, completions: Sequence[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+class Echo:
+    """An environment that repeats each turn; one with an even number of letters is worth 1."""
+
+    def reset(self, row: Any) -> Any:
+        """The prompt of a row."""
+        return row["prompt"]
+
+    def step(self, completion: str) -> Any:
+        """The turn, and whether its length is even."""
+        return [{"role": "user", "content": completion[:20]}], len(completion) % 2 == 0, False
+
+
 def ppo_config(kind: str = "ppo", **settings: Any) -> Any:
     """8 completions of up to 24 tokens per step, in one batch, unless ``settings`` differ.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,43 @@ def test_training_evaluation_and_ppo_read_the_same_tokens(name: str, prompt: Any
     assert trained["input_ids"] == ppo[: len(trained["input_ids"])]
     assert before["input_ids"] == context
     assert len(trained["input_ids"]) == len(ppo) - name.startswith("a template without an end")
+
+
+CONVERSATION = [PROMPT[0], *answer("answer"), {"role": "user", "content": "and <|im_end|> then"}]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_tokens_between_two_sampled_turns_are_those_of_the_template(name: str):
+    # Where a template writes earlier turns as a policy does, the parts are the next turn's prompt.
+    tokenizer = SHAPES[name][0]()
+    template = tokenization.conversations(tokenizer)
+    between = template.between_turns(CONVERSATION)
+    (prompt,) = tokenization.tokenize_prompts(tokenizer, [CONVERSATION])
+    (row,) = tokenization.tokenize_rows(tokenizer, [PROMPT], [answer("answer")])
+    assert prompt[-len(between) :] == between  # also where earlier turns are written otherwise
+    text = tokenizer.decode(between)
+    assert "and <|im_end|> then" in text
+    assert "answer" not in text.partition("and")[0]
+    rewrites = re.match("DeepSeek|Qwen3|Nemotron", name)
+    # As text: the template's text as a whole may join the header and the answer in a token.
+    parts = tokenizer.decode(row.ids) + text
+    assert (parts == tokenizer.decode(prompt)) == (rewrites is None)
+
+
+def test_text_of_a_turn_does_not_shift_the_tokens_between_two_turns():
+    tokenizer = shape("qwen2_5", eos="<|im_end|>")
+    template = tokenization.conversations(tokenizer)
+    echoes = [{"role": "user", "content": "AnswerPlaceholder<|im_end|>"}, *answer("x")]
+    echoes += [{"role": "user", "content": "AnswerPlaceholderX AnswerPlaceholder"}]
+    text = tokenizer.decode(template.between_turns(echoes))
+    expected = "AnswerPlaceholderX AnswerPlaceholder"
+    assert text == f"\n<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_that_omits_earlier_turns_has_no_tokens_between_them():
+    tokenizer = make_tokenizer("{{ messages[-1].content }}</s>")
+    with pytest.raises(UserError, match=r"omits turn 2 \(assistant\); set another template"):
+        tokenization.conversations(tokenizer).between_turns(CONVERSATION)
 
 
 @pytest.mark.parametrize("name", ["deepseekv3", "qwen3", "qwen3_5_think", "glm4moe"])

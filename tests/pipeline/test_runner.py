@@ -164,7 +164,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.5, "target_kl": 0.5, "gradient_checkpointing": True, "quantization": "nf4",
         "eval_steps": 3, "eval_split": "test", "n_eval_prompts": 3, "save_steps": 3, "stop": Stop(judge="gold"), "dtype": "bfloat16",
         "revision": "abc", "lora": {"r": 2}, "seed": 1, "keep_checkpoints": True, "prefix_sharing": False,
-        "report_to": ["wandb"],
+        "report_to": ["wandb"], "environment": "arithmetic", "max_turns": 3, "max_episode_tokens": 99,
     },
     "evaluate": {
         "quantization": "nf4",
