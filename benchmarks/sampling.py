@@ -2,10 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/sampling.py
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --models embedded --rounds 5
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py --models embedded --copies 8 --batch 16
 
 Align and ``model.generate`` sample the same completions, which the script checks. The continuous
 batching of ``model.generate_batch`` draws others, except greedy ones, so its seconds are given for
-the number of tokens that Align sampled; its cache has space for all rows at once.
+the number of tokens that Align sampled.
+
+All rows are sampled at once, or ``--batch`` at a time: in batches one after another, and by
+continuous batching with a new row for each that has ended.
 
 The models have random weights; a bias on the logit of the stop token ends completions after
 ``--mean`` tokens on average, where the length limit does not cut them. The sides take turns, and
@@ -86,26 +90,32 @@ def timed(
     return time.process_time() - start, completions
 
 
-def continuous(model: Any, rows: list[list[int]]) -> list[SampledTokens]:
-    """Sample by continuous batching; the cache of a row has pages of 32 tokens."""
+def continuous(model: Any, rows: list[list[int]], size: int) -> list[SampledTokens]:
+    """Sample by continuous batching, ``size`` rows at once; pages of the cache have 32 tokens."""
     longest = max(map(len, rows)) + model.generation_config.max_new_tokens
     config = ContinuousBatchingConfig(
         page_size=32,
-        num_blocks=len(rows) * (longest // 32 + 2),
-        max_batch_tokens=max(len(rows), 512),
+        num_blocks=size * (longest // 32 + 2),
+        max_batch_tokens=max(size, 512),
+        max_requests_per_batch=size,
         use_cuda_graph=False,
     )
     outputs = model.generate_batch(rows, continuous_batching_config=config, warmup=False)
     return [SampledTokens(output.generated_tokens, []) for output in outputs.values()]
 
 
-def compare(model: Any, rows: list[list[int]], rounds: int) -> str:
+def compare(model: Any, rows: list[list[int]], size: int, rounds: int) -> str:
     """The median times of all sides as cells of a table."""
     paged = copy.deepcopy(model)  # it changes the attention of its model
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def one_after_another(sample: Callable[..., list[SampledTokens]]) -> list[SampledTokens]:
+        return [row for batch in batches for row in sample(model, batch, {STOP})]
+
     sides = (
-        lambda: generation.generate_with_transformers(model, rows, {STOP}),
-        lambda: decoding.decode(model, rows, {STOP}),
-        lambda: continuous(paged, rows),
+        lambda: one_after_another(generation.generate_with_transformers),
+        lambda: one_after_another(decoding.decode),
+        lambda: continuous(paged, rows, size),
     )
     seconds: list[list[float]] = [[], [], []]
     for number in range(rounds):
@@ -128,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--copies", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--batch", type=int, help="rows at once; default: all")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--mean", type=int, default=30, help="mean tokens of a completion")
     parser.add_argument("--rounds", type=int, default=3)
@@ -139,7 +150,9 @@ def main() -> None:
         shape, n_prompts, lengths = MODELS[name]
         model = build(shape, arguments.mean)
         distinct = prompts(n_prompts, lengths, shape["vocab_size"])
+        distinct.sort(key=len)  # as Align's stages do
         rows = [row for row in distinct for _ in range(arguments.copies)]
+        size = arguments.batch or len(rows)
         for label, settings in SAMPLING.items():
             model.generation_config = GenerationConfig(
                 eos_token_id=[STOP],
@@ -147,7 +160,9 @@ def main() -> None:
                 max_new_tokens=arguments.new_tokens,
                 **settings,
             )
-            print(f"| {name} | {label} | {compare(model, rows, arguments.rounds)} |", flush=True)
+            print(
+                f"| {name} | {label} | {compare(model, rows, size, arguments.rounds)} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -147,6 +147,23 @@ def test_the_operator_has_the_values_and_gradients_of_attention_by_rows(window, 
         assert_close(other, one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_have_the_strides_that_the_compiler_expects(dtype):
+    inputs, layout = attention_inputs(dtype)
+    # as layers pass them: the heads of a token are neighbors
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert not strided[0].is_contiguous()
+    output = row_attention.attend_by_row(*strided, layout.plan, None, None)
+    arguments = (torch.ones_like(output), *strided, layout.code, None, None)
+    backward = torch.ops.align.attend_by_code_backward
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        expected = backward(
+            *(x if x is layout.code or x is None else mode.from_tensor(x) for x in arguments)
+        )
+    for gradient, fake in zip(backward(*arguments), expected, strict=True):
+        assert (gradient.stride(), gradient.dtype) == (fake.stride(), fake.dtype)
+
+
 def test_the_operator_is_a_valid_one():
     inputs, layout = attention_inputs(torch.float32)
     torch.library.opcheck(row_attention.attend_by_code, (*inputs, layout.code, None, 3))

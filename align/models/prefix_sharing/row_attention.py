@@ -117,7 +117,8 @@ def _attend_by_code_backward(
     q, k, v = (tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in inputs)
     gradient = gradient.transpose(1, 2).to(q.dtype)
     places = torch.arange(query.shape[2], device=query.device).split(plan.segments)
-    dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
+    # The compiler expects the strides of the function below: those of new, contiguous tensors.
+    dq, dk, dv = (tensor.new_zeros(tensor.shape) for tensor in (q, k, v))
     end = 0
     for row in plan.rows:
         path = torch.cat([places[i] for i in row.segments])
