@@ -1,8 +1,9 @@
 """Functions that score completions, called on a few rows of the data before anything is trained.
 
 Every function is imported and called with answers of the data and with an empty completion, so that
-its errors are those of a check and not of a run. Then the scores of the answers are compared with
-those of answers to other prompts. Left out: reward models, whose scores need torch.
+its errors are those of a check and not of a run. Environments play one turn. Then the scores of the
+answers are compared with those of answers to other prompts. Left out: reward models, whose scores
+need torch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from align.errors import UserError
 from align.pipeline.plan import PlannedStage
 from align.pipeline.table_checks import PreparedTables
 from align.rewards import functions
+from align.rewards.environments import load_environment
 from align.rewards.function_source import missing_columns, signature
 from align.rewards.functions import Score
 
@@ -96,8 +98,11 @@ class CheckedFunction:
 
 
 def import_functions(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> None:
-    """Import every function that scores completions."""
+    """Import every function that scores completions, and every environment."""
     for stage in stages:
+        for keys, address in stage.config.environments.items():
+            with errors.at(stage.name, *keys):
+                load_environment(address)
         for keys, config in stage.config.reward_functions.items():
             try:
                 signature(config.address)
@@ -120,11 +125,38 @@ def examine(
 def call_functions(
     errors: ErrorCollector, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
 ) -> None:
-    """Call the functions of the stages that read ``data`` with a few of its rows."""
+    """Call the functions of the stages that read ``data`` with a few of its rows.
+
+    Environments play a turn.
+    """
+    play_environments(errors, data, tables, stages)
     for stage, keys, checked in _functions(data, tables, stages):
         with errors.at(stage.name, *keys):
             checked.scores(checked.answers.chosen, min(len(checked.answers), N_CALLED))
             checked.scores([""], 1)  # a policy may write nothing
+
+
+def play_environments(
+    errors: ErrorCollector, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
+) -> None:
+    """Play one turn of an episode of the first prompt of ``data``, for each stage that reads it.
+
+    The turn is empty: a policy may write nothing.
+    """
+    if "prompts-train" not in tables.names:
+        return  # reported as a missing table
+    columns = tables.columns("prompts", "train")
+    row = {name: tables.column("prompts", "train", name)[0] for name in columns}
+    for stage in stages:
+        if data in stage.inputs.values():
+            for keys, address in stage.config.environments.items():
+                try:
+                    environment = load_environment(address)
+                except UserError:
+                    continue  # reported where environments are imported
+                with errors.at(stage.name, *keys):
+                    episode, _ = environment.reset(row, seed=0)
+                    environment.step(episode, row, "")
 
 
 def compare_answers(

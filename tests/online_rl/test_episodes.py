@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,3 +248,45 @@ def test_an_episode_of_one_turn_is_a_completion():
     for name, tensor in completions.tensors(0, "cpu").items():
         assert torch.equal(tensor, episode.tensors(0, "cpu")[name])
     assert completions.lengths == episode.lengths == [2]
+
+
+def grpo(folders: Folders, folder: Path, **settings: Any) -> Any:
+    """A run of GRPO with an environment that answers in several turns."""
+    keys = {"environment": ppo_fixtures.__name__ + ":Echo", "max_turns": 2, "rewards": []}
+    keys |= {"kind": "grpo", "n_completions": 4, "steps": 3, "save_steps": 1, "eval_steps": 3}
+    keys |= {"eval_split": "test", "n_eval_prompts": 2, "temperature": 1.0, "kl_coef": 0.04}
+    return ppo_fixtures.build_trainer(folders, folder, **keys | settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewards", [[], [ppo_fixtures.FIVE]], ids=["environment", "and a reward"])
+def test_a_resumed_run_with_an_environment_is_the_uninterrupted_one(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewards: list[str]
+):
+    whole = grpo(folders, tmp_path / "whole", rewards=rewards)
+    before = ppo_fixtures.flat_weights(whole)
+    whole.train()
+    assert not torch.equal(ppo_fixtures.flat_weights(whole), before)
+    killed = grpo(folders, tmp_path / "killed", rewards=rewards)
+    step = killed.step
+
+    def stop(number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        step(number)
+
+    monkeypatch.setattr(killed, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = grpo(folders, tmp_path / "killed", rewards=rewards)
+    resumed.train()
+    assert torch.equal(ppo_fixtures.flat_weights(resumed), ppo_fixtures.flat_weights(whole))
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "killed")]
+    assert samples[0] == samples[1]
+    sample = [json.loads(line) for line in samples[0].splitlines()][-1]
+    assert "rewards/helpers.ppo_fixtures:Echo" in sample
+    assert {turn["role"] for turn in sample["prompt"]} <= {"user", "assistant"}
+    assert 1 <= whole.metrics["turns"] <= 2
+    assert whole.held_out_metrics["eval_ended"] == 0.0
+    total = whole.metrics["rewards/helpers.ppo_fixtures:Echo"] + 5.0 * len(rewards)
+    assert whole.metrics["reward"] == pytest.approx(total)
