@@ -167,9 +167,8 @@ class OnlineRLTrainer:
             UserError: They differ by more than rounding.
         """
         self.set_train_mode(False)
-        agreement = compare(
-            self.models, self.sampler, self.prompts.tokens, seed=self.seed("agreement", 0)
-        )
+        seed = self.seed("agreement", 0)
+        agreement = compare(self.config, self.models, self.sampler, self.prompts.tokens, seed=seed)
         agreement.check(self.config)
         self.logger.info(agreement.describe())
 

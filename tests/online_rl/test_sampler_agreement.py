@@ -111,6 +111,7 @@ def test_a_models_own_settings_of_generation_are_not_used_in_training(
         pytest.param("lora", False, {}, id="an adapter that is merged"),
         pytest.param("sft", False, {"prefix_sharing": False}, id="padded batches"),
         pytest.param("sft", True, {"gradient_checkpointing": True}, id="gradient checkpointing"),
+        pytest.param("sft", False, {"max_new_tokens": 3}, id="completions of at most three tokens"),
         pytest.param("sft", False, {"mixed_precision": "bfloat16"}, id="mixed precision"),
         pytest.param("sft", True, {"dtype": "bfloat16"}, id="adapters on a base in bfloat16"),
     ],
@@ -123,9 +124,12 @@ def test_sampling_and_update_agree(
     )
     ppo_fixtures.perturb(trainer.models)
     lengths = trainer.models.policy.model.generation_config.max_new_tokens
-    agreement = compare(trainer.models, trainer.sampler, trainer.prompts.tokens, seed=0)
+    agreement = compare(
+        trainer.config, trainer.models, trainer.sampler, trainer.prompts.tokens, seed=0
+    )
     agreement.check(trainer.config)
-    assert 4 < agreement.n_tokens <= sampler_agreement.N_TOKENS
+    most = min(sampler_agreement.N_TOKENS, 4 * trainer.config.max_new_tokens)
+    assert 4 < agreement.n_tokens <= most
     # far below the tolerance, and in bfloat16 not zero
     dtype = sampler_agreement.computed_type(trainer.config)
     assert agreement.mean < TOLERANCES[dtype] / 5
@@ -206,6 +210,8 @@ def test_sampling_and_update_agree_in_4_bits(folders: Folders, tmp_path: Path, d
         rewards=[ppo_fixtures.FIVE],
     )  # fmt: skip
     ppo_fixtures.perturb(trainer.models)
-    agreement = compare(trainer.models, trainer.sampler, trainer.prompts.tokens, seed=0)
+    agreement = compare(
+        trainer.config, trainer.models, trainer.sampler, trainer.prompts.tokens, seed=0
+    )
     agreement.check(trainer.config)
     assert agreement.mean < TOLERANCES[dtype] / 5

@@ -130,7 +130,7 @@ def test_the_server_is_compared_with_the_policy_before_the_first_step(world, upd
     eos = models.tokenizer.eos_token_id
     sampler = vllm.VLLMSampler(client, models.policy, {eos}, config)
     prompts = [[4, 5, 6], [7, 8]]
-    agreement = compare(models, sampler, prompts, seed=0)
+    agreement = compare(config, models, sampler, prompts, seed=0)
     if updates:
         agreement.check(config)
         assert agreement.mean < 1e-5
