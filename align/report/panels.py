@@ -5,15 +5,13 @@ The panels, their data and their colors belong to the caller. Left out: interact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BLUE, RED = "#2563a8", "#b4432f"
 N_COLUMNS = 4
@@ -42,33 +40,20 @@ def draw_panels(
     ``row_height`` is in inches. A draw function may change whatever it likes of its axes: titles,
     grid and spines are set before it runs.
     """
+    from matplotlib.figure import Figure  # without pyplot, which keeps figures and takes a second
+
     n_rows = -(-(len(panels) + 1) // N_COLUMNS)
-    with _figure(n_rows * row_height, file, dpi) as figure:
-        grid = figure.add_gridspec(n_rows, N_COLUMNS)
-        places = [grid[0, :2]]
-        places += [grid[n // N_COLUMNS, n % N_COLUMNS] for n in range(2, n_rows * N_COLUMNS)]
-        for place, panel in zip(places, panels, strict=False):
-            axes = figure.add_subplot(place)
-            axes.set_title(panel.title, fontsize=10, loc="left")
-            axes.grid(alpha=0.25, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=8)
-            panel.draw(axes)
-        if title is not None:
-            figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-
-
-@contextmanager
-def _figure(height: float, file: Path, dpi: int) -> Iterator[Figure]:
-    """A figure that is saved and closed at the end of the block."""
-    import matplotlib
-
-    matplotlib.use("agg", force=False)
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
-    try:
-        yield figure
-        figure.savefig(file, dpi=dpi)
-    finally:
-        plt.close(figure)
+    figure = Figure(figsize=(WIDTH, n_rows * row_height), layout="constrained")
+    grid = figure.add_gridspec(n_rows, N_COLUMNS)
+    places = [grid[0, :2]]
+    places += [grid[n // N_COLUMNS, n % N_COLUMNS] for n in range(2, n_rows * N_COLUMNS)]
+    for place, panel in zip(places, panels, strict=False):
+        axes = figure.add_subplot(place)
+        axes.set_title(panel.title, fontsize=10, loc="left")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        panel.draw(axes)
+    if title is not None:
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(file, dpi=dpi)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import recipe_runs
+from helpers.recipe_runs import log
 
 from align.runtime import artifacts
 
@@ -99,7 +101,7 @@ class Chaos:
 
 @contextmanager
 def launched(
-    runs: Path, until: str, processes: int, kind: str = ""
+    runs: Path, until: str, processes: int, kind: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A run in a new process group, with a launcher if there are two processes or ``kind`` says so.
 
@@ -133,8 +135,9 @@ def launched(
 
 
 def run(runs: Path, until: str, processes: int) -> None:
-    with launched(runs, until, processes) as process:
-        assert process.wait(timeout=SECONDS) == 0, log(runs)
+    """Run to the end; only what is killed needs a launcher."""
+    start = recipe_runs.run_on_two_processes if processes == 2 else recipe_runs.run
+    assert start(runs, "--until", until) == 0, log(runs)
 
 
 def ranks(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
@@ -148,11 +151,6 @@ def ranks(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
     except psutil.Error:
         pass
     return found
-
-
-def log(runs: Path) -> str:
-    file = runs.parent / "log"
-    return file.read_text() if file.exists() else ""
 
 
 def logged_step(folder: Path) -> int:
@@ -243,7 +241,16 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     return Chaos(folder)
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Hangups end a run, also where pytest runs under nohup, which ignores them."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, handler)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.timeout(4 * 3600)
 def test_runs_that_are_killed_at_random_moments_end_bit_for_bit_as_if_nothing_had_happened(
     chaos: Chaos, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from helpers import recipe_runs
 
 from align import __version__
 
@@ -37,8 +38,8 @@ def call(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def comparisons(runs: Path) -> list[dict[str, object]]:
-    summary = json.loads((runs / "dpo" / "summary.json").read_text())
+def comparisons(runs: Path, recipe: str) -> list[dict[str, object]]:
+    summary = json.loads((runs / recipe / "summary.json").read_text())
     return summary["stages"][-1]["metrics"]["comparisons"]
 
 
@@ -52,23 +53,21 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     stages = sorted(artifact["stage"] for artifact in artifacts)
     assert stages == ["dpo", "evaluate", "prepare", "reference", "sft"]
     assert [artifact["world_size"] for artifact in artifacts] == [2] * 5
-    two = comparisons(tmp_path / "runs")
+    two = comparisons(tmp_path / "runs", "dpo")
     (reference_folder,) = (tmp_path / "runs").glob("reference-*")
     reference = pq.read_table(reference_folder / "logps.parquet")
 
     # One process that evaluates the same policies samples the same completions: all metrics are
-    # equal.
+    # equal. It computes the same reference log-probabilities, into a folder of the same name.
+    shutil.copy(RECIPE, tmp_path / "recipe.yaml")
+    shutil.rmtree(reference_folder)
     for folder in (tmp_path / "runs").glob("evaluate-*"):
         shutil.rmtree(folder)
-    again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, folder=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("reused") >= 3
-    assert comparisons(tmp_path / "runs") == two
-
-    # One process computes the same reference log-probabilities, into a folder of the same name.
-    shutil.rmtree(reference_folder)
-    again = call(*LAUNCH, SCRIPT, RECIPE, *SMALL, "--force", "dpo", "--until", "dpo", folder=tmp_path)  # fmt: skip
-    assert again.returncode == 0, again.stderr
+    runs = tmp_path / "runs"
+    assert recipe_runs.run(runs, *SMALL) == 0, recipe_runs.log(runs)
+    assert recipe_runs.log(runs).count("reused") >= 3
+    assert comparisons(runs, "recipe") == two
+    assert recipe_runs.run(runs, *SMALL, "--force", "dpo", "--until", "dpo") == 0
     alone = pq.read_table(reference_folder / "logps.parquet")
     for column in reference.column_names:
         expected = reference[column].to_pylist()
@@ -182,9 +181,9 @@ stages:
 @pytest.mark.slow
 def test_two_processes_sample_and_label_the_same_rows_as_one_and_train_kto_on_them(tmp_path):
     (tmp_path / "recipe.yaml").write_text(OWN_LABELS)
-    for name, more in (("two", TWO), ("one", [])):
-        done = call(*LAUNCH, *more, SCRIPT, "recipe.yaml", "--runs", name, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
+    run = {"one": recipe_runs.run, "two": recipe_runs.run_on_two_processes}
+    for name, start in run.items():
+        assert start(tmp_path / name) == 0, recipe_runs.log(tmp_path / name)
         files = [json.loads(f.read_text()) for f in (tmp_path / name).glob("*/artifact.json")]
         artifacts = {artifact["stage"]: artifact for artifact in files}
         assert artifacts["kto"]["world_size"] == (2 if name == "two" else 1)
@@ -199,9 +198,8 @@ def test_two_processes_sample_and_label_the_same_rows_as_one_and_train_kto_on_th
     (policy,) = (tmp_path / "one").glob("sft-*")
     (data,) = (tmp_path / "one").glob("prepare-*")
     text = f"stages:\n  sample: {{model: {policy}, prompts: {data}, n_prompts: 30, n_completions: 3, max_new_tokens: 64, batch_size: 12}}\n  label: {{judge: gold, pairing: all, label_noise: bradley_terry}}\n"
-    (tmp_path / "again.yaml").write_text(text)
-    done = call(*LAUNCH, *TWO, SCRIPT, "again.yaml", "--runs", "again", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert run["two"](tmp_path / "again") == 0, recipe_runs.log(tmp_path / "again")
     for pattern in ("sample-*/completions-train.parquet", "label-*/pairs-train.parquet"):
         (one,), (two,) = ((tmp_path / runs).glob(pattern) for runs in ("one", "again"))
         assert pq.read_table(one).equals(pq.read_table(two))

@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from helpers import recipe_runs
 from helpers.tiny_models import logger, stage, world
-from test_launch import LAUNCH, SCRIPT, TWO
 from torch.testing import assert_close
 
 from align.config.stages import STAGES
@@ -330,8 +327,6 @@ def test_a_sharded_launch_is_rejected_in_one_line_before_any_model_is_loaded(
     assert "\n" not in line
 
 
-# Launched by accelerate
-
 RECIPE = """\
 stages:
   prepare: {source: embedded, max_rows: 60, test_fraction: 0.2}
@@ -371,37 +366,13 @@ stages:
 """
 
 
-def launch_recipe(
-    configuration: str, folder: Path, *more: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    (folder / "recipe.yaml").write_text(RECIPE)
-    inherited = {
-        key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")
-    }
-    command = [*LAUNCH, "--config_file", configuration, SCRIPT, "recipe.yaml", *more]
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=300)
-        except BaseException:  # ranks that wait for each other outlive their launcher
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
 @pytest.mark.slow
-def test_reward_and_ppo_run_on_two_launched_processes_from_start_to_end(tmp_path):
-    done = launch_recipe(TWO[1], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ppo: ran") == 1
-    runs = {path.name.rpartition("-")[0]: path for path in (tmp_path / "runs").glob("*-*")}
+def test_reward_and_ppo_run_on_two_processes_from_start_to_end(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    place = tmp_path / "runs"
+    assert recipe_runs.run_on_two_processes(place) == 0, recipe_runs.log(place)
+    assert recipe_runs.log(place).count("ppo: ran") == 1
+    runs = {path.name.rpartition("-")[0]: path for path in place.glob("*-*")}
     artifacts = {
         name: json.loads((runs[name] / "artifact.json").read_text()) for name in ("reward", "ppo")
     }
@@ -428,19 +399,10 @@ def test_reward_and_ppo_run_on_two_launched_processes_from_start_to_end(tmp_path
     weights = (runs["ppo"] / "adapter_model.safetensors").read_bytes()
     (runs["ppo"] / "artifact.json").unlink()
     (runs["ppo"] / "adapter_model.safetensors").unlink()
-    again = launch_recipe(TWO[1], tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "resuming from step 3" in again.stdout
+    assert recipe_runs.run_on_two_processes(place) == 0, recipe_runs.log(place)
+    assert "resuming from step 3" in recipe_runs.log(place)
     assert (runs["ppo"] / "adapter_model.safetensors").read_bytes() == weights
     (runs["ppo"] / "artifact.json").unlink()
-    alone = subprocess.run(
-        [sys.executable, SCRIPT, "recipe.yaml"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert alone.returncode == 2
-    assert "written by 2 processes, and this run has 1" in alone.stderr
-    assert "Traceback" not in alone.stderr
+    assert recipe_runs.run(place) == 2
+    assert "written by 2 processes, and this run has 1" in recipe_runs.log(place)
+    assert "Traceback" not in recipe_runs.log(place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import distributed_training, forks
 from helpers.distributed_training import KINDS, STEPS
 from torch.testing import assert_close
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests" / "helpers" / "distributed_training.py"
 TWO = {
     "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2, "machine_rank": 0,
     "main_process_port": 0, "main_training_function": "main", "rdzv_backend": "static", "same_network": True,
@@ -59,21 +57,7 @@ HOW = {
 # Passes of the first layer per step, of the policy and of a reference. With an adapter, the
 # reference is the policy with the adapter disabled; checkpointing runs the policy twice.
 PASSES = {"sft": [1], "dpo": [1, 1], "lora": [2], "dpo checkpointing": [2, 1], "lora checkpointing": [3]}  # fmt: skip
-NO_DEEPSPEED = next(
-    (
-        reason
-        for reason, missing in {
-            "DeepSpeed is for Linux": sys.platform != "linux",
-            "no ninja: DeepSpeed compiles its communication": not shutil.which("ninja"),
-            "no C++ compiler: DeepSpeed compiles its communication": not shutil.which(
-                os.environ.get("CXX", "c++")
-            ),
-        }.items()
-        if missing
-    ),
-    None,
-)
-DEEPSPEED = [pytest.mark.slow, pytest.mark.skipif(NO_DEEPSPEED is not None, reason=NO_DEEPSPEED or "")]  # fmt: skip
+NO_DEEPSPEED = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
 
 
 class Outcome(NamedTuple):
@@ -84,8 +68,7 @@ class Outcome(NamedTuple):
 
 
 def configuration(how: str, folder: Path) -> Path:
-    if how == "DDP":
-        return ROOT / "accelerate_configs" / "cpu.yaml"
+    """Write the configuration of a launch."""
     config: dict[str, Any] = FSDP2
     if how.startswith("ZeRO"):
         stage = int(how[-1])
@@ -106,16 +89,31 @@ def configuration(how: str, folder: Path) -> Path:
 
 
 def launch(how: str, folder: Path) -> Outcome:
+    """The outcome of two ranks."""
+    if how == "DDP":
+        with forks.ranks(distributed_training.main, folder, log=folder / "log") as ranks:
+            codes = [forks.wait(rank) for rank in ranks]
+        assert codes == [0, 0], (folder / "log").read_text()
+    else:
+        run_launcher(how, folder)
+    return Outcome(
+        [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)],
+        torch.load(folder / "weights.pt"),
+    )
+
+
+def run_launcher(how: str, folder: Path) -> None:
+    """Start two ranks as users do."""
     # Variables that other tests set for accelerate would replace DeepSpeed and FSDP by DDP.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", configuration(how, folder), SCRIPT, folder),
+        *("--config_file", configuration(how, folder), distributed_training.__file__, folder),
     ]
     with subprocess.Popen(
         [str(word) for word in command],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONPATH": str(forks.ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -127,10 +125,6 @@ def launch(how: str, folder: Path) -> Outcome:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     assert (folder / "weights.pt").is_file(), output
-    return Outcome(
-        [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)],
-        torch.load(folder / "weights.pt"),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +132,14 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcom
     return functools.cache(lambda how: launch(how, tmp_path_factory.mktemp(how)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param("DDP", marks=pytest.mark.slow),
-        pytest.param("ZeRO-2", marks=DEEPSPEED),
-        pytest.param("ZeRO-3", marks=DEEPSPEED),
-        pytest.param("FSDP2", marks=pytest.mark.slow),
+        "DDP",
+        pytest.param("ZeRO-2", marks=NO_DEEPSPEED),
+        pytest.param("ZeRO-3", marks=NO_DEEPSPEED),
+        "FSDP2",
     ],
 )
 def test_two_ranks_learn_the_same_with_prefix_sharing(how, launched):

@@ -10,6 +10,7 @@ files.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import os
@@ -227,6 +228,8 @@ def main(folder: Path) -> None:
     elif is_enabled("DEEPSPEED"):
         import deepspeed
 
+        # Communication in shared memory is compiled at the first use, for half a minute.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     gc.collect()
     gc.freeze()  # accelerate collects garbage at the start of each training, imported modules included

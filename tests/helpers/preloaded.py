@@ -1,7 +1,4 @@
-"""Modules that the fork server of :mod:`helpers.recipe_runs` imports once.
-
-Importing them takes longer than most runs of the tests.
-"""
+"""Modules that the server of :mod:`helpers.forks` imports, once for all its processes."""
 
 import contextlib
 import gc
@@ -11,7 +8,7 @@ from align.runtime import environment
 environment.quiet_libraries()
 
 import datasets.io.parquet  # noqa: E402, F401
-import matplotlib.pyplot  # noqa: E402, F401
+import matplotlib.figure  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 from align.cli import run  # noqa: E402, F401

@@ -1,32 +1,25 @@
-"""Start `align/run.py` in processes of their own, and stop them.
-
-A run is a fork of a server that has imported the libraries, so that it starts at once.
-:func:`run_in_new_interpreter` starts one as users do. The server is never the pytest worker.
+"""Start `align/run.py` in a process of its own, and stop it.
 
 The recipe is `recipe.yaml` beside the runs folder. Output is appended to the file `log` beside it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pytest
+from helpers import forks
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = str(ROOT / "align" / "run.py")
-SECONDS = 240  # no run of the tests takes that long
+SCRIPT = str(forks.ROOT / "align" / "run.py")
 
 
 def run_in_new_interpreter(runs: Path, *arguments: str) -> int:
@@ -34,79 +27,38 @@ def run_in_new_interpreter(runs: Path, *arguments: str) -> int:
     command = [sys.executable, SCRIPT, "recipe.yaml", "--runs", str(runs), *arguments]
     with (runs.parent / "log").open("a") as log:
         return subprocess.run(
-            command, cwd=runs.parent, stdout=log, stderr=log, timeout=SECONDS, check=False
+            command, cwd=runs.parent, stdout=log, stderr=log, timeout=forks.SECONDS, check=False
         ).returncode
 
 
-@contextmanager
-def running(runs: Path, *arguments: str) -> Iterator[BaseProcess]:
-    """A run in a new process group. What still runs at the end is killed."""
-    process = start(runs, arguments)
-    try:
-        yield process
-    finally:
-        if process.is_alive():
-            process.kill()
-        process.join()
-
-
-def start(
-    runs: Path, arguments: Sequence[str], environment: Mapping[str, str] = os.environ
-) -> BaseProcess:
-    """Start a run as a fork of the server."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["helpers.preloaded"])
-    with pytest.MonkeyPatch.context() as patch:  # inherited by a server that starts now
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        process = server.Process(
-            target=_run, args=(runs, [*arguments], dict(environment)), daemon=True
-        )
-        process.start()
-    return process
-
-
-def _run(runs: Path, arguments: list[str], environment: dict[str, str]) -> None:
-    """Become a run that a shell has started."""
-    os.setsid()
-    with (runs.parent / "log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.chdir(runs.parent)
-    os.environ.clear()
-    os.environ.update(environment)
+def call_script(runs: Path, *arguments: str) -> None:
+    """Run `align/run.py` in this process."""
     sys.argv = [SCRIPT, "recipe.yaml", "--runs", str(runs), *arguments]
     sys.path.insert(0, "")  # replaced by the script
     runpy.run_path(SCRIPT, run_name="__main__")
 
 
-def wait(process: BaseProcess, runs: Path) -> int:
-    """Wait for the end of a run. Returns its exit code."""
-    process.join(SECONDS)
-    assert process.exitcode is not None, log(runs)
-    return process.exitcode
+@contextmanager
+def running(runs: Path, *arguments: str) -> Iterator[BaseProcess]:
+    """A run that is killed at the end if it still runs."""
+    process = forks.start(call_script, runs, *arguments, log=runs.parent / "log")
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def run(runs: Path, *arguments: str) -> int:
     """Run to the end. Returns the exit code."""
     with running(runs, *arguments) as process:
-        return wait(process, runs)
+        return forks.wait(process)
 
 
 def run_on_two_processes(runs: Path, *arguments: str) -> int:
-    """Run to the end on two connected processes. Returns the exit code of the first rank."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused.getsockname()[1])}
-    common = os.environ | place | {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    ranks = [
-        start(runs, arguments, common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
-    ]
-    try:
-        return wait(ranks[0], runs)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+    """Run to the end on two connected processes. Returns the exit code of rank 0."""
+    with forks.ranks(call_script, runs, *arguments, log=runs.parent / "log") as ranks:
+        return forks.wait(ranks[0])
 
 
 def stop(
@@ -126,7 +78,7 @@ def stop(
         assert process.pid is not None
         if process.is_alive():
             os.kill(process.pid, number)
-        return wait(process, runs)
+        return forks.wait(process)
 
 
 def kill_at_random_moments(runs: Path, stage: str, *, seconds: float, kills: int) -> None:
@@ -141,7 +93,7 @@ def kill_at_random_moments(runs: Path, stage: str, *, seconds: float, kills: int
 
 def wait_until(when: Callable[[], object], process: BaseProcess, runs: Path) -> None:
     """Wait until ``when()`` is true. A run that ends before is an error."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + forks.SECONDS
     while not when():
         assert process.is_alive(), log(runs)
         assert time.monotonic() < deadline, log(runs)

@@ -24,13 +24,10 @@ def test_rows_of_four_places_of_which_the_first_panel_takes_two(n_panels, n_rows
     assert places == [(n // 4, n % 4) for n in range(2, n_panels + 1)]
 
 
-def test_the_figure_is_closed_when_a_panel_raises(tmp_path):
-    import matplotlib.pyplot as plt
-
+def test_no_picture_is_written_when_a_panel_raises(tmp_path):
     def fail(axes: Any) -> None:
         raise ValueError("no data")
 
     with pytest.raises(ValueError, match="no data"):
         draw_panels([Panel("panel", fail)], tmp_path / "picture.png")
-    assert plt.get_fignums() == []
     assert not (tmp_path / "picture.png").exists()

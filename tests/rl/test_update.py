@@ -30,6 +30,10 @@ from align.rl.objective import Objective
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, Evaluated, update
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
+)
+
 PPO = Objective(
     epochs=2,
     minibatches=2,
@@ -706,7 +710,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (str(folder),), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

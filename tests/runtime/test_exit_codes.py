@@ -22,6 +22,7 @@ def restored_handlers(monkeypatch):
     monkeypatch.setattr(signals, "_stop", signals._Stop())  # `install` replaces it
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where pytest runs under nohup
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
