@@ -237,7 +237,7 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     runs = folder / "whole" / "runs"
     runs.mkdir(parents=True)
     (runs.parent / "recipe.yaml").write_text(RECIPE)
-    run(runs, "ppo", 1)
+    assert recipe_runs.run(runs) == 0, log(runs)
     return Chaos(folder)
 
 

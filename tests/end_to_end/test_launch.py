@@ -60,6 +60,7 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
     # One process that evaluates the same policies samples the same completions: all metrics are
     # equal. It computes the same reference log-probabilities, into a folder of the same name.
     shutil.copy(RECIPE, tmp_path / "recipe.yaml")
+    shutil.copy(ROOT / "recipes" / "sft.yaml", tmp_path)
     shutil.rmtree(reference_folder)
     for folder in (tmp_path / "runs").glob("evaluate-*"):
         shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,14 @@ def finish(runs: Path, stage: str) -> None:
     assert recipe_runs.run(runs, "--until", stage) == 0, recipe_runs.log(runs)
 
 
+def checkpoint_is_complete(runs: Path, stage: str, step: int) -> Callable[[], bool]:
+    return recipe_runs.file_exists(runs, f"{stage}-*/checkpoint-{step}/complete.json")
+
+
 def stop_after(runs: Path, stage: str, step: int, number: signal.Signals = signal.SIGKILL) -> int:
     """Send a signal as soon as the checkpoint of a step is complete. Returns the exit code."""
-    marked = recipe_runs.file_exists(runs, f"{stage}-*/checkpoint-{step}/complete.json")
-    return recipe_runs.stop(runs, when=marked, number=number)
+    marked = checkpoint_is_complete(runs, stage, step)
+    return recipe_runs.stop(runs, "--until", stage, when=marked, number=number)
 
 
 # Without learning, the tests below would pass whatever the code does.

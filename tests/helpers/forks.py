@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # no process of the tests takes that long
+SECONDS = 900  # no process of the tests takes that long, also on a busy machine
 
 
 def start(

@@ -1,4 +1,4 @@
-"""Start `align/run.py` in a process of its own, and stop it.
+"""Start `align/run.py` in a separate process, and stop it.
 
 The recipe is `recipe.yaml` beside the runs folder. Output is appended to the file `log` beside it.
 """
