@@ -101,15 +101,22 @@ def counted(count: int, noun: str) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean `beta`?`` for the most similar known word; empty if none is similar.
 
-    A word that begins with the given one is preferred.
-
     >>> did_you_mean("env", ["n_envs", "environment_options", "environment"])
     '; did you mean `environment`?'
+    """
+    similar = most_similar(word, known)
+    return f"; did you mean `{similar}`?" if similar else ""
+
+
+def most_similar(word: str, known: Iterable[str]) -> str | None:
+    """The most similar known word; None if none is similar.
+
+    A word that begins with the given one is preferred.
     """
     known = list(known)
     longer = [each for each in known if len(word) > 2 and each.startswith(word)]
     similar = [min(longer, key=len)] if longer else difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean `{similar[0]}`?" if similar else ""
+    return similar[0] if similar else None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -182,6 +182,7 @@ def data_show(
     from rich.text import Text
 
     console = _console()
+    typer.echo(f"reading the tokenizer of {model} and the rows of {source}", err=True)
     with _tokenizer(model) as folder:
         rows = token_view.tokenized_rows(config, stage, folder, n, train_on=train_on)
     for row in rows:

@@ -65,7 +65,7 @@ def plan(
         lost={name: rows.count for name, rows in lost.items()},
     )
     console.print(_plan_table(title, stages, table))
-    console.print(LEGEND, style="dim")
+    console.print(LEGEND, style="dim", width=min(console.width, 80))
     for line in (*_reasons_to_run(stages, runs), *estimates.count_requests(stages, table)):
         console.print(line, markup=False, highlight=False)
     for name, rows in lost.items():

@@ -18,7 +18,7 @@ from align.config.shipped import EMBEDDED, data_dir
 from align.data.files import SUFFIXES, read_file
 from align.data.folders import split_files
 from align.data.rows import Raw
-from align.errors import DataError, did_you_mean
+from align.errors import DataError, did_you_mean, most_similar
 from align.runtime import hub
 
 BATCH = 1000  # rows of a Hub data set in memory at once
@@ -99,8 +99,11 @@ def source_files(source: str, *, split: str = "train") -> list[Path]:
     if path.exists():
         raise DataError(f"{source}: neither a regular file nor a folder")
     if _is_path(source):
-        siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{source}: no such file or folder{did_you_mean(path.name, siblings)}")
+        siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
+        by_stem = {file.stem: file.name for file in siblings}  # equal endings make no similarity
+        name = by_stem.get(path.stem) or by_stem.get(most_similar(path.stem, by_stem) or "")
+        suggestion = f"; did you mean `{name}`?" if name else ""
+        raise DataError(f"{source}: no such file or folder{suggestion}")
     return []
 
 

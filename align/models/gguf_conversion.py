@@ -40,7 +40,7 @@ def converted(file: Path, runs: Path, announce: Callable[[str], None]) -> Path:
                 if artifacts.read_artifact(folder) is None:
                     gguf_files.check_convertible(file)
                     announce(f"{file}: converting into {folder}")
-                    _convert(file, folder)
+                    _convert(file, folder, announce)
                 artifacts.check_folder(folder)
             except UserError as raised:
                 error = raised
@@ -67,14 +67,16 @@ def write_tokenizer(file: Path, folder: Path) -> Any:
     return tokenizer
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     """Write the model folder, its artifact last."""
     started = time.monotonic()
     for path in folder.iterdir():  # of an interrupted conversion
         if path.name != artifacts.WORKING:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     tokenizer = write_tokenizer(file, folder)
+    announce(f"{file}: tokenizer and chat template read; reading the weights")
     model = _load(file)
+    announce(f"{file}: {model.num_parameters():,} parameters read; writing")
     check_finite(file, model)
     check_vocabulary(file, model, tokenizer)
     if len(ends := gguf_files.read_header(file).ends) > 1:  # transformers reads the first one

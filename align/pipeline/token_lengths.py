@@ -17,9 +17,12 @@ from align.config.recipe import ErrorCollector
 from align.config.training_base import PolicyStage, TRLStage
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
+from align.data.tables import has_table, table_file
+from align.data.tables import read as read_table
 from align.errors import UserError
 from align.models.conversations import MISSING_END_REPAIR, trained_turns
 from align.pipeline import row_tokens, template_checks
+from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Counts, Sequences, Tables, TokenizedModel
 from align.pipeline.table_checks import PreparedTables, TableCheck, check_contents
@@ -113,7 +116,8 @@ def lost_rows(
 ) -> dict[str, Lost]:
     """How many of its rows each training stage loses, by name; stages without loss are left out.
 
-    ``prepared`` are the data in memory, by folder. A stage with an error is left out.
+    ``prepared`` are the data in memory, by folder. A stage with an error or with a large table is
+    left out.
     """
     lost: dict[str, Lost] = {}
     models = row_tokens.unconverted(stages)
@@ -121,9 +125,8 @@ def lost_rows(
         config = stage.config
         if not isinstance(config, TRLStage):
             continue
-        data = prepared.get(Path(stage.inputs[config.data_input]))
-        rows = row_tokens.rows_of(config, data.tables()) if data is not None else []
         with contextlib.suppress(UserError):
+            rows = row_tokens.rows_of(config, _training_tables(stage, config, prepared))
             model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
             if rows and model.conversations is not None:
                 counts = row_tokens.count(config, rows, model)
@@ -133,6 +136,20 @@ def lost_rows(
                         row_limits.lost_rows(config, counts.lost, len(rows), counts.limit),
                     )
     return lost
+
+
+def _training_tables(
+    stage: PlannedStage, config: TRLStage, prepared: Mapping[Path, PreparedData]
+) -> Tables:
+    """The rows that a stage trains on: those in memory, or those of small files."""
+    folder = Path(stage.inputs[config.data_input])
+    if folder in prepared:
+        return prepared[folder].tables()
+    kinds = [table.kind for table in config.reads if has_table(folder, table.kind, "train")]
+    files = [table_file(folder, kind, "train") for kind in kinds]
+    if sum(file.stat().st_size for file in files) > LARGEST_SOURCE:
+        return {}
+    return {kind: {"train": read_table(folder, kind, "train")} for kind in kinds}
 
 
 def _prepared_lines(

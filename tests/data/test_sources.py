@@ -184,6 +184,8 @@ def test_a_problem_with_a_source_has_this_message(
     ("source", "message"),
     [
         ("pears.jsonl", "pears.jsonl: no such file or folder; did you mean `pairs.jsonl`?"),
+        ("pairs.json", "pairs.json: no such file or folder; did you mean `pairs.jsonl`?"),
+        ("else.jsonl", "else.jsonl: no such file or folder"),  # the ending is no similarity
         ("./nothing", "./nothing: no such file or folder"),
         ("../a/b", "../a/b: no such file or folder"),
         ("a/b/c", "a/b/c: no such file or folder"),
@@ -216,6 +218,9 @@ def test_a_missing_path_and_an_unreachable_hub_id_are_distinguished(
     assert str(error.value).startswith(message)
     assert len(error.value.lines) == 1
     assert str(error.value).endswith("did you mean `embedded`?") == (source == "embeded")
+    assert str(error.value).count("did you mean") == message.count("did you mean") + (
+        source == "embeded"
+    )
 
 
 def test_without_a_network_a_hub_id_is_rejected_before_any_retry(monkeypatch: pytest.MonkeyPatch):

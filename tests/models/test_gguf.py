@@ -254,7 +254,9 @@ def test_a_finished_conversion_is_reused_and_an_unfinished_one_replaced(
     (unfinished / artifacts.FILE).unlink()
     (unfinished / "model.safetensors").write_bytes(b"half")
     assert gguf_conversion.converted(file, Path("runs"), lines.append) == unfinished
-    assert len(lines) == 1
+    converting, reading, writing = lines
+    assert converting.endswith(f"converting into {unfinished}")
+    assert "reading the weights" in reading and "parameters read; writing" in writing
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (unfinished / name).read_bytes() == (folder / name).read_bytes()
     (unfinished / "model.safetensors").write_bytes(b"damaged")

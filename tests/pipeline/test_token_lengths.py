@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from align.config.recipe import ErrorCollector, load_recipe
+from align.data import tables
 from align.pipeline import estimates, token_lengths
 from align.pipeline.plan import PlannedStage, plan
 
@@ -83,6 +84,12 @@ def test_plan_counts_the_steps_of_the_rows_that_are_left(
     assert counts == {"sft": 1, "dpo": 1}  # `reward` has an error, which `check` reports
     work = estimates.estimate(planned, world_size=1, prepared=prepared, lost=counts)["sft"].work
     assert (work.rows, work.steps) == (10, 10)
+
+    (data,) = prepared  # of a finished preparation, the rows are in its files
+    data.mkdir(parents=True)
+    for kind, splits in prepared[data].tables().items():
+        tables.write(splits["train"], tables.table_file(data, kind, "train"))
+    assert token_lengths.lost_rows(planned, {}) == lost
 
 
 def test_a_template_without_an_end_token_is_an_error_of_check(
