@@ -56,6 +56,7 @@ LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
 KINDS: dict[str, dict[str, Any]] = {
     "gae": LORA,
     "rloo": LORA | {"stage": "rloo", "n_completions": 2},
+    "grpo": {"stage": "grpo", "n_completions": 2, "scale_advantages": "batch"},
     "reinforce": {"stage": "reinforce"},
     "gae, full fine-tuning": {},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers.ppo_fixtures import Folders
 from pydantic import ValidationError
 
 from align.config.online_rl_stages import PPO
+from align.config.stages import STAGES
 from align.errors import UserError
 from align.online_rl import trainer
 from align.runtime import distributed
@@ -23,6 +25,9 @@ BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"loss": "cispo", "clip": 0.1}, "`clip` has no effect with `loss: cispo`"),
+        ({"overlong_penalty": 2.0}, "has no effect without `overlong_buffer`"),
+        ({"overlong_buffer": 9, "max_new_tokens": 8}, "(9) must not exceed `max_new_tokens` (8)"),
         ({"vllm_url": "http://x"}, "has no effect without `sampler: vllm`"),
         ({"kl_horizon": 100}, "has no effect without `kl_target`"),
         ({"n_eval_prompts": 3}, "has no effect without `eval_steps`"),
@@ -42,6 +47,21 @@ def test_settings_that_contradict_each_other_are_rejected(changes: dict[str, Any
     with pytest.raises(ValidationError) as raised:
         PPO.model_validate(BASE | changes)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("grpo", {"n_completions": 1}, "set `n_completions` to at least 2"),
+        ("rloo", {"n_completions": 1}, "set `n_completions` to at least 2"),
+        ("grpo", {"max_draws": 3}, "`max_draws` has no effect without `filter`"),
+    ],
+)
+def test_settings_of_groups_that_contradict_each_other(
+    kind: str, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        STAGES[kind].model_validate(BASE | changes)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from align.functional.token_rewards import completion_gae
+from align.functional.token_rewards import (
+    completion_gae,
+    group_relative,
+    leave_one_out,
+    overlong_share,
+)
 from align.models import generation, tokenization
 from align.models.logps import small_vocabulary_tiles
 from align.online_rl import trainer
@@ -429,3 +435,36 @@ def test_row_28_logits_of_all_tokens_are_never_created_at_once_and_none_are_stor
     assert head.grad.abs().max() > 0
     assert max(stored) == head.numel()  # the head's own weight, 160,000
     assert largest.numel <= 256 * 32_768 < all_logits / 2  # one tile of TRL's: 256 tokens on a CPU
+
+
+# Advantages of groups
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_group_relative_advantages_by_hand(scale: Any):
+    groups = [[1.0, 2.0, 6.0], [0.0, 0.0, 0.5], [3.0, 3.0, 3.0]]
+    everything = [x for group in groups for x in group]
+    own = group_relative(torch.tensor(everything), n=3, scale=scale).tolist()
+    expected = []
+    for group in groups:
+        deviation = {
+            "group": statistics.stdev(group) + 1e-4,
+            "batch": statistics.stdev(everything) + 1e-4,
+            "none": 1.0,
+        }[scale]
+        expected += [(x - statistics.mean(group)) / deviation for x in group]
+    assert own == pytest.approx(expected, abs=1e-6)
+    assert own[6:] == [0, 0, 0]
+
+
+def test_leave_one_out_is_a_multiple_of_the_group_relative_advantage():
+    """By algebra: r - (sum - r) / (n - 1) = n / (n - 1) * (r - mean)."""
+    returns = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    centered = group_relative(returns, n=4, scale="none")
+    assert_close(leave_one_out(returns, n=4), centered * 4 / 3)
+
+
+def test_the_share_of_the_penalty_for_length_by_hand():
+    lengths = torch.arange(0.0, 14.0)
+    share = overlong_share(lengths, longest=10, buffer=4)
+    assert share.tolist() == [0] * 7 + [0.25, 0.5, 0.75] + [1] * 4

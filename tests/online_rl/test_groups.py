@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_fixtures import ppo_config
+from helpers.ppo_fixtures import build_trainer, flat_weights, ppo_config
 
 from align.online_rl import groups
 from align.online_rl.completions import Completions
@@ -125,11 +128,49 @@ def test_metrics_count_equal_groups_before_others_are_drawn():
         assert len(made) == 8
 
 
+def ties(prompts: Any, completions: Sequence[str]) -> list[float]:
+    """A reward function with few values, so that many groups have equal scores."""
+    return [float(len(completion) % 2) for completion in completions]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_a_filter_equals_an_uninterrupted_one(folders: Any, tmp_path: Any):
+    settings: dict[str, Any] = {
+        "kind": "grpo",
+        "rewards": [f"{__name__}:ties"],
+        "n_completions": 2,
+        "filter": "mixed_groups",
+        "missing_eos_penalty": None,
+        "max_new_tokens": 6,
+        "epochs": 1,
+        "save_steps": 2,
+    }
+    whole = build_trainer(folders, tmp_path / "whole", **settings)
+    whole.train()
+    draws = [line["draws"] for line in metrics(tmp_path / "whole")]
+    assert max(draws[2:]) > 1  # after the checkpoint from which the other run resumes
+    (tmp_path / "resumed").mkdir()
+    for name in ("checkpoint-2", "metrics.jsonl", "samples.jsonl"):
+        source = tmp_path / "whole" / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / "resumed" / name)
+    resumed = build_trainer(folders, tmp_path / "resumed", **settings)
+    resumed.train()
+    assert torch.equal(flat_weights(resumed), flat_weights(whole))
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
+    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("resumed", "whole")]
+    assert samples[0] == samples[1]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The logged metrics without times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if "seconds" not in k} for x in lines]
+
+
 def test_draws_of_a_step_have_other_prompts_and_seeds(folders: Any, tmp_path: Any):
     """A step's further draws are those of no other step, and depend on nothing but numbers."""
-    from helpers import ppo_fixtures
-
-    trainer = ppo_fixtures.build_trainer(folders, tmp_path, kind="grpo", n_completions=2)
+    trainer = build_trainer(folders, tmp_path, kind="grpo", n_completions=2)
     seen: list[tuple[list[list[int]], int]] = []
 
     def generate(prompts: list[list[int]], *, seed: int) -> Completions:
