@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from align.config.online_rl import OnlineRL
+from align.config.online_rl_keys import GroupKeys
 from align.config.online_rl_stages import Reinforce
 from align.models.logps import small_vocabulary_tiles
 from align.online_rl import checkpoint
@@ -57,6 +58,10 @@ def measure(
         if config.sampler == "transformers":
             speed = probe.sampling_speed()
             per_step["sample"] = speed.seconds(config.batch_size, lengths)
+            if isinstance(config, GroupKeys) and config.filter is not None:
+                remark = (
+                    f"`filter` may multiply the time of sampling, by {config.max_draws} at most"
+                )
         else:
             remark = "without sampling, which the vLLM server does"
         seconds, tokens = probe.seconds_of_forward()
