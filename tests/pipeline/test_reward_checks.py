@@ -149,3 +149,20 @@ def test_the_p_value_of_the_sign_test_by_hand(higher: int, lower: int, expected:
     assert comparison.n == higher + lower + 1
     assert comparison.p_value == pytest.approx(expected)
     assert comparison.separates == (expected <= 0.05)
+
+
+WORLD = """\
+class World:
+    def reset(self, row):
+        return row["prompt"]
+    def step(self, completion):
+        return [], float(completion), True
+"""
+
+
+def test_an_environment_plays_a_turn_and_its_error_is_one_line_of_the_check(check: Any):
+    code, _, err = check("], environment: mine:World, weights: [", WORLD)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "ppo.environment: mine:World: `step` with '' in the episode of the row" in line
+    assert "could not convert string to float: '' (line 5 of " in line
