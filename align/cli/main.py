@@ -12,6 +12,7 @@ import typer
 from align import __version__
 from align.cli.data import data
 from align.cli.eval import evaluation
+from align.cli.init import init
 from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
 from align.cli.quantization import Quantization, check_quantization
@@ -82,6 +83,7 @@ def run(
     raise typer.Exit(launch([*launcher_options, script, str(recipe), *(overrides or []), *options]))
 
 
+app.command()(init)
 app.command()(plan)
 app.command()(check)
 app.command("runs")(list_runs)
