@@ -67,12 +67,12 @@ def recipe(model: Path) -> dict[str, Any]:
         "ppo": {"model": "sft", "rewards": ["reward"], "lora": LORA, "steps": 1, "batch_size": 2,
                 "epochs": 1, "max_new_tokens": 4},
         "evaluate": {"policies": ["dpo", "kto", "ppo", str(model)], "baseline": "sft",
-                     "judge": {"function": "math"}, "n_prompts": 2, "max_new_tokens": 4,
+                     "judge": {"function": "number"}, "n_prompts": 2, "max_new_tokens": 4,
                      "temperature": 0.0},
         "dpo4": {"stage": "dpo", "model": "sft", "quantization": "nf4", "lora": LORA,
                  "trainer": TRAINER | {"optim": "paged_adamw_8bit"}},
         "evaluate4": {"stage": "evaluate", "policies": ["dpo4"], "baseline": "sft",
-                      "judge": {"function": "math"}, "n_prompts": 1, "max_new_tokens": 4,
+                      "judge": {"function": "number"}, "n_prompts": 1, "max_new_tokens": 4,
                       "temperature": 0.0, "quantization": "nf4"},
     }}  # fmt: skip
 

@@ -16,12 +16,14 @@ from helpers import ppo_fixtures, tiny_models
 from helpers.ppo_fixtures import Folders
 from torch.testing import assert_close
 
+from align.config.functions import ScoreFunction
+from align.config.online_rl_stages import PPO, RLOO
 from align.config.training import Reward
 from align.models import decoding, tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience
 from align.online_rl.metrics import compute_metrics
-from align.online_rl.scoring import ModelReward
+from align.online_rl.scoring import ModelReward, Scorer
 from align.rewards import reward_model
 from align.rewards.reward_model import RewardModel
 from align.stages import reward
@@ -59,6 +61,96 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
     experience = compute_experience(trainer.models, completions, batch_size=4)
     metrics = compute_metrics(completions, experience, scores)
     assert metrics["missing_eos"] == 0.25
+
+
+REWARDS = {"correct": [1.0, 0.0, 1.0, 1.0], "length": [10.0, 30.0, 20.0, 60.0]}
+
+
+def scored(**settings: Any) -> Any:
+    """Scores for training of two prompts with two completions each, the third one cut off."""
+    config = RLOO.model_validate(
+        {"model": "sft", "rewards": list(map("rules:{}".format, REWARDS)), "steps": 2}
+        | {"batch_size": 4, "n_completions": 2, "weights": [2.0, 0.1], "missing_eos_penalty": 0.5}
+        | settings
+    )
+    rewards = {name: Mock(score=Mock(return_value=torch.tensor(REWARDS[name]))) for name in REWARDS}
+    completions = Completions([[1]] * 4, [[5]] * 4, [True, True, False, True])
+    scorer = Scorer(rewards, config, Mock(decode=lambda *_, **__: "a"))
+    return scorer.for_training(scorer.score(completions, [{"prompt": []}] * 4))
+
+
+def test_rewards_are_normalized_each_before_they_are_weighted():
+    # Weighted sums 2 * correct + 0.1 * length = 3, 3, 4, 8, and 0.5 less for the third.
+    raw = scored()
+    assert_close(raw.reward, torch.tensor([3.0, 3.0, 4.0, 8.0]))
+    assert_close(raw.score, torch.tensor([3.0, 3.0, 3.5, 8.0]))
+    # Two values a, b with a > b have the deviation (a - b) / sqrt(2) (n - 1 = 1), so that they
+    # become +-h / (sqrt(2) * h + eps) with h = (a - b) / 2; equal ones become 0.
+    h = [0.5 / (2**0.5 * 0.5 + 1e-4), 10 / (2**0.5 * 10 + 1e-4), 20 / (2**0.5 * 20 + 1e-4)]
+    group = scored(normalize_scores="group")
+    expected = [2 * h[0] - 0.1 * h[1], -2 * h[0] + 0.1 * h[1], -0.1 * h[2] - 0.5, 0.1 * h[2]]
+    assert_close(group.score, torch.tensor(expected))
+    assert_close(group.reward, raw.reward)
+    # correct: mean 0.75, variance 3/16; length: mean 30, variance (400 + 0 + 100 + 900) / 4 = 350.
+    batch = scored(normalize_scores="batch")
+    correct = [(value - 0.75) / (3 / 16) ** 0.5 for value in REWARDS["correct"]]
+    length = [(value - 30) / 350**0.5 for value in REWARDS["length"]]
+    expected = [
+        2 * c + 0.1 * n - p for c, n, p in zip(correct, length, (0, 0, 0.5, 0), strict=True)
+    ]
+    assert_close(batch.score, torch.tensor(expected))
+    assert batch.rewards["length"].tolist() == REWARDS["length"]
+
+
+def test_the_share_of_each_reward_is_that_of_the_weighted_and_normalized_one():
+    # Within prompts, parts (1, -1, 0, 0) and (-1, 1, -2, 2) with the sum (0, 0, -2, 2):
+    # covariances 0 and 8 of a variance of 8.
+    assert scored().variance_shares == pytest.approx({"correct": 0.0, "length": 1.0})
+    # Normalized, the first prompt has parts +-(2, -0.1) / sqrt(2), the second +-(0, 0.1) / sqrt(2):
+    # covariances with the sums 1.9 and 0.1: 2 * 1.9 = 3.8, and -0.1 * 1.9 + 0.1 * 0.1 = -0.18.
+    shares = scored(normalize_scores="group").variance_shares
+    assert shares == pytest.approx({"correct": 3.8 / 3.62, "length": -0.18 / 3.62}, rel=1e-3)
+
+
+def test_group_normalization_equals_that_of_trl_up_to_its_last_step():
+    """TRL normalizes the sum over the batch as well, which ``normalize_advantages`` does here."""
+    values = torch.tensor([REWARDS[name] for name in REWARDS]).T
+    grouped = values.view(-1, 2, 2)
+    normalized = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
+    expected = (normalized.view(-1, 2) * torch.tensor([2.0, 0.1])).sum(1)
+    scores = scored(normalize_scores="group", missing_eos_penalty=None)
+    assert_close(scores.score, expected)
+
+
+def test_normalization_among_the_completions_of_a_prompt_needs_several():
+    with pytest.raises(ValueError, match="`normalize_scores: group` compares the completions"):
+        PPO.model_validate(
+            {"model": "sft", "rewards": ["math"], "steps": 2, "batch_size": 4}
+            | {"normalize_scores": "group"}
+        )
+
+
+def test_rewards_are_functions_by_short_name_by_address_or_with_keys():
+    rewards = ["reward", "math", "rules:f", {"function": "regex", "answer": "x", "name": "form"}]
+    config = PPO.model_validate({"model": "sft", "rewards": rewards, "steps": 2, "batch_size": 4})
+    assert config.reward_names == ["reward", "math", "rules:f", "form"]
+    assert list(config.score_functions) == ["math", "rules:f", "form"]
+    addresses = {key: function.address for key, function in config.reward_functions.items()}
+    assert addresses == {
+        ("rewards", 1): "align.rewards.verifiers:math",
+        ("rewards", 2): "rules:f",
+        ("rewards", 3): "align.rewards.verifiers:regex",
+    }
+    assert config.input_names() == {"model": "sft", "prompts": "prepare", "rewards.0": "reward"}
+    digest = config.digest_settings()["rewards"]
+    slower = {**rewards[3], "timeout_seconds": 5.0}  # type: ignore[dict-item]
+    other = config.model_copy(update={"rewards": [*config.rewards[:3], ScoreFunction(**slower)]})
+    assert other.digest_settings()["rewards"] == digest == rewards
+    with pytest.raises(ValueError, match="`rewards` contains 'regex' more than once"):
+        PPO.model_validate(
+            {"model": "sft", "steps": 2, "batch_size": 4}
+            | {"rewards": [{"function": "regex", "answer": each} for each in "xy"]}
+        )
 
 
 def test_a_reward_model_reads_the_end_of_its_template_whichever_end_token_the_policy_wrote():
