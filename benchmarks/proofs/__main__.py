@@ -1,0 +1,65 @@
+"""Train every method where theory names the result, and print the page of the proofs.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.proofs
+
+``--only NAME`` selects the methods whose name contains NAME. The exit code is 1 if a run ends more
+than 0.02 nats from the policy that theory names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from benchmarks.proofs.methods import BOUND, METHODS, Run, run
+from benchmarks.proofs.page import page
+
+
+def train(name: str, seed: int) -> Run:
+    """Train the method of a name in a temporary folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    method = next(method for method in METHODS if method.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        return run(method, seed, Path(folder))
+
+
+def main() -> None:
+    """Read the command line, train, and write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="part of the name of the methods")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--page", type=Path, help="write the page to this file")
+    args = parser.parse_args()
+    names = [method.name for method in METHODS if args.only.lower() in method.name.lower()]
+    started = time.monotonic()
+    runs: list[Run] = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
+        tasks = [pool.submit(train, name, seed) for name in names for seed in args.seeds]
+        for task in as_completed(tasks):
+            runs.append(task.result())
+            print(runs[-1], file=sys.stderr, flush=True)
+    text = page(runs, minutes=(time.monotonic() - started) / 60)
+    if args.page is not None:
+        args.page.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    beyond = [each for each in runs if each.reached > BOUND]
+    for each in beyond:
+        place = f"{each.method}, seed {each.seed}"
+        print(f"{place}: {each.reached:.3f} is above {BOUND}", file=sys.stderr)
+    sys.exit(bool(beyond))
+
+
+if __name__ == "__main__":
+    main()

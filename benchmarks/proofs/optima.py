@@ -1,0 +1,218 @@
+"""The policies that theory names, as tables of log-probabilities ``[prompt, completion]``.
+
+Nothing here reads the code under test: closed forms come from the papers, and where a loss has no
+closed form, its expectation over the data is minimized over all tables in float64.
+
+``r`` is the reward of a completion, ``h`` the log-ratio of a policy to the reference, and ``w`` the
+probability that a completion is preferred to one drawn from the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from benchmarks.proofs.world import LENGTHS, TEXTS, WORDS, World, outcome_chances
+
+SMOOTHING = 0.1
+"""Share of reversed labels that EXO assumes."""
+TAU = 0.05
+"""Temperature of DiscoPOP's mixture."""
+
+
+# Closed forms ------------------------------------------------------------------------------------
+
+
+def tilted(reference: Tensor, gains: Tensor) -> Tensor:
+    """The policy proportional to ``reference * exp(gains)``."""
+    return (reference + gains).log_softmax(1)
+
+
+def reward_and_kl(world: World, beta: float) -> Tensor:
+    """The maximum of E[r] - beta KL(policy, reference): ``h = r / beta``, up to a constant.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593; Rafailov et al. 2023, arXiv:2305.18290, eq. 4.
+    """
+    return tilted(world.reference, world.rewards / beta)
+
+
+def win_probabilities(world: World) -> Tensor:
+    """``w``: the probability that a completion is preferred to one drawn from the reference."""
+    return (world.preferences * world.reference.exp()[:, None, :]).sum(2)
+
+
+def best_of_two(world: World) -> Tensor:
+    """The distribution of the chosen completions: ``reference * 2 w``."""
+    return tilted(world.reference, (2 * win_probabilities(world)).log())
+
+
+def length_scaled(world: World, gains: Tensor) -> Tensor:
+    """``h = length * (gains + a)``, where ``a`` normalizes the policy.
+
+    A loss of mean log-ratios per token fixes ``h / length`` up to a constant.
+    """
+    reference = world.reference
+
+    def total(a: Tensor) -> Tensor:
+        return (reference + LENGTHS * (gains + a)).logsumexp(1, keepdim=True)
+
+    low = torch.full((len(reference), 1), -100.0, dtype=torch.float64)
+    a = bisect(total, low, -low)
+    return (reference + LENGTHS * (gains + a)).log_softmax(1)
+
+
+def water_filling(world: World) -> Tensor:
+    """The maximum of the sum of ``ref (2 w - 1) sigmoid(h)``, a concave function of the policy.
+
+    ``sigmoid(h)`` is ``pi / (pi + ref)``. Completions that lose more often than they win have
+    probability 0; the others have ``ref * max(0, sqrt((2 w - 1) / lambda) - 1)``.
+    """
+    reference = world.reference.exp()
+    gains = (2 * win_probabilities(world) - 1).clamp(min=0)
+
+    def policy(scale: Tensor) -> Tensor:
+        return reference * (gains.sqrt() * scale - 1).clamp(min=0)
+
+    low = torch.zeros(len(reference), 1, dtype=torch.float64)
+    scale = bisect(lambda s: policy(s).sum(1, keepdim=True) - 1, low, low + 1e6)
+    return policy(scale).log()
+
+
+def bisect(rising: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """The root of a rising function, elementwise."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = rising(middle) > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+# Group-relative policy gradients -----------------------------------------------------------------
+
+
+def group_relative(
+    world: World, beta: float, *, scaled: bool, per_sequence: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fixed point of group-relative advantages with a KL term in the loss.
+
+    At a fixed point the expected gradient of every logit is 0. With advantages ``(r - b) / s``,
+    ``b`` and ``s`` the mean and standard deviation under the policy itself, and each completion's
+    terms divided by its length if ``per_sequence``, that means ``h = ((r - b) / s - c length) /
+    beta``, where the constant ``c`` normalizes the policy (without division by the length, ``c``
+    multiplies 1 instead). Returns the policy, ``s`` and ``c``, each for every prompt: the
+    difficulty bias is the factor ``1 / s``, the length bias is the cost ``c`` of a token.
+
+    ``s`` is 1 unless ``scaled``. Source: Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783, section 3,
+    which names both biases; the fixed point is solved here.
+    """
+    reference, rewards = world.reference, world.rewards
+    lengths = LENGTHS if per_sequence else torch.ones_like(LENGTHS)
+    policy = None
+    deviation = torch.ones(len(reference), 1, dtype=torch.float64)
+    mean = (reference.exp() * rewards).sum(1, keepdim=True)
+    low = torch.full((len(reference), 1), -100.0, dtype=torch.float64)
+    for _ in range(150):
+        gains = (rewards - mean) / deviation / beta
+        cost = -bisect(
+            lambda c, gains=gains: (reference + gains + lengths * c).logsumexp(1, keepdim=True),
+            low,
+            -low,
+        )
+        policy = (reference + gains - lengths * cost).log_softmax(1)
+        new_mean = (policy.exp() * rewards).sum(1, keepdim=True)
+        mean = (mean + new_mean) / 2
+        if scaled:
+            variance = (policy.exp() * (rewards - new_mean).square()).sum(1, keepdim=True)
+            deviation = (deviation + variance.sqrt()) / 2
+    assert policy is not None
+    return policy, deviation[:, 0], cost[:, 0] * beta
+
+
+def token_credit(world: World, beta: float) -> Tensor:
+    """The fixed point if a token pays for its own KL and not for that of later tokens.
+
+    The last token is optimal: ``reference * exp(r / beta)``. The first one is chosen by the mean
+    reward that follows it, where the optimum takes the soft maximum, reward minus KL.
+    """
+    reference, rewards = world.reference, world.rewards
+    first = torch.tensor([WORDS.index(text[0]) if text else len(WORDS) for text in TEXTS])
+    policy = torch.zeros_like(reference)
+    scores = torch.zeros(len(reference), len(WORDS) + 1, dtype=torch.float64)
+    for token in range(len(WORDS) + 1):
+        rows = first == token
+        start = reference[:, rows].logsumexp(1, keepdim=True)
+        second = (reference[:, rows] + rewards[:, rows] / beta).log_softmax(1)
+        policy[:, rows] = second
+        mean = (second.exp() * rewards[:, rows]).sum(1)
+        scores[:, token] = start[:, 0] + mean / beta
+    return policy + scores.log_softmax(1)[:, first]
+
+
+# Losses on pairs ---------------------------------------------------------------------------------
+
+PairLoss = Callable[[Tensor, Tensor, float], Tensor]
+"""Loss of a pair from the log-ratios of its sides and beta."""
+
+
+def _discopop(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    logits = beta * (chosen - rejected)
+    share = torch.sigmoid(logits / TAU)
+    return -logsigmoid(logits) * (1 - share) + torch.exp(-logits) * share
+
+
+def _exo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    logits = beta * (chosen - rejected)
+    q = torch.sigmoid(logits)
+    return q * (logsigmoid(logits) - math.log(1 - SMOOTHING)) + (1 - q) * (
+        logsigmoid(-logits) - math.log(SMOOTHING)
+    )
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": lambda c, r, beta: -logsigmoid(beta * (c - r)),
+    "hinge": lambda c, r, beta: torch.relu(1 - beta * (c - r)),
+    "exo_pair": _exo,
+    "nca_pair": lambda c, r, beta: (
+        -logsigmoid(beta * c) - 0.5 * logsigmoid(-beta * c) - 0.5 * logsigmoid(-beta * r)
+    ),
+    "bco_pair": lambda c, r, beta: -logsigmoid(beta * c) - logsigmoid(-beta * r),
+    "sppo_hard": lambda c, r, beta: (c - 0.5 / beta).square() + (r + 0.5 / beta).square(),
+    "apo_zero": lambda c, r, beta: 1 - torch.sigmoid(beta * c) + torch.sigmoid(beta * r),
+    "apo_down": lambda c, r, beta: torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - r)),
+    "discopop": _discopop,
+}
+"""Losses that the papers define on the log-ratios of whole completions."""
+
+
+def expected_loss(world: World, policy: Tensor, loss: str, beta: float) -> Tensor:
+    """The loss of every outcome weighted by its probability, ``[prompt]``."""
+    h = policy - world.reference
+    values = PAIR_LOSSES[loss](h[:, :, None], h[:, None, :], beta)
+    return (outcome_chances(world) * values).sum((1, 2))
+
+
+def minimizer(world: World, loss: str, beta: float, *, steps: int = 2000) -> Tensor:
+    """The policy that minimizes the expected loss, over all tables of probabilities."""
+    reference, chances = world.reference, outcome_chances(world)
+    logits = reference.clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [logits],
+        max_iter=steps,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        h = logits.log_softmax(1) - reference
+        value = (chances * PAIR_LOSSES[loss](h[:, :, None], h[:, None, :], beta)).sum()
+        value.backward()
+        return value
+
+    solver.step(closure)
+    return logits.detach().log_softmax(1)
