@@ -712,7 +712,7 @@ def test_lineage_names_inputs_by_folder_and_digest(here):
 def test_the_summary_has_the_documented_keys(here):
     run()
     summary = json.loads((here / "runs" / "recipe" / "summary.json").read_text())
-    assert summary.keys() == {"recipe", "seconds", "stages"}
+    assert summary.keys() == {"recipe", "overrides", "seconds", "stages"}
     keys = {"name", "stage", "digest", "folder", "status", "seconds", "metrics"}
     assert all(stage.keys() == keys for stage in summary["stages"])
 
