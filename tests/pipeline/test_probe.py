@@ -15,10 +15,11 @@ import yaml
 
 from align.cli.plan_times import duration, times_table
 from align.config.data import Label, Prepare, Sample
+from align.config.online_rl_stages import GRPO
 from align.data import tables
 from align.data.rows import Row
 from align.pipeline.plan import PlannedStage
-from align.pipeline.probe import data
+from align.pipeline.probe import data, online_rl
 from align.pipeline.probe.sampling import SHORT, Lengths, measure_sampling
 from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch, computed_tokens
 from align.runtime.terminal import SafeConsole
@@ -226,6 +227,13 @@ class InMemory:
 
     def tables(self) -> dict[str, dict[str, list[Row]]]:
         return {"demonstrations": {"train": self.rows}}
+
+
+def test_the_time_of_episodes_is_not_known(tmp_path: Path):
+    config = GRPO(model="sft", environment="arithmetic", steps=1, batch_size=2, n_completions=2)
+    time = online_rl.measure(config, {}, cast(Any, None), tmp_path, Stopwatch())
+    assert not time.known
+    assert "turns" in time.remark
 
 
 @pytest.mark.slow

@@ -46,7 +46,12 @@ def measure(
     output_dir: Path,
     watch: Stopwatch,
 ) -> StageTime:
-    """Measure a stage; its policy is written to ``output_dir``, where later stages find it."""
+    """Measure a stage; its policy is written to ``output_dir``, where later stages find it.
+
+    Episodes of an environment are not measured: their number of turns depends on the policy.
+    """
+    if config.environment is not None:
+        return StageTime(known=False, remark="the number of turns in its episodes is not known")
     logger = Logger("probe", output_dir, NullDisplay(), main=True)
     load, trainer = watch.result(lambda: OnlineRLTrainer(config, inputs, output_dir, logger))
     lengths = expected_lengths(trainer.models.tokenizer, data, config.max_new_tokens)
