@@ -96,9 +96,19 @@ def chat(
         str, typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage such as dpo, or a folder.")
     ],
     runs: Runs = Path("runs"),
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE_OR_FOLDER", help="A second policy, which answers as well."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The system turn of each conversation.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
     ] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Sample from the likeliest tokens of this sum.")
+    ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     quantization: Quantization = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -109,12 +119,12 @@ def chat(
 
     check_quantization(quantization)
     quiet_libraries()
+    names = [policy] if compare is None or compare == policy else [policy, compare]
     cli_chat.chat(
-        lookup.find_policy(policy, runs),
+        {name: lookup.find_policy(name, runs) for name in names},
+        cli_chat.Sampling(temperature, top_p, max_new_tokens, seed),
+        system=system,
         quantization=quantization,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
     )
 
 

@@ -25,7 +25,7 @@ def policy(tmp_path_factory):
     return tiny_models.world(tmp_path_factory.getbasetemp()).sft
 
 
-def chat_with(policy, lines, monkeypatch, capsys):
+def chat_with(policy, lines, monkeypatch, capsys, *, names=("sft",), **options):
     """The conversations before each answer, and what is printed."""
     conversations = []
     tokenize = tokenization.tokenize_prompts
@@ -38,7 +38,8 @@ def chat_with(policy, lines, monkeypatch, capsys):
     text = "".join(f"{line}\n" for line in lines)
     stdin = io.BytesIO(text.encode(errors="surrogateescape"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, errors="surrogateescape"))
-    chat.chat(policy, temperature=1.0, max_new_tokens=24, seed=0)
+    sampling = chat.Sampling(temperature=1.0, max_new_tokens=24)
+    chat.chat(dict.fromkeys(names, policy), sampling, **options)
     return conversations, capsys.readouterr()
 
 
@@ -54,6 +55,33 @@ def test_a_conversation_grows_until_an_empty_line(policy, monkeypatch, capsys):
     assert answer
     assert output.out.startswith(answer)
     assert "an empty line starts a new conversation" in output.err
+
+
+def test_every_conversation_begins_with_the_system_turn(policy, monkeypatch, capsys):
+    lines = ["I need one calm sentence.", "", "Again."]
+    conversations, _ = chat_with(policy, lines, monkeypatch, capsys, system="Be brief.")
+    assert [[turn["role"] for turn in each] for each in conversations] == [["system", "user"]] * 2
+    assert conversations[1][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_two_policies_answer_every_line_as_each_would_alone(policy, monkeypatch, capsys):
+    lines = ["I need one calm sentence.", "And one more."]
+    _, alone = chat_with(policy, lines, monkeypatch, capsys)
+    answers = alone.out.splitlines()
+    _, both = chat_with(policy, lines, monkeypatch, capsys, names=("sft", "dpo"))
+    assert both.out.splitlines() == [
+        "sft:", answers[0], "dpo:", answers[0], "sft:", answers[1], "dpo:", answers[1],
+    ]  # fmt: skip
+    assert "sft and dpo: an empty line starts" in both.err
+
+
+def test_ctrl_c_leaves_without_a_traceback(policy, monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "_read_line", interrupt)
+    chat.chat({"sft": policy}, chat.Sampling())
+    assert capsys.readouterr().err.endswith("exits\n\n")
 
 
 def test_bytes_that_are_no_text_are_replaced(policy, monkeypatch, capsys):
