@@ -1,14 +1,17 @@
 """What a runs folder holds: the folders of stages, and which runs of recipes refer to them.
 
 A run refers to the stages in its ``summary.json``, and to everything that those were made from:
-their inputs, and cached reference log-probabilities. Left out: stages whose settings are the same,
-because they have the same folder.
+their inputs, and cached reference log-probabilities. An unfinished run refers to the stages in its
+``planned-<digest>.json``. Left out: folders that no stage has written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,10 @@ from align.runtime import artifacts
 from align.runtime.artifacts import Artifact
 
 SUMMARY = "summary.json"
+PLANNED = "planned-*.json"
+"""Pattern of the names of the files in which unfinished runs name their stages."""
+LONGEST_VALUE = 40
+"""Characters of a setting in a line about what changed."""
 STAGE_FOLDER = re.compile(r".+-[0-9a-f]{12}")
 
 
@@ -55,14 +62,14 @@ class StageFolder:
 
     @property
     def is_held(self) -> bool:
-        """Whether a run is writing this folder."""
+        """Whether a run is writing this folder, or may be because the lock cannot be opened."""
         lock = self.folder / artifacts.WORKING
         if not lock.is_file():
             return False
         try:
             with FileLock(lock, timeout=0):
                 return False
-        except Timeout:
+        except OSError:  # the lock is held, or belongs to somebody else
             return True
 
 
@@ -94,7 +101,8 @@ def take_inventory(runs: Path) -> Inventory:
     stages = {stage.folder.name: stage for stage in map(_stage_folder, _stage_folders(runs))}
     problems: list[str] = []
     referring: dict[str, set[str]] = {name: set() for name in stages}
-    for file in sorted(runs.glob(f"*/{SUMMARY}")):
+    for file in sorted([*runs.glob(f"*/{SUMMARY}"), *runs.glob(f"*/{PLANNED}")]):
+        run = file.parent.name + ("" if file.name == SUMMARY else " (unfinished)")
         try:
             named = _named_folders(file)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -102,7 +110,7 @@ def take_inventory(runs: Path) -> Inventory:
             problems.append(f"{file}: cannot be read ({type(error).__name__}: {reason})")
             continue
         for name in _with_origins(named, stages):
-            referring[name].add(file.parent.name)
+            referring[name].add(run)
     with_runs = [
         StageFolder(
             stage.folder,
@@ -119,9 +127,15 @@ def take_inventory(runs: Path) -> Inventory:
 
 
 def _stage_folders(runs: Path) -> Iterator[Path]:
+    """Folders that a stage has written: with a record, or with the mark of an unfinished stage.
+
+    Other folders may have such names too, as ``backup-202611271200``.
+    """
+    marks = (artifacts.FILE, artifacts.WORKING)
     for path in sorted(runs.iterdir()):
         if path.is_dir() and not path.is_symlink() and STAGE_FOLDER.fullmatch(path.name):
-            yield path
+            if any(os.path.lexists(path / mark) for mark in marks):
+                yield path
 
 
 def _stage_folder(folder: Path) -> StageFolder:
@@ -131,17 +145,19 @@ def _stage_folder(folder: Path) -> StageFolder:
     except ArtifactError as error:
         artifact, problem = None, str(error)
     size, changed = 0, folder.stat().st_mtime
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            status = path.stat()
-            size, changed = size + status.st_size, max(changed, status.st_mtime)
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # a run may remove its temporary files meanwhile
+                status = os.lstat(os.path.join(parent, file))
+                if stat.S_ISREG(status.st_mode):
+                    size, changed = size + status.st_size, max(changed, status.st_mtime)
     if artifact is not None:
         changed = (folder / artifacts.FILE).stat().st_mtime
     return StageFolder(folder, artifact, problem, size, changed)
 
 
 def _named_folders(summary: Path) -> list[str]:
-    """Names of the folders of the stages in a ``summary.json``."""
+    """Names of the folders of the stages in a ``summary.json`` or ``planned-<digest>.json``."""
     stages = json.loads(summary.read_text(encoding="utf-8"))["stages"]
     return [Path(stage["folder"]).name for stage in stages]
 
@@ -174,22 +190,36 @@ class Change:
     """Keys of the inputs with another content."""
 
     def __str__(self) -> str:
-        changes = [f"{key} {old} → {new}" for key, (old, new) in self.settings.items()]
+        changes = [f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in self.settings.items()]
         changes += [f"new input {key}" for key in self.inputs]
         return (
             f"{', '.join(changes) or 'new code, data or files'} (compared with {self.folder.name})"
         )
 
 
-def explain_new(stage: PlannedStage, finished: Iterable[StageFolder]) -> Change | None:
+def _short(value: object) -> str:
+    """A setting on one line, of at most as many characters as a line of text has room for."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+
+
+def finished_stages(runs: Path, names: Collection[str]) -> Iterator[tuple[Path, Artifact]]:
+    """The finished stages of these names with their folders; no other file of them is read."""
+    for folder in _stage_folders(runs):
+        if folder.name.rpartition("-")[0] in names:
+            with contextlib.suppress(ArtifactError, OSError):  # `align runs` shows damaged ones
+                artifact = artifacts.read_artifact(folder)
+                if artifact is not None:
+                    yield folder, artifact
+
+
+def explain_new(stage: PlannedStage, finished: Iterable[tuple[Path, Artifact]]) -> Change | None:
     """Compare a stage that would run with the finished one that differs least; None without one."""
     settings = flat(artifacts.without_credentials(stage.config.model_dump(exclude={"stage"})))
     changes = [
-        _change(stage, settings, other.folder, other.artifact)
-        for other in finished
-        if other.artifact is not None
-        and other.folder != stage.folder
-        and (other.name, other.artifact.stage) == (stage.name, stage.stage)
+        _change(stage, settings, folder, artifact)
+        for folder, artifact in finished
+        if folder != stage.folder and (artifact.name, artifact.stage) == (stage.name, stage.stage)
     ]
     return min(changes, key=lambda change: len(change.settings) + len(change.inputs), default=None)
 
@@ -224,7 +254,18 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def remove(stage: StageFolder) -> None:
-    """Remove the folder of a stage, first the files that mark it as finished or resumable."""
-    clear_folder(stage.folder)
-    (stage.folder / artifacts.WORKING).unlink(missing_ok=True)
-    stage.folder.rmdir()
+    """Remove the folder of a stage, first the files that mark it as finished or resumable.
+
+    Raises:
+        ArtifactError: A run has begun to write it.
+    """
+    lock = stage.folder / artifacts.WORKING
+    try:
+        with FileLock(lock, timeout=0):
+            clear_folder(stage.folder)
+            lock.unlink(missing_ok=True)
+            stage.folder.rmdir()
+    except Timeout:
+        raise ArtifactError(
+            f"{stage.folder}: a run has begun to write it, so it was not removed; wait for the run"
+        ) from None

@@ -78,14 +78,15 @@ def plan(
 
 def _reasons_to_run(stages: Sequence[PlannedStage], runs: Path) -> Iterator[str]:
     """Why stages would run although stages of their names are finished."""
-    from align.cli.inventory import explain_new, take_inventory
+    from align.cli.inventory import explain_new, finished_stages
 
-    if not runs.is_dir():
+    new = [stage for stage in stages if stage.status == "run" and not stage.folder.exists()]
+    if not new or not runs.is_dir():
         return
-    finished = take_inventory(runs).stages
-    for stage in stages:
-        change = explain_new(stage, finished) if stage.status == "run" else None
-        if change is not None and not stage.folder.exists():  # else --force runs it again
+    finished = list(finished_stages(runs, {stage.name for stage in new}))
+    for stage in new:
+        change = explain_new(stage, finished)
+        if change is not None:
             yield f"{stage.name}: new run: {change}"
 
 

@@ -43,17 +43,12 @@ def runs(
     if name and prune:
         raise UserError(f"{name}: --prune looks at all stages; remove the name")
     console = SafeConsole(soft_wrap=True)
+    if prune:
+        _prune(console, runs, older_than=older_than, yes=yes)
+        return
     inventory = take_inventory(runs)
-    if prune and inventory.problems:
-        lines = [
-            f"{line}; --prune needs it: repair it or move it away" for line in inventory.problems
-        ]
-        raise UserError(*lines)
     for problem in inventory.problems:
         console.print(f"warning: {problem}")
-    if prune:
-        _prune(console, inventory.unreferenced(before=time.time() - older_than * DAY), yes=yes)
-        return
     shown = [s for s in inventory.stages if name is None or name in (s.name, _kind(s))]
     if name and not shown:
         raise UserError(f"{name}: no stage of this name in {runs}; `align runs` shows all")
@@ -63,17 +58,28 @@ def runs(
     console.print(f"{_counted(len(shown))}, {_size(total)}; no run refers to {_size(free)} of them")
 
 
-def _prune(console: Console, stages: Sequence[StageFolder], *, yes: bool) -> None:
+def _removable(runs: Path, older_than: float) -> list[StageFolder]:
+    """Stages that no run refers to and that are at least ``older_than`` days old."""
+    from align.cli.inventory import take_inventory
+    from align.errors import UserError
+
+    inventory = take_inventory(runs)
+    if inventory.problems:
+        raise UserError(
+            *(f"{line}; --prune needs it: repair it or move it away" for line in inventory.problems)
+        )
+    return inventory.unreferenced(before=time.time() - older_than * DAY)
+
+
+def _prune(console: Console, runs: Path, *, older_than: float, yes: bool) -> None:
     """Show what no run refers to, ask, and remove it."""
     from align.cli.inventory import remove
     from align.errors import UserError
-    from align.pipeline.runner import check_removable
 
+    stages = _removable(runs, older_than)
     if not stages:
         console.print("nothing to remove: runs refer to all stages, or the others are too new")
         return
-    for stage in stages:
-        check_removable(stage.folder)
     _print_stages(console, stages)
     total = _size(sum(stage.bytes for stage in stages))
     question = f"Remove {_counted(len(stages))}, {total}? This cannot be undone."
@@ -82,9 +88,13 @@ def _prune(console: Console, stages: Sequence[StageFolder], *, yes: bool) -> Non
     if not (yes or typer.confirm(question)):
         console.print("nothing was removed")
         return
-    for stage in stages:
+    # A run may have begun to use some of them since they were listed.
+    still = {stage.folder for stage in _removable(runs, older_than)}
+    removed = [stage for stage in stages if stage.folder in still]
+    for stage in removed:
         remove(stage)
-    console.print(f"removed {_counted(len(stages))}, {total}")
+    total = _size(sum(stage.bytes for stage in removed))
+    console.print(f"removed {_counted(len(removed))}, {total}")
 
 
 def _can_ask() -> bool:
@@ -106,7 +116,7 @@ def _details(stage: StageFolder, stages: Sequence[StageFolder]) -> Iterator[str]
     from align.runtime.progress import numbers
 
     if stage.artifact is None:
-        state = "in use by a run" if stage.is_held else stage.status
+        state = "in use by a run, or locked" if stage.is_held else stage.status
         yield f"{state}: {stage.problem}" if stage.problem else state
         return
     if stage.artifact.headline:
@@ -152,7 +162,7 @@ def _age(seconds: float) -> str:
 def _size(count: float) -> str:
     """Bytes with a decimal prefix: ``19.6 MB``."""
     for prefix in ("", "k", "M"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {prefix}B"
         count /= 1000
     return f"{count:.3g} GB"

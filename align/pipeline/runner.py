@@ -105,6 +105,8 @@ def run_recipe(
             planned = plan_checked(recipe, runs, until=until, force=force)
             pending = [stage for stage in planned if stage.status != "reused"]
         _raise_errors(recipe, preflight.check_before_training, pending)
+    is_writer = bool(pending) and distributed.is_main()
+    plan_file = _record_plan(planned, runs / recipe.name) if is_writer else None
     finished = []
     for stage in planned:
         forced = force in ("all", stage.name)
@@ -115,8 +117,24 @@ def run_recipe(
     summary = RunSummary(str(recipe.path), seconds, tuple(finished), recipe.overrides)
     if distributed.is_main():
         artifacts.write_json(runs / recipe.name / "summary.json", summary.as_json())
+    if plan_file is not None:
+        plan_file.unlink(missing_ok=True)
     distributed.barrier()
     return summary
+
+
+def _record_plan(planned: Sequence[PlannedStage], run_folder: Path) -> Path:
+    """Write the names of the folders that an unfinished run uses; return the file.
+
+    ``align runs --prune`` keeps them. The file is removed after ``summary.json`` is written. Its
+    name depends on the plan, since several runs of a recipe may be unfinished.
+    """
+    targets = [target for stage in planned for target in (stage.folder, *stage.inputs.values())]
+    names = dict.fromkeys(target.name for target in targets if isinstance(target, Path))
+    content = {"stages": [{"folder": name} for name in names]}
+    file = run_folder / f"planned-{artifacts.digest(content)[:12]}.json"
+    artifacts.write_json(file, content)
+    return file
 
 
 def plan_checked(

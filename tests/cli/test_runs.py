@@ -154,6 +154,46 @@ def test_a_stage_that_a_run_is_writing_is_not_removed(runs):
     assert "sft-b" not in by_name(runs)
 
 
+def test_stages_of_an_unfinished_run_are_kept(runs):
+    (runs / "recipe").mkdir()
+    used = next(runs.glob("sft-b*"))
+    file = runs / "recipe" / "planned-0123456789ab.json"
+    file.write_text(json.dumps({"stages": [{"folder": used.name}]}))
+    assert by_name(runs)["sft-b"].runs == ("recipe (unfinished)",)
+    assert "nothing to remove" in invoke(runs, "--prune", "--yes").stdout
+    file.unlink()
+    assert "removed 1 stage" in invoke(runs, "--prune", "--yes").stdout
+
+
+def test_a_stage_that_a_run_refers_to_while_pruning_asks_is_kept(runs, monkeypatch):
+    def answer(question: str) -> bool:
+        summary(runs, "other", next(runs.glob("sft-b*")))
+        return True
+
+    monkeypatch.setattr("align.cli.runs._can_ask", lambda: True)
+    monkeypatch.setattr("align.cli.runs.typer.confirm", answer)
+    assert "removed 0 stages" in invoke(runs, "--prune").stdout
+    assert "sft-b" in by_name(runs)
+
+
+def test_a_stage_that_a_run_holds_since_it_was_listed_is_not_removed(runs):
+    stage = by_name(runs)["sft-b"]
+    with FileLock(stage.folder / artifacts.WORKING):
+        with pytest.raises(ArtifactError, match="a run has begun to write it"):
+            inventory.remove(stage)
+    assert (stage.folder / artifacts.FILE).is_file()
+
+
+def test_folders_that_no_stage_has_written_are_not_stages(runs):
+    copy = runs / "backup-202611271200"  # a date and a time look like a digest
+    copy.mkdir()
+    (copy / "notes.txt").write_text("mine")
+    os.utime(copy, (0, 0))
+    assert copy.name not in invoke(runs).stdout
+    invoke(runs, "--prune", "--yes", "--older-than", "0")
+    assert (copy / "notes.txt").is_file()
+
+
 def test_damaged_records_and_summaries_are_shown_and_lose_nothing(runs):
     (next(runs.glob("sft-c*")) / artifacts.FILE).write_text("{")
     (runs / "broken").mkdir()
@@ -213,7 +253,7 @@ def test_the_plan_names_the_keys_for_which_a_stage_runs_again(tmp_path):
         finish(stage)
     far = planned(tmp_path, "sft.seed=3", "sft.trainer.max_steps=4", "sft.trainer.warmup_steps=1")
     finish(far["sft"])
-    stages = inventory.take_inventory(tmp_path / "runs").stages
+    stages = list(inventory.finished_stages(tmp_path / "runs", {"prepare", "sft"}))
 
     def reason(name, *overrides):
         return inventory.explain_new(planned(tmp_path, *overrides)[name], stages)
@@ -228,6 +268,8 @@ def test_the_plan_names_the_keys_for_which_a_stage_runs_again(tmp_path):
     change = reason("sft", "prepare.max_rows=9")
     assert (change.settings, change.inputs) == ({}, ("demonstrations",))
     assert reason("prepare", "prepare.max_rows=9").settings == {"max_rows": (8, 9)}
+    long = inventory.Change(tmp_path / "judge", {"guideline": ("a b\n" * 50, None)}, ())
+    assert str(long) == f"guideline {'a b ' * 9}a b… → None (compared with judge)"
     output = CliRunner().invoke(
         app,
         ["plan", str(tmp_path / "recipe.yaml"), "sft.seed=1", "--runs", str(tmp_path / "runs")],

@@ -424,7 +424,13 @@ def test_a_stage_that_crashes_leaves_no_artifact_and_runs_again(here, monkeypatc
             run()
     assert plan()["prepare"].status == "reused"
     assert plan()["sft"].status == "run"
+    # Until the run has its summary, its plan protects what it uses from `align runs --prune`.
+    (file,) = (here / "runs" / "recipe").iterdir()
+    assert file.match("planned-*.json")
+    folders = {stage["folder"] for stage in json.loads(file.read_text())["stages"]}
+    assert folders == {stage.folder.name for stage in plan().values()}
     assert run() == {"prepare": "reused", "sft": "ran", "dpo": "ran"}
+    assert [path.name for path in file.parent.iterdir()] == ["summary.json"]
 
 
 @pytest.mark.parametrize("name", ["prepare", "sft"])  # one process, or all of them
