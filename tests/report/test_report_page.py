@@ -212,7 +212,7 @@ def test_the_command_finds_a_run_by_folder_name_and_recipe(run, tmp_path, monkey
         result = CliRunner().invoke(app, ["report", name])
         assert result.stdout.strip().endswith("runs/recipe/report.html")
     for name, message in {
-        "recpie": r"recpie: neither a run in runs nor a recipe; did you mean `recipe`\?",
+        "recipx": r"recipx: neither a run in runs nor a recipe; did you mean `recipe`\?",
         "dpo": r"runs/dpo: no finished run of dpo; `align run dpo` finishes it",
     }.items():
         with pytest.raises(ArtifactError, match=message):
