@@ -79,10 +79,10 @@ class ScoreFunction(Config):
         """
         if self.answer_column is not None and self.answer_column not in columns:
             yield self.answer_column
-        given = {*columns, "prompts", "completions"}
+        available = {*columns, "prompts", "completions"}
         if self.answer is not None or self.answer_column is not None:
-            given.add("answer")
-        yield from (each for each in required if each not in given)
+            available.add("answer")
+        yield from (each for each in required if each not in available)
 
     def columns(self, columns: Mapping[str, Sequence[Any]], n: int) -> dict[str, Sequence[Any]]:
         """The columns of ``n`` rows, with the parameter ``answer`` that the recipe sets."""

@@ -113,6 +113,11 @@ class OnlineRL(
         if not self.rewards and self.environment is None:
             raise ValueError("set `rewards`, or an `environment`, which rewards the policy as well")
         if self.environment is not None:
+            if self.environment in self.reward_names:
+                raise ValueError(
+                    f"`rewards` contains {self.environment!r}, the name of the rewards of the "
+                    "`environment`; remove it, or give it another `name`"
+                )
             for key in ("judge", "sampler"):
                 if getattr(self, key) in ("gold", "vllm"):
                     raise ValueError(

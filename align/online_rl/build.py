@@ -1,4 +1,4 @@
-"""Loading of the models of PPO: on one frozen backbone, or separately.
+"""Loading of the models of an online-RL stage: on one frozen backbone, or separately.
 
 With LoRA, all models are adapters and heads on one base model. The policy is an adapter. The
 reference is the base with adapters switched off, or a frozen copy of the policy's adapter if the
@@ -212,8 +212,8 @@ class _Loader:
         if first.tokenizer is not None:
             raise UserError(
                 f"{self.reward_sources[0]}: its tokenizer differs from the policy's, so the critic "
-                "cannot start as this reward model; set `advantages: rloo`, or use a reward model "
-                "with the policy's tokenizer"
+                "cannot start as this reward model; use the stage `rloo`, which has no critic, or a "
+                "reward model with the policy's tokenizer"
             )
 
     def _adapter_critic(

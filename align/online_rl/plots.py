@@ -1,4 +1,4 @@
-"""The picture of a PPO run, ``ppo.png``, drawn from ``metrics.jsonl``.
+"""The picture of an online-RL run, ``ppo.png``, drawn from ``metrics.jsonl``.
 
 It shows score, each of several rewards, KL, entropy, length, missing eos, clip fraction and
 explained variance against steps, and reward and gold score against the square root of the KL, where

@@ -67,14 +67,14 @@ def stop_remark(stop: StopMetrics, done: int, steps: int) -> str:
     saved = f"the policy of step {stop.best_step} is saved"
     evidence = f"e-value {stop.e_value:.3g} in {stop.checks} checks"
     missing = f"; {stop.missing:,} comparisons without a verdict" if stop.missing else ""
-    if stop.is_stopped:
-        return (
-            f"stopped after {done} of {steps} updates: by {stop.judge} the policy declines "
-            f"({evidence}, limit {1 / stop.alpha:.3g}); {saved}{missing}"
-        )
-    return (
-        f"{stop.judge} found no decline ({evidence}, limit {1 / stop.alpha:.3g}); {saved}{missing}"
+    limit = 1 / stop.alpha
+    # The last check of a run that has made all of its updates may find a decline, too.
+    declines = stop.e_value >= limit
+    result = (
+        f"by {stop.judge} the policy declines" if declines else f"{stop.judge} found no decline"
     )
+    end = f"stopped after {done} of {steps} updates: " if stop.is_stopped else ""
+    return f"{end}{result} ({evidence}, limit {limit:.3g}); {saved}{missing}"
 
 
 def result_table(metrics: OnlineRLMetrics, output_dir: Path) -> ResultTable:

@@ -212,4 +212,5 @@ def build_scorer(config: OnlineRL, models: PPOModels, functions: Mapping[str, Sc
     }
     if config.environment is not None:
         rewards[config.environment] = EnvironmentReward()
-    return Scorer(rewards, config, models.tokenizer, models.device)
+    device = "cpu" if models.device.type == "mps" else models.device  # MPS has no float64
+    return Scorer(rewards, config, models.tokenizer, device)

@@ -2,8 +2,8 @@
 
 The update is :func:`align.rl.update.update`, the same that solves CartPole. Several processes share
 each batch, and gradients are averaged once per optimizer step. All seeds are derived from the step
-number, so a checkpoint holds weights, optimizer and KL coefficient only, and a resumed run equals
-an uninterrupted one bit for bit.
+number, so a checkpoint holds weights, optimizer, KL coefficient and the stop rule's comparisons
+only, and a resumed run equals an uninterrupted one bit for bit.
 
 Left out: DeepSpeed and FSDP (rejected with an error), models over several devices.
 """

@@ -113,8 +113,8 @@ def update(
     same. The loss of a minibatch is the sum over its valid tokens divided by their number in all
     micro-batches and on all ranks, unless ``objective.aggregate`` differs, so that every token has
     the same weight however the minibatch is split: into ``micro_batches`` equal parts, or by
-    ``divide``. The critic is trained if the
-    rollout has returns. Random numbers come from ``generator`` alone.
+    ``divide``. The critic is trained if the rollout has returns. Random numbers come from
+    ``generator`` alone.
 
     Gradients of ``parameters`` are clipped together, by default those of all of the optimizer's.
     ``accelerator.backward`` and ``accelerator.clip_grad_norm_`` fit ``backward`` and

@@ -41,6 +41,19 @@ BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
         ({"quantization": "nf4"}, "set `lora`"),
         ({"dtype": "bfloat16"}, "rounds small updates to zero"),
         ({"sampler": "vllm", "quantization": "nf4", "lora": {}}, "needs unquantized weights"),
+        ({"kl_placement": "loss", "kl_coef": 0.0}, "has no effect with `kl_coef: 0`"),
+        ({"loss": "cispo", "dual_clip": 2.0}, "`dual_clip` has no effect with `loss: cispo`"),
+        ({"max_turns": 3}, "`max_turns` has no effect without `environment`"),
+        ({"max_episode_tokens": 9}, "`max_episode_tokens` has no effect without `environment`"),
+        ({"rewards": []}, "set `rewards`, or an `environment`"),
+        ({"environment": "arithmetics"}, "did you mean `arithmetic`?"),
+        (
+            {"environment": "a:World", "rewards": ["a:World"]},
+            "`rewards` contains 'a:World', the name of the rewards of the `environment`",
+        ),
+        ({"environment": "arithmetic", "judge": "gold"}, "`judge: gold` works on completions"),
+        ({"environment": "arithmetic", "sampler": "vllm"}, "`sampler: vllm` works on completions"),
+        ({"environment": "arithmetic", "overlong_buffer": 4}, "`overlong_buffer` measures"),
     ],
 )
 def test_settings_that_contradict_each_other_are_rejected(changes: dict[str, Any], message: str):

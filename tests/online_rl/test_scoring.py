@@ -19,11 +19,12 @@ from torch.testing import assert_close
 from align.config.functions import ScoreFunction
 from align.config.online_rl_stages import PPO, RLOO
 from align.config.training import Reward
+from align.errors import UserError
 from align.models import decoding, tokenization
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience
 from align.online_rl.metrics import compute_metrics
-from align.online_rl.scoring import ModelReward, Scorer
+from align.online_rl.scoring import ModelReward, Scorer, build_scorer
 from align.rewards import reward_model
 from align.rewards.reward_model import RewardModel
 from align.stages import reward
@@ -110,6 +111,16 @@ def test_the_share_of_each_reward_is_that_of_the_weighted_and_normalized_one():
     # covariances with the sums 1.9 and 0.1: 2 * 1.9 = 3.8, and -0.1 * 1.9 + 0.1 * 0.1 = -0.18.
     shares = scored(normalize_scores="group").variance_shares
     assert shares == pytest.approx({"correct": 3.8 / 3.62, "length": -0.18 / 3.62}, rel=1e-3)
+
+
+def test_sums_are_on_the_cpu_where_the_device_has_no_float64():
+    config = RLOO.model_validate(
+        {"model": "sft", "rewards": ["rules:f"], "steps": 2, "batch_size": 4, "n_completions": 2}
+    )
+    for device, expected in (("mps", "cpu"), ("meta", "meta")):
+        models = Mock(device=torch.device(device), rewards=[])
+        scorer = build_scorer(config, models, {"rules:f": Mock()})
+        assert str(scorer.device) == expected
 
 
 def test_group_normalization_equals_that_of_trl_up_to_its_last_step():
@@ -275,3 +286,6 @@ def test_a_reward_model_with_another_template_keeps_its_tokenizer_on_one_backbon
     assert same.models.rewards[0].tokenizer is None
     assert differs.models.rewards[0].tokenizer is not None
     assert differs.models.rewards[0].model is differs.models.policy.model
+    # A critic would start as the reward model, which reads other tokens than the policy.
+    with pytest.raises(UserError, match="use the stage `rloo`, which has no critic"):
+        ppo_fixtures.build_trainer(folders, tmp_path / "c", reward_model=other, lora=True)

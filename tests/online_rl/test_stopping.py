@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from align.functional.sequential import decline_e_values
 from align.online_rl import plots
 from align.online_rl import run as online_rl_run
-from align.online_rl.results import OnlineRLMetrics
+from align.online_rl.results import OnlineRLMetrics, StopMetrics
 from align.online_rl.stopping import StopRule
 from align.online_rl.trainer import OnlineRLTrainer
 
@@ -182,6 +182,17 @@ def test_a_run_without_decline_ends_after_all_steps(
     assert metrics["stop"]["missing"] == 10  # five of six in each of two checks
     assert "found no decline" in result.remarks[0]
     assert "10 comparisons without a verdict" in result.remarks[0]
+
+
+def test_a_decline_that_the_last_check_finds_is_reported():
+    """There is nothing left to stop, so the run is not called stopped."""
+    stop = StopMetrics(
+        judge="gold", alpha=0.05, is_stopped=False, best_step=4, checks=3, e_value=25.0, missing=0
+    )
+    assert online_rl_run.stop_remark(stop, 6, 6) == (
+        "by gold the policy declines (e-value 25 in 3 checks, limit 20); the policy of step 4 is "
+        "saved"
+    )
 
 
 def test_a_run_that_continues_from_a_checkpoint_makes_the_same_checks(
