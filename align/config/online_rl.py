@@ -214,7 +214,8 @@ class OnlineRL(
         del settings["vllm_url"]
         del settings["report_to"]
         settings["rewards"] = [
-            each if isinstance(each, str) else each.digest_settings() for each in self.rewards
+            reward.digest_settings() if isinstance(reward, ScoreFunction) else setting
+            for reward, setting in zip(self.rewards, settings["rewards"], strict=True)
         ]
         for key, only in BEFORE.items():
             if settings[key] == only:
