@@ -12,6 +12,7 @@ import typer
 from align import __version__
 from align.cli.data import data
 from align.cli.eval import evaluation
+from align.cli.import_recipe import import_recipe
 from align.cli.init import init
 from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
@@ -84,6 +85,7 @@ def run(
 
 
 app.command()(init)
+app.command("import")(import_recipe)
 app.command()(plan)
 app.command()(check)
 app.command("runs")(list_runs)
