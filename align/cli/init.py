@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,4 +39,4 @@ def init(
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from None
     print(f"{file}: put your data into {template}.jsonl, or name another file under `source`")
-    print(f"next: align check {file}")
+    print(f"next: align check {shlex.quote(str(file))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ def next_commands(summary: RunSummary, runs: Path) -> Iterator[str]:
     """Commands that use the policy which the run trained last."""
     from align.config.stages import STAGES
 
-    option = "" if runs == Path("runs") else f" --runs {runs}"
+    option = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
     policies = [stage.name for stage in summary.stages if STAGES[stage.stage].writes_policy]
     if any(stage.stage == "control" for stage in summary.stages):
         played = [stage.name for stage in summary.stages if stage.stage == "control"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,10 @@ def report(
     runs: Runs = Path("runs"),
 ) -> None:
     """Write the report of a finished run: one HTML file that needs no network."""
+    from align.errors import printable
     from align.report.page.render import write_report
 
-    print(write_report(find_run(run, runs)))
+    print(printable(str(write_report(find_run(run, runs)))))
 
 
 def find_run(run: str, runs: Path) -> Path:
@@ -35,7 +37,7 @@ def find_run(run: str, runs: Path) -> Path:
     from align.errors import ArtifactError, RecipeError, nearest
 
     known = [file.parent.name for file in sorted(runs.glob("*/summary.json"))]
-    for folder in (Path(run).expanduser(), runs / run):
+    for folder in (Path(os.path.expanduser(run)), runs / run):
         if (folder / "summary.json").is_file():
             return folder
     try:

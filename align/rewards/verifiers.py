@@ -34,6 +34,8 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 """What encloses an expression in LaTeX."""
+MOST_DIGITS = 1000
+"""Characters of the longest number; Python refuses to convert one of more than 4,300 digits."""
 SECONDS_PER_EXPRESSION = 5
 """Longest time to read or to compare an expression; one that takes longer does not pass."""
 
@@ -100,7 +102,7 @@ def _seconds_per_expression() -> int | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a text ends its reasoning with; None if there is none.
+    """The number that a text ends its reasoning with; None if there is none, or too long a one.
 
     >>> final_number("It costs $1,250.50 in all")
     Fraction(2501, 2)
@@ -110,7 +112,7 @@ def final_number(text: str) -> Fraction | None:
         text = max(marked, key=lambda match: match.start())[1]
     text = _LATEX_FRACTION.sub(r" \1/\2 ", text).replace("\\", " ").replace("$", " ")
     numbers = _NUMBER.findall(text)
-    if not numbers:
+    if not numbers or len(numbers[-1]) > MOST_DIGITS:
         return None
     top, _, bottom = numbers[-1].replace(",", "").replace(" ", "").partition("/")
     if bottom and not int(bottom):
@@ -160,7 +162,7 @@ def _texts(answer: Any) -> list[str]:
     if isinstance(answer, str) and answer.lstrip().startswith("["):
         try:
             answer = json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             return [answer]
     texts = answer if isinstance(answer, list | tuple) else [answer]
     return [] if None in texts else [str(each) for each in texts]
@@ -190,13 +192,14 @@ def json_schema(
     """Whether a completion is JSON that is valid under the schema in ``answer``.
 
     The schema is a mapping, or JSON as text; ``{}`` accepts all JSON. The JSON may be inside a
-    Markdown fence. Schemas are checked with the package jsonschema.
+    Markdown fence. Schemas are checked with the package jsonschema, which reads no other file or
+    address: a reference outside of the schema makes it unusable.
 
     >>> json_schema([], ['{"a": 1}', "a: 1"], ["{}", "{}"])
     [1.0, 0.0]
     """
     return [
-        None if schema is None else float(_is_valid(text, schema))
+        None if schema is None else _validity(text, schema)
         for text, schema in zip(completions, map(_schema, answer), strict=True)
     ]
 
@@ -219,15 +222,23 @@ def _schema(answer: Any) -> Any:
     return answer
 
 
-def _is_valid(text: str, schema: Any) -> bool:
+def _validity(text: str, schema: Any) -> float | None:
+    """1 for valid JSON, else 0; None if the schema refers to something that it does not contain."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
-        return False
+        return 0.0
     from jsonschema import Draft202012Validator
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
-    return bool(Draft202012Validator(schema).is_valid(value))
+    try:
+        return float(Draft202012Validator(schema, registry=Registry()).is_valid(value))
+    except Unresolvable:
+        return None
+    except RecursionError:  # the JSON is nested too deep
+        return 0.0
 
 
 def sentiment(prompts: Sequence[Any], completions: Sequence[str]) -> Scores:

@@ -22,6 +22,8 @@ REPEAT_SECONDS = 2.0
 """Within this time, another Ctrl-C is a copy of the last one."""
 _LAUNCHERS = {"accelerate", "accelerate.commands.launch", "align", "align.cli.main", "torchrun"}
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
+_exit_process = os._exit
+"""The function itself: while code of a recipe runs, the name in ``os`` refuses to exit."""
 
 
 class Interrupted(BaseException):
@@ -95,7 +97,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if first and _stop.deferred:
         return
     if _stop.raised:
-        os._exit(EXIT_CODE)  # the run is ending already, and takes too long
+        _exit_process(EXIT_CODE)  # the run is ending already, and takes too long
     _stop.raised = True
     raise Interrupted(signal.Signals(number).name)
 

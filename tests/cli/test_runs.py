@@ -178,9 +178,9 @@ def test_a_stage_that_a_run_refers_to_while_pruning_asks_is_kept(runs, monkeypat
 
 def test_a_stage_that_a_run_holds_since_it_was_listed_is_not_removed(runs):
     stage = by_name(runs)["sft-b"]
-    with FileLock(stage.folder / artifacts.WORKING):
-        with pytest.raises(ArtifactError, match="a run has begun to write it"):
-            inventory.remove(stage)
+    lock = FileLock(stage.folder / artifacts.WORKING)
+    with lock, pytest.raises(ArtifactError, match="a run has begun to write it"):
+        inventory.remove(stage)
     assert (stage.folder / artifacts.FILE).is_file()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from align.cli import next_steps
 from align.cli.main import app
 from align.errors import ArtifactError
 from align.pipeline.runner import FinishedStage, RunSummary
-from align.report.page import contents
+from align.report.page import contents, figures
 from align.report.page.render import write_report
 from align.runtime import artifacts
 
@@ -198,6 +199,49 @@ def test_a_stage_whose_folder_was_removed_is_named(run):
     assert contents.read_run(run).missing == ("sft-000000000003", "dpo-000000000003")
 
 
+def test_texts_of_any_kind_are_on_the_page(run):
+    sft = next(run.parent.glob("sft-*"))
+    text = "one\u2028line, half a pair: \ud83d, $\\nosuch$, 日本"
+    row = {"step": 1, "prompt": "p", "completion": text.replace("\ud83d", "X")}
+    half = json.dumps({"step": 2, "prompt": "p", "completion": text})
+    lines = json.dumps(row, ensure_ascii=False) + "\n" + half + "\n"
+    (sft / "samples.jsonl").write_text(lines, encoding="utf-8")
+    (sft / "metrics.jsonl").write_text(json.dumps({"step": 1, "$\\nosuch$ 日本": 1.0}))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "one\u2028line, half a pair: X, $\\nosuch$, 日本" in page
+    assert "half a pair: ?, $" in page
+    assert ">$\\nosuch$ 日本<" in page  # the title of the curve
+
+
+def test_scores_that_are_logged_in_other_steps_than_the_kl_are_not_drawn(run):
+    sft = next(run.parent.glob("sft-*"))
+    lines = [{"step": 1, "kl": 1.0, "score": 2.0}, {"step": 2, "gold": 0.5}]
+    (sft / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    stage = contents.read_run(run).stages[1]
+    assert ">score<" in figures.kl_and_score(stage)
+    assert ">gold<" not in figures.kl_and_score(stage)
+    (sft / "metrics.jsonl").write_text(
+        "\n".join(map(json.dumps, [{"step": 1, "kl": 1.0}, lines[1]]))
+    )
+    assert figures.kl_and_score(contents.read_run(run).stages[1]) == ""
+
+
+def test_a_damaged_table_of_comparisons_is_an_error_of_one_line(run):
+    (next(run.parent.glob("evaluate-*")) / "comparisons.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(ArtifactError, match=r"comparisons.parquet: cannot be read .*--force") as e:
+        write_report(run)
+    assert len(e.value.lines) == 1
+
+
+def test_the_command_that_repeats_a_run_is_quoted_for_a_shell(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"recipe": "my recipes/a.yaml", "overrides": ["sft.trainer={max_steps: 1}"]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    command = shlex.split(contents.read_run(run).command)
+    assert command == ["align", "run", "my recipes/a.yaml", "sft.trainer={max_steps: 1}",
+                       "--runs", str(run.parent)]  # fmt: skip
+
+
 @pytest.mark.parametrize("content", ["{", '{"stages": [1]}', "[]", '{"stages": []}'])
 def test_a_damaged_summary_is_an_error_of_one_line(run, content):
     (run / "summary.json").write_text(content)
@@ -213,6 +257,7 @@ def test_the_command_finds_a_run_by_folder_name_and_recipe(run, tmp_path, monkey
         assert result.stdout.strip().endswith("runs/recipe/report.html")
     for name, message in {
         "recipx": r"recipx: neither a run in runs nor a recipe; did you mean `recipe`\?",
+        "~nosuchuser": r"~nosuchuser: neither a run in runs nor a recipe",
         "dpo": r"runs/dpo: no finished run of dpo; `align run dpo` finishes it",
     }.items():
         with pytest.raises(ArtifactError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from fractions import Fraction
 from math import isnan
@@ -88,6 +89,24 @@ def test_schemas_are_checked():
     schema = '{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}'
     texts = ['{"a": 1}', '```json\n{"a": 1}\n```', '{"a": "1"}', "{}", "[1", '{"a": 1} indeed']
     assert verifiers.json_schema([], texts, [schema] * 6) == [1, 1, 0, 0, 0, 0]
+
+
+def test_a_schema_reads_nothing_else_and_deep_json_is_not_valid(tmp_path, monkeypatch):
+    (tmp_path / "schema.json").write_text("{}")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("was opened"))
+    for reference in (f"file://{tmp_path}/schema.json", "http://127.0.0.1:9/x", "#/nosuch"):
+        assert verifiers.json_schema([], ["1"], [json.dumps({"$ref": reference})]) == [None]
+    nested = {"type": "array", "items": {"$ref": "#"}}
+    texts = ["[[]]", "[" * 900 + "]" * 900, "[" * 9000 + "]" * 9000]
+    assert verifiers.json_schema([], texts, [json.dumps(nested)] * 3) == [1, 0, 0]
+
+
+def test_a_completion_that_repeats_a_digit_does_not_pass():
+    # Python converts at most 4,300 digits; a policy that repeats itself writes more.
+    assert verifiers.number([], ["#### " + "7" * 5000, "7" * 5000], ["7", "8"]) == [0, 0]
+    assert verifiers.number([], ["1/" + "7" * 5000], ["7"]) == [0]
+    assert verifiers.number([], ["7"], ["7" * 5000]) == [None]
+    assert verifiers.contains([], ["a"], ["[" * 100_000]) == [0]
 
 
 def test_lists_of_texts_may_be_json_as_prepared_data_store_them():

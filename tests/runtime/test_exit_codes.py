@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from align.errors import DataError
+from align.rewards import containment
 from align.runtime import exit_codes, signals
 
 
@@ -122,7 +123,7 @@ def test_copies_of_a_signal_interrupt_neither_the_checkpoint_nor_the_cleanup(num
 def test_after_two_seconds_ctrl_c_stops_at_once_and_sigterm_does_not(monkeypatch):
     signals.install()
     exits = []
-    monkeypatch.setattr(signals.os, "_exit", exits.append)
+    monkeypatch.setattr(signals, "_exit_process", exits.append)
     with signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
@@ -132,6 +133,23 @@ def test_after_two_seconds_ctrl_c_stops_at_once_and_sigterm_does_not(monkeypatch
     assert exits == []
     with pytest.raises(signals.Interrupted):  # the cleanup after the exception hangs
         os.kill(os.getpid(), signal.SIGINT)
+    assert exits == [130]
+
+
+def test_code_of_a_recipe_cannot_keep_ctrl_c_from_ending_the_process(monkeypatch):
+    signals.install()
+    exits = []
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
+    # As after an exception that the code has caught; the real function would end this process.
+    monkeypatch.setattr(signals._stop, "raised", True)
+    monkeypatch.setattr(signals._stop, "requested", True)
+    original = signals._exit_process
+    assert original is os._exit
+    monkeypatch.setattr(signals, "_exit_process", exits.append)
+    with containment.contained("f", "repair it", seconds=9.0):
+        assert os._exit is not original  # refuses to exit
+        with pytest.raises(signals.Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
     assert exits == [130]
 
 

@@ -7,6 +7,7 @@ Left out: the drawing (:mod:`align.report.page.figures`) and the page itself
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,10 @@ class RunContents:
 
     @property
     def command(self) -> str:
-        """The command that repeats the run."""
-        return " ".join(["align run", self.recipe, *self.overrides])
+        """The command that repeats the run, as a shell reads it."""
+        runs = self.folder.parent
+        option = [] if runs == Path("runs") else ["--runs", str(runs)]
+        return shlex.join(["align", "run", self.recipe, *self.overrides, *option])
 
     def of_kind(self, kind: str) -> list[StageContents]:
         """The stages of a kind."""
@@ -119,7 +122,7 @@ def read_run(folder: Path) -> RunContents:
         name=folder.name,
         folder=folder,
         recipe=recipe,
-        overrides=tuple(map(str, summary.get("overrides", ()))),
+        overrides=tuple(map(str, summary.get("overrides") or ())),
         seconds=seconds,
         stages=tuple(stages),
         missing=tuple(missing),
@@ -141,7 +144,7 @@ def _stage(
         settings=changed_settings(artifact),
         curves=read_curves(folder / "metrics.jsonl"),
         samples=tuple(_samples(folder, artifact)),
-        card=card.read_text(encoding="utf-8")
+        card=card.read_text(encoding="utf-8", errors="replace")
         if artifact.stage == "prepare" and card.is_file()
         else "",
     )
@@ -174,12 +177,27 @@ def _samples(folder: Path, artifact: Artifact) -> Iterator[Sample]:
         yield from _trained(folder / "samples.jsonl")
 
 
-def _compared(file: Path) -> Iterator[Sample]:
+def read_comparisons(file: Path) -> list[dict[str, Any]]:
+    """The rows of ``comparisons.parquet``.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
     import pyarrow.parquet as parquet
 
-    table = parquet.read_table(file)
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors of a damaged file are ValueErrors
+        reason = " ".join(str(error).split())[:80]
+        raise ArtifactError(
+            f"{file}: cannot be read ({reason}); run its stage with --force"
+        ) from None
+    return rows
+
+
+def _compared(file: Path) -> Iterator[Sample]:
     seen: dict[str, int] = {}
-    for row in table.to_pylist():
+    for row in read_comparisons(file):
         policy, baseline = row["policy"], row["baseline"]
         seen[policy] = seen.get(policy, 0) + 1
         if seen[policy] > MOST_SAMPLES or policy.endswith(" again"):
@@ -239,7 +257,8 @@ def transcript(prompt: object) -> str:
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one per line; a line that was cut off is left out."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Only at newlines: `splitlines` splits at separators inside of texts as well.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.report.curves import Panel
-from align.report.page.contents import StageContents
+from align.report.page.contents import StageContents, read_comparisons
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,11 +74,8 @@ def win_rates(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 def length_and_outcome(file: Path) -> str:
     """Win rate by how much longer the policy's completion is; empty where lengths are equal."""
-    import pyarrow.parquet as parquet
-
-    table = parquet.read_table(file).to_pylist()
     by_policy: dict[str, list[tuple[float, float]]] = {}
-    for row in table:
+    for row in read_comparisons(file):
         difference = len(row["policy_completion"] or "") - len(row["baseline_completion"] or "")
         if row["outcome"] is not None and row["outcome"] == row["outcome"]:
             by_policy.setdefault(row["policy"], []).append((difference, row["outcome"]))
@@ -103,20 +101,21 @@ def length_and_outcome(file: Path) -> str:
 
 
 def kl_and_score(stage: StageContents) -> str:
-    """Scores of the training against KL to the reference; empty where it logs no KL."""
-    kl = stage.curves.get("kl", {}).get("")
-    names = [name for name in ("score", "gold") if name in stage.curves]
-    if not kl or not names:
+    """Scores of the training against KL to the reference; empty without common steps."""
+    at = dict(stage.curves.get("kl", {}).get("", ()))
+    points = {
+        name: [(at[step], value) for step, value in stage.curves[name].get("", ()) if step in at]
+        for name in ("score", "gold")
+        if name in stage.curves
+    }
+    drawn = {name: each for name, each in points.items() if each}
+    if not drawn:
         return ""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_axes((0.1, 0.17, 0.88, 0.8))
-        at = dict(kl)
-        for color, name in enumerate(names):
-            points = [(at[step], value) for step, value in stage.curves[name][""] if step in at]
-            axes.plot(
-                *zip(*points, strict=True), "o", markersize=3, color=COLORS[color], label=name
-            )
+        for color, (name, each) in enumerate(drawn.items()):
+            axes.plot(*zip(*each, strict=True), "o", markersize=3, color=COLORS[color], label=name)
         axes.set_xlabel("KL to the reference, nats per completion", fontsize=8)
         axes.legend(fontsize=7, frameon=False, labelcolor=INK)
 
@@ -153,6 +152,7 @@ def _svg(draw: Callable[[Figure], None], size: tuple[float, float], label: str) 
         "svg.hashsalt": label,  # ids that differ between pictures and not between runs
         "font.family": "sans-serif",
         "font.size": 8,
+        "text.parse_math": False,  # a name may have dollar signs
         "text.color": INK,
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
@@ -164,7 +164,9 @@ def _svg(draw: Callable[[Figure], None], size: tuple[float, float], label: str) 
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The page's text is drawn by the browser, which has other fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = NewFigure(figsize=size)
         FigureCanvasSVG(figure)
         draw(figure)

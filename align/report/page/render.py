@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -31,15 +32,18 @@ def write_report(run_folder: Path) -> Path:
     """Write the report into the folder of a run; returns the file.
 
     Raises:
-        ArtifactError: The run is not finished, or the file cannot be written.
+        ArtifactError: The run is not finished, a file of it is damaged, or the page cannot be
+            written.
     """
     page = render(read_run(run_folder))
     file = run_folder / FILE
     temporary = file.with_name(f".{FILE}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # of half a surrogate pair: `?`
         temporary.replace(file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(f"{file}: cannot be written: {error.strerror}") from None
     return file
 
