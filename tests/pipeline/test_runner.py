@@ -253,6 +253,19 @@ def test_a_change_of_any_setting_changes_the_digest(stage, key):
     assert digest_with(stage, **{key: OTHER[stage][key]}) != digest_with(stage)
 
 
+SETTINGS_DIGESTS = {
+    "sft": "ae07960ecc33", "dpo": "9de72a4e1c2d", "kto": "a1e51b2684c8", "reward": "e6ada3413de8",
+    "ppo": "bd4e37c53a6a",
+}  # fmt: skip
+"""Begin of the digests of the settings in ``BASE``, in a version before several keys existed."""
+
+
+@pytest.mark.parametrize("stage", SETTINGS_DIGESTS)
+def test_a_new_key_with_its_default_changes_no_digest(stage):
+    settings = STAGES[stage].model_validate(BASE[stage]).digest_settings()
+    assert artifacts.digest(settings).startswith(SETTINGS_DIGESTS[stage])
+
+
 def test_what_is_logged_or_saved_does_not_change_the_digest():
     def trained(**keys: Any) -> str:
         return digest_with("dpo", **keys)
