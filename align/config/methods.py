@@ -41,6 +41,16 @@ _ESTIMATORS = {
     "rloo": "REINFORCE leave-one-out, RLOO (Ahmadian et al. 2024, arXiv:2402.14740)",
     "reinforce": "REINFORCE (Williams 1992)",
 }
+_VARIANTS = {
+    ("scale_advantages", "none"): (
+        "advantages that are not divided by a deviation, as in Dr. GRPO (Liu et al. 2025, "
+        "arXiv:2503.20783)"
+    ),
+    ("ratio", "sequence"): "ratios of sequences, GSPO (Zheng et al. 2025, arXiv:2507.18071)",
+    ("loss", "cispo"): "the loss of CISPO (MiniMax 2025, arXiv:2506.13585)",
+    ("filter", "mixed_groups"): "dynamic sampling, DAPO (Yu et al. 2025, arXiv:2503.14476)",
+}
+"""Settings of online RL that have a name of their own in the literature."""
 _LORA = "low-rank adapters, LoRA (Hu et al. 2021, arXiv:2106.09685)"
 _NF4 = "a base in 4 bits, QLoRA (Dettmers et al. 2023, arXiv:2305.14314)"
 _KL = "a KL penalty towards the reference (Ziegler et al. 2019, arXiv:1909.08593)"
@@ -59,6 +69,7 @@ def method(kind: str, settings: Mapping[str, Any]) -> list[str]:
         methods += [losses.get(name, f"the loss `{name}` of TRL") for name in names]
     elif kind in _ESTIMATORS:
         methods.append(_ESTIMATORS[kind])
+        methods += [text for (key, value), text in _VARIANTS.items() if settings.get(key) == value]
         methods += [_KL] * bool(settings.get("kl_coef"))
     methods += [_LORA] * bool(settings.get("lora"))
     methods += [_NF4] * (settings.get("quantization") == "nf4")

@@ -33,7 +33,7 @@ from align.config.online_rl_keys import (
 )
 from align.config.training_base import TrainingStage
 
-BEFORE = {
+LATER_KEYS = {
     "mixed_precision": None,
     "tokens_per_batch": None,
     "optimizer": "adamw",
@@ -47,7 +47,7 @@ BEFORE = {
     "max_turns": 8,
     "max_episode_tokens": None,
 }
-"""Keys that stages did not always have, and the value that they had then."""
+"""Keys that earlier versions did not have, with the value that means the same as those."""
 CISPO_CLIP = 4.0
 """Default of ``clip_high`` for CISPO: as in ScaleRL (arXiv:2510.13786), a ratio of at most 5."""
 
@@ -217,8 +217,8 @@ class OnlineRL(
             reward.digest_settings() if isinstance(reward, ScoreFunction) else setting
             for reward, setting in zip(self.rewards, settings["rewards"], strict=True)
         ]
-        for key, only in BEFORE.items():
-            if settings[key] == only:
+        for key, value in LATER_KEYS.items():
+            if settings[key] == value:
                 del settings[key]
         if not self.keep_checkpoints:
             del settings["save_steps"]

@@ -226,3 +226,20 @@ def test_every_loss_of_trl_has_a_method_and_every_trained_model_too():
     assert method("rloo", {"lora": {}, "quantization": "nf4"})[1:] == [
         "a base in 4 bits, QLoRA (Dettmers et al. 2023, arXiv:2305.14314)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "GRPO"),
+        ({"scale_advantages": "none"}, "Dr. GRPO"),
+        ({"ratio": "sequence"}, "GSPO"),
+        ({"loss": "cispo"}, "CISPO"),
+        ({"filter": "mixed_groups"}, "DAPO"),
+    ],
+)
+def test_settings_of_online_rl_that_have_a_name_are_on_the_card(settings, name):
+    keys = {"model": "sft", "rewards": ["reward"], "steps": 1, "batch_size": 8, "kl_coef": 0}
+    methods = method("grpo", STAGES["grpo"].model_validate(keys | settings).model_dump())
+    assert name in methods[-1]
+    assert len(methods) == 1 + len(settings)
