@@ -46,7 +46,7 @@ BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
         ({"max_turns": 3}, "`max_turns` has no effect without `environment`"),
         ({"max_episode_tokens": 9}, "`max_episode_tokens` has no effect without `environment`"),
         ({"rewards": []}, "set `rewards`, or an `environment`"),
-        ({"environment": "arithmetics"}, "did you mean `arithmetic`?"),
+        ({"environment": "arithmetica"}, "did you mean `arithmetic`?"),
         (
             {"environment": "a:World", "rewards": ["a:World"]},
             "`rewards` contains 'a:World', the name of the rewards of the `environment`",
