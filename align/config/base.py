@@ -110,6 +110,7 @@ class Workload:
     steps: int | None = None
     """Optimizer steps; of ``control``, environment steps of all seeds."""
     tokens: int | None = None
+    """Estimate from the words of the rows. Tokens of the chat template are not included."""
 
 
 class Config(BaseModel):
