@@ -7,12 +7,17 @@ correction for repeated looks is needed. All computations are in float64 on the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 BETS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Stakes, as shares of the wealth. The best one for a win rate w without ties is ``1 - 2 w``."""
+
+LARGEST_WEALTH = 1e150
+"""Bound of a gambler's wealth, so that it stays finite in float64. It keeps the error rate."""
 
 
 def decline_e_values(
@@ -48,10 +53,12 @@ def decline_e_values(
         raise ValueError("expected outcomes in [0, 1], or NaN where there is none")
     bets = torch.tensor(BETS, dtype=torch.float64)
     gains = (1 - 2 * values).nan_to_num(0.0)
-    growth = (1 + bets * gains[..., None]).log().sum(-2).exp()  # [*runs, checks, bets]
+    growth = (1 + bets * gains[..., None]).log().sum(-2)  # [*runs, checks, bets], logarithmic
+    growth = growth.clamp(max=math.log(LARGEST_WEALTH)).exp()
     wealth = torch.zeros_like(bets)
     e_values = torch.ones(*values.shape[:-1], dtype=torch.float64)
     for check in range(checks):
-        wealth = (wealth + 1) * growth[..., check, :]  # of all who have entered, by their bet
+        # Of all who have entered, by their bet.
+        wealth = ((wealth + 1) * growth[..., check, :]).clamp(max=LARGEST_WEALTH)
         e_values[..., check] = (wealth.mean(-1) + planned - check - 1) / planned
     return e_values

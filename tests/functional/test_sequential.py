@@ -43,6 +43,15 @@ def test_a_missing_outcome_changes_nothing():
     assert_close(decline_e_values(outcomes, planned=2), expected)
 
 
+def test_the_e_value_of_very_many_losses_is_large_and_finite():
+    # 1.8^2000 is 10^510; after as many wins, the wealth is 0 up to rounding, and not NaN
+    outcomes = torch.stack([torch.zeros(2000), torch.ones(2000), torch.zeros(2000)])
+    first, second, third = decline_e_values(outcomes, planned=3).tolist()
+    assert 1e100 < first < math.inf
+    assert second < first
+    assert 1e100 < third < math.inf
+
+
 def test_under_a_fair_coin_the_expected_e_value_is_1_and_large_ones_are_rare():
     # All 2^12 sequences of three checks with four comparisons; Ville: P(max >= c) <= 1 / c
     sequences = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12))).view(-1, 3, 4)
