@@ -33,6 +33,8 @@ def init(
         with file.open("x", encoding="utf-8") as target:  # never replaces a file
             target.write(text)
     except FileExistsError:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: not a folder; name another one with --folder") from None
         raise UserError(
             f"{file}: exists already; move it away, or name another folder with --folder"
         ) from None
