@@ -240,6 +240,8 @@ def test_the_command_that_repeats_a_run_is_quoted_for_a_shell(run):
     command = shlex.split(contents.read_run(run).command)
     assert command == ["align", "run", "my recipes/a.yaml", "sft.trainer={max_steps: 1}",
                        "--runs", str(run.parent)]  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary | {"recipe": "eval-dpo-sft"}))
+    assert "This run has no recipe file" in Tree(write_report(run).read_text()).text
 
 
 @pytest.mark.parametrize("content", ["{", '{"stages": [1]}', "[]", '{"stages": []}'])

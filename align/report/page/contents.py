@@ -81,7 +81,12 @@ class RunContents:
 
     @property
     def command(self) -> str:
-        """The command that repeats the run, as a shell reads it."""
+        """The command that repeats the run, as a shell reads it; empty without a recipe file.
+
+        The recipe of ``align eval``, or of a program, is a mapping with a name that has no suffix.
+        """
+        if not Path(self.recipe).suffix:
+            return ""
         runs = self.folder.parent
         option = [] if runs == Path("runs") else ["--runs", str(runs)]
         return shlex.join(["align", "run", self.recipe, *self.overrides, *option])
