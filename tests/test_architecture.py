@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "models": "errors models.prefix_sharing runtime",
     "runtime": "errors __version__",
     "report": "errors",
-    "report.page": "errors config report runtime",
+    "report.page": "errors config functional report runtime",
     "data": "errors config runtime",
     "control": "errors functional rl report config",
     "rewards": "errors config models models.prefix_sharing runtime",

@@ -18,7 +18,7 @@ from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
 from align.cli.quantization import Quantization, check_quantization
 from align.cli.report import report
-from align.cli.run import Force, Overrides, RecipePath, Runs, Until
+from align.cli.run import Force, Name, Overrides, RecipePath, Runs, Until
 from align.cli.runs import runs as list_runs
 from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import guarded
@@ -63,17 +63,34 @@ def run(
     runs: Runs = Path("runs"),
     force: Force = None,
     until: Until = None,
+    name: Name = None,
     config: Config = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE.KEY=VALUE,VALUE", help="Run once for each value, and compare the runs."
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe through accelerate's launcher.
 
     Exit codes: 0 success, 1 error, 2 invalid input, 130 interrupted.
     """
+    from align.cli.sweep import points
     from align.config.recipe import read_recipe
     from align.pipeline.runner import plan_checked
 
     # Invalid input is reported before the launcher starts, which takes many seconds.
-    plan_checked(read_recipe(recipe, overrides or []), runs, until=until, force=force)
+    given = overrides or []
+    loaded = read_recipe(recipe, given)
+    names: dict[str, list[str]] = {name or loaded.name: given}
+    if sweep:
+        names = {
+            point.run_name(name or loaded.name): [*given, *point.overrides]
+            for point in points(sweep)
+        }
+    for all_overrides in names.values():
+        plan_checked(read_recipe(recipe, all_overrides), runs, until=until, force=force)
     if config is not None:
         check_launch_configuration(config)
     options = ["--runs", str(runs)]
@@ -81,7 +98,15 @@ def run(
     options += ["--until", until] if until else []
     script = str(Path(__file__).parents[1] / "run.py")
     launcher_options = ["--config_file", str(config)] if config else []
-    raise typer.Exit(launch([*launcher_options, script, str(recipe), *(overrides or []), *options]))
+    for run_name, all_overrides in names.items():
+        own = [*options, "--name", run_name] if name or sweep else options
+        code = launch([*launcher_options, script, str(recipe), *all_overrides, *own])
+        if code or not sweep:
+            raise typer.Exit(code)
+    from align.report.page.render import write_comparison
+
+    file = runs / f"{name or loaded.name}-comparison.html"
+    print(f"comparison: {write_comparison([runs / each for each in names], file)}")
 
 
 app.command()(init)

@@ -13,18 +13,33 @@ from align.cli.run import Runs
 
 def report(
     run: Annotated[
-        str,
+        list[str],
         typer.Argument(
-            metavar="RUN", help="A recipe, the name of a run in --runs, or the folder of a run."
+            metavar="RUN...", help="Recipes, names of runs in --runs, or folders of runs."
         ),
     ],
     runs: Runs = Path("runs"),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Write one page that compares the runs.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --compare: the page to write.")
+    ] = None,
 ) -> None:
-    """Write the report of a finished run: one HTML file that needs no network."""
-    from align.errors import printable
-    from align.report.page.render import write_report
+    """Write the report of finished runs, or their comparison: HTML that needs no network."""
+    from align.errors import UserError, printable
+    from align.report.page.render import write_comparison, write_report
 
-    print(printable(str(write_report(find_run(run, runs)))))
+    folders = list(dict.fromkeys(find_run(each, runs) for each in run))
+    if not compare and out is not None:
+        raise UserError("--out names the page of --compare; a report is written beside its run")
+    if not compare:
+        for folder in folders:
+            print(printable(str(write_report(folder))))
+        return
+    if len(folders) < 2:
+        raise UserError("--compare: expected at least two runs; `align runs` lists them")
+    print(printable(str(write_comparison(folders, out or runs / "comparison.html"))))
 
 
 def find_run(run: str, runs: Path) -> Path:

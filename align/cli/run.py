@@ -5,6 +5,8 @@ The script is started by ``accelerate launch``, once per process; ``align run`` 
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +50,25 @@ Force = Annotated[
     str | None,
     typer.Option(metavar="STAGE|all", help="Remove the results of a stage and run it again."),
 ]
+
+
+def _run_name(text: str) -> str:
+    """A name for the folder of a run: one part of a path, unlike the folder of a stage."""
+    if not re.fullmatch(r"\w[\w.=+-]*", text) or re.search(r"-[0-9a-f]{12}$", text):
+        raise typer.BadParameter(
+            f"{text!r} is no name of a run; use letters, digits and _ . = + -, such as seed1"
+        )
+    return text
+
+
+Name = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        parser=_run_name,
+        help="The name of the run, under which its summary and report are; default: the recipe's.",
+    ),
+]
 Until = Annotated[
     str | None,
     typer.Option(metavar="STAGE", help="Run this stage and those whose results it needs."),
@@ -60,6 +81,7 @@ def run_recipe(
     runs: Runs = Path("runs"),
     force: Force = None,
     until: Until = None,
+    name: Name = None,
 ) -> None:
     """Run the unfinished stages of a recipe and show the results."""
     quiet_libraries()
@@ -68,7 +90,7 @@ def run_recipe(
     from align.pipeline.summary import show_summary
     from align.runtime import distributed, progress
 
-    loaded = read_recipe(recipe, overrides or [])
+    loaded = replace(read_recipe(recipe, overrides or []), run_name=name)
     with progress.display() as display:
         summary = runner.run_recipe(loaded, runs, display, force=force, until=until)
     show_summary(summary, display.console, runs / loaded.name / "summary.json")

@@ -56,10 +56,14 @@ class Recipe:
     """The names of all stages, including those with errors, which ``stages`` leaves out."""
     overrides: tuple[str, ...] = ()
     """The overrides as they were given."""
+    run_name: str | None = None
+    """A name for the folder of the run; None: that of the recipe."""
 
     @property
     def name(self) -> str:
-        """The path below the folder ``recipes``, joined by ``-``: ``hh-dpo``, say."""
+        """The given name, or the path below the folder ``recipes`` joined by ``-``: ``hh-dpo``."""
+        if self.run_name is not None:
+            return self.run_name
         parts = self.path.resolve().with_suffix("").parts
         for folder in ("recipes", "_recipes"):
             if folder in parts[:-1]:

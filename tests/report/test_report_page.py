@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from helpers.finished_runs import comparison, stage, write_summary
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -22,49 +23,9 @@ from align.errors import ArtifactError
 from align.pipeline.runner import FinishedStage, RunSummary
 from align.report.page import contents, figures
 from align.report.page.render import write_report
-from align.runtime import artifacts
 
 EVIL = '</script><script>document.title="evil"</script><b onclick="x">'
 VOID = {"meta", "link", "input", "path", "rect", "use", "br", "stop", "circle", "line"}
-
-
-def stage(runs: Path, name: str, kind: str | None = None, **fields) -> Path:
-    folder = runs / f"{name}-{len(name):012x}"
-    folder.mkdir(parents=True)
-    record = {
-        "stage": kind or name,
-        "name": name,
-        "digest": f"{len(name):064x}",
-        "recipe": {},
-        "inputs": {},
-        "metrics": {},
-        "versions": {"python": "3.11", "align": "0.2"},
-        "commit": None,
-        "seed": 0,
-        "world_size": 1,
-        "seconds": 75.0,
-        "peak_memory_bytes": 2_500_000_000,
-    }
-    (folder / "artifact.json").write_text(
-        json.dumps(
-            artifacts.checksums.seal(
-                {**record, "headline": {}, "remarks": [], "tables": [], "files": {}, **fields}
-            )
-        )
-    )
-    return folder
-
-
-def comparison(policy: str, **fields) -> dict:
-    return {
-        "policy": policy,
-        "baseline": "sft",
-        "judge": "gold",
-        "win_rate": 0.62,
-        "ci": [0.54, 0.69],
-        "length_controlled_win_rate": 0.555,
-        **fields,
-    }
 
 
 @pytest.fixture
@@ -108,17 +69,8 @@ def run(tmp_path):
         for k in range(12)
     ]
     parquet.write_table(pa.Table.from_pylist(rows), evaluate / "comparisons.parquet")
-    folder = runs / "recipe"
-    folder.mkdir()
-    entries = [
-        {"name": f.name.rpartition("-")[0], "folder": str(f), "status": "ran"}
-        for f in (prepare, sft, dpo, evaluate)
-    ]
-    entries[0]["status"] = "reused"
-    summary = {"recipe": "recipe.yaml", "overrides": ["sft.seed=3"], "seconds": 6220.0,
-               "stages": entries}  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
+    folders = (prepare, sft, dpo, evaluate)
+    return write_summary(runs, "recipe", *folders, overrides=["sft.seed=3"], reused=[prepare])
 
 
 class Tree(HTMLParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,20 @@ def write_report(run_folder: Path) -> Path:
         ArtifactError: The run is not finished, a file of it is damaged, or the page cannot be
             written.
     """
-    page = render(read_run(run_folder))
-    file = run_folder / FILE
-    temporary = file.with_name(f".{FILE}.{os.getpid()}")
+    return _write(run_folder / FILE, render(read_run(run_folder)))
+
+
+def write_comparison(run_folders: Sequence[Path], file: Path) -> Path:
+    """Write the comparison of several runs; returns the file.
+
+    Raises:
+        ArtifactError: A run is not finished, or the file cannot be written.
+    """
+    return _write(file, render_comparison([read_run(folder) for folder in run_folders]))
+
+
+def _write(file: Path, page: str) -> Path:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # of half a surrogate pair: `?`
         temporary.replace(file)
@@ -50,16 +61,9 @@ def write_report(run_folder: Path) -> Path:
 
 def render(run: RunContents) -> str:
     """The page of a run."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"duration": chain.duration, "setting": setting, "code": code}
-    template = environment.from_string((_FOLDER / "page.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return _render(
+        "page.html.jinja",
         run=run,
-        style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
         script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
         chain=chain.chain(run.stages),
         advice=list(all_advice(run)),
@@ -73,6 +77,57 @@ def render(run: RunContents) -> str:
         },
         left=LEFT,
     )
+
+
+def render_comparison(runs: Sequence[RunContents]) -> str:
+    """The page of several runs."""
+    from align.report.page import comparison
+
+    results = list(comparison.results(runs))
+    return _render(
+        "comparison.html.jinja",
+        runs=runs,
+        settings=comparison.differing_settings(runs),
+        results=results,
+        picture=figures.win_rates(
+            [
+                {
+                    "policy": f"{each.run}: {each.policy}",
+                    "baseline": each.baseline,
+                    "judge": each.judge,
+                    "win_rate": each.win_rate,
+                    "ci": (each.low, each.high),
+                    "length_controlled_win_rate": each.at_equal_length,
+                }
+                for each in results
+            ]
+        )
+        if results
+        else "",
+        differences=list(comparison.paired_differences(runs)),
+        curves=[
+            (name, [figures.learning_curve(panel, name) for panel in joined])
+            for name, joined in comparison.joined_curves(runs)
+        ],
+    )
+
+
+def _render(template: str, **contents: object) -> str:
+    """A page from its template, with the style that all pages share."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "duration": chain.duration,
+        "setting": setting,
+        "code": code,
+        "percent": lambda share: f"{100 * share:.1f}",
+    }
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    text = (_FOLDER / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(style=style, **contents)
 
 
 def all_advice(run: RunContents) -> Iterator[advice.Advice]:
