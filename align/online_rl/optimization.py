@@ -26,6 +26,9 @@ from align.runtime import distributed
 ADAM_EPS = 1e-5
 """As in the original PPO code (Huang et al. 2024, arXiv:2403.17031, section 3.1)."""
 
+LEARNING_RATES = {"policy": "learning_rate", "critic": "critic_learning_rate"}
+"""The keys of the learning rates, by the models in the order of the optimizer's groups."""
+
 
 def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objective:
     """The update's objective for ``n_rows`` completions on this rank.
@@ -137,9 +140,10 @@ def clip_gradients(
         torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
         for group in optimizer.param_groups
     ]
-    if not all(bool(n.isfinite()) for n in norms):
-        raise UserError(
-            "a gradient is not finite, so this step was not applied: lower `learning_rate` or "
-            "`critic_learning_rate`, or scale the rewards down with `weights`"
-        )
+    for (model, key), norm in zip(LEARNING_RATES.items(), norms, strict=False):  # maybe no critic
+        if not bool(norm.isfinite()):
+            raise UserError(
+                f"a gradient of the {model} is not finite, so this step was not applied: lower "
+                f"`{key}`, or scale the rewards down with `weights`"
+            )
     return norms[0]

@@ -34,6 +34,7 @@ from align.online_rl.groups import Batch, draw_batch
 from align.online_rl.metrics import compute_metrics
 from align.online_rl.models import POLICY
 from align.online_rl.optimization import (
+    LEARNING_RATES,
     build_objective,
     build_optimizer,
     clip_gradients,
@@ -180,9 +181,10 @@ class OnlineRLTrainer:
         """
         for name, weight in self.models.weights().items():
             if not bool(weight.isfinite().all()):
+                model = name.partition(".")[0]
                 raise UserError(
-                    f"a weight of the {name.partition('.')[0]} is not finite after {done} steps and "
-                    "was not saved: lower `learning_rate` or `critic_learning_rate`"
+                    f"a weight of the {model} is not finite after {done} steps and was not saved: "
+                    f"lower `{LEARNING_RATES[model]}`"
                 )
 
     def step(self, step: int) -> None:

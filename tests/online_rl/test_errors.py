@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from align.config.online_rl_stages import PPO
 from align.config.stages import STAGES
 from align.errors import UserError
 from align.online_rl import trainer
+from align.online_rl.optimization import clip_gradients
 from align.runtime import distributed
 from align.stages import ppo
 
@@ -121,6 +123,24 @@ def test_a_run_that_diverges_writes_no_policy(folders: Folders, tmp_path: Path):
     with pytest.raises((UserError, RuntimeError)):
         ppo.run(config, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
     assert not list(tmp_path.glob("adapter_model*"))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ([math.nan], "gradient of the policy is not finite, .* lower `learning_rate`"),
+        ([1.0, math.inf], "gradient of the critic is not finite, .* `critic_learning_rate`"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_names_its_model_and_its_learning_rate(
+    gradients: list[float], message: str
+):
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in gradients]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = torch.tensor([gradient])
+    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.0)
+    with pytest.raises(UserError, match=message):
+        clip_gradients(optimizer, list(parameters), 1.0)
 
 
 @pytest.mark.parametrize("key", ["micro_batch_size", "tokens_per_batch"])

@@ -268,7 +268,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_changes_a_weight(
     parameters = list(ppo.models.weights().values())
     for p in parameters:
         p.grad = torch.full_like(p, float("nan"))
-    with pytest.raises(UserError, match="a gradient is not finite"):
+    with pytest.raises(UserError, match="a gradient of the policy is not finite"):
         clip_gradients(ppo.optimizer, parameters, 1.0)
     assert torch.equal(flat_weights(ppo), before)
 
@@ -276,9 +276,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_changes_a_weight(
 def test_weights_that_are_not_finite_are_not_saved(folders: Folders, tmp_path: Path):
     ppo = ppo_fixtures.build_trainer(folders, tmp_path)
     ppo.check_weights(0)
-    next(iter(ppo.models.weights().values())).data.flatten()[0] = float("inf")
-    with pytest.raises(UserError, match=r"a weight of the policy is not finite after 3 steps"):
-        ppo.check_weights(3)
+    for name, key in (("critic", "critic_learning_rate"), ("policy", "learning_rate")):
+        ppo.models.weights()[f"{name}.0"].data.flatten()[0] = float("inf")
+        message = f"a weight of the {name} is not finite after 3 steps .* lower `{key}`"
+        with pytest.raises(UserError, match=message):
+            ppo.check_weights(3)
 
 
 def test_row_22_adams_epsilon_of_1e_5_changes_the_weights(
