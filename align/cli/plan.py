@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from align.cli.run import Overrides, RecipePath, Runs, Until
+from align.errors import UserError, counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +38,6 @@ def plan(
 ) -> None:
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
     from align.config.recipe import ErrorCollector, read_recipe
-    from align.errors import UserError
     from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline.plan import plan_stages
     from align.runtime.terminal import SafeConsole
@@ -56,7 +56,7 @@ def plan(
     console = SafeConsole()
     if not console.is_terminal:
         console = SafeConsole(width=WIDTH)
-    title = f"{recipe}: {_count_of_stages(len(stages))}; folders in {runs}"
+    title = f"{recipe}: {counted(len(stages), 'stage')}; folders in {runs}"
     prepared = estimates.prepare_small(stages)
     lost = token_lengths.lost_rows(stages, prepared)
     table = estimates.estimate(
@@ -128,7 +128,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     quiet_libraries()
     console = SafeConsole(soft_wrap=True)
     loaded = read_recipe(recipe, overrides or [])
-    console.print(f"{recipe}: {_count_of_stages(len(loaded.names))}: {', '.join(loaded.names)}")
+    console.print(f"{recipe}: {counted(len(loaded.names), 'stage')}: {', '.join(loaded.names)}")
     errors = ErrorCollector(loaded)
     stages = plan_stages(errors, runs)
     warnings = 0
@@ -145,13 +145,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
         if estimate.memory_bytes is not None:
             memory = _with_unit(estimate.memory_bytes)
             console.print(f"{name}: memory ≥ {memory}B for weights, gradients and Adam")
-    counted = f", {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
-    console.print(f"no errors{counted}")
-
-
-def _count_of_stages(count: int) -> str:
-    """The number with its noun: ``1 stage``, ``2 stages``."""
-    return f"{count} stage{'s' * (count != 1)}"
+    console.print(f"no errors, {counted(warnings, 'warning')}" if warnings else "no errors")
 
 
 def _with_unit(number: float) -> str:

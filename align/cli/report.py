@@ -59,7 +59,8 @@ def find_run(run: str, runs: Path) -> Path:
         name = read_recipe(run).name
     except RecipeError:
         raise ArtifactError(
-            f"{run}: neither a run in {runs} nor a recipe{nearest(run, known)}"
+            f"{run}: neither a run in {runs} nor a recipe"
+            + (nearest(run, known) if known else "; no run is finished there")
         ) from None
     if name not in known:
         raise ArtifactError(

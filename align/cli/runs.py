@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from align.cli.run import Runs
+from align.errors import UserError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,6 @@ def runs(
 ) -> None:
     """Show the stages in a runs folder: settings, result, age, size, and the runs that use them."""
     from align.cli.inventory import take_inventory
-    from align.errors import UserError
     from align.runtime.terminal import SafeConsole
 
     if name and prune:
@@ -55,13 +55,14 @@ def runs(
     _print_stages(console, shown)
     free = sum(stage.bytes for stage in shown if not stage.runs)
     total = sum(stage.bytes for stage in shown)
-    console.print(f"{_counted(len(shown))}, {_size(total)}; no run refers to {_size(free)} of them")
+    console.print(
+        f"{counted(len(shown), 'stage')}, {_size(total)}; no run refers to {_size(free)} of them"
+    )
 
 
 def _removable(runs: Path, older_than: float) -> list[StageFolder]:
     """Stages that no run refers to and that are at least ``older_than`` days old."""
     from align.cli.inventory import take_inventory
-    from align.errors import UserError
 
     inventory = take_inventory(runs)
     if inventory.problems:
@@ -74,7 +75,6 @@ def _removable(runs: Path, older_than: float) -> list[StageFolder]:
 def _prune(console: Console, runs: Path, *, older_than: float, yes: bool) -> None:
     """Show what no run refers to, ask, and remove it."""
     from align.cli.inventory import remove
-    from align.errors import UserError
 
     stages = _removable(runs, older_than)
     if not stages:
@@ -82,9 +82,9 @@ def _prune(console: Console, runs: Path, *, older_than: float, yes: bool) -> Non
         return
     _print_stages(console, stages)
     total = _size(sum(stage.bytes for stage in stages))
-    question = f"Remove {_counted(len(stages))}, {total}? This cannot be undone."
+    question = f"Remove {counted(len(stages), 'stage')}, {total}? This cannot be undone."
     if not yes and not _can_ask():
-        raise UserError(f"--prune would remove {_counted(len(stages))}; confirm with --yes")
+        raise UserError(f"--prune would remove {counted(len(stages), 'stage')}; confirm with --yes")
     if not (yes or typer.confirm(question)):
         console.print("nothing was removed")
         return
@@ -94,7 +94,7 @@ def _prune(console: Console, runs: Path, *, older_than: float, yes: bool) -> Non
     for stage in removed:
         remove(stage)
     total = _size(sum(stage.bytes for stage in removed))
-    console.print(f"removed {_counted(len(removed))}, {total}")
+    console.print(f"removed {counted(len(removed), 'stage')}, {total}")
 
 
 def _can_ask() -> bool:
@@ -145,10 +145,6 @@ def _distinctive_settings(stage: StageFolder, stages: Sequence[StageFolder]) -> 
 
 def _kind(stage: StageFolder) -> str:
     return stage.artifact.stage if stage.artifact else ""
-
-
-def _counted(count: int) -> str:
-    return f"{count} stage{'s' * (count != 1)}"
 
 
 def _age(seconds: float) -> str:
