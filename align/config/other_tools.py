@@ -124,7 +124,9 @@ def _no(reason: str) -> Action:
 
 def _list(value: Any) -> list[Any]:
     """A list of names, which some files write with commas."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value if isinstance(value, list) else [value]
 
 
 def _targets(translation: Translation, value: Any) -> None:

@@ -170,6 +170,16 @@ def test_values_cannot_leave_their_comment(tmp_path):
     assert '#   other: {"a": [1, "b"]} (no field' in recipe
 
 
+@pytest.mark.parametrize("value", ["5", "{a: 1}"])
+def test_names_that_are_neither_text_nor_a_list_are_reported_by_the_recipe(tmp_path, value):
+    text = f"model_name_or_path: a/b\nbeta: 0.1\nlora_target_modules: {value}\n"
+    (tmp_path / "trl.yaml").write_text(text)
+    translation = translate(tmp_path / "trl.yaml", None)
+    (tmp_path / "recipe.yaml").write_text(as_yaml(translation, "trl.yaml"))
+    with pytest.raises(UserError, match=r"target_modules"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 def test_the_command_writes_a_new_file_and_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("axolotl.yaml").write_text(AXOLOTL)

@@ -216,7 +216,7 @@ def test_the_command_finds_a_run_by_folder_name_and_recipe(run, tmp_path, monkey
     }.items():
         with pytest.raises(ArtifactError, match=message):
             raise CliRunner().invoke(app, ["report", name]).exception
-    with pytest.raises(ArtifactError, match="recipx: neither .*; no run is finished there"):
+    with pytest.raises(ArtifactError, match=r"recipx: neither .*; no run is finished there"):
         raise CliRunner().invoke(app, ["report", "recipx", "--runs", "none"]).exception
 
 
