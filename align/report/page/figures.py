@@ -27,8 +27,8 @@ def learning_curve(panel: Panel, stage: str) -> str:
     """One metric of a stage over its steps, with a line for each seed, side or split."""
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0.13, 0.13, 0.84, 0.74))
-        axes.set_title(panel.title, loc="left", fontsize=9)
+        axes = figure.add_axes((0.19, 0.13, 0.78, 0.68))
+        figure.text(0.02, 0.92, panel.title, fontsize=9)  # above the power of ten of the axis
         for color, (label, curve) in enumerate(panel.lines.items()):
             steps, values = zip(*curve, strict=True)
             axes.plot(
