@@ -111,6 +111,8 @@ class Workload:
     """Optimizer steps; of ``control``, environment steps of all seeds."""
     tokens: int | None = None
     """Estimate from the words of the rows. Tokens of the chat template are not included."""
+    pairs: int | None = None
+    """Pairs that its judges compare, where their number is not that of the rows."""
 
 
 class Config(BaseModel):

@@ -319,10 +319,17 @@ class OnlineRL(
             )
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
-        """Completions that are sampled, and optimizer steps."""
+        """Completions that are sampled, optimizer steps, and pairs that the stop rule compares."""
         return Workload(
-            rows=self.steps * self.batch_size, steps=self.steps * self.epochs * self.minibatches
+            rows=self.steps * self.batch_size,
+            steps=self.steps * self.epochs * self.minibatches,
+            pairs=self.evaluations * self.n_eval_prompts if self.stop else None,
         )
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations on held-out prompts after the first update, if the run is not stopped."""
+        return math.ceil(self.steps / self.eval_steps) if self.eval_steps else 0
 
     @property
     def optimizer_name(self) -> str:

@@ -2,7 +2,7 @@
 
 It shows score, each of several rewards, KL, entropy, length, missing eos, clip fraction and
 explained variance against steps, and reward and gold score against the square root of the KL, where
-over-optimization is visible (Gao et al. 2023, arXiv:2210.10760, figure 1).
+over-optimization is visible (Gao et al. 2022, arXiv:2210.10760, figure 1).
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def build_stop_rule(
         UserError: The judge cannot be loaded, or cannot score the prompts.
     """
     stop = config.stop
-    if stop is None or config.eval_steps is None:
+    if stop is None:
         return None
     judges = build_judges(
         stop.judge,
@@ -216,7 +216,7 @@ def build_stop_rule(
         judges,
         tokenize(rows),
         per_check=config.n_eval_prompts,
-        planned=math.ceil(config.steps / config.eval_steps),
+        planned=config.evaluations,
         batch_size=config.sample_batch_size,
         models=models,
         sampler=sampler,

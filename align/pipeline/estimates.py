@@ -98,13 +98,14 @@ def count_requests(
         UserError: A rubric cannot be used.
     """
     for stage in stages:
-        rows = estimates[stage.name].work.rows
+        work = estimates[stage.name].work
+        pairs = work.rows if work.pairs is None else work.pairs
         for judge in stage.config.server_judges.values():
             from align.judges import server_check  # only where there is such a judge
 
-            if rows is None or stage.status == "reused":
+            if pairs is None or stage.status == "reused":
                 continue
-            requests = server_check.count_requests(judge, rows)
+            requests = server_check.count_requests(judge, pairs)
             yield (
                 f"{stage.name}: at most {requests:,} requests to {judge.name}, without further "
                 "attempts; stored verdicts are not requested again"

@@ -255,23 +255,30 @@ def test_people_are_no_part_of_a_panel_that_labels(tmp_path: Path):
     assert not list(Label(judge={"annotations": file}).problems({}))
 
 
-def test_the_requests_of_a_label_stage_are_planned(tmp_path: Path):
-    # 8 completions of 10 prompts: 28 pairs in 2 orders for each, before any is sampled
+def test_the_requests_of_a_label_stage_and_of_a_stop_rule_are_planned(tmp_path: Path):
+    # 8 completions of 10 prompts: 28 pairs in 2 orders for each, before any is sampled.
+    # Evaluations after 2, 4, 6 and 7 updates: 4 * 5 pairs in 2 orders, however many are trained on.
     source = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Say {n}.", "chosen": "yes", "rejected": "no"} for n in range(40)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    judge = {"api": {"base_url": "http://localhost:1/v1", "model": "m"}}
     recipe = {
         "stages": {
-            "prepare": {"source": str(source)},
+            "prepare": {"source": str(source), "validation_fraction": 0.2},
             "sample": {"model": "org/model", "n_completions": 8, "n_prompts": 10},
-            "label": {"judge": {"api": {"base_url": "http://localhost:1/v1", "model": "m"}}},
+            "label": {"judge": judge},
+            "rloo": {
+                "model": "org/model", "rewards": ["length"], "steps": 7, "batch_size": 8,
+                "eval_steps": 2, "n_eval_prompts": 5, "stop": {"judge": judge},
+            },
         }
-    }
+    }  # fmt: skip
     stages = plan(read_recipe(recipe), tmp_path / "runs")
     work = estimates.estimate(stages, world_size=1)
     assert work["label"].work.rows == 280
     lines = list(estimates.count_requests(stages, work))
     assert lines[0].startswith("label: at most 560 requests to m")
+    assert lines[1].startswith("rloo: at most 40 requests to m")
     scored = Label(judge="gold")
     assert scored.workload({"prompts": {"train": 10}, "completions": {"train": 80}}, 1).rows is None
 
