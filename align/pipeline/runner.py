@@ -105,8 +105,7 @@ def run_recipe(
             planned = plan_checked(recipe, runs, until=until, force=force)
             pending = [stage for stage in planned if stage.status != "reused"]
         _raise_errors(recipe, preflight.check_before_training, pending)
-    is_writer = bool(pending) and distributed.is_main()
-    plan_file = _record_plan(planned, runs / recipe.name) if is_writer else None
+    plan_file = _record_plan(planned, runs / recipe.name) if distributed.is_main() else None
     finished = []
     for stage in planned:
         forced = force in ("all", stage.name)

@@ -443,6 +443,8 @@ def test_a_stage_that_crashes_leaves_no_artifact_and_runs_again(here, monkeypatc
     folders = {stage["folder"] for stage in json.loads(file.read_text())["stages"]}
     assert folders == {stage.folder.name for stage in plan().values()}
     assert run() == {"prepare": "reused", "sft": "ran", "dpo": "ran"}
+    file.write_text("{}")  # as after a kill between the summary and the end of the run
+    assert set(run().values()) == {"reused"}
     assert [path.name for path in file.parent.iterdir()] == ["summary.json"]
 
 
