@@ -166,10 +166,15 @@ PPO_SETTINGS: dict[str, Any] = {
         pytest.param({"eval_steps": 2, "n_eval_prompts": 24}, 2, 4, id="an uneven end"),
         # after step 2: the last one writes the policy; before the first step and after 2 and 4
         pytest.param({"steps": 4, "eval_steps": 2, "n_eval_prompts": 24}, 1, 3, id="an even end"),
+        # the rule compares pairs of 32 prompts, drawn from 24, after steps 2 and 4
+        pytest.param(
+            {"steps": 4, "eval_steps": 2, "n_eval_prompts": 32, "stop": {"judge": "gold"}},
+            1, 3, id="a stop rule",
+        ),
         pytest.param({"critic_warmup_steps": 1}, 2, 0, id="not evaluated"),
         pytest.param({"kind": "rloo"}, 2, 0, id="without a critic"),
     ],
-)
+)  # fmt: skip
 def test_the_time_of_ppo(
     tmp_path: Path, clock: Clock, fake_ppo: None, settings: Any, checkpoints: int, evaluations: int
 ):
@@ -198,6 +203,10 @@ def test_the_time_of_ppo(
         expected["evaluate"] = tuple(
             share * (one + other) for one, other in zip(sampled, scored, strict=True)
         )
+    if config.stop:
+        pairs = (evaluations - 1) * 32
+        expected["stop"] = tuple(2 * pairs / config.batch_size * one for one in sampled)
+        assert time.remark == "without the judge of `stop`"
     assert_parts(time.parts, expected)
 
 

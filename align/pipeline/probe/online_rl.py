@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,17 @@ def measure(
     probe = _PPOProbe(config, trainer, lengths, watch)
     parts = {"load": Seconds.exactly(load)}
     per_step: dict[str, Seconds] = {}
-    remark = ""
+    remarks = ["without the judge of `stop`"] if config.stop else []
     with small_vocabulary_tiles():
         if config.sampler == "transformers":
             speed = probe.sampling_speed()
             per_step["sample"] = speed.seconds(config.batch_size, lengths)
             if isinstance(config, GroupKeys) and config.filter is not None:
-                remark = (
+                remarks.append(
                     f"`filter` may multiply the time of sampling, by {config.max_draws} at most"
                 )
         else:
-            remark = "without sampling, which the vLLM server does"
+            remarks.append("without sampling, which the vLLM server does")
         seconds, tokens = probe.seconds_of_forward()
         per_step["score"] = probe.scaled(seconds, tokens, 1)
         rest = probe.seconds_of_update()
@@ -78,12 +77,15 @@ def measure(
     parts |= {name: seconds * config.steps for name, seconds in per_step.items()}
     if config.eval_steps:
         held_out = min(config.n_eval_prompts, data.count("prompts", config.eval_split))
-        evaluations = 1 + math.ceil(config.steps / config.eval_steps)  # before the first step too
+        evaluations = 1 + config.evaluations  # before the first step too
         share = evaluations * held_out / config.batch_size
-        once = per_step.get("sample", Seconds()) + per_step["score"]
-        parts["evaluate"] = once * share
+        sampled = per_step.get("sample", Seconds())
+        parts["evaluate"] = (sampled + per_step["score"]) * share
+        if config.stop:  # a completion of the policy and one of the best policy for each prompt
+            pairs = config.evaluations * config.n_eval_prompts
+            parts["stop"] = sampled * (2 * pairs / config.batch_size)
     parts["save"] = _saving(config, trainer, output_dir, watch)
-    return StageTime(parts, described(lengths), remark)
+    return StageTime(parts, described(lengths), "; ".join(remarks))
 
 
 def _saving(
