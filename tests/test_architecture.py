@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "evaluation": "errors config data functional models models.prefix_sharing rewards judges runtime",
     "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
     "online_rl evaluation judges report",
-    "pipeline": "errors config control data judges models rewards runtime training",  # stages by name only
+    "pipeline": "errors config control data judges models report rewards runtime training",  # stages by name only
     "pipeline.probe": "errors config control data evaluation functional models models.prefix_sharing online_rl "
     "pipeline rewards runtime training",
     "cli": "errors config control data evaluation functional judges models models.prefix_sharing online_rl pipeline "

@@ -24,6 +24,7 @@ from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.model_card import write_model_card
 from align.pipeline.plan import PlannedStage, plan_stages
+from align.report.advice import LiveAdvice
 from align.runtime import artifacts, checkpoints, distributed, exit_codes, signals
 from align.runtime.locks import folder_lock
 from align.runtime.progress import Display, Logger
@@ -274,7 +275,8 @@ def _execute(stage: PlannedStage, recipe: Recipe, display: Display) -> artifacts
 def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> StageResult:
     """Run a stage: on all processes, or on the main one while the others wait."""
     main, alone = distributed.is_main(), stage.config.main_process_only
-    logger = Logger(stage.name, stage.folder, display, main=main)
+    watch = LiveAdvice(stage.stage, stage.folder / "metrics.jsonl") if main else None
+    logger = Logger(stage.name, stage.folder, display, main=main, watch=watch)
     result = StageResult({})
     placed_error: UserError | None = None
     if main or not alone:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from align.report.curves import Curve, Curves, mean_of_part
+from align.report.curves import Curve, Curves, add_row, mean_of_part, read_curves
 
 LEAST_POINTS = 3
 """Logged steps below which a curve says nothing about a trend."""
+LEAST_LIVE = 9
+"""Logged steps before the first warning of an unfinished training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,27 @@ class Advice:
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.finding}; {self.repair}"
+
+
+class LiveAdvice:
+    """Warnings while a stage trains, each given once; a resumed stage continues its curves."""
+
+    def __init__(self, kind: str, metrics: Path) -> None:
+        self.kind = kind
+        self.curves = read_curves(metrics)
+        self.given: set[str] = set()
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> Iterator[str]:
+        """Add the metrics of a step; the warnings that have become true."""
+        add_row(self.curves, step, metrics)
+        for kinds, metric, rule in _RULES:
+            curve = self.curves.get(metric, {}).get("", [])
+            if self.kind not in kinds or len(curve) < LEAST_LIVE or metric in self.given:
+                continue
+            found = rule(curve)
+            if found is not None:
+                self.given.add(metric)
+                yield f"{found[0]}; {found[1]}"
 
 
 def about_training(stage: str, kind: str, curves: Curves) -> Iterator[Advice]:

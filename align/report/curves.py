@@ -46,11 +46,20 @@ def read_curves(file: Path) -> Curves:
             step, seed = float(row["step"]), str(row.get("seed", ""))
         except (ValueError, TypeError, KeyError):
             continue
-        for key, value in row.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and math.isfinite(value) and not NOT_DRAWN.fullmatch(key):
-                curves.setdefault(key, {}).setdefault(seed, []).append((step, float(value)))
+        add_row(curves, step, row, seed)
     return curves
+
+
+def add_row(curves: Curves, step: float, metrics: Mapping[str, object], seed: str = "") -> None:
+    """Add the metrics of a step; values that are not finite numbers are left out."""
+    for key, value in metrics.items():
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and not NOT_DRAWN.fullmatch(key)
+        ):
+            curves.setdefault(key, {}).setdefault(seed, []).append((step, float(value)))
 
 
 def panels(curves: Curves) -> list[Panel]:

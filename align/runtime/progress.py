@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,10 +218,21 @@ def display() -> Display:
 
 
 class Logger:
-    """Reports the progress of a stage to ``metrics.jsonl`` (rank 0 only) and to the display."""
+    """Reports the progress of a stage to ``metrics.jsonl`` (rank 0 only) and to the display.
 
-    def __init__(self, name: str, folder: Path, display: Display, *, main: bool) -> None:
-        self.name, self._display = name, display
+    ``watch(step, metrics)`` returns warnings about what has been logged so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        display: Display,
+        *,
+        main: bool,
+        watch: Callable[[int, Mapping[str, Any]], Iterable[str]] | None = None,
+    ) -> None:
+        self.name, self._display, self._watch = name, display, watch
         self._file = folder / "metrics.jsonl" if main else None
         self._forward: Callable[[int, Mapping[str, Any]], None] | None = None
 
@@ -244,6 +255,8 @@ class Logger:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
             if self._forward is not None:
                 self._forward(step, metrics)
+            for line in self._watch(step, metrics) if self._watch is not None else ():
+                self._display.info(f"{self.name}: warning: {line}")
 
     @contextlib.contextmanager
     def forwarded(self, send: Callable[[int, Mapping[str, Any]], None]) -> Iterator[None]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from align.report import advice
+from align.runtime.progress import Display, Logger
+from align.runtime.terminal import SafeConsole
 
 
 def curve(*values):
@@ -50,3 +54,30 @@ def test_margins_that_grow_while_the_win_rate_does_not(margins, low, count):
     curves = {"rewards/margins": curve(*margins)}
     assert len(list(advice.about_margins("dpo", curves, [comparison]))) == count
     assert not list(advice.about_margins("dpo", curves, [{**comparison, "policy": "kto"}]))
+
+
+def test_a_warning_is_given_once_while_a_stage_trains(tmp_path):
+    lengths = [10.0] * 6 + [20.0] * 6
+    watch = advice.LiveAdvice("ppo", tmp_path / "metrics.jsonl")
+    given = [list(watch(step, {"tokens": length})) for step, length in enumerate(lengths, 1)]
+    warned = [step for step, lines in enumerate(given, 1) if lines]
+    assert warned == [9]
+    assert "completions grew from 10 to 20 tokens" in given[8][0]
+    healthy = advice.LiveAdvice("sft", tmp_path / "metrics.jsonl")
+    assert not any(list(healthy(step, {"tokens": n})) for step, n in enumerate(lengths, 1))
+
+
+def test_a_resumed_stage_knows_its_earlier_curves(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "tokens": 10.0} for step in range(1, 7)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    watch = advice.LiveAdvice("ppo", file)
+    given = [list(watch(step, {"tokens": 20.0})) for step in range(7, 10)]
+    assert [bool(lines) for lines in given] == [False, False, True]
+
+
+def test_the_logger_prints_what_its_watch_finds(tmp_path, capsys):
+    display = Display(SafeConsole(width=200))
+    logger = Logger("ppo", tmp_path, display, main=True, watch=lambda step, metrics: ["look"])
+    logger.log(1, {"tokens": 3})
+    assert "ppo: warning: look" in capsys.readouterr().out
