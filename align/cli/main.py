@@ -187,15 +187,37 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type of the weights; by default that of the training.")
     ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also convert it, by llama.cpp's converter.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this repository.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: create a private repository.")
+    ] = False,
 ) -> None:
     """Write a policy or a reward model with full weights: an adapter is merged into its base."""
     from align.cli import export as cli_export
+    from align.cli import publish
+    from align.errors import printable
     from align.pipeline import lookup
 
+    # Everything that can be known wrong is reported before the model is merged.
     cli_export.check_target(target)
+    converter = publish.find_converter() if gguf is not None else []
+    if gguf is not None:
+        publish.check_gguf_target(gguf)
     folder, role = lookup.find_model(model, runs)
+    if push_to_hub is not None:
+        publish.check_repository(push_to_hub)
     quiet_libraries()
     cli_export.export(folder, role, target, dtype=dtype)
+    if gguf is not None:
+        publish.write_gguf(converter, target, gguf)
+        print(printable(str(gguf)))
+    if push_to_hub is not None:
+        print(publish.push(target, push_to_hub, private=private))
 
 
 @app.command()
