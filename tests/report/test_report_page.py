@@ -138,6 +138,26 @@ def test_data_cannot_leave_the_page_and_the_page_loads_nothing(run):
     assert "url(" not in re.sub(r"url\(#", "", text)
 
 
+def test_completions_of_a_sample_stage_are_shown_by_prompt(tmp_path):
+    sample = stage(tmp_path, "sample")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"question {k // 2}"}],
+            "completion": [{"role": "assistant", "content": f"answer {k} {EVIL}"}],
+            "prompt_id": str(k // 2),
+            "finished": k != 3,
+        }
+        for k in range(4)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), sample / "completions-test.parquet")
+    page = Tree(write_report(write_summary(tmp_path, "recipe", sample)).read_text())
+    labels = [value for _, key, value in page.attributes if key == "data-label"]
+    assert labels == ["finished", "cut off"]
+    assert page.text.count("question 1") == 1
+    for text in ("answer 0", "answer 3", "completion 2", "1 of 2 without an end token"):
+        assert text in page.text
+
+
 def test_the_same_run_gives_the_same_page(run):
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first

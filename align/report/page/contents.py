@@ -6,10 +6,12 @@ Left out: the drawing (:mod:`align.report.page.figures`) and the page itself
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +182,31 @@ def _samples(folder: Path, artifact: Artifact) -> Iterator[Sample]:
         yield from _compared(folder / COMPARISONS)
     elif (folder / "samples.jsonl").is_file():
         yield from _trained(folder / "samples.jsonl")
+    elif artifact.stage == "sample":
+        for file in sorted(folder.glob("completions-*.parquet")):
+            yield from _sampled(file)
 
 
-def read_comparisons(file: Path) -> list[dict[str, Any]]:
-    """The rows of ``comparisons.parquet``.
+def _sampled(file: Path) -> Iterator[Sample]:
+    """The completions of each prompt of a ``sample`` stage, which follow each other."""
+    for _, rows in itertools.islice(
+        itertools.groupby(read_rows(file), key=itemgetter("prompt_id")), MOST_SAMPLES
+    ):
+        group = list(rows)
+        unfinished = sum(not row["finished"] for row in group)
+        yield Sample(
+            prompt=transcript(group[0]["prompt"]),
+            completions=tuple(
+                (f"completion {number}", transcript(row["completion"]).removeprefix("assistant: "))
+                for number, row in enumerate(group, 1)
+            ),
+            label="cut off" if unfinished else "finished",
+            notes=(f"{unfinished} of {len(group)} without an end token",) if unfinished else (),
+        )
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file of a stage.
 
     Raises:
         ArtifactError: The file is damaged.
@@ -202,7 +225,7 @@ def read_comparisons(file: Path) -> list[dict[str, Any]]:
 
 def _compared(file: Path) -> Iterator[Sample]:
     seen: dict[str, int] = {}
-    for row in read_comparisons(file):
+    for row in read_rows(file):
         policy, baseline = row["policy"], row["baseline"]
         seen[policy] = seen.get(policy, 0) + 1
         if seen[policy] > MOST_SAMPLES or policy.endswith(" again"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.report.curves import Panel
-from align.report.page.contents import StageContents, read_comparisons
+from align.report.page.contents import StageContents, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def win_rates(comparisons: Sequence[Mapping[str, Any]]) -> str:
 def length_and_outcome(file: Path) -> str:
     """Win rate by how much longer the policy's completion is; empty where lengths are equal."""
     by_policy: dict[str, list[tuple[float, float]]] = {}
-    for row in read_comparisons(file):
+    for row in read_rows(file):
         difference = len(row["policy_completion"] or "") - len(row["baseline_completion"] or "")
         if row["outcome"] is not None and row["outcome"] == row["outcome"]:
             by_policy.setdefault(row["policy"], []).append((difference, row["outcome"]))
