@@ -143,20 +143,20 @@ def play_environments(
 
     The turn is empty: a policy may write nothing.
     """
-    if "prompts-train" not in tables.names:
-        return  # reported as a missing table
+    playing = [s for s in stages if data in s.inputs.values() and s.config.environments]
+    if not playing or "prompts-train" not in tables.names:  # reported as a missing table
+        return
     columns = tables.columns("prompts", "train")
     row = {name: tables.column("prompts", "train", name)[0] for name in columns}
-    for stage in stages:
-        if data in stage.inputs.values():
-            for keys, address in stage.config.environments.items():
-                try:
-                    environment = load_environment(address)
-                except UserError:
-                    continue  # reported where environments are imported
-                with errors.at(stage.name, *keys):
-                    episode, _ = environment.reset(row, seed=0)
-                    environment.step(episode, row, "")
+    for stage in playing:
+        for keys, address in stage.config.environments.items():
+            try:
+                environment = load_environment(address)
+            except UserError:
+                continue  # reported where environments are imported
+            with errors.at(stage.name, *keys):
+                episode, _ = environment.reset(row, seed=0)
+                environment.step(episode, row, "")
 
 
 def compare_answers(

@@ -58,7 +58,7 @@ def finished_tables(data: Path) -> PreparedTables:
     """The tables of finished prepared data."""
 
     def column(kind: str, split: str, name: str) -> list[Any]:
-        return [row[name] for row in data_tables.read(data, kind, split, columns=[name])]
+        return [row.get(name) for row in data_tables.read(data, kind, split, columns=[name])]
 
     return PreparedTables(
         set(data_tables.table_names(data)),

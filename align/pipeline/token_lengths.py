@@ -186,7 +186,7 @@ def _prepared_lines(
     names = {f"{kind}-{split}" for kind, splits in in_memory.items() for split in splits}
     contents = PreparedTables(
         names,
-        lambda kind, split, name: [row[name] for row in in_memory[kind][split]],
+        lambda kind, split, name: [row.get(name) for row in in_memory[kind][split]],
         lambda kind, split: next(iter(in_memory[kind][split]), {}),
     )
     check_contents(errors, stage.folder, contents, stages)

@@ -6,6 +6,7 @@ has its adapters.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from align.config.training_base import TRLStage
@@ -54,5 +55,7 @@ def compile_layers(model: Any, *, backend: str) -> None:
             f"compile_layers: the layers of {type(model).__name__} are not of the class that "
             "transformers' decoder layers share; remove it"
         )
+    # The compiler reads .grad of every layer's input, which torch then warns of.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     for layer in layers:
         layer.compile(backend=backend, dynamic=True)

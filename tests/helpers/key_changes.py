@@ -236,7 +236,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "max_episode_tokens": Change(120, {"environment": ECHO, "max_new_tokens": 40}),
         "overlong_buffer": Change(8),
         "overlong_penalty": Change(3.0, {"overlong_buffer": 8}),
-        "aggregate": Change("sequence"),
+        "aggregate": Change("sequence", {"max_new_tokens": 60}),  # some completions end
         "kl_coef": Change(1.0),
         "kl_placement": Change("loss"),
         "kl_target": Change(0.01),
@@ -360,7 +360,7 @@ CHANGES["rloo"] |= {
 }
 CHANGES["grpo"] = CHANGES["rloo"] | {
     "scale_advantages": Change("none"),
-    "aggregate": Change("token"),
+    "aggregate": Change("token", {"max_new_tokens": 60}),
     "kl_placement": Change("reward"),
 }
 for kind in ("grpo", "rloo", "reinforce"):

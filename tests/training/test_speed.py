@@ -184,7 +184,6 @@ COMPILED = [
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("kind", "keys", "checkpointing"), COMPILED)
 def test_compiled_layers_have_the_losses_and_gradients_of_others(
     world: tiny_models.World, tmp_path: Path, kind: str, keys: dict[str, Any], checkpointing: bool
@@ -206,7 +205,6 @@ def test_compiled_layers_have_the_losses_and_gradients_of_others(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_stage_with_adapters_resumes_bit_for_bit(
     world: tiny_models.World, tmp_path: Path
 ):
