@@ -91,12 +91,14 @@ def examine(
     check_batch_sizes(errors, stages, world_size)
     yield from check_server_judges(errors, stages)
     yield from remarks(stages)
+    read = [stage for stage in stages if _source_bytes(stage) <= largest_source]
+    prepared_again = {stage.folder for stage in read if stage.config.prepares_data}
     inputs = (target for stage in stages for target in stage.inputs.values())
     for folder in dict.fromkeys(target for target in inputs if isinstance(target, Path)):
         if (folder / artifacts.FILE).is_file() and data_tables.table_names(folder):
             check_tables(errors, folder, stages)
-            yield from further(errors, folder, finished_tables(folder), stages)
-    read = [stage for stage in stages if _source_bytes(stage) <= largest_source]
+            if folder not in prepared_again:
+                yield from further(errors, folder, finished_tables(folder), stages)
     yield from token_lengths.examine(errors, read, further)
 
 

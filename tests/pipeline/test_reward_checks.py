@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import align
 from align.cli import main as cli
 from align.pipeline import reward_checks
 
@@ -60,6 +61,14 @@ def test_a_reward_that_fits_the_data_separates_answers_from_those_of_other_promp
         "answers: mean 1 against 0, higher in 32"
     ) in out
     assert "warning: number" not in out
+
+
+def test_functions_are_compared_once_where_the_data_are_finished_already(check: Any):
+    assert check("number")[0] == 0  # writes the recipe
+    align.run(align.load_recipe("recipe.yaml"), runs="runs", until="prepare")
+    code, out, err = check("number")
+    assert (code, err) == (0, "")
+    assert out.count("ppo.rewards.0: number separates") == 1
 
 
 @pytest.mark.parametrize(
