@@ -68,6 +68,12 @@ def translate(file: Path, method: str | None = None) -> Translation:
             f"{file}: no configuration of {', '.join(TOOLS)}: no `model_name_or_path` and no "
             "`base_model`"
         )
+    online = [key for key in _ONLINE_RL if key in content]
+    if method is None and online:
+        raise RecipeError(
+            f"{file}: `{online[0]}` belongs to online RL, whose configurations are not converted; "
+            f"write the stage as in docs/ppo.md, or choose one with --method: {', '.join(METHODS)}"
+        )
     found = method or _method(tool, content)
     if found is None:
         raise RecipeError(
@@ -106,6 +112,9 @@ def _method(tool: str, content: Mapping[str, Any]) -> str | None:
         return "reward"
     return "dpo" if "beta" in content else None
 
+
+_ONLINE_RL = ("num_generations", "max_completion_length", "reward_funcs", "reward_model_path")
+"""Keys of TRL's GRPO, RLOO and PPO, which have `beta` as DPO has."""
 
 Action = Callable[[Translation, Any], str | None]
 """Puts a value into a translation; returns the reason if it cannot."""

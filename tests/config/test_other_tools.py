@@ -150,6 +150,10 @@ def test_the_method_follows_from_the_file(tmp_path, text, kind):
     [
         ("model_name_or_path: a/b\n", "names no method; choose one with --method: sft, dpo, kto"),
         ("base_model: a/b\nrl: grpo\n", "names no method"),
+        (
+            "model_name_or_path: a/b\nbeta: 0.04\nnum_generations: 8\n",
+            "`num_generations` belongs to online RL, whose configurations are not converted",
+        ),
         ("learning_rate: 1.0\n", "no `model_name_or_path` and no `base_model`"),
         ("- 1\n", "expected a mapping of keys"),
         ("a: [\n", "config.yaml:"),
