@@ -118,7 +118,9 @@ def load_environment(name: str) -> Environment:
         working_directory_on_path(),
         contained(place, SEARCHED, seconds=SECONDS, overtime=OVERTIME),
     ):
-        new = getattr(importlib.import_module(module), attribute)
+        new = getattr(importlib.import_module(module), attribute, None)
+    if new is None:
+        raise UserError(f"{place}: the module `{module}` has no class `{attribute}`; {SEARCHED}")
     if not inspect.isclass(new):
         raise UserError(f"{name}: expected a class, got {_shown(new)}; {SEARCHED}")
     missing = [method for method in ("reset", "step") if not callable(getattr(new, method, None))]
