@@ -1,4 +1,4 @@
-"""Train a policy by PPO on a reward that is a Python function: short completions score higher.
+"""Train a policy by RLOO on a reward that is a Python function: short completions score higher.
 
 About two minutes on one CPU core; the policy is the SFT model of ``recipes/sft.yaml``.
 
@@ -16,20 +16,19 @@ def brevity(prompts: list[list[dict[str, str]]], completions: list[str]) -> list
 
 
 def main(overrides: list[str]) -> None:
-    """Run SFT and PPO, and print how the score and the KL divergence changed."""
-    ppo = {
+    """Run SFT and RLOO, and print how the score and the KL divergence changed."""
+    rloo = {
         "model": "sft",
         "rewards": [brevity],
-        "advantages": "rloo",
         "steps": 20,
         "batch_size": 64,
         "n_completions": 4,
         "max_new_tokens": 64,
         "learning_rate": 3e-4,
     }
-    recipe = align.load_recipe({"needs": "sft", "stages": {"ppo": ppo}}, overrides=overrides)
-    run = align.run(recipe, until="ppo")
-    last = run["ppo"].metrics.training
+    recipe = align.load_recipe({"needs": "sft", "stages": {"rloo": rloo}}, overrides=overrides)
+    run = align.run(recipe, until="rloo")
+    last = run["rloo"].metrics.training
     print(f"score {last.score:.3f}, KL to the SFT model {last.kl:.2f} nats per completion")
 
 

@@ -59,7 +59,7 @@ def test_quickstart(example):
 
 
 def test_custom_reward(example):
-    small = [*SMALL, "ppo.steps=1", "ppo.batch_size=8", "ppo.max_new_tokens=4"]
+    small = [*SMALL, "rloo.steps=1", "rloo.batch_size=8", "rloo.max_new_tokens=4"]
     assert "score -0." in example("custom_reward.py", *small)
 
 
@@ -92,7 +92,7 @@ def test_evaluate_hub_model(example, world, tmp_path):
         ("win_rate_of_two_files.py", ["a.jsonl"], "usage: python examples/win_rate_of_two_files"),
         ("win_rate_of_two_files.py", ["none", "none"], "none: cannot be read as lines with prompt"),
         ("quickstart.py", ["dpo.bta=1"], "command line: dpo.bta: unknown key; did you mean `beta`"),
-        ("custom_reward.py", ["ppo.step=1"], "command line: ppo.step: unknown key; did you mean"),
+        ("custom_reward.py", ["rloo.step=1"], "command line: rloo.step: unknown key; did you mean"),
     ],
 )
 def test_wrong_arguments_end_an_example_with_one_line(example, name, arguments, line):

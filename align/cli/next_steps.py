@@ -38,5 +38,5 @@ def next_commands(summary: RunSummary, runs: Path) -> Iterator[str]:
         return
     yield f"align chat {policies[-1]}{option}"
     if len(policies) > 1 and not any(stage.stage == "evaluate" for stage in summary.stages):
-        yield f"align eval {policies[-1]} --baseline {policies[0]}{option}"
+        yield f"align eval {policies[-1]} --baseline {policies[0]} --judge JUDGE{option}"
     yield f"align export {policies[-1]} {policies[-1]}-merged{option}"

@@ -49,8 +49,10 @@ def input_names(inputs: Mapping[str, Input], values: Mapping[str, Any]) -> dict[
     for key, declared in inputs.items():
         value = values.get(key)
         if declared.field:
-            below = value.get if isinstance(value, Mapping) else vars(value or object).get
-            candidates[f"{key}.{declared.field}"] = below(declared.field)
+            raw = value if isinstance(value, Mapping) else {}
+            candidates[f"{key}.{declared.field}"] = getattr(
+                value, declared.field, raw.get(declared.field)
+            )
             continue
         items = enumerate(value) if isinstance(value, list) else ()
         candidates |= {key: value} | {f"{key}.{i}": item for i, item in items}

@@ -78,7 +78,7 @@ def sequence_logps(
 
     >>> new, old = torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.1, 0.1]]).log()
     >>> importance_ratio(sequence_logps(new, old, torch.ones(1, 2).bool()), old)  # of 2 and 8
-    tensor([[4.0000, 4.0000]])
+    tensor([[4., 4.]])
 
     Source: Zheng et al. 2025 (GSPO), arXiv:2507.18071, eq. 7.
     """

@@ -25,7 +25,7 @@ from align.pipeline import row_tokens, template_checks
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Counts, Sequences, Tables, TokenizedModel
-from align.pipeline.table_checks import PreparedTables, TableCheck, check_contents
+from align.pipeline.table_checks import PreparedTables, TableCheck, check_contents, no_further_check
 from align.training import row_limits
 
 MAX_LENGTH = "trainer.max_length: "
@@ -44,7 +44,7 @@ class Lost:
 def examine(
     errors: ErrorCollector,
     stages: Sequence[PlannedStage],
-    check_tables: TableCheck,
+    check_tables: TableCheck = no_further_check,
 ) -> Iterator[str]:
     """Prepare the data in memory and count the tokens of training stages; yield lines.
 
@@ -157,7 +157,7 @@ def _prepared_lines(
     stages: Sequence[PlannedStage],
     tables: dict[Path, Tables],
     errors: ErrorCollector,
-    check_tables: TableCheck,
+    check_tables: TableCheck = no_further_check,
 ) -> Iterator[str]:
     """Prepare the data of one stage in memory; its counts, dropped rows and warnings."""
     read = [s for s in stage.config.external_sources() if s.split]

@@ -254,7 +254,7 @@ def test_the_next_commands_use_the_last_policy():
     trained = list(next_steps.next_commands(finished("prepare", "sft", "dpo"), runs))
     assert trained == [
         "align chat dpo",
-        "align eval dpo --baseline sft",
+        "align eval dpo --baseline sft --judge JUDGE",
         "align export dpo dpo-merged",
     ]
     evaluated = list(next_steps.next_commands(finished("sft", "dpo", "evaluate"), Path("other")))
