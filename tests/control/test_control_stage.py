@@ -118,6 +118,7 @@ def test_a_seed_gives_the_same_policy_alone_and_with_others(done, tmp_path):
     assert {"policy.body.0.weight", "critic.0.weight", "statistics.mean"} <= five.keys()
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_the_stage_and_prints_the_same_table(launch, tmp_path):
     (tmp_path / "recipe.yaml").write_text(SMALL)
     first = launch("recipe.yaml")
@@ -331,9 +332,8 @@ def assert_finished_like(done: Path, runs: Path) -> None:
         assert (folder / name).read_bytes() == (done / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "pattern", ["checkpoint-[23]???", pytest.param("curve-3.json", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("pattern", ["checkpoint-[23]???", "curve-3.json"])
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_in_the_same_policies(pattern, done, tmp_path):
     killed = Run(tmp_path, seconds_between_checkpoints=0.0)
     killed.wait_for(f"control-*/{pattern}")
@@ -355,9 +355,8 @@ def test_the_checkpoints_of_a_seed_lie_between_those_of_its_neighbors(tmp_path):
     assert names == [["checkpoint-1500"], ["checkpoint-2500", "checkpoint-3999"]]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(number, done, tmp_path):
     # The checkpoint of the signal is the only one.
     interrupted = Run(tmp_path, seconds_between_checkpoints=1e9)
@@ -380,6 +379,7 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(number, done, tm
 @pytest.mark.parametrize(
     ("name", "kept"), [("policy-5.safetensors", True), ("curve-3.json", False)]
 )
+@pytest.mark.slow
 def test_a_damaged_file_of_a_finished_seed_trains_it_again(done, tmp_path, name, kept):
     runs = tmp_path / "runs"
     shutil.copytree(done.parent, runs)

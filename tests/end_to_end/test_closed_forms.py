@@ -263,6 +263,7 @@ def test_ppo_on_an_exact_reward_reaches_the_optimal_policy(
         assert world.distance(policy) <= 0.02, world.summary(policy)
 
 
+@pytest.mark.slow
 def test_ppo_comes_close_to_the_optimal_policy_in_a_few_steps(tmp_path, monkeypatch):
     world = make_world(tmp_path, 0)
     policy = ppo(world, monkeypatch, **RLOO | {"steps": 30, "batch_size": 192, "n_completions": 64})

@@ -157,6 +157,7 @@ def test_help_plan_and_check_write_no_files(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_checkout_runs_without_being_installed_and_from_any_folder(tmp_path):
     # Python puts the folder of a script first on the path, which is align/; run.py replaces it.
     done = call(sys.executable, SCRIPT, RECIPE, "--until", "prepare", folder=tmp_path)

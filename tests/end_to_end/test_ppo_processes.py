@@ -215,6 +215,7 @@ TIMES = ("seconds", "seconds_sampling", "seconds_scoring")
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.slow
 def test_two_processes_take_the_steps_that_one_takes_with_the_whole_batch(one, two, kind):
     # float32 sums in another order. Each step has length 0.1 * 1.0 (the clipped norm times the
     # rate) in policy and critic; without the other rank's gradients it would be about 0.1 off.
@@ -278,9 +279,8 @@ def n_prompts(inputs: dict[str, Path]) -> int:
     return pq.read_metadata(inputs["prompts"] / "prompts-train.parquet").num_rows
 
 
-@pytest.mark.parametrize(
-    "kind", ["gae", pytest.param("gae, full fine-tuning", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["gae", "gae, full fine-tuning"])
+@pytest.mark.slow
 def test_a_run_repeats_itself_to_the_bit_and_another_seed_does_not(inputs, tmp_path, kind):
     from align.stages import ppo
 
