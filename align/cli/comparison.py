@@ -24,7 +24,6 @@ from align.models import gguf_files
 from align.pipeline import lookup
 from align.runtime import artifacts
 
-SUMMARY = "summary.json"
 KEY = re.compile(r"\w+(\.\w+)*=")  # of an argument KEY=VALUE
 _RECIPES = {"prepare": "recipes/sft.yaml", "reward": "recipes/ppo.yaml"}  # that have the stage
 COMPLETIONS = ("prepare", "sample", "label")
@@ -167,7 +166,7 @@ def _stages_of_run(folder: Path) -> dict[str, tuple[str, Path]] | None:
     Raises:
         ArtifactError: The summary of a run, or a stage, is damaged.
     """
-    file = folder / SUMMARY
+    file = folder / artifacts.SUMMARY
     if file.is_file():
         try:
             stages = json.loads(file.read_text(encoding="utf-8"))["stages"]

@@ -86,14 +86,14 @@ def eval_compare(
     from align.cli.comparison import comparison_recipe
     from align.pipeline import runner
     from align.pipeline.summary import show_summary
-    from align.runtime import progress
+    from align.runtime import artifacts, progress
 
     recipe = comparison_recipe(
         policies, baseline=baseline, judges=judge or [], prompts=prompts, runs=runs
     )
     with progress.display() as display:
         summary = runner.run_recipe(recipe, runs, display)
-    show_summary(summary, display.console, runs / recipe.name / "summary.json")
+    show_summary(summary, display.console, runs / recipe.name / artifacts.SUMMARY)
 
 
 @evaluation.command("annotations")

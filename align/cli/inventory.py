@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from align.pipeline.runner import clear_folder
 from align.runtime import artifacts
 from align.runtime.artifacts import Artifact
 
-SUMMARY = "summary.json"
 PLANNED = "planned-*.json"
 """Pattern of the names of the files in which unfinished runs name their stages."""
 LONGEST_VALUE = 40
@@ -101,8 +100,8 @@ def take_inventory(runs: Path) -> Inventory:
     stages = {stage.folder.name: stage for stage in map(_stage_folder, _stage_folders(runs))}
     problems: list[str] = []
     referring: dict[str, set[str]] = {name: set() for name in stages}
-    for file in sorted([*runs.glob(f"*/{SUMMARY}"), *runs.glob(f"*/{PLANNED}")]):
-        run = file.parent.name + ("" if file.name == SUMMARY else " (unfinished)")
+    for file in sorted([*runs.glob(f"*/{artifacts.SUMMARY}"), *runs.glob(f"*/{PLANNED}")]):
+        run = file.parent.name + ("" if file.name == artifacts.SUMMARY else " (unfinished)")
         try:
             named = _named_folders(file)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -112,15 +111,7 @@ def take_inventory(runs: Path) -> Inventory:
         for name in _with_origins(named, stages):
             referring[name].add(run)
     with_runs = [
-        StageFolder(
-            stage.folder,
-            stage.artifact,
-            stage.problem,
-            stage.bytes,
-            stage.changed,
-            tuple(sorted(referring[name])),
-        )
-        for name, stage in stages.items()
+        replace(stage, runs=tuple(sorted(referring[name]))) for name, stage in stages.items()
     ]
     ordered = sorted(with_runs, key=lambda stage: (stage.name, -stage.changed))
     return Inventory(tuple(ordered), tuple(problems))

@@ -83,14 +83,14 @@ def run(
     # Invalid input is reported before the launcher starts, which takes many seconds.
     given = overrides or []
     loaded = read_recipe(recipe, given)
-    names: dict[str, list[str]] = {name or loaded.name: given}
+    recipes = {name or loaded.name: loaded}
     if sweep:
-        names = {
-            point.run_name(name or loaded.name): [*given, *point.overrides]
+        recipes = {
+            point.run_name(name or loaded.name): read_recipe(recipe, [*given, *point.overrides])
             for point in points(sweep)
         }
-    for all_overrides in names.values():
-        plan_checked(read_recipe(recipe, all_overrides), runs, until=until, force=force)
+    for each in recipes.values():
+        plan_checked(each, runs, until=until, force=force)
     if config is not None:
         check_launch_configuration(config)
     options = ["--runs", str(runs)]
@@ -98,15 +98,15 @@ def run(
     options += ["--until", until] if until else []
     script = str(Path(__file__).parents[1] / "run.py")
     launcher_options = ["--config_file", str(config)] if config else []
-    for run_name, all_overrides in names.items():
+    for run_name, each in recipes.items():
         own = [*options, "--name", run_name] if name or sweep else options
-        code = launch([*launcher_options, script, str(recipe), *all_overrides, *own])
+        code = launch([*launcher_options, script, str(recipe), *each.overrides, *own])
         if code or not sweep:
             raise typer.Exit(code)
     from align.report.page.render import write_comparison
 
     file = runs / f"{name or loaded.name}-comparison.html"
-    print(f"comparison: {write_comparison([runs / each for each in names], file)}")
+    print(f"comparison: {write_comparison([runs / run_name for run_name in recipes], file)}")
 
 
 app.command()(init)

@@ -50,10 +50,11 @@ def find_run(run: str, runs: Path) -> Path:
     """
     from align.config.recipe import read_recipe
     from align.errors import ArtifactError, RecipeError, nearest
+    from align.runtime.artifacts import SUMMARY
 
-    known = [file.parent.name for file in sorted(runs.glob("*/summary.json"))]
+    known = [file.parent.name for file in sorted(runs.glob(f"*/{SUMMARY}"))]
     for folder in (Path(os.path.expanduser(run)), runs / run):
-        if (folder / "summary.json").is_file():
+        if (folder / SUMMARY).is_file():
             return folder
     try:
         name = read_recipe(run).name

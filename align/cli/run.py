@@ -88,12 +88,12 @@ def run_recipe(
     from align.config.recipe import read_recipe
     from align.pipeline import runner
     from align.pipeline.summary import show_summary
-    from align.runtime import distributed, progress
+    from align.runtime import artifacts, distributed, progress
 
     loaded = replace(read_recipe(recipe, overrides or []), run_name=name)
     with progress.display() as display:
         summary = runner.run_recipe(loaded, runs, display, force=force, until=until)
-    show_summary(summary, display.console, runs / loaded.name / "summary.json")
+    show_summary(summary, display.console, runs / loaded.name / artifacts.SUMMARY)
     if distributed.is_main():
         from align.cli.next_steps import show_next_steps
 

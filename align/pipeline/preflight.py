@@ -62,7 +62,7 @@ def check_writable(errors: ErrorCollector, runs: Path) -> None:
             f"{runs}: the libraries for tables read a path with `:` as an address; choose another "
             "folder with --runs"
         )
-    summary = runs / errors.recipe.name / "summary.json"
+    summary = runs / errors.recipe.name / artifacts.SUMMARY
     for path, expected in ((summary.parent, "a folder"), (summary, "a file")):
         is_expected = path.is_dir() if path == summary.parent else path.is_file()
         if os.path.lexists(path) and not is_expected:

@@ -116,7 +116,7 @@ def run_recipe(
     seconds = round(time.monotonic() - started, 3)
     summary = RunSummary(str(recipe.path), seconds, tuple(finished), recipe.overrides)
     if distributed.is_main():
-        artifacts.write_json(runs / recipe.name / "summary.json", summary.as_json())
+        artifacts.write_json(runs / recipe.name / artifacts.SUMMARY, summary.as_json())
     if plan_file is not None:
         plan_file.unlink(missing_ok=True)
     distributed.barrier()

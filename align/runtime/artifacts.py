@@ -26,6 +26,8 @@ from align.runtime import checksums
 from align.runtime.checksums import digest_file
 
 FILE = "artifact.json"
+SUMMARY = "summary.json"
+"""Name of the record of a run, in its folder."""
 TEMPORARY = ".*.json.*"
 """Pattern of the names that JSON files have while they are written."""
 WORKING = ".working"  # exists until a stage is finished; locked while it runs

@@ -21,7 +21,6 @@ from align.report.curves import Curves, read_curves
 from align.runtime import artifacts
 from align.runtime.artifacts import Artifact
 
-SUMMARY = "summary.json"
 FILE = "report.html"
 COMPARISONS = "comparisons.parquet"
 MOST_SAMPLES = 200
@@ -104,13 +103,15 @@ def read_run(folder: Path) -> RunContents:
     Raises:
         ArtifactError: The folder has no readable ``summary.json``.
     """
-    file = folder / SUMMARY
+    file = folder / artifacts.SUMMARY
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         entries = [(s["name"], Path(s["folder"]).name, s["status"]) for s in summary["stages"]]
         recipe, seconds = str(summary["recipe"]), float(summary["seconds"])
     except FileNotFoundError:
-        raise ArtifactError(f"{folder}: no {SUMMARY}; the report is about a finished run") from None
+        raise ArtifactError(
+            f"{folder}: no {artifacts.SUMMARY}; the report is about a finished run"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{file}: cannot be read ({error}); run its recipe again") from None
     names = {folder_name: name for name, folder_name, _ in entries}
