@@ -30,7 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from align.config import recipe
 from align.control import spaces
 from align.control.environments import Environments
-from align.control.trainer import PolicyGradientTrainer
+from align.control.policy_gradient import PolicyGradientTrainer
 
 CARTPOLE, SOLVED_RETURN, EPISODES, EVERY = "CartPole-v1", 475.0, 100, 2048
 RECIPE = Path(__file__).parents[1] / "recipes" / "control" / "cartpole_ppo.yaml"

@@ -84,6 +84,9 @@ class GymEnvironment:
     name: str
     options: Mapping[str, Any]
     distribution: str | None
+    needs: tuple[str, ...] = ()
+    """What its spaces must be: ``numbered states``, ``discrete actions``, ``continuous actions``.
+    """
 
 
 @dataclass(frozen=True, slots=True)

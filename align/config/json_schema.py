@@ -7,25 +7,28 @@ recipes/schema.json``.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from align.config import trl_fields
-from align.config.stages import STAGES
+from align.config.base import Stage
+from align.config.stages import STAGES, stage_classes
 
 
 def json_schema() -> dict[str, Any]:
     """The schema of recipes, as far as JSON Schema can express it."""
     _, schema = models_json_schema(
-        [(cls, "validation") for cls in STAGES.values()], title="Align recipe"
+        [(cls, "validation") for kind in STAGES for cls in stage_classes(kind)],
+        title="Align recipe",
     )
     definitions = schema["$defs"]
     for cls in STAGES.values():
         if cls.trainer_config:
             definitions[cls.__name__]["properties"]["trainer"] = _trainer_schema(cls.trainer_config)
-    by_kind = {kind: {"$ref": f"#/$defs/{cls.__name__}"} for kind, cls in STAGES.items()}
+    by_kind = {kind: _any_of(stage_classes(kind)) for kind in STAGES}
     renamed = [  # a stage under another name than that of its kind
         {"allOf": [ref, {"required": ["stage"], "properties": {"stage": {"const": kind}}}]}
         for kind, ref in by_kind.items()
@@ -46,6 +49,11 @@ def json_schema() -> dict[str, Any]:
         },
         "$defs": definitions,
     }
+
+
+def _any_of(classes: Sequence[type[Stage]]) -> dict[str, Any]:
+    references = [{"$ref": f"#/$defs/{cls.__name__}"} for cls in classes]
+    return references[0] if len(references) == 1 else {"anyOf": references}
 
 
 def _join_lines(schema: Any) -> None:

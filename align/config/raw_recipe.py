@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.config import stages
 from align.config.base import Stage
 from align.config.stages import STAGES
 from align.config.yaml_loader import Document
@@ -65,4 +66,6 @@ class RawRecipe:
 def stage_class(name: str, values: dict[str, Any]) -> type[Stage] | None:
     """The class of a stage: by its ``stage`` key, else by its name; None for an unknown kind."""
     kind = values.get("stage", name)
-    return STAGES.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str) or kind not in STAGES:
+        return None
+    return stages.stage_class(kind, values)

@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 
 from align.config import renamed_keys, trl_fields, validation
 from align.config.base import Stage
+from align.config.control.algorithms import algorithms_with
+from align.config.control.base import Control
 from align.config.overrides import apply_override, declared_type, nested_models
 from align.config.python_values import plain_values
 from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
@@ -365,6 +367,8 @@ def _key_hint(cls: type[Stage], keys: list[str | int]) -> str:
         fields = trl_fields.trl_fields(cls.trainer_config) if cls.trainer_config else {}
         if key in fields and not trl_fields.reserved(str(cls.trainer_config), key):
             return f"; it is a field of TRL's {cls.trainer_config}; put it under `trainer:`"
+    if len(keys) == 1 and issubclass(cls, Control) and (others := algorithms_with(key)):
+        return f"; algorithms with this key: {', '.join(others)}; remove it, or change `algorithm`"
     declared: Any = cls if len(keys) == 1 else declared_type(cls, [str(k) for k in keys[:-1]])
     known = [name for model in nested_models(declared) for name in model.model_fields]
     if key in known:  # of another one of several mappings, such as two kinds of judge

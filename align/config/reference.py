@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Set
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,10 +16,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from align.config.base import Lora, NewModel
+from align.config.control.algorithms import FAMILIES, algorithms_of
+from align.config.control.base import Control
 from align.config.data import MixtureSource
 from align.config.functions import ScoreFunction
 from align.config.judges import AnnotationJudge, Server, ServerJudge
-from align.config.stages import STAGES
+from align.config.stages import STAGES, stage_classes
 from align.config.stopping import Stop
 
 _INTRODUCTION = """\
@@ -58,18 +61,43 @@ def text() -> str:
     """The content of ``docs/configuration.md``."""
     parts = [_INTRODUCTION]
     for kind, cls in STAGES.items():
-        parts.append(_section(kind, cls))
+        families = stage_classes(kind)
+        if families == (cls,):
+            parts.append(_section(kind, cls))
+        else:
+            parts += _control_sections()
     parts.append("## Mappings\n\nMappings that are values of the keys above.\n")
     for mapping, anchor in _MAPPINGS.items():
         parts.append(_section(anchor, mapping, level=3))
     return "\n".join(parts)
 
 
-def _section(title: str, cls: type[BaseModel], level: int = 2) -> str:
+def _control_sections() -> list[str]:
+    """The keys of all algorithms of ``control``, then those of each family."""
+    sections = [_section("control", Control)]
+    shared = set(Control.model_fields)
+    for family in FAMILIES:
+        own = {key for cls in family.__mro__ for key in _annotated(cls, below=Control)}
+        names = ", ".join(algorithms_of(family))
+        sections.append(_section(f"control: {names}", family, level=3, left_out=shared - own))
+    return sections
+
+
+def _annotated(cls: type[Any], *, below: type[Any]) -> set[str]:
+    """The keys that a class declares, if it is a true subclass of ``below``."""
+    is_below = issubclass(cls, below) and cls is not below
+    return set(inspect.get_annotations(cls)) if is_below else set()
+
+
+def _section(
+    title: str, cls: type[BaseModel], level: int = 2, left_out: Set[str] = frozenset()
+) -> str:
     lines = [f"{'#' * level} {title}", "", _markdown(cls.__doc__ or ""), ""]
     lines += ["| key | type | default | description |", "| --- | --- | --- | --- |"]
     inputs = getattr(cls, "inputs", {})
     for key, field in _fields(cls).items():
+        if key in left_out:
+            continue
         kind = _type(field.annotation, field.metadata) + (" (*input*)" if key in inputs else "")
         cells = [f"`{key}`", kind, _default(field), _markdown(field.description or "")]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

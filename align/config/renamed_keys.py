@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from align.config.base import Stage
 
 RENAMED: dict[tuple[str, str], str] = {
-    ("Control", "stretch"): "`n_steps`",
-    ("Control", "envs"): "`n_envs`",
-    ("Control", "hidden"): "`hidden_sizes`",
-    ("Control", "whiten"): "`normalize_advantages`",
-    ("Control", "lam"): "`gae_lambda`",
+    ("PolicyGradient", "stretch"): "`n_steps`",
+    ("PolicyGradient", "envs"): "`n_envs`",
+    ("PolicyGradient", "hidden"): "`hidden_sizes`",
+    ("PolicyGradient", "whiten"): "`normalize_advantages`",
+    ("PolicyGradient", "lam"): "`gae_lambda`",
     ("Control", "level"): "`confidence`",
     ("PPO", "lam"): "`gae_lambda`",
     ("OnlineRL", "whiten_advantages"): "`normalize_advantages`",

@@ -1,12 +1,15 @@
-"""The kinds of stages: the name of each in a recipe, and its configuration class.
+"""The kinds of stages: the name of each in a recipe, and its configuration class or classes.
 
 A new kind is added here; its module in ``align/stages`` has the same name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from align.config.base import Input, Stage
-from align.config.control import Control
+from align.config.control.algorithms import FAMILIES, family_of
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
 from align.config.online_rl_stages import GRPO, PPO, RLOO, Reinforce
@@ -25,13 +28,24 @@ STAGES: dict[str, type[Stage]] = {
     "sample": Sample,
     "label": Label,
     "evaluate": Evaluate,
-    "control": Control,
+    "control": FAMILIES[0],
 }
+"""Of a kind with several classes, this is the class without the key that chooses among them."""
+
+
+def stage_classes(kind: str) -> tuple[type[Stage], ...]:
+    """The configuration classes of a kind: of ``control`` one per family of algorithms."""
+    return FAMILIES if kind == "control" else (STAGES[kind],)
+
+
+def stage_class(kind: str, settings: Mapping[str, Any]) -> type[Stage]:
+    """The configuration class of a stage of a kind with these settings."""
+    return family_of(settings) if kind == "control" else STAGES[kind]
 
 
 def stage_kind(stage: Stage) -> str:
     """The kind of a stage, such as ``dpo`` for a configuration of the class DPO."""
-    return next(name for name, cls in STAGES.items() if type(stage) is cls)
+    return next(kind for kind in STAGES if type(stage) in stage_classes(kind))
 
 
 def accepted_kinds(expected: Input) -> tuple[str, ...]:

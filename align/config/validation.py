@@ -13,7 +13,7 @@ from typing import Any
 
 from align.config.base import Stage
 from align.config.inputs import Input, input_names
-from align.config.stages import STAGES, accepted_kinds
+from align.config.stages import STAGES, accepted_kinds, stage_classes
 from align.errors import did_you_mean, shown
 
 Report = Callable[[str, Iterable[str | int], str], None]  # stage, keys below it, message
@@ -106,7 +106,7 @@ def _fitting_stages(
 ) -> list[str]:
     """The stages before ``name`` of a kind that the input may name."""
     order = list(classes)
-    accepted = [STAGES[kind] for kind in accepted_kinds(expected)]
+    accepted = [cls for kind in accepted_kinds(expected) for cls in stage_classes(kind)]
     return [each for each in order[: order.index(name)] if classes[each] in accepted]
 
 
@@ -115,7 +115,7 @@ def _stage_error(
 ) -> str | None:
     if order.index(target) >= order.index(name):
         return f"stage `{target}` does not precede `{name}`; stages run in the order of the file"
-    kind = next((kind for kind, cls in STAGES.items() if cls is target_class), None)
+    kind = next((kind for kind in STAGES if target_class in stage_classes(kind)), None)
     accepted = accepted_kinds(expected)
     if kind is not None and kind not in accepted:
         return f"stage `{target}` is of kind `{kind}`; expected {' or '.join(accepted)}"

@@ -143,19 +143,19 @@ class Environments:
         self._seed, self._actions = seed, []
         self._returns[:] = 0
         observations, _ = self._env.reset(seed=seed)
-        return self._normalized(_flat(observations))
+        return self._normalized(self._features(observations))
 
     def step(self, actions: Array) -> Step:
         """Step all environments with ``actions`` ``[envs, ...]`` of the action space."""
         self._actions.append(actions)
         raw, rewards, terminated, truncated, info = self._env.step(actions)
         self._returns += self._unscaled.rewards
-        observations = _flat(raw)
+        observations = self._features(raw)
         ended = terminated | truncated
         finals, returns = observations[:0], self._returns[:0]
         if ended.any():
             last = info["final_obs"][ended]
-            finals = _flat(last if last.dtype != object else np.stack(list(last)))
+            finals = self._features(last if last.dtype != object else np.stack(list(last)))
             returns = self._returns[ended]
             self._returns[ended] = 0
         if self._scaled is not None:
@@ -197,6 +197,9 @@ class Environments:
         """Release the resources of the environments."""
         self._env.close()
 
+    def _features(self, observations: Array) -> Array:
+        return features(observations, self._env.single_observation_space)
+
     def _normalized(self, observations: Array) -> Array:
         if self.statistics is not None and self.update_statistics:
             self.statistics.update(observations)
@@ -211,5 +214,12 @@ def normalize(observations: Array, statistics: RunningMeanStd | None) -> Array:
     return ((observations - statistics.mean) / deviation).clip(-CLIP, CLIP)
 
 
-def _flat(observations: Array) -> Array:
+def features(observations: Array, space: gymnasium.Space[Any]) -> Array:
+    """Observations as vectors ``[envs, features]``: of a numbered state, a single 1 at its number.
+
+    >>> features(np.array([2, 0]), gymnasium.spaces.Discrete(3)).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return np.eye(int(space.n), dtype=np.float32)[observations.astype(np.int64)]
     return observations.reshape(len(observations), -1)

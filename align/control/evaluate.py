@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align.control.environments import Environments
 from align.control.networks import Policy
-from align.control.trainer import derive_seed
+from align.control.seeds import derive_seed
 
 EVALUATED_AT_ONCE = 100
 """Episodes that are evaluated in parallel, each in its own environment."""

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from align.config.control import Control
-from align.control.environments import normalize
+from align.config.control.base import Control
+from align.control.environments import features, normalize
 from align.control.networks import Policy
 from align.control.spaces import EnvSpec
 from align.errors import ArtifactError
@@ -76,9 +76,7 @@ def describe(folder: Path, config: Control, spec: EnvSpec) -> None:
         "environment": config.environment,
         "options": config.environment_options,
         "spec": spec._asdict(),
-        "hidden_sizes": config.hidden_sizes,
-        "activation": config.activation,
-        "distribution": config.distribution,
+        **asdict(config.policy_shape),
         "seeds": config.seeds,
     }
     temporary = folder / f".{CONFIG}"
@@ -176,7 +174,9 @@ def play_episodes(
             total, ended = 0.0, False
             while not ended:
                 yield Frame(env.render(), None)
-                row = normalize(np.asarray(observation).reshape(1, -1), trained.statistics)
+                row = normalize(
+                    features(np.asarray([observation]), env.observation_space), trained.statistics
+                )
                 with torch.no_grad():
                     outputs = policy.body(torch.from_numpy(row.astype(np.float32)))
                     actions = policy.head.env_actions(policy.head.act(outputs, 0.0))

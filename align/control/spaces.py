@@ -11,7 +11,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.errors import did_you_mean, printable
@@ -44,7 +44,12 @@ class UnfitError(Exception):
         self.key = key
 
 
-def inspect_env(environment: str, options: Mapping[str, Any], distribution: str | None) -> EnvSpec:
+def inspect_env(
+    environment: str,
+    options: Mapping[str, Any],
+    distribution: str | None,
+    needs: Sequence[str] = (),
+) -> EnvSpec:
     """Make one environment and read its spaces.
 
     Raises:
@@ -62,6 +67,7 @@ def inspect_env(environment: str, options: Mapping[str, Any], distribution: str 
         env = _make(gymnasium, environment, options)
     try:
         spec = _spec(env, environment, distribution)
+        _check_needs(env, environment, needs)
         if env.spec is None or env.spec.max_episode_steps is None:
             raise UnfitError(
                 "environment_options",
@@ -118,17 +124,39 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
         ) from None
 
 
+def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) -> None:
+    from gymnasium.spaces import Box, Discrete
+
+    observations, actions = env.observation_space, env.action_space
+    fulfilled = {
+        "numbered states": isinstance(observations, Discrete),
+        "discrete actions": isinstance(actions, Discrete),
+        "continuous actions": isinstance(actions, Box),
+    }
+    for need in needs:
+        if not fulfilled[need]:
+            space = observations if "states" in need else actions
+            raise UnfitError(
+                "environment",
+                f"{name} has {space}, but the algorithm needs {need}; change the environment or "
+                "`algorithm`",
+            )
+
+
 def _spec(env: gymnasium.Env[Any, Any], name: str, distribution: str | None) -> EnvSpec:
     from gymnasium.spaces import Box, Discrete
 
     observations, actions = env.observation_space, env.action_space
-    if not isinstance(observations, Box) or len(observations.shape) > 1:
+    if isinstance(observations, Discrete) and observations.start == 0:
+        n_features = int(observations.n)
+    elif isinstance(observations, Box) and len(observations.shape) <= 1:
+        n_features = math.prod(observations.shape)
+    else:
         raise UnfitError(
             "environment",
             f"{name} has observations {observations}; expected one vector of numbers, a Box of one "
-            "dimension",
+            "dimension, or numbered states, Discrete from 0",
         )
-    n_features = math.prod(observations.shape)
     if isinstance(actions, Discrete) and actions.start == 0:
         if distribution not in (None, "categorical"):
             raise UnfitError(

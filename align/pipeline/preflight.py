@@ -159,7 +159,12 @@ def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
             from align.control import spaces
 
             try:
-                spaces.inspect_env(environment.name, environment.options, environment.distribution)
+                spaces.inspect_env(
+                    environment.name,
+                    environment.options,
+                    environment.distribution,
+                    environment.needs,
+                )
             except spaces.UnfitError as error:
                 errors.add((stage.name, error.key), str(error))
 

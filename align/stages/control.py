@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from align.config.control import Control
+from align.config.control.base import Control
 from align.control import plots, policy_files, spaces
-from align.control.evaluate import evaluate
-from align.control.trainer import PolicyGradientTrainer
+from align.control.build import build_trainer
+from align.control.trainer import Trainer
 from align.errors import ArtifactError, UserError
 from align.evaluation.intervals import Bootstrap
 from align.functional.masked import single_process
@@ -39,9 +39,8 @@ def run(
 ) -> StageResult:
     """Train and evaluate each seed that is not finished; draw the learning curves of all."""
     try:
-        spec = spaces.inspect_env(
-            config.environment, config.environment_options, config.distribution
-        )
+        (needed,) = config.gym_environments
+        spec = spaces.inspect_env(needed.name, needed.options, needed.distribution, needed.needs)
     except spaces.UnfitError as error:
         raise UserError(f"{error.key}: {error}") from None
     if distributed.is_main():
@@ -74,7 +73,7 @@ def _train(
     config: Control, spec: spaces.EnvSpec, seed: int, output_dir: Path, logger: Logger
 ) -> None:
     """Train one seed, from its last checkpoint if there is one, and evaluate it."""
-    trainer = PolicyGradientTrainer(config, spec, seed)
+    trainer = build_trainer(config, spec, seed)
     steps_of_earlier_seeds = config.seeds.index(seed) * config.steps
     checkpoint = checkpoints.newest_intact(seed_checkpoints(config, seed, output_dir), logger.info)
     if checkpoint is not None:
@@ -91,30 +90,23 @@ def _train(
             now = time.monotonic()
             if now - shown > SECONDS_BETWEEN_LINES or trainer.done:
                 shown = now
-                line = {"seed": seed} | {k: point[k] for k in SHOWN if point[k] is not None}
+                line = {"seed": seed} | {k: point[k] for k in SHOWN if point.get(k) is not None}
                 logger.step(done, total, line)
             if not trainer.done and (stop.requested or now - saved > SECONDS_BETWEEN_CHECKPOINTS):
                 _save_checkpoint(config, trainer, output_dir)
                 saved = time.monotonic()
             if stop.requested:
                 raise signals.Interrupted
-    trainer.environments.close()
+    trainer.close()
     _finish(config, trainer, output_dir)
 
 
-def _finish(config: Control, trainer: PolicyGradientTrainer, output_dir: Path) -> None:
+def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
     """Evaluate a trained seed, write its files and remove its checkpoints."""
     seed = trainer.seed
-    returns = evaluate(
-        trainer.policy,
-        config.environment,
-        config.environment_options,
-        statistics=trainer.statistics,
-        episodes=config.episodes,
-        seed=seed,
-    )
+    returns = trainer.evaluate(config.episodes)
     file = policy_files.policy_file(output_dir, seed)
-    policy_files.save(file, trainer.policy, trainer.critic, trainer.statistics)
+    trainer.save(file)
     result = {
         "seed": seed,
         "steps": trainer.steps,
@@ -183,7 +175,7 @@ def _remove_checkpoints(config: Control, seeds: Iterable[int], folder: Path) -> 
             shutil.rmtree(checkpoint)
 
 
-def _save_checkpoint(config: Control, trainer: PolicyGradientTrainer, folder: Path) -> None:
+def _save_checkpoint(config: Control, trainer: Trainer, folder: Path) -> None:
     """Write a complete checkpoint, then remove the older ones."""
     older = seed_checkpoints(config, trainer.seed, folder)
     number = config.seeds.index(trainer.seed) * config.steps + trainer.steps

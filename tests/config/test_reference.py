@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from align.config import json_schema, reference, trl_fields
 from align.config.base import Lora, NewModel
+from align.config.control.algorithms import FAMILIES
 from align.config.data import MixtureSource
 from align.config.stages import STAGES
 from align.training import trl_field_table
@@ -34,7 +35,7 @@ def test_the_fields_of_trl_are_those_of_the_installed_version():
     assert trl_fields.FILE.read_text(encoding="utf-8") == trl_field_table.text()
 
 
-@pytest.mark.parametrize("cls", [*STAGES.values(), NewModel, Lora, MixtureSource])
+@pytest.mark.parametrize("cls", [*STAGES.values(), *FAMILIES, NewModel, Lora, MixtureSource])
 def test_every_key_has_a_description_that_is_a_sentence(cls: type[BaseModel]):
     for name, field in cls.model_fields.items():
         description = " ".join((field.description or "").split())

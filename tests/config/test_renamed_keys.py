@@ -16,6 +16,7 @@ from align.errors import UserError
 KINDS = {base.__name__: kind for kind, cls in STAGES.items() for base in cls.__mro__}
 STAGE: dict[str, dict[str, Any]] = {
     "Control": {"environment": "CartPole-v1", "steps": 100},
+    "PolicyGradient": {"environment": "CartPole-v1", "steps": 100},
     "PPO": {"model": "a/b", "rewards": ["a/b"], "steps": 1, "batch_size": 1},
     "OnlineRL": {"model": "a/b", "rewards": ["a/b"], "steps": 1, "batch_size": 1},
     "Prepare": {"source": "embedded"},

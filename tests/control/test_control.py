@@ -14,9 +14,9 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from numpy.testing import assert_allclose, assert_array_equal
 from torch.testing import assert_close
 
-from align.config.control import Control
+from align.config.control.policy_gradient import PolicyGradient
 from align.control import evaluate as control_evaluate
-from align.control import policy_files, spaces, trainer
+from align.control import policy_files, policy_gradient, spaces
 from align.control.environments import CLIP, CartPole, Environments, make_vector_env
 from align.control.evaluate import evaluate
 from align.control.networks import (
@@ -26,8 +26,9 @@ from align.control.networks import (
     SquashedGaussian,
     build_critic,
 )
+from align.control.policy_gradient import PolicyGradientTrainer
+from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import PolicyGradientTrainer, derive_seed
 from align.errors import UserError
 from align.functional import masked
 
@@ -98,7 +99,7 @@ def build(seed: int = 0, **changes: Any) -> PolicyGradientTrainer:
         "normalize_advantages": False,
         "hidden_sizes": [8],
     }
-    config = Control(**settings | changes)
+    config = PolicyGradient(**settings | changes)
     spec = spaces.inspect_env(config.environment, config.environment_options, config.distribution)
     return PolicyGradientTrainer(config, spec, seed)
 
@@ -343,7 +344,9 @@ def test_initial_weights_are_orthogonal_with_the_gains_of_the_paper():
 # Collecting and advantages ------------------------------------------------------------------------
 
 
-def expected_rows(config: Control, ends: bool, length: int, start: int, steps: int) -> list[Any]:
+def expected_rows(
+    config: PolicyGradient, ends: bool, length: int, start: int, steps: int
+) -> list[Any]:
     """Value and advantage of each step of one environment; the critic returns ``2 * time + 1``."""
     rows = []
     for first in range(start, start + steps):
@@ -407,7 +410,7 @@ def test_whole_episodes_start_from_new_states_in_each_update():
 
 
 def test_environments_are_reset_regularly_to_keep_the_saved_actions_few(monkeypatch):
-    monkeypatch.setattr(trainer, "RESET_INTERVAL", 100)
+    monkeypatch.setattr(policy_gradient, "RESET_INTERVAL", 100)
     learner = build(steps=480, environment="CartPole-v1")
     counts = []
     while not learner.done:
@@ -539,7 +542,7 @@ def test_the_learning_rates_decay_linearly_to_0():
 def test_a_restored_trainer_continues_bitwise_identically(
     changes, reset_interval, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "RESET_INTERVAL", reset_interval)
+    monkeypatch.setattr(policy_gradient, "RESET_INTERVAL", reset_interval)
     settings = {"environment": "CartPole-v1", "steps": 240, "schedule": "linear"} | changes
     settings |= {"normalize_observations": True, "normalize_rewards": True}
     try:
@@ -639,7 +642,7 @@ def test_inside_single_process_there_is_one_rank(monkeypatch):
 @pytest.mark.parametrize("limit", [-1, 0, None, True, 1.5, "500"])
 def test_a_time_limit_that_is_no_positive_number_is_refused(limit):
     with pytest.raises(ValueError, match="must be a whole number from 1"):
-        Control(
+        PolicyGradient(
             environment="CartPole-v1", steps=10, environment_options={"max_episode_steps": limit}
         )
 

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 
 from align.cli import main, play
 from align.config import recipe
-from align.config.control import Control
+from align.config.control.policy_gradient import PolicyGradient
 from align.control import policy_files, spaces
-from align.control.trainer import build_objective
+from align.control.policy_gradient import build_objective
 from align.errors import ArtifactError, UserError
 from align.pipeline import lookup, runner
 from align.runtime import artifacts, checkpoints, distributed
@@ -193,8 +193,8 @@ def test_the_recipes_that_take_hours_complete_their_first_updates(name, tmp_path
 # Settings and errors ------------------------------------------------------------------------------
 
 
-def settings(**changes: Any) -> Control:
-    return Control(**{"environment": "CartPole-v1", "steps": 100} | changes)
+def settings(**changes: Any) -> PolicyGradient:
+    return PolicyGradient(**{"environment": "CartPole-v1", "steps": 100} | changes)
 
 
 def test_the_algorithms_are_settings_of_one_update():
@@ -234,6 +234,8 @@ ERRORS = [  # name, keys of the recipe, texts that one line of the error contain
     ("a seed that is no list", {"seeds": 1}, ["control.seeds: expected a list, got 1"]),
     ("a text for steps", {"steps": "1e5"}, ["control.steps: expected a whole number, got the text '1e5'"]),
     ("an unknown algorithm", {"algorithm": "pppo"}, ["did you mean `ppo`?"]),
+    ("a key of other algorithms", {"epsilon": 0.1}, ["control.epsilon: unknown key; algorithms with this key: q_learning, sarsa"]),
+    ("an algorithm for states with numbers", {"algorithm": "q_learning"}, ["control.environment: CartPole-v1 has Box", "the algorithm needs numbered states"]),
     ("an unknown key", {"horizon": 5}, ["control.horizon: unknown key"]),
 ]  # fmt: skip
 

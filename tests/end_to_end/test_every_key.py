@@ -23,12 +23,16 @@ from helpers.key_changes import BASE, CHANGES, TRAINER, Change, build_files
 from pydantic import BaseModel
 
 import align
+from align.config.control.algorithms import FAMILIES
+from align.config.control.tabular import Tabular
 from align.config.online_rl import OnlineRL
 from align.config.stages import STAGES
 from align.errors import UserError
 from align.online_rl import plots as ppo_plots
 from align.stages import control
 
+CLASSES = STAGES | {"control: tabular": Tabular}
+"""The configuration class of each kind of stage, and of each family of ``control``."""
 SPEED = {
     "prefix_sharing",
     "batch_size",
@@ -65,8 +69,8 @@ CONTENT = (".parquet", ".safetensors", ".jsonl")
 
 def _is_own(kind: str, key: str) -> bool:
     """Whether the short run tests a key: those of online RL are tested in detail elsewhere."""
-    if issubclass(STAGES[kind], OnlineRL):
-        return kind != "ppo" and key in inspect.get_annotations(STAGES[kind])
+    if issubclass(CLASSES[kind], OnlineRL):
+        return kind != "ppo" and key in inspect.get_annotations(CLASSES[kind])
     return kind == "sft" or key not in SHARED
 
 
@@ -84,9 +88,13 @@ def _configs(annotation: Any) -> list[type[BaseModel]]:
     return [config for each in typing.get_args(annotation) for config in _configs(each)]
 
 
-@pytest.mark.parametrize("kind", STAGES)
+def test_every_family_of_control_is_tested() -> None:
+    assert {*FAMILIES} <= {*CLASSES.values()}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_every_key_has_a_change(kind: str) -> None:
-    keys = set(keys_of(STAGES[kind])) - {"stage"}
+    keys = set(keys_of(CLASSES[kind])) - {"stage"}
     elsewhere = {key for key in keys if key.startswith(ELSEWHERE)}
     assert keys - elsewhere - CHANGES[kind].keys() == set()
     assert CHANGES[kind].keys() - keys == set()
@@ -120,6 +128,7 @@ def outcome(
 
 def fingerprint(kind: str, settings: dict[str, Any], runs: Path) -> str:
     """The files and the results of a stage as text, or its error."""
+    kind = kind.partition(":")[0]
     try:
         stage = align.run({"stages": {kind: settings}}, runs)[kind]
     except UserError as error:
@@ -171,7 +180,7 @@ def test_a_change_of_a_key_has_an_effect_or_is_refused(
         read.add(name)
         return object.__getattribute__(config, name)
 
-    monkeypatch.setattr(STAGES[kind], "__getattribute__", recorded)
+    monkeypatch.setattr(CLASSES[kind], "__getattribute__", recorded)
     first, second = outcome(kind, before), outcome(kind, after)
     if key in SPEED:
         assert key in read

@@ -89,6 +89,13 @@ BASE: dict[str, dict[str, Any]] = {
         "n_steps": 16,
         "episodes": 4,
     },
+    "control: tabular": {
+        "environment": "CliffWalking-v1",
+        "environment_options": {"max_episode_steps": 100},
+        "algorithm": "q_learning",
+        "steps": 300,
+        "episodes": 4,
+    },
 }
 
 LORA_CHANGES = {
@@ -346,6 +353,20 @@ CHANGES: dict[str, dict[str, Change]] = {
     },
 }
 
+OF_ALL_ALGORITHMS = (
+    *("environment", "environment_options", "seeds", "steps", "gamma", "episodes"),
+    *("confidence", "resamples", "keep_checkpoints"),
+)
+SLIPPERY = {"environment": "FrozenLake-v1", "environment_options": {"max_episode_steps": 20}}
+"""Episodes with different returns, so that their mean has an interval."""
+CHANGES["control: tabular"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
+    "environment": Change("Taxi-v4"),
+    "algorithm": Change("sarsa"),
+    "learning_rate": Change(0.1),
+    "epsilon": Change(0.5),
+    "confidence": Change(0.5, SLIPPERY),
+    "resamples": Change(100, SLIPPERY),
+}
 EQUAL_GROUPS = {"rewards": ["helpers.key_changes:long"]}
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
 CHANGES["reinforce"] = {k: v for k, v in CHANGES["ppo"].items() if k not in PPO_ONLY}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.config.base import Lora, NewModel, Stage, Workload
-from align.config.control import Control
+from align.config.control.policy_gradient import PolicyGradient
 from align.config.data import Sample
 from align.config.evaluate import Evaluate
 from align.config.memory import ModelSize
@@ -66,7 +66,7 @@ POLICY: dict[str, Any] = {"model": "sft"}
             id="ppo",
         ),
         pytest.param(
-            Control(environment="CartPole-v1", steps=100, seeds=[0, 1]),
+            PolicyGradient(environment="CartPole-v1", steps=100, seeds=[0, 1]),
             Workload(steps=200),
             id="control",
         ),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config.control import Control
+from align.config.control.policy_gradient import PolicyGradient
 from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
 from align.config.online_rl_stages import PPO
@@ -564,7 +564,7 @@ def test_the_time_of_control(clock: Clock, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(control, "PolicyGradientTrainer", Trainer)
     monkeypatch.setattr(control.spaces, "inspect_env", lambda *_: None)
-    config = Control(environment="CartPole-v1", steps=10_000, seeds=[0, 1, 2])
+    config = PolicyGradient(environment="CartPole-v1", steps=10_000, seeds=[0, 1, 2])
     time = control.measure(config, Stopwatch(clock))
     assert_parts(time.parts, {"train": 3 * 10_000 / 100 * 0.5})
     assert time.measured == "400 steps"

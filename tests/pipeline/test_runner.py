@@ -25,6 +25,8 @@ from rich.console import Console
 
 from align.config import trl_fields
 from align.config.base import NewModel
+from align.config.control.algorithms import FAMILIES
+from align.config.control.tabular import Tabular
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
 from align.config.stages import STAGES
@@ -100,8 +102,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 # Digests
 
 
+CLASSES = STAGES | {"control: tabular": Tabular}
+"""The configuration class of each kind of stage, and of each family of ``control``."""
+
+
 def settings_of(stage: str) -> list[str]:
-    return [name for name in STAGES[stage].model_fields if name != "stage"]
+    return [name for name in CLASSES[stage].model_fields if name != "stage"]
 
 
 OTHER: dict[str, dict[str, Any]] = {
@@ -184,6 +190,13 @@ OTHER: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
+OF_ALL_ALGORITHMS = {
+    "environment": "Acrobot-v1", "environment_options": {"x": 1}, "seeds": [1], "steps": 7, "gamma": 0.5,
+    "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True,
+}  # fmt: skip
+OTHER["control: tabular"] = OF_ALL_ALGORITHMS | {
+    "algorithm": "sarsa", "learning_rate": 0.1, "epsilon": 0.3,
+}  # fmt: skip
 OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
 OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}
 OTHER["rloo"] |= {
@@ -212,13 +225,14 @@ BASE: dict[str, dict[str, Any]] = {
         "model": "sft", "rewards": ["reward"], "steps": 9, "batch_size": 8, "n_completions": 2, "lora": {"r": 3},
     },
     "control": {"environment": "CartPole-v1", "steps": 100},
+    "control: tabular": {"environment": "Taxi-v4", "steps": 100, "algorithm": "q_learning"},
 }  # fmt: skip
 BASE |= dict.fromkeys(ONLINE_RL, BASE["ppo"])
 
 
 def digest_with(stage: str, **changes: Any) -> str:
     """The digest of a stage, with digests of its inputs that depend on their names."""
-    cls = STAGES[stage]
+    cls = CLASSES[stage]
     base = cls.model_validate(BASE[stage])
     values = {name: getattr(base, name) for name in cls.model_fields} | changes
     settings = cls.model_construct(**values)
@@ -243,7 +257,7 @@ NOT_IN_DIGEST += [(stage, "max_lost_rows") for stage in ("sft", "dpo", "kto", "r
     ("stage", "key"),
     [
         (stage, key)
-        for stage in STAGES
+        for stage in CLASSES
         for key in settings_of(stage)
         if (stage, key) not in NOT_IN_DIGEST
     ],
@@ -884,7 +898,8 @@ def test_the_name_of_a_recipe_is_its_path_below_recipes(tmp_path):
 
 
 def test_every_setting_has_a_second_value_in_this_file():
-    assert {stage: set(settings_of(stage)) for stage in STAGES} == {
+    assert set(FAMILIES) <= set(CLASSES.values())
+    assert {stage: set(settings_of(stage)) for stage in CLASSES} == {
         stage: set(values) for stage, values in OTHER.items()
     }
     assert all(issubclass(cls, BaseModel) for cls in STAGES.values())

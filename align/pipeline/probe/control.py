@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from align.config.control import Control
+from align.config.control.base import Control
 from align.control import spaces
-from align.control.trainer import PolicyGradientTrainer
+from align.control.build import build_trainer
 from align.functional.masked import single_process
 from align.pipeline.probe.timing import Seconds, StageTime, Stopwatch
 
@@ -14,8 +14,9 @@ MEASURED = 2.0
 
 def measure(config: Control, watch: Stopwatch) -> StageTime:
     """Measure updates of one seed."""
-    spec = spaces.inspect_env(config.environment, config.environment_options, config.distribution)
-    trainer = PolicyGradientTrainer(config, spec, config.seeds[0])
+    (needed,) = config.gym_environments
+    spec = spaces.inspect_env(needed.name, needed.options, needed.distribution, needed.needs)
+    trainer = build_trainer(config, spec, config.seeds[0])
     with single_process():
         trainer.train_step()  # the first one includes start-up
         first, seconds = trainer.steps, 0.0

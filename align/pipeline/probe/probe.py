@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from align.config.control import Control
+from align.config.control.base import Control
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
 from align.config.online_rl import OnlineRL

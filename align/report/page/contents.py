@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from align.config.stages import STAGES
+from align.config.stages import STAGES, stage_class
 from align.errors import ArtifactError
 from align.report.curves import Curves, read_curves
 from align.runtime import artifacts
@@ -160,10 +160,10 @@ def _stage(
 
 def changed_settings(artifact: Artifact) -> dict[str, Any]:
     """The settings of a stage that differ from the defaults of its kind, by dotted keys."""
-    cls = STAGES.get(artifact.stage)
     defaults = {}
-    if cls is not None:
-        for key, model_field in cls.model_fields.items():
+    if artifact.stage in STAGES:
+        fields = stage_class(artifact.stage, artifact.recipe).model_fields
+        for key, model_field in fields.items():
             value = model_field.get_default(call_default_factory=False)
             defaults[key] = value.model_dump() if hasattr(value, "model_dump") else value
     changed: dict[str, Any] = {}

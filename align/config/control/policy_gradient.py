@@ -1,42 +1,31 @@
-"""Configuration of ``control``: REINFORCE, A2C and PPO on Gymnasium environments."""
+"""Keys of the policy-gradient algorithms: REINFORCE, A2C and PPO."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import GymEnvironment, Stage, Workload, duplicates
-from align.errors import shown
+from align.config.base import GymEnvironment
+from align.config.control.base import Control, PolicyShape
 
 PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl")
 
 
-class Control(Stage):
+class PolicyGradient(Control):
     """REINFORCE, A2C or PPO on a Gymnasium environment, with the update of language models."""
 
     code_version: ClassVar[int] = 3
 
-    environment: str = Field(min_length=1)
-    """Gymnasium id, such as ``CartPole-v1``; ``module:Name-v0`` imports the module first."""
-    environment_options: dict[str, Any] = Field({})
-    """Keyword arguments of ``gymnasium.make``, such as ``max_episode_steps``."""
     algorithm: Literal["reinforce", "a2c", "ppo"] = "ppo"
     """Algorithm."""
     baseline: Literal["value", "none"] = "value"
     """Baseline of ``reinforce``: a learned value function, or none."""
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
-    """Seeds; one policy is trained and evaluated for each. Processes share them."""
-    steps: int = Field(ge=1)
-    """Environment steps per seed."""
     n_envs: int = Field(16, ge=1)
     """Number of environments that are stepped in parallel."""
     n_steps: int | None = Field(None, ge=1)
     """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE
     collects whole episodes."""
-    gamma: float = Field(0.99, ge=0.0, le=1.0)
-    """Discount per step."""
     gae_lambda: float | None = Field(None, ge=0.0, le=1.0)
     """Lambda of generalized advantage estimation. Default: 0.95; 1 for REINFORCE."""
     learning_rate: float = Field(1e-3, gt=0.0)
@@ -76,17 +65,9 @@ class Control(Stage):
     """
     normalize_rewards: bool = False
     """Scale rewards by the running deviation of the discounted returns, in training only."""
-    episodes: int = Field(100, ge=1)
-    """Episodes of the greedy policy in the evaluation of each seed."""
-    confidence: float = Field(0.95, gt=0.0, lt=1.0)
-    """Confidence level of the bootstrap intervals."""
-    resamples: int = Field(2000, ge=100)
-    """Number of bootstrap resamples."""
-    keep_checkpoints: bool = False
-    """Keep the checkpoints after the stage is complete."""
 
     @model_validator(mode="after")
-    def _check_algorithm(self) -> Control:
+    def _check_algorithm(self) -> PolicyGradient:
         unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
         if self.algorithm != "ppo" and unused:
             raise ValueError(
@@ -106,37 +87,13 @@ class Control(Stage):
         return self
 
     @model_validator(mode="after")
-    def _check_environment_options(self) -> Control:
-        options = self.environment_options
-        limit = options.get("max_episode_steps", 1)
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(
-                "`environment_options.max_episode_steps` must be a whole number from 1, got "
-                f"{shown(limit)}: an episode without a limit may never end; remove it to use the "
-                "limit of the environment"
-            )
-        if "render_mode" in options:
-            raise ValueError(
-                "`environment_options.render_mode` has no effect in training; remove it, and watch "
-                "the trained policy with `align play`"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_batch_sizes(self) -> Control:
+    def _check_batch_sizes(self) -> PolicyGradient:
         collected = self.n_envs * (self.rollout_steps or 1)
         if self.update_minibatches > collected:
             raise ValueError(
                 f"`minibatches` ({self.update_minibatches}) must not exceed `n_envs` times "
                 f"`n_steps` ({collected}); lower it, or raise `n_steps`"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_seeds(self) -> Control:
-        repeated = duplicates(self.seeds)
-        if repeated:
-            raise ValueError(f"`seeds` contains {repeated[0]} more than once; list it once")
         return self
 
     @property
@@ -174,10 +131,11 @@ class Control(Stage):
         return (self.minibatches or 4) if self.algorithm == "ppo" else 1
 
     @property
+    def policy_shape(self) -> PolicyShape:
+        """A perceptron with the distribution that the recipe names."""
+        return PolicyShape(self.hidden_sizes, self.activation, self.distribution)
+
+    @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The one environment of the stage."""
         return (GymEnvironment(self.environment, self.environment_options, self.distribution),)
-
-    def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
-        """Environment steps of all seeds."""
-        return Workload(steps=self.steps * len(self.seeds))

@@ -1,0 +1,1 @@
+"""Configuration of ``control``: keys of all algorithms, and those of each family."""

@@ -1,0 +1,23 @@
+"""The trainer of a ``control`` stage, by the family of its algorithm."""
+
+from __future__ import annotations
+
+from align.config.control.base import Control
+from align.config.control.policy_gradient import PolicyGradient
+from align.config.control.tabular import Tabular
+from align.control.spaces import EnvSpec
+from align.control.trainer import Trainer
+
+
+def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
+    """A trainer of one seed, at its first step."""
+    match config:
+        case PolicyGradient():
+            from align.control.policy_gradient import PolicyGradientTrainer
+
+            return PolicyGradientTrainer(config, spec, seed)
+        case Tabular():
+            from align.control.tabular import TabularTrainer
+
+            return TabularTrainer(config, spec, seed)
+    raise TypeError(f"no trainer for {type(config).__name__}")

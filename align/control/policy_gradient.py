@@ -1,0 +1,390 @@
+"""Policy-gradient training on environments: collect, estimate advantages, update.
+
+One loop serves REINFORCE, A2C and PPO, which differ in their settings and in how they collect: A2C
+and PPO a fixed number of steps from environments that continue, REINFORCE one whole episode of
+each. :func:`align.rl.update.update` also trains language models.
+
+Between two updates the whole state can be saved, and a trainer restored from it reaches bitwise the
+same weights. To keep that state short (see :class:`Environments`), all environments are reset after
+every 200,000 steps, whether or not the run is interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.wrappers.utils import RunningMeanStd
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from align.config.control.policy_gradient import PolicyGradient
+from align.control import policy_files
+from align.control.environments import Environments, Step
+from align.control.evaluate import evaluate
+from align.control.networks import Policy, build_critic
+from align.control.seeds import derive_seed
+from align.control.spaces import EnvSpec
+from align.errors import UserError
+from align.functional.returns import discounted_returns, gae
+from align.rl.objective import Objective
+from align.rl.rollout import Rollout
+from align.rl.update import Evaluated, update
+
+RESET_INTERVAL = 200_000
+"""Steps after which all environments are reset."""
+N_VARIANCES = 20
+"""Number of measurements of the gradient variance in a run."""
+RECENT = 100
+"""Episodes in the running mean of the learning curve."""
+NOISE = 64
+"""Steps whose noise is drawn at once."""
+
+
+class Experience(NamedTuple):
+    """Collected steps of all environments, time first."""
+
+    observations: Float[Tensor, "time+1 envs features"]
+    actions: Shaped[Tensor, "time envs ..."]
+    rewards: Float[Tensor, "time envs"]
+    terminated: Bool[Tensor, "time envs"]
+    ended: Bool[Tensor, "time envs"]
+    """Terminated or truncated by the time limit."""
+    final_observations: Float[Tensor, "ends features"]
+    """Last observations of the ended episodes, by time, then by environment."""
+    returns: list[float]
+    """Returns of the ended episodes."""
+    valid: Bool[Tensor, "time envs"]
+    """Steps to learn from. Of whole episodes, the first of each environment: afterwards it only
+    waits for the others."""
+
+
+class GradientVariance(NamedTuple):
+    """Trace of the covariance of the policy gradients of single episodes."""
+
+    with_baseline: float
+    without: float
+
+
+def build_objective(config: PolicyGradient) -> Objective:
+    """The objective of an update. REINFORCE and A2C take one step without clipping."""
+    is_ppo = config.algorithm == "ppo"
+    clip = (config.clip or 0.2) if is_ppo else math.inf
+    return Objective(
+        epochs=config.update_epochs,
+        minibatches=config.update_minibatches,
+        clip_low=clip,
+        clip_high=config.clip_high or clip,
+        value_clip=config.value_clip,
+        entropy_coef=config.entropy_coef,
+        max_grad_norm=config.max_grad_norm or math.inf,
+        target_kl=config.target_kl,
+        whiten=config.normalize_advantages,
+    )
+
+
+class PolicyGradientTrainer:
+    """Trains the policy of one seed."""
+
+    def __init__(self, config: PolicyGradient, spec: EnvSpec, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.objective = build_objective(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.policy = Policy(
+                spec,
+                hidden_sizes=config.hidden_sizes,
+                activation=config.activation,
+                distribution=config.distribution,
+            )
+            self.critic = None
+            if config.baseline == "value":
+                self.critic = build_critic(
+                    spec, hidden_sizes=config.hidden_sizes, activation=config.activation
+                )
+        self._learning_rates = [config.learning_rate]
+        groups = [{"params": [*self.policy.parameters()], "lr": config.learning_rate}]
+        if self.critic is not None:
+            self._learning_rates.append(config.critic_learning_rate)
+            groups += [{"params": [*self.critic.parameters()], "lr": config.critic_learning_rate}]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+        self.statistics = (
+            RunningMeanStd(shape=(spec.n_features,)) if config.normalize_observations else None
+        )
+        self.environments = Environments(
+            config.environment,
+            config.environment_options,
+            config.n_envs,
+            statistics=self.statistics,
+            reward_gamma=config.gamma if config.normalize_rewards else None,
+        )
+        self.steps = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, Any]] = []
+        self._recent_returns: deque[float] = deque(maxlen=RECENT)
+        self._observations: Any = None  # None: reset the environments first
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.steps >= self.config.steps
+
+    def train_step(self) -> dict[str, Any]:
+        """Collect experience and update once. Returns the new point of the learning curve."""
+        started, steps_before = time.perf_counter(), self.steps
+        experience = self.collect()
+        self.steps += int(experience.valid.sum())
+        self._recent_returns.extend(experience.returns)
+        recent = self._recent_returns
+        point: dict[str, Any] = {
+            "steps": self.steps,
+            "episodes": len(experience.returns),
+            "return": sum(recent) / len(recent) if recent else None,
+        }
+        rollout = self.make_rollout(experience)
+        if self._measures_variance(steps_before):
+            variance = self.gradient_variance(experience)
+            point |= {f"gradient_variance/{k}": value for k, value in variance._asdict().items()}
+        if self.config.schedule == "linear":
+            for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+                group["lr"] = rate * max(0.0, 1 - steps_before / self.config.steps)
+        diagnostics = update(
+            self.evaluate_policy, rollout, self.objective, self.optimizer, generator=self.generator
+        )
+        self._check_weights()
+        with torch.no_grad():
+            inputs = rollout.inputs["observations"]
+            point["entropy"] = float(self.policy.head.entropy(self.policy.body(inputs)).mean())
+        point |= {k: v for k, v in asdict(diagnostics).items() if k not in point}
+        self.seconds += time.perf_counter() - started
+        point["seconds"] = round(self.seconds, 4)
+        point = {k: None if v != v else v for k, v in point.items()}  # JSON has no NaN
+        self.curve.append(point)
+        return point
+
+    def _check_weights(self) -> None:
+        """Stop where the update has made a weight NaN or infinite.
+
+        Raises:
+            UserError: A weight is not finite.
+        """
+        networks = [self.policy, *([] if self.critic is None else [self.critic])]
+        weights = [weight for network in networks for weight in network.parameters()]
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            raise UserError(
+                f"seed {self.seed}: a weight is not finite after {self.steps:,} steps: lower "
+                "`learning_rate`, set `max_grad_norm`, or check the rewards and observations of "
+                f"{self.config.environment}"
+            )
+
+    def _measures_variance(self, steps_before: int) -> bool:
+        """Whether to measure the gradient variance: with each twentieth of the run."""
+        if not self.config.collects_episodes or self.critic is None:
+            return False
+        total = self.config.steps
+        return steps_before == 0 or (
+            steps_before * N_VARIANCES // total != self.steps * N_VARIANCES // total
+        )
+
+    # Collecting -----------------------------------------------------------------------------------
+
+    def collect(self) -> Experience:
+        """Step the environments as far as the algorithm needs for an update."""
+        if self.config.collects_episodes or self._observations is None:
+            self._observations = self.environments.reset(derive_seed(self.seed, 2, self.steps))
+        if self.config.collects_episodes:
+            experience = self._step_until(lambda n_steps, ended: bool(ended.all()))
+            ends_before = experience.ended.cumsum(0) - experience.ended.long()
+            is_first = (experience.ended & (ends_before == 0))[experience.ended]
+            returns = [r for r, first in zip(experience.returns, is_first, strict=True) if first]
+            return experience._replace(returns=returns, valid=ends_before == 0)
+        n_steps = self.config.rollout_steps
+        experience = self._step_until(lambda n, ended: n == n_steps)
+        steps_after = self.steps + experience.rewards.numel()
+        if self.steps // RESET_INTERVAL != steps_after // RESET_INTERVAL:
+            self._observations = None
+        return experience
+
+    @torch.no_grad()
+    def _step_until(self, is_enough: Callable[[int, Any], bool]) -> Experience:
+        """Step until ``is_enough(number of steps, which environments have ended an episode)``."""
+        environments, head = self.environments, self.policy.head
+        observations = [np.asarray(self._observations, np.float32)]
+        steps: list[Step] = []
+        actions: list[Tensor] = []
+        ended = np.zeros(environments.n_envs, dtype=bool)
+        while not is_enough(len(steps), ended):
+            if len(steps) % NOISE == 0:
+                noise = head.noise(NOISE, environments.n_envs, generator=self.generator)
+            outputs = self.policy.body(torch.from_numpy(observations[-1]))
+            actions.append(head.act(outputs, noise[len(steps) % NOISE]))
+            step = environments.step(head.env_actions(actions[-1]))
+            observations.append(np.asarray(step.observations, np.float32))
+            steps.append(step)
+            ended |= step.ended
+        self._observations = steps[-1].observations
+        finals = np.concatenate([step.final_observations for step in steps]).astype(np.float32)
+        all_ended = torch.from_numpy(np.stack([s.ended for s in steps]))
+        return Experience(
+            observations=torch.from_numpy(np.stack(observations)),
+            actions=torch.stack(actions),
+            rewards=torch.from_numpy(np.stack([s.rewards for s in steps]).astype(np.float32)),
+            terminated=torch.from_numpy(np.stack([s.terminated for s in steps])),
+            ended=all_ended,
+            final_observations=torch.from_numpy(finals),
+            returns=[float(r) for s in steps for r in s.returns],
+            valid=torch.ones_like(all_ended),
+        )
+
+    # Advantages -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def make_rollout(self, experience: Experience) -> Rollout:
+        """Advantages and targets of the critic; one row per valid step."""
+
+        def rows(values: Tensor) -> Tensor:
+            return values[experience.valid].unsqueeze(1)
+
+        observations = experience.observations[:-1][experience.valid]
+        actions = experience.actions[experience.valid]
+        logps = self.policy.head.logps(self.policy.body(observations), actions)
+        values = returns = None
+        if self.critic is None:
+            # The value after the time limit is unknown and counts as 0.
+            advantages = self._returns(experience, torch.zeros_like(experience.rewards))
+        else:
+            values, next_values = self.values(experience)
+            advantages = gae(
+                experience.rewards.T,
+                values.T,
+                next_values.T,
+                experience.terminated.T,
+                experience.ended.T,
+                gamma=self.config.gamma,
+                lam=self.config.advantage_lambda,
+            ).T
+            returns = rows(advantages + values)
+            values = rows(values)
+        return Rollout(
+            inputs={"observations": observations, "actions": actions},
+            logps=logps.unsqueeze(1),
+            advantages=rows(advantages),
+            mask=torch.ones(len(logps), 1, dtype=torch.bool),
+            values=values,
+            returns=returns,
+        )
+
+    def _returns(
+        self, experience: Experience, next_values: Float[Tensor, "time envs"]
+    ) -> Float[Tensor, "time envs"]:
+        return discounted_returns(
+            experience.rewards.T,
+            next_values.T,
+            experience.terminated.T,
+            experience.ended.T,
+            gamma=self.config.gamma,
+        ).T
+
+    def values(
+        self, experience: Experience
+    ) -> tuple[Float[Tensor, "time envs"], Float[Tensor, "time envs"]]:
+        """Values of the states before and after each step, in one forward pass of the critic."""
+        assert self.critic is not None
+        time_steps, n_envs = experience.rewards.shape
+        states = [experience.observations.flatten(0, 1), experience.final_observations]
+        values = self.critic(torch.cat(states)).squeeze(-1)
+        next_values = values[n_envs : (time_steps + 1) * n_envs].view(time_steps, n_envs).clone()
+        next_values[experience.ended] = values[(time_steps + 1) * n_envs :]
+        return values[: time_steps * n_envs].view(time_steps, n_envs), next_values
+
+    def evaluate_policy(self, inputs: dict[str, Tensor]) -> Evaluated:
+        """Log-probabilities, entropies and values of the steps of a rollout."""
+        observations = inputs["observations"]
+        outputs = self.policy.body(observations)
+        logps = self.policy.head.logps(outputs, inputs["actions"]).unsqueeze(1)
+        values = None if self.critic is None else self.critic(observations)
+        entropy = None
+        if self.objective.entropy_coef:
+            entropy = self.policy.head.entropy(outputs).unsqueeze(1)
+        return Evaluated(logps, entropy, values)
+
+    def gradient_variance(self, experience: Experience) -> GradientVariance:
+        """Variance of the gradient over episodes, with the critic as baseline and without."""
+        with torch.no_grad():
+            values, next_values = self.values(experience)
+            returns = self._returns(experience, next_values)
+        parameters = [*self.policy.parameters()]
+        baselines = {"with_baseline": values, "without": torch.zeros_like(values)}
+        gradients: dict[str, list[Tensor]] = {name: [] for name in baselines}
+        for env in range(experience.valid.shape[1]):
+            steps = experience.valid[:, env]
+            outputs = self.policy.body(experience.observations[:-1, env][steps])
+            logps = self.policy.head.logps(outputs, experience.actions[:, env][steps])
+            for name, baseline in baselines.items():
+                loss = -(logps * (returns - baseline)[:, env][steps]).sum()
+                gradient = torch.autograd.grad(loss, parameters, retain_graph=True)
+                gradients[name].append(nn.utils.parameters_to_vector(gradient))
+        traces = {name: float(torch.stack(g).var(0).sum()) for name, g in gradients.items()}
+        return GradientVariance(**traces)
+
+    # State ----------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next update depends on, and the curve so far."""
+        return copy.deepcopy(
+            {
+                "policy": self.policy.state_dict(),
+                "critic": self.critic and self.critic.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(),
+                "environments": self.environments.state(),
+                "needs_reset": self._observations is None,
+                "steps": self.steps,
+                "seconds": self.seconds,
+                "curve": self.curve,
+                "recent_returns": list(self._recent_returns),
+            }
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that :meth:`state` returned."""
+        self.policy.load_state_dict(state["policy"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        observations = self.environments.restore(state["environments"])
+        self._observations = None if state["needs_reset"] else observations
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.curve = list(state["curve"])
+        self._recent_returns.extend(state["recent_returns"])
+
+    # Result ---------------------------------------------------------------------------------------
+
+    def evaluate(self, episodes: int) -> Float[Tensor, " episodes"]:
+        """Undiscounted, unscaled returns of episodes of the greedy policy."""
+        return evaluate(
+            self.policy,
+            self.config.environment,
+            self.config.environment_options,
+            statistics=self.statistics,
+            episodes=episodes,
+            seed=self.seed,
+        )
+
+    def save(self, file: Path) -> None:
+        """Write the weights of policy and critic, and the statistics of the observations."""
+        policy_files.save(file, self.policy, self.critic, self.statistics)
+
+    def close(self) -> None:
+        """Release the environments."""
+        self.environments.close()

@@ -1,0 +1,150 @@
+"""Q-learning and SARSA: tables of action values, learned from single steps.
+
+A training step is a number of whole episodes, so that the state of the environment is no part of
+the state that is saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from align.config.control.tabular import Tabular
+from align.control import policy_files
+from align.control.evaluate import evaluate
+from align.control.networks import Policy
+from align.control.seeds import derive_seed
+from align.control.spaces import EnvSpec
+
+POINTS = 500
+"""Points of the learning curve, unless an episode is longer than the steps of a point."""
+RECENT = 100
+"""Episodes in the running mean of the learning curve."""
+
+
+class TabularTrainer:
+    """Learns the table of one seed."""
+
+    def __init__(self, config: Tabular, spec: EnvSpec, seed: int) -> None:
+        self.config, self.spec, self.seed = config, spec, seed
+        self.env = gymnasium.make(config.environment, **config.environment_options)
+        self.values: NDArray[np.float64] = np.zeros((spec.n_features, spec.n_actions))
+        self.random = np.random.default_rng(derive_seed(seed, 1))
+        self.steps, self.episodes, self.seconds = 0, 0, 0.0
+        self.curve: list[dict[str, Any]] = []
+        self._recent_returns: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.steps >= self.config.steps
+
+    def train_step(self) -> dict[str, Any]:
+        """Learn from whole episodes. Returns the new point of the learning curve."""
+        started, episodes_before = time.perf_counter(), self.episodes
+        end = min(self.config.steps, self.steps + max(1, self.config.steps // POINTS))
+        while self.steps < end:
+            self._recent_returns.append(self.run_episode())
+            self.episodes += 1
+        self.seconds += time.perf_counter() - started
+        point = {
+            "steps": self.steps,
+            "episodes": self.episodes - episodes_before,
+            "return": sum(self._recent_returns) / len(self._recent_returns),
+            "seconds": round(self.seconds, 4),
+        }
+        self.curve.append(point)
+        return point
+
+    def run_episode(self) -> float:
+        """Learn from each step of one episode. Returns its undiscounted return.
+
+        Source: Sutton and Barto 2018, Reinforcement Learning, sections 6.4 (SARSA) and 6.5
+        (Q-learning).
+        """
+        config, values = self.config, self.values
+        is_sarsa = config.algorithm == "sarsa"
+        state, _ = self.env.reset(seed=derive_seed(self.seed, 2, self.episodes))
+        action, total, ended = self.choose(state), 0.0, False
+        while not ended:
+            next_state, reward, terminated, truncated, _ = self.env.step(action)
+            if is_sarsa:
+                next_action = self.choose(next_state)
+                next_value = values[next_state, next_action]
+            else:
+                next_value = values[next_state].max()
+            target = float(reward) + config.gamma * next_value * (not terminated)
+            values[state, action] += config.learning_rate * (target - values[state, action])
+            if not is_sarsa:
+                next_action = self.choose(next_state)
+            state, action = next_state, next_action
+            total += float(reward)
+            self.steps += 1
+            ended = terminated or truncated
+        return total
+
+    def choose(self, state: int) -> int:
+        """An action of the epsilon-greedy policy; equal values are equally probable."""
+        if self.random.random() < self.config.epsilon:
+            return int(self.random.integers(self.spec.n_actions))
+        row = self.values[state]
+        best = np.flatnonzero(row == row.max())
+        return int(best[0] if len(best) == 1 else self.random.choice(best))
+
+    def policy(self) -> Policy:
+        """The greedy policy: the table as a linear layer."""
+        policy = Policy(self.spec, **asdict(self.config.policy_shape))
+        table = torch.from_numpy(self.values.T).float()
+        policy.body.load_state_dict({"0.weight": table, "0.bias": torch.zeros(len(table))})
+        return policy
+
+    def state(self) -> dict[str, Any]:
+        """The table, the random numbers and the curve so far."""
+        return {
+            "values": torch.from_numpy(self.values.copy()),
+            "random": self.random.bit_generator.state,
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "seconds": self.seconds,
+            "curve": list(self.curve),
+            "recent_returns": list(self._recent_returns),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that :meth:`state` returned."""
+        self.values[:] = state["values"].numpy()
+        self.random.bit_generator.state = state["random"]
+        self.steps, self.episodes = state["steps"], state["episodes"]
+        self.seconds, self.curve = state["seconds"], list(state["curve"])
+        self._recent_returns.extend(state["recent_returns"])
+
+    def evaluate(self, episodes: int) -> Float[Tensor, " episodes"]:
+        """Undiscounted returns of episodes of the greedy policy."""
+        config = self.config
+        return evaluate(
+            self.policy(),
+            config.environment,
+            config.environment_options,
+            statistics=None,
+            episodes=episodes,
+            seed=self.seed,
+        )
+
+    def save(self, file: Path) -> None:
+        """Write the table as the weights of a policy."""
+        policy_files.save(file, self.policy(), None, None)
+
+    def close(self) -> None:
+        """Release the environment."""
+        self.env.close()
