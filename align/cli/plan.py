@@ -35,8 +35,17 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Measure a small part of each stage: expected time.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Launch configuration: memory of each device."),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of a device, as 24GB: does each stage fit."),
+    ] = None,
 ) -> None:
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
+    from align.config.memory_bill import Sharding, parse_bytes, read_sharding
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline.plan import plan_stages
@@ -47,6 +56,9 @@ def plan(
             f"--processes {processes}: --probe measures one process and not the exchange between "
             "several; give one of the two options"
         )
+    sharding = Sharding(processes) if config is None else read_sharding(config)
+    limit = None if gpu_memory is None else parse_bytes(gpu_memory)
+    processes = sharding.processes
     errors = ErrorCollector(read_recipe(recipe, overrides or []))
     stages = plan_stages(errors, runs, until=until)
     pending = [stage for stage in stages if stage.status != "reused"]
@@ -54,23 +66,22 @@ def plan(
     preflight.check_batch_sizes(errors, pending, processes)
     errors.raise_any()
     console = SafeConsole()
-    if not console.is_terminal:
-        console = SafeConsole(width=WIDTH)
+    console = console if console.is_terminal else SafeConsole(width=WIDTH)
     title = f"{recipe}: {counted(len(stages), 'stage')}; folders in {runs}"
     prepared = estimates.prepare_small(stages)
     lost = token_lengths.lost_rows(stages, prepared)
-    table = estimates.estimate(
-        stages,
-        world_size=processes,
-        prepared=prepared,
-        lost={name: rows.count for name, rows in lost.items()},
-    )
+    counts = {name: rows.count for name, rows in lost.items()}
+    table = estimates.estimate(stages, world_size=processes, prepared=prepared, lost=counts)
     console.print(_plan_table(title, stages, table))
     console.print(LEGEND, style="dim", width=min(console.width, 80))
-    for line in (*_reasons_to_run(stages, runs), *estimates.count_requests(stages, table)):
+    warnings = (f"{name}: warning: {rows.reason}" for name, rows in lost.items())
+    requests = estimates.count_requests(stages, table)
+    for line in (*_reasons_to_run(stages, runs), *requests, *warnings):
         console.print(line, markup=False, highlight=False)
-    for name, rows in lost.items():
-        console.print(f"{name}: warning: {rows.reason}", markup=False, highlight=False)
+    if config is not None or limit is not None:
+        from align.cli.plan_memory import print_bills
+
+        print_bills(console, pending, table, sharding, limit)
     if probe and pending:
         from align.cli.plan_times import print_times
 

@@ -280,6 +280,10 @@ class Stage(Config):
         """
         return Workload()
 
+    def forward_work(self, size: Any, statistics: Mapping[str, Any]) -> Any:
+        """The size of a forward pass in training, if the stage trains a language model."""
+        return None
+
     def memory_bytes(self, size: Any, *, sharded: bool) -> int | None:
         """Estimate the memory of weights, gradients and optimizer states, without activations.
 

@@ -26,6 +26,10 @@ class ModelSize:
     parameters: int
     linear: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Outputs and inputs of each linear layer but the output layer, by name."""
+    vocabulary: int = 0
+    """Tokens of the vocabulary; 0 is unknown."""
+    positions: int | None = None
+    """Longest sequence in tokens; None is unknown."""
 
     def weight_bytes(self, dtype: str, quantization: str | None) -> int:
         """Memory of the frozen weights: in 4 bits, embeddings and norms keep their type."""
@@ -58,7 +62,7 @@ def new_model_size(new: NewModel) -> ModelSize:
     }
     layers = range(new.num_hidden_layers)
     linear = {f"model.layers.{i}.{name}": shape for i in layers for name, shape in layer.items()}
-    return ModelSize(new.count_parameters(), linear)
+    return ModelSize(new.count_parameters(), linear, new.vocab_size, new.max_position_embeddings)
 
 
 def training_bytes(optimizer: str) -> int:

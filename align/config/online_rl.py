@@ -19,6 +19,8 @@ from align.config.base import (
     Workload,
 )
 from align.config.functions import BUILT_IN, ScoreFunction, as_function
+from align.config.memory import ModelSize
+from align.config.memory_bill import Work
 from align.config.online_rl_keys import (
     ENVIRONMENTS,
     EnvironmentKeys,
@@ -31,7 +33,7 @@ from align.config.online_rl_keys import (
     SamplingKeys,
     StepKeys,
 )
-from align.config.training_base import TrainingStage
+from align.config.training_base import TOKENS_PER_WORD, TrainingStage
 
 LATER_KEYS = {
     "mixed_precision": None,
@@ -324,6 +326,25 @@ class OnlineRL(
             rows=self.steps * self.batch_size,
             steps=self.steps * self.epochs * self.minibatches,
             pairs=self.evaluations * self.n_eval_prompts if self.stop else None,
+        )
+
+    def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
+        """A micro-batch of completions of the largest length after a prompt of the median length.
+
+        None if the length of prompts is unknown.
+        """
+        words = statistics.get("words", {}).get("prompt_median")
+        if words is None:
+            return None
+        row = round(words * TOKENS_PER_WORD) + self.max_new_tokens
+        half = "bfloat16" in (self.dtype, self.mixed_precision)
+        rows = self.batch_size // self.minibatches
+        return Work(
+            self.tokens_per_batch or min(self.micro_batch_size, rows) * row,
+            checkpointing=self.gradient_checkpointing,
+            accumulates=True,
+            activation_bytes=2 if half else 4,
+            sampled=(min(self.sample_batch_size, self.batch_size), row),
         )
 
     @property

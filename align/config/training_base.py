@@ -22,6 +22,7 @@ from align.config.base import (
     Workload,
 )
 from align.config.memory import BYTES_PER_PARAMETER, ModelSize, training_bytes
+from align.config.memory_bill import Work, row_limit
 from align.config.quantization import QuantizableStage
 
 TOKENS_PER_WORD = 1.35  # usual ratio of subword vocabularies in English
@@ -112,6 +113,10 @@ class TrainingStage(QuantizableStage):
         """Models in memory besides the trained ones, in full fine-tuning."""
         return 0
 
+    def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
+        """The size of a forward pass in training; None if nothing bounds its rows."""
+        return None
+
     def memory_bytes(self, size: ModelSize, *, sharded: bool) -> int:
         """Weights, gradients, moments of Adam, and the reference where it stays in memory."""
         per_parameter = self.trained_models * training_bytes(self.optimizer_name)
@@ -138,6 +143,23 @@ class TRLStage(TrainingStage):
     max_lost_rows: float = Field(0.1, ge=0.0, le=1.0)
     """Largest share of the training rows that may be lost. A row is lost if its prompt alone fills
     ``trainer.max_length`` or the positions of the model, or if it is longer, in ``reward``."""
+
+    def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
+        """A batch of rows of the largest length."""
+        limit = row_limit(self.trl_value("max_length"), size.positions)
+        tokens = getattr(self, "tokens_per_batch", None)
+        if tokens is None and limit is not None:
+            tokens = self.trl_value(BATCH_SIZE) * limit * len(self.row_columns)
+        if tokens is None:
+            return None
+        half = self.dtype == "bfloat16" or bool(self.trainer.get("bf16"))
+        return Work(
+            tokens,
+            checkpointing=bool(self.trl_value("gradient_checkpointing")),
+            accumulates=self.trl_value("gradient_accumulation_steps") > 1,
+            activation_bytes=2 if half else 4,
+            has_logits=self.writes_policy,
+        )
 
     @property
     def data_input(self) -> str:

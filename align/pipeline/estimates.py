@@ -15,10 +15,11 @@ from typing import Any, cast
 from align.config.base import NewModel, Workload
 from align.config.data import Prepare, Sample
 from align.config.memory import ModelSize, new_model_size
+from align.config.memory_bill import Work
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
 from align.models import linear_layers
-from align.models.files import count_parameters
+from align.models.files import count_parameters, read_position_limit
 from align.models.gguf_files import GgufHeader, read_header
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, distributed
@@ -33,6 +34,10 @@ class Estimate:
     work: Workload
     memory_bytes: int | None = None
     """Weights, gradients, optimizer states and frozen models of one process."""
+    size: ModelSize | None = None
+    """The model that the stage trains; None if there is none or it is unknown."""
+    forward: Work | None = None
+    """The size of a forward pass in training."""
 
 
 def prepare_small(stages: Sequence[PlannedStage]) -> dict[Path, PreparedData]:
@@ -79,13 +84,14 @@ def estimate(
         work = stage.config.workload(data, world_size)
         if isinstance(stage.config, Sample) and work.rows is not None:
             known[stage.folder] = stage.config.written(work.rows)
-        memory = None
+        memory = size = forward = None
         if stage.config.trains_model:
             size = sizes[stage.folder] = _model_size(stage, sizes)
             sharded = bool(distributed.configured_plugins())
             if size is not None:
                 memory = stage.config.memory_bytes(size, sharded=sharded)
-        estimates[stage.name] = Estimate(work, memory)
+                forward = stage.config.forward_work(size, data)
+        estimates[stage.name] = Estimate(work, memory, size, forward)
     return estimates
 
 
@@ -150,7 +156,8 @@ def _model_size(stage: PlannedStage, known: Mapping[Path, ModelSize | None]) -> 
 
 
 def _gguf_size(header: GgufHeader) -> ModelSize:
-    return ModelSize(header.parameters, linear_layers.of_gguf(header))
+    embeddings = header.tensors.get("token_embd.weight", (0, 0))
+    return ModelSize(header.parameters, linear_layers.of_gguf(header), int(embeddings[-1]))
 
 
 def _stored_size(folder: Path) -> ModelSize | None:
@@ -161,4 +168,10 @@ def _stored_size(folder: Path) -> ModelSize | None:
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     if not files:
         return None
-    return ModelSize(sum(map(count_parameters, files)), linear_layers.of_folder(base))
+    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return ModelSize(
+        sum(map(count_parameters, files)),
+        linear_layers.of_folder(base),
+        values.get("vocab_size") or 0,
+        read_position_limit(base),
+    )

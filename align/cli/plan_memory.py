@@ -1,0 +1,105 @@
+"""The memory of each stage on a device, for `align plan --config FILE` and `--gpu-memory SIZE`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from align.config.base import Lora, NewModel
+from align.config.memory_bill import Bill, Sharding, Work, bill, reductions, trained_weights
+
+if TYPE_CHECKING:
+    from align.pipeline.estimates import Estimate
+    from align.pipeline.plan import PlannedStage
+
+NAMES = {"activations": "acts.", "gradients": "grads", "optimizer": "optim."}
+"""Shorter names of columns: 80 columns suffice."""
+LEGEND = (
+    "memory of a device for the longest rows; the peak is the largest sum that is in memory at one "
+    "time, without libraries and fragmentation; frozen: reference, reward models, base of adapters"
+)
+
+
+def print_bills(
+    console: Any,
+    stages: Sequence[PlannedStage],
+    estimates: Mapping[str, Estimate],
+    sharding: Sharding,
+    limit: int | None,
+) -> None:
+    """Print the parts of each stage's memory, and what would lower a peak above ``limit``."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    lines: list[str] = []
+    columns: list[str] = []
+    for stage in stages:
+        if not stage.config.trains_model:
+            continue
+        estimate = estimates[stage.name]
+        size, work = estimate.size, estimate.forward
+        if size is None or work is None or not size.linear:
+            lines.append(f"{stage.name}: memory unknown before the stages and data that it reads")
+            continue
+        trained = trained_weights(size, stage.config, sharded=sharding.stage > 0)
+        own = bill(size, trained, work, sharding)
+        if not columns:
+            columns = list(own.parts())
+            for name in (*columns, "peak"):
+                table.add_column(NAMES.get(name, name), justify="right", no_wrap=True)
+        numbers = [*own.parts().values(), own.peak]
+        table.add_row(stage.name, *(_size(number).replace(" ", "") for number in numbers))
+        lines += _verdict(stage, size, work, own, sharding, limit)
+    if columns:
+        console.print(table)
+        console.print(LEGEND, style="dim", width=min(console.width, 80))
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _verdict(
+    stage: PlannedStage, size: Any, work: Work, own: Bill, sharding: Sharding, limit: int | None
+) -> Iterator[str]:
+    """Whether a stage fits, and otherwise what each change of it reaches."""
+    if limit is None:
+        return
+    if own.peak <= limit:
+        yield f"{stage.name}: fits: {_size(own.peak)}B of {_size(limit)}B"
+        return
+    yield f"{stage.name}: does not fit: {_size(own.peak)}B of {_size(limit)}B; with"
+    for name, changed in _changes(stage.config, size, work, sharding):
+        fits = "fits" if changed.peak <= limit else "does not fit"
+        yield f"  {name}: {_size(changed.peak)}B, {fits}"
+
+
+def _changes(config: Any, size: Any, work: Work, sharding: Sharding) -> Iterator[tuple[str, Bill]]:
+    trained = trained_weights(size, config, sharded=sharding.stage > 0)
+    for name, smaller, divided in reductions(work, sharding):
+        yield name, bill(size, trained, smaller, divided)
+    if trained.optimizer_bytes > 2:
+        eight_bits = replace(trained, optimizer_bytes=2)
+        yield "an 8-bit optimizer", bill(size, eight_bits, work, sharding)
+    if isinstance(config.model, NewModel):
+        return
+    adapters = {"lora": config.lora or Lora.model_validate({})}
+    if config.lora is None:
+        changed = trained_weights(size, config.model_copy(update=adapters), sharded=False)
+        yield "lora", bill(size, changed, work, sharding)
+    if config.quantization is None:
+        update = adapters | {"quantization": "nf4"}
+        changed = trained_weights(size, config.model_copy(update=update), sharded=False)
+        yield "lora and quantization: nf4", bill(size, changed, work, sharding)
+
+
+def _size(number: float) -> str:
+    """Three digits and a prefix: ``1.23 G``; 0 is a dash."""
+    if not number:
+        return "–"
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"

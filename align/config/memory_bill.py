@@ -1,0 +1,216 @@
+"""The memory of a stage on each device, part by part, and what would lower it.
+
+Activations are those of a decoder with gated feed-forward layers, as of Llama and Qwen, in which
+the backward pass of a token needs, for each layer, 8 vectors of the width, 2 of keys and values and
+4 of the feed-forward layer. Left out: libraries, fragmentation, and the memory of vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from align.config.memory import BYTES_PER_PARAMETER, ModelSize
+from align.errors import RecipeError
+
+TILE = 256
+"""Rows of logits that the output layer computes at once on a CPU."""
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a launch configuration divides a model over its processes."""
+
+    processes: int = 1
+    stage: int = 0
+    """That of ZeRO: 0 for whole models, 2 for gradients and optimizer, 3 for weights as well."""
+
+    def share(self, number: float, stage: int) -> int:
+        """The share of one process of what is divided from this stage on."""
+        return round(number / self.processes if self.stage >= stage else number)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The tensors of a stage that depend on its settings, apart from the shape of its model."""
+
+    tokens: int
+    """Tokens of a forward pass with gradients."""
+    checkpointing: bool = False
+    """Whether activations are computed again in the backward pass."""
+    accumulates: bool = False
+    """Whether gradients of earlier forward passes are in memory during a forward pass."""
+    activation_bytes: int = 4
+    has_logits: bool = True
+    sampled: tuple[int, int] | None = None
+    """Rows that are sampled at once, and their tokens at the end; None for no sampling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What is trained and what is frozen, in numbers of parameters and bytes."""
+
+    parameters: int
+    optimizer_bytes: int
+    """Bytes of the optimizer for each trained parameter."""
+    frozen: int
+    """Bytes of frozen weights and copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """Bytes on each device. Not all parts are in memory at the same time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    exchange: int
+    """Buckets in which processes add up their gradients."""
+    activations: int
+    logits: int
+    cache: int
+    """Keys and values of sampled tokens."""
+    accumulates: bool = False
+
+    @property
+    def peak(self) -> int:
+        """The largest sum: in sampling, at the end of a forward pass, or of a backward pass.
+
+        Activations are freed while gradients arise, so both are complete only if earlier passes
+        have left gradients.
+        """
+        held = self.weights + self.optimizer + self.frozen + self.exchange
+        forward = self.activations + self.logits + self.gradients * self.accumulates
+        return held + max(forward, self.gradients, self.cache)
+
+    def parts(self) -> dict[str, int]:
+        """The parts by name."""
+        names = [field.name for field in fields(self) if field.name != "accumulates"]
+        return {name: getattr(self, name) for name in names}
+
+
+def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> Bill:
+    """The bill of a stage that trains models of one size."""
+    shape = _Shape.of(size)
+    layer = 8 * shape.width + 2 * shape.key_value + 4 * shape.inner
+    per_token = shape.layers * (shape.width if work.checkpointing else layer)
+    per_token += layer * work.checkpointing + 2 * shape.width
+    tile = min(work.tokens, TILE)
+    cache = 0
+    if work.sampled is not None:
+        rows, tokens = work.sampled
+        cache = rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
+        cache += 2 * rows * size.vocabulary * 4
+    gradients = 4 * trained.parameters
+    several = sharding.processes > 1 and sharding.stage == 0
+    return Bill(
+        weights=sharding.share(4 * trained.parameters, 3),
+        gradients=sharding.share(gradients, 2),
+        optimizer=sharding.share(trained.optimizer_bytes * trained.parameters, 2),
+        frozen=sharding.share(trained.frozen, 3),
+        exchange=gradients * several,
+        activations=work.tokens * per_token * work.activation_bytes,
+        logits=2 * tile * size.vocabulary * 4 * work.has_logits,
+        cache=cache,
+        accumulates=work.accumulates,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Widths of the vectors of a decoder, from the shapes of its linear layers."""
+
+    layers: int
+    width: int
+    inner: int
+    key_value: int
+
+    @classmethod
+    def of(cls, size: ModelSize) -> _Shape:
+        numbers = {next(filter(str.isdigit, name.split(".")), "") for name in size.linear}
+        inputs = [shape[1] for shape in size.linear.values()]
+        outputs = [shape[0] for shape in size.linear.values()]
+        return cls(len(numbers), min(inputs), max(inputs), min(outputs))
+
+
+def read_sharding(file: Path) -> Sharding:
+    """The sharding of a launch configuration of accelerate.
+
+    Raises:
+        RecipeError: The file is missing, or no mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{file}: {error.strerror}; accelerate_configs/ has examples") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{file}: expected a mapping; accelerate_configs/ has examples")
+    processes = content.get("num_processes", 1)
+    if not isinstance(processes, int) or processes < 1:
+        raise RecipeError(f"{file}: num_processes: expected a whole number from 1, got {processes}")
+    return Sharding(processes, _stage(content))
+
+
+def _stage(content: Mapping[str, Any]) -> int:
+    kind = str(content.get("distributed_type", "NO"))
+    if kind == "FSDP":
+        options = content.get("fsdp_config") or {}
+        reshards = str(options.get("fsdp_reshard_after_forward", True)).lower()
+        return 2 if reshards in ("false", "shard_grad_op") else 3
+    if kind == "DEEPSPEED":
+        stage = (content.get("deepspeed_config") or {}).get("zero_stage", 2)
+        return int(stage) if stage in (2, 3) else 0
+    return 0
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as ``24GB`` or ``80GiB`` in bytes.
+
+    Raises:
+        RecipeError: It is no size.
+
+    >>> parse_bytes("24GB"), parse_bytes("1.5 GiB")
+    (24000000000, 1610612736)
+    """
+    compact = text.replace(" ", "").upper()
+    for unit, factor in UNITS.items():
+        number = compact.removesuffix(unit)
+        if number != compact and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return round(float(number) * factor)
+    raise RecipeError(f"--gpu-memory {text}: expected a size such as 24GB or 80GiB")
+
+
+def row_limit(trainer_limit: Any, positions: int | None) -> int | None:
+    """The longest row of a trainer in tokens; None if nothing limits it."""
+    limits = [limit for limit in (trainer_limit, positions) if isinstance(limit, int)]
+    return min(limits, default=None)
+
+
+def reductions(work: Work, sharding: Sharding) -> Iterator[tuple[str, Work, Sharding]]:
+    """Changes of a launch and a batch that lower the peak, each alone, with its name."""
+    if not work.checkpointing:
+        yield "gradient checkpointing", replace(work, checkpointing=True), sharding
+    if work.tokens > 1:
+        yield "half the rows in a forward pass", replace(work, tokens=work.tokens // 2), sharding
+    if sharding.processes > 1 and sharding.stage < 3:
+        yield "ZeRO-3 or FSDP2", work, replace(sharding, stage=3)
+
+
+def trained_weights(size: ModelSize, config: Any, *, sharded: bool) -> Trained:
+    """What a stage with ``config`` trains, and what it holds besides."""
+    from align.config.memory import training_bytes
+
+    optimizer = training_bytes(config.optimizer_name) - 8
+    if config.lora:
+        parameters = size.adapter_parameters(config.lora) * config.trained_models
+        return Trained(parameters, optimizer, size.weight_bytes(config.dtype, config.quantization))
+    copies = config.frozen_models(sharded=sharded) * BYTES_PER_PARAMETER[config.dtype]
+    return Trained(size.parameters * config.trained_models, optimizer, size.parameters * copies)

@@ -1,0 +1,172 @@
+"""The memory of a stage on a device: against what torch stores, and by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from align.config.base import NewModel
+from align.config.memory import new_model_size
+from align.config.memory_bill import (
+    Sharding,
+    Trained,
+    Work,
+    bill,
+    parse_bytes,
+    read_sharding,
+    trained_weights,
+)
+from align.config.online_rl_stages import PPO
+from align.config.training import DPO, KTO, SFT
+from align.errors import RecipeError
+
+SIZES = [
+    NewModel(vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=2),
+    NewModel(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+    ),
+    NewModel(vocab_size=300, hidden_size=192, intermediate_size=300, num_hidden_layers=8),
+]
+
+
+@pytest.mark.parametrize("new", SIZES, ids=["2 layers", "grouped keys", "8 layers"])
+def test_activations_are_what_the_backward_pass_of_torch_needs_to_15_percent(new: NewModel):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**new.model_dump())).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    stored: dict[int, torch.Tensor] = {}  # holding the tensors keeps their addresses distinct
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            stored[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(input_ids=torch.randint(0, 300, (2, 64)), use_cache=False)
+    assert hidden.last_hidden_state.requires_grad
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
+    size = new_model_size(new)
+    trained = trained_weights(size, SFT(model=new), sharded=False)
+    estimated = bill(size, trained, Work(tokens=128), Sharding()).activations
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_the_parts_by_hand():
+    size = new_model_size(NewModel(vocab_size=512, hidden_size=8, intermediate_size=16,
+                                   num_hidden_layers=3, num_attention_heads=1))  # fmt: skip
+    trained = Trained(parameters=1000, optimizer_bytes=8, frozen=4000)
+    work = Work(tokens=10, sampled=(2, 20))
+    alone = bill(size, trained, work, Sharding())
+    # A layer: 8 * 8 + 2 * 8 + 4 * 16 = 144 numbers; 3 layers and 2 * 8 at the end: 448 a token.
+    # Cache: 2 rows * 20 tokens * 3 layers * 2 * 8 numbers, and two rows of logits twice.
+    assert alone.parts() == {
+        "weights": 4000,
+        "gradients": 4000,
+        "optimizer": 8000,
+        "frozen": 4000,
+        "exchange": 0,
+        "activations": 10 * 448 * 4,
+        "logits": 2 * 10 * 512 * 4,
+        "cache": 2 * 20 * 3 * 2 * 8 * 4 + 2 * 2 * 512 * 4,
+    }
+    assert alone.peak == 4000 + 8000 + 4000 + 17920 + 40960
+    # With checkpointing: 3 layers store 8 numbers each, and one layer is computed again.
+    again = bill(size, trained, Work(tokens=10, checkpointing=True), Sharding())
+    assert again.activations == 10 * (3 * 8 + 144 + 16) * 4
+    # ZeRO-2 on 4 processes divides gradients and optimizer, ZeRO-3 weights and copies as well.
+    two, three = (bill(size, trained, work, Sharding(4, stage)) for stage in (2, 3))
+    assert (two.weights, two.gradients, two.optimizer, two.frozen) == (4000, 1000, 2000, 4000)
+    assert (three.weights, three.gradients, three.optimizer) == (1000, 1000, 2000)
+    assert three.frozen == 1000
+    assert bill(size, trained, work, Sharding(4)).exchange == 4000  # the buckets of DDP
+
+
+def test_gradients_of_earlier_passes_add_to_the_peak_of_a_forward_pass():
+    size = new_model_size(SIZES[0])
+    trained = Trained(1000, 8, 0)
+    one = bill(size, trained, Work(tokens=64), Sharding())
+    more = bill(size, trained, Work(tokens=64, accumulates=True), Sharding())
+    assert more.peak - one.peak == 4000
+
+
+def test_the_forward_pass_of_each_kind_of_stage_by_hand():
+    size = new_model_size(SIZES[0])  # 512 positions
+    batch = {"per_device_train_batch_size": 4, "max_length": 100}
+    for stage, tokens in (
+        (SFT(model="m", trainer=batch), 400),
+        (DPO(model="m", trainer=batch), 800),  # chosen and rejected
+        (KTO(model="m", trainer={**batch, "max_length": 1000}), 4 * 512),
+        (DPO(model="m", trainer={"max_length": 100}, tokens_per_batch=77), 77),
+    ):
+        work = stage.forward_work(size, {})
+        assert work is not None
+        assert work.tokens == tokens
+    ppo = PPO(model="m", rewards=["r"], steps=1, batch_size=8, micro_batch_size=4, max_new_tokens=9)
+    assert ppo.forward_work(size, {}) is None
+    work = ppo.forward_work(size, {"words": {"prompt_median": 20}})
+    assert work is not None
+    assert (work.tokens, work.sampled) == (4 * (27 + 9), (8, 36))  # 20 * 1.35 = 27
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"distributed_type": "NO"}, Sharding(1, 0)),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 8}, Sharding(8, 0)),
+        (
+            {"distributed_type": "DEEPSPEED", "num_processes": 2,
+             "deepspeed_config": {"zero_stage": 3}},
+            Sharding(2, 3),
+        ),
+        (
+            {"distributed_type": "FSDP", "num_processes": 4,
+             "fsdp_config": {"fsdp_reshard_after_forward": False}},
+            Sharding(4, 2),
+        ),
+        ({"distributed_type": "FSDP", "num_processes": 4}, Sharding(4, 3)),
+    ],
+)  # fmt: skip
+def test_the_sharding_of_a_launch_configuration(tmp_path: Path, content, expected):
+    file = tmp_path / "launch.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert read_sharding(file) == expected
+
+
+def test_wrong_files_and_sizes_are_errors_of_one_line(tmp_path: Path):
+    with pytest.raises(RecipeError, match="No such file"):
+        read_sharding(tmp_path / "none.yaml")
+    file = tmp_path / "launch.yaml"
+    for text, message in (("[1", "no YAML"), ("a", "mapping"), ("num_processes: 0", "from 1")):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            read_sharding(file)
+    for wrong in ("24", "GB", "-1GB", "0GB", "x GB"):
+        with pytest.raises(RecipeError, match="expected a size such as 24GB"):
+            parse_bytes(wrong)
+    assert parse_bytes("80GiB") == 80 * 2**30
+
+
+def test_a_plan_says_what_fits_and_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from typer.testing import CliRunner
+
+    from align.cli.main import app
+
+    monkeypatch.chdir(Path(__file__).parents[2])
+    runs = ["--runs", str(tmp_path)]
+    done = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs, "--gpu-memory", "40MB"])
+    assert done.exit_code == 0, done.output
+    assert "does not fit" in done.output
+    assert "an 8-bit optimizer:" in done.output
+    table = done.output[done.output.index("acts.") :]
+    assert max(map(len, table.splitlines())) <= 80
+    large = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs, "--gpu-memory", "9GB"])
+    assert "does not fit" not in large.output
+    assert "sft: fits: " in large.output
