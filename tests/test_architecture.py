@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "config": "errors",
     "models": "errors models.prefix_sharing runtime",
     "runtime": "errors __version__",
-    "report": "errors",
+    "report": "errors config",
     "report.page": "errors config functional report runtime",
     "data": "errors config runtime",
     "control": "errors functional rl report config",

@@ -109,6 +109,8 @@ def _plan_table(
     from rich.table import Table
     from rich.text import Text
 
+    from align.runtime.terminal import with_unit
+
     # Without borders, and with the name of a stage only in that of its folder: 80 columns suffice.
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("folder", no_wrap=True, overflow="ignore")
@@ -122,8 +124,8 @@ def _plan_table(
             STATUS[stage.status],
             "" if work.rows is None else f"{work.rows:,}",
             "" if work.steps is None else f"{work.steps:,}",
-            "" if work.tokens is None else f"≈ {_with_unit(work.tokens)}",
-            "" if memory is None else f"≥ {_with_unit(memory)}B",
+            "" if work.tokens is None else f"≈ {with_unit(work.tokens).rstrip()}",
+            "" if memory is None else f"≥ {with_unit(memory)}B",
         )
     return table
 
@@ -154,15 +156,6 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     # Memory does not depend on the data, which are therefore not prepared again.
     for name, estimate in estimates.estimate(stages, world_size=1, prepared={}).items():
         if estimate.memory_bytes is not None:
-            memory = _with_unit(estimate.memory_bytes)
+            memory = with_unit(estimate.memory_bytes)
             console.print(f"{name}: memory ≥ {memory}B for weights, gradients and Adam")
     console.print(f"no errors, {counted(warnings, 'warning')}" if warnings else "no errors")
-
-
-def _with_unit(number: float) -> str:
-    """Three digits and a prefix: ``1.23 k``. Followed by B it is a size."""
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}" if prefix else f"{number:.0f} "
-        number /= 1000
-    return f"{number:.3g} T"

@@ -156,9 +156,6 @@ def _age(seconds: float) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes with a decimal prefix: ``19.6 MB``."""
-    for prefix in ("", "k", "M"):
-        if count < 999.5:
-            return f"{count:.3g} {prefix}B"
-        count /= 1000
-    return f"{count:.3g} GB"
+    from align.runtime.terminal import with_unit
+
+    return f"{with_unit(count)}B"

@@ -224,10 +224,21 @@ class OnlineRL(
                 del settings[key]
         if not self.keep_checkpoints:
             del settings["save_steps"]
+        if self.aggregate == "constant" and self.environment is not None:
+            settings["aggregate"] = ["constant", self.most_sampled_tokens]  # was max_new_tokens
         if self.stop is not None:
             is_input = "stop.judge" in self.input_names()
             settings["stop"] = self.stop.digest_settings(judge_is_input=is_input)
+            settings["stop"]["metrics"] = "saved"  # those of the last policy in earlier versions
         return settings
+
+    @property
+    def most_sampled_tokens(self) -> int:
+        """Most tokens that the policy can sample for a prompt, in all turns of an episode."""
+        if self.environment is None:
+            return self.max_new_tokens
+        tokens = self.max_turns * self.max_new_tokens
+        return tokens if self.max_episode_tokens is None else min(tokens, self.max_episode_tokens)
 
     def required_tables(self) -> tuple[Table, ...]:
         """The training prompts, and those to evaluate on."""

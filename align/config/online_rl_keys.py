@@ -144,7 +144,8 @@ class LossKeys(Config):
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """What the losses of the tokens are divided by: the tokens of the minibatch (``token``); the
     tokens of their completion, then the completions (``sequence``); or ``max_new_tokens`` times
-    the completions (``constant``)."""
+    the completions (``constant``). An episode of several turns may have ``max_turns`` times as many
+    tokens, at most ``max_episode_tokens``."""
     clip: float = Field(0.2, gt=0.0)
     """Clipping range of the probability ratio."""
     clip_high: float | None = Field(None, gt=0.0)

@@ -66,7 +66,8 @@ class GRPO(GroupKeys, OnlineRL):
     aggregate: Literal["token", "sequence", "constant"] = "sequence"
     """What the losses of the tokens are divided by: the tokens of the minibatch (``token``, as in
     DAPO); the tokens of their completion, then the completions (``sequence``); or
-    ``max_new_tokens`` times the completions (``constant``, as in Dr. GRPO)."""
+    ``max_new_tokens`` times the completions (``constant``, as in Dr. GRPO). An episode of several
+    turns may have ``max_turns`` times as many tokens, at most ``max_episode_tokens``."""
     kl_placement: Literal["reward", "loss", "token_loss"] = "loss"
     """Where the KL penalty is: in the ``reward`` of each token, as the log-ratio (``k1``), or a
     term of the ``loss``, from the low-variance ``k3``, which normalization of advantages and

@@ -12,6 +12,7 @@ from align.config.base import Input, Stage
 from align.config.control.algorithms import FAMILIES, family_of
 from align.config.data import Label, Prepare, Sample
 from align.config.evaluate import Evaluate
+from align.config.online_rl import OnlineRL
 from align.config.online_rl_stages import GRPO, PPO, RLOO, Reinforce
 from align.config.training import DPO, KTO, SFT, Reward
 
@@ -41,6 +42,9 @@ def stage_classes(kind: str) -> tuple[type[Stage], ...]:
 def stage_class(kind: str, settings: Mapping[str, Any]) -> type[Stage]:
     """The configuration class of a stage of a kind with these settings."""
     return family_of(settings) if kind == "control" else STAGES[kind]
+
+ONLINE_RL = tuple(kind for kind, stage in STAGES.items() if issubclass(stage, OnlineRL))
+"""The kinds of stages that train a policy on its own completions."""
 
 
 def stage_kind(stage: Stage) -> str:

@@ -34,7 +34,7 @@ from align.online_rl.models import (
     REFERENCE,
     VALUE,
     ModelView,
-    PPOModels,
+    OnlineRLModels,
     disable_dropout,
     enable_gradient_checkpointing,
 )
@@ -48,7 +48,7 @@ def build_models(
     reward_sources: Sequence[Path | str],
     *,
     device: Any,
-) -> PPOModels:
+) -> OnlineRLModels:
     """Load all models onto ``device``, without dropout, with gradients for policy and critic only.
 
     ``source`` is the policy at the start; ``reward_sources`` are its reward models, in the
@@ -110,7 +110,7 @@ class _Loader:
     def has_critic(self) -> bool:
         return self.config.has_critic
 
-    def separate_models(self) -> PPOModels:
+    def separate_models(self) -> OnlineRLModels:
         """Every model with its own weights."""
         policy, reference = self._merged_policy(), self._merged_policy()
         rewards = [self._reward_model(source) for source in self.reward_sources]
@@ -124,11 +124,11 @@ class _Loader:
         elif self.has_critic:
             model = self._merged_policy()
             critic = ModelView(model, head=_value_head(model.config.hidden_size))
-        return PPOModels(
+        return OnlineRLModels(
             ModelView(policy), ModelView(reference), rewards, critic, policy, self.tokenizer
         )
 
-    def shared_backbone(self) -> PPOModels:
+    def shared_backbone(self) -> OnlineRLModels:
         """Policy, reference, critic and suitable reward models on one frozen base model."""
         base = loading.adapter_base(self.source, revision=self.config.revision)
         wrapped, reference = self._wrapped_policy(base)
@@ -140,7 +140,7 @@ class _Loader:
             for k, source in enumerate(self.reward_sources)
         ]
         critic = self._adapter_critic(wrapped, rewards, reference) if self.has_critic else None
-        return PPOModels(
+        return OnlineRLModels(
             ModelView(model, POLICY),
             ModelView(model, reference),
             rewards,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.online_rl.stopping import StopRule
 from align.runtime import artifacts, checkpoints, distributed
 
@@ -28,7 +28,7 @@ N_KEPT = 2
 def save(
     output_dir: Path,
     step: int,
-    models: PPOModels,
+    models: OnlineRLModels,
     optimizer: torch.optim.Optimizer,
     kl_coef: float,
     stop_rule: StopRule | None = None,
@@ -55,7 +55,7 @@ def save(
 
 def load(
     checkpoint: Path,
-    models: PPOModels,
+    models: OnlineRLModels,
     optimizer: torch.optim.Optimizer,
     stop_rule: StopRule | None = None,
 ) -> tuple[int, float]:

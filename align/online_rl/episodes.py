@@ -25,7 +25,7 @@ from align.models import tokenization
 from align.models.conversations import Conversations
 from align.models.files import position_limit
 from align.online_rl.completions import Completions, Episode
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.online_rl.sampling import Sampler
 from align.rewards.environments import Environment, load_environment
 from align.runtime.seeds import derive_seed
@@ -161,7 +161,7 @@ class Player:
         return Played(completions, [{**e.row, "prompt": e.messages} for e in episodes])
 
 
-def build_player(config: OnlineRL, sampler: Sampler, models: PPOModels) -> Player | None:
+def build_player(config: OnlineRL, sampler: Sampler, models: OnlineRLModels) -> Player | None:
     """A player whose episodes fit into the positions of the policy; None without an environment.
 
     Raises:

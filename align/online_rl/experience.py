@@ -29,7 +29,7 @@ from align.functional.token_rewards import (
     token_rewards,
 )
 from align.online_rl.completions import IGNORED, Completions
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated
 
@@ -58,7 +58,7 @@ class Experience:
 
 
 def compute_experience(
-    models: PPOModels,
+    models: OnlineRLModels,
     completions: Completions,
     *,
     batch_size: int,
@@ -175,7 +175,7 @@ def estimate_advantages(
 
 
 def evaluators(
-    models: PPOModels, *, frozen_policy: bool
+    models: OnlineRLModels, *, frozen_policy: bool
 ) -> list[Callable[[dict[str, Tensor]], Evaluated]]:
     """Functions for :func:`align.rl.update.update`: the policy, then the critic if it exists.
 

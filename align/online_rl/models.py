@@ -61,8 +61,8 @@ class ModelView:
 
 
 @dataclass(frozen=True, slots=True)
-class PPOModels:
-    """All models of a PPO run."""
+class OnlineRLModels:
+    """All models of an online-RL run."""
 
     policy: ModelView
     reference: ModelView

@@ -18,7 +18,7 @@ from align.config.online_rl_stages import PPO
 from align.errors import UserError
 from align.functional.masked import sum_over_ranks
 from align.models import token_batches
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
 from align.runtime import distributed
@@ -52,7 +52,7 @@ def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objecti
         clip_high=clip_high,
         loss=config.loss,
         aggregate=config.aggregate,
-        longest=config.max_new_tokens,
+        longest=config.most_sampled_tokens,
         dual_clip=config.dual_clip,
         entropy_coef=config.entropy_coef,
         kl_coef=kl_coef,
@@ -81,7 +81,7 @@ def divide_by_tokens(rollout: Rollout, *, config: OnlineRL) -> list[Rollout]:
     return [rollout.take(torch.tensor(batch)) for batch in divide_rows(rows, config=config)]
 
 
-def build_optimizer(config: OnlineRL, models: PPOModels) -> torch.optim.Optimizer:
+def build_optimizer(config: OnlineRL, models: OnlineRLModels) -> torch.optim.Optimizer:
     """AdamW with one parameter group for the policy and one for the critic.
 
     ``base`` in a group is its peak learning rate; :func:`set_learning_rates` multiplies it.

@@ -1,4 +1,4 @@
-"""The picture of an online-RL run, ``ppo.png``, drawn from ``metrics.jsonl``.
+"""The picture of an online-RL run, ``curves.png``, drawn from ``metrics.jsonl``.
 
 It shows score, each of several rewards, KL, entropy, length, missing eos, clip fraction and
 explained variance against steps, and reward and gold score against the square root of the KL, where
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Point = dict[str, float]
 """The metrics of a step."""
 
-PICTURE = "ppo.png"
+PICTURE = "curves.png"
 OVER_OPTIMIZATION = "reward and gold score against √KL(policy, reference)"
 REWARDS = "each reward, without its weight"
 PANELS = (
@@ -42,7 +42,7 @@ PANELS = (
 
 
 def draw(output_dir: Path) -> None:
-    """Draw ``metrics.jsonl`` into ``ppo.png``."""
+    """Draw ``metrics.jsonl`` into ``curves.png``."""
     text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
     points: list[Point] = [
         {k: v for k, v in json.loads(line).items() if isinstance(v, int | float)}

@@ -10,7 +10,7 @@ from torch import randperm
 from align.config.online_rl import OnlineRL
 from align.data.rows import Row
 from align.models import generation, tokenization
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.runtime import distributed
 from align.runtime.seeds import generator
 
@@ -35,7 +35,7 @@ class Prompts:
         return Prompts(self.rows[own], self.tokens[own])
 
 
-def tokenize(rows: Sequence[Row], models: PPOModels, config: OnlineRL) -> Prompts:
+def tokenize(rows: Sequence[Row], models: OnlineRLModels, config: OnlineRL) -> Prompts:
     """Tokenize prompts for the policy.
 
     Raises:

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("ppo", "grpo", "rloo", "reinforce")
-"""Kinds of stages; the metrics of the last step are stored under the kind."""
+from align.config.stages import ONLINE_RL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +71,17 @@ class OnlineRLMetrics:
     trained_parameters: int
     """Trainable parameters of policy and critic."""
     training: BatchMetrics
-    """Metrics of the last step."""
+    """Metrics of the last step; of the saved policy if a stop rule chose it."""
     held_out: BatchMetrics | None
-    """Metrics of the last held-out evaluation; None if the recipe has none."""
+    """Metrics of the last held-out evaluation, or of that of the saved policy; None if the recipe
+    has none."""
     stop: StopMetrics | None = None
     """Result of the stop rule; None if the recipe has none."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> OnlineRLMetrics:
         """Read the metrics of a finished stage."""
-        last = next(metrics[kind] for kind in KINDS if kind in metrics)
+        last = next(metrics[kind] for kind in ONLINE_RL if kind in metrics)
         has_held_out = "eval_score" in last
         return cls(
             steps=metrics["steps"],

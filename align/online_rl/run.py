@@ -13,7 +13,7 @@ from torch import OutOfMemoryError
 
 from align.config.online_rl import OnlineRL
 from align.config.stages import stage_kind
-from align.errors import UserError
+from align.errors import UserError, counted
 from align.online_rl import plots
 from align.online_rl.results import BatchMetrics, OnlineRLMetrics, StopMetrics, reward_parts
 from align.online_rl.trainer import OnlineRLTrainer
@@ -78,21 +78,25 @@ def stop_remark(stop: StopMetrics, done: int, steps: int) -> str:
 
 
 def result_table(metrics: OnlineRLMetrics, output_dir: Path) -> ResultTable:
-    """Metrics of the last step, and of the last held-out evaluation if there was one.
+    """Metrics of the saved policy, on a training batch and on held-out prompts if it was evaluated.
 
-    Several rewards have a column each.
+    Several rewards have a column each. A metric without a value, such as the gold score without a
+    judge, has none.
     """
     batches = {"training": metrics.training, "held out": metrics.held_out}
     parts = reward_parts(metrics.training.rewards)
+    measured = [batch for batch in batches.values() if batch is not None]
+    columns = [each for each in COLUMNS if any(getattr(b, each[0]) is not None for b in measured)]
+    updates = metrics.steps if metrics.stop is None else metrics.stop.best_step
 
     def row(name: str, batch: BatchMetrics) -> tuple[str, ...]:
-        cells = [_format(getattr(batch, key), form) for key, _, form in COLUMNS]
+        cells = [_format(getattr(batch, key), form) for key, _, form in columns]
         own = reward_parts(batch.rewards)
         return (name, *cells, *(_format(own.get(part), ".3f") for part in parts))
 
     return ResultTable(
-        f"after {metrics.steps} updates; KL in nats per completion",
-        ("prompts<", *(header for _, header, _ in COLUMNS), *parts),
+        f"after {counted(updates, 'update')}; KL in nats per completion",
+        ("prompts<", *(header for _, header, _ in columns), *parts),
         [row(name, batch) for name, batch in batches.items() if batch is not None],
         note=f"curves: {output_dir / plots.PICTURE}",
     )

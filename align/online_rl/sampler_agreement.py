@@ -25,7 +25,7 @@ from align.functional.policy_gradient import importance_ratio
 from align.models.decoding import MIN_ROWS
 from align.online_rl.completions import IGNORED
 from align.online_rl.experience import Experience, align_sampler_logps
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.online_rl.sampling import Sampler
 
 N_TOKENS = 32
@@ -97,7 +97,7 @@ def computed_type(config: OnlineRL) -> str:
 
 def compare(
     config: OnlineRL,
-    models: PPOModels,
+    models: OnlineRLModels,
     sampler: Sampler,
     prompts: Sequence[Sequence[int]],
     *,

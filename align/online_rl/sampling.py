@@ -14,7 +14,7 @@ from align.config.online_rl import OnlineRL
 from align.models import generation
 from align.models.adapters import active_adapter
 from align.online_rl.completions import Completions
-from align.online_rl.models import ModelView, PPOModels
+from align.online_rl.models import ModelView, OnlineRLModels
 from align.runtime.seeds import derive_seed
 
 
@@ -74,7 +74,7 @@ def _length_limit(model: Any, max_new_tokens: int | None) -> Iterator[None]:
         config.max_new_tokens = before
 
 
-def build_sampler(config: OnlineRL, models: PPOModels) -> Sampler:
+def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     """The sampler that ``config.sampler`` names. It sets the policy's ``generation_config``.
 
     Raises:

@@ -23,7 +23,7 @@ from align.functional.token_rewards import group_relative, overlong_share
 from align.functional.variance_shares import variance_shares
 from align.models import tokenization
 from align.online_rl.completions import Completions
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.rewards import gold
 from align.rewards.functions import Score, call, load_function
 from align.rewards.reward_model import RewardModel
@@ -200,7 +200,9 @@ def load_functions(config: OnlineRL) -> dict[str, Score]:
     return {name: load_function(function.address) for name, function in functions}
 
 
-def build_scorer(config: OnlineRL, models: PPOModels, functions: Mapping[str, Score]) -> Scorer:
+def build_scorer(
+    config: OnlineRL, models: OnlineRLModels, functions: Mapping[str, Score]
+) -> Scorer:
     """The scorer of a recipe. Its reward models are ``models.rewards``, in the recipe's order."""
     reward_models = iter(models.rewards)
     end = tokenization.end_of_turn(models.tokenizer) if models.rewards else -1

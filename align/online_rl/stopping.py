@@ -29,7 +29,7 @@ from align.judges.base import Pair
 from align.judges.build import Judge, build_judges, check_rows
 from align.judges.preferences import preferences
 from align.models import tokenization
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 from align.online_rl.prompts import Prompts
 from align.online_rl.results import StopMetrics
 from align.online_rl.sampling import Sampler
@@ -51,13 +51,18 @@ class StopRule:
     planned: int
     """Checks of a run that is not stopped."""
     batch_size: int
-    models: PPOModels
+    models: OnlineRLModels
     sampler: Sampler
     seed: int
     best_step: int = 0
     """Updates of the best policy so far."""
     best: list[Tensor] = field(default_factory=list)
     """Its trainable parameters."""
+    best_training: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the batch that the best policy sampled; those of the step that made it, if no
+    batch followed."""
+    best_held_out: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the best policy on the held-out prompts."""
     outcomes: list[list[float]] = field(default_factory=list)
     """Preference for the policy over the best one in each comparison of each check."""
 
@@ -76,13 +81,20 @@ class StopRule:
         """Whether the last check stops the run."""
         return bool(self.outcomes) and self.e_values[-1] >= 1 / self.stop.alpha
 
-    def check(self, done: int) -> dict[str, float]:
+    def check(
+        self,
+        done: int,
+        *,
+        training: Mapping[str, float],
+        held_out: Mapping[str, float],
+    ) -> dict[str, float]:
         """Compare the policy after ``done`` updates with the best one; returns metrics to log.
 
-        A collective call. Before the first update, the policy becomes the best one.
+        A collective call. Before the first update, the policy becomes the best one. ``training``
+        and ``held_out`` are its metrics, stored with it if it does.
         """
         if done == 0:
-            self._keep(0)
+            self._keep(0, training, held_out)
             return {}
         places = torch.randint(
             len(self.prompts), (self.per_check,), generator=generator(self.seed, "stop", done)
@@ -101,9 +113,14 @@ class StopRule:
         decided = [each for each in outcomes if not math.isnan(each)]
         win_rate = sum(decided) / len(decided) if decided else math.nan
         if win_rate >= 0.5:
-            self._keep(done)
+            self._keep(done, training, held_out)
         metrics = {"stop_e_value": self.e_values[-1], "best_step": float(self.best_step)}
         return metrics | ({"stop_win_rate": win_rate} if decided else {})
+
+    def add_batch(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Store the metrics of a step, counted from 0, if the best policy sampled its batch."""
+        if step == self.best_step:
+            self.best_training = metrics
 
     def restore_best(self) -> None:
         """Give the policy the weights of the best one, to be saved."""
@@ -125,11 +142,17 @@ class StopRule:
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores beside the weights of the best policy, as JSON types."""
         outcomes = [[None if math.isnan(o) else o for o in check] for check in self.outcomes]
-        return {"best_step": self.best_step, "outcomes": outcomes}
+        return {
+            "best_step": self.best_step,
+            "best_training": dict(self.best_training),
+            "best_held_out": dict(self.best_held_out),
+            "outcomes": outcomes,
+        }
 
     def restore(self, state: Mapping[str, Any], best: Sequence[Tensor]) -> None:
         """Continue from :meth:`state` and the weights of the best policy of a checkpoint."""
         self.best_step = state["best_step"]
+        self.best_training, self.best_held_out = state["best_training"], state["best_held_out"]
         self.outcomes = [[math.nan if o is None else o for o in each] for each in state["outcomes"]]
         self.best = [
             weight.to(p.device) for weight, p in zip(best, self._parameters(), strict=True)
@@ -138,8 +161,10 @@ class StopRule:
     def _parameters(self) -> list[Tensor]:
         return list(self.models.parameters(self.models.policy))
 
-    def _keep(self, done: int) -> None:
-        self.best_step = done
+    def _keep(
+        self, done: int, training: Mapping[str, float], held_out: Mapping[str, float]
+    ) -> None:
+        self.best_step, self.best_training, self.best_held_out = done, training, held_out
         self.best = [p.detach().clone() for p in self._parameters()]
 
     def _load(self, weights: Sequence[Tensor]) -> None:
@@ -187,7 +212,7 @@ def build_stop_rule(
     inputs: Mapping[str, Path | str],
     rows: Sequence[Row],
     tokenize: Callable[[Sequence[Row]], Prompts],
-    models: PPOModels,
+    models: OnlineRLModels,
     sampler: Sampler,
     *,
     runs: Path,

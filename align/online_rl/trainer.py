@@ -113,9 +113,9 @@ class OnlineRLTrainer:
         self.kl_coef = config.kl_coef
         """Coefficient of the KL penalty in the next step."""
         self.metrics: dict[str, float] = {}
-        """Metrics of the last step."""
+        """Metrics of the last step; after the run, of the policy that is saved."""
         self.held_out_metrics: dict[str, float] = {}
-        """Metrics of the last held-out evaluation."""
+        """Metrics of the last held-out evaluation; after the run, of the policy that is saved."""
         self.done = 0
         """Updates so far."""
 
@@ -160,6 +160,8 @@ class OnlineRLTrainer:
                     break
         if self.stop_rule is not None:
             self.stop_rule.restore_best()
+            self.metrics = dict(self.stop_rule.best_training)
+            self.held_out_metrics = dict(self.stop_rule.best_held_out)
 
     def check_sampler(self) -> None:
         """Check that sampler and update compute the same log-probabilities.
@@ -298,6 +300,8 @@ class OnlineRLTrainer:
         """Log the metrics of a step, and the samples of about 20 steps of the run."""
         done, steps = step + 1, self.config.steps
         self.metrics = metrics
+        if self.stop_rule is not None:
+            self.stop_rule.add_batch(step, metrics)
         self.logger.log(done, metrics)
         parts = reward_parts(rewards_of(metrics))
         self.logger.step(done, steps, {k: metrics[k] for k in SHOWN} | parts)
@@ -317,7 +321,11 @@ class OnlineRLTrainer:
         metrics = compute_metrics(completions, experience, scores)
         shown = [key for key in metrics if key in HELD_OUT or key.startswith("rewards/")]
         self.held_out_metrics = {f"eval_{key}": metrics[key] for key in shown}
-        checked = {} if self.stop_rule is None else self.stop_rule.check(done)
+        checked: dict[str, float] = {}
+        if self.stop_rule is not None:
+            checked = self.stop_rule.check(
+                done, training=self.metrics, held_out=self.held_out_metrics
+            )
         self.logger.log(done, self.held_out_metrics | checked)
         own = held_out.measurements(scores, experience)
         held_out.append(self.output_dir, done, own, len(self.held_out))

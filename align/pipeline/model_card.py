@@ -18,8 +18,10 @@ from typing import Any
 
 from align.config import catalog
 from align.config.methods import method
+from align.config.online_rl_keys import ENVIRONMENTS
 from align.config.shipped import EMBEDDED
-from align.config.stages import STAGES
+from align.config.stages import ONLINE_RL, STAGES
+from align.errors import counted
 from align.models import gguf_files
 from align.models.files import ADAPTER_CONFIG
 from align.pipeline.lineage import Origin, lineage
@@ -37,16 +39,17 @@ METRICS = {
     "held_out.accuracy_upper_bound": "the best possible share on these noisy labels",
     "held_out.expected_calibration_error": "held out: expected calibration error",
     "center.score_mean": "mean output on demonstrations, which Align subtracts from every score",
-    "ppo.score": "training: mean score",
-    "ppo.kl": "training: KL to the reference, nats per completion",
-    "ppo.tokens": "training: tokens per completion",
-    "ppo.missing_eos": "training: share of completions without an end",
-    "ppo.eval_score": "held out: mean score",
-    "ppo.eval_kl": "held out: KL to the reference, nats per completion",
-    "ppo.eval_missing_eos": "held out: share of completions without an end",
+    "online_rl.score": "training: mean score",
+    "online_rl.kl": "training: KL to the reference, nats per completion",
+    "online_rl.tokens": "training: tokens per completion",
+    "online_rl.missing_eos": "training: share of completions without an end",
+    "online_rl.eval_score": "held out: mean score",
+    "online_rl.eval_kl": "held out: KL to the reference, nats per completion",
+    "online_rl.eval_missing_eos": "held out: share of completions without an end",
 }
 """Metrics of the card by their address in ``artifact.json``, in order.
 
+``online_rl`` is the kind of an online-RL stage, under which its metrics are stored.
 An interval is the value ``ci`` beside a metric.
 """
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -115,7 +118,8 @@ def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -
         rows=list(_lineage_rows(origins)),
         datasets=datasets,
         settings=dict(_settings(artifact)),
-        metrics=list(_metrics(artifact.metrics)),
+        environment=_environment(artifact),
+        metrics=list(_metrics(artifact)),
     )
 
 
@@ -279,10 +283,22 @@ def _without_folders(text: str) -> str:
     return Path(text).name if Path(text).is_absolute() else text
 
 
-def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _environment(artifact: Artifact) -> str:
+    """The class that answered the turns of the policy, with the number of turns; empty without."""
+    name = artifact.recipe.get("environment")
+    if name is None or artifact.stage not in ONLINE_RL:
+        return ""
+    place = f"`{ENVIRONMENTS[name]}`, `{name}`" if name in ENVIRONMENTS else f"`{name}`"
+    turns = artifact.recipe["max_turns"]
+    return f"{place}; episodes of at most {counted(turns, 'turn')}"
+
+
+def _metrics(artifact: Artifact) -> Iterator[tuple[str, str, str]]:
     """Name, value and interval of the metrics that the card shows."""
+    metrics = artifact.metrics
     for address, name in METRICS.items():
         group, _, key = address.rpartition(".")
+        group = artifact.stage if group == "online_rl" else group
         values = metrics.get(group) if group else metrics
         value = values.get(key) if isinstance(values, dict) else None
         if not isinstance(value, int | float):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.config.stages import ONLINE_RL
 from align.report.curves import Curve, Curves, add_row, mean_of_part, read_curves
 
 LEAST_POINTS = 3
@@ -173,13 +174,12 @@ def _useless_critic(curve: Curve) -> Finding | None:
     return None
 
 
-_ONLINE = ("ppo", "grpo", "rloo", "reinforce")
 _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Curve], Finding | None]], ...] = (
     (("dpo",), "logps/chosen", _falling_chosen),
-    (_ONLINE, "kl", _growing_kl),
-    (_ONLINE, "tokens", _growing_length),
-    (_ONLINE, "missing_eos", _missing_eos),
-    (_ONLINE, "entropy", _collapsed_entropy),
+    (ONLINE_RL, "kl", _growing_kl),
+    (ONLINE_RL, "tokens", _growing_length),
+    (ONLINE_RL, "missing_eos", _missing_eos),
+    (ONLINE_RL, "entropy", _collapsed_entropy),
     (("ppo",), "explained_variance", _useless_critic),
 )
 """Kinds of stages, the metric, and the rule about its curve."""

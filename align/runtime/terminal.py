@@ -26,3 +26,16 @@ class SafeConsole(Console):
         """Render as the base class does, with :func:`align.errors.printable` text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def with_unit(number: float) -> str:
+    """A count or a size with three digits and a decimal prefix; a unit may follow.
+
+    >>> [with_unit(number) + "B" for number in (0, 999, 19_600_000, 999_600)]
+    ['0 B', '999 B', '19.6 MB', '1 MB']
+    """
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"

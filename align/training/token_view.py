@@ -16,13 +16,12 @@ from statistics import median
 from typing import Any
 
 from align.config.data import Prepare
-from align.config.online_rl import OnlineRL
-from align.config.stages import STAGES
+from align.config.stages import ONLINE_RL, STAGES
 from align.data.prepare import prepare
 from align.data.rows import Row
 from align.errors import DataError
 
-SUPPORTED_STAGES = ("sft", "dpo", "kto", "reward", "ppo", "grpo", "rloo", "reinforce")
+SUPPORTED_STAGES = ("sft", "dpo", "kto", "reward", *ONLINE_RL)
 """The kinds of stages whose tokens can be shown."""
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label")
 
@@ -88,7 +87,7 @@ def tokenized_rows(
     tokenizer = tokenization.load_tokenizer(model)
     tokenization.conversations(tokenizer)
     rows = _training_rows(config, STAGES[stage].reads[0].kind, n)
-    if issubclass(STAGES[stage], OnlineRL):
+    if stage in ONLINE_RL:
         return _prompts(rows, tokenizer)
     if stage == "reward":
         return _reward_rows(rows, tokenizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers import finished_runs
 from typer.testing import CliRunner
 
 from align.cli import inventory
@@ -28,27 +29,12 @@ stages:
 
 def finished(runs: Path, name: str, digest: str, *, days: float = 0, inputs=(), **fields) -> Path:
     """A finished stage with one weight file of 1,000 bytes."""
-    folder = runs / f"{name}-{digest * 12}"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"0" * 1000)
-    record = {
-        "stage": name,
-        "name": name,
-        "digest": digest * 64,
-        "recipe": {},
-        "inputs": {
-            str(k): {"folder": str(source), "digest": source.name[-1] * 64}
-            for k, source in enumerate(inputs)
-        },
-        "metrics": {},
-        "versions": {},
-        "commit": None,
-        "seed": 0,
-        "world_size": 1,
-        "seconds": 1.0,
-        "peak_memory_bytes": None,
+    sources = {
+        str(k): {"folder": str(source), "digest": source.name[-1] * 64}
+        for k, source in enumerate(inputs)
     }
-    artifacts.write_artifact(folder, artifacts.Artifact(**{**record, **fields}))
+    folder = finished_runs.stage(runs, name, digest=digest * 64, inputs=sources, **fields)
+    (folder / "model.safetensors").write_bytes(b"0" * 1000)
     made = time.time() - days * DAY
     for path in (*folder.iterdir(), folder):
         os.utime(path, (made, made))

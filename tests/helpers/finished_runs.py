@@ -10,12 +10,14 @@ from align.runtime import checksums
 
 
 def stage(runs: Path, name: str, kind: str | None = None, **fields) -> Path:
-    folder = runs / f"{name}-{len(name):012x}"
+    """The folder of a finished stage; its name ends with the digest, by default a fixed one."""
+    digest = fields.get("digest", f"{len(name):064x}")
+    folder = runs / f"{name}-{digest[-12:]}"
     folder.mkdir(parents=True)
     record = {
         "stage": kind or name,
         "name": name,
-        "digest": f"{len(name):064x}",
+        "digest": digest,
         "recipe": {},
         "inputs": {},
         "metrics": {},

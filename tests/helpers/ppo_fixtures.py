@@ -20,7 +20,7 @@ from align.models import tokenization
 from align.online_rl import build, experience, trainer
 from align.online_rl.completions import Completions
 from align.online_rl.experience import Experience
-from align.online_rl.models import ModelView, PPOModels
+from align.online_rl.models import ModelView, OnlineRLModels
 from align.online_rl.sampling import LocalSampler
 from align.online_rl.scoring import Scorer, Scores
 from align.online_rl.trainer import OnlineRLTrainer
@@ -171,14 +171,14 @@ def build_models(
     dropout: float = 0.0,
     share: bool = False,
     **settings: Any,
-) -> PPOModels:
+) -> OnlineRLModels:
     """The models of a PPO run at temperature 1, unless ``settings`` differ."""
     adapter = tiny_models.LORA.model_copy(update={"dropout": dropout}) if lora else None
     config = ppo_config(lora=adapter, prefix_sharing=share, **{"temperature": 1.0} | settings)
     return build.build_models(config, source, reward_sources, device="cpu")
 
 
-def perturb(models: PPOModels, view: ModelView | None = None, *, scale: float = 0.02) -> None:
+def perturb(models: OnlineRLModels, view: ModelView | None = None, *, scale: float = 0.02) -> None:
     """Add noise to the parameters of the policy, or of another view."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def perturb(models: PPOModels, view: ModelView | None = None, *, scale: float = 
             p += scale * torch.randn(p.shape, generator=generator)
 
 
-def make_ends_likely(models: PPOModels) -> None:
+def make_ends_likely(models: OnlineRLModels) -> None:
     """Give eos the logit of a frequent token, so that about half of the completions end early."""
     tokenizer, head = models.tokenizer, models.policy.model.get_output_embeddings()
     frequent = tokenizer.encode("s", add_special_tokens=False)[0]
@@ -200,7 +200,7 @@ def set_learning_rates_to_0(trainer: OnlineRLTrainer) -> None:
         group["base"] = 0.0
 
 
-def parameter_copies(view: ModelView, models: PPOModels) -> list[Tensor]:
+def parameter_copies(view: ModelView, models: OnlineRLModels) -> list[Tensor]:
     """A copy of each trainable parameter of a view."""
     return [p.detach().clone() for p in models.parameters(view)]
 
@@ -216,12 +216,12 @@ def sample(trainer: OnlineRLTrainer, n: int = 8, *, seed: int = 0) -> Completion
     return trainer.sampler.generate(trainer.prompts.tokens[:n], seed=trainer.seed("test", seed))
 
 
-def inputs_of(models: PPOModels, completions: Completions) -> dict[str, Tensor]:
+def inputs_of(models: OnlineRLModels, completions: Completions) -> dict[str, Tensor]:
     """The padded tensors of completions."""
     return completions.tensors(models.tokenizer.pad_token_id, "cpu")
 
 
-def evaluate(models: PPOModels, inputs: dict[str, Tensor]) -> Evaluated:
+def evaluate(models: OnlineRLModels, inputs: dict[str, Tensor]) -> Evaluated:
     """Log-probabilities, entropy and values as the update computes them, with gradients."""
     merged = {}
     for evaluator in experience.evaluators(models, frozen_policy=False):

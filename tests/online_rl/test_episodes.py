@@ -15,11 +15,13 @@ from helpers.ppo_fixtures import Folders
 from models.test_turn_fields import QWEN3
 from torch.testing import assert_close
 
+from align.config.online_rl_stages import GRPO
 from align.errors import UserError
 from align.models import tokenization
 from align.online_rl.completions import Completions, Episode
 from align.online_rl.episodes import Player, build_player
 from align.online_rl.experience import align_sampler_logps, compute_experience
+from align.online_rl.optimization import build_objective
 from align.online_rl.sampling import build_sampler
 from align.rewards.environments import Environment
 
@@ -290,3 +292,16 @@ def test_a_resumed_run_with_an_environment_is_the_uninterrupted_one(
     assert whole.held_out_metrics["eval_ended"] == 0.0
     total = whole.metrics["rewards/helpers.ppo_fixtures:Echo"] + 5.0 * len(rewards)
     assert whole.metrics["reward"] == pytest.approx(total)
+
+
+def test_a_constant_divisor_counts_all_turns_of_an_episode():
+    settings = {"model": "m", "steps": 1, "batch_size": 8, "max_new_tokens": 10, "max_turns": 3}
+    settings |= {"environment": "arithmetic", "aggregate": "constant"}
+    whole, cut = GRPO(**settings), GRPO(**settings, max_episode_tokens=25)
+    one_turn = GRPO(**{**settings, "environment": None, "max_turns": 8, "rewards": ["r"]})
+    configs = (whole, cut, one_turn)
+    longest = [build_objective(each, 8, kl_coef=0.0).longest for each in configs]
+    assert longest == [30, 25, 10]
+    # It is part of the digest where earlier versions divided by `max_new_tokens`
+    digests = [each.digest_settings()["aggregate"] for each in configs]
+    assert digests == [["constant", 30], ["constant", 25], "constant"]

@@ -13,12 +13,12 @@ from torch.testing import assert_close
 
 from align.models import adapters
 from align.online_rl.experience import compute_experience
-from align.online_rl.models import PPOModels
+from align.online_rl.models import OnlineRLModels
 
 BOTH = pytest.mark.parametrize("lora", [False, True], ids=["separate models", "one backbone"])
 
 
-def built(folders: Folders, lora: bool, precision: str | None) -> PPOModels:
+def built(folders: Folders, lora: bool, precision: str | None) -> OnlineRLModels:
     """Models whose policy and critic differ from their initial state."""
     reward = folders.adapter if lora else folders.full
     torch.manual_seed(0)  # a new adapter begins with random factors

@@ -59,11 +59,11 @@ def test_a_policy_that_is_worse_is_found_and_the_best_one_is_restored(
     trainer = build_trainer(held_out, tmp_path / "run", steps=3, **STOP)
     rule = rule_of(trainer)
     rule.per_check = 40
-    assert rule.check(0) == {}
+    assert rule.check(0, training={}, held_out={}) == {}
     best = flat_weights(trainer)
     worsen(trainer)
     worse = flat_weights(trainer)
-    metrics = rule.check(1)
+    metrics = rule.check(1, training={}, held_out={})
     assert torch.equal(flat_weights(trainer), worse)  # the check leaves the policy as it was
     assert metrics["stop_win_rate"] < 0.3
     assert metrics["best_step"] == 0
@@ -81,13 +81,13 @@ def test_a_policy_that_wins_becomes_the_best_one(held_out: Folders, tmp_path: Pa
     rule.per_check = 40
     better = flat_weights(trainer)
     worsen(trainer)
-    rule.check(0)  # the worse policy comes first
+    rule.check(0, training={}, held_out={})  # the worse policy comes first
     with torch.no_grad():
         start = 0
         for p in trainer.models.weights().values():
             p.copy_(better[start : start + p.numel()].view_as(p))
             start += p.numel()
-    metrics = rule.check(1)
+    metrics = rule.check(1, training={}, held_out={})
     assert metrics["stop_win_rate"] > 0.7
     assert metrics["best_step"] == 1
     assert not rule.stops
@@ -102,7 +102,7 @@ def test_each_check_draws_other_prompts_and_other_completions(
     trainer = build_trainer(held_out, tmp_path / "run", steps=3, **STOP)
     rule = rule_of(trainer)
     for done in range(3):
-        rule.check(done)
+        rule.check(done, training={}, held_out={})
     pairs = recorder.completions  # policy and best policy, in two checks
     assert len(pairs) == 4
     for policy, best in (pairs[:2], pairs[2:]):
@@ -170,6 +170,17 @@ def test_a_stopped_stage_reports_why_and_saves_the_best_policy(
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["best_step"] for line in lines if "best_step" in line] == [0.0, 0.0]
+    # The policy of step 0 is saved: its batch is that of the first step, its evaluation comes first
+    held_out_lines = [line for line in lines if "eval_score" in line]
+    (first,) = [line for line in lines if line["step"] == 1 and "score" in line]
+    assert len({line["eval_score"] for line in held_out_lines}) > 1
+    assert typed.held_out is not None
+    assert typed.held_out.score == held_out_lines[0]["eval_score"]
+    assert (typed.training.score, typed.training.kl) == (first["score"], first["kl"])
+    (table,) = result.tables
+    assert table.title.startswith("after 0 updates; ")
+    assert table.rows[1][1] == f"{held_out_lines[0]['eval_score']:.3f}"
+    assert "gold" not in table.columns  # no judge of the recipe measures it
 
 
 def test_a_run_without_decline_ends_after_all_steps(
@@ -182,6 +193,12 @@ def test_a_run_without_decline_ends_after_all_steps(
     assert metrics["stop"]["missing"] == 10  # five of six in each of two checks
     assert "found no decline" in result.remarks[0]
     assert "10 comparisons without a verdict" in result.remarks[0]
+    logged_lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    last = [line for line in logged_lines if line["step"] == 2]  # the update and its evaluation
+    assert metrics["ppo"]["eval_score"] == last[1]["eval_score"]
+    assert metrics["ppo"]["score"] == last[0]["score"]
 
 
 def test_a_decline_that_the_last_check_finds_is_reported():
@@ -209,8 +226,14 @@ def test_a_run_that_continues_from_a_checkpoint_makes_the_same_checks(
     resumed.train()
     assert rule_of(resumed).outcomes == rule_of(whole).outcomes
     assert rule_of(resumed).best_step == rule_of(whole).best_step
+    assert resumed.held_out_metrics == whole.held_out_metrics
+    assert without_seconds(resumed.metrics) == without_seconds(whole.metrics)
     assert torch.equal(flat_weights(resumed), flat_weights(whole))
     assert logged(tmp_path / "run") == logs
+
+
+def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if "seconds" not in key}
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -220,7 +243,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
         for name in ("metrics.jsonl", "held_out.jsonl")
         for line in (folder / name).read_text().splitlines()
     ]
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+    return [without_seconds(line) for line in lines]
 
 
 def test_held_out_measurements_average_to_the_logged_metrics(held_out: Folders, tmp_path: Path):

@@ -20,7 +20,10 @@ from align.pipeline.model_card import METRICS, model_card
 from align.runtime import artifacts
 from align.runtime.artifacts import Artifact
 
-DIGESTS = {name: name.encode().hex().ljust(64, "0") for name in ("prepare", "sft", "dpo", "reward")}
+DIGESTS = {
+    name: name.encode().hex().ljust(64, "0")
+    for name in ("prepare", "sft", "dpo", "reward", "grpo", "rloo")
+}
 VERSIONS = {"python": "3.12.1", "align": "0.2.0"}
 
 
@@ -243,3 +246,23 @@ def test_settings_of_online_rl_that_have_a_name_are_on_the_card(settings, name):
     methods = method("grpo", STAGES["grpo"].model_validate(keys | settings).model_dump())
     assert name in methods[-1]
     assert len(methods) == 1 + len(settings)
+
+
+def test_the_card_of_an_online_rl_stage_has_its_metrics_and_its_environment(tmp_path):
+    recipe = {"model": "m", "steps": 1, "batch_size": 8, "environment": "arithmetic"}
+    metrics = {"grpo": {"score": 0.25, "kl": 1.5}}
+    folder = tmp_path / "grpo-1"
+    artifact = record(folder, "grpo", {}, recipe=recipe | {"max_turns": 3}, metrics=metrics)
+    card = model_card(folder, artifact)
+    assert (
+        "| environment | `align.rewards.arithmetic:Arithmetic`, `arithmetic`; episodes of at most "
+        "3 turns |\n| base model |" in card
+    )
+    assert "| training: mean score | 0.25 |" in card
+    artifact = record(folder, "grpo", {}, recipe=recipe | {"environment": "m:World"})
+    assert "| environment | `m:World`; episodes of at most 8 turns |" in model_card(
+        folder, artifact
+    )
+    assert "| environment |" not in model_card(
+        folder, record(folder, "rloo", {}, recipe={**recipe, "environment": None, "rewards": ["r"]})
+    )

@@ -217,7 +217,7 @@ def test_the_tokens_of_ppo_are_those_that_the_model_computes(
     for sharing, tokens in ((False, 16 * 30), (True, 8 * 20 + 16 * 10)):
         config = PPO(**PPO_SETTINGS | {"prefix_sharing": sharing})
         trainer: Any = FakeOnlineTrainer(config, clock)
-        made = online_rl._PPOProbe(config, trainer, Lengths(EXPECTED, MOST), Stopwatch(clock))
+        made = online_rl._OnlineRLProbe(config, trainer, Lengths(EXPECTED, MOST), Stopwatch(clock))
         # random tokens of two completions may begin equally
         assert made._step_tokens(10, 16) == pytest.approx(tokens, abs=3)
 

@@ -54,7 +54,7 @@ def measure(
     logger = Logger("probe", output_dir, NullDisplay(), main=True)
     load, trainer = watch.result(lambda: OnlineRLTrainer(config, inputs, output_dir, logger))
     lengths = expected_lengths(trainer.models.tokenizer, data, config.max_new_tokens)
-    probe = _PPOProbe(config, trainer, lengths, watch)
+    probe = _OnlineRLProbe(config, trainer, lengths, watch)
     parts = {"load": Seconds.exactly(load)}
     per_step: dict[str, Seconds] = {}
     remarks = ["without the judge of `stop`"] if config.stop else []
@@ -115,7 +115,7 @@ class _Update:
         self.seconds, self.tokens, self.optimizer = seconds, tokens, optimizer
 
 
-class _PPOProbe:
+class _OnlineRLProbe:
     """A built trainer and what is measured of it."""
 
     def __init__(
