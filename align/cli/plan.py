@@ -156,6 +156,8 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     # Memory does not depend on the data, which are therefore not prepared again.
     for name, estimate in estimates.estimate(stages, world_size=1, prepared={}).items():
         if estimate.memory_bytes is not None:
+            from align.runtime.terminal import with_unit
+
             memory = with_unit(estimate.memory_bytes)
             console.print(f"{name}: memory ≥ {memory}B for weights, gradients and Adam")
     console.print(f"no errors, {counted(warnings, 'warning')}" if warnings else "no errors")

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,28 @@ class _DisplayHandler(logging.Handler):
         self._display.info(line)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """The first report about some units of a stage, from which the time that is left follows.
+
+    Whatever comes before it is not counted: start-up, and the steps before a resumed run.
+    """
+
+    of: tuple[str, str, int]
+    """Stage, unit and number of units."""
+    done: int
+    at: float
+
+    def left(self, done: int, now: float) -> str:
+        """The time that is left at this pace, as the end of a text; empty if there is none."""
+        total = self.of[2]
+        if not self.done < done < total:
+            return ""
+        seconds = (now - self.at) * (total - done) / (done - self.done)
+        amount = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        return f", about {amount} left"
+
+
 class Display:
     """Plain lines: progress at most every few seconds. Base class of :class:`LiveDisplay`.
 
@@ -103,6 +126,7 @@ class Display:
         self._handler = _DisplayHandler(self)
         self._last = 0.0
         self._started: dict[str, float] = {}
+        self._pace: _Pace | None = None
 
     def __enter__(self) -> Display:
         LOGGER.addHandler(self._handler)
@@ -125,11 +149,12 @@ class Display:
     ) -> None:
         """Show that a stage has done ``done`` of ``total`` units, such as steps."""
         now = time.monotonic()
+        if self._pace is None or self._pace.of != (name, unit, total) or done < self._pace.done:
+            self._pace = _Pace((name, unit, total), done, now)
         if now - self._last >= SECONDS_BETWEEN_LINES or done == total:
             self._last = now
-            seconds = now - self._started[name]
-            line = f"{name}: {unit} {done}/{total}  {seconds:.0f} s  {numbers(metrics)}"
-            self.info(line.rstrip())
+            spent = f"{now - self._started[name]:.0f} s{self._pace.left(done, now)}"
+            self.info(f"{name}: {unit} {done}/{total}  {spent}  {numbers(metrics)}".rstrip())
 
     def end(self, name: str, status: str, seconds: float, metrics: Mapping[str, Any]) -> None:
         """Show that a stage is finished; ``status`` is "ran" or "reused"."""

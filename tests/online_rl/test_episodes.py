@@ -295,10 +295,11 @@ def test_a_resumed_run_with_an_environment_is_the_uninterrupted_one(
 
 
 def test_a_constant_divisor_counts_all_turns_of_an_episode():
-    settings = {"model": "m", "steps": 1, "batch_size": 8, "max_new_tokens": 10, "max_turns": 3}
-    settings |= {"environment": "arithmetic", "aggregate": "constant"}
+    common = {"model": "m", "steps": 1, "batch_size": 8, "max_new_tokens": 10}
+    common |= {"aggregate": "constant"}
+    settings = common | {"environment": "arithmetic", "max_turns": 3}
     whole, cut = GRPO(**settings), GRPO(**settings, max_episode_tokens=25)
-    one_turn = GRPO(**{**settings, "environment": None, "max_turns": 8, "rewards": ["r"]})
+    one_turn = GRPO(**common, rewards=["r"])
     configs = (whole, cut, one_turn)
     longest = [build_objective(each, 8, kl_coef=0.0).longest for each in configs]
     assert longest == [30, 25, 10]

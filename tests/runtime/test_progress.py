@@ -104,3 +104,26 @@ def test_other_ranks_show_nothing(capfd):
         logging.getLogger("align").warning("every rank logs this")
         display.info("and this")
     assert capfd.readouterr() == ("", "")
+
+
+def test_plain_lines_estimate_the_time_that_is_left(tmp_path, monkeypatch):
+    display, out = plain_display()
+    clock = iter([0.0, 60.0, 80.0, 100.0, 400.0, 410.0, 500.0])
+    monkeypatch.setattr("align.runtime.progress.time.monotonic", lambda: next(clock))
+    display.start("dpo", tmp_path, "resuming")  # at 0 s
+    display.step(
+        "dpo", 10, 20, {}
+    )  # at 60 s: the pace is not known; 10 steps are of an earlier run
+    display.step("dpo", 12, 20, {})  # 2 steps in 20 s: 80 s for 8 steps
+    display.step("dpo", 14, 20, {})  # 4 steps in 40 s: 60 s for 6 steps
+    display.step("dpo", 15, 20, {})  # 5 steps in 340 s: 340 s for 5 steps
+    display.step("dpo", 1, 3, {}, unit="pairs")  # another unit has another pace
+    display.step("dpo", 3, 3, {}, unit="pairs")
+    assert [line.partition(": ")[2] for line in out.getvalue().splitlines()[1:]] == [
+        "step 10/20  60 s",
+        "step 12/20  80 s, about 80 s left",
+        "step 14/20  100 s, about 60 s left",
+        "step 15/20  400 s, about 6 min left",
+        "pairs 1/3  410 s",
+        "pairs 3/3  500 s",
+    ]
