@@ -43,6 +43,7 @@ def stage_class(kind: str, settings: Mapping[str, Any]) -> type[Stage]:
     """The configuration class of a stage of a kind with these settings."""
     return family_of(settings) if kind == "control" else STAGES[kind]
 
+
 ONLINE_RL = tuple(kind for kind, stage in STAGES.items() if issubclass(stage, OnlineRL))
 """The kinds of stages that train a policy on its own completions."""
 
