@@ -75,6 +75,9 @@ class TabularTrainer:
         """
         config, values = self.config, self.values
         is_sarsa = config.algorithm == "sarsa"
+        learning_rate = config.learning_rate
+        if config.schedule == "linear":
+            learning_rate *= 1 - self.steps / config.steps
         state, _ = self.env.reset(seed=derive_seed(self.seed, 2, self.episodes))
         action, total, ended = self.choose(state), 0.0, False
         while not ended:
@@ -85,7 +88,7 @@ class TabularTrainer:
             else:
                 next_value = values[next_state].max()
             target = float(reward) + config.gamma * next_value * (not terminated)
-            values[state, action] += config.learning_rate * (target - values[state, action])
+            values[state, action] += learning_rate * (target - values[state, action])
             if not is_sarsa:
                 next_action = self.choose(next_state)
             state, action = next_state, next_action

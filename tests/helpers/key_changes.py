@@ -357,12 +357,18 @@ OF_ALL_ALGORITHMS = (
     *("environment", "environment_options", "seeds", "steps", "gamma", "episodes"),
     *("confidence", "resamples", "keep_checkpoints"),
 )
-SLIPPERY = {"environment": "FrozenLake-v1", "environment_options": {"max_episode_steps": 20}}
+SLIPPERY = {
+    "environment": "FrozenLake-v1",
+    "environment_options": {"max_episode_steps": 100},
+    "steps": 20_000,
+    "episodes": 20,
+}
 """Episodes with different returns, so that their mean has an interval."""
 CHANGES["control: tabular"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
     "environment": Change("Taxi-v4"),
     "algorithm": Change("sarsa"),
     "learning_rate": Change(0.1),
+    "schedule": Change("linear"),
     "epsilon": Change(0.5),
     "confidence": Change(0.5, SLIPPERY),
     "resamples": Change(100, SLIPPERY),

@@ -195,7 +195,7 @@ OF_ALL_ALGORITHMS = {
     "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True,
 }  # fmt: skip
 OTHER["control: tabular"] = OF_ALL_ALGORITHMS | {
-    "algorithm": "sarsa", "learning_rate": 0.1, "epsilon": 0.3,
+    "algorithm": "sarsa", "learning_rate": 0.1, "schedule": "linear", "epsilon": 0.3,
 }  # fmt: skip
 OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
 OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}

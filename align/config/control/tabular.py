@@ -22,6 +22,8 @@ class Tabular(Control):
     """Algorithm."""
     learning_rate: float = Field(0.5, gt=0.0, le=1.0)
     """Part of each temporal-difference error by which a value changes."""
+    schedule: Literal["linear", "constant"] = "constant"
+    """Schedule of the learning rate; ``linear`` decays to 0 over the run."""
     epsilon: float = Field(0.1, ge=0.0, le=1.0)
     """Probability of a uniformly random action in training."""
 
