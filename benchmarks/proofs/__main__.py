@@ -11,23 +11,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.proofs.methods import BOUND, METHODS, Run, run
+from benchmarks.proofs.methods import BOUND, METHODS, Run, run_by_name
 from benchmarks.proofs.page import page
-
-
-def train(name: str, seed: int) -> Run:
-    """Train the method of a name in a temporary folder."""
-    import torch
-
-    torch.set_num_threads(1)
-    method = next(method for method in METHODS if method.name == name)
-    with tempfile.TemporaryDirectory() as folder:
-        return run(method, seed, Path(folder))
 
 
 def main() -> None:
@@ -41,15 +29,14 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write the page to this file")
     args = parser.parse_args()
     names = [method.name for method in METHODS if args.only.lower() in method.name.lower()]
-    started = time.monotonic()
     runs: list[Run] = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
-        tasks = [pool.submit(train, name, seed) for name in names for seed in args.seeds]
+        tasks = [pool.submit(run_by_name, name, seed) for name in names for seed in args.seeds]
         for task in as_completed(tasks):
             runs.append(task.result())
             print(runs[-1], file=sys.stderr, flush=True)
-    text = page(runs, minutes=(time.monotonic() - started) / 60)
+    text = page(runs)
     if args.page is not None:
         args.page.write_text(text, encoding="utf-8")
     else:

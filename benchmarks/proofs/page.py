@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -69,7 +68,7 @@ the mean is negative, and clamped at 0. At the end of training:
 """
 
 
-def page(runs: Sequence[Run], *, minutes: float) -> str:
+def page(runs: Sequence[Run]) -> str:
     """The page with the tables of all runs."""
     unbiased = [method for method in METHODS if not method.zeros and not biased(method)]
     sections = [
@@ -87,7 +86,7 @@ def page(runs: Sequence[Run], *, minutes: float) -> str:
         + "".join(f"| `{loss}` | {reason} |\n" for loss, reason in WITHOUT_POLICY.items()),
         "## Versions\n",
         ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES) + ";",
-        f"{len(runs)} runs, {minutes:.0f} minutes on {os.cpu_count()} CPU cores.\n",
+        f"{len(runs)} runs, {sum(run.seconds for run in runs) / 60:.0f} minutes of processor time.\n",
     ]
     return "\n".join(sections)
 

@@ -121,7 +121,7 @@ def kl(policy: Tensor, other: Tensor) -> float:
 
 
 def make_world(
-    folder: Path, seed: int, *, pad: str = EOS, layers: int = 1, spreads: Sequence[float] = SPREADS
+    folder: Path, seed: int, *, pad: str = EOS, layers: int = 2, spreads: Sequence[float] = SPREADS
 ) -> World:
     """A random reference far from uniform, random rewards, and prompts as from ``prepare``."""
     from tokenizers import Tokenizer, models

@@ -176,7 +176,7 @@ def test_the_page_has_every_row_with_its_divergences_and_interval():
         for method in methods.METHODS
         for seed in (2, 0, 1)
     ]
-    text = page(runs, minutes=1.0)
+    text = page(runs)
     # mean 0.015, standard deviation 0.015: 4.303 * 0.015 / sqrt(3) = 0.0373
     row = "| PPO | `ppo` | h = r/β | 0.50 | 0.000, 0.015, **0.030** | 0.015 ± 0.037 |\n"
     assert row in text
@@ -188,7 +188,7 @@ def test_the_page_has_every_row_with_its_divergences_and_interval():
 
 
 def test_rloo_comes_close_to_the_optimal_policy_in_a_few_steps(world):
-    settings = {"batch_size": 128, "n_completions": 64, "steps": 15, "learning_rate": 1e-2}
+    settings = {"batch_size": 128, "n_completions": 64, "steps": 15, "learning_rate": 3e-3}
     policy = train_online("rloo", world, 0, settings)
     optimum = optima.reward_and_kl(world, 1.0)
     assert kl(policy, optimum) <= 0.3 * kl(world.reference, optimum)
