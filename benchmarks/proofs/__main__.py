@@ -1,14 +1,17 @@
 """Train every method where theory names the result, and print the page of the proofs.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.proofs
+    OMP_NUM_THREADS=1 python -m benchmarks.proofs --results proofs.jsonl
 
-``--only NAME`` selects the methods whose name contains NAME. The exit code is 1 if a run ends more
-than 0.02 nats from the policy that theory names.
+``--results`` keeps every finished run, so that the same command resumes; ``--only NAME`` selects
+the methods whose name contains NAME. The exit code is 1 if a run ends more than 0.02 nats from the
+policy that theory names.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +19,15 @@ from pathlib import Path
 
 from benchmarks.proofs.methods import BOUND, METHODS, Run, run_by_name
 from benchmarks.proofs.page import page
+
+
+def read(path: Path) -> list[Run]:
+    """Runs of a file that have the present settings of their methods."""
+    if not path.exists():
+        return []
+    settings = {method.name: method.fingerprint for method in METHODS}
+    runs = [Run(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [run for run in runs if settings.get(run.method) == run.fingerprint]
 
 
 def main() -> None:
@@ -26,16 +38,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="", help="part of the name of the methods")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="file of finished runs, read and extended")
     parser.add_argument("--page", type=Path, help="write the page to this file")
     args = parser.parse_args()
     names = [method.name for method in METHODS if args.only.lower() in method.name.lower()]
-    runs: list[Run] = []
+    runs = read(args.results) if args.results else []
+    finished = {(run.method, run.seed) for run in runs}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
-        tasks = [pool.submit(run_by_name, name, seed) for name in names for seed in args.seeds]
+        tasks = [
+            pool.submit(run_by_name, name, seed)
+            for name in names
+            for seed in args.seeds
+            if (name, seed) not in finished
+        ]
         for task in as_completed(tasks):
             runs.append(task.result())
             print(runs[-1], file=sys.stderr, flush=True)
+            if args.results:
+                with args.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(runs[-1])) + "\n")
     text = page(runs)
     if args.page is not None:
         args.page.write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -13,7 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.proofs import optima
-from benchmarks.proofs.training import reward_scores, train_offline, train_online
+from benchmarks.proofs.training import (
+    OFFLINE,
+    ONLINE,
+    reward_scores,
+    train_offline,
+    train_online,
+)
 from benchmarks.proofs.world import (
     EOS,
     PAD,
@@ -29,6 +36,7 @@ PAIRS = 2000
 """Pairs for each prompt. With 500, the exact minimizer on the pairs is up to 0.02 nats away."""
 BOUND = 0.02
 """Largest KL divergence, in nats per completion, from the named policy."""
+ONLINE_KINDS = ("ppo", "rloo", "grpo", "reinforce")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,15 @@ class Method:
         """Whether the named policy is the optimum of reward and KL."""
         return self.named is best
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the settings, the number of pairs and the defaults of its kind of stage."""
+        online = self.stage in ONLINE_KINDS
+        shared = ONLINE if online else {**OFFLINE, "pairs": PAIRS}
+        return hashlib.sha256(
+            json.dumps([self.stage, self.settings, self.flipped, shared], sort_keys=True).encode()
+        ).hexdigest()[:12]
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -76,6 +93,8 @@ class Run:
     """The reference point that the loss of KTO used at the end; None for other methods."""
     seconds: float = 0.0
     """Processor time of the training."""
+    fingerprint: str = ""
+    """Digest of the settings of the method."""
 
 
 def run_by_name(name: str, seed: int) -> Run:
@@ -111,6 +130,7 @@ def run(method: Method, seed: int, folder: Path) -> Run:
         moved=kl(policy, reference),
         reference_point=reference_point,
         seconds=seconds,
+        fingerprint=method.fingerprint,
     )
 
 
@@ -121,7 +141,7 @@ def excluded(policy: Tensor, named: Tensor) -> float:
 
 def train(method: Method, world: World, seed: int) -> tuple[Tensor, float | None]:
     """The policy that a method reaches, and the last reference point of KTO."""
-    if method.stage in ("ppo", "rloo", "grpo", "reinforce"):
+    if method.stage in ONLINE_KINDS:
         return train_online(method.stage, world, seed, method.settings), None
     settings = {k: v for k, v in method.settings.items() if k != "trainer"}
     if method.stage == "sft":

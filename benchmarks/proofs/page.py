@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 HEAD = f"""# Proofs
 
 ```bash
-OMP_NUM_THREADS=1 python -m benchmarks.proofs --page FILE
+OMP_NUM_THREADS=1 python -m benchmarks.proofs --results proofs.jsonl --page docs/proofs.md
 ```
 
 The command wrote this page. It trains every method where theory names the result: in a world of
@@ -80,15 +80,23 @@ def page(runs: Sequence[Run]) -> str:
         table([method for method in METHODS if biased(method)], runs, with_bias=True),
         NOTES,
         EXCLUDED.format(bound=BOUND),
-        table([method for method in METHODS if method.zeros], runs) + KTO + reference_points(runs),
+        table([method for method in METHODS if method.zeros], runs) + reference_points(runs),
         "## Losses that name no policy\n",
         "| loss of `dpo` | reason |\n|---|---|\n"
         + "".join(f"| `{loss}` | {reason} |\n" for loss, reason in WITHOUT_POLICY.items()),
+        missing(runs),
         "## Versions\n",
         ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES) + ";",
         f"{len(runs)} runs, {sum(run.seconds for run in runs) / 60:.0f} minutes of processor time.\n",
     ]
     return "\n".join(sections)
+
+
+def missing(runs: Sequence[Run]) -> str:
+    """A section with the methods that have no run; empty if there are none."""
+    trained = {run.method for run in runs}
+    names = [method.name for method in METHODS if method.name not in trained]
+    return "\n".join(["## Not run so far\n", *(f"- {name}" for name in names), ""]) if names else ""
 
 
 def biased(method: Method) -> bool:
@@ -141,6 +149,10 @@ def mean_with_interval(values: Sequence[float]) -> str:
 
 
 def reference_points(runs: Sequence[Run]) -> str:
-    """The rows of the table of KTO's reference points."""
+    """The table of KTO's reference points; empty without a run of KTO."""
     own = sorted((run for run in runs if run.reference_point is not None), key=lambda run: run.seed)
-    return "".join(f"| {run.seed} | {run.reference_point:.2f} | {run.moved:.2f} |\n" for run in own)
+    if not own:
+        return ""
+    return KTO + "".join(
+        f"| {run.seed} | {run.reference_point:.2f} | {run.moved:.2f} |\n" for run in own
+    )
