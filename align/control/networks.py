@@ -153,37 +153,54 @@ class Policy(nn.Module):
         hidden_sizes: Sequence[int],
         activation: str,
         distribution: str | None,
+        initialization: str = "orthogonal",
     ) -> None:
         super().__init__()
         name = distribution or ("categorical" if spec.low is None else "gaussian")
         self.head: Head = _HEADS[name](spec)
         # The small last layer makes all actions about equally likely at first.
-        self.body = perceptron(spec.n_features, hidden_sizes, spec.n_actions, activation, gain=0.01)
+        gain = None if initialization == "uniform" else 0.01
+        self.body = perceptron(spec.n_features, hidden_sizes, spec.n_actions, activation, gain=gain)
 
 
-def build_critic(spec: EnvSpec, *, hidden_sizes: Sequence[int], activation: str) -> nn.Sequential:
+def build_critic(
+    spec: EnvSpec,
+    *,
+    hidden_sizes: Sequence[int],
+    activation: str,
+    initialization: str = "orthogonal",
+) -> nn.Sequential:
     """A network that maps observations ``[..., n_features]`` to values ``[..., 1]``."""
-    return perceptron(spec.n_features, hidden_sizes, 1, activation, gain=1.0)
+    gain = None if initialization == "uniform" else 1.0
+    return perceptron(spec.n_features, hidden_sizes, 1, activation, gain=gain)
 
 
 def perceptron(
-    n_inputs: int, hidden_sizes: Sequence[int], n_outputs: int, activation: str, *, gain: float
+    n_inputs: int,
+    hidden_sizes: Sequence[int],
+    n_outputs: int,
+    activation: str,
+    *,
+    gain: float | None,
 ) -> nn.Sequential:
     """Linear layers, initialized with orthogonal weights and zero biases.
 
-    The last layer has ``gain``, the others sqrt(2).
+    The last layer has ``gain``, the others sqrt(2). With gain None, all weights and biases are
+    uniform, as torch draws them: between ±1 / sqrt(inputs of the layer).
 
     Source: Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, detail
     2.
     """
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise([n_inputs, *hidden_sizes]):
-        layers += [_linear(before, after, math.sqrt(2)), _ACTIVATIONS[activation]()]
+        hidden_gain = None if gain is None else math.sqrt(2)
+        layers += [_linear(before, after, hidden_gain), _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers, _linear([n_inputs, *hidden_sizes][-1], n_outputs, gain))
 
 
-def _linear(before: int, after: int, gain: float) -> nn.Linear:
+def _linear(before: int, after: int, gain: float | None) -> nn.Linear:
     layer = nn.Linear(before, after)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
+    if gain is not None:
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
     return layer

@@ -30,7 +30,7 @@ from align.config.control.policy_gradient import PolicyGradient
 from align.control import policy_files
 from align.control.environments import Environments, Step
 from align.control.evaluate import evaluate
-from align.control.networks import Policy, build_critic
+from align.control.networks import Gaussian, Policy, build_critic
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
 from align.errors import UserError
@@ -104,11 +104,18 @@ class PolicyGradientTrainer:
                 hidden_sizes=config.hidden_sizes,
                 activation=config.activation,
                 distribution=config.distribution,
+                initialization=config.initialization,
             )
+            if config.initial_log_std is not None:
+                assert isinstance(self.policy.head, Gaussian)  # checked before the stage runs
+                nn.init.constant_(self.policy.head.log_std, config.initial_log_std)
             self.critic = None
             if config.baseline == "value":
                 self.critic = build_critic(
-                    spec, hidden_sizes=config.hidden_sizes, activation=config.activation
+                    spec,
+                    hidden_sizes=config.hidden_sizes,
+                    activation=config.activation,
+                    initialization=config.initialization,
                 )
         self._learning_rates = [config.learning_rate]
         groups = [{"params": [*self.policy.parameters()], "lr": config.learning_rate}]

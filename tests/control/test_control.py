@@ -341,6 +341,40 @@ def test_initial_weights_are_orthogonal_with_the_gains_of_the_paper():
         assert_close(gains[2] @ gains[2].T, last**2 * torch.eye(rows), rtol=1e-4, atol=1e-6)
 
 
+def test_uniform_initial_weights_are_those_of_torchs_linear_layers():
+    torch.manual_seed(0)
+    shape = {"hidden_sizes": [16], "activation": "relu", "initialization": "uniform"}
+    policy = Policy(BOX, **shape, distribution=None)
+    critic = build_critic(BOX, **shape)
+    torch.manual_seed(0)
+    n_features, n_actions = BOX.n_features, BOX.n_actions
+    for body, n_outputs in ((policy.body, n_actions), (critic, 1)):
+        for layer, expected in (
+            (body[0], torch.nn.Linear(n_features, 16)),
+            (body[2], torch.nn.Linear(16, n_outputs)),
+        ):
+            assert torch.equal(layer.weight, expected.weight)
+            assert torch.equal(layer.bias, expected.bias)
+
+
+def test_the_initial_deviation_of_continuous_actions_is_that_of_the_recipe():
+    keys = {"environment": "Pendulum-v1", "steps": 64, "n_envs": 2, "n_steps": 8}
+    config = PolicyGradient(**keys, initial_log_std=-2.0)
+    (environment,) = config.gym_environments
+    spec = spaces.inspect_env(environment.name, environment.options, None, environment.needs)
+    trainer = PolicyGradientTrainer(config, spec, seed=0)
+    assert trainer.policy.head.log_std.tolist() == [-2.0]
+    assert PolicyGradientTrainer(PolicyGradient(**keys), spec, 0).policy.head.log_std == 0
+    trainer.environments.close()
+    with pytest.raises(spaces.UnfitError, match="continuous actions"):
+        spaces.inspect_env("CartPole-v1", {}, None, environment.needs)
+
+
+def test_keys_of_the_initial_policy_change_no_digest_where_they_are_not_set():
+    config = PolicyGradient(environment="Pendulum-v1", steps=64)
+    assert not {"initial_log_std", "initialization"} & config.digest_settings().keys()
+
+
 # Collecting and advantages ------------------------------------------------------------------------
 
 

@@ -344,6 +344,8 @@ CHANGES: dict[str, dict[str, Change]] = {
         "hidden_sizes": Change([8]),
         "activation": Change("relu"),
         "distribution": Change("gaussian"),
+        "initial_log_std": Change(-1.0),
+        "initialization": Change("uniform"),
         "normalize_observations": Change(True),
         "normalize_rewards": Change(True),
         "episodes": Change(3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,11 @@ class PolicyGradient(Control):
     distribution: Literal["categorical", "gaussian", "squashed"] | None = None
     """Distribution of the actions. Default: categorical or gaussian, by the action space of the
     environment."""
+    initial_log_std: float | None = None
+    """Logarithm of the initial standard deviation of continuous actions. Default: 0."""
+    initialization: Literal["orthogonal", "uniform"] = "orthogonal"
+    """Initial weights: orthogonal, with a small last layer of the policy, or uniform as torch's
+    linear layers have them."""
     normalize_observations: bool = False
     """Normalize observations by their running mean and deviation, which are saved with the policy.
     """
@@ -138,4 +143,16 @@ class PolicyGradient(Control):
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The one environment of the stage."""
-        return (GymEnvironment(self.environment, self.environment_options, self.distribution),)
+        needs = () if self.initial_log_std is None else ("continuous actions",)
+        return (
+            GymEnvironment(self.environment, self.environment_options, self.distribution, needs),
+        )
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings; unused keys do not change the digest."""
+        settings = super().digest_settings()
+        if self.initial_log_std is None:
+            del settings["initial_log_std"]
+        if self.initialization == "orthogonal":
+            del settings["initialization"]
+        return settings
