@@ -97,11 +97,17 @@ def init_process_group() -> None:
             configured for FSDP or DeepSpeed, and accelerate uses neither.
     """
     import torch
-    from accelerate import PartialState
+    from accelerate import DistributedType, PartialState
 
     # `accelerate launch` passes `use_cpu: true` on to a single process only, not to several.
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     several_on_cpu = world_size() > 1 and not torch.accelerator.is_available()
+    if several_on_cpu and "DEEPSPEED" in configured_plugins():
+        import deepspeed  # joins the processes itself, so that its collectives are those of gloo
+
+        deepspeed.init_distributed(
+            dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(days=1)
+        )
     state = PartialState(
         cpu=use_cpu or several_on_cpu,
         **({"timeout": timedelta(days=1)} if world_size() > 1 else {}),
@@ -112,14 +118,13 @@ def init_process_group() -> None:
             f"({state.distributed_type}); set ACCELERATE_USE_CPU=true, or use the file in "
             "accelerate_configs/ that fits this machine"
         )
-    for name in configured_plugins():
-        if name not in str(state.distributed_type):
-            # accelerate silently replaces FSDP without a GPU by plain data parallelism.
-            raise UserError(
-                f"the launch configuration requires {name}, but accelerate uses "
-                f"{state.distributed_type}; use the file in accelerate_configs/ that fits this "
-                "machine"
-            )
+    on_cpu = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if "FSDP" in configured_plugins() and on_cpu:
+        # accelerate silently replaces FSDP without a GPU by plain data parallelism.
+        raise UserError(
+            f"the launch configuration requires FSDP, but accelerate uses {state.distributed_type}; "
+            "use the file in accelerate_configs/ that fits this machine"
+        )
 
 
 def barrier() -> None:
