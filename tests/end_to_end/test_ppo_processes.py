@@ -205,9 +205,7 @@ def one(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="module")
 def two(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.start_processes(
-        one_of_two, (inputs, folder, free_port()), nprocs=2, start_method="fork"
-    )
+    torch.multiprocessing.spawn(one_of_two, (inputs, folder, free_port()), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -562,7 +562,7 @@ def test_the_time_of_control(clock: Clock, monkeypatch: pytest.MonkeyPatch):
             clock.work(0.5 if self.steps else 5.0)
             self.steps += 100
 
-    monkeypatch.setattr(control, "PolicyGradientTrainer", Trainer)
+    monkeypatch.setattr(control, "build_trainer", Trainer)
     monkeypatch.setattr(control.spaces, "inspect_env", lambda *_: None)
     config = PolicyGradient(environment="CartPole-v1", steps=10_000, seeds=[0, 1, 2])
     time = control.measure(config, Stopwatch(clock))

@@ -710,7 +710,8 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.start_processes(run_rank, (str(folder),), nprocs=2, start_method="fork")
+    # Not forked: a child of a process with other threads can wait for their locks for ever.
+    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
