@@ -28,6 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from align.config import recipe
+from align.config.base import GymEnvironment
 from align.control import spaces
 from align.control.environments import Environments
 from align.control.policy_gradient import PolicyGradientTrainer
@@ -62,7 +63,7 @@ def mean_return(act: Act, seed: int) -> float:
 def train_align(seed: int) -> Result:
     """Train with the settings of the recipe."""
     config = recipe.load_recipe(RECIPE, []).stages["control"]
-    trainer = PolicyGradientTrainer(config, spaces.inspect_env(CARTPOLE, {}, None), seed)
+    trainer = PolicyGradientTrainer(config, spaces.inspect_env(GymEnvironment(CARTPOLE, {})), seed)
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:

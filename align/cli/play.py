@@ -18,6 +18,7 @@ def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> 
         UserError: The folder has no policy of this seed, the environment cannot be built or
             rendered, or the file cannot be written.
     """
+    from align.config.base import GymEnvironment
     from align.control import policy_files, spaces
 
     seeds = policy_files.seeds(folder)
@@ -30,9 +31,8 @@ def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> 
     trained = policy_files.load(folder, selected)
     render_mode = "human" if gif is None else "rgb_array"
     try:
-        spaces.inspect_env(
-            trained.environment, {**trained.options, "render_mode": render_mode}, None
-        )
+        options = {**trained.options, "render_mode": render_mode}
+        spaces.inspect_env(GymEnvironment(trained.environment, options))
     except spaces.UnfitError as error:
         raise UserError(f"{folder}: {error}") from None
 

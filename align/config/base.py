@@ -83,7 +83,7 @@ class GymEnvironment:
 
     name: str
     options: Mapping[str, Any]
-    distribution: str | None
+    distribution: str | None = None
     needs: tuple[str, ...] = ()
     """What its spaces must be: ``numbered states``, ``discrete actions``, ``continuous actions``.
     """

@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +26,11 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from align.config.control.policy_gradient import PolicyGradient
-from align.control import policy_files
 from align.control.environments import Environments, Step
-from align.control.evaluate import evaluate
 from align.control.networks import Gaussian, Policy, build_critic
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
+from align.control.trainer import RECENT
 from align.errors import UserError
 from align.functional.returns import discounted_returns, gae
 from align.rl.objective import Objective
@@ -43,8 +41,6 @@ RESET_INTERVAL = 200_000
 """Steps after which all environments are reset."""
 N_VARIANCES = 20
 """Number of measurements of the gradient variance in a run."""
-RECENT = 100
-"""Episodes in the running mean of the learning curve."""
 NOISE = 64
 """Steps whose noise is drawn at once."""
 
@@ -374,23 +370,6 @@ class PolicyGradientTrainer:
         self.steps, self.seconds = state["steps"], state["seconds"]
         self.curve = list(state["curve"])
         self._recent_returns.extend(state["recent_returns"])
-
-    # Result ---------------------------------------------------------------------------------------
-
-    def evaluate(self, episodes: int) -> Float[Tensor, " episodes"]:
-        """Undiscounted, unscaled returns of episodes of the greedy policy."""
-        return evaluate(
-            self.policy,
-            self.config.environment,
-            self.config.environment_options,
-            statistics=self.statistics,
-            episodes=episodes,
-            seed=self.seed,
-        )
-
-    def save(self, file: Path) -> None:
-        """Write the weights of policy and critic, and the statistics of the observations."""
-        policy_files.save(file, self.policy, self.critic, self.statistics)
 
     def close(self) -> None:
         """Release the environments."""

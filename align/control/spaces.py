@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from align.config.base import GymEnvironment
 from align.errors import did_you_mean, printable
 
 if TYPE_CHECKING:
@@ -44,12 +45,7 @@ class UnfitError(Exception):
         self.key = key
 
 
-def inspect_env(
-    environment: str,
-    options: Mapping[str, Any],
-    distribution: str | None,
-    needs: Sequence[str] = (),
-) -> EnvSpec:
+def inspect_env(environment: GymEnvironment) -> EnvSpec:
     """Make one environment and read its spaces.
 
     Raises:
@@ -64,14 +60,14 @@ def inspect_env(
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a newer version of the environment exists
-        env = _make(gymnasium, environment, options)
+        env = _make(gymnasium, environment.name, environment.options)
     try:
-        spec = _spec(env, environment, distribution)
-        _check_needs(env, environment, needs)
+        spec = _spec(env, environment.name, environment.distribution)
+        _check_needs(env, environment.name, environment.needs)
         if env.spec is None or env.spec.max_episode_steps is None:
             raise UnfitError(
                 "environment_options",
-                f"{environment} has no time limit, so an episode may never end; set "
+                f"{environment.name} has no time limit, so an episode may never end; set "
                 "`environment_options: {max_episode_steps: …}`",
             )
         return spec

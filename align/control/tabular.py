@@ -10,31 +10,28 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from align.config.control.tabular import Tabular
-from align.control import policy_files
-from align.control.evaluate import evaluate
 from align.control.networks import Policy
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
+from align.control.trainer import RECENT
 
 POINTS = 500
 """Points of the learning curve, unless an episode is longer than the steps of a point."""
-RECENT = 100
-"""Episodes in the running mean of the learning curve."""
 
 
 class TabularTrainer:
-    """Learns the table of one seed."""
+    """Learns the table of one seed. There is no critic, and states have no statistics."""
+
+    critic = None
+    statistics = None
 
     def __init__(self, config: Tabular, spec: EnvSpec, seed: int) -> None:
         self.config, self.spec, self.seed = config, spec, seed
@@ -105,6 +102,7 @@ class TabularTrainer:
         best = np.flatnonzero(row == row.max())
         return int(best[0] if len(best) == 1 else self.random.choice(best))
 
+    @property
     def policy(self) -> Policy:
         """The greedy policy: the table as a linear layer."""
         policy = Policy(self.spec, **asdict(self.config.policy_shape))
@@ -131,22 +129,6 @@ class TabularTrainer:
         self.steps, self.episodes = state["steps"], state["episodes"]
         self.seconds, self.curve = state["seconds"], list(state["curve"])
         self._recent_returns.extend(state["recent_returns"])
-
-    def evaluate(self, episodes: int) -> Float[Tensor, " episodes"]:
-        """Undiscounted returns of episodes of the greedy policy."""
-        config = self.config
-        return evaluate(
-            self.policy(),
-            config.environment,
-            config.environment_options,
-            statistics=None,
-            episodes=episodes,
-            seed=self.seed,
-        )
-
-    def save(self, file: Path) -> None:
-        """Write the table as the weights of a policy."""
-        policy_files.save(file, self.policy(), None, None)
 
     def close(self) -> None:
         """Release the environment."""

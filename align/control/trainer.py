@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
-from jaxtyping import Float
-from torch import Tensor
+from gymnasium.wrappers.utils import RunningMeanStd
+from torch import nn
+
+from align.control.networks import Policy
+
+RECENT = 100
+"""Episodes in the running mean of the learning curve."""
 
 
 class Trainer(Protocol):
-    """Trains and evaluates the policy of one seed.
+    """Trains the policy of one seed.
 
     Between two calls of :meth:`train_step` the whole state can be saved, and a trainer that is
     restored from it reaches the same policy.
@@ -24,6 +28,18 @@ class Trainer(Protocol):
     """Seconds of training so far, including those before an interruption."""
     curve: list[dict[str, Any]]
     """The points of the learning curve."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy; its most probable actions are those of the greedy policy."""
+
+    @property
+    def critic(self) -> nn.Module | None:
+        """The network of values that is saved with the policy, if there is one."""
+
+    @property
+    def statistics(self) -> RunningMeanStd | None:
+        """What the policy's observations are normalized by; None if they are not."""
 
     @property
     def done(self) -> bool:
@@ -41,12 +57,6 @@ class Trainer(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
-
-    def evaluate(self, episodes: int) -> Float[Tensor, " episodes"]:
-        """Undiscounted returns of episodes of the greedy policy."""
-
-    def save(self, file: Path) -> None:
-        """Write the policy to a file that ``align play`` reads."""
 
     def close(self) -> None:
         """Release the environments."""

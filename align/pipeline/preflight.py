@@ -159,12 +159,7 @@ def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
             from align.control import spaces
 
             try:
-                spaces.inspect_env(
-                    environment.name,
-                    environment.options,
-                    environment.distribution,
-                    environment.needs,
-                )
+                spaces.inspect_env(environment)
             except spaces.UnfitError as error:
                 errors.add((stage.name, error.key), str(error))
 

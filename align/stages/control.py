@@ -20,6 +20,7 @@ import torch
 from align.config.control.base import Control
 from align.control import plots, policy_files, spaces
 from align.control.build import build_trainer
+from align.control.evaluate import evaluate
 from align.control.trainer import Trainer
 from align.errors import ArtifactError, UserError
 from align.evaluation.intervals import Bootstrap
@@ -39,8 +40,8 @@ def run(
 ) -> StageResult:
     """Train and evaluate each seed that is not finished; draw the learning curves of all."""
     try:
-        (needed,) = config.gym_environments
-        spec = spaces.inspect_env(needed.name, needed.options, needed.distribution, needed.needs)
+        (environment,) = config.gym_environments
+        spec = spaces.inspect_env(environment)
     except spaces.UnfitError as error:
         raise UserError(f"{error.key}: {error}") from None
     if distributed.is_main():
@@ -104,9 +105,16 @@ def _train(
 def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
     """Evaluate a trained seed, write its files and remove its checkpoints."""
     seed = trainer.seed
-    returns = trainer.evaluate(config.episodes)
+    returns = evaluate(
+        trainer.policy,
+        config.environment,
+        config.environment_options,
+        statistics=trainer.statistics,
+        episodes=config.episodes,
+        seed=seed,
+    )
     file = policy_files.policy_file(output_dir, seed)
-    trainer.save(file)
+    policy_files.save(file, trainer.policy, trainer.critic, trainer.statistics)
     result = {
         "seed": seed,
         "steps": trainer.steps,

@@ -14,6 +14,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from numpy.testing import assert_allclose, assert_array_equal
 from torch.testing import assert_close
 
+from align.config.base import GymEnvironment
 from align.config.control.policy_gradient import PolicyGradient
 from align.control import evaluate as control_evaluate
 from align.control import policy_files, policy_gradient, spaces
@@ -100,7 +101,7 @@ def build(seed: int = 0, **changes: Any) -> PolicyGradientTrainer:
         "hidden_sizes": [8],
     }
     config = PolicyGradient(**settings | changes)
-    spec = spaces.inspect_env(config.environment, config.environment_options, config.distribution)
+    spec = spaces.inspect_env(*config.gym_environments)
     return PolicyGradientTrainer(config, spec, seed)
 
 
@@ -361,13 +362,13 @@ def test_the_initial_deviation_of_continuous_actions_is_that_of_the_recipe():
     keys = {"environment": "Pendulum-v1", "steps": 64, "n_envs": 2, "n_steps": 8}
     config = PolicyGradient(**keys, initial_log_std=-2.0)
     (environment,) = config.gym_environments
-    spec = spaces.inspect_env(environment.name, environment.options, None, environment.needs)
+    spec = spaces.inspect_env(environment)
     trainer = PolicyGradientTrainer(config, spec, seed=0)
     assert trainer.policy.head.log_std.tolist() == [-2.0]
     assert PolicyGradientTrainer(PolicyGradient(**keys), spec, 0).policy.head.log_std == 0
     trainer.environments.close()
     with pytest.raises(spaces.UnfitError, match="continuous actions"):
-        spaces.inspect_env("CartPole-v1", {}, None, environment.needs)
+        spaces.inspect_env(GymEnvironment("CartPole-v1", {}, needs=environment.needs))
 
 
 def test_keys_of_the_initial_policy_change_no_digest_where_they_are_not_set():
@@ -468,11 +469,11 @@ def test_a_squashed_distribution_requires_bounded_actions():
 
     gymnasium.register("Unbounded-v0", Unbounded, max_episode_steps=1000)
     try:
-        assert spaces.inspect_env("Unbounded-v0", {}, None).n_actions == 1
+        assert spaces.inspect_env(GymEnvironment("Unbounded-v0", {})).n_actions == 1
         with pytest.raises(
             spaces.UnfitError, match=r"unbounded actions.*; expected gaussian"
         ) as error:
-            spaces.inspect_env("Unbounded-v0", {}, "squashed")
+            spaces.inspect_env(GymEnvironment("Unbounded-v0", {}, "squashed"))
         assert error.value.key == "distribution"
     finally:
         del gymnasium.registry["Unbounded-v0"]
@@ -629,7 +630,7 @@ def test_an_evaluation_plays_one_episode_per_environment_and_does_not_update_the
 
 def test_an_evaluation_is_not_biased_toward_short_episodes():
     # Pushing toward the side where the pole leans gives episodes of very different lengths.
-    spec = spaces.inspect_env("CartPole-v1", {}, None)
+    spec = spaces.inspect_env(GymEnvironment("CartPole-v1", {}))
     policy = Policy(spec, hidden_sizes=[], activation="tanh", distribution=None)
     with torch.no_grad():
         policy.body[0].weight.copy_(torch.tensor([[0.0, 0, 0, 0], [2.0, 0, 1.0, 0.2]]))
@@ -650,7 +651,7 @@ def test_a_saved_and_loaded_policy_is_the_same(tmp_path):
     learner = train(
         build(environment="Pendulum-v1", normalize_observations=True, distribution="squashed")
     )
-    spec = spaces.inspect_env("Pendulum-v1", {}, "squashed")
+    spec = spaces.inspect_env(GymEnvironment("Pendulum-v1", {}, "squashed"))
     policy_files.save(
         tmp_path / "policy-0.safetensors", learner.policy, learner.critic, learner.statistics
     )
@@ -687,9 +688,9 @@ def test_an_environment_without_a_time_limit_is_refused():
         with pytest.raises(
             spaces.UnfitError, match=r"has no time limit.*max_episode_steps"
         ) as error:
-            spaces.inspect_env("Endless-v0", {}, None)
+            spaces.inspect_env(GymEnvironment("Endless-v0", {}))
         assert error.value.key == "environment_options"
-        spaces.inspect_env("Endless-v0", {"max_episode_steps": 50}, None)
+        spaces.inspect_env(GymEnvironment("Endless-v0", {"max_episode_steps": 50}))
     finally:
         del gymnasium.registry["Endless-v0"]
 

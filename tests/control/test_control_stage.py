@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from align.cli import main, play
 from align.config import recipe
+from align.config.base import GymEnvironment
 from align.config.control.policy_gradient import PolicyGradient
 from align.control import policy_files, spaces
 from align.control.policy_gradient import build_objective
@@ -263,7 +264,7 @@ def test_the_error_of_a_missing_dependency_names_the_extra(environment, hidden, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, hidden, None)
     with pytest.raises(spaces.UnfitError, match=rf"pip install -e '.\[{extra}\]'"):
-        spaces.inspect_env(environment, {}, None)
+        spaces.inspect_env(GymEnvironment(environment, {}))
 
 
 def test_plan_and_check_inspect_the_environment(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import torch
 
 from align.config.control.tabular import Tabular
 from align.control import policy_files, spaces
+from align.control.evaluate import evaluate
 from align.control.tabular import TabularTrainer
 
 
@@ -22,8 +23,7 @@ def trainer(seed: int = 0, **changes: Any) -> TabularTrainer:
         "gamma": 1.0,
     }
     config = Tabular(**settings | changes)
-    (env,) = config.gym_environments
-    return TabularTrainer(config, spaces.inspect_env(env.name, env.options, None, env.needs), seed)
+    return TabularTrainer(config, spaces.inspect_env(*config.gym_environments), seed)
 
 
 def trained(seed: int = 0, **changes: Any) -> TabularTrainer:
@@ -31,6 +31,15 @@ def trained(seed: int = 0, **changes: Any) -> TabularTrainer:
     while not tabular.done:
         tabular.train_step()
     return tabular
+
+
+def greedy_return(tabular: TabularTrainer) -> list[float]:
+    config = tabular.config
+    place = config.environment, config.environment_options
+    returns: list[float] = evaluate(
+        tabular.policy, *place, statistics=None, episodes=1, seed=tabular.seed
+    ).tolist()
+    return returns
 
 
 class TwoSteps:
@@ -103,7 +112,7 @@ def test_a_restored_trainer_ends_with_the_same_table(algorithm: str) -> None:
 def test_the_saved_policy_is_the_greedy_one(tmp_path) -> None:
     tabular = trained(steps=3000)
     policy_files.describe(tmp_path, tabular.config, tabular.spec)
-    tabular.save(policy_files.policy_file(tmp_path, 0))
+    policy_files.save(policy_files.policy_file(tmp_path, 0), tabular.policy, None, None)
     policy = policy_files.load(tmp_path, 0).policy
     greedy = policy.head.act(policy.body(torch.eye(48)), 0.0).numpy()
     visited = tabular.values.any(1)
@@ -115,6 +124,6 @@ def test_q_learning_walks_along_the_cliff_and_sarsa_away_from_it() -> None:
     # Sutton and Barto 2018, example 6.6: 13 steps along the edge; the safe path takes 17. While
     # they explore, Q-learning falls more often.
     edge, safe = trained(), trained(algorithm="sarsa", steps=20_000)
-    assert edge.evaluate(1).tolist() == [-13.0]
-    assert -20.0 <= float(safe.evaluate(1)) <= -15.0
+    assert greedy_return(edge) == [-13.0]
+    assert -20.0 <= greedy_return(safe)[0] <= -15.0
     assert edge.curve[-1]["return"] < safe.curve[-1]["return"] - 10

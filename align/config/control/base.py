@@ -83,7 +83,7 @@ class Control(Stage):
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The one environment of the stage."""
-        return (GymEnvironment(self.environment, self.environment_options, None),)
+        return (GymEnvironment(self.environment, self.environment_options),)
 
     def workload(self, statistics: Mapping[str, Any], world_size: int) -> Workload:
         """Environment steps of all seeds."""

@@ -36,4 +36,4 @@ class Tabular(Control):
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The one environment of the stage, with numbered states and actions."""
         needs = ("numbered states", "discrete actions")
-        return (GymEnvironment(self.environment, self.environment_options, None, needs),)
+        return (GymEnvironment(self.environment, self.environment_options, needs=needs),)

@@ -14,9 +14,8 @@ MEASURED = 2.0
 
 def measure(config: Control, watch: Stopwatch) -> StageTime:
     """Measure updates of one seed."""
-    (needed,) = config.gym_environments
-    spec = spaces.inspect_env(needed.name, needed.options, needed.distribution, needed.needs)
-    trainer = build_trainer(config, spec, config.seeds[0])
+    (environment,) = config.gym_environments
+    trainer = build_trainer(config, spaces.inspect_env(environment), config.seeds[0])
     with single_process():
         trainer.train_step()  # the first one includes start-up
         first, seconds = trainer.steps, 0.0
