@@ -7,7 +7,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from align.config.base import Lora, NewModel
-from align.config.memory_bill import Bill, Sharding, Work, bill, reductions, trained_weights
+from align.config.memory_bill import (
+    Bill,
+    Sharding,
+    Trained,
+    Work,
+    bill,
+    reductions,
+    trained_weights,
+)
+from align.runtime.terminal import with_unit
 
 if TYPE_CHECKING:
     from align.pipeline.estimates import Estimate
@@ -52,7 +61,9 @@ def print_bills(
                 table.add_column(NAMES.get(name, name), justify="right", no_wrap=True)
         numbers = [*own.parts().values(), own.peak]
         table.add_row(stage.name, *(_size(number).replace(" ", "") for number in numbers))
-        lines += _verdict(stage, size, work, own, sharding, limit)
+        if limit is not None:
+            changes = _changes(stage.config, size, trained, work, sharding)
+            lines += _verdict(stage.name, own, limit, changes)
     if columns:
         console.print(table)
         console.print(LEGEND, style="dim", width=min(console.width, 80))
@@ -61,22 +72,22 @@ def print_bills(
 
 
 def _verdict(
-    stage: PlannedStage, size: Any, work: Work, own: Bill, sharding: Sharding, limit: int | None
+    name: str, own: Bill, limit: int, changes: Iterator[tuple[str, Bill]]
 ) -> Iterator[str]:
     """Whether a stage fits, and otherwise what each change of it reaches."""
-    if limit is None:
-        return
     if own.peak <= limit:
-        yield f"{stage.name}: fits: {_size(own.peak)}B of {_size(limit)}B"
+        yield f"{name}: fits: {_size(own.peak)}B of {_size(limit)}B"
         return
-    yield f"{stage.name}: does not fit: {_size(own.peak)}B of {_size(limit)}B; with"
-    for name, changed in _changes(stage.config, size, work, sharding):
+    yield f"{name}: does not fit: {_size(own.peak)}B of {_size(limit)}B; with"
+    for change, changed in changes:
         fits = "fits" if changed.peak <= limit else "does not fit"
-        yield f"  {name}: {_size(changed.peak)}B, {fits}"
+        yield f"  {change}: {_size(changed.peak)}B, {fits}"
 
 
-def _changes(config: Any, size: Any, work: Work, sharding: Sharding) -> Iterator[tuple[str, Bill]]:
-    trained = trained_weights(size, config, sharded=sharding.stage > 0)
+def _changes(
+    config: Any, size: Any, trained: Trained, work: Work, sharding: Sharding
+) -> Iterator[tuple[str, Bill]]:
+    """Changes of a stage, each alone, and the bills that they reach."""
     for name, smaller, divided in reductions(work, sharding):
         yield name, bill(size, trained, smaller, divided)
     if trained.optimizer_bytes > 2:
@@ -96,10 +107,4 @@ def _changes(config: Any, size: Any, work: Work, sharding: Sharding) -> Iterator
 
 def _size(number: float) -> str:
     """Three digits and a prefix: ``1.23 G``; 0 is a dash."""
-    if not number:
-        return "–"
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} T"
+    return with_unit(number) if number else "–"

@@ -281,7 +281,7 @@ class Stage(Config):
         return Workload()
 
     def forward_work(self, size: Any, statistics: Mapping[str, Any]) -> Any:
-        """The size of a forward pass in training, if the stage trains a language model."""
+        """The size of a forward pass in training; None if it is unknown, or no model is trained."""
         return None
 
     def memory_bytes(self, size: Any, *, sharded: bool) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from align.config.memory import BYTES_PER_PARAMETER, ModelSize
+from align.config.memory import BYTES_PER_PARAMETER, ModelSize, training_bytes
 from align.errors import RecipeError
 
 TILE = 256
@@ -58,6 +58,11 @@ class Trained:
     """Bytes of the optimizer for each trained parameter."""
     frozen: int
     """Bytes of frozen weights and copies."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, gradients and optimizer in one process, and what is frozen."""
+        return (4 + 4 + self.optimizer_bytes) * self.parameters + self.frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +193,6 @@ def parse_bytes(text: str) -> int:
     raise RecipeError(f"--gpu-memory {text}: expected a size such as 24GB or 80GiB")
 
 
-def row_limit(trainer_limit: Any, positions: int | None) -> int | None:
-    """The longest row of a trainer in tokens; None if nothing limits it."""
-    limits = [limit for limit in (trainer_limit, positions) if isinstance(limit, int)]
-    return min(limits, default=None)
-
-
 def reductions(work: Work, sharding: Sharding) -> Iterator[tuple[str, Work, Sharding]]:
     """Changes of a launch and a batch that lower the peak, each alone, with its name."""
     if not work.checkpointing:
@@ -206,8 +205,6 @@ def reductions(work: Work, sharding: Sharding) -> Iterator[tuple[str, Work, Shar
 
 def trained_weights(size: ModelSize, config: Any, *, sharded: bool) -> Trained:
     """What a stage with ``config`` trains, and what it holds besides."""
-    from align.config.memory import training_bytes
-
     optimizer = training_bytes(config.optimizer_name) - 8
     if config.lora:
         parameters = size.adapter_parameters(config.lora) * config.trained_models

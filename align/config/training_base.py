@@ -21,8 +21,8 @@ from align.config.base import (
     Stage,
     Workload,
 )
-from align.config.memory import BYTES_PER_PARAMETER, ModelSize, training_bytes
-from align.config.memory_bill import Work, row_limit
+from align.config.memory import ModelSize
+from align.config.memory_bill import Work, trained_weights
 from align.config.quantization import QuantizableStage
 
 TOKENS_PER_WORD = 1.35  # usual ratio of subword vocabularies in English
@@ -113,18 +113,9 @@ class TrainingStage(QuantizableStage):
         """Models in memory besides the trained ones, in full fine-tuning."""
         return 0
 
-    def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
-        """The size of a forward pass in training; None if nothing bounds its rows."""
-        return None
-
     def memory_bytes(self, size: ModelSize, *, sharded: bool) -> int:
         """Weights, gradients, moments of Adam, and the reference where it stays in memory."""
-        per_parameter = self.trained_models * training_bytes(self.optimizer_name)
-        if self.lora:
-            frozen = size.weight_bytes(self.dtype, self.quantization)
-            return frozen + size.adapter_parameters(self.lora) * per_parameter
-        frozen = self.frozen_models(sharded=sharded) * BYTES_PER_PARAMETER[self.dtype]
-        return size.parameters * (per_parameter + frozen)
+        return trained_weights(size, self, sharded=sharded).total_bytes
 
 
 class TRLStage(TrainingStage):
@@ -145,8 +136,8 @@ class TRLStage(TrainingStage):
     ``trainer.max_length`` or the positions of the model, or if it is longer, in ``reward``."""
 
     def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
-        """A batch of rows of the largest length."""
-        limit = row_limit(self.trl_value("max_length"), size.positions)
+        """A batch of rows of the largest length; None if nothing bounds their length."""
+        limit = self.row_limit(size.positions)
         tokens = getattr(self, "tokens_per_batch", None)
         if tokens is None and limit is not None:
             tokens = self.trl_value(BATCH_SIZE) * limit * len(self.row_columns)
@@ -224,6 +215,11 @@ class TRLStage(TrainingStage):
         if field in self.trainer:
             return self.trainer[field]
         return trl_fields.trl_fields(str(self.trainer_config))[field].default
+
+    def row_limit(self, positions: int | None) -> int | None:
+        """The longest row in tokens, of a model with so many positions; None without a limit."""
+        limits = (self.trl_value("max_length"), positions)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def trl_arguments(self) -> dict[str, Any]:
         """The fields of ``trainer``, and ``beta`` where the stage has it."""

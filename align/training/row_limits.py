@@ -25,15 +25,13 @@ def max_length(stage: TRLStage, positions: int | None) -> int | None:
     Raises:
         UserError: The recipe sets more than the positions of the model.
     """
-    limit: int | None = stage.trl_value("max_length")
-    if positions is None or (limit is not None and limit <= positions):
-        return limit
-    if stage.trainer.get("max_length") is not None:
+    limit, wanted = stage.row_limit(positions), stage.trainer.get("max_length")
+    if wanted is not None and wanted != limit:
         raise UserError(
-            f"trainer.max_length: {limit} is more than the {positions} positions of the model; set "
+            f"trainer.max_length: {wanted} is more than the {positions} positions of the model; set "
             f"it to {positions} or less"
         )
-    return positions
+    return limit
 
 
 def count_trained(stage: TRLStage, rows: Sequence[TrainedRow], limit: int | None) -> int:
