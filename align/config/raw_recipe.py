@@ -9,7 +9,6 @@ from typing import Any
 
 from align.config import stages
 from align.config.base import Stage
-from align.config.stages import STAGES
 from align.config.yaml_loader import Document
 
 COMMAND_LINE = "command line"
@@ -66,6 +65,6 @@ class RawRecipe:
 def stage_class(name: str, values: dict[str, Any]) -> type[Stage] | None:
     """The class of a stage: by its ``stage`` key, else by its name; None for an unknown kind."""
     kind = values.get("stage", name)
-    if not isinstance(kind, str) or kind not in STAGES:
+    if not isinstance(kind, str) or kind not in stages.STAGES:
         return None
     return stages.stage_class(kind, values)

@@ -75,18 +75,11 @@ def text() -> str:
 def _control_sections() -> list[str]:
     """The keys of all algorithms of ``control``, then those of each family."""
     sections = [_section("control", Control)]
-    shared = set(Control.model_fields)
     for family in FAMILIES:
-        own = {key for cls in family.__mro__ for key in _annotated(cls, below=Control)}
+        inherited = Control.model_fields.keys() - inspect.get_annotations(family).keys()
         names = ", ".join(algorithms_of(family))
-        sections.append(_section(f"control: {names}", family, level=3, left_out=shared - own))
+        sections.append(_section(f"control: {names}", family, level=3, left_out=inherited))
     return sections
-
-
-def _annotated(cls: type[Any], *, below: type[Any]) -> set[str]:
-    """The keys that a class declares, if it is a true subclass of ``below``."""
-    is_below = issubclass(cls, below) and cls is not below
-    return set(inspect.get_annotations(cls)) if is_below else set()
 
 
 def _section(

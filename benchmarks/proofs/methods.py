@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from align.config.stages import ONLINE_RL
 from benchmarks.proofs import optima
 from benchmarks.proofs.training import (
     OFFLINE,
@@ -36,7 +37,6 @@ PAIRS = 2000
 """Pairs for each prompt. With 500, the exact minimizer on the pairs is up to 0.02 nats away."""
 BOUND = 0.02
 """Largest KL divergence, in nats per completion, from the named policy."""
-ONLINE_KINDS = ("ppo", "rloo", "grpo", "reinforce")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Method:
     @property
     def fingerprint(self) -> str:
         """Digest of the settings, the number of pairs and the defaults of its kind of stage."""
-        online = self.stage in ONLINE_KINDS
+        online = self.stage in ONLINE_RL
         shared = ONLINE if online else {**OFFLINE, "pairs": PAIRS}
         return hashlib.sha256(
             json.dumps([self.stage, self.settings, self.flipped, shared], sort_keys=True).encode()
@@ -141,7 +141,7 @@ def excluded(policy: Tensor, named: Tensor) -> float:
 
 def train(method: Method, world: World, seed: int) -> tuple[Tensor, float | None]:
     """The policy that a method reaches, and the last reference point of KTO."""
-    if method.stage in ONLINE_KINDS:
+    if method.stage in ONLINE_RL:
         return train_online(method.stage, world, seed, method.settings), None
     settings = {k: v for k, v in method.settings.items() if k != "trainer"}
     if method.stage == "sft":
