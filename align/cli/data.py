@@ -6,13 +6,11 @@ A source and its keys are read as in a recipe. Preparing, examining and tokenizi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,22 +64,13 @@ def prepare_config(source: str, keys: list[str] | None) -> Prepare:
     return recipe.load_stage("prepare", arguments)
 
 
-@contextlib.contextmanager
-def _tokenizer(model: str) -> Iterator[str]:
+def _tokenizer(model: str) -> AbstractContextManager[Path | str]:
     """The folder or Hub id of a model; of a GGUF file, a temporary folder with its tokenizer."""
     if not gguf_files.is_gguf(model):
-        yield model
-        return
+        return nullcontext(model)
     from align.models import gguf_conversion
 
-    file = Path(model).expanduser()
-    gguf_files.check_convertible(file)
-    with tempfile.TemporaryDirectory() as folder:
-        gguf_conversion.write_tokenizer(file, Path(folder))
-        try:
-            yield folder
-        except UserError as error:  # its lines name the folder
-            raise UserError(*(line.replace(folder, model) for line in error.lines)) from None
+    return gguf_conversion.tokenizer_folder(Path(model).expanduser())
 
 
 def _console() -> Console:
@@ -184,7 +173,7 @@ def data_show(
     console = _console()
     typer.echo(f"reading the tokenizer of {model} and the rows of {source}", err=True)
     with _tokenizer(model) as folder:
-        rows = token_view.tokenized_rows(config, stage, folder, n, train_on=train_on)
+        rows = token_view.tokenized_rows(config, stage, str(folder), n, train_on=train_on)
     for row in rows:
         console.print(
             f"\n{row.title}: {len(row.ids)} tokens, {sum(row.trained)} trained; {row.remark}"

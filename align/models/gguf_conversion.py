@@ -18,6 +18,7 @@ from typing import Any
 from align.errors import ArtifactError, UserError
 from align.models import gguf_files
 from align.models.loading import cannot_load, check_finite, check_vocabulary
+from align.models.tokenizer_files import GENERATION_CONFIG
 from align.runtime import artifacts, distributed
 from align.runtime.locks import folder_lock
 
@@ -50,7 +51,28 @@ def converted(file: Path, runs: Path, announce: Callable[[str], None]) -> Path:
     return folder
 
 
-def write_tokenizer(file: Path, folder: Path) -> Any:
+@contextmanager
+def tokenizer_folder(file: Path) -> Iterator[Path]:
+    """A temporary folder with the tokenizer, the chat template and the end tokens of a file.
+
+    Errors that name the folder name the file instead.
+
+    Raises:
+        UserError: The file cannot be converted, or its tokenizer cannot be read.
+    """
+    gguf_files.check_convertible(file)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_tokenizer(file, folder)
+        ends = {"eos_token_id": gguf_files.read_header(file).ends}
+        artifacts.write_json(folder / GENERATION_CONFIG, ends)
+        try:
+            yield folder
+        except UserError as error:
+            raise UserError(*(line.replace(name, str(file)) for line in error.lines)) from None
+
+
+def _write_tokenizer(file: Path, folder: Path) -> Any:
     """Write the tokenizer of a GGUF file and its chat template into a folder; return it.
 
     Raises:
@@ -73,7 +95,7 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     for path in folder.iterdir():  # of an interrupted conversion
         if path.name != artifacts.WORKING:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    tokenizer = write_tokenizer(file, folder)
+    tokenizer = _write_tokenizer(file, folder)
     announce(f"{file}: tokenizer and chat template read; reading the weights")
     model = _load(file)
     announce(f"{file}: {model.num_parameters():,} parameters read; writing")

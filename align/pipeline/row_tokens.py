@@ -8,7 +8,7 @@ the local cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,22 +99,28 @@ def read_model(
     fields = config.trl_arguments() if isinstance(config, TRLStage) else {}
     source = stage.inputs["model"]
     revision = getattr(config, "revision", None)
-    if not {"chat_template_path", "eos_token"} & fields.keys():
+    template, eos_token = fields.get("chat_template_path"), fields.get("eos_token")
+    if template is None and eos_token is None:
         return find_model(source, known, revision=revision)
+    if template is not None:
+        template = Path(template)
+        if not template.exists():
+            template = hub.cached_folder(str(template), containing=TOKENIZERS)
+    is_unknown = template is None and fields.get("chat_template_path") is not None
     if isinstance(source, Path) and source in known:
-        return TokenizedModel(None, known[source].positions)
-    folder, template = _folder(source, revision), fields.get("chat_template_path")
+        model = known[source]
+        file = stage.gguf_files.get(source)
+        if is_unknown or file is None or model.conversations is None:
+            return TokenizedModel(None, model.positions)
+        return read_gguf_tokenizer(file, template=template, eos_token=eos_token)
+    folder = _folder(source, revision)
     if folder is None:
         return TokenizedModel()
     positions = files.read_position_limit(folder)
-    if template is not None and not Path(template).exists():
-        template = hub.cached_folder(template, containing=TOKENIZERS)
-        if template is None:
-            return TokenizedModel(None, positions)
+    if is_unknown:
+        return TokenizedModel(None, positions)
     conversations = tokenizer_files.read_conversations(
-        folder,
-        template=None if template is None else Path(template),
-        eos_token=fields.get("eos_token"),
+        folder, template=template, eos_token=eos_token
     )
     return TokenizedModel(conversations, positions)
 
@@ -137,13 +143,35 @@ def find_model(
 
 
 def unconverted(stages: Sequence[PlannedStage]) -> dict[Path, TokenizedModel]:
-    """The models of GGUF files that are not converted yet: only their positions are known."""
+    """The models of GGUF files that are not converted yet, without their tokenizers."""
     return {
         folder: TokenizedModel(None, gguf_files.read_header(file).positions)
         for stage in stages
         for folder, file in stage.gguf_files.items()
         if not folder.is_dir()
     }
+
+
+def read_gguf_tokenizer(
+    file: Path, *, template: Path | None = None, eos_token: str | None = None
+) -> TokenizedModel:
+    """The model of a GGUF file that is not converted yet; transformers reads its tokenizer.
+
+    ``template`` and ``eos_token`` replace its own, as in
+    :func:`~align.models.tokenizer_files.read_conversations`.
+
+    Raises:
+        UserError: The file cannot be converted, or it has no chat template.
+    """
+    from align.models import gguf_conversion
+
+    with gguf_conversion.tokenizer_folder(file) as folder:
+        conversations = tokenizer_files.read_conversations(
+            folder, template=template, eos_token=eos_token
+        )
+    assert conversations is not None  # the folder has a tokenizer.json
+    conversations = replace(conversations, template=replace(conversations.template, name=str(file)))
+    return TokenizedModel(conversations, gguf_files.read_header(file).positions)
 
 
 def _folder(source: Path | str, revision: str | None) -> Path | None:

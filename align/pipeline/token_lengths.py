@@ -52,12 +52,7 @@ def examine(
     """
     tables: dict[Path, Tables] = {}
     models = row_tokens.unconverted(stages)
-    files = {d: file for stage in stages for d, file in stage.gguf_files.items() if d in models}
-    for folder, file in files.items():
-        yield (
-            f"{file}: a run first converts it into {folder}; not checked before that: the chat "
-            "template with the rows, and their tokens"
-        )
+    yield from _read_gguf_tokenizers(errors, stages, models)
     for stage in stages:
         if stage.config.prepares_data:
             with errors.at(stage.name):
@@ -66,6 +61,22 @@ def examine(
             yield from _stage_lines(errors, stage, stage.config, tables, models)
         else:
             template_checks.check_prompts(errors, stage, tables, models)
+
+
+def _read_gguf_tokenizers(
+    errors: ErrorCollector, stages: Sequence[PlannedStage], models: dict[Path, TokenizedModel]
+) -> Iterator[str]:
+    """Add the tokenizers of the GGUF files that are not converted yet to their models."""
+    unread = set(models)
+    for stage in stages:
+        for key, folder in stage.inputs.items():
+            if folder not in unread or not isinstance(folder, Path):
+                continue
+            unread.remove(folder)
+            file = stage.gguf_files[folder]
+            yield f"{file}: a run first converts it into {folder}"
+            with errors.at(stage.name, *key.split(".")):
+                models[folder] = row_tokens.read_gguf_tokenizer(file)
 
 
 def _stage_lines(

@@ -207,13 +207,33 @@ def test_a_plan_depends_on_the_content_and_converts_nothing():
     Path("a.gguf").write_bytes(by_hand())
     estimate = estimates.estimate([prepare, first], world_size=1)["sft"]
     assert estimate.memory_bytes == 8 * 16  # float32 weights, gradients and Adam's two moments
-    collected = ErrorCollector(
-        load_recipe({"stages": {"prepare": DATA, "sft": {"model": "a.gguf"}}})
-    )
-    lines = list(token_lengths.examine(collected, [prepare, first]))
-    assert not collected.lines
-    assert lines[0].startswith("a.gguf: a run first converts it into runs/gguf-")
     assert not Path("runs").exists()
+
+
+def test_the_check_reads_the_template_and_the_tokens_of_a_file_that_is_not_converted(
+    converted: tuple[Path, Path],
+):
+    shutil.copy(converted[0], "tiny.gguf")
+
+    def check(runs: Path, **trainer: Any) -> tuple[list[str], list[str]]:
+        sft = {"model": "tiny.gguf", "trainer": {"max_length": 60} | trainer}
+        recipe = load_recipe({"stages": {"prepare": DATA, "sft": sft}})
+        collected = ErrorCollector(recipe)
+        lines = list(token_lengths.examine(collected, plan(recipe, runs)))
+        return lines, collected.lines
+
+    lines, errors = check(Path("runs"))
+    assert lines[0].startswith("tiny.gguf: a run first converts it into runs/gguf-")
+    assert not Path("runs").exists()
+    (folder,) = converted[1].iterdir()
+    after, errors_after = check(converted[1])  # the file was converted there
+    assert [line.replace("tiny.gguf", str(folder)) for line in lines[1:]] == after
+    assert [line for line in lines if line.startswith("sft: ") and "tokens per row" in line]
+    assert [e.replace("tiny.gguf", str(folder)) for e in errors] == errors_after
+    Path("strict.jinja").write_text("{{ raise_exception('only in Latin') }}")
+    _, (error,) = check(Path("runs"), chat_template_path="strict.jinja")
+    assert error.startswith("recipe: sft.model: tiny.gguf: its chat template refuses")
+    assert "only in Latin" in error
 
 
 def test_converted_weights_are_those_of_the_file(converted: tuple[Path, Path]):
