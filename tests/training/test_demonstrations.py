@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
-from helpers import tiny_models
+from helpers import recipe_runs, tiny_models
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from trl import SFTConfig, SFTTrainer
 
@@ -210,3 +212,48 @@ def test_a_demonstration_with_one_turn_is_tokenized_as_by_trl(
             other[k] for k in ("input_ids", "labels")
         ]
     assert type(trainer.train_dataset) is type(plain.train_dataset)
+
+
+@pytest.mark.slow
+def test_rows_of_several_turns_train_the_same_on_two_processes_and_after_a_kill(
+    world: tiny_models.World, tmp_path: Path
+) -> None:
+    def folder(name: str, batch_size: int) -> Path:
+        runs = tmp_path / name / "runs"
+        runs.mkdir(parents=True)
+        # From one to four turns of the assistant, each a token row: ranks have unequal parts.
+        texts = [
+            text
+            for i in range(16)
+            for text in [conversation([f"{t} {i}" for t in TURNS + TURNS[:2]][: 2 + 2 * (i % 4)])]
+        ]
+        (runs.parent / "rows.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+        (runs.parent / "template.jinja").write_text(DROPS_REASONING)
+        trainer = tiny_models.TRAINER | {
+            "chat_template_path": "template.jinja", "max_steps": 8, "save_steps": 2,
+            "save_strategy": "steps", "save_total_limit": 9, "learning_rate": 1e-2,
+            "adam_epsilon": 1e-3, "per_device_train_batch_size": batch_size,
+        }  # fmt: skip
+        recipe = {"stages": {
+            "prepare": {"source": "rows.jsonl", "test_fraction": 0},
+            "sft": {"model": str(world.sft), "demonstrations": "prepare", "trainer": trainer},
+        }}  # fmt: skip
+        (runs.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return runs
+
+    def weights(runs: Path) -> dict[str, torch.Tensor]:
+        (file,) = runs.glob("sft-*/model.safetensors")
+        return load_file(file)
+
+    one, two, killed = folder("one", 4), folder("two", 2), folder("killed", 4)
+    assert recipe_runs.run(one) == 0, recipe_runs.log(one)
+    assert recipe_runs.run_on_two_processes(two) == 0, recipe_runs.log(two)
+    saved = recipe_runs.file_exists(killed, "sft-*/checkpoint-2/trainer_state.json")
+    assert recipe_runs.stop(killed, when=saved) != 0
+    assert not list(killed.glob("sft-*/artifact.json"))
+    assert recipe_runs.run(killed) == 0, recipe_runs.log(killed)
+    before, expected = load_file(world.sft / "model.safetensors"), weights(one)
+    assert max((expected[name] - before[name]).abs().max() for name in before) > 1e-2
+    for name, weight in weights(two).items():
+        assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(killed).items())
