@@ -85,8 +85,8 @@ class GymEnvironment:
     options: Mapping[str, Any]
     distribution: str | None = None
     needs: tuple[str, ...] = ()
-    """What its spaces must be: ``numbered states``, ``discrete actions``, ``continuous actions``.
-    """
+    """What it must have: ``numbered states``, ``discrete actions``, ``continuous actions``,
+    ``a table of transitions``."""
 
 
 @dataclass(frozen=True, slots=True)

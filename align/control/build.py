@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from align.config.control.base import Control
+from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.policy_gradient import PolicyGradient
 from align.config.control.tabular import Tabular
 from align.control.spaces import EnvSpec
@@ -20,4 +21,8 @@ def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
             from align.control.tabular import TabularTrainer
 
             return TabularTrainer(config, spec, seed)
+        case DynamicProgramming():
+            from align.control.dynamic_programming import DynamicProgrammingTrainer
+
+            return DynamicProgrammingTrainer(config, spec, seed)
     raise TypeError(f"no trainer for {type(config).__name__}")

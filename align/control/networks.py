@@ -163,6 +163,14 @@ class Policy(nn.Module):
         self.body = perceptron(spec.n_features, hidden_sizes, spec.n_actions, activation, gain=gain)
 
 
+def table_policy(spec: EnvSpec, table: Float[Tensor, "states actions"]) -> Policy:
+    """The policy whose logits in a numbered state are a row of a table."""
+    policy = Policy(spec, hidden_sizes=[], activation="tanh", distribution="categorical")
+    weights = {"0.weight": table.T.float(), "0.bias": torch.zeros(spec.n_actions)}
+    policy.body.load_state_dict(weights)
+    return policy
+
+
 def build_critic(
     spec: EnvSpec,
     *,

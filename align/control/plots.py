@@ -20,6 +20,8 @@ Curves = Mapping[int, Sequence[Point]]
 
 PANELS = (
     ("return", "mean return of the last 100 episodes"),
+    ("value", "value of the first state"),
+    ("change", "largest change of a value"),
     ("policy_loss", "policy loss"),
     ("value_loss", "value loss"),
     ("explained_variance", "explained variance"),

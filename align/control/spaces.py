@@ -125,16 +125,17 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
 
     observations, actions = env.observation_space, env.action_space
     fulfilled = {
-        "numbered states": isinstance(observations, Discrete),
-        "discrete actions": isinstance(actions, Discrete),
-        "continuous actions": isinstance(actions, Box),
+        "numbered states": (isinstance(observations, Discrete), observations),
+        "discrete actions": (isinstance(actions, Discrete), actions),
+        "continuous actions": (isinstance(actions, Box), actions),
+        "a table of transitions": (hasattr(env.unwrapped, "P"), "no attribute `P`"),
     }
     for need in needs:
-        if not fulfilled[need]:
-            space = observations if "states" in need else actions
+        is_fulfilled, has = fulfilled[need]
+        if not is_fulfilled:
             raise UnfitError(
                 "environment",
-                f"{name} has {space}, but the algorithm needs {need}; change the environment or "
+                f"{name} has {has}, but the algorithm needs {need}; change the environment or "
                 "`algorithm`",
             )
 

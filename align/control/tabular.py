@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import gymnasium
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from align.config.control.tabular import Tabular
-from align.control.networks import Policy
+from align.control.networks import Policy, table_policy
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
 from align.control.trainer import RECENT
@@ -105,10 +104,7 @@ class TabularTrainer:
     @property
     def policy(self) -> Policy:
         """The greedy policy: the table as a linear layer."""
-        policy = Policy(self.spec, **asdict(self.config.policy_shape))
-        table = torch.from_numpy(self.values.T).float()
-        policy.body.load_state_dict({"0.weight": table, "0.bias": torch.zeros(len(table))})
-        return policy
+        return table_policy(self.spec, torch.from_numpy(self.values))
 
     def state(self) -> dict[str, Any]:
         """The table, the random numbers and the curve so far."""

@@ -14,6 +14,12 @@ from align.functional.agreement import (
 )
 from align.functional.best_of_n import best_of_n_accuracy, best_of_n_kl, best_of_n_values
 from align.functional.bradley_terry import bradley_terry_strengths, holm_adjusted, win_matrix
+from align.functional.dynamic_programming import (
+    action_values,
+    improved_policy,
+    iterated_policy_values,
+    policy_values,
+)
 from align.functional.intervals import bootstrap_interval, proportion_interval
 from align.functional.length_control import length_controlled_win_rate, length_controlled_win_rates
 from align.functional.masked import masked_scale, masked_var, masked_whiten
@@ -50,6 +56,7 @@ from align.functional.winrate import (
 )
 
 __all__ = [
+    "action_values",
     "adaptive_kl_coef",
     "best_of_n_accuracy",
     "best_of_n_kl",
@@ -73,6 +80,8 @@ __all__ = [
     "holm_adjusted",
     "importance_ratio",
     "importance_weights",
+    "improved_policy",
+    "iterated_policy_values",
     "kl_k1",
     "kl_k3",
     "kl_loss",
@@ -88,6 +97,7 @@ __all__ = [
     "outcomes",
     "overoptimization_gain",
     "paired_permutation_p_value",
+    "policy_values",
     "position_bias",
     "prediction_powered_mean",
     "proportion_interval",

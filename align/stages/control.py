@@ -31,7 +31,7 @@ from align.runtime.results import ResultTable, StageResult
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 SECONDS_BETWEEN_LINES = 0.2
-SHOWN = ("return", "entropy", "kl")
+SHOWN = ("return", "value", "change", "entropy", "kl")
 """Metrics of the progress display."""
 
 
@@ -118,7 +118,7 @@ def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
     result = {
         "seed": seed,
         "steps": trainer.steps,
-        "seconds": round(trainer.seconds, 3),
+        "seconds": max(round(trainer.seconds, 3), 0.001),
         "returns": returns.tolist(),
         "curve": trainer.curve,
         "files": checksums.record_files(output_dir, [file]),
@@ -240,6 +240,8 @@ def _metrics(config: Control, results: Mapping[int, Mapping[str, Any]]) -> dict[
 
 def _table(config: Control, metrics: Mapping[str, Any], output_dir: Path) -> ResultTable:
     """One row per seed."""
+    rows = metrics["control"]
+    digits = 1 if any(abs(row["mean_return"]) >= 10 for row in rows) else 3
     return ResultTable(
         title=f"{config.algorithm} on {config.environment}, greedy policy; "
         f"mean return of {config.episodes} episodes",
@@ -247,14 +249,14 @@ def _table(config: Control, metrics: Mapping[str, Any], output_dir: Path) -> Res
         rows=[
             (
                 str(row["seed"]),
-                f"{row['mean_return']:.1f}",
-                " to ".join(dict.fromkeys(f"{end:.1f}" for end in row["ci"])),
-                f"{row['lowest']:.1f}",
+                f"{row['mean_return']:.{digits}f}",
+                " to ".join(dict.fromkeys(f"{end:.{digits}f}" for end in row["ci"])),
+                f"{row['lowest']:.{digits}f}",
                 f"{row['steps']:,}",
                 f"{row['seconds']:.2f}",
                 f"{row['steps_per_second']:,.0f}",
             )
-            for row in metrics["control"]
+            for row in rows
         ],
         note=f"curves: {output_dir / plots.FILE}",
     )

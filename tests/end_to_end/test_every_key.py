@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 import align
 from align.config.control.algorithms import FAMILIES
+from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.tabular import Tabular
 from align.config.online_rl import OnlineRL
 from align.config.stages import STAGES
@@ -31,7 +32,10 @@ from align.errors import UserError
 from align.online_rl import plots as ppo_plots
 from align.stages import control
 
-CLASSES = STAGES | {"control: tabular": Tabular}
+CLASSES = STAGES | {
+    "control: tabular": Tabular,
+    "control: dynamic programming": DynamicProgramming,
+}
 """The configuration class of each kind of stage, and of each family of ``control``."""
 SPEED = {
     "prefix_sharing",

@@ -96,6 +96,12 @@ BASE: dict[str, dict[str, Any]] = {
         "steps": 300,
         "episodes": 4,
     },
+    "control: dynamic programming": {
+        "environment": "FrozenLake-v1",
+        "environment_options": {"max_episode_steps": 100},
+        "algorithm": "value_iteration",
+        "episodes": 20,
+    },
 }
 
 LORA_CHANGES = {
@@ -374,6 +380,16 @@ CHANGES["control: tabular"] = {key: CHANGES["control"][key] for key in OF_ALL_AL
     "epsilon": Change(0.5),
     "confidence": Change(0.5, SLIPPERY),
     "resamples": Change(100, SLIPPERY),
+}
+CHANGES["control: dynamic programming"] = {
+    key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS
+} | {
+    "environment": Change("Taxi-v4"),
+    "algorithm": Change("policy_iteration"),
+    "steps": Change(3),
+    "tolerance": Change(1e-3),
+    "confidence": Change(0.5),
+    "resamples": Change(100),
 }
 EQUAL_GROUPS = {"rewards": ["helpers.key_changes:long"]}
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")

@@ -26,6 +26,7 @@ from rich.console import Console
 from align.config import trl_fields
 from align.config.base import NewModel
 from align.config.control.algorithms import FAMILIES
+from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.tabular import Tabular
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
@@ -102,7 +103,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 # Digests
 
 
-CLASSES = STAGES | {"control: tabular": Tabular}
+CLASSES = STAGES | {
+    "control: tabular": Tabular,
+    "control: dynamic programming": DynamicProgramming,
+}
 """The configuration class of each kind of stage, and of each family of ``control``."""
 
 
@@ -198,6 +202,9 @@ OF_ALL_ALGORITHMS = {
 OTHER["control: tabular"] = OF_ALL_ALGORITHMS | {
     "algorithm": "sarsa", "learning_rate": 0.1, "schedule": "linear", "epsilon": 0.3,
 }  # fmt: skip
+OTHER["control: dynamic programming"] = OF_ALL_ALGORITHMS | {
+    "algorithm": "policy_iteration", "tolerance": 1e-3,
+}  # fmt: skip
 OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
 OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}
 OTHER["rloo"] |= {
@@ -227,6 +234,7 @@ BASE: dict[str, dict[str, Any]] = {
     },
     "control": {"environment": "CartPole-v1", "steps": 100},
     "control: tabular": {"environment": "Taxi-v4", "steps": 100, "algorithm": "q_learning"},
+    "control: dynamic programming": {"environment": "Taxi-v4", "algorithm": "value_iteration"},
 }  # fmt: skip
 BASE |= dict.fromkeys(ONLINE_RL, BASE["ppo"])
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from align.config.control.base import Control
+from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.policy_gradient import PolicyGradient
 from align.config.control.tabular import Tabular
 
-FAMILIES: tuple[type[Control], ...] = (PolicyGradient, Tabular)
+FAMILIES: tuple[type[Control], ...] = (PolicyGradient, Tabular, DynamicProgramming)
 """The configuration classes; the first is that of the default algorithm."""
 
 

@@ -21,7 +21,9 @@ class PolicyShape:
     distribution: str | None
 
 
-Algorithm = Literal["reinforce", "a2c", "ppo", "q_learning", "sarsa"]
+Algorithm = Literal[
+    "reinforce", "a2c", "ppo", "q_learning", "sarsa", "value_iteration", "policy_iteration"
+]
 
 
 class Control(Stage):

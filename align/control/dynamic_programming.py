@@ -1,0 +1,127 @@
+"""Value iteration and policy iteration on the transitions of an environment.
+
+Nothing is sampled, so the seed of a trainer only decides on the state whose value its curve shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gymnasium
+import torch
+from torch import Tensor
+
+from align.config.control.dynamic_programming import DynamicProgramming
+from align.control.networks import Policy, table_policy
+from align.control.spaces import EnvSpec
+from align.errors import UserError
+from align.functional.dynamic_programming import action_values, improved_policy, policy_values
+
+
+class Model(NamedTuple):
+    """Transitions and expected rewards, as :mod:`align.functional.dynamic_programming` has them."""
+
+    transitions: Tensor
+    rewards: Tensor
+
+
+def read_model(env: gymnasium.Env[Any, Any], spec: EnvSpec) -> Model:
+    """The table ``P`` of an environment: for each state and action, what may happen."""
+    transitions = torch.zeros(spec.n_features, spec.n_actions, spec.n_features).double()
+    rewards = torch.zeros(spec.n_features, spec.n_actions).double()
+    table: Any = env.unwrapped
+    for state, actions in table.P.items():
+        for action, outcomes in actions.items():
+            for probability, next_state, reward, terminated in outcomes:
+                rewards[state, action] += probability * reward
+                if not terminated:
+                    transitions[state, action, next_state] += probability
+    return Model(transitions, rewards)
+
+
+class DynamicProgrammingTrainer:
+    """Computes the optimal values. Policy iteration starts from the uniform policy."""
+
+    critic = None
+    statistics = None
+
+    def __init__(self, config: DynamicProgramming, spec: EnvSpec, seed: int) -> None:
+        self.config, self.spec, self.seed = config, spec, seed
+        self.env = gymnasium.make(config.environment, **config.environment_options)
+        self.model = read_model(self.env, spec)
+        self.first_state, _ = self.env.reset(seed=seed)
+        self.values = torch.zeros(spec.n_features).double()
+        self.table = torch.full_like(self.model.rewards, 1 / spec.n_actions)
+        self.change = float("inf")
+        self.steps, self.seconds = 0, 0.0
+        self.curve: list[dict[str, Any]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether no value changes any more, or all iterations are done."""
+        return self.steps >= self.config.steps or self.change <= self.config.tolerance
+
+    def train_step(self) -> dict[str, Any]:
+        """Update the values of all states once. Returns the new point of the learning curve."""
+        started, before = time.perf_counter(), self.values
+        if self.config.algorithm == "value_iteration":
+            self.values = self._action_values().amax(-1)
+        else:
+            self.values = self._evaluated()
+            self.table = improved_policy(self._action_values(), self.table)
+        self.change = float((self.values - before).abs().max())
+        self.steps += 1
+        self.seconds += time.perf_counter() - started
+        point = {
+            "steps": self.steps,
+            "episodes": 0,
+            "return": None,
+            "value": float(self.values[self.first_state]),
+            "change": self.change,
+            "seconds": round(self.seconds, 4),
+        }
+        self.curve.append(point)
+        return point
+
+    def _action_values(self) -> Tensor:
+        return action_values(*self.model, self.values, gamma=self.config.gamma)
+
+    def _evaluated(self) -> Tensor:
+        try:
+            return policy_values(*self.model, self.table, gamma=self.config.gamma)
+        except ValueError as error:
+            raise UserError(
+                f"seed {self.seed}: {error}, so with `gamma: 1` its value has no limit; lower "
+                "`gamma`, or set `algorithm: value_iteration`"
+            ) from None
+
+    @property
+    def policy(self) -> Policy:
+        """The greedy policy. Differences from the best action keep the order in float32."""
+        if self.config.algorithm == "policy_iteration":
+            return table_policy(self.spec, self.table)
+        values = self._action_values()
+        return table_policy(self.spec, values - values.amax(-1, keepdim=True))
+
+    def state(self) -> dict[str, Any]:
+        """Values, policy and the curve so far."""
+        return {
+            "values": self.values.clone(),
+            "table": self.table.clone(),
+            "change": self.change,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "curve": list(self.curve),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that :meth:`state` returned."""
+        self.values, self.table = state["values"], state["table"]
+        self.change, self.steps = state["change"], state["steps"]
+        self.seconds, self.curve = state["seconds"], list(state["curve"])
+
+    def close(self) -> None:
+        """Release the environment."""
+        self.env.close()
