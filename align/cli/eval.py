@@ -8,7 +8,6 @@ reward models are evaluated by :mod:`align.evaluation.annotated_win_rates` and
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -270,9 +269,9 @@ def _note(rows: Sequence[AnnotatedWinRate]) -> str:
 
 
 def _print_tables(name: str, tables: Sequence[ResultTable]) -> None:
-    from align.pipeline.summary import WIDTH, render_table
+    from align.pipeline.summary import render_table
     from align.runtime.terminal import SafeConsole
 
-    console = SafeConsole() if sys.stdout.isatty() else SafeConsole(width=WIDTH)
+    console = SafeConsole()
     for table in tables:
         console.print(render_table(table, name))

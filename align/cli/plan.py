@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from align.pipeline.estimates import Estimate
     from align.pipeline.plan import PlannedStage
 
-WIDTH = 100  # of the table if the output is not a terminal
 STATUS = {"reused": "reuse", "resume": "resume", "run": "run"}
 LEGEND = (
     "steps: optimizer steps, or environment steps of all seeds; "
@@ -66,7 +65,6 @@ def plan(
     preflight.check_batch_sizes(errors, pending, processes)
     errors.raise_any()
     console = SafeConsole()
-    console = console if console.is_terminal else SafeConsole(width=WIDTH)
     title = f"{recipe}: {counted(len(stages), 'stage')}; folders in {runs}"
     prepared = estimates.prepare_small(stages)
     lost = token_lengths.lost_rows(stages, prepared)

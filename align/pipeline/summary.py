@@ -11,16 +11,12 @@ from rich.text import Text
 
 from align.pipeline.runner import RunSummary
 from align.runtime.results import ResultTable
-from align.runtime.terminal import SafeConsole
 
-WIDTH = 100  # of an output that is not a terminal
 LEFT = "<"  # at the end of the header of a left-aligned column
 
 
 def show_summary(summary: RunSummary, console: Console, file: Path) -> None:
     """Print the tables of all stages, and the location of ``summary.json``."""
-    if not console.is_terminal:
-        console = SafeConsole(file=console.file, width=WIDTH, quiet=console.quiet)
     for stage in summary.stages:
         for table in stage.tables:
             console.print(render_table(table, stage.name))

@@ -167,7 +167,7 @@ def test_the_probe_measures_one_process_only(tmp_path):
 
 
 def test_a_plan_fits_80_columns_and_shows_names_as_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "WIDTH", 80)
+    monkeypatch.setenv("COLUMNS", "80")
     plan.plan(Path("iterated_dpo"), runs=tmp_path / "runs [/v1]")
     output = capsys.readouterr().out
     assert re.search(r"onpolicy_dpo-[0-9a-f]{12} +run .* MB", output)

@@ -600,7 +600,7 @@ def test_completions_are_printed_without_interpreting_markup():
     outcomes = Outcomes("gold", "a", "b", score, score > 1, score < 1, score > 1, score, score)
     (table,) = tables.sample_tables(prompts, outcomes, samples)
     out = io.StringIO()
-    Console(file=out, width=100).print(render_table(table, "evaluate"))
+    Console(file=out, width=80).print(render_table(table, "evaluate"))
     assert out.getvalue().count(text) == 2
     assert "evaluate: [red]Write[/red] a line." in out.getvalue()
     assert "a (0.50)" in out.getvalue()
