@@ -131,7 +131,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if len(known) > MOST_LISTED:
         ratios = {each: difflib.SequenceMatcher(None, word, each).ratio() for each in known}
         listed = sorted(known, key=lambda each: -ratios[each])[:MOST_LISTED]
-        more = f" and {len(known) - MOST_LISTED} more (docs/configuration.md)"
+        more = f" and {len(known) - MOST_LISTED} more (docs/reference/configuration.md)"
     else:
         listed, more = known, ""
     return did_you_mean(word, known) or f"; known: {', '.join(listed)}{more}"

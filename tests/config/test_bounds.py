@@ -125,6 +125,6 @@ def test_a_recipe_in_python_is_bounded_as_a_file_is():
 def test_of_many_known_keys_the_most_similar_are_listed():
     recipe = {"stages": {"prepare": {"source": "embedded"}, "ppo": {"xyz_rate": 1}}}
     line = next(line for line in problems(recipe) if "xyz_rate" in line)
-    assert line.endswith(" more (docs/configuration.md)")
+    assert line.endswith(" more (docs/reference/configuration.md)")
     assert "unknown key; known: learning_rate, " in line
     assert len(line) < 400

@@ -19,8 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_key_reference_is_generated():
-    # After a change: python -m align.config.reference > docs/configuration.md
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference.text()
+    # After a change: python -m align.config.reference > docs/reference/configuration.md
+    assert (ROOT / "docs" / "reference" / "configuration.md").read_text(
+        encoding="utf-8"
+    ) == reference.text()
 
 
 def test_the_schema_is_generated():

@@ -15,7 +15,7 @@ from typing import Any
 import griffe
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 INCLUDED = {  # path in the repository: path on the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
