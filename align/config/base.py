@@ -86,7 +86,7 @@ class GymEnvironment:
     distribution: str | None = None
     needs: tuple[str, ...] = ()
     """What it must have: ``numbered states``, ``discrete actions``, ``continuous actions``,
-    ``a table of transitions``."""
+    ``bounded continuous actions``, ``a table of transitions``, ``goals``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.off_policy import OffPolicy
 from align.config.control.policy_gradient import PolicyGradient
 from align.config.control.tabular import Tabular
 from align.control.spaces import EnvSpec
@@ -25,4 +26,8 @@ def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
             from align.control.dynamic_programming import DynamicProgrammingTrainer
 
             return DynamicProgrammingTrainer(config, spec, seed)
+        case OffPolicy():
+            from align.control.off_policy import OffPolicyTrainer
+
+            return OffPolicyTrainer(config, spec, seed)
     raise TypeError(f"no trainer for {type(config).__name__}")

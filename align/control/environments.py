@@ -8,6 +8,7 @@ communication with another process.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.utils import RunningMeanStd
 from gymnasium.wrappers.vector import NormalizeReward
 from numpy.typing import NDArray
@@ -77,12 +79,22 @@ def make_vector_env(
 ) -> VectorEnv[Any, Any, Any]:
     """``n_envs`` environments that reset in the step that ends an episode."""
     silence_mujoco(environment)
-    spec = gymnasium.spec(environment)
+    module, _, name = environment.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    spec = gymnasium.spec(name)
     in_one_array = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
     if spec.vector_entry_point == in_one_array and options.keys() <= CARTPOLE_OPTIONS:
         return CartPole(n_envs, **{"max_episode_steps": spec.max_episode_steps, **options})
     same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    return gymnasium.make_vec(environment, n_envs, "sync", same_step, **options)
+    return gymnasium.make_vec(environment, n_envs, "sync", same_step, [flattened], **options)
+
+
+def flattened(env: Any) -> Any:
+    """The environment, with the parts of a dictionary observation as one vector."""
+    if isinstance(env.observation_space, gymnasium.spaces.Dict):
+        return FlattenObservation(env)
+    return env
 
 
 class _UnscaledRewards(VectorWrapper[Any, Any, Any, Any, Any]):

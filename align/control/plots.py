@@ -20,6 +20,7 @@ Curves = Mapping[int, Sequence[Point]]
 
 PANELS = (
     ("return", "mean return of the last 100 episodes"),
+    ("success", "success rate of the last 100 episodes"),
     ("value", "value of the first state"),
     ("change", "largest change of a value"),
     ("policy_loss", "policy loss"),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from align.config.control.base import Control
-from align.control.environments import features, normalize
+from align.control.environments import features, flattened, normalize
 from align.control.networks import Policy
 from align.control.spaces import EnvSpec
 from align.errors import ArtifactError
@@ -166,7 +166,7 @@ def play_episodes(
     trained: LoadedPolicy, *, render_mode: str, episodes: int, seed: int
 ) -> Iterator[Frame]:
     """Play greedy episodes in a new environment, with a frame before each action and at the end."""
-    env = gymnasium.make(trained.environment, render_mode=render_mode, **trained.options)
+    env = flattened(gymnasium.make(trained.environment, render_mode=render_mode, **trained.options))
     policy = trained.policy
     try:
         for episode in range(episodes):

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from align.config.control.policy_gradient import PolicyGradient
 from align.control.environments import Environments, Step
-from align.control.networks import Gaussian, Policy, build_critic
+from align.control.networks import Gaussian, Policy, build_critic, check_weights
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
 from align.control.trainer import RECENT
-from align.errors import UserError
 from align.functional.returns import discounted_returns, gae
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
@@ -163,7 +162,12 @@ class PolicyGradientTrainer:
         diagnostics = update(
             self.evaluate_policy, rollout, self.objective, self.optimizer, generator=self.generator
         )
-        self._check_weights()
+        check_weights(
+            [self.policy, *([] if self.critic is None else [self.critic])],
+            seed=self.seed,
+            steps=self.steps,
+            environment=self.config.environment,
+        )
         with torch.no_grad():
             inputs = rollout.inputs["observations"]
             point["entropy"] = float(self.policy.head.entropy(self.policy.body(inputs)).mean())
@@ -173,21 +177,6 @@ class PolicyGradientTrainer:
         point = {k: None if v != v else v for k, v in point.items()}  # JSON has no NaN
         self.curve.append(point)
         return point
-
-    def _check_weights(self) -> None:
-        """Stop where the update has made a weight NaN or infinite.
-
-        Raises:
-            UserError: A weight is not finite.
-        """
-        networks = [self.policy, *([] if self.critic is None else [self.critic])]
-        weights = [weight for network in networks for weight in network.parameters()]
-        if not all(bool(weight.isfinite().all()) for weight in weights):
-            raise UserError(
-                f"seed {self.seed}: a weight is not finite after {self.steps:,} steps: lower "
-                "`learning_rate`, set `max_grad_norm`, or check the rewards and observations of "
-                f"{self.config.environment}"
-            )
 
     def _measures_variance(self, steps_before: int) -> bool:
         """Whether to measure the gradient variance: with each twentieth of the run."""

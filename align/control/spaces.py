@@ -1,7 +1,7 @@
 """Observation and action spaces of an environment, checked before anything runs.
 
-Imports Gymnasium only when an environment is inspected. Left out: dictionary and image
-observations, and several discrete actions at once.
+Imports Gymnasium only when an environment is inspected. Left out: image observations, and several
+discrete actions at once.
 """
 
 from __future__ import annotations
@@ -121,13 +121,21 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
 
 
 def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) -> None:
-    from gymnasium.spaces import Box, Discrete
+    from gymnasium.spaces import Box, Dict, Discrete
 
     observations, actions = env.observation_space, env.action_space
     fulfilled = {
         "numbered states": (isinstance(observations, Discrete), observations),
         "discrete actions": (isinstance(actions, Discrete), actions),
         "continuous actions": (isinstance(actions, Box), actions),
+        "bounded continuous actions": (
+            isinstance(actions, Box) and actions.is_bounded(),
+            actions,
+        ),
+        "goals": (
+            isinstance(observations, Dict) and {"achieved_goal", "desired_goal"} <= {*observations},
+            observations,
+        ),
         "a table of transitions": (hasattr(env.unwrapped, "P"), "no attribute `P`"),
     }
     for need in needs:
@@ -140,19 +148,30 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
             )
 
 
+def _n_features(space: gymnasium.Space[Any]) -> int | None:
+    """Length of observations as one vector; None if they are none."""
+    from gymnasium.spaces import Box, Dict, Discrete
+
+    if isinstance(space, Discrete) and space.start == 0:
+        return int(space.n)
+    if isinstance(space, Box) and len(space.shape) <= 1:
+        return math.prod(space.shape)
+    if isinstance(space, Dict) and all(isinstance(part, Box) for part in space.values()):
+        lengths = [_n_features(part) for part in space.values()]
+        return None if None in lengths else sum(length or 0 for length in lengths)
+    return None
+
+
 def _spec(env: gymnasium.Env[Any, Any], name: str, distribution: str | None) -> EnvSpec:
     from gymnasium.spaces import Box, Discrete
 
     observations, actions = env.observation_space, env.action_space
-    if isinstance(observations, Discrete) and observations.start == 0:
-        n_features = int(observations.n)
-    elif isinstance(observations, Box) and len(observations.shape) <= 1:
-        n_features = math.prod(observations.shape)
-    else:
+    n_features = _n_features(observations)
+    if n_features is None:
         raise UnfitError(
             "environment",
             f"{name} has observations {observations}; expected one vector of numbers, a Box of one "
-            "dimension, or numbered states, Discrete from 0",
+            "dimension, a Dict of such vectors, or numbered states, Discrete from 0",
         )
     if isinstance(actions, Discrete) and actions.start == 0:
         if distribution not in (None, "categorical"):

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 import align
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.off_policy import OffPolicy
 from align.config.control.tabular import Tabular
 from align.config.online_rl import OnlineRL
 from align.config.stages import STAGES
@@ -35,6 +36,7 @@ from align.stages import control
 CLASSES = STAGES | {
     "control: tabular": Tabular,
     "control: dynamic programming": DynamicProgramming,
+    "control: off-policy": OffPolicy,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
 SPEED = {

@@ -102,6 +102,19 @@ BASE: dict[str, dict[str, Any]] = {
         "algorithm": "value_iteration",
         "episodes": 20,
     },
+    "control: off-policy": {
+        "environment": "CartPole-v1",
+        "environment_options": {"max_episode_steps": 15},
+        "algorithm": "dqn",
+        "steps": 120,
+        "episodes": 4,
+        "learning_starts": 50,
+        "batch_size": 8,
+        "hidden_sizes": [8, 8],
+        "train_every": 20,
+        "gradient_steps": 5,
+        "target_update_interval": 40,
+    },
 }
 
 LORA_CHANGES = {
@@ -390,6 +403,34 @@ CHANGES["control: dynamic programming"] = {
     "tolerance": Change(1e-3),
     "confidence": Change(0.5),
     "resamples": Change(100),
+}
+CONTINUOUS = {"target_update_interval": None, "environment": "Pendulum-v1", "algorithm": "td3"}
+GOALS = {
+    "environment": "align.control.point_reach:PointReach-v0",
+    "algorithm": "sac",
+    "target_update_interval": None,
+}
+CHANGES["control: off-policy"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
+    "algorithm": Change("sac", CONTINUOUS),
+    "steps": Change(80),
+    "confidence": Change(0.5, {"environment_options": {}}),
+    "resamples": Change(100, {"environment_options": {}}),
+    "hidden_sizes": Change([8]),
+    "learning_rate": Change(1e-2),
+    "buffer_size": Change(30),
+    "learning_starts": Change(30),
+    "batch_size": Change(16),
+    "train_every": Change(30),
+    "gradient_steps": Change(2),
+    "tau": Change(0.1),
+    "replay": Change("hindsight", GOALS),
+    "hindsight_goals": Change(1, GOALS | {"replay": "hindsight"}),
+    "target": Change("double", {"learning_rate": 0.1}),
+    "network": Change("dueling"),
+    "target_update_interval": Change(3),
+    "exploration_fraction": Change(0.9),
+    "exploration_final": Change(0.5),
+    "action_noise": Change(0.5, CONTINUOUS),
 }
 EQUAL_GROUPS = {"rewards": ["helpers.key_changes:long"]}
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")

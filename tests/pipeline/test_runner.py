@@ -27,6 +27,7 @@ from align.config import trl_fields
 from align.config.base import NewModel
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.off_policy import OffPolicy
 from align.config.control.tabular import Tabular
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
@@ -106,6 +107,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 CLASSES = STAGES | {
     "control: tabular": Tabular,
     "control: dynamic programming": DynamicProgramming,
+    "control: off-policy": OffPolicy,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
 
@@ -205,6 +207,12 @@ OTHER["control: tabular"] = OF_ALL_ALGORITHMS | {
 OTHER["control: dynamic programming"] = OF_ALL_ALGORITHMS | {
     "algorithm": "policy_iteration", "tolerance": 1e-3,
 }  # fmt: skip
+OTHER["control: off-policy"] = OF_ALL_ALGORITHMS | {
+    "algorithm": "sac", "hidden_sizes": [3], "learning_rate": 0.1, "buffer_size": 7, "learning_starts": 7,
+    "batch_size": 7, "train_every": 7, "gradient_steps": 7, "tau": 0.7, "replay": "hindsight", "hindsight_goals": 7,
+    "target": "double", "network": "dueling", "target_update_interval": 7, "exploration_fraction": 0.7,
+    "exploration_final": 0.7, "action_noise": 0.7,
+}  # fmt: skip
 OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
 OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}
 OTHER["rloo"] |= {
@@ -235,6 +243,7 @@ BASE: dict[str, dict[str, Any]] = {
     "control": {"environment": "CartPole-v1", "steps": 100},
     "control: tabular": {"environment": "Taxi-v4", "steps": 100, "algorithm": "q_learning"},
     "control: dynamic programming": {"environment": "Taxi-v4", "algorithm": "value_iteration"},
+    "control: off-policy": {"environment": "CartPole-v1", "steps": 2000, "algorithm": "dqn"},
 }  # fmt: skip
 BASE |= dict.fromkeys(ONLINE_RL, BASE["ppo"])
 

@@ -11,10 +11,11 @@ from typing import Any, get_args
 
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.off_policy import OffPolicy
 from align.config.control.policy_gradient import PolicyGradient
 from align.config.control.tabular import Tabular
 
-FAMILIES: tuple[type[Control], ...] = (PolicyGradient, Tabular, DynamicProgramming)
+FAMILIES: tuple[type[Control], ...] = (PolicyGradient, Tabular, DynamicProgramming, OffPolicy)
 """The configuration classes; the first is that of the default algorithm."""
 
 

@@ -22,7 +22,16 @@ class PolicyShape:
 
 
 Algorithm = Literal[
-    "reinforce", "a2c", "ppo", "q_learning", "sarsa", "value_iteration", "policy_iteration"
+    "reinforce",
+    "a2c",
+    "ppo",
+    "q_learning",
+    "sarsa",
+    "value_iteration",
+    "policy_iteration",
+    "dqn",
+    "sac",
+    "td3",
 ]
 
 
@@ -81,6 +90,11 @@ class Control(Stage):
     def policy_shape(self) -> PolicyShape:
         """The networks of the policy that the algorithm trains."""
         raise NotImplementedError
+
+    @property
+    def steps_before_learning(self) -> int:
+        """Environment steps without an update at the start, which take less time than others."""
+        return 0
 
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:

@@ -18,6 +18,8 @@ def measure(config: Control, watch: Stopwatch) -> StageTime:
     trainer = build_trainer(config, spaces.inspect_env(environment), config.seeds[0])
     with single_process():
         trainer.train_step()  # the first one includes start-up
+        while trainer.steps <= config.steps_before_learning and not trainer.done:
+            trainer.train_step()
         first, seconds = trainer.steps, 0.0
         while seconds < MEASURED and not trainer.done:
             seconds += watch.once(trainer.train_step)
