@@ -8,6 +8,9 @@ Align and ``model.generate`` sample the same completions, which the script check
 batching of ``model.generate_batch`` draws others, except greedy ones, so its seconds are given for
 the number of tokens that Align sampled.
 
+With ``--compile-decoding inductor`` the side of Align is that key's; the time of compilation is
+left out.
+
 All rows are sampled at once, or ``--batch`` at a time: in batches one after another, and by
 continuous batching with a new row for each that has ended.
 
@@ -35,8 +38,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from align.models import decoding, generation
-from align.models.decoding import SampledTokens
+from align.models import generation
+from align.models.decoding.choice import SampledTokens
 
 STOP, PAD = 2, 0
 # width, layers, heads, heads of keys, intermediate width, vocabulary, tied; prompts, their lengths
@@ -104,7 +107,7 @@ def continuous(model: Any, rows: list[list[int]], size: int) -> list[SampledToke
     return [SampledTokens(output.generated_tokens, []) for output in outputs.values()]
 
 
-def compare(model: Any, rows: list[list[int]], size: int, rounds: int) -> str:
+def compare(model: Any, rows: list[list[int]], size: int, rounds: int, backend: str | None) -> str:
     """The median times of all sides as cells of a table."""
     paged = copy.deepcopy(model)  # it changes the attention of its model
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -112,9 +115,16 @@ def compare(model: Any, rows: list[list[int]], size: int, rounds: int) -> str:
     def one_after_another(sample: Callable[..., list[SampledTokens]]) -> list[SampledTokens]:
         return [row for batch in batches for row in sample(model, batch, {STOP})]
 
+    decoder = generation.compiled_decoder(model, backend)
+
+    def ours_sampled(model: Any, batch: list[list[int]], stops: set[int]) -> list[SampledTokens]:
+        return generation.generate_tokens(model, batch, stops, decoder)
+
+    if decoder is not None:
+        one_after_another(ours_sampled)
     sides = (
         lambda: one_after_another(generation.generate_with_transformers),
-        lambda: one_after_another(decoding.decode),
+        lambda: one_after_another(ours_sampled),
         lambda: continuous(paged, rows, size),
     )
     seconds: list[list[float]] = [[], [], []]
@@ -141,6 +151,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows at once; default: all")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--mean", type=int, default=30, help="mean tokens of a completion")
+    parser.add_argument("--compile-decoding", choices=["inductor", "aot_eager"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,9 +171,8 @@ def main() -> None:
                 max_new_tokens=arguments.new_tokens,
                 **settings,
             )
-            print(
-                f"| {name} | {label} | {compare(model, rows, size, arguments.rounds)} |", flush=True
-            )
+            cells = compare(model, rows, size, arguments.rounds, arguments.compile_decoding)
+            print(f"| {name} | {label} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from align.config.base import (
     Table,
     Workload,
 )
+from align.config.decoding import DecodingStage
 from align.config.functions import ScoreFunction
 from align.config.quantization import QuantizableStage
 from align.config.readers import COLUMNS, READER_OPTIONS, Reader
@@ -213,7 +214,7 @@ class Prepare(Source, Stage):
                 yield Problem(("columns", key), f"not a column of Align{nearest(key, COLUMNS)}")
 
 
-class Sample(QuantizableStage):
+class Sample(DecodingStage):
     """Sample completions from a policy, for ``label``."""
 
     code_version: ClassVar[int] = 2
@@ -275,10 +276,8 @@ class Sample(QuantizableStage):
 
     def written(self, rows: int) -> dict[str, Any]:
         """The statistics of ``rows`` sampled completions, as far as they are known before."""
-        return {
-            "prompts": {self.split: rows // self.n_completions},
-            "completions": {self.split: rows},
-        }
+        n_prompts = rows // self.n_completions
+        return {"prompts": {self.split: n_prompts}, "completions": {self.split: rows}}
 
 
 class Label(QuantizableStage):

@@ -20,15 +20,15 @@ from align.config.base import (
     Workload,
     duplicates,
 )
+from align.config.decoding import DecodingStage
 from align.config.functions import ScoreFunction
 from align.config.judges import Judges, ServerJudge
-from align.config.quantization import QuantizableStage
 
 REFERENCE = "reference"
 """The baseline whose completions are those of the data set."""
 
 
-class Evaluate(QuantizableStage):
+class Evaluate(DecodingStage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
     code_version: ClassVar[int] = 4
@@ -124,6 +124,7 @@ class Evaluate(QuantizableStage):
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Policies that are listed more than once, wrong judges, files that do not exist."""
+        yield from super().problems(stages)
         for policy in duplicates(self.policies):
             yield Problem(("policies",), f"`{policy}` is listed more than once; list it once")
         if REFERENCE in stages and self.baseline == REFERENCE:

@@ -18,6 +18,7 @@ from align.config.base import (
     Table,
     Workload,
 )
+from align.config.decoding import DecodingStage
 from align.config.functions import BUILT_IN, ScoreFunction, as_function
 from align.config.memory import ModelSize
 from align.config.memory_bill import Work
@@ -64,6 +65,7 @@ class OnlineRL(
     MemoryKeys,
     HeldOutKeys,
     ReportingKeys,
+    DecodingStage,
     TrainingStage,
 ):
     """Training of a policy on completions that it samples, towards a reward.
@@ -286,11 +288,6 @@ class OnlineRL(
                     ("rewards", k), f"`{name}` is a built-in function and a stage; rename the stage"
                 )
         yield from self.stop.problems() if self.stop else ()
-
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """The values of ``report_to``."""
-        return tuple(self.report_to)
 
     @property
     def environments(self) -> dict[Keys, str]:

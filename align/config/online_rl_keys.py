@@ -242,3 +242,8 @@ class ReportingKeys(Config):
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Experiment trackers that get the metrics: TensorBoard's files are in the folder ``runs`` of
     the stage, and the others are configured by their own environment variables."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The values of ``report_to``."""
+        return tuple(self.report_to)

@@ -149,6 +149,7 @@ def sample_policy(
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
                 seed=stream_seed(config, sampled_name),
+                compile_decoding=config.compile_decoding,
                 map_batches=partial(
                     distributed.map_rows,
                     progress=partial(logger.step, unit=f"{sampled_name}: sampled batch"),

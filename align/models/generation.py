@@ -28,7 +28,8 @@ from align.models.tokenizer_files import token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from align.models.decoding import SampledTokens
+    from align.models.decoding.choice import SampledTokens
+    from align.models.decoding.compiled import CompiledDecoder
     from align.models.tokenization import Message
 
 Batch = tuple[int, list[int]]
@@ -63,13 +64,15 @@ def sample(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    compile_decoding: str | None = None,
     map_batches: MapBatches | None = None,
 ) -> list[list[Completion]]:
     """Sample ``n_completions`` texts for each prompt, in the order of the prompts.
 
     A batch holds at most ``batch_size`` completions and has a seed derived from ``seed`` and its
-    number, so the result does not depend on which process samples which batch. ``map_batches``
-    distributes the batches, such as ``runtime.distributed.map_rows``; by default this process
+    number, so the result does not depend on which process samples which batch.
+    ``compile_decoding`` names a backend of ``torch.compile``. ``map_batches`` distributes the
+    batches, such as ``runtime.distributed.map_rows``; by default this process
     samples all of them.
 
     Raises:
@@ -88,6 +91,7 @@ def sample(
         n_completions=n_completions,
         batch_size=max(1, batch_size // n_completions),
         batch_seed=lambda number: seed * 1_000_003 + number,
+        decoder=compiled_decoder(model, compile_decoding),
         map_batches=map_batches,
     )
     return [[_completion(row, stops, tokenizer) for row in rows] for rows in completions]
@@ -119,6 +123,7 @@ def generate(
     n_completions: int = 1,
     batch_size: int,
     batch_seed: Callable[[int], int],
+    decoder: CompiledDecoder | None = None,
     map_batches: MapBatches | None = None,
 ) -> list[list[SampledTokens]]:
     """Sample ``n_completions`` completions of each tokenized prompt by ``model.generation_config``.
@@ -136,9 +141,8 @@ def generate(
         results = []
         for number, batch in numbered:
             torch.manual_seed(batch_seed(number))
-            rows = generate_tokens(
-                model, [prompts[i] for i in batch for _ in range(n_completions)], stops
-            )
+            copies = [prompts[i] for i in batch for _ in range(n_completions)]
+            rows = generate_tokens(model, copies, stops, decoder)
             results.append(
                 [rows[k : k + n_completions] for k in range(0, len(rows), n_completions)]
             )
@@ -153,26 +157,45 @@ def generate(
     return completions
 
 
+def compiled_decoder(model: Any, backend: str | None) -> CompiledDecoder | None:
+    """The decoder with compiled steps for a model, if a backend is named.
+
+    Raises:
+        UserError: The steps of the model cannot be compiled.
+    """
+    if backend is None:
+        return None
+    from align.models.decoding.compiled import CompiledDecoder
+
+    return CompiledDecoder(model, backend)
+
+
 def generate_tokens(
-    model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    stops: Collection[int],
+    decoder: CompiledDecoder | None = None,
 ) -> list[SampledTokens]:
     """Sample one continuation of each row in a single batch, up to its first stop token inclusive.
 
-    Models and settings that :mod:`align.models.decoding` cannot decode are sampled by their own
-    ``generate``, and the reason is logged once.
+    Models and settings that :mod:`align.models.decoding.eager` cannot decode are sampled by their
+    own ``generate``, and the reason is logged once.
 
     Raises:
         UserError: The probabilities of a next token are not finite.
     """
-    from align.models import decoding
+    from align.models.decoding import eager
+    from align.models.decoding.choice import NotFiniteError
 
-    obstacle = decoding.obstacle(model)
+    obstacle = eager.obstacle(model)
     try:
+        if decoder is not None:
+            return decoder.decode(rows, stops)
         if obstacle is None:
-            return decoding.decode(model, rows, stops)
+            return eager.decode(model, rows, stops)
         _log_obstacle(obstacle)
         return generate_with_transformers(model, rows, stops)
-    except decoding.NotFiniteError:
+    except NotFiniteError:
         raise UserError(
             f"{model.name_or_path}: the probabilities of the next token are not finite, although "
             "the weights are; check its config.json, such as `rope_theta`"
@@ -186,7 +209,7 @@ def generate_with_transformers(
     import torch
     from transformers import LogitsProcessorList
 
-    from align.models.decoding import LogpRecorder, NotFiniteError, SampledTokens
+    from align.models.decoding.choice import LogpRecorder, NotFiniteError, SampledTokens
 
     pad = model.generation_config.pad_token_id
     ids, mask = pad_rows(rows, pad=pad, side="left", device=model.device)

@@ -22,7 +22,7 @@ from align.config.online_rl import OnlineRL
 from align.errors import UserError
 from align.functional.masked import max_over_ranks, sum_over_ranks
 from align.functional.policy_gradient import importance_ratio
-from align.models.decoding import MIN_ROWS
+from align.models.decoding.prompts import MIN_ROWS
 from align.online_rl.completions import IGNORED
 from align.online_rl.experience import Experience, align_sampler_logps
 from align.online_rl.models import OnlineRLModels

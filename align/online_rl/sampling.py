@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from align.config.online_rl import OnlineRL
 from align.models import generation
@@ -16,6 +16,9 @@ from align.models.adapters import active_adapter
 from align.online_rl.completions import Completions
 from align.online_rl.models import ModelView, OnlineRLModels
 from align.runtime.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from align.models.decoding.compiled import CompiledDecoder
 
 
 class Sampler(Protocol):
@@ -39,6 +42,7 @@ class LocalSampler:
     stops: set[int]
     """Tokens that end a completion."""
     batch_size: int
+    decoder: CompiledDecoder | None = None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
@@ -52,6 +56,7 @@ class LocalSampler:
                 self.stops,
                 batch_size=self.batch_size,
                 batch_seed=lambda number: derive_seed(seed, number * self.batch_size),
+                decoder=self.decoder,
             )
         completions = [rows[0].tokens for rows in sampled]
         return Completions(
@@ -78,7 +83,7 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     """The sampler that ``config.sampler`` names. It sets the policy's ``generation_config``.
 
     Raises:
-        UserError: The vLLM server cannot be reached.
+        UserError: The vLLM server cannot be reached, or the model's steps cannot be compiled.
     """
     stops = generation.set_sampling(
         models.policy.model,
@@ -88,7 +93,8 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
         max_new_tokens=config.max_new_tokens,
     )
     if config.sampler == "transformers":
-        return LocalSampler(models.policy, stops, config.sample_batch_size)
+        decoder = generation.compiled_decoder(models.policy.model, config.compile_decoding)
+        return LocalSampler(models.policy, stops, config.sample_batch_size, decoder)
     from align.online_rl import vllm
 
     client = vllm.connect(config.vllm_url, models.device)

@@ -47,6 +47,7 @@ def run(
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
+        compile_decoding=config.compile_decoding,
         map_batches=functools.partial(
             distributed.map_rows,
             progress=lambda done, total: logger.step(done, total, unit="sampled batch"),

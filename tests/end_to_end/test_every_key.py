@@ -47,6 +47,7 @@ SPEED = {
     "sample_batch_size",
     "gradient_checkpointing",
     "compile_layers",
+    "compile_decoding",
 }
 """Keys that only change time or memory, so that results are equal up to rounding."""
 ELSEWHERE = (

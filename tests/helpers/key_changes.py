@@ -147,6 +147,7 @@ DROPOUT = {"lora.dropout": Change(0.5, WITH_DROPOUT)}
 POLICY = TRAINER | {"allow_missing_end_token": Change(True, {"model": "<no-end>"})}
 NEW = {"model": SHAPE}
 SAMPLING = {
+    "compile_decoding": Change("aot_eager"),
     "n_prompts": Change(3),
     "n_completions": Change(2),
     "temperature": Change(0.3),
@@ -239,6 +240,7 @@ CHANGES: dict[str, dict[str, Change]] = {
     | {
         "lora.dropout": Change(0.5, {"lora": LORA}),
         "prompts": Change("<others-data>"),
+        "compile_decoding": Change("aot_eager"),
         "rewards": Change(["helpers.key_changes:length"]),
         "weights": Change([3.0]),
         "judge": Change("gold"),

@@ -12,7 +12,7 @@ import matplotlib.figure  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 from align.cli import run  # noqa: E402, F401
-from align.models import decoding  # noqa: E402, F401
+from align.models.decoding import eager  # noqa: E402, F401
 from align.pipeline import runner, summary  # noqa: E402, F401
 from align.stages import dpo, evaluate, kto, label, ppo, prepare, reward, sample, sft  # noqa: E402, F401
 

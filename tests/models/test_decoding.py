@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from align.models import decoding, generation
-from align.models.decoding import MIN_ROWS, PreallocatedLayer, remaining
+from align.models import generation
+from align.models.decoding import choice, eager
+from align.models.decoding.eager import PreallocatedLayer, remaining
+from align.models.decoding.prompts import MIN_ROWS
 
 STOPS, NEW_TOKENS = {1, 2, 3}, 16
 VOCABULARY = {"vocab_size": 12, "pad_token_id": 0, "eos_token_id": 1}
@@ -70,7 +72,7 @@ def generated(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
 
 def decoded(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
     torch.manual_seed(seed)
-    return [row.tokens for row in decoding.decode(model, rows, STOPS)]
+    return [row.tokens for row in eager.decode(model, rows, STOPS)]
 
 
 def sampled_by_generate(model: Any, rows: list[list[int]], seed: int) -> list[list[int]]:
@@ -83,7 +85,7 @@ def test_tokens_are_those_of_generate_with_the_same_random_state(
     kind: str, shape: dict[str, Any], sampling: dict[str, Any]
 ):
     model = build(kind, shape, **sampling)
-    assert decoding.obstacle(model) is None
+    assert eager.obstacle(model) is None
     lengths = set()
     for seed, rows in enumerate((prompts(9), prompts(3, copies=4), prompts(1, copies=6))):
         expected = generated(model, rows, seed)
@@ -111,7 +113,7 @@ def test_tokens_are_those_of_generate_under_an_adapter():
         assert decoded(model, rows, 0) != completions
 
 
-@pytest.mark.parametrize("sample", [decoding.decode, generation.generate_with_transformers])
+@pytest.mark.parametrize("sample", [eager.decode, generation.generate_with_transformers])
 @pytest.mark.parametrize(
     "sampling", [SOFTMAX, SOFTMAX | {"temperature": 0.7}, NUCLEUS], ids=["1", "0.7", "top_p"]
 )
@@ -134,7 +136,7 @@ def test_log_probabilities_are_those_of_the_distribution_that_a_token_is_drawn_f
             assert math.exp(logp) == pytest.approx(float(full[token] / kept), rel=1e-4)
 
 
-@pytest.mark.parametrize("sample", [decoding.decode, generation.generate_with_transformers])
+@pytest.mark.parametrize("sample", [eager.decode, generation.generate_with_transformers])
 def test_a_greedy_choice_has_probability_1(sample: Any):
     (row,) = sample(build("llama", SMALL, **GREEDY), [[4, 5]], STOPS)
     assert row.logps == [0.0] * len(row.tokens)
@@ -172,12 +174,12 @@ def test_noise_and_random_state_are_those_of_a_draw_for_all_rows(
     in_order: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if not in_order:
-        monkeypatch.setattr(decoding, "_draws_in_order", lambda: False)
+        monkeypatch.setattr(choice, "_draws_in_order", lambda: False)
     for rows in ([4, 1, 2], [0, 5], [3], [5, 4, 3, 2, 1, 0]):
         torch.manual_seed(0)
         expected, following = torch.empty(6, 50).exponential_(), torch.rand(3)
         torch.manual_seed(0)
-        assert torch.equal(decoding.exponential_rows(rows, 6, expected), expected[rows])
+        assert torch.equal(choice.exponential_rows(rows, 6, expected), expected[rows])
         assert torch.equal(torch.rand(3), following)
 
 
@@ -220,7 +222,7 @@ def test_the_preallocated_cache_holds_what_a_growing_cache_holds():
 )
 def test_other_settings_of_generation_are_applied_by_generate(more: dict[str, Any], field: str):
     model = build("llama", SMALL, **SOFTMAX | more)
-    assert decoding.obstacle(model) == f"the generation config has `{field}`"
+    assert eager.obstacle(model) == f"the generation config has `{field}`"
     rows = prompts(3, copies=4)
     completions = sampled_by_generate(model, rows, 0)
     assert completions == generated(model, rows, 0)
@@ -249,7 +251,7 @@ def test_other_settings_of_generation_are_applied_by_generate(more: dict[str, An
 )
 def test_other_models_are_sampled_by_generate(kind: str, shape: dict[str, Any], reason: str):
     model = build(kind, shape, **SOFTMAX)
-    assert decoding.obstacle(model) == reason
+    assert eager.obstacle(model) == reason
     rows = prompts(3, copies=2)
     assert sampled_by_generate(model, rows, 0) == generated(model, rows, 0)
 
@@ -259,13 +261,13 @@ def test_models_with_an_encoder_are_left_to_generate():
         vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
         decoder_start_token_id=0,
     )  # fmt: skip
-    assert decoding.obstacle(AutoModelForSeq2SeqLM.from_config(config)) is not None
+    assert eager.obstacle(AutoModelForSeq2SeqLM.from_config(config)) is not None
 
 
 def test_sharded_weights_are_left_to_generate(monkeypatch: pytest.MonkeyPatch):
     model = build("llama", SMALL, **SOFTMAX)
     monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
-    assert decoding.obstacle(model) is None, "one process has all weights"
+    assert eager.obstacle(model) is None, "one process has all weights"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert decoding.obstacle(model) == "the weights are sharded over processes"
+    assert eager.obstacle(model) == "the weights are sharded over processes"

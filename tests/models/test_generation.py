@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from align.errors import UserError
-from align.models import decoding, generation, loading, logps, tokenization
+from align.models import generation, loading, logps, tokenization
+from align.models.decoding import eager
 from align.models.generation import Completion
 from align.models.policy import Policy
 from align.runtime import distributed
@@ -172,9 +173,9 @@ def test_a_batch_never_holds_more_than_batch_size_completions(
     model: Any, tokenizer: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ):
     sizes = []
-    decode = decoding.decode
+    decode = eager.decode
     monkeypatch.setattr(
-        decoding,
+        eager,
         "decode",
         lambda model, rows, stops: sizes.append(len(rows)) or decode(model, rows, stops),
     )
@@ -222,7 +223,7 @@ def test_tokens_become_a_completion(
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     model.generation_config.eos_token_id = [7]
-    monkeypatch.setattr(decoding, "obstacle", lambda model: "the test")
+    monkeypatch.setattr(eager, "obstacle", lambda model: "the test")
     monkeypatch.setattr(
         model, "generate", lambda input_ids, **_: torch.tensor([input_ids[0].tolist() + row])
     )

@@ -17,7 +17,7 @@ from helpers.ppo_fixtures import Folders
 from transformers import GenerationConfig
 
 from align.errors import UserError
-from align.models.decoding import Choice
+from align.models.decoding.choice import Choice
 from align.online_rl import sampler_agreement
 from align.online_rl.completions import IGNORED
 from align.online_rl.experience import Experience

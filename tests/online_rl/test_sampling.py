@@ -19,8 +19,10 @@ from torch.testing import assert_close
 from align.config.training import SFT
 from align.errors import UserError
 from align.functional.policy_gradient import kl_k1
-from align.models import decoding, generation, tokenization
-from align.models.decoding import Choice
+from align.models import generation, tokenization
+from align.models.decoding import eager
+from align.models.decoding.choice import Choice
+from align.models.decoding.prompts import MIN_ROWS
 from align.online_rl.experience import compute_experience
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.sampling import LocalSampler
@@ -193,7 +195,7 @@ def test_row_06_tokens_after_eos_change_no_score_no_advantage_and_no_loss(
     folders: Folders, tmp_path: Path, recorder: Recorder, lora: bool,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr(decoding, "obstacle", lambda model: "rows end together")
+    monkeypatch.setattr(eager, "obstacle", lambda model: "rows end together")
     n_changed = 0
     for name in ("unchanged", "with junk"):
         trainer = ppo_fixtures.build_trainer(folders, tmp_path / name, lora=lora, max_new_tokens=40)
@@ -249,7 +251,7 @@ def test_row_29_sampling_stops_at_eos(folders: Folders, tmp_path: Path):
     lengths = [len(c) for c in ppo_fixtures.sample(trainer).completions]
     assert len(sizes) == max(lengths) < 100, "sampling continues after the eos"
     continuing = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
-    assert sizes[1:] == [max(n, decoding.MIN_ROWS) for n in continuing]
+    assert sizes[1:] == [max(n, MIN_ROWS) for n in continuing]
 
 
 # Seeds and prompts

@@ -20,7 +20,8 @@ from align.config.functions import ScoreFunction
 from align.config.online_rl_stages import PPO, RLOO
 from align.config.training import Reward
 from align.errors import UserError
-from align.models import decoding, tokenization
+from align.models import tokenization
+from align.models.decoding import eager
 from align.online_rl.completions import Completions
 from align.online_rl.experience import compute_experience
 from align.online_rl.metrics import compute_metrics
@@ -52,7 +53,7 @@ def test_row_07_a_completion_without_eos_is_penalized_even_if_its_prompt_contain
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.cat([input_ids, torch.tensor([answers[i] for i in order])], dim=1)
 
-    monkeypatch.setattr(decoding, "obstacle", lambda model: "the answers are fixed")
+    monkeypatch.setattr(eager, "obstacle", lambda model: "the answers are fixed")
     trainer.models.policy.model.generate = generate
     completions = ppo_fixtures.sample(trainer, 4)
     scores = trainer.scorer.score(completions, trainer.prompts.rows[:4])

@@ -147,7 +147,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "sample": {
-        "quantization": "nf4",
+        "quantization": "nf4", "compile_decoding": "inductor",
         "model": "sft_2", "prompts": "prepare_2", "split": "test", "n_prompts": 3, "n_completions": 2,
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",
         "revision": "abc", "seed": 1,
@@ -164,7 +164,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "ppo": {
-        "tokens_per_batch": 99, "optimizer": "paged_adamw_8bit", "mixed_precision": "bfloat16",
+        "tokens_per_batch": 99, "compile_decoding": "inductor", "optimizer": "paged_adamw_8bit", "mixed_precision": "bfloat16",
         "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "max_new_tokens": 3,
         "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "importance_cap": 3.0,
@@ -179,7 +179,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "report_to": ["wandb"], "environment": "arithmetic", "max_turns": 3, "max_episode_tokens": 99,
     },
     "evaluate": {
-        "quantization": "nf4",
+        "quantization": "nf4", "compile_decoding": "inductor",
         "policies": ["sft"], "baseline": "sft_2", "prompts": "prepare_2", "split": "validation",
         "judge": None, "implicit_rewards": True, "n_prompts": 3, "n_completions": 2,
         "temperature": 0.1, "top_p": 0.5, "max_new_tokens": 3, "batch_size": 3, "dtype": "bfloat16",

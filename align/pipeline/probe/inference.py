@@ -110,9 +110,11 @@ def sampling_speed(
 
     prompts = [prompt for prompt in prompts for _ in range(config.n_completions)]
 
+    decoder = generation.compiled_decoder(policy.model, config.compile_decoding)
+
     def generate(rows: Sequence[Sequence[int]], n_tokens: int) -> None:
         set_length(policy.model, n_tokens)
-        generation.generate_tokens(policy.model, rows, stops=())
+        generation.generate_tokens(policy.model, rows, stops=(), decoder=decoder)
 
     speed = measure_sampling(
         watch, generate, prompts, batch=config.batch_size, most=config.max_new_tokens

@@ -11,52 +11,28 @@ differ; random numbers are drawn for all rows there. What saves time:
 - Random numbers of rows that have ended are skipped, not computed.
 
 Left out: models and generation settings that :func:`obstacle` lists, for which
-:mod:`align.models.generation` calls ``model.generate``; compiled decoding.
+:mod:`align.models.generation` calls ``model.generate``; compiled steps
+(:mod:`align.models.decoding.compiled`).
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from align.models.tokenization import pad_rows
+from align.models.decoding.choice import Choice, SampledTokens
+from align.models.decoding.prompts import MIN_ROWS, compute_prompts, last_logits
 
-MIN_ROWS = 4
-"""Rows that stay in a batch, ended ones among them. On a CPU, libraries multiply matrices of up to
-three rows by another kernel, whose last bits differ; with four or more, a row does not depend on
-the others. This is not so on a GPU."""
 SETTINGS = {
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "eos_token_id", "pad_token_id",
     "bos_token_id", "transformers_version",
 }  # fmt: skip
 """Fields of a generation config that :func:`decode` implements, or that have no effect."""
-
-
-class NotFiniteError(Exception):
-    """The probabilities of the next token are not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """The continuation of a row, up to its first stop token inclusive."""
-
-    tokens: list[int]
-    logps: list[float]
-    """Log-probability of each token under the distribution that it was sampled from, in nats."""
 
 
 def obstacle(model: Any) -> str | None:
@@ -110,119 +86,6 @@ def decode(
         return batch.run(Choice(model.generation_config, len(rows)), stops)
 
 
-class ChosenTokens(NamedTuple):
-    """The next token of each row, and its log-probability."""
-
-    tokens: Tensor
-    logps: Tensor
-
-
-class Choice:
-    """Chooses the next token of each row: the most probable one, or one at random."""
-
-    def __init__(self, config: Any, n_rows: int) -> None:
-        self.do_sample = config.do_sample
-        self.n_rows = n_rows
-        """Number of rows of the first batch."""
-        self.warpers = LogitsProcessorList()
-        """Temperature and ``top_p``."""
-        if config.do_sample and config.temperature not in (None, 1.0):
-            self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
-        if config.do_sample and config.top_p not in (None, 1.0):
-            self.warpers.append(TopPLogitsWarper(config.top_p))
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Logits of the distribution that is sampled from, in float32."""
-        scores: Tensor = self.warpers(None, logits.float())
-        return scores
-
-    def __call__(self, logits: Tensor, rows: list[int]) -> ChosenTokens:
-        """The next token after each of ``logits``, which belong to ``rows`` of the first batch.
-
-        Torch's ``multinomial`` draws the largest of p / q, with q from an exponential distribution.
-        Each row has its place in the noise q of the first batch, so the tokens do not depend on
-        when a row leaves the batch.
-
-        Raises:
-            NotFiniteError: A probability is not finite.
-        """
-        if not self.do_sample:
-            return ChosenTokens(logits.argmax(-1), logits.new_zeros(len(logits)))
-        probabilities = self.scores(logits).softmax(-1)
-        if probabilities[:, 0].isnan().any():  # one NaN or infinity makes all of its row NaN
-            raise NotFiniteError
-        noise = exponential_rows(rows, self.n_rows, probabilities)
-        tokens = (probabilities / noise).argmax(-1)
-        return ChosenTokens(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log())
-
-
-class LogpRecorder:
-    """A logits processor of ``model.generate`` that records log-probabilities and changes nothing.
-
-    ``generate`` itself would return the logits of all steps, ``[steps, batch, vocabulary]``.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._choice = Choice(config, 0)
-        self._last: Tensor | None = None
-        self._logps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Record the tokens that were chosen in the step before."""
-        self._record(input_ids)
-        # `generate` divides by the temperature after this call.
-        self._last = self._choice.scores(scores).log_softmax(-1)
-        return scores
-
-    def _record(self, ids: Tensor) -> None:
-        if self._last is not None:
-            logps = self._last.gather(-1, ids[:, -1:])
-            self._logps.append(logps if self._choice.do_sample else torch.zeros_like(logps))
-
-    def logps(self, output: Tensor, n_new: int) -> Tensor:
-        """Log-probabilities of the last ``n_new`` tokens of ``output``, the result of ``generate``.
-
-        They are NaN if a model's own ``generate`` ignores logits processors.
-        """
-        self._record(output)
-        if len(self._logps) != n_new:
-            return torch.full((len(output), n_new), torch.nan)
-        return torch.cat(self._logps, -1)
-
-
-def exponential_rows(rows: list[int], n_rows: int, like: Tensor) -> Tensor:
-    """The ``rows`` of a table of exponential random numbers with ``n_rows`` rows.
-
-    Afterwards torch's random state is as if the whole table had been drawn. The other rows are
-    skipped by drawing uniform numbers, which take a quarter of the time.
-    """
-    width = like.shape[-1]
-    table = torch.empty((n_rows, width), dtype=torch.float32, device=like.device)
-    if like.device.type != "cpu" or not _draws_in_order():
-        return table.exponential_()[rows]
-    used = set(rows)
-    for is_used, run in itertools.groupby(range(n_rows), used.__contains__):
-        numbers = list(run)
-        if is_used:
-            table[numbers[0] : numbers[-1] + 1].exponential_()
-        else:
-            torch.empty(len(numbers) * width, dtype=torch.float64).uniform_()
-    return table[rows]
-
-
-@functools.cache
-def _draws_in_order() -> bool:
-    """Whether a CPU draws exponential numbers one by one, from as many bits as uniform ones.
-
-    On Intel processors, torch draws a table with MKL, which consumes one number per table.
-    """
-    whole, parts = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    table = torch.empty(3, 64).exponential_(generator=whole)
-    torch.empty(64, dtype=torch.float64).uniform_(generator=parts)
-    same_rows = torch.equal(torch.empty(2, 64).exponential_(generator=parts), table[1:])
-    return same_rows and torch.equal(whole.get_state(), parts.get_state())
-
-
 class _Batch:
     """The rows that are decoded together: cache, mask and positions of those that continue."""
 
@@ -232,21 +95,19 @@ class _Batch:
         self.rows = list(range(len(rows)))
         """Number of each row of the batch among the rows of the first batch."""
         self.min_rows = min(MIN_ROWS, len(rows))
-        parameters = inspect.signature(model.forward).parameters
-        self.accepts_positions = "position_ids" in parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        distinct = list(dict.fromkeys(map(tuple, rows)))
-        places = {row: k for k, row in enumerate(distinct)}
-        distinct += distinct[:1] * (self.min_rows - len(distinct))
-        ids, mask = pad_rows(
-            distinct, pad=model.generation_config.pad_token_id, side="left", device=model.device
-        )
-        self.width = ids.shape[1]
-        self.padded = not bool(mask.all())
-        self.mask, self.positions = mask, mask.long().cumsum(-1).sub(1).clamp(min=0)
-        self.cache = DynamicCache(config=model.config)
-        self.logits = self._forward(ids)
-        self._expand(torch.tensor([places[tuple(row)] for row in rows], device=model.device))
+        prompts = compute_prompts(model, rows)
+        self.width = prompts.mask.shape[1]
+        self.padded = not bool(prompts.mask.all())
+        self.cache = prompts.cache
+        capacity = self.width + max_new_tokens
+        for number, layer in enumerate(self.cache.layers):
+            layer.batch_select_indices(prompts.index)
+            if type(layer) is DynamicLayer:
+                self.cache.layers[number] = PreallocatedLayer(layer, capacity)
+        new = prompts.mask.new_ones(len(rows), max_new_tokens)
+        self.mask = torch.cat([prompts.mask[prompts.index], new], -1)
+        self.positions = prompts.positions[prompts.index]
+        self.logits = prompts.logits[prompts.index]
 
     def run(self, choose: Choice, stops: Collection[int]) -> list[SampledTokens]:
         """Decode until every row has ended, and return the new tokens of each row."""
@@ -269,34 +130,8 @@ class _Batch:
                 tokens = self._select(order, tokens)
             self.width += 1
             self.positions = self.positions[:, -1:] + 1
-            self.logits = self._forward(tokens[:, None])
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        """Logits after the last of the new tokens ``ids``, whose keys and values are cached."""
-        arguments: dict[str, Any] = dict(self.last_only)
-        if self.accepts_positions:
-            arguments["position_ids"] = self.positions
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.mask[:, : self.width] if self.padded else None,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **arguments,
-        )
-        return output.logits[:, -1]
-
-    def _expand(self, index: Tensor) -> None:
-        """Let the batch consist of the rows ``index``, with space for their new tokens."""
-        capacity = self.width + self.max_new_tokens
-        for number, layer in enumerate(self.cache.layers):
-            layer.batch_select_indices(index)
-            if type(layer) is DynamicLayer:
-                self.cache.layers[number] = PreallocatedLayer(layer, capacity)
-        new = self.mask.new_ones(len(index), self.max_new_tokens)
-        self.mask = torch.cat([self.mask[index], new], -1)
-        self.positions = self.positions[index]
-        self.logits = self.logits[index]
+            mask = self.mask[:, : self.width] if self.padded else None
+            self.logits = last_logits(self.model, tokens[:, None], mask, self.positions, self.cache)
 
     def _select(self, order: list[int], tokens: Tensor) -> Tensor:
         """Keep the rows ``order`` of the batch and of ``tokens``, which are returned."""

@@ -1,0 +1,1 @@
+"""The loop over the tokens of completions: step by step, or with compiled steps."""
