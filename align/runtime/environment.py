@@ -35,6 +35,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )
+    # DeepSpeed 0.19 uses the names that torch 2.13 renamed, at every collective call.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     # A check of the recipe prints it once, before training.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     for name, message in _IRRELEVANT.items():

@@ -35,6 +35,7 @@ from align.runtime.exit_codes import describe_failed_write
 from align.runtime.progress import Logger
 from align.training.finiteness import check_weights, stop_unless_finite
 from align.training.optimizer_check import check_optimizer
+from align.training.sharded_trainers import load_whole_models, store_tied_weights_once
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
@@ -86,7 +87,8 @@ def trl_arguments(
     fixed = {
         "output_dir": str(output_dir),
         "seed": seed,
-        "use_cpu": cpu,
+        # accelerate replaces FSDP on a CPU by plain data parallelism.
+        "use_cpu": cpu and "FSDP" not in distributed.configured_plugins(),
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would leave NaN out of the loss of an evaluation
         **({"dataloader_pin_memory": False} if cpu else {}),
@@ -101,6 +103,7 @@ def trl_arguments(
         if cpu and getattr(arguments, field, False):
             raise UserError(f"trainer.{field}: requires a GPU; remove it")
     check_optimizer(arguments)
+    load_whole_models()
     return arguments
 
 
@@ -146,6 +149,7 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     # TRL's model card does not name the data or the initial model; that of the runner does.
     trainer.create_model_card = lambda *_, **__: None
+    store_tied_weights_once(trainer)
     callback = _ProgressCallback(logger)
     checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -163,6 +167,7 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")  # TRL's frozen copy of the input adapter
     trainer.save_model(str(output_dir))
+    load_whole_models()  # for the rest of the stage
     if distributed.is_main():
         _complete_model_folder(model, output_dir)
     return _last_metrics(trainer)

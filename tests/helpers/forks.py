@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -56,12 +57,17 @@ def _become(
 
 
 @contextlib.contextmanager
-def ranks(target: Callable[..., object], *arguments: Any, log: Path) -> Iterator[list[BaseProcess]]:
+def ranks(
+    target: Callable[..., object],
+    *arguments: Any,
+    log: Path,
+    environment: Mapping[str, str] = MappingProxyType({"ACCELERATE_USE_CPU": "true"}),
+) -> Iterator[list[BaseProcess]]:
     """Two connected processes, as a launcher starts them. What still runs at the end is killed."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused.getsockname()[1])}
-    common = os.environ | place | {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    common = os.environ | place | {"WORLD_SIZE": "2"} | dict(environment)
     processes = [
         start(target, *arguments, log=log, environment=common | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")

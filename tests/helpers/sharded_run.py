@@ -1,0 +1,59 @@
+"""Runs of recipes on two CPU processes under a launch configuration that shards.
+
+The ranks get the environment that accelerate's launcher gives them. Only what needs a GPU is
+replaced: see :func:`call_script`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from helpers import distributed_training, forks, recipe_runs
+
+
+def launcher_environment(configuration: Path) -> dict[str, str]:
+    """The variables that ``accelerate launch --config_file`` sets for every rank."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(configuration), "--num_processes", "2", "script.py"]
+    parsed, file, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if parsed.use_deepspeed:
+        parsed.deepspeed_fields_from_accelerate_config = ",".join(file.deepspeed_config)
+        _, environment = prepare_deepspeed_cmd_env(parsed)
+    else:
+        environment = prepare_multi_gpu_env(parsed)
+    changed = {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    return {k: v for k, v in changed.items() if k != "ACCELERATE_USE_CPU"}
+
+
+def call_script(runs: Path, *arguments: str) -> None:
+    """Run `align/run.py` in this process, with gloo where accelerate and DeepSpeed expect GPUs."""
+    from accelerate import PartialState
+
+    if distributed_training.is_enabled("FSDP"):
+        distributed_training.fsdp_without_gpus()
+        PartialState()  # before Align, which would refuse FSDP on a CPU
+    elif distributed_training.is_enabled("DEEPSPEED"):
+        # Communication in shared memory is compiled at the first use, for half a minute.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    recipe_runs.call_script(runs, *arguments)
+
+
+@contextmanager
+def running(configuration: Path, runs: Path, *arguments: str) -> Iterator[list[BaseProcess]]:
+    """Both ranks of a run."""
+    environment = launcher_environment(configuration)
+    log = runs.parent / "log"
+    with forks.ranks(call_script, runs, *arguments, log=log, environment=environment) as ranks:
+        yield ranks
+
+
+def run(configuration: Path, runs: Path, *arguments: str) -> int:
+    """Run to the end. Returns the exit code of rank 0."""
+    with running(configuration, runs, *arguments) as ranks:
+        return forks.wait(ranks[0])
