@@ -22,7 +22,7 @@ from align.models import linear_layers
 from align.models.files import count_parameters, read_position_limit
 from align.models.gguf_files import GgufHeader, read_header
 from align.pipeline.plan import PlannedStage
-from align.runtime import artifacts, distributed
+from align.runtime import artifacts, sharding
 
 LARGEST_SOURCE = 8 * 2**20  # bytes; larger sources are not read for a plan
 
@@ -87,7 +87,7 @@ def estimate(
         memory = size = forward = None
         if stage.config.trains_model:
             size = sizes[stage.folder] = _model_size(stage, sizes)
-            sharded = bool(distributed.configured_plugins())
+            sharded = sharding.kind() is not None
             if size is not None:
                 memory = stage.config.memory_bytes(size, sharded=sharded)
                 forward = stage.config.forward_work(size, data)

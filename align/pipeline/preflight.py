@@ -41,7 +41,7 @@ from align.pipeline.table_checks import (
 from align.pipeline.template_checks import check_added_tokens, check_chat_templates
 from align.rewards import functions
 from align.rewards.function_source import signature
-from align.runtime import artifacts
+from align.runtime import artifacts, sharding
 
 SERVER_TIMEOUT_SECONDS = 5
 
@@ -222,12 +222,38 @@ def check_batch_sizes(
             errors.add((stage.name, *problem.keys), problem.message)
 
 
+def check_sharding(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that no stage needs what is not supported with weights shared among processes."""
+    kind = sharding.kind()
+    for stage in pending:
+        config = stage.config
+        if kind is None or not config.trains_model:
+            continue
+        if config.trainer_config is None:
+            errors.add(
+                (stage.name,),
+                f"online RL does not shard weights, and this launch uses {kind}; launch it with "
+                "accelerate_configs/multi_gpu.yaml, and save memory with `lora` and "
+                "`quantization: nf4`",
+            )
+            continue
+        unsupported = {"quantization": "weights in 4 bits", "compile_layers": "compiled layers"}
+        for key, what in unsupported.items():
+            if getattr(config, key) is not None:
+                errors.add(
+                    (stage.name, key),
+                    f"this launch uses {kind}, with which {what} are not supported; launch it "
+                    "with accelerate_configs/multi_gpu.yaml, or remove this key",
+                )
+
+
 CHECKS = (
     check_hub_models,
     check_gguf_files,
     check_revisions,
     check_target_modules,
     check_quantization,
+    check_sharding,
     check_chat_templates,
     check_added_tokens,
     check_packages,

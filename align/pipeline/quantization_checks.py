@@ -12,25 +12,17 @@ from align.errors import ArtifactError, UserError
 from align.models import files, gguf_files, linear_layers
 from align.models.quantization import width_problem
 from align.pipeline.plan import PlannedStage
-from align.runtime import artifacts, distributed
+from align.runtime import artifacts
 
 NOT_QUANTIZED = ("rewards",)
 """Inputs of ``ppo`` that keep their type unless they share the backbone of the policy."""
 
 
 def check_quantization(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Check that no weights in 4 bits are sharded, and that a CPU can compute the layers."""
+    """Check that a CPU can compute the layers that are in 4 bits."""
     stages = {stage.folder: stage for stage in pending}
     for stage in pending:
         if getattr(stage.config, "quantization", None) is None:
-            continue
-        plugins = distributed.configured_plugins()
-        if plugins and stage.config.trains_model:
-            errors.add(
-                (stage.name, "quantization"),
-                f"{plugins[0]} shards weights, which is not supported for weights in 4 bits; "
-                "launch without it, as with accelerate_configs/multi_gpu.yaml, or remove this key",
-            )
             continue
         for key, target in stage.inputs.items():
             declared = stage.config.inputs[key.split(".")[0]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ArtifactError
-from align.runtime import checksums
+from align.runtime import checksums, sharding
 from align.runtime.artifacts import write_json
 
 COMPLETE_MARK = "complete.json"
@@ -75,8 +75,8 @@ def _identity(checkpoint: Path) -> str:
 def mark_complete(checkpoint: Path, *, world_size: int) -> None:
     """Flush a checkpoint to the disk and mark it as complete.
 
-    The mark has the size and the SHA-256 of each file, the world size, and the content so far of
-    the stage's JSONL files.
+    The mark has the size and the SHA-256 of each file, the world size, the kind of sharding, and
+    the content so far of the stage's JSONL files.
     """
     mark = checkpoint / COMPLETE_MARK
     mark.unlink(missing_ok=True)
@@ -85,6 +85,7 @@ def mark_complete(checkpoint: Path, *, world_size: int) -> None:
     content = {
         "checkpoint": _identity(checkpoint),
         "world_size": world_size,
+        "sharding": sharding.kind(),
         "files": checksums.record_files(checkpoint, files),
         "logs": checksums.record_files(checkpoint.parent, logs),
     }
@@ -96,17 +97,23 @@ def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:
 
     Raises:
         ArtifactError: Another number of processes wrote it, so a resumed run would end in other
-            weights.
+            weights, or another kind of sharding, whose files this run does not read.
     """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return None
-    written_by = _read_mark(checkpoints[-1])["world_size"]
+    mark = _read_mark(checkpoints[-1])
+    written_by, written_with = mark["world_size"], mark.get("sharding")
     if written_by != world_size:
         raise ArtifactError(
             f"{checkpoints[-1]}: written by {written_by} processes, and this run has "
             f"{world_size}; launch {written_by} processes, or start the stage over with "
             "--force"
+        )
+    if written_with != sharding.kind():
+        raise ArtifactError(
+            f"{checkpoints[-1]}: written with {written_with or 'DDP'}, and this run uses "
+            f"{sharding.kind() or 'DDP'}; launch it as before, or start the stage over with --force"
         )
     return checkpoints[-1]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from align.errors import UserError
+from align.runtime import sharding
 
 R = TypeVar("R")
 T = TypeVar("T")
-_LAUNCHER_PLUGINS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
 _STARTERS = dict.fromkeys(("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"), "mpirun")
 _STARTERS |= {"SLURM_STEP_NUM_TASKS": "srun"}  # that of the job counts tasks that may not run
 
@@ -49,8 +49,9 @@ def check_launch() -> None:
 
     Raises:
         UserError: It started one process, or several that are not connected, or its variables are
-            wrong.
+            wrong, or it was configured for a kind of sharding that is not supported.
     """
+    sharding.check()
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(variable, "0")
         if not value.isdecimal():
@@ -80,15 +81,6 @@ def check_launch() -> None:
             )
 
 
-def configured_plugins() -> list[str]:
-    """The plugins that the launch configuration requires, such as ``FSDP``; all of them shard."""
-    return [
-        name
-        for variable, name in _LAUNCHER_PLUGINS.items()
-        if os.environ.get(variable, "false").lower() == "true"
-    ]
-
-
 def init_process_group() -> None:
     """Join the launcher's process group, and check that it is the one that was configured.
 
@@ -102,7 +94,8 @@ def init_process_group() -> None:
     # `accelerate launch` passes `use_cpu: true` on to a single process only, not to several.
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     several_on_cpu = world_size() > 1 and not torch.accelerator.is_available()
-    if several_on_cpu and "DEEPSPEED" in configured_plugins():
+    kind = sharding.kind() or ""
+    if several_on_cpu and kind.startswith("ZeRO"):
         import deepspeed  # joins the processes itself, so that its collectives are those of gloo
 
         deepspeed.init_distributed(
@@ -119,7 +112,7 @@ def init_process_group() -> None:
             "accelerate_configs/ that fits this machine"
         )
     on_cpu = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-    if "FSDP" in configured_plugins() and on_cpu:
+    if kind.startswith("FSDP") and on_cpu:
         # accelerate silently replaces FSDP without a GPU by plain data parallelism.
         raise UserError(
             f"the launch configuration requires FSDP, but accelerate uses {state.distributed_type}; "

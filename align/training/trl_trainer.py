@@ -29,7 +29,7 @@ from align.models.logps import small_vocabulary_tiles
 from align.models.quantization import adapters_in_float32
 from align.models.tokenization import rows_for_trl
 from align.models.tokenizer_files import GENERATION_CONFIG
-from align.runtime import checkpoints, distributed, signals
+from align.runtime import checkpoints, distributed, sharding, signals
 from align.runtime.artifacts import make_readable
 from align.runtime.exit_codes import describe_failed_write
 from align.runtime.progress import Logger
@@ -88,7 +88,7 @@ def trl_arguments(
         "output_dir": str(output_dir),
         "seed": seed,
         # accelerate replaces FSDP on a CPU by plain data parallelism.
-        "use_cpu": cpu and "FSDP" not in distributed.configured_plugins(),
+        "use_cpu": cpu and sharding.kind() != "FSDP2",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would leave NaN out of the loss of an evaluation
         **({"dataloader_pin_memory": False} if cpu else {}),

@@ -90,13 +90,3 @@ stages:
         "evaluate: the adapters of dpo",
         "evaluate: the adapters of kto",
     ]
-
-
-@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")])  # fmt: skip
-def test_sharding_is_refused(
-    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, variable: str, name: str
-):
-    monkeypatch.setenv(variable, "true")
-    lines, _ = problems(tmp_path, adapter, 64)
-    assert [line.split(": ")[1] for line in lines] == ["dpo.quantization", "kto.quantization"]
-    assert all(f": {name} shards weights, which is not supported" in line for line in lines)
