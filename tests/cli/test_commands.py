@@ -124,7 +124,9 @@ def test_a_file_that_is_no_launch_configuration_is_an_error_of_one_line(tmp_path
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "single_gpu", "multi_gpu", "zero2", "zero3", "fsdp2", "multi_node"]
+)
 def test_the_shipped_launch_configurations_are_valid(name):
     root = Path(__file__).parents[2]
     launcher.check_launch_configuration(root / "accelerate_configs" / f"{name}.yaml")
