@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from random import Random
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
@@ -101,6 +103,17 @@ def use_token_batches(
     trainer.token_batches = TokenBatches(
         batches, seed=config.seed, rank=distributed.rank(), ranks=distributed.world_size()
     )
+    trainer.accelerator.gather = partial(_gather_rows, trainer.accelerator)
+
+
+def _gather_rows(accelerator: Any, tensor: Any) -> Any:
+    """Gather a tensor whose number of rows differs among the ranks, as TRL's metrics have."""
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0:
+        return gather(tensor)
+    counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = gather(accelerator.pad_across_processes(tensor))
+    parts = padded.chunk(len(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class TokenBatchTrainer(Trainer):

@@ -42,9 +42,14 @@ stages:
       gradient_checkpointing: false
   reward: {model: sft, trainer: *trainer}
   kto: {model: sft, preferences: prepare, lora: {r: 2, alpha: 4}, trainer: *trainer}
+  tokens:
+    stage: dpo
+    model: sft
+    tokens_per_batch: 500 # 18 batches: one process divides the rows as two do
+    trainer: {learning_rate: 1.0e-2, adam_epsilon: 1.0e-4, max_steps: 5, logging_steps: 1, bf16: false, gradient_checkpointing: false}
   dpo: {model: sft, trainer: *trainer}
 """
-STAGES = ("sft", "reward", "kto", "dpo")
+STAGES = ("sft", "reward", "kto", "tokens", "dpo")
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 """The same sums in another order: float32 losses and weights differ by about 1e-6."""
 
@@ -72,7 +77,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process whose batches are those of two."""
     runs = tmp_path_factory.mktemp("alone") / "runs"
     (runs.parent / "recipe.yaml").write_text(RECIPE)
-    batches = [f"{stage}.trainer.per_device_train_batch_size=8" for stage in STAGES]
+    batches = [
+        "tokens.trainer.gradient_accumulation_steps=2"
+        if stage == "tokens"
+        else f"{stage}.trainer.per_device_train_batch_size=8"
+        for stage in STAGES
+    ]
     assert recipe_runs.run(runs, *batches) == 0, recipe_runs.log(runs)
     return runs
 
