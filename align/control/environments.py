@@ -22,6 +22,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from gymnasium.wrappers.vector import NormalizeReward
 from numpy.typing import NDArray
 
+from align.control.batched import BATCHED
 from align.control.spaces import silence_mujoco
 
 Array = NDArray[Any]
@@ -75,9 +76,11 @@ class CartPole(CartPoleVectorEnv):
 
 
 def make_vector_env(
-    environment: str, options: Mapping[str, Any], n_envs: int
+    environment: str, options: Mapping[str, Any], n_envs: int, vectorization: str = "gymnasium"
 ) -> VectorEnv[Any, Any, Any]:
     """``n_envs`` environments that reset in the step that ends an episode."""
+    if vectorization == "batched":
+        return BATCHED[environment](n_envs, **options)
     silence_mujoco(environment)
     module, _, name = environment.rpartition(":")
     if module:
@@ -130,12 +133,15 @@ class Environments:
         *,
         statistics: RunningMeanStd | None = None,
         reward_gamma: float | None = None,
+        vectorization: str = "gymnasium",
     ) -> None:
         """Normalize observations with ``statistics``, and scale rewards with ``reward_gamma``.
 
         Without them, observations and rewards are returned as they are.
         """
-        self._unscaled = _UnscaledRewards(make_vector_env(environment, options, n_envs))
+        self._unscaled = _UnscaledRewards(
+            make_vector_env(environment, options, n_envs, vectorization)
+        )
         self._scaled = (
             None if reward_gamma is None else NormalizeReward(self._unscaled, reward_gamma)
         )

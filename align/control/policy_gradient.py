@@ -128,6 +128,7 @@ class PolicyGradientTrainer:
             config.n_envs,
             statistics=self.statistics,
             reward_gamma=config.gamma if config.normalize_rewards else None,
+            vectorization=config.vectorization,
         )
         self.steps = 0
         self.seconds = 0.0

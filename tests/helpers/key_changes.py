@@ -347,6 +347,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "seeds": Change([1]),
         "steps": Change(128),
         "n_envs": Change(2),
+        "vectorization": Change("batched"),
         "n_steps": Change(8),
         "gamma": Change(0.5),
         "gae_lambda": Change(0.5),

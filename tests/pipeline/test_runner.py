@@ -187,7 +187,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "control": {
         "environment": "Acrobot-v1", "environment_options": {"x": 1}, "algorithm": "a2c",
-        "baseline": "none", "seeds": [1], "steps": 7, "n_envs": 3, "n_steps": 3, "gamma": 0.5, "gae_lambda": 0.5,
+        "baseline": "none", "seeds": [1], "steps": 7, "n_envs": 3, "vectorization": "batched", "n_steps": 3, "gamma": 0.5, "gae_lambda": 0.5,
         "learning_rate": 0.5, "value_learning_rate": 0.5, "schedule": "constant", "epochs": 3,
         "minibatches": 3, "clip": 0.5, "clip_high": 0.5, "value_clip": 0.5, "target_kl": 0.5,
         "entropy_coef": 0.5, "max_grad_norm": 0.5, "normalize_advantages": False, "hidden_sizes": [3], "activation": "relu",

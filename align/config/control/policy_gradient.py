@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from align.config.base import GymEnvironment
 from align.config.control.base import Control, PolicyShape
 
+BATCHED = ("CartPole-v1", "Pendulum-v1")
+"""Environments that can be stepped in one tensor."""
 PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl")
 
 
@@ -23,6 +25,9 @@ class PolicyGradient(Control):
     """Baseline of ``reinforce``: a learned value function, or none."""
     n_envs: int = Field(16, ge=1)
     """Number of environments that are stepped in parallel."""
+    vectorization: Literal["gymnasium", "batched"] = "gymnasium"
+    """Environments of training: those of Gymnasium, or all in one tensor, for thousands of them
+    (``batched``: ``CartPole-v1`` and ``Pendulum-v1``). The evaluation uses Gymnasium's."""
     n_steps: int | None = Field(None, ge=1)
     """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE
     collects whole episodes."""
@@ -92,6 +97,21 @@ class PolicyGradient(Control):
         return self
 
     @model_validator(mode="after")
+    def _check_vectorization(self) -> PolicyGradient:
+        if self.vectorization == "batched" and self.environment not in BATCHED:
+            raise ValueError(
+                f"`vectorization: batched` does not support {self.environment}; expected "
+                f"{' or '.join(BATCHED)}, or remove the key"
+            )
+        others = [option for option in self.environment_options if option != "max_episode_steps"]
+        if self.vectorization == "batched" and others:
+            raise ValueError(
+                f"`environment_options.{others[0]}` has no effect with `vectorization: batched`, "
+                "which only accepts `max_episode_steps`; remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_batch_sizes(self) -> PolicyGradient:
         collected = self.n_envs * (self.rollout_steps or 1)
         if self.update_minibatches > collected:
@@ -153,6 +173,8 @@ class PolicyGradient(Control):
         settings = super().digest_settings()
         if self.initial_log_std is None:
             del settings["initial_log_std"]
+        if self.vectorization == "gymnasium":
+            del settings["vectorization"]
         if self.initialization == "orthogonal":
             del settings["initialization"]
         return settings
