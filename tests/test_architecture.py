@@ -35,12 +35,13 @@ MAY_IMPORT = {
     "training": "errors config data models models.prefix_sharing runtime",
     "online_rl": "errors config data functional judges models models.prefix_sharing rewards rl runtime report",
     "evaluation": "errors config data functional models models.prefix_sharing rewards judges runtime",
+    "evaluation.annotation": "errors data functional runtime",
     "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
     "online_rl evaluation judges report",
     "pipeline": "errors config control data judges models report rewards runtime training",  # stages by name only
     "pipeline.probe": "errors config control data evaluation functional models models.prefix_sharing online_rl "
     "pipeline rewards runtime training",
-    "cli": "errors config control data evaluation functional judges models models.prefix_sharing online_rl pipeline "
+    "cli": "errors config control data evaluation evaluation.annotation functional judges models models.prefix_sharing online_rl pipeline "
     "pipeline.probe report report.page rewards rl runtime stages training __version__",
     "run": "cli",
 }

@@ -131,7 +131,7 @@ def comparison_recipe(
     keys = [argument for argument in arguments if KEY.match(argument)]
     if not names:
         raise UserError("no policy; name a run or a policy first, such as `align eval dpo`")
-    of_run = _stages_of_run(Path(names[0]).expanduser())
+    of_run = stages_of_run(Path(names[0]).expanduser())
     stages = FinishedStages(runs, of_run or {})
     if of_run is not None:
         del names[0]
@@ -158,7 +158,7 @@ def comparison_recipe(
     return read_recipe(recipe, [f"evaluate.{key}" for key in keys], name=f"eval-{title[:80]}")
 
 
-def _stages_of_run(folder: Path) -> dict[str, tuple[str, Path]] | None:
+def stages_of_run(folder: Path) -> dict[str, tuple[str, Path]] | None:
     """Kind and folder of the finished stages of a run or of a runs folder, by name.
 
     None if the folder is neither.

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from align import __version__
+from align.cli.annotate import annotate
 from align.cli.data import data
 from align.cli.eval import evaluation
 from align.cli.import_recipe import import_recipe
@@ -115,6 +116,7 @@ app.command()(plan)
 app.command()(check)
 app.command("runs")(list_runs)
 app.command()(report)
+app.command()(annotate)
 
 
 @app.command()

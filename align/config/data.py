@@ -33,7 +33,8 @@ class Source(Config):
 
     reader: Reader = "columns"
     """Format of the source: named columns, transcripts as in Anthropic's HH-RLHF (``hh``), or the
-    format of the public data set of that name; ``gsm8k_solutions`` are labeled solutions."""
+    format of the public data set of that name; ``gsm8k_solutions`` are labeled solutions, and
+    ``annotations`` decisions of people about two completions."""
     config: str | None = None
     """Configuration (subset) of a Hub data set."""
     data_dir: str | None = None

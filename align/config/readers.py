@@ -5,20 +5,30 @@ from __future__ import annotations
 from typing import Literal
 
 Reader = Literal[
-    "columns", "hh", "ultrafeedback", "shp", "tldr", "oasst", "gsm8k", "gsm8k_solutions"
+    "columns",
+    "hh",
+    "ultrafeedback",
+    "shp",
+    "tldr",
+    "oasst",
+    "gsm8k",
+    "gsm8k_solutions",
+    "annotations",
 ]
 ALIGN_COLUMNS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "label"),
     *("system", "input", "history", "tools"),
 )
-REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {  # of the readers of public data sets
+REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {
     "ultrafeedback": ("instruction", "completions"),
     "shp": ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
     "tldr": ("info", "summaries", "choice"),
     "oasst": (),
     "gsm8k": ("question", "answer"),
     "gsm8k_solutions": ("question", "ground_truth"),
+    "annotations": (),
 }
+"""Columns without which a reader of another layout than Align's cannot work."""
 COLUMNS = (
     *ALIGN_COLUMNS,
     *dict.fromkeys(n for names in REQUIRED_COLUMNS.values() for n in names),

@@ -10,14 +10,21 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from align.data.annotation_exports import from_argilla, from_label_studio, is_argilla_table
-from align.data.annotations import Annotation, InvalidRowError, from_align, from_alpaca_eval
+from align.data.annotations import (
+    ALIGN_KEYS,
+    Annotation,
+    InvalidRowError,
+    from_align,
+    from_alpaca_eval,
+)
 from align.data.file_limits import Problems
 from align.data.files import read_file
 from align.data.rows import Raw
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-_Layout = Callable[[Raw], Iterable[Annotation]]
+Layout = Callable[[Raw], Iterable[Annotation]]
+"""Reads the annotations of a row."""
 
 
 def read_annotations(source: Path) -> list[Annotation]:
@@ -57,10 +64,10 @@ def read_rows(file: Path) -> Iterator[Annotation]:
     """
     if not file.name.lower().endswith(SUFFIXES):
         raise DataError(f"{file}: expected annotations in a file {', '.join(SUFFIXES)}")
-    layout: _Layout | None = None
+    layout: Layout | None = None
     problems = Problems(file)
     for number, row in enumerate(read_file(file), 1):
-        layout = layout or _layout(file, row)
+        layout = layout or layout_of(str(file), row)
         try:
             yield from layout(row)
         except InvalidRowError as error:
@@ -70,10 +77,15 @@ def read_rows(file: Path) -> Iterator[Annotation]:
     problems.raise_any()
 
 
-def _layout(file: Path, row: Raw) -> _Layout:
+def layout_of(file: str, row: Raw) -> Layout:
+    """The reader of the rows of a file, by the keys of its first row.
+
+    Raises:
+        DataError: They belong to no layout.
+    """
     if {"instruction", "output_1", "output_2"} <= row.keys():
         return from_alpaca_eval
-    if {"first", "second", "decision"} <= row.keys():
+    if set(ALIGN_KEYS) <= row.keys():
         return from_align
     if isinstance(row.get("data"), dict) and "annotations" in row:
         return from_label_studio

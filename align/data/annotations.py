@@ -3,7 +3,8 @@
 A row in Align's layout has the keys ``prompt`` (text, or a list of turns), ``first``, ``second``
 and ``decision``: ``first``, ``second``, ``tie``, ``both_bad`` or ``skip``. Its other keys are
 optional texts: ``annotator``, ``time`` (ISO 8601), ``comment``, ``first_policy`` and
-``second_policy``. ``both_bad`` prefers neither completion, as ``tie``; ``skip`` is no decision.
+``second_policy``. ``both_bad`` prefers neither completion, as ``tie``; ``skip`` is no decision. A
+row with a true ``check`` is an attention check and no annotation.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from align.data.json_list import json_type
 from align.data.rows import ROLES, DroppedError, Message, Messages, Raw, prompt_id
 from align.errors import did_you_mean, shown
 
+ALIGN_KEYS = ("first", "second", "decision")
+"""Keys by which a row in Align's layout is recognized."""
+PairKey = tuple[str, frozenset[str]]
 DECISIONS = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": math.nan}
 """Preference for the first completion, by the decision in Align's layout."""
 
@@ -56,12 +60,17 @@ class Annotation:
         )
 
 
+def pair_key(prompt: str, first: str, second: str) -> PairKey:
+    """Identity of a pair: the id of its prompt, and both completions in any order."""
+    return prompt, frozenset((first.strip(), second.strip()))
+
+
 class InvalidRowError(ValueError):
     """A row of annotations has a wrong value; the message begins with its key."""
 
 
 def from_align(row: Raw) -> Iterator[Annotation]:
-    """The annotation in a row of Align's layout.
+    """The annotation in a row of Align's layout; none for an attention check.
 
     Raises:
         InvalidRowError: A value is missing or wrong.
@@ -72,6 +81,8 @@ def from_align(row: Raw) -> Iterator[Annotation]:
         raise InvalidRowError(
             f"`decision`: expected one of {', '.join(DECISIONS)}; got {shown(decision)}{similar}"
         )
+    if row.get("check"):
+        return
     names = ("first_policy", "second_policy", "annotator", "time", "comment")
     yield Annotation(
         prompt=as_prompt(row, "prompt"),

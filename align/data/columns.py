@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from align.config.readers import FORMATS, REQUIRED_COLUMNS, columns_read
 from align.data import layouts
+from align.data.annotations import ALIGN_KEYS
 from align.data.rows import Raw
 from align.data.sources import Part
 from align.data.tool_calls import TOOLS
@@ -170,6 +171,8 @@ def _column_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
     rows = [rename_columns(raw, columns) for raw in part.head]
     if "chosen" in names and _is_transcript(rows[0]):
         return [f"{part.name}: the rows are whole transcripts; read them with `reader: hh`"]
+    if set(ALIGN_KEYS) <= {*part.head[0]}:
+        return [f"{part.name}: the rows are annotations; read them with `reader: annotations`"]
     if _lacks_prompt(names, rows):
         return [_missing_columns(part.name, names, FORMATS[:1])]
     if not kind_of(names):

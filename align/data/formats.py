@@ -45,6 +45,7 @@ _TRAIN_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_mask"
 _KNOWN_FIELDS = {"role", "content", *_TRAIN_FIELDS, *_UNSUPPORTED_FIELDS, *tool_calls.FIELDS}
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 UNKNOWN_LABEL = "label is not true or false"
+EQUAL = "chosen equals rejected"
 
 
 def read_row(raw: Raw, kind: str, reader: str, labels: Mapping[str, bool]) -> Row:
@@ -75,7 +76,7 @@ def hh_pair(raw: Raw) -> Row:
 
 def _check_distinct(row: Row) -> Row:
     if turn_text(row["chosen"][0]).strip() == turn_text(row["rejected"][0]).strip():
-        raise DroppedError("chosen equals rejected")
+        raise DroppedError(EQUAL)
     return row
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.config.data import MixtureSource, Prepare, Source
 from align.config.readers import WRITTEN_COLUMNS
+from align.data import annotated_pairs
 from align.data.columns import (
     check_column_map,
     check_columns,
@@ -30,6 +31,12 @@ from align.data.rows import DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, check_hub_keys, read_source, source_files
 from align.data.tool_calls import is_empty
 from align.errors import DataError, nearest
+
+GROUPED: Mapping[str, Callable[[Iterator[Raw], str], Iterator[Raw]]] = {
+    "oasst": lambda rows, source: trees(rows),
+    "annotations": annotated_pairs.grouped,
+}
+"""Readers of which several rows make a pair: a function of the rows and the name of their file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +168,8 @@ class _Ingester:
         """Tables of sources, sorted by kind."""
         tables: dict[str, RowTable] = {}
         for source in sources:
-            # For trees, `max_rows` counts trees below, not messages here.
-            max_rows = None if source.reader == "oasst" else source.max_rows
+            # Of a reader that groups rows, `max_rows` counts the groups below.
+            max_rows = None if source.reader in GROUPED else source.max_rows
             parts = read_source(source, max_rows=max_rows)
             check_columns(parts, source.reader, source.columns)
             self._check_parts(parts, source)
@@ -228,7 +235,8 @@ class _Ingester:
             *columns.values(),
             *columns_of_kind(kind, source.reader, columns),
         }
-        rows = trees(part.rows) if source.reader == "oasst" else part.rows
+        group = GROUPED.get(source.reader)
+        rows = group(part.rows, part.name) if group else part.rows
         for number, raw in enumerate(rows, start=1):
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
                 break

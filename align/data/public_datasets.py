@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from align.data.annotated_pairs import majority
 from align.data.pairing import PairingOptions, PairsOrDrops, Scored, pair_completions, raw_pair
 from align.data.rows import DroppedError, Messages, Raw
 
@@ -200,6 +201,7 @@ def as_number(value: object) -> float | None:
 
 
 PUBLIC_FORMATS: Mapping[str, Callable[[Raw, PairingOptions], PairsOrDrops]] = {
+    "annotations": majority,
     "ultrafeedback": ultrafeedback,
     "shp": shp,
     "tldr": tldr,

@@ -75,6 +75,38 @@ def _tables(first: Tensor, second: Tensor) -> Float[Tensor, "prompts 3 3"]:
     return tables[tables.sum(dim=(1, 2)) > 0]
 
 
+def krippendorff_alpha(
+    values: Float[Tensor, "units annotators"], *, confidence: float = 0.95
+) -> Estimate:
+    """Agreement of any number of annotators beyond chance; NaN where one gave no value.
+
+    ``1 - D / E``: D is the mean squared difference of values of one unit, E that of any two values.
+    Units with fewer than two values are left out. With two kinds of values it is the alpha for
+    nominal data as well. NaN where fewer than two units remain, or all values are equal. The
+    interval is that of :func:`align.functional.intervals.proportion_interval` for
+    ``(1 + alpha) / 2``, with the influence of each unit on it.
+
+    Source: Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section D, with the
+    difference function of interval data.
+    """
+    rows = values.detach().to("cpu", torch.float64)
+    rows = rows[(~rows.isnan()).sum(dim=1) >= 2]
+    counts = (~rows.isnan()).sum(dim=1).double()
+    sums, squares = rows.nansum(dim=1), rows.square().nansum(dim=1)
+    n, total, total_squares = float(counts.sum()), float(sums.sum()), float(squares.sum())
+    expected = 2 * (n * total_squares - total**2)  # of all ordered pairs of values
+    if len(rows) < 2 or expected <= ROUNDING * max(1.0, n * total_squares):
+        return Estimate(math.nan, Interval(math.nan, math.nan))
+    observed = 2 * (counts * squares - sums**2) / (counts - 1)  # of the ordered pairs of each unit
+    ratio = float(observed.sum()) / expected
+    alpha = 1 - (n - 1) * ratio
+    # Derivative of alpha by the number of times that each unit occurs.
+    of_expected = 2 * (counts * total_squares + n * squares - 2 * total * sums)
+    slopes = -(counts * ratio + (n - 1) * (observed - ratio * of_expected) / expected)
+    low, high = share_interval((1 + alpha) / 2, len(rows) * slopes / 2, confidence=confidence)
+    return Estimate(alpha, Interval(2 * low - 1, 2 * high - 1))
+
+
 def consistency(
     forward: Float[Tensor, "prompts *rest"],
     backward: Float[Tensor, "prompts *rest"],
