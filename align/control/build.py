@@ -6,6 +6,7 @@ from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
 from align.config.control.policy_gradient import PolicyGradient
+from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
 from align.control.spaces import EnvSpec
 from align.control.trainer import Trainer
@@ -30,4 +31,8 @@ def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
             from align.control.off_policy import OffPolicyTrainer
 
             return OffPolicyTrainer(config, spec, seed)
+        case SelfPlay():
+            from align.control.self_play import SelfPlayTrainer
+
+            return SelfPlayTrainer(config, spec, seed)
     raise TypeError(f"no trainer for {type(config).__name__}")

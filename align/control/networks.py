@@ -25,6 +25,8 @@ from align.functional.policy_gradient import entropy
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 _QUADRATURE = (_NODES, _WEIGHTS / math.sqrt(2 * math.pi))
 """Nodes and weights of means under the standard normal distribution."""
+ILLEGAL = 1e9
+"""What is subtracted from the logit of an illegal action."""
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
@@ -141,7 +143,20 @@ _HEADS: dict[str, type[Head]] = {
     "categorical": Categorical,
     "gaussian": Gaussian,
     "squashed": SquashedGaussian,
+    "legal": Categorical,
 }
+
+
+class LegalActions(nn.Sequential):
+    """Lowers the logits of illegal actions so far that their probability is 0.
+
+    The last entries of an observation are a mask of the legal actions.
+    """
+
+    def forward(self, observations: Float[Tensor, "*b f"]) -> Float[Tensor, "*b k"]:
+        """Logits."""
+        logits: Tensor = super().forward(observations)
+        return logits - ILLEGAL * (1 - observations[..., -logits.shape[-1] :])
 
 
 class Policy(nn.Module):
@@ -162,6 +177,8 @@ class Policy(nn.Module):
         # The small last layer makes all actions about equally likely at first.
         gain = None if initialization == "uniform" else 0.01
         self.body = perceptron(spec.n_features, hidden_sizes, spec.n_actions, activation, gain=gain)
+        if name == "legal":
+            self.body = LegalActions(self.body)
 
 
 def table_policy(spec: EnvSpec, table: Float[Tensor, "states actions"]) -> Policy:

@@ -20,6 +20,7 @@ Curves = Mapping[int, Sequence[Point]]
 
 PANELS = (
     ("return", "mean return of the last 100 episodes"),
+    ("exploitability", "exploitability"),
     ("success", "success rate of the last 100 episodes"),
     ("value", "value of the first state"),
     ("change", "largest change of a value"),

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     import gymnasium
 
 
-_EXTRAS = {"box2d": "box2d", "swig": "box2d", "mujoco": "mujoco", "pygame": "control"}
+_EXTRAS = {
+    "box2d": "box2d",
+    "swig": "box2d",
+    "mujoco": "mujoco",
+    "pyspiel": "games",
+    "pygame": "control",
+}
 
 
 class EnvSpec(NamedTuple):
@@ -132,6 +138,7 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
             isinstance(actions, Box) and actions.is_bounded(),
             actions,
         ),
+        "a game": (hasattr(env.unwrapped, "game"), "no game of OpenSpiel"),
         "goals": (
             isinstance(observations, Dict) and {"achieved_goal", "desired_goal"} <= {*observations},
             observations,

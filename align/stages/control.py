@@ -31,7 +31,7 @@ from align.runtime.results import ResultTable, StageResult
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 SECONDS_BETWEEN_LINES = 0.2
-SHOWN = ("return", "value", "change", "entropy", "kl")
+SHOWN = ("return", "exploitability", "value", "change", "entropy", "kl")
 """Metrics of the progress display."""
 
 

@@ -26,6 +26,7 @@ import align
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
+from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
 from align.config.online_rl import OnlineRL
 from align.config.stages import STAGES
@@ -37,6 +38,7 @@ CLASSES = STAGES | {
     "control: tabular": Tabular,
     "control: dynamic programming": DynamicProgramming,
     "control: off-policy": OffPolicy,
+    "control: self-play": SelfPlay,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
 SPEED = {

@@ -102,6 +102,16 @@ BASE: dict[str, dict[str, Any]] = {
         "algorithm": "value_iteration",
         "episodes": 20,
     },
+    "control: self-play": {
+        "environment": "align.control.games:Game-v0",
+        "environment_options": {"game": "kuhn_poker"},
+        "algorithm": "self_play",
+        "steps": 300,
+        "games": 32,
+        "episodes": 20,
+        "epochs": 2,
+        "hidden_sizes": [8],
+    },
     "control: off-policy": {
         "environment": "CartPole-v1",
         "environment_options": {"max_episode_steps": 15},
@@ -434,6 +444,20 @@ CHANGES["control: off-policy"] = {key: CHANGES["control"][key] for key in OF_ALL
     "exploration_fraction": Change(0.9),
     "exploration_final": Change(0.5),
     "action_noise": Change(0.5, CONTINUOUS),
+}
+CHANGES["control: self-play"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
+    "environment_options": Change({"game": "leduc_poker"}),
+    "algorithm": Change("dqn"),
+    "steps": Change(200),
+    "games": Change(16),
+    "learning_rate": Change(1e-2),
+    "epochs": Change(1),
+    "minibatches": Change(2),
+    "clip": Change(1e-3),
+    "entropy_coef": Change(1.0),
+    "hidden_sizes": Change([4]),
+    "confidence": Change(0.5),
+    "resamples": Change(100),
 }
 EQUAL_GROUPS = {"rewards": ["helpers.key_changes:long"]}
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")

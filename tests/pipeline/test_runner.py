@@ -28,6 +28,7 @@ from align.config.base import NewModel
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
+from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
 from align.config.data import MixtureSource
 from align.config.recipe import Recipe, load_recipe
@@ -108,6 +109,7 @@ CLASSES = STAGES | {
     "control: tabular": Tabular,
     "control: dynamic programming": DynamicProgramming,
     "control: off-policy": OffPolicy,
+    "control: self-play": SelfPlay,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
 
@@ -213,6 +215,10 @@ OTHER["control: off-policy"] = OF_ALL_ALGORITHMS | {
     "target": "double", "network": "dueling", "target_update_interval": 7, "exploration_fraction": 0.7,
     "exploration_final": 0.7, "action_noise": 0.7,
 }  # fmt: skip
+OTHER["control: self-play"] = OF_ALL_ALGORITHMS | {
+    "algorithm": "other", "games": 7, "learning_rate": 0.1, "epochs": 7, "minibatches": 7, "clip": 0.7,
+    "entropy_coef": 0.7, "hidden_sizes": [3],
+}  # fmt: skip
 OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
 OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}
 OTHER["rloo"] |= {
@@ -244,6 +250,10 @@ BASE: dict[str, dict[str, Any]] = {
     "control: tabular": {"environment": "Taxi-v4", "steps": 100, "algorithm": "q_learning"},
     "control: dynamic programming": {"environment": "Taxi-v4", "algorithm": "value_iteration"},
     "control: off-policy": {"environment": "CartPole-v1", "steps": 2000, "algorithm": "dqn"},
+    "control: self-play": {
+        "environment": "align.control.games:Game-v0", "environment_options": {"game": "kuhn_poker"},
+        "algorithm": "self_play", "steps": 100,
+    },
 }  # fmt: skip
 BASE |= dict.fromkeys(ONLINE_RL, BASE["ppo"])
 

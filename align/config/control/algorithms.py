@@ -13,9 +13,16 @@ from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
 from align.config.control.policy_gradient import PolicyGradient
+from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
 
-FAMILIES: tuple[type[Control], ...] = (PolicyGradient, Tabular, DynamicProgramming, OffPolicy)
+FAMILIES: tuple[type[Control], ...] = (
+    PolicyGradient,
+    Tabular,
+    DynamicProgramming,
+    OffPolicy,
+    SelfPlay,
+)
 """The configuration classes; the first is that of the default algorithm."""
 
 

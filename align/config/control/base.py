@@ -32,6 +32,7 @@ Algorithm = Literal[
     "dqn",
     "sac",
     "td3",
+    "self_play",
 ]
 
 
