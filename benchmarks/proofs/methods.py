@@ -168,7 +168,7 @@ def last_reference_point(folder: Path) -> float | None:
 OPTIMUM = "h = r/β"
 GROUP = {"n_completions": 128}
 IN_LOSS = {**GROUP, "kl_placement": "loss", "epochs": 1, "steps": 120}
-SCALED = {**IN_LOSS, "kl_coef": 2.0}
+SCALED = {**IN_LOSS, "kl_coef": 2.0, "steps": 200}
 DIFFICULTY = "h = r/(βs), s: standard deviation of r under the policy"
 BOTH = "h = (r/s − c·length)/β"
 
@@ -185,9 +185,9 @@ def fixed_point(*, beta: float, scaled: bool, per_sequence: bool) -> Callable[[W
     )[0]
 
 
-def minimizer(loss: str, beta: float) -> Callable[[World], Tensor]:
+def minimizer(loss: str, beta: float, *, starts: int = 1) -> Callable[[World], Tensor]:
     """The minimizer of the expected loss over tables."""
-    return lambda world: optima.minimizer(world, loss, beta)
+    return lambda world: optima.minimizer(world, loss, beta, starts=starts)
 
 
 def ipo(world: World) -> Tensor:
@@ -224,7 +224,7 @@ WATER = "0 where w < 1/2; else π = ref·(√((2w−1)/λ) − 1)₊"
 METHODS: tuple[Method, ...] = (
     Method(name="SFT", stage="sft", named=best, formula="the distribution of the data"),
     Method(name="Reward model", stage="reward", named=best, formula=OPTIMUM),
-    dpo("sigmoid", best, OPTIMUM),
+    dpo("sigmoid", best, OPTIMUM, num_train_epochs=12),
     dpo("robust", best, OPTIMUM, flipped=0.05, label_smoothing=0.05, num_train_epochs=12),
     dpo("ipo", ipo, "h = length·((w − 1/2)/β + a)", beta=0.4),
     dpo(
@@ -232,6 +232,7 @@ METHODS: tuple[Method, ...] = (
         lambda world: optima.length_scaled(world, world.rewards / 2),
         "h = length·(r/β + a)",
         beta=2.0,
+        num_train_epochs=12,
     ),
     dpo("nca_pair", optima.best_of_two, "π = ref·2w: the best of two"),
     dpo("sft", optima.best_of_two, "π = ref·2w: the best of two"),
@@ -239,7 +240,7 @@ METHODS: tuple[Method, ...] = (
     dpo("bco_pair", minimizer("bco_pair", 1.0), TABLE),
     dpo("sppo_hard", minimizer("sppo_hard", 0.5), TABLE, beta=0.5),
     dpo("hinge", minimizer("hinge", 1.0), TABLE),
-    dpo("discopop", minimizer("discopop", 1.0), "a local minimum beside the reference"),
+    dpo("discopop", minimizer("discopop", 1.0, starts=20), f"{TABLE}, the lowest of 20"),
     dpo("apo_zero", optima.water_filling, WATER, zeros=True),
     Method(
         name="KTO stage, `kto`",
@@ -324,7 +325,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="DAPO",
         stage="grpo",
-        settings={**SCALED, "aggregate": "token", "clip_high": 0.28, "epochs": 2, "steps": 80},
+        settings={**SCALED, "aggregate": "token", "clip_high": 0.28, "epochs": 2, "steps": 160},
         named=fixed_point(beta=2.0, scaled=True, per_sequence=False),
         formula=DIFFICULTY,
         beta=2.0,
@@ -340,7 +341,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="CISPO",
         stage="grpo",
-        settings={**SCALED, "aggregate": "token", "loss": "cispo", "epochs": 2, "steps": 80},
+        settings={**SCALED, "aggregate": "token", "loss": "cispo", "epochs": 2, "steps": 160},
         named=fixed_point(beta=2.0, scaled=True, per_sequence=False),
         formula=DIFFICULTY,
         beta=2.0,

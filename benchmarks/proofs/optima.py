@@ -190,15 +190,40 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 def expected_loss(world: World, policy: Tensor, loss: str, beta: float) -> Tensor:
     """The loss of every outcome weighted by its probability, ``[prompt]``."""
-    h = policy - world.reference
-    values = PAIR_LOSSES[loss](h[:, :, None], h[:, None, :], beta)
-    return (outcome_chances(world) * values).sum((1, 2))
+    return _weighted_loss(world.reference, outcome_chances(world), policy, loss, beta)
 
 
-def minimizer(world: World, loss: str, beta: float, *, steps: int = 2000) -> Tensor:
-    """The policy that minimizes the expected loss, over all tables of probabilities."""
+def _weighted_loss(
+    reference: Tensor, chances: Tensor, policy: Tensor, loss: str, beta: float
+) -> Tensor:
+    h = policy - reference
+    return (chances * PAIR_LOSSES[loss](h[:, :, None], h[:, None, :], beta)).sum((1, 2))
+
+
+def minimizer(world: World, loss: str, beta: float, *, starts: int = 1) -> Tensor:
+    """The policy that minimizes the expected loss, over all tables of probabilities.
+
+    The search begins at the reference. A loss that is not convex needs more ``starts``, which lie
+    around it at random: the lowest minimum of each prompt counts.
+    """
     reference, chances = world.reference, outcome_chances(world)
-    logits = reference.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    lowest = torch.full((len(reference),), math.inf, dtype=torch.float64)
+    policy = reference
+    for number in range(starts):
+        noise = torch.randn(reference.shape, generator=generator, dtype=torch.float64)
+        found = _descend(reference, chances, loss, beta, reference + (number > 0) * 2 * noise)
+        values = _weighted_loss(reference, chances, found, loss, beta)
+        policy = torch.where((values < lowest)[:, None], found, policy)
+        lowest = torch.minimum(values, lowest)
+    return policy
+
+
+def _descend(
+    reference: Tensor, chances: Tensor, loss: str, beta: float, start: Tensor, steps: int = 2000
+) -> Tensor:
+    """The minimum that L-BFGS finds from a table of logits."""
+    logits = start.clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [logits],
         max_iter=steps,
@@ -209,8 +234,7 @@ def minimizer(world: World, loss: str, beta: float, *, steps: int = 2000) -> Ten
 
     def closure() -> Tensor:
         solver.zero_grad()
-        h = logits.log_softmax(1) - reference
-        value = (chances * PAIR_LOSSES[loss](h[:, :, None], h[:, None, :], beta)).sum()
+        value = _weighted_loss(reference, chances, logits.log_softmax(1), loss, beta).sum()
         value.backward()
         return value
 

@@ -16,13 +16,14 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 HEAD = f"""# Proofs
 
 ```bash
-OMP_NUM_THREADS=1 python -m benchmarks.proofs --results proofs.jsonl --page docs/proofs.md
+OMP_NUM_THREADS=1 python -m benchmarks.proofs --results proofs.jsonl --page docs/results/proofs.md
 ```
 
 The command wrote this page. It trains every method where theory names the result: in a world of
 two prompts and {len(TEXTS)} completions, so that a policy is a table that can be computed exactly.
 All runs use the stages and trainers of Align; only the models are tiny. Each seed has another
-world, with random rewards and a random reference.
+world, with random rewards and a random reference. A test of the default tier reads this page: every
+method and loss of Align has its row or a reason, and no divergence is above the bound.
 
 In formulas, r is the reward of a completion, ref its probability under the reference, and h the
 log-ratio of the policy to the reference, up to a constant for each prompt. w is the probability
@@ -63,8 +64,8 @@ KTO measures gains from a reference point, an estimate of KL(policy, reference).
 log-ratio of completions of other prompts, and these come from the reference, not from the policy:
 the mean is negative, and clamped at 0. At the end of training:
 
-| seed | reference point of the loss | KL(policy, reference) |
-|---|---|---|
+| loss | seed | reference point of the loss | KL(policy, reference) |
+|---|---|---|---|
 """
 
 
@@ -150,9 +151,10 @@ def mean_with_interval(values: Sequence[float]) -> str:
 
 def reference_points(runs: Sequence[Run]) -> str:
     """The table of KTO's reference points; empty without a run of KTO."""
-    own = sorted((run for run in runs if run.reference_point is not None), key=lambda run: run.seed)
+    own = [run for run in runs if run.reference_point is not None]
     if not own:
         return ""
     return KTO + "".join(
-        f"| {run.seed} | {run.reference_point:.2f} | {run.moved:.2f} |\n" for run in own
+        f"| {run.method} | {run.seed} | {run.reference_point:.2f} | {run.moved:.2f} |\n"
+        for run in sorted(own, key=lambda run: (run.method, run.seed))
     )
