@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,9 +69,14 @@ def write_pairs(folder: Path, pairs: list[tuple[str, str, str]]) -> None:
 def begin(tab: Tab, address: str, name: str) -> None:
     tab.open(address)
     tab.wait(f"{NAME} !== null")
-    tab.evaluate(f"{NAME}.focus()")
-    tab.write(name)
-    tab.press("Enter")
+    end = time.monotonic() + 60
+    while not tab.evaluate("document.querySelectorAll('.side').length"):
+        assert time.monotonic() < end
+        # The field is there before the page listens to it.
+        tab.evaluate(f"{NAME}.focus(); {NAME}.select()")
+        tab.write(name)
+        tab.press("Enter")
+        time.sleep(1)
     wait_for_pair(tab)
 
 
@@ -105,6 +111,7 @@ def test_twenty_decisions_by_keyboard_and_a_kill_become_pairs_and_win_rates(
         begin(tab, address, "Ana")
         tab.press("c")
         tab.write("hard to say 1 2 b")  # keys within a comment decide nothing
+        time.sleep(0.5)  # as people do; gradio reads the text a moment later
         tab.press("Escape")
         press(tab, "0")
         for _ in range(8):
