@@ -29,11 +29,11 @@ from align.config.online_rl_keys import (
     KLKeys,
     LossKeys,
     MemoryKeys,
-    ReportingKeys,
     RewardKeys,
     SamplingKeys,
     StepKeys,
 )
+from align.config.reporting import ReportingStage
 from align.config.training_base import TOKENS_PER_WORD, TrainingStage
 
 LATER_KEYS = {
@@ -64,7 +64,7 @@ class OnlineRL(
     StepKeys,
     MemoryKeys,
     HeldOutKeys,
-    ReportingKeys,
+    ReportingStage,
     DecodingStage,
     TrainingStage,
 ):
@@ -216,7 +216,6 @@ class OnlineRL(
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
         del settings["vllm_url"]
-        del settings["report_to"]
         settings["rewards"] = [
             reward.digest_settings() if isinstance(reward, ScoreFunction) else setting
             for reward, setting in zip(self.rewards, settings["rewards"], strict=True)

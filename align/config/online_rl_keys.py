@@ -234,16 +234,3 @@ class HeldOutKeys(Config):
     policy is saved. Default: all ``steps`` are run, and the last policy is saved."""
     save_steps: int | None = Field(None, ge=1)
     """Updates between checkpoints. Default: ten checkpoints in all."""
-
-
-class ReportingKeys(Config):
-    """Where metrics are reported, beside ``metrics.jsonl``."""
-
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
-    """Experiment trackers that get the metrics: TensorBoard's files are in the folder ``runs`` of
-    the stage, and the others are configured by their own environment variables."""
-
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """The values of ``report_to``."""
-        return tuple(self.report_to)

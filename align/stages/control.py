@@ -28,6 +28,7 @@ from align.functional.masked import single_process
 from align.runtime import artifacts, checkpoints, checksums, distributed, signals
 from align.runtime.progress import Logger
 from align.runtime.results import ResultTable, StageResult
+from align.runtime.tracking import reporting
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 SECONDS_BETWEEN_LINES = 0.2
@@ -83,7 +84,14 @@ def _train(
     logger.rewind(steps_of_earlier_seeds + trainer.steps)
     total = config.steps * len(config.seeds)
     saved = shown = time.monotonic()
-    with signals.deferred() as stop:
+    trackers = reporting(
+        config.report_to,
+        logger,
+        output_dir,
+        settings=config.model_dump(),
+        done=steps_of_earlier_seeds + trainer.steps,
+    )
+    with signals.deferred() as stop, trackers:
         while not trainer.done:
             point = trainer.train_step()
             done = steps_of_earlier_seeds + min(trainer.steps, config.steps)

@@ -384,12 +384,13 @@ CHANGES: dict[str, dict[str, Change]] = {
         "confidence": Change(0.5, WHOLE_EPISODES),
         "resamples": Change(100, WHOLE_EPISODES),
         "keep_checkpoints": Change(True),
+        "report_to": Change(["wandb"]),
     },
 }
 
 OF_ALL_ALGORITHMS = (
     *("environment", "environment_options", "seeds", "steps", "gamma", "episodes"),
-    *("confidence", "resamples", "keep_checkpoints"),
+    *("confidence", "resamples", "keep_checkpoints", "report_to"),
 )
 SLIPPERY = {
     "environment": "FrozenLake-v1",

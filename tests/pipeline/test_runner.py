@@ -196,12 +196,13 @@ OTHER: dict[str, dict[str, Any]] = {
         "initial_log_std": -1.0, "initialization": "uniform",
         "distribution": "gaussian", "normalize_observations": True, "normalize_rewards": True,
         "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True,
+        "report_to": ["wandb"],
     },
 }  # fmt: skip
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
 OF_ALL_ALGORITHMS = {
     "environment": "Acrobot-v1", "environment_options": {"x": 1}, "seeds": [1], "steps": 7, "gamma": 0.5,
-    "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True,
+    "episodes": 3, "confidence": 0.9, "resamples": 500, "keep_checkpoints": True, "report_to": ["wandb"],
 }  # fmt: skip
 OTHER["control: tabular"] = OF_ALL_ALGORITHMS | {
     "algorithm": "sarsa", "learning_rate": 0.1, "schedule": "linear", "epsilon": 0.3,
@@ -278,6 +279,7 @@ def digest_with(stage: str, **changes: Any) -> str:
 NOT_IN_DIGEST = [
     (stage, key) for stage in ONLINE_RL for key in ("save_steps", "vllm_url", "report_to")
 ]
+NOT_IN_DIGEST += [(stage, "report_to") for stage in CLASSES if stage.startswith("control")]
 NOT_IN_DIGEST += [(stage, "max_lost_rows") for stage in ("sft", "dpo", "kto", "reward")]
 
 

@@ -1,4 +1,4 @@
-"""Metrics of online-RL stages in experiment trackers."""
+"""Metrics of online-RL and `control` stages in experiment trackers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import accelerate
 import pytest
 from helpers import tiny_models
 
+from align.config.control.policy_gradient import PolicyGradient
 from align.errors import UserError
 from align.runtime import tracking
 from align.runtime.progress import Logger
+from align.stages import control
 
 METRICS = ({"score": 1.5, "rewards/short": 2.0}, {"score": 2.5, "rewards/short": 3.0})
 
@@ -51,6 +53,20 @@ def test_tensorboard_has_every_metric_with_the_stage_in_front(logger: Logger, tm
     # A run that is resumed after step 1 writes step 2 again; it counts once.
     report(["tensorboard"], logger, tmp_path, done=1)
     assert scalars(tmp_path)["grpo/score"] == [(1, 1.5), (2, 1.5), (3, 2.5)]
+
+
+def test_the_seeds_of_control_follow_one_another_on_the_axis_of_steps(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    config = PolicyGradient(
+        environment="CartPole-v1", steps=128, n_envs=4, n_steps=16, seeds=[0, 1], episodes=2,
+        report_to=["tensorboard"],
+    )  # fmt: skip
+    tiny_models.stage(control, config, {}, tmp_path / "control")
+    reported = scalars(tmp_path / "control")
+    assert [step for step, _ in reported["control/seed"]] == [64, 128, 192, 256]
+    assert [seed for _, seed in reported["control/seed"]] == [0, 0, 1, 1]
+    assert {"control/return", "control/entropy"} <= reported.keys()
+    assert "report_to" not in config.digest_settings()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages that it imports

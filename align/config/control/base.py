@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import GymEnvironment, Stage, Workload, duplicates
+from align.config.base import GymEnvironment, Workload, duplicates
+from align.config.reporting import ReportingStage
 from align.errors import shown
 
 
@@ -36,7 +37,7 @@ Algorithm = Literal[
 ]
 
 
-class Control(Stage):
+class Control(ReportingStage):
     """Train one policy per seed on a Gymnasium environment, and evaluate it.
 
     ``algorithm`` decides which further keys the stage has.
