@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("recipes", "benchmarks", "tests", "accelerate_configs")
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / folder / "README.md" for folder in FOLDERS),
 ]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
