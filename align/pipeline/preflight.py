@@ -237,6 +237,13 @@ def check_sharding(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
                 "`quantization: nf4`",
             )
             continue
+        keys = {name: getattr(config, name, None) for name in ("lora", "dtype")}
+        if kind == "ZeRO-3" and keys["lora"] and keys["dtype"] == "bfloat16":
+            errors.add(
+                (stage.name, "dtype"),
+                "ZeRO-3 would train and store the adapters in bfloat16 too; launch it with "
+                "accelerate_configs/fsdp2.yaml or zero2.yaml, or remove this key",
+            )
         unsupported = {"quantization": "weights in 4 bits", "compile_layers": "compiled layers"}
         for key, what in unsupported.items():
             if getattr(config, key) is not None:

@@ -107,13 +107,13 @@ def test_two_processes_that_shard_learn_what_one_does_and_resume(name, part, alo
     # One rank is killed between two checkpoints: the same command resumes, bit for bit.
     expected = weights(stage_folder(runs, "dpo")).read_bytes()
     shutil.rmtree(stage_folder(runs, "dpo"))
-    logged = recipe_runs.logged_step(runs, "dpo", 3)
+    saved = recipe_runs.file_exists(runs, "dpo-*/checkpoint-2/complete.json")
     with sharded_run.running(configuration, runs) as ranks:
-        recipe_runs.wait_until(logged, ranks[1], runs)
+        recipe_runs.wait_until(saved, ranks[1], runs)
         os.kill(ranks[1].pid, signal.SIGKILL)
         forks.wait(ranks[1])
     assert not list(runs.glob("dpo-*/artifact.json"))
-    assert list(runs.glob(f"dpo-*/checkpoint-2/**/{part}"))
+    assert list(runs.glob(f"dpo-*/checkpoint-*/**/{part}"))
     assert sharded_run.run(configuration, runs) == 0, recipe_runs.log(runs)
     assert "dpo: resuming" in recipe_runs.log(runs)
     assert weights(stage_folder(runs, "dpo")).read_bytes() == expected

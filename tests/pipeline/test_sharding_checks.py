@@ -21,9 +21,9 @@ stages:
 """
 
 
-def problems(folder: Path) -> list[str]:
+def problems(folder: Path, recipe: str = RECIPE) -> list[str]:
     file = folder / "recipe.yaml"
-    file.write_text(RECIPE)
+    file.write_text(recipe)
     errors = ErrorCollector(load_recipe(file))
     stages = plan_stages(errors, folder / "runs")
     preflight.check_sharding(errors, stages)
@@ -38,3 +38,15 @@ def test_stages_that_cannot_be_sharded_are_named(tmp_path: Path, monkeypatch: py
     assert "recipe.yaml:5: dpo.quantization: this launch uses ZeRO-2, with" in quantized
     assert "recipe.yaml:6: grpo: online RL does not shard weights" in online
     assert all("accelerate_configs/multi_gpu.yaml" in line for line in problems(tmp_path))
+
+
+def test_adapters_that_zero_3_would_round_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = RECIPE.partition("  reward")[0].replace(", compile_layers: inductor", "")
+    recipe += "  dpo: {model: sft, lora: {}, dtype: bfloat16}\n"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert problems(tmp_path, recipe) == []
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    (line,) = problems(tmp_path, recipe)
+    assert "recipe.yaml:4: dpo.dtype: ZeRO-3 would train and store the adapters" in line
