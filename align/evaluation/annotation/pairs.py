@@ -7,6 +7,7 @@ A file has rows with ``prompt``, ``chosen`` and ``rejected``, rows in Align's la
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ from align.data.file_limits import Problems
 from align.data.files import read_file
 from align.data.rows import DroppedError, Messages, Raw, prompt_id, turn_text
 from align.errors import DataError, did_you_mean
+
+OF_EVALUATION = ("messages", "baseline_completion", "policy_completion", "baseline", "policy")
+OF_ANNOTATIONS = ("prompt", "first", "second", "first_policy", "second_policy")
+"""Columns of pairs: prompt, two completions, and the optional names of their policies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +101,9 @@ def read_pairs(files: Iterable[Path]) -> Pairs:
 
 def _layout(file: Path, row: Raw) -> Callable[[Raw], Pair]:
     """How the rows of a file are read; the keys of the first row decide."""
-    if {"policy_completion", "baseline_completion", "messages"} <= row.keys():
-        return _of_evaluation
-    if {"prompt", "first", "second"} <= row.keys():
-        return _of_annotations
+    for columns in (OF_EVALUATION, OF_ANNOTATIONS):
+        if {*columns[:3]} <= row.keys():
+            return functools.partial(_of_columns, columns=columns)
     if {"chosen", "rejected"} <= row.keys():
         return _of_preferences
     names = ", ".join(f"`{name}`" for name in list(row)[:8]) or "none"
@@ -110,23 +114,15 @@ def _layout(file: Path, row: Raw) -> Callable[[Raw], Pair]:
     )
 
 
-def _of_evaluation(row: Raw) -> Pair:
+def _of_columns(row: Raw, columns: Sequence[str]) -> Pair:
+    """The pair in columns with prompt, both completions and the names of both policies."""
+    prompt, first, second, first_policy, second_policy = columns
     return Pair(
-        prompt=as_prompt(row, "messages"),
-        first=as_completion(row, "baseline_completion"),
-        second=as_completion(row, "policy_completion"),
-        first_policy=as_name(row, "baseline"),
-        second_policy=as_name(row, "policy"),
-    )
-
-
-def _of_annotations(row: Raw) -> Pair:
-    return Pair(
-        prompt=as_prompt(row, "prompt"),
-        first=as_completion(row, "first"),
-        second=as_completion(row, "second"),
-        first_policy=as_name(row, "first_policy"),
-        second_policy=as_name(row, "second_policy"),
+        prompt=as_prompt(row, prompt),
+        first=as_completion(row, first),
+        second=as_completion(row, second),
+        first_policy=as_name(row, first_policy),
+        second_policy=as_name(row, second_policy),
     )
 
 
