@@ -187,10 +187,10 @@ def generate_tokens(
     from align.models.decoding import eager
     from align.models.decoding.choice import NotFiniteError
 
-    obstacle = eager.obstacle(model)
     try:
         if decoder is not None:
             return decoder.decode(rows, stops)
+        obstacle = eager.obstacle(model)
         if obstacle is None:
             return eager.decode(model, rows, stops)
         _log_obstacle(obstacle)

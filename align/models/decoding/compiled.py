@@ -103,8 +103,11 @@ class CompiledDecoder:
 
     def _run(self, ids: Tensor, first: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
+        n_rows = len(ids)
+        if n_rows not in self._steps:
+            self._steps[n_rows] = self._compile(n_rows)
         try:
-            return self._steps.setdefault(len(ids), self._compile(len(ids)))(ids, first)
+            return self._steps[n_rows](ids, first)
         except torch._dynamo.exc.TorchDynamoException as error:
             text = " ".join(str(error).split())
             raise UserError(
