@@ -87,6 +87,7 @@ def find_files(pairs: str, runs: Path, split: str) -> tuple[str, list[Path]]:
     """
     from align.data.tables import has_table, table_file
     from align.pipeline import lookup
+    from align.report.page.contents import COMPARISONS
 
     path = Path(pairs).expanduser()
     if path.is_file():
@@ -112,12 +113,10 @@ def find_files(pairs: str, runs: Path, split: str) -> tuple[str, list[Path]]:
     )
 
 
-COMPARISONS = "comparisons.parquet"
-
-
 def _of_run(folder: Path) -> list[Path]:
     """The compared pairs of all evaluations of a run."""
     from align.cli.comparison import stages_of_run
+    from align.report.page.contents import COMPARISONS
 
     stages = (stages_of_run(folder) or {}).values()
     files = [place / COMPARISONS for kind, place in stages if kind == "evaluate"]
