@@ -95,6 +95,12 @@ def init_process_group() -> None:
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     several_on_cpu = world_size() > 1 and not torch.accelerator.is_available()
     kind = sharding.kind() or ""
+    if use_cpu and kind.startswith("ZeRO"):
+        # accelerate would silently replace DeepSpeed by plain data parallelism.
+        raise UserError(
+            f"the launch configuration requires {kind}, which accelerate drops where "
+            "ACCELERATE_USE_CPU (`use_cpu: true`) is set; unset it"
+        )
     if several_on_cpu and kind.startswith("ZeRO"):
         import deepspeed  # joins the processes itself, so that its collectives are those of gloo
 

@@ -82,6 +82,7 @@ def begin(tab: Tab, address: str, name: str) -> None:
 
 def wait_for_pair(tab: Tab) -> None:
     tab.wait("document.querySelectorAll('.side').length == 2")
+    tab.wait("document.querySelector('button#left') !== null")  # gradio adds them after the pair
     tab.wait("document.activeElement === document.body")  # keys are decisions again
 
 

@@ -28,7 +28,7 @@ def launcher_environment(configuration: Path) -> dict[str, str]:
     else:
         environment = prepare_multi_gpu_env(parsed)
     changed = {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-    return {k: v for k, v in changed.items() if k != "ACCELERATE_USE_CPU"}
+    return changed | {"ACCELERATE_USE_CPU": "false"}  # other tests of this process may set it
 
 
 def call_script(runs: Path, *arguments: str) -> None:

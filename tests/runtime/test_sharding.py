@@ -89,6 +89,13 @@ def test_fsdp_on_gpus_is_accepted_before_the_accelerator_exists(monkeypatch):
         distributed.init_process_group()
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_that_accelerate_would_drop_is_an_error(monkeypatch, name):
+    launch(monkeypatch, name, ACCELERATE_USE_CPU="true")
+    with pytest.raises(UserError, match=r"requires ZeRO-\d, which accelerate drops where ACC"):
+        distributed.init_process_group()
+
+
 def test_a_checkpoint_of_another_kind_of_sharding_is_refused(monkeypatch, tmp_path):
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
