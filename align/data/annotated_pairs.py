@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from align.data.annotation_files import layout_of
-from align.data.annotations import Annotation, InvalidRowError, PairKey, pair_key
+from align.data.annotation_files import InvalidRow, annotations_of
+from align.data.annotations import Annotation, PairKey, pair_key
 from align.data.pairing import PairingOptions, PairsOrDrops, raw_pair
 from align.data.rows import DroppedError, Raw
 
@@ -24,21 +24,17 @@ def grouped(rows: Iterator[Raw], source: str) -> Iterator[Raw]:
     A row that is no annotation becomes a row with a reason, so that it is counted.
 
     Raises:
-        DataError: The keys of the first row belong to no layout.
+        DataError: There are no rows, or they belong to no layout.
     """
-    layout = None
     pairs: dict[PairKey, list[Annotation]] = {}
     problems = []
-    for number, row in enumerate(rows, 1):
-        layout = layout or layout_of(source, row)
-        try:
-            for each in layout(row):
-                key = pair_key(each.prompt_id, each.first, each.second)
-                pairs.setdefault(key, []).append(each)
-        except InvalidRowError as error:
-            problems.append(
-                DroppedError("invalid annotation", f"row {number} of the source: {error}")
-            )
+    for each in annotations_of(rows, source):
+        if isinstance(each, InvalidRow):
+            detail = f"row {each.number} of the source: {each.message}"
+            problems.append(DroppedError("invalid annotation", detail))
+        else:
+            key = pair_key(each.prompt_id, each.first, each.second)
+            pairs.setdefault(key, []).append(each)
     yield from ({VOTES: votes} for votes in pairs.values())
     yield from ({VOTES: problem} for problem in problems)
 

@@ -6,10 +6,17 @@ Argilla. Errors name the file, the row and the key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from align.data.annotation_exports import from_argilla, from_label_studio, is_argilla_table
+from align.data.annotation_exports import (
+    ArgillaAnswers,
+    from_argilla,
+    from_label_studio,
+    is_argilla_table,
+)
 from align.data.annotations import (
     ALIGN_KEYS,
     Annotation,
@@ -25,6 +32,16 @@ from align.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 Layout = Callable[[Raw], Iterable[Annotation]]
 """Reads the annotations of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidRow:
+    """A row that is no annotation."""
+
+    number: int
+    """Its place in the source, from 1 on."""
+    message: str
+    """What is wrong; it begins with the key."""
 
 
 def read_annotations(source: Path) -> list[Annotation]:
@@ -64,25 +81,37 @@ def read_rows(file: Path) -> Iterator[Annotation]:
     """
     if not file.name.lower().endswith(SUFFIXES):
         raise DataError(f"{file}: expected annotations in a file {', '.join(SUFFIXES)}")
-    layout: Layout | None = None
     problems = Problems(file)
-    for number, row in enumerate(read_file(file), 1):
-        layout = layout or layout_of(str(file), row)
-        try:
-            yield from layout(row)
-        except InvalidRowError as error:
-            problems.add(f"{file}: row {number}: {error}")
-    if layout is None:
-        raise DataError(f"{file}: has no rows")
+    for each in annotations_of(read_file(file), str(file)):
+        if isinstance(each, InvalidRow):
+            problems.add(f"{file}: row {each.number}: {each.message}")
+        else:
+            yield each
     problems.raise_any()
 
 
-def layout_of(file: str, row: Raw) -> Layout:
-    """The reader of the rows of a file, by the keys of its first row.
+def annotations_of(rows: Iterable[Raw], source: str) -> Iterator[Annotation | InvalidRow]:
+    """The annotations in the rows of a source, and the rows that are none, in their order.
 
     Raises:
-        DataError: They belong to no layout.
+        DataError: There are no rows, the keys of the first one belong to no layout, or all of them
+            together show that an export lost its decisions.
     """
+    answers = ArgillaAnswers()
+    layout: Layout | None = None
+    for number, row in enumerate(rows, 1):
+        layout = layout or _layout(source, row, answers)
+        try:
+            yield from layout(row)
+        except InvalidRowError as error:
+            yield InvalidRow(number, str(error))
+    if layout is None:
+        raise DataError(f"{source}: has no rows")
+    answers.check(source)
+
+
+def _layout(file: str, row: Raw, answers: ArgillaAnswers) -> Layout:
+    """The reader of the rows of a file, by the keys of its first row."""
     if {"instruction", "output_1", "output_2"} <= row.keys():
         return from_alpaca_eval
     if set(ALIGN_KEYS) <= row.keys():
@@ -90,7 +119,7 @@ def layout_of(file: str, row: Raw) -> Layout:
     if isinstance(row.get("data"), dict) and "annotations" in row:
         return from_label_studio
     if ("fields" in row and "responses" in row) or is_argilla_table(row):
-        return from_argilla
+        return functools.partial(from_argilla, answers=answers)
     keys = ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
     if {"annotation_id", "lead_time"} <= row.keys():
         raise DataError(f"{file}: a JSON-MIN export of Label Studio; export it as JSON")

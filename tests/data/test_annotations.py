@@ -24,7 +24,37 @@ def label_studio(selected, **annotation):
     }
 
 
-def argilla(value, status="submitted", **fields):
+def label_studio_task(selected):
+    """A task with all fields of the JSON export, annotated in Label Studio's page."""
+    time = "2026-11-27T09:00:00.000000Z"
+    result = {"value": {"selected": selected}, "id": "k3", "from_name": "comparison",
+              "to_name": "comparison", "type": "pairwise", "origin": "manual"}  # fmt: skip
+    reason = {"value": {"text": ["shorter"]}, "id": "k4", "from_name": "why", "to_name": "prompt",
+              "type": "textarea", "origin": "manual"}  # fmt: skip
+    annotation = {
+        "id": 7, "completed_by": 1, "result": [reason, result], "was_cancelled": False,
+        "ground_truth": False, "created_at": time, "updated_at": time, "draft_created_at": None,
+        "lead_time": 4.2, "prediction": {}, "result_count": 2, "unique_id": "c0ffee",
+        "import_id": None, "last_action": None, "bulk_created": False, "task": 1, "project": 1,
+        "updated_by": 1, "parent_prediction": None, "parent_annotation": None,
+        "last_created_by": None,
+    }  # fmt: skip
+    return {
+        "id": 1, "annotations": [annotation], "file_upload": "tasks.json", "drafts": [],
+        "predictions": [], "data": {"prompt": "2 + 2?", "answer1": "4", "answer2": "5"}, "meta": {},
+        "created_at": time, "updated_at": time, "inner_id": 1, "total_annotations": 1,
+        "cancelled_annotations": 0, "total_predictions": 0, "comment_count": 0,
+        "unresolved_comment_count": 0, "last_comment_updated_at": None, "project": 1,
+        "updated_by": 1, "comment_authors": [],
+    }  # fmt: skip
+
+
+def chosen(*choices):
+    result = {"type": "choices", "from_name": "c", "to_name": "prompt"}
+    return label_studio("", result=[result | {"value": {"choices": list(choices)}}])
+
+
+def argilla(value, **fields):
     fields = fields or {"prompt": "2 + 2?", "response-1": "4", "response-2": "5"}
     return {"fields": fields, "responses": {"best": [{"user_id": "u", "value": value}]}}
 
@@ -62,17 +92,21 @@ FLAT = {"prompt": "2 + 2?", "response-1": "4", "response-2": "5"}
         pytest.param(ALPACA | {"preference": math.nan}, None, id="AlpacaEval: NaN of pandas"),
         pytest.param(label_studio("left"), 1, id="Label Studio: left"),
         pytest.param(label_studio("right"), 0, id="Label Studio: right"),
+        pytest.param(label_studio_task("right"), 0, id="Label Studio 1.23: whole task"),
         pytest.param(label_studio("none"), None, id="Label Studio: unselected"),
         pytest.param(label_studio("left", was_cancelled=True), None, id="Label Studio: skipped"),
         pytest.param(label_studio("left", result=[]), None, id="Label Studio: empty"),
-        pytest.param(
-            label_studio("", result=[{"type": "choices", "value": {"choices": ["Tie"]}}]),
-            0.5,
-            id="Label Studio: tie",
-        ),
+        pytest.param(chosen("Tie"), 0.5, id="Label Studio: tie"),
+        pytest.param(chosen("Left"), 1, id="Label Studio: choice of a side"),
+        pytest.param(chosen("answer2", "short"), 0, id="Label Studio: choice of a key"),
+        pytest.param(chosen("short"), None, id="Label Studio: another choice"),
         pytest.param(argilla(RANKED), 1, id="Argilla 2: objects"),
         pytest.param(argilla(["response-2", "response-1"]), 0, id="Argilla 2: names"),
         pytest.param(argilla(EQUAL), 0.5, id="Argilla 2: equal ranks"),
+        pytest.param(argilla("response-2"), 0, id="Argilla 2: label"),
+        pytest.param(argilla("Tie"), 0.5, id="Argilla 2: label of a tie"),
+        pytest.param(argilla("b", prompt="2 + 2?", a="4", b="5"), 0, id="Argilla 2: other names"),
+        pytest.param(FLAT | {"best.responses": ["response-1"]}, 1, id="Argilla 2: flat label"),
         pytest.param(
             FLAT | {"best.responses": [["response-2", "response-1"]]}, 0, id="Argilla 2: flat"
         ),
@@ -148,12 +182,12 @@ def test_a_conversation_is_a_prompt_and_one_turn_a_completion(tmp_path):
 def test_a_ranking_of_three_gives_a_decision_about_each_two(tmp_path):
     fields = {"prompt": "?", "a": "A", "b": "B", "c": "C"}
     annotations = read_annotations(write(tmp_path / "a.json", [argilla(["c", "a", "b"], **fields)]))
-    assert [(each.first, each.second) for each in annotations] == [
-        ("C", "A"),
-        ("C", "B"),
-        ("A", "B"),
+    # In the order of the fields, so that the first completion of all records is of one policy.
+    assert [(each.first, each.second, each.preference) for each in annotations] == [
+        ("A", "B", 1.0),
+        ("A", "C", 0.0),
+        ("B", "C", 0.0),
     ]
-    assert {each.preference for each in annotations} == {1.0}
 
 
 def test_drafts_and_discarded_responses_are_no_decisions(tmp_path):
@@ -164,10 +198,60 @@ def test_drafts_and_discarded_responses_are_no_decisions(tmp_path):
     assert [each.annotator for each in annotations] == ["z"]
 
 
-def test_texts_of_label_studio_are_found_by_usual_keys(tmp_path):
+def argilla_client(number, value, comment):
+    """A record as `to_json` of Argilla's client 2.8 writes it, and one of `to_datasets`."""
+    users = [f"649307c1-{number:04}"]
+    fields = {"prompt": f"{number}?", "response-1": f"a{number}", "response-2": f"b{number}"}
+    answers = {"best": [value], "comment": [comment], "quality": [4], "tags": [["short", "true"]]}
+    nested = {
+        "id": f"r{number}",
+        "fields": fields,
+        "metadata": {"source": "x"},
+        "suggestions": {"best": {"value": ["response-2", "response-1"], "score": None, "agent": "m"}},
+        "responses": {
+            name: [{"value": each, "user_id": users[0]} for each in values]
+            for name, values in answers.items()
+        },
+        "vectors": {},
+        "status": "completed",
+        "_server_id": None,
+    }  # fmt: skip
+    flat = {"id": f"r{number}", "status": "completed", "_server_id": None, **fields, "source": "x"}
+    for name, values in answers.items():
+        flat |= {f"{name}.responses": values, f"{name}.responses.users": users}
+        flat |= {f"{name}.responses.status": ["submitted"]}
+    flat |= {"best.suggestion": ["response-2", "response-1"], "best.suggestion.score": None}
+    return nested, flat
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["nested", "flat"])
+def test_records_of_argilla_with_other_questions_are_read(tmp_path, place):
+    orders = (["response-1", "response-2"], ["response-2", "response-1"])
+    rows = [argilla_client(n, orders[n == 3], f"because {n}")[place] for n in range(12)]
+    annotations = read_annotations(write(tmp_path / "a.jsonl", rows))
+    assert [(each.first, each.preference) for each in annotations] == [
+        (f"a{n}", float(n != 3)) for n in range(12)
+    ]
+    assert {each.annotator for each in annotations} == {f"649307c1-{n:04}" for n in range(12)}
+
+
+def test_rankings_that_lost_their_ranks_are_refused(tmp_path):
+    # Argilla's page stores the values in the order of the question; its client drops the ranks.
+    rows = [argilla_client(n, ["response-1", "response-2"], "")[1] for n in range(10)]
+    with pytest.raises(DataError) as error:
+        read_annotations(write(tmp_path / "a.jsonl", rows))
+    assert "all 10 rankings have the order response-1, response-2 and no ranks" in str(error.value)
+    assert len(read_annotations(write(tmp_path / "b.jsonl", rows[:9]))) == 9
+    with_ranks = [argilla_client(n, RANKED, "")[0] for n in range(10)]
+    assert len(read_annotations(write(tmp_path / "c.jsonl", with_ranks))) == 10
+
+
+@pytest.mark.parametrize("keys", [("text1", "text2"), ("pairText1", "pairText2")])
+def test_texts_of_label_studio_are_found_by_usual_keys(tmp_path, keys):
+    # Its template `Pairwise classification` shows `$pairText1` in the tag `text1`.
     row = label_studio("left")
     row["annotations"][0]["result"][0]["to_name"] = "txt-1,txt-2"
-    row["data"] = {"question": "?", "text1": "A", "text2": "B"}
+    row["data"] = {"question": "?", keys[0]: "A", keys[1]: "B"}
     (annotation,) = read_annotations(write(tmp_path / "a.json", [row]))
     assert (annotation.prompt[0]["content"], annotation.first, annotation.second) == ("?", "A", "B")
 
@@ -213,9 +297,13 @@ def test_an_output_that_is_null_is_empty(tmp_path):
         pytest.param([label_studio("middle")], "expected left or right, got the text 'middle'", id="selected"),
         pytest.param([{"data": {"prompt": "?", "a": "A"}, "annotations": [{"result": []}]}], "the two texts are not found in the keys `prompt`, `a`", id="texts of Label Studio"),
         pytest.param([{"data": {"text1": "A", "text2": "B"}, "annotations": [{"result": []}]}], "no prompt in the keys `text1`, `text2`", id="no prompt"),
-        pytest.param([argilla(["a", "b"])], "the ranking names `a`, which is no field", id="names of the ranking"),
+        pytest.param([argilla(["response-1", "b"])], "the ranking names `b`, which is no field", id="names of the ranking"),
+        pytest.param([argilla([{"value": "a", "rank": 1}, {"value": "b", "rank": 2}])], "the ranking names `a`, which is no field", id="names and ranks"),
+        pytest.param([argilla(["a", "b"])], "no answer is a decision; expected a ranking of fields, or the label `tie` or the name of a field, got a list", id="no name of a field"),
+        pytest.param([argilla(4)], "no answer is a decision", id="a rating alone"),
+        pytest.param([argilla("a", prompt="?", a="A", b="B", c="C")], "`a` is better than which other field is unknown; fields: `prompt`, `a`, `b`, `c`", id="label among three"),
+        pytest.param([chosen("Left", "right")], "`annotations.result.value.choices`: expected one decision", id="two choices"),
         pytest.param([argilla(["response-1", "response-1"])], "one rank for each name", id="a name twice"),
-        pytest.param([argilla("response-1")], "expected a ranking", id="no ranking"),
         pytest.param([label_studio("left"), label_studio("left") | {"data": 3}], "row 2: `data`: expected an object, got a number", id="data of Label Studio"),
         pytest.param([{"fields": FLAT, "responses": [{"user_id": "u", "values": 3}]}], "`values`: expected an object, got a number", id="values of Argilla"),
         pytest.param([FLAT | {"best.responses": [["a", "b"]], "best.responses.users": ["u", "v"]}], "1 responses, 2 users and 1 statuses", id="users of Argilla"),
