@@ -26,6 +26,15 @@ BUTTONS = {
     "skip": "Skip (s)",
 }
 _MARKUP = str.maketrans({c: f"&#{ord(c)};" for c in "{}$`\\"})  # of the template of `gr.HTML`
+_WITH_COMMENT = """(person, number, comment) =>
+    [person, number, document.querySelector("#comment textarea, #comment input")?.value ?? comment]"""
+"""Inputs of a decision in the browser: gradio copies a text that is written only later."""
+# Without gradio's queue a decision is one request, and its result comes with the response.
+_ANSWERED_AT_ONCE: dict[str, Any] = {
+    "queue": False,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+}
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 
 
@@ -64,13 +73,12 @@ def build_page(session: Session, guideline: str) -> Any:
             name = request.username
             return controls.begin(name) if name else [gr.skip()] * len(shown)
 
-        page.load(log_in, outputs=shown, api_visibility="private", show_progress="hidden")
-        events = [start.click, name.submit]
-        gr.on(events, controls.begin, name, shown, api_visibility="private", show_progress="hidden")
+        page.load(log_in, outputs=shown, **_ANSWERED_AT_ONCE)
+        gr.on([start.click, name.submit], controls.begin, name, shown, **_ANSWERED_AT_ONCE)
         for choice, button in buttons.items():
             button.click(
                 functools.partial(controls.decide, choice), [person, number, comment], shown,
-                api_visibility="private", show_progress="hidden", concurrency_id="decide",
+                js=_WITH_COMMENT, **_ANSWERED_AT_ONCE,
             )  # fmt: skip
     return page
 

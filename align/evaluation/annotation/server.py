@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import importlib
 import ipaddress
 import socket
+import threading
 from collections.abc import Callable
 
 from align.errors import DataError, UserError
@@ -14,6 +16,7 @@ from align.evaluation.annotation.session import Session, check_name
 PASSWORD = "ALIGN_ANNOTATE_PASSWORD"
 """Environment variable with the password; an argument would be visible to other users."""
 MIN_PASSWORD = 8
+AGREEMENT = "align.functional.agreement"
 
 
 def check_address(host: str, port: int, password: str | None) -> None:
@@ -84,6 +87,8 @@ def serve(
         quiet=True,
         **annotation_page.launch_options(),
     )
+    # The agreement needs torch, whose import takes seconds: not while somebody waits for a pair.
+    threading.Thread(target=importlib.import_module, args=(AGREEMENT,)).start()
     try:
         wait(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{page.server_port}/")
     finally:
