@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from helpers import chromium
 from helpers.finished_runs import comparison, stage, write_summary
 from rich.console import Console
 from typer.testing import CliRunner
@@ -303,3 +304,19 @@ document.title = JSON.stringify([counts, wide, section.querySelector("output").t
     assert output == "3 shown"
     assert not wide
     assert "CONSOLE" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone(run, tmp_path):
+    pytest.importorskip("websockets")
+    page = write_report(run).read_text()
+    assert page.count(">not in a checkout<") == 1
+    file = tmp_path / "page.html"
+    file.write_text(page.replace(">not in a checkout<", f">{'80747f859f' * 4}<"))
+    with chromium.browser(tmp_path / "profile") as browser:
+        tab = browser.new_tab()
+        tab.set_view(390, 800)
+        tab.open(file.as_uri())
+        tab.wait("document.querySelector('.samples') !== null")
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        assert not tab.messages
