@@ -10,7 +10,7 @@ weights.
 The critic starts as the first reward model: its layers, and its head with the score's mean as the
 bias. Without a reward model it starts as the policy's layers with a head from N(0, 1/(d+1)).
 
-Left out: DeepSpeed, FSDP, models over several devices.
+Left out: models over several devices of one process.
 """
 
 from __future__ import annotations

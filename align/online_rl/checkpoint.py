@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.online_rl.models import OnlineRLModels
+from align.online_rl.sharding import divided_like, load_whole_state, whole, whole_state
 from align.online_rl.stopping import StopRule
 from align.runtime import artifacts, checkpoints, distributed
 
@@ -34,13 +35,14 @@ def save(
     stop_rule: StopRule | None = None,
 ) -> None:
     """Write the checkpoint after ``step`` steps. The main process writes, and all ranks wait."""
+    weights = {k: whole(p.detach()).contiguous() for k, p in models.weights().items()}
+    optimizer_state = whole_state(optimizer)
     if distributed.is_main():
         folder = output_dir / f"checkpoint-{step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        weights = {k: p.detach().contiguous() for k, p in models.weights().items()}
         save_file(without_shared_memory(weights), folder / WEIGHTS)
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        torch.save(optimizer_state, folder / OPTIMIZER)
         state: dict[str, Any] = {"step": step, "kl_coef": kl_coef}
         if stop_rule is not None:
             state["stop"] = stop_rule.state()
@@ -64,9 +66,9 @@ def load(
     weights = load_file(checkpoint / WEIGHTS)
     with torch.no_grad():
         for name, p in models.weights().items():
-            p.copy_(weights[name])
-    optimizer.load_state_dict(
-        torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+            p.copy_(divided_like(weights[name], p))
+    load_whole_state(
+        optimizer, torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
     )
     if stop_rule is not None:
         best = load_file(checkpoint / BEST)

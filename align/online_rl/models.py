@@ -20,6 +20,8 @@ from align.rewards.reward_model import RewardModel
 
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
 """Names of adapters. peft saves ``default`` at the top of a folder."""
+BACKBONE = "divided_backbone"
+"""Method of a model whose weights are divided: its layers without the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class ModelView:
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states of the last layer, ``[batch, time, hidden]``."""
         with active_adapter(self.model, self.adapter):
-            backbone = self.model.base_model
+            backbone = getattr(self.model, BACKBONE, self.model.base_model)
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def logps(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

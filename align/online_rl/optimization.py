@@ -18,6 +18,7 @@ from align.config.online_rl_stages import PPO
 from align.errors import UserError
 from align.functional.masked import sum_over_ranks
 from align.models import token_batches
+from align.online_rl import sharding
 from align.online_rl.models import OnlineRLModels
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
@@ -134,10 +135,10 @@ def clip_gradients(
         UserError: A gradient is not finite. All ranks raise, since gradients are equal by then.
     """
     for p in parameters:
-        if p.grad is not None:
+        if p.grad is not None and not sharding.is_divided(p.grad):  # those are averaged already
             p.grad.copy_(sum_over_ranks(p.grad) / distributed.world_size())
     norms = [
-        torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+        sharding.whole(torch.nn.utils.clip_grad_norm_(group["params"], max_norm))
         for group in optimizer.param_groups
     ]
     for (model, key), norm in zip(LEARNING_RATES.items(), norms, strict=False):  # maybe no critic

@@ -33,6 +33,7 @@ from align.online_rl.models import OnlineRLModels
 from align.online_rl.prompts import Prompts
 from align.online_rl.results import StopMetrics
 from align.online_rl.sampling import Sampler
+from align.online_rl.sharding import divided_like
 from align.runtime import distributed
 from align.runtime.progress import Logger, NullDisplay
 from align.runtime.seeds import derive_seed, generator
@@ -170,7 +171,7 @@ class StopRule:
     def _load(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for p, weight in zip(self._parameters(), weights, strict=True):
-                p.copy_(weight)
+                p.copy_(divided_like(weight, p))
 
     @contextlib.contextmanager
     def _best_policy(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ each batch, and gradients are averaged once per optimizer step. All seeds are de
 number, so a checkpoint holds weights, optimizer, KL coefficient and the stop rule's comparisons
 only, and a resumed run equals an uninterrupted one bit for bit.
 
-Left out: DeepSpeed and FSDP (rejected with an error), models over several devices.
+Left out: models over several devices of one process.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from align.config.online_rl import OnlineRL
 from align.data import tables
@@ -25,7 +24,7 @@ from align.errors import UserError
 from align.functional.policy_gradient import adaptive_kl_coef
 from align.models import logps
 from align.models.tokenizer_files import GENERATION_CONFIG
-from align.online_rl import checkpoint, held_out, plots, samples
+from align.online_rl import checkpoint, held_out, plots, samples, sharding
 from align.online_rl.build import build_models
 from align.online_rl.completions import Completions
 from align.online_rl.episodes import build_player
@@ -55,7 +54,6 @@ from align.runtime.progress import Logger, truncate_jsonl
 from align.runtime.seeds import derive_seed, generator
 from align.runtime.tracking import reporting
 
-SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 SHOWN = ("score", "kl", "entropy")
 """Metrics on the progress line, before those of the rewards if there are several."""
 HELD_OUT = ("score", "reward", "gold", "kl", "tokens", "missing_eos", "turns", "ended")
@@ -72,12 +70,6 @@ class OnlineRLTrainer:
     def __init__(
         self, config: OnlineRL, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
     ) -> None:
-        accelerator = Accelerator()
-        if str(accelerator.distributed_type).rpartition(".")[2] in SHARDED:
-            raise UserError(
-                "online RL does not shard weights: launch it with accelerate_configs/multi_gpu.yaml, and "
-                "save memory with `lora` and `quantization: nf4`"
-            )
         for problem in config.batch_size_problems(distributed.world_size()):
             raise UserError(f"{problem.keys[0]}: {problem.message}")
         functions = load_functions(config)
@@ -91,7 +83,7 @@ class OnlineRLTrainer:
         ]
         self.config, self.output_dir, self.logger = config, output_dir, logger
         self.models = build_models(
-            config, inputs["model"], reward_sources, device=accelerator.device
+            config, inputs["model"], reward_sources, device=PartialState().device
         )
         # The sampler replaces the policy's generation config; the original one is saved in the end.
         self.generation_config = self.models.policy.model.generation_config
@@ -109,6 +101,7 @@ class OnlineRLTrainer:
             self.sampler,
             runs=output_dir.parent,
         )
+        sharding.divide(self.models, logger.info)
         self.optimizer = build_optimizer(config, self.models)
         self.kl_coef = config.kl_coef
         """Coefficient of the KL penalty in the next step."""
@@ -134,13 +127,15 @@ class OnlineRLTrainer:
         with signals.deferred() as stop, logps.small_vocabulary_tiles(), trackers:
             self.check_sampler()
             if first == 0:
-                self.evaluate(0)
+                with sharding.gathered(self.models):
+                    self.evaluate(0)
             for step in range(first, config.steps):
                 self.step(step)
                 self.done = done = step + 1
                 is_last = done == config.steps
                 if config.eval_steps and (done % config.eval_steps == 0 or is_last):
-                    self.evaluate(done)
+                    with sharding.gathered(self.models):
+                        self.evaluate(done)
                     is_last = is_last or (self.stop_rule is not None and self.stop_rule.stops)
                 stopping = distributed.any_rank(stop.requested) and not is_last
                 if stopping or is_last or done % save_steps == 0:
@@ -171,7 +166,10 @@ class OnlineRLTrainer:
         """
         self.set_train_mode(False)
         seed = self.seed("agreement", 0)
-        agreement = compare(self.config, self.models, self.sampler, self.prompts.tokens, seed=seed)
+        with sharding.gathered(self.models):
+            agreement = compare(
+                self.config, self.models, self.sampler, self.prompts.tokens, seed=seed
+            )
         agreement.check(self.config)
         self.logger.info(agreement.describe())
 
@@ -181,12 +179,13 @@ class OnlineRLTrainer:
         Raises:
             UserError: A weight is not finite.
         """
-        for name, weight in self.models.weights().items():
-            if not bool(weight.isfinite().all()):
-                model = name.partition(".")[0]
+        weights = self.models.weights().items()
+        for model, key in LEARNING_RATES.items():
+            own = [sharding.own_part(p) for name, p in weights if name.startswith(f"{model}.")]
+            if distributed.any_rank(not all(bool(part.isfinite().all()) for part in own)):
                 raise UserError(
                     f"a weight of the {model} is not finite after {done} steps and was not saved: "
-                    f"lower `{LEARNING_RATES[model]}`"
+                    f"lower `{key}`"
                 )
 
     def step(self, step: int) -> None:
@@ -195,11 +194,12 @@ class OnlineRLTrainer:
         started = time.monotonic()
         self.set_train_mode(False)
 
-        # 1. Generate a completion, or play an episode, for every prompt. 2. Score them.
-        batch, group_metrics = draw_batch(partial(self.draw, step), config, self.models.device)
-        completions, scores = batch.completions, self.scorer.for_training(batch.scores)
-        # 3. Compute log-probabilities under policy and reference, and values.
-        experience = self.experience(completions)
+        with sharding.gathered(self.models):
+            # 1. Generate a completion, or play an episode, for every prompt. 2. Score them.
+            batch, group_metrics = draw_batch(partial(self.draw, step), config, self.models.device)
+            completions, scores = batch.completions, self.scorer.for_training(batch.scores)
+            # 3. Compute log-probabilities under policy and reference, and values.
+            experience = self.experience(completions)
         # 4. Turn scores and KL into token rewards, and those into advantages.
         rollout = make_rollout(experience, scores.score, config, kl_coef=self.kl_coef)
         scored = time.monotonic()
@@ -349,9 +349,14 @@ class OnlineRLTrainer:
         """Write the policy, its tokenizer and the picture. The main process writes."""
         models = self.models
         models.policy.model.generation_config = self.generation_config
+        with sharding.gathered(models):
+            if distributed.is_main():
+                models.savable.save_pretrained(
+                    str(self.output_dir),
+                    state_dict=sharding.named_weights(models.savable),
+                    **({"selected_adapters": [POLICY]} if self.config.lora else {}),
+                )
         if distributed.is_main():
-            adapters: dict[str, Any] = {"selected_adapters": [POLICY]} if self.config.lora else {}
-            models.savable.save_pretrained(str(self.output_dir), **adapters)
             models.tokenizer.save_pretrained(str(self.output_dir))
             if self.config.lora:  # peft does not write the end tokens
                 self.generation_config.to_json_file(self.output_dir / GENERATION_CONFIG)

@@ -44,6 +44,18 @@ from align.rewards.function_source import signature
 from align.runtime import artifacts, sharding
 
 SERVER_TIMEOUT_SECONDS = 5
+UNSUPPORTED_IF_SHARDED = {
+    "quantization": "weights in 4 bits",
+    "compile_layers": "compiled layers",
+}
+"""Keys of stages with a TRL trainer that need whole weights, and what they ask for."""
+UNSUPPORTED_IF_SHARDED_ONLINE = {
+    "quantization": "weights in 4 bits",
+    "compile_decoding": "compiled decoding",
+    "optimizer": "8-bit optimizers",
+    "tokens_per_batch": "forward passes whose number differs between processes",
+}
+"""The same of online-RL stages."""
 
 
 def check_writable(errors: ErrorCollector, runs: Path) -> None:
@@ -229,24 +241,17 @@ def check_sharding(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
         config = stage.config
         if kind is None or not config.trains_model:
             continue
-        if config.trainer_config is None:
-            errors.add(
-                (stage.name,),
-                f"online RL does not shard weights, and this launch uses {kind}; launch it with "
-                "accelerate_configs/multi_gpu.yaml, and save memory with `lora` and "
-                "`quantization: nf4`",
-            )
-            continue
         keys = {name: getattr(config, name, None) for name in ("lora", "dtype")}
-        if kind == "ZeRO-3" and keys["lora"] and keys["dtype"] == "bfloat16":
+        is_trl = config.trainer_config is not None
+        if is_trl and kind == "ZeRO-3" and keys["lora"] and keys["dtype"] == "bfloat16":
             errors.add(
                 (stage.name, "dtype"),
                 "ZeRO-3 would train and store the adapters in bfloat16 too; launch it with "
                 "accelerate_configs/fsdp2.yaml or zero2.yaml, or remove this key",
             )
-        unsupported = {"quantization": "weights in 4 bits", "compile_layers": "compiled layers"}
+        unsupported = UNSUPPORTED_IF_SHARDED if is_trl else UNSUPPORTED_IF_SHARDED_ONLINE
         for key, what in unsupported.items():
-            if getattr(config, key) is not None:
+            if getattr(config, key) not in (None, "adamw"):
                 errors.add(
                     (stage.name, key),
                     f"this launch uses {kind}, with which {what} are not supported; launch it "

@@ -16,7 +16,10 @@ stages:
   sft: {model: {hidden_size: 64}, compile_layers: inductor}
   reward: {model: sft}
   dpo: {model: sft, quantization: nf4, lora: {}}
-  grpo: {model: sft, rewards: [reward], steps: 1, batch_size: 2, n_completions: 2}
+  grpo: {model: sft, rewards: [reward], steps: 1, batch_size: 2, n_completions: 2, compile_decoding: inductor}
+  rloo: {model: sft, rewards: [reward], steps: 1, batch_size: 2, n_completions: 2, tokens_per_batch: 99}
+  ppo: {model: sft, rewards: [reward], steps: 1, batch_size: 2, optimizer: paged_adamw_8bit}
+  reinforce: {model: sft, rewards: [reward], steps: 1, batch_size: 2}
   evaluate: {policies: [dpo], baseline: sft, judge: gold, quantization: nf4}
 """
 
@@ -33,10 +36,12 @@ def problems(folder: Path, recipe: str = RECIPE) -> list[str]:
 def test_stages_that_cannot_be_sharded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert problems(tmp_path) == []
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    compiled, quantized, online = problems(tmp_path)
+    compiled, quantized, *online = problems(tmp_path)
     assert "recipe.yaml:3: sft.compile_layers: this launch uses ZeRO-2, with" in compiled
     assert "recipe.yaml:5: dpo.quantization: this launch uses ZeRO-2, with" in quantized
-    assert "recipe.yaml:6: grpo: online RL does not shard weights" in online
+    keys = ["6: grpo.compile_decoding", "7: rloo.tokens_per_batch", "8: ppo.optimizer"]
+    for line, key in zip(online, keys, strict=True):
+        assert f"recipe.yaml:{key}: this launch uses ZeRO-2, with" in line
     assert all("accelerate_configs/multi_gpu.yaml" in line for line in problems(tmp_path))
 
 
