@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.proofs --results proofs.jsonl
 
 ``--results`` keeps every finished run, so that the same command resumes; ``--only NAME`` selects
-the methods whose name contains NAME. The exit code is 1 if a run ends more than 0.02 nats from the
-policy that theory names.
+the methods whose name contains NAME. ``--page`` replaces a page; methods without a run keep their
+rows of it if their training and theory are unchanged. The exit code is 1 if a run ends more than
+0.02 nats from the policy that theory names.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.proofs.methods import BOUND, METHODS, Run, run_by_name
+from benchmarks.proofs.methods import BOUND, METHODS
 from benchmarks.proofs.page import page
+from benchmarks.proofs.runs import Run, run_by_name
 
 
 def read(path: Path) -> list[Run]:
-    """Runs of a file that have the present settings of their methods."""
+    """Runs of a file that have the present settings and theory of their methods."""
     if not path.exists():
         return []
     settings = {method.name: method.fingerprint for method in METHODS}
@@ -58,7 +60,8 @@ def main() -> None:
             if args.results:
                 with args.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(dataclasses.asdict(runs[-1])) + "\n")
-    text = page(runs)
+    before = args.page.read_text(encoding="utf-8") if args.page and args.page.exists() else ""
+    text = page(runs, before)
     if args.page is not None:
         args.page.write_text(text, encoding="utf-8")
     else:

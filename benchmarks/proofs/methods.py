@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-import time
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from align.config.stages import ONLINE_RL
-from benchmarks.proofs import optima
-from benchmarks.proofs.training import (
-    OFFLINE,
-    ONLINE,
-    reward_scores,
-    train_offline,
-    train_online,
-)
-from benchmarks.proofs.world import (
-    EOS,
-    PAD,
-    World,
-    distribution,
-    kl,
-    make_world,
-    write_demonstrations,
-    write_pairs,
-)
+from benchmarks.proofs import fixed_points, optima
+from benchmarks.proofs.training import OFFLINE, ONLINE
+from benchmarks.proofs.world import SPREADS, Example, World, random_rewards
 
 PAIRS = 2000
 """Pairs for each prompt. With 500, the exact minimizer on the pairs is up to 0.02 nats away."""
@@ -57,6 +41,8 @@ class Method:
     """Share of the labels that are reversed."""
     zeros: bool = False
     """Whether the named policy excludes completions; their probability is measured instead."""
+    binary: bool = False
+    """Whether rewards are 0 or 1, so that those of a group can be equal."""
 
     @property
     def is_unbiased(self) -> bool:
@@ -65,102 +51,28 @@ class Method:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings, the number of pairs and the defaults of its kind of stage."""
+        """Digest of the training and of the theory that it is compared with.
+
+        The training: all settings, the number of pairs and the defaults of the kind of stage. The
+        theory: the named policy and the optimum of reward and KL in an example world, so that
+        another formula, beta or correction in the code that computes either changes the digest.
+        """
         online = self.stage in ONLINE_RL
-        shared = ONLINE if online else {**OFFLINE, "pairs": PAIRS}
-        return hashlib.sha256(
-            json.dumps([self.stage, self.settings, self.flipped, shared], sort_keys=True).encode()
-        ).hexdigest()[:12]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one run reached; divergences in nats per completion."""
-
-    method: str
-    seed: int
-    start: float
-    """From the reference to the named policy; or the probability that the latter excludes."""
-    reached: float
-    """The same from the trained policy."""
-    bias: float
-    """From the named policy to the optimum of reward and KL."""
-    measured_bias: float
-    """From the trained policy to that optimum."""
-    moved: float
-    """From the trained policy to the reference."""
-    reference_point: float | None = None
-    """The reference point that the loss of KTO used at the end; None for other methods."""
-    seconds: float = 0.0
-    """Processor time of the training."""
-    fingerprint: str = ""
-    """Digest of the settings of the method."""
-
-
-def run_by_name(name: str, seed: int) -> Run:
-    """Train the method of a name in a temporary folder, as a task of a pool of processes."""
-    import torch
-
-    torch.set_num_threads(1)
-    method = next(method for method in METHODS if method.name == name)
-    with tempfile.TemporaryDirectory() as folder:
-        return run(method, seed, Path(folder))
-
-
-def run(method: Method, seed: int, folder: Path) -> Run:
-    """Train a method in the world of a seed, below ``folder``."""
-    # A reward model needs a pad token other than eos.
-    world = make_world(folder, seed, pad=PAD if method.stage == "reward" else EOS)
-    started = time.process_time()
-    policy, reference_point = train(method, world, seed)
-    seconds = time.process_time() - started
-    named, best = method.named(world), optima.reward_and_kl(world, method.beta)
-    reference = world.reference
-
-    def distance(policy: Tensor) -> float:
-        return excluded(policy, named) if method.zeros else kl(policy, named)
-
-    return Run(
-        method.name,
-        seed,
-        start=distance(reference),
-        reached=distance(policy),
-        bias=kl(named, best),
-        measured_bias=kl(policy, best),
-        moved=kl(policy, reference),
-        reference_point=reference_point,
-        seconds=seconds,
-        fingerprint=method.fingerprint,
-    )
-
-
-def excluded(policy: Tensor, named: Tensor) -> float:
-    """Probability of the completions that the named policy excludes, averaged over the prompts."""
-    return (policy.exp() * (named.exp() == 0)).sum(1).mean().item()
-
-
-def train(method: Method, world: World, seed: int) -> tuple[Tensor, float | None]:
-    """The policy that a method reaches, and the last reference point of KTO."""
-    if method.stage in ONLINE_RL:
-        return train_online(method.stage, world, seed, method.settings), None
-    settings = {k: v for k, v in method.settings.items() if k != "trainer"}
-    if method.stage == "sft":
-        write_demonstrations(world, optima.reward_and_kl(world, method.beta).exp(), 1000, seed)
-    else:
-        write_pairs(world, PAIRS, seed, flipped=method.flipped)
-    folder, _ = train_offline(
-        method.stage, world, seed, settings, method.settings.get("trainer", {})
-    )
-    if method.stage == "reward":
-        return optima.tilted(world.reference, reward_scores(folder) / method.beta), None
-    return distribution(folder), last_reference_point(folder) if method.stage == "kto" else None
-
-
-def last_reference_point(folder: Path) -> float | None:
-    """The last value of ``kl`` in the log of a stage."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    values = [json.loads(line).get("kl") for line in lines]
-    return next((value for value in reversed(values) if value is not None), None)
+        training = [
+            self.stage,
+            self.settings,
+            self.flipped,
+            self.binary,
+            ONLINE if online else {**OFFLINE, "pairs": PAIRS},
+        ]
+        world: World = Example(Path(), random_rewards(random.Random(0), SPREADS))
+        world = world.binary() if self.binary else world
+        tables = (self.named(world), optima.reward_and_kl(world, self.beta))
+        # Four digits: the last ones of a minimum differ between processors.
+        policies = [[[round(p, 4) for p in row] for row in t.exp().tolist()] for t in tables]
+        theory = [self.beta, self.zeros, policies]
+        content = json.dumps([training, theory], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -171,6 +83,16 @@ IN_LOSS = {**GROUP, "kl_placement": "loss", "epochs": 1, "steps": 120}
 SCALED = {**IN_LOSS, "kl_coef": 2.0, "steps": 200}
 DIFFICULTY = "h = r/(βs), s: standard deviation of r under the policy"
 BOTH = "h = (r/s − c·length)/β"
+TOGETHER = "h = r/(βS), S: standard deviation of r in the batch"
+PARTS = "h = (u/s + v/s′)/β for rewards u + v; s, s′: their standard deviations{}"
+MIXED = "π·a·h balances (r − p)·(n − 1)/(nβ); a: share of mixed groups, given r"
+FILTERED = {
+    **IN_LOSS,
+    "steps": 200,
+    "n_completions": 4,
+    "filter": "mixed_groups",
+    "max_draws": 20,
+}
 
 
 def best(world: World) -> Tensor:
@@ -178,11 +100,30 @@ def best(world: World) -> Tensor:
     return optima.reward_and_kl(world, 1.0)
 
 
-def fixed_point(*, beta: float, scaled: bool, per_sequence: bool) -> Callable[[World], Tensor]:
+def fixed_point(
+    *, beta: float, scale: fixed_points.Scale, per_sequence: bool
+) -> Callable[[World], Tensor]:
     """The fixed point of a group-relative method."""
-    return lambda world: optima.group_relative(
-        world, beta, scaled=scaled, per_sequence=per_sequence
+    return lambda world: fixed_points.group_relative(
+        world, beta, scale=scale, per_sequence=per_sequence
     )[0]
+
+
+def two_rewards(name: str, scale: fixed_points.Scale, where: str) -> Method:
+    """RLOO with two rewards, each normalized before they are added."""
+    return Method(
+        name=name,
+        stage="rloo",
+        settings={
+            **GROUP,
+            "kl_coef": 2.0,
+            "rewards": ["first", "rest"],
+            "normalize_scores": scale,
+        },
+        named=lambda world: fixed_points.normalized_rewards(world, 2.0, scale=scale),
+        formula=PARTS.format(where),
+        beta=2.0,
+    )
 
 
 def minimizer(loss: str, beta: float, *, starts: int = 1) -> Callable[[World], Tensor]:
@@ -289,6 +230,14 @@ METHODS: tuple[Method, ...] = (
         formula=OPTIMUM,
     ),
     Method(
+        name="GRPO, KL in the reward, `filter: mixed_groups`",
+        stage="grpo",
+        settings={**FILTERED, "scale_advantages": "none", "kl_placement": "reward"},
+        named=best,
+        formula=OPTIMUM,
+        binary=True,
+    ),
+    Method(
         name="Dr. GRPO",
         stage="grpo",
         settings={**IN_LOSS, "scale_advantages": "none", "aggregate": "constant"},
@@ -304,29 +253,47 @@ METHODS: tuple[Method, ...] = (
             "aggregate": "constant",
             "kl_placement": "token_loss",
         },
-        named=lambda world: optima.token_credit(world, 1.0),
+        named=lambda world: fixed_points.token_credit(world, 1.0),
         formula="last token as h = r/β; first token by mean rewards",
     ),
     Method(
         name="GRPO without deviation",
         stage="grpo",
         settings={**IN_LOSS, "scale_advantages": "none"},
-        named=fixed_point(beta=1.0, scaled=False, per_sequence=True),
+        named=fixed_point(beta=1.0, scale="none", per_sequence=True),
         formula="h = (r − c·length)/β",
     ),
     Method(
         name="GRPO",
         stage="grpo",
         settings=SCALED,
-        named=fixed_point(beta=2.0, scaled=True, per_sequence=True),
+        named=fixed_point(beta=2.0, scale="group", per_sequence=True),
         formula=BOTH,
         beta=2.0,
     ),
     Method(
+        name="GRPO, `scale_advantages: batch`",
+        stage="grpo",
+        settings={**SCALED, "scale_advantages": "batch", "aggregate": "constant"},
+        named=fixed_point(beta=2.0, scale="batch", per_sequence=False),
+        formula=TOGETHER,
+        beta=2.0,
+    ),
+    Method(
+        name="GRPO, `filter: mixed_groups`",
+        stage="grpo",
+        settings={**FILTERED, "scale_advantages": "none", "aggregate": "constant"},
+        named=lambda world: fixed_points.mixed_groups(world, 1.0, n=4),
+        formula=MIXED,
+        binary=True,
+    ),
+    two_rewards("RLOO, `normalize_scores: group`", "group", ""),
+    two_rewards("RLOO, `normalize_scores: batch`", "batch", " in the batch"),
+    Method(
         name="DAPO",
         stage="grpo",
         settings={**SCALED, "aggregate": "token", "clip_high": 0.28, "epochs": 2, "steps": 160},
-        named=fixed_point(beta=2.0, scaled=True, per_sequence=False),
+        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
         formula=DIFFICULTY,
         beta=2.0,
     ),
@@ -334,7 +301,7 @@ METHODS: tuple[Method, ...] = (
         name="GSPO",
         stage="grpo",
         settings={**SCALED, "ratio": "sequence", "epochs": 2, "steps": 80},
-        named=fixed_point(beta=2.0, scaled=True, per_sequence=True),
+        named=fixed_point(beta=2.0, scale="group", per_sequence=True),
         formula=BOTH,
         beta=2.0,
     ),
@@ -342,14 +309,19 @@ METHODS: tuple[Method, ...] = (
         name="CISPO",
         stage="grpo",
         settings={**SCALED, "aggregate": "token", "loss": "cispo", "epochs": 2, "steps": 160},
-        named=fixed_point(beta=2.0, scaled=True, per_sequence=False),
+        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
         formula=DIFFICULTY,
         beta=2.0,
     ),
 )
 WITHOUT_POLICY = {
-    "apo_down": "no minimum: the loss falls as the chosen completions become less likely",
-    "aot": "constrains the sorted differences of a batch, not single completions",
-    "aot_unpaired": "no minimum: the loss falls as preferred completions rise without bound",
+    ("sft", "chunked_nll"): "the loss `nll`, computed in parts",
+    ("sft", "dft"): "names the most frequent token after each prefix, with probability 1",
+    ("dpo", "apo_down"): "no minimum: the loss falls as the chosen completions become less likely",
+    ("dpo", "aot"): "constrains the sorted differences of a batch, not single completions",
+    (
+        "dpo",
+        "aot_unpaired",
+    ): "no minimum: the loss falls as preferred completions rise without bound",
 }
-"""Losses of the stage ``dpo`` that name no policy, with the reason."""
+"""Stages and losses of TRL that have no row, with the reason."""

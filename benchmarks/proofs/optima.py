@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.proofs.world import LENGTHS, TEXTS, WORDS, World, outcome_chances
+from benchmarks.proofs.world import LENGTHS, World, outcome_chances
 
 SMOOTHING = 0.1
 """Share of reversed labels that EXO assumes."""
@@ -89,67 +89,6 @@ def bisect(rising: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Ten
         above = rising(middle) > 0
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return (low + high) / 2
-
-
-# Group-relative policy gradients -----------------------------------------------------------------
-
-
-def group_relative(
-    world: World, beta: float, *, scaled: bool, per_sequence: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The fixed point of group-relative advantages with a KL term in the loss.
-
-    At a fixed point the expected gradient of every logit is 0. With advantages ``(r - b) / s``,
-    ``b`` and ``s`` the mean and standard deviation under the policy itself, and each completion's
-    terms divided by its length if ``per_sequence``, that means ``h = ((r - b) / s - c length) /
-    beta``, where the constant ``c`` normalizes the policy (without division by the length, ``c``
-    multiplies 1 instead). Returns the policy, ``s`` and ``c``, each for every prompt: the
-    difficulty bias is the factor ``1 / s``, the length bias is the cost ``c`` of a token.
-
-    ``s`` is 1 unless ``scaled``. Source: Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783, section 3,
-    which names both biases; the fixed point is solved here.
-    """
-    reference, rewards = world.reference, world.rewards
-    lengths = LENGTHS if per_sequence else torch.ones_like(LENGTHS)
-    policy = None
-    deviation = torch.ones(len(reference), 1, dtype=torch.float64)
-    mean = (reference.exp() * rewards).sum(1, keepdim=True)
-    low = torch.full((len(reference), 1), -100.0, dtype=torch.float64)
-    for _ in range(150):
-        gains = (rewards - mean) / deviation / beta
-        cost = -bisect(
-            lambda c, gains=gains: (reference + gains + lengths * c).logsumexp(1, keepdim=True),
-            low,
-            -low,
-        )
-        policy = (reference + gains - lengths * cost).log_softmax(1)
-        new_mean = (policy.exp() * rewards).sum(1, keepdim=True)
-        mean = (mean + new_mean) / 2
-        if scaled:
-            variance = (policy.exp() * (rewards - new_mean).square()).sum(1, keepdim=True)
-            deviation = (deviation + variance.sqrt()) / 2
-    assert policy is not None
-    return policy, deviation[:, 0], cost[:, 0] * beta
-
-
-def token_credit(world: World, beta: float) -> Tensor:
-    """The fixed point if a token pays for its own KL and not for that of later tokens.
-
-    The last token is optimal: ``reference * exp(r / beta)``. The first one is chosen by the mean
-    reward that follows it, where the optimum takes the soft maximum, reward minus KL.
-    """
-    reference, rewards = world.reference, world.rewards
-    first = torch.tensor([WORDS.index(text[0]) if text else len(WORDS) for text in TEXTS])
-    policy = torch.zeros_like(reference)
-    scores = torch.zeros(len(reference), len(WORDS) + 1, dtype=torch.float64)
-    for token in range(len(WORDS) + 1):
-        rows = first == token
-        start = reference[:, rows].logsumexp(1, keepdim=True)
-        second = (reference[:, rows] + rewards[:, rows] / beta).log_softmax(1)
-        policy[:, rows] = second
-        mean = (second.exp() * rewards[:, rows]).sum(1)
-        scores[:, token] = start[:, 0] + mean / beta
-    return policy + scores.log_softmax(1)[:, first]
 
 
 # Losses on pairs ---------------------------------------------------------------------------------

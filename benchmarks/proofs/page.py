@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
-from benchmarks.proofs.methods import BOUND, METHODS, WITHOUT_POLICY, Method, Run
+from align.config.stages import ONLINE_RL
+from benchmarks.proofs.methods import BOUND, METHODS, WITHOUT_POLICY, Method
+from benchmarks.proofs.runs import Run
 from benchmarks.proofs.world import TEXTS
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """97.5 % quantile of Student's distribution, for the mean of a number of seeds."""
+Bias = Literal["none", "means", "seeds"]
+"""Columns with the distance from the optimum: none, means over seeds, or all seeds."""
+Kept = Mapping[str, Sequence[str]]
+"""Lines of an earlier page, by method."""
+MARK = "<!-- fingerprint {}: {} -->\n"
+"""Line of a page that names the training and the theory of a method's rows."""
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 HEAD = f"""# Proofs
 
@@ -23,7 +33,8 @@ The command wrote this page. It trains every method where theory names the resul
 two prompts and {len(TEXTS)} completions, so that a policy is a table that can be computed exactly.
 All runs use the stages and trainers of Align; only the models are tiny. Each seed has another
 world, with random rewards and a random reference. A test of the default tier reads this page: every
-method and loss of Align has its row or a reason, and no divergence is above the bound.
+method, every loss that the installed TRL has for SFT, DPO and KTO, and every choice of the keys
+that shape the loss of online RL has its row or a reason, and no divergence is above the bound.
 
 In formulas, r is the reward of a completion, ref its probability under the reference, and h the
 log-ratio of the policy to the reference, up to a constant for each prompt. w is the probability
@@ -37,7 +48,16 @@ preferences. Divergences are in nats per completion.
 BIASED = """## Methods that theory sends elsewhere
 
 Each has its own named policy. "Bias" is its distance from the optimum of reward and KL with the
-same β: KL(named, optimum) by the formula, and KL(trained, optimum) as measured, means over seeds.
+same β: KL(named, optimum) by the formula, and KL(trained, optimum) as measured.
+
+### Losses
+
+"Bias" columns are means over the seeds.
+"""
+GRADIENTS = """### Policy gradients
+
+"Bias" columns are those of each seed. As each seed has another world, the difference between
+measurement and formula is taken for each seed; its mean has a 95 % interval.
 """
 NOTES = """- GRPO divides by the standard deviation s of a prompt's rewards, so a prompt with rewards that
   spread less follows them further: the difficulty bias. It divides by the length as well, so each
@@ -49,6 +69,13 @@ NOTES = """- GRPO divides by the standard deviation s of a prompt's rewards, so 
   then chosen by the mean reward that follows it, not by reward minus KL.
 - With β = 1 the advantages of GRPO, DAPO, GSPO and CISPO can collapse a policy here: s falls as it
   sharpens, which sharpens it further. The rows use `kl_coef: 2`.
+- `scale_advantages: batch` divides all prompts by the same deviation. It has no difficulty bias,
+  but β is measured in units of that deviation.
+- `normalize_scores` weighs two rewards by their spread under the policy, whatever their own units.
+- With `filter: mixed_groups`, the KL term of the loss is measured on mixed groups only, which hold
+  fewer of the completions that the policy already prefers: the KL penalty is weaker on those.
+  Rewards are 0 or 1 in these rows, and groups have 4 completions. With the KL penalty in the reward
+  the optimum is unchanged, because all advantages are 0 there.
 - IPO and `sigmoid_norm` compare means per token (as in TRL), so lengths multiply what they learn.
 - The two losses named "best of two" learn how often a completion wins, not by how much.
 """
@@ -67,35 +94,77 @@ the mean is negative, and clamped at 0. At the end of training:
 | loss | seed | reference point of the loss | KL(policy, reference) |
 |---|---|---|---|
 """
+KEPT = """
+The rows of {} methods are of an earlier call of the command, with the same training and theory."""
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page with the tables of all runs."""
+def page(runs: Sequence[Run], before: str = "") -> str:
+    """The page with the tables of all runs.
+
+    A method without a run keeps its rows of the page ``before``, if those are of the present
+    training and theory.
+    """
+    kept = kept_lines(before, {run.method for run in runs})
     unbiased = [method for method in METHODS if not method.zeros and not biased(method)]
+    losses = [each for each in METHODS if biased(each) and each.stage not in ONLINE_RL]
+    gradients = [each for each in METHODS if biased(each) and each.stage in ONLINE_RL]
     sections = [
         HEAD,
         "## Methods whose optimum is known\n",
         "The policy is the maximum of E[r] − β KL(policy, reference), which is ref · exp(r/β).\n",
-        table(unbiased, runs),
+        table(unbiased, runs, kept),
         BIASED,
-        table([method for method in METHODS if biased(method)], runs, with_bias=True),
+        table(losses, runs, kept, bias="means"),
+        GRADIENTS,
+        table(gradients, runs, kept, bias="seeds"),
         NOTES,
         EXCLUDED.format(bound=BOUND),
-        table([method for method in METHODS if method.zeros], runs) + reference_points(runs),
-        "## Losses that name no policy\n",
-        "| loss of `dpo` | reason |\n|---|---|\n"
-        + "".join(f"| `{loss}` | {reason} |\n" for loss, reason in WITHOUT_POLICY.items()),
-        missing(runs),
+        table([method for method in METHODS if method.zeros], runs, kept)
+        + reference_points(runs, kept),
+        "## Losses without a row\n",
+        "| stage | loss | reason |\n|---|---|---|\n"
+        + "".join(
+            f"| `{stage}` | `{loss}` | {reason} |\n"
+            for (stage, loss), reason in WITHOUT_POLICY.items()
+        ),
+        missing(runs, kept),
         "## Versions\n",
-        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES) + ";",
-        f"{len(runs)} runs, {sum(run.seconds for run in runs) / 60:.0f} minutes of processor time.\n",
+        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES) + ".",
+        *([KEPT.format(len(kept))] if kept else []),
+        "",
+        marks(runs, kept),
     ]
     return "\n".join(sections)
 
 
-def missing(runs: Sequence[Run]) -> str:
-    """A section with the methods that have no run; empty if there are none."""
-    trained = {run.method for run in runs}
+def marks(runs: Sequence[Run], kept: Kept) -> str:
+    """The fingerprint of every method that the page has."""
+    prints = {run.method: run.fingerprint for run in runs}
+    prints |= {method.name: method.fingerprint for method in METHODS if method.name in kept}
+    return "".join(MARK.format(digest, name) for name, digest in sorted(prints.items()))
+
+
+def fingerprints(text: str) -> dict[str, str]:
+    """The fingerprints on a page, by method."""
+    digit, name = MARK.strip().split("{}: {}")
+    found = re.findall(f"^{digit}([0-9a-f]*): (.*){name}$", text, re.MULTILINE)
+    return {method: digest for digest, method in found}
+
+
+def kept_lines(before: str, trained: set[str]) -> dict[str, list[str]]:
+    """The lines of a page for methods that have no run and are unchanged since."""
+    prints = fingerprints(before)
+    lines: dict[str, list[str]] = {}
+    for method in METHODS:
+        if method.name in prints.keys() - trained and prints[method.name] == method.fingerprint:
+            start = f"| {method.name} | "
+            lines[method.name] = [line for line in before.splitlines() if line.startswith(start)]
+    return lines
+
+
+def missing(runs: Sequence[Run], kept: Kept) -> str:
+    """A section with the methods that have no rows; empty if there are none."""
+    trained = {run.method for run in runs} | kept.keys()
     names = [method.name for method in METHODS if method.name not in trained]
     return "\n".join(["## Not run so far\n", *(f"- {name}" for name in names), ""]) if names else ""
 
@@ -105,17 +174,22 @@ def biased(method: Method) -> bool:
     return not method.zeros and not method.is_unbiased
 
 
-def table(methods: Iterable[Method], runs: Sequence[Run], *, with_bias: bool = False) -> str:
-    """A table with one row for each method that has runs."""
+def table(
+    methods: Iterable[Method], runs: Sequence[Run], kept: Kept, *, bias: Bias = "none"
+) -> str:
+    """A table with one row for each method that has runs, or a row of an earlier page."""
     lines = [
         "| method | stage | named policy | start | seeds | mean |",
         "|---|---|---|---|---|---|",
     ]
-    if with_bias:
+    if bias != "none":
         lines = [lines[0] + " bias: formula | bias: measured |", lines[1] + "---|---|"]
+    if bias == "seeds":
+        lines = [lines[0] + " difference |", lines[1] + "---|"]
     for method in methods:
         own = sorted((run for run in runs if run.method == method.name), key=lambda run: run.seed)
         if not own:
+            lines += kept.get(method.name, [])[:1]
             continue
         reached = [run.reached for run in own]
         cells = [
@@ -126,11 +200,12 @@ def table(methods: Iterable[Method], runs: Sequence[Run], *, with_bias: bool = F
             ", ".join(shown(value) for value in reached),
             mean_with_interval(reached),
         ]
-        if with_bias:
-            cells += [
-                f"{statistics.mean(values):.2f}"
-                for values in ([run.bias for run in own], [run.measured_bias for run in own])
-            ]
+        named, measured = ([run.bias for run in own], [run.measured_bias for run in own])
+        if bias == "means":
+            cells += [f"{statistics.mean(values):.2f}" for values in (named, measured)]
+        elif bias == "seeds":
+            cells += [", ".join(f"{value:.3f}" for value in values) for values in (named, measured)]
+            cells += [mean_with_interval([run.measured_bias - run.bias for run in own])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -149,12 +224,14 @@ def mean_with_interval(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def reference_points(runs: Sequence[Run]) -> str:
-    """The table of KTO's reference points; empty without a run of KTO."""
-    own = [run for run in runs if run.reference_point is not None]
-    if not own:
-        return ""
-    return KTO + "".join(
-        f"| {run.method} | {run.seed} | {run.reference_point:.2f} | {run.moved:.2f} |\n"
-        for run in sorted(own, key=lambda run: (run.method, run.seed))
+def reference_points(runs: Sequence[Run], kept: Kept) -> str:
+    """The table of KTO's reference points; empty without KTO."""
+    own = sorted(
+        (run for run in runs if run.reference_point is not None),
+        key=lambda run: (run.method, run.seed),
     )
+    lines = [line for name in sorted(kept) for line in kept[name][1:]]
+    for run in own:
+        cells = [run.method, str(run.seed), f"{run.reference_point:.2f}", f"{run.moved:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return KTO + "".join(f"{line}\n" for line in lines) if lines else ""

@@ -20,6 +20,7 @@ from benchmarks.proofs.world import LIMIT, PROMPTS, TEXTS, World, assistant, dis
 
 ONLINE: dict[str, Any] = {
     "prompts": "data",
+    "rewards": ["score"],
     "batch_size": 256,
     "max_new_tokens": LIMIT,
     "kl_coef": 1.0,
@@ -46,14 +47,17 @@ ROWS = {"sft": "demonstrations", "dpo": "pairs", "reward": "pairs", "kto": "pref
 
 
 def train_online(kind: str, world: World, seed: int, settings: Mapping[str, Any]) -> Tensor:
-    """Train on the exact reward with an online-RL stage; returns the policy's distribution."""
+    """Train on the exact reward with an online-RL stage; returns the policy's distribution.
+
+    ``rewards`` in ``settings`` are functions of :func:`reward_functions`.
+    """
     from align.online_rl.trainer import OnlineRLTrainer
 
     output = new_folder(world, kind)
-    with reward_function(world) as name:
-        config = STAGES[kind].model_validate(
-            {"model": "model", "rewards": [name], "seed": seed, **ONLINE, **settings}
-        )
+    settings = {**ONLINE, **settings}
+    with reward_functions(world) as module:
+        settings["rewards"] = [f"{module}:{name}" for name in settings["rewards"]]
+        config = STAGES[kind].model_validate({"model": "model", "seed": seed, **settings})
         assert isinstance(config, OnlineRL)
         distributed.reset_process_state(seed)
         inputs = {"model": world.model, "prompts": world.data}
@@ -119,20 +123,28 @@ def logger(name: str, folder: Path) -> Logger:
 
 
 @contextmanager
-def reward_function(world: World) -> Iterator[str]:
-    """A Python function with the exact reward, in the working directory as a user has it."""
+def reward_functions(world: World) -> Iterator[str]:
+    """A Python module with the exact reward, in the working directory as a user has it.
+
+    ``score`` is the reward; ``first`` and ``rest`` are its parts.
+    """
     module = "world_" + "".join(c if c.isalnum() else "_" for c in world.folder.name)
     (world.folder / f"{module}.py").write_text(
         f"TABLE = {world.table!r}\n\n\n"
         "def score(prompts, completions):\n"
         "    pairs = zip(prompts, completions)\n"
-        "    return [TABLE[prompt[-1]['content']][text] for prompt, text in pairs]\n",
+        "    return [TABLE[prompt[-1]['content']][text] for prompt, text in pairs]\n\n\n"
+        "def first(prompts, completions):\n"
+        "    return score(prompts, [text[:1] for text in completions])\n\n\n"
+        "def rest(prompts, completions):\n"
+        "    pairs = zip(score(prompts, completions), first(prompts, completions))\n"
+        "    return [whole - part for whole, part in pairs]\n",
         encoding="utf-8",
     )
     before = Path.cwd()
     os.chdir(world.folder)
     try:
-        yield f"{module}:score"
+        yield module
     finally:
         os.chdir(before)
         sys.modules.pop(module, None)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,45 @@ class World:
         return torch.tensor([list(row.values()) for row in self.table.values()]).double()
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The reward of the first word alone, and the rest: two rewards with the sum of all."""
+        rows = [[row[text[:1]] for text in TEXTS] for row in self.table.values()]
+        first = torch.tensor(rows).double()
+        return first, self.rewards - first
+
+    @property
     def reference(self) -> Tensor:
         """Log-probabilities of the reference, ``[prompt, completion]``."""
         return distribution(self.model)
+
+    def binary(self) -> World:
+        """The same world with reward 1 where it is above the prompt's mean over texts, else 0."""
+        means = {prompt: statistics.mean(row.values()) for prompt, row in self.table.items()}
+        return replace(
+            self,
+            table={
+                prompt: {text: float(reward > means[prompt]) for text, reward in row.items()}
+                for prompt, row in self.table.items()
+            },
+        )
 
     @property
     def preferences(self) -> Tensor:
         """Probability that the first completion is preferred, ``[prompt, first, second]``."""
         return torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
+
+
+class Example(World):
+    """A world without a model: its reference is a table. Theory can be computed in it alone."""
+
+    __slots__ = ()
+
+    @property
+    def reference(self) -> Tensor:
+        """Log-probabilities of a random table, ``[prompt, completion]``."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(PROMPTS), len(TEXTS))
+        return torch.randn(shape, generator=generator, dtype=torch.float64).log_softmax(1)
 
 
 def distribution(model: Any) -> Tensor:
