@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Dtype = Literal["float32", "bfloat16"]
+Program = Literal["verl", "openrlhf"]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -182,10 +183,19 @@ def play(
 @app.command()
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage such as dpo, or a folder.")
+        str,
+        typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage or folder; with --for a recipe."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")],
+    overrides: Overrides = None,
     runs: Runs = Path("runs"),
+    program: Annotated[
+        Program | None,
+        typer.Option("--for", help="Write the configuration of this trainer for a cluster."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="With --for: the stage of the recipe.")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type of the weights; by default that of the training.")
     ] = None,
@@ -199,12 +209,22 @@ def export(
         bool, typer.Option("--private", help="With --push-to-hub: create a private repository.")
     ] = False,
 ) -> None:
-    """Write a policy or a reward model with full weights: an adapter is merged into its base."""
+    """Write a model with full weights, or with --for a stage of online RL for another trainer."""
     from align.cli import export as cli_export
     from align.cli import publish
-    from align.errors import printable
+    from align.errors import UserError, printable
     from align.pipeline import lookup
 
+    if program is not None:
+        if dtype or gguf or push_to_hub or private:
+            raise UserError(f"--for {program}: writes no model; remove the options for models")
+        from align.cli.clusters.export import export_for
+
+        quiet_libraries()
+        export_for(model, target, program, overrides or [], stage=stage, runs=runs)
+        return
+    if overrides or stage is not None:
+        raise UserError("overrides and --stage have an effect with --for only; remove them")
     # Everything that can be known wrong is reported before the model is merged.
     cli_export.check_target(target)
     converter = publish.find_converter() if gguf is not None else []
