@@ -22,11 +22,19 @@ if TYPE_CHECKING:
     from align.pipeline.estimates import Estimate
     from align.pipeline.plan import PlannedStage
 
-NAMES = {"activations": "acts.", "gradients": "grads", "optimizer": "optim."}
+NAMES = {
+    "activations": "acts.",
+    "embedding": "embed.",
+    "exchange": "exch.",
+    "gradients": "grads",
+    "optimizer": "optim.",
+}
 """Shorter names of columns: 80 columns suffice."""
 LEGEND = (
     "memory of a device for the longest rows; the peak is the largest sum that is in memory at one "
-    "time, without libraries and fragmentation; frozen: reference, reward models, base of adapters"
+    "time, without libraries and fragmentation; frozen: reference, reward models, base of "
+    "adapters; acts.: activations; layer: the backward pass of a layer; embed.: a further gradient "
+    "of the embeddings; exch.: gradients and layers that processes exchange"
 )
 
 
@@ -41,10 +49,10 @@ def print_bills(
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("stage", no_wrap=True)
     lines: list[str] = []
-    columns: list[str] = []
+    bills: dict[str, Bill] = {}
     for stage in stages:
         if not stage.config.trains_model:
             continue
@@ -55,16 +63,19 @@ def print_bills(
             continue
         trained = trained_weights(size, stage.config, sharded=sharding.stage > 0)
         own = bill(size, trained, work, sharding)
-        if not columns:
-            columns = list(own.parts())
-            for name in (*columns, "peak"):
-                table.add_column(NAMES.get(name, name), justify="right", no_wrap=True)
-        numbers = [*own.parts().values(), own.peak]
-        table.add_row(stage.name, *(_size(number).replace(" ", "") for number in numbers))
+        bills[stage.name] = own
         if limit is not None:
             changes = _changes(stage.config, size, trained, work, sharding)
             lines += _verdict(stage.name, own, limit, changes)
-    if columns:
+    if bills:
+        parts = {name: own.parts() | {"peak": own.peak} for name, own in bills.items()}
+        columns = [
+            part for part in next(iter(parts.values())) if any(p[part] for p in parts.values())
+        ]
+        for part in columns:
+            table.add_column(NAMES.get(part, part), justify="right", no_wrap=True)
+        for name, own_parts in parts.items():
+            table.add_row(name, *(_size(own_parts[part]).replace(" ", "") for part in columns))
         console.print(table)
         console.print(LEGEND, style="dim", width=min(console.width, 80))
     for line in lines:

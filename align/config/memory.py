@@ -31,6 +31,17 @@ class ModelSize:
     positions: int | None = None
     """Longest sequence in tokens; None is unknown."""
 
+    @property
+    def width(self) -> int:
+        """Width of the hidden states; 0 if the layers are unknown."""
+        return min((inputs for _, inputs in self.linear.values()), default=0)
+
+    @property
+    def embeddings(self) -> int:
+        """Matrices of the size of the vocabulary: 2 if input and output layer differ."""
+        others = self.parameters - sum(a * b for a, b in self.linear.values())
+        return 2 if others >= 2 * self.vocabulary * self.width else 1
+
     def weight_bytes(self, dtype: str, quantization: str | None) -> int:
         """Memory of the frozen weights: in 4 bits, embeddings and norms keep their type."""
         in_blocks = sum(a * b for a, b in self.linear.values()) if quantization else 0

@@ -3,6 +3,7 @@
 Activations are those of a decoder with gated feed-forward layers, as of Llama and Qwen, in which
 the backward pass of a token needs, for each layer, 8 vectors of the width, 2 of keys and values and
 4 of the feed-forward layer. Left out: libraries, fragmentation, and the memory of vLLM.
+``benchmarks/plan_memory.py`` compares the bill with the tensors of a run.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align.config.memory import BYTES_PER_PARAMETER, ModelSize, training_bytes
 from align.errors import RecipeError
 
-TILE = 256
-"""Rows of logits that the output layer computes at once on a CPU."""
+HEAD_COLUMNS = 2**15
+"""Columns of the buffer in which TRL's output layer computes logits, of a smaller vocabulary too.
+"""
+HEAD_ROWS = {"cpu": 256, "cuda": 4096}
+"""Tokens whose logits are in memory at one time, by the kind of device."""
+HEAD_COPIES = 7.25
+"""Further tensors of the size of these logits in the backward pass on a CPU: seven in float32, and
+one of a byte per logit. On a GPU, TRL's kernel replaces the logits by their gradient."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -27,6 +34,7 @@ class Sharding:
     processes: int = 1
     stage: int = 0
     """That of ZeRO: 0 for whole models, 2 for gradients and optimizer, 3 for weights as well."""
+    device: Literal["cpu", "cuda"] = "cuda"
 
     def share(self, number: float, stage: int) -> int:
         """The share of one process of what is divided from this stage on."""
@@ -58,6 +66,9 @@ class Trained:
     """Bytes of the optimizer for each trained parameter."""
     frozen: int
     """Bytes of frozen weights and copies."""
+    embeddings: int = 0
+    """Trained matrices of the size of the vocabulary: 1 if the output layer is that of the input, 2
+    if it is another, 0 with adapters."""
 
     @property
     def total_bytes(self) -> int:
@@ -74,27 +85,38 @@ class Bill:
     optimizer: int
     frozen: int
     exchange: int
-    """Buckets in which processes add up their gradients."""
+    """Buckets in which processes add up their gradients, or layers that are gathered."""
     activations: int
+    """What a forward pass stores for the backward pass."""
+    layer: int
+    """What the backward pass of one layer needs besides."""
     logits: int
+    embedding: int
+    """The gradient of the output layer or of the embeddings that arises before the others, or is
+    added to an earlier one."""
     cache: int
-    """Keys and values of sampled tokens."""
+    """Keys and values of sampled tokens, and the logits of the last ones."""
     accumulates: bool = False
+    adds_embedding: bool = False
+    """Whether a whole second gradient of the embeddings is added to the first one."""
 
     @property
     def peak(self) -> int:
-        """The largest sum: in sampling, at the end of a forward pass, or of a backward pass.
+        """The largest sum: in sampling, or at the begin or the end of a backward pass.
 
         Activations are freed while gradients arise, so both are complete only if earlier passes
-        have left gradients.
+        have left gradients. The gradient of the output layer arises first.
         """
         held = self.weights + self.optimizer + self.frozen + self.exchange
-        forward = self.activations + self.logits + self.gradients * self.accumulates
-        return held + max(forward, self.gradients, self.cache)
+        begin = self.activations + max(self.layer, self.logits) + self.embedding
+        begin += self.gradients * self.accumulates
+        end = self.gradients + self.embedding * self.adds_embedding
+        return held + max(begin, end, self.cache)
 
     def parts(self) -> dict[str, int]:
         """The parts by name."""
-        names = [field.name for field in fields(self) if field.name != "accumulates"]
+        flags = ("accumulates", "adds_embedding")
+        names = [field.name for field in fields(self) if field.name not in flags]
         return {name: getattr(self, name) for name in names}
 
 
@@ -102,27 +124,59 @@ def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> B
     """The bill of a stage that trains models of one size."""
     shape = _Shape.of(size)
     layer = 8 * shape.width + 2 * shape.key_value + 4 * shape.inner
-    per_token = shape.layers * (shape.width if work.checkpointing else layer)
-    per_token += layer * work.checkpointing + 2 * shape.width
-    tile = min(work.tokens, TILE)
+    per_token = shape.layers * (shape.width if work.checkpointing else layer) + 2 * shape.width
+    # Gradients of the three vectors of the feed-forward layer, and a layer that is computed again.
+    of_layer = 3 * shape.inner + layer * work.checkpointing
+    embedding = 0
+    if trained.embeddings and (work.has_logits or work.accumulates):
+        embedding = 4 * size.vocabulary * shape.width
     cache = 0
     if work.sampled is not None:
         rows, tokens = work.sampled
         cache = rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
         cache += 2 * rows * size.vocabulary * 4
     gradients = 4 * trained.parameters
-    several = sharding.processes > 1 and sharding.stage == 0
     return Bill(
         weights=sharding.share(4 * trained.parameters, 3),
         gradients=sharding.share(gradients, 2),
         optimizer=sharding.share(trained.optimizer_bytes * trained.parameters, 2),
         frozen=sharding.share(trained.frozen, 3),
-        exchange=gradients * several,
+        exchange=_exchange(size, shape, trained, sharding),
         activations=work.tokens * per_token * work.activation_bytes,
-        logits=2 * tile * size.vocabulary * 4 * work.has_logits,
+        layer=work.tokens * of_layer * work.activation_bytes,
+        logits=_logits(work, size.vocabulary, sharding.device) if work.has_logits else 0,
+        embedding=embedding,
         cache=cache,
         accumulates=work.accumulates,
+        adds_embedding=work.accumulates or (trained.embeddings == 1 and work.has_logits),
     )
+
+
+def _exchange(size: ModelSize, shape: _Shape, trained: Trained, sharding: Sharding) -> int:
+    """Bytes of the gradients or the weights that processes exchange.
+
+    DDP has a bucket for every gradient. With divided weights, the embeddings, a layer and the next
+    one are gathered, and the gradient of a layer is whole before it is divided.
+    """
+    if sharding.processes == 1 or sharding.stage == 2:
+        return 0
+    if sharding.stage == 0:
+        return 4 * trained.parameters
+    layer = sum(outputs * inputs for outputs, inputs in size.linear.values()) // shape.layers
+    gathered = size.embeddings * size.vocabulary * shape.width + 2 * layer
+    whole = trained.embeddings > 0
+    per_weight = 4.0 if whole else trained.frozen / size.parameters
+    return round(per_weight * gathered) + 4 * layer * whole
+
+
+def _logits(work: Work, vocabulary: int, device: str) -> int:
+    """Bytes of the output layer: a tile of logits, and copies of it on a CPU."""
+    rows = min(work.tokens, HEAD_ROWS[device])
+    buffer = rows * HEAD_COLUMNS * work.activation_bytes
+    if device == "cuda":
+        return buffer
+    copies = HEAD_COPIES + (work.activation_bytes < 4)
+    return buffer + round(rows * min(vocabulary, HEAD_COLUMNS) * copies * 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +215,8 @@ def read_sharding(file: Path) -> Sharding:
     processes = content.get("num_processes", 1)
     if not isinstance(processes, int) or processes < 1:
         raise RecipeError(f"{file}: num_processes: expected a whole number from 1, got {processes}")
-    return Sharding(processes, _stage(content))
+    on_cpu = str(content.get("use_cpu", False)).lower() == "true"
+    return Sharding(processes, _stage(content), "cpu" if on_cpu else "cuda")
 
 
 def _stage(content: Mapping[str, Any]) -> int:
@@ -210,4 +265,9 @@ def trained_weights(size: ModelSize, config: Any, *, sharded: bool) -> Trained:
         parameters = size.adapter_parameters(config.lora) * config.trained_models
         return Trained(parameters, optimizer, size.weight_bytes(config.dtype, config.quantization))
     copies = config.frozen_models(sharded=sharded) * BYTES_PER_PARAMETER[config.dtype]
-    return Trained(size.parameters * config.trained_models, optimizer, size.parameters * copies)
+    parameters = size.parameters
+    if size.embeddings == 2 and not config.writes_policy:  # a score head replaces the output layer
+        parameters -= size.vocabulary * size.width
+    return Trained(
+        parameters * config.trained_models, optimizer, size.parameters * copies, size.embeddings
+    )

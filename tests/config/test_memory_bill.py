@@ -20,7 +20,7 @@ from align.config.memory_bill import (
     trained_weights,
 )
 from align.config.online_rl_stages import PPO
-from align.config.training import DPO, KTO, SFT
+from align.config.training import DPO, KTO, SFT, Reward
 from align.errors import RecipeError
 
 SIZES = [
@@ -62,11 +62,12 @@ def test_activations_are_what_the_backward_pass_of_torch_needs_to_15_percent(new
 def test_the_parts_by_hand():
     size = new_model_size(NewModel(vocab_size=512, hidden_size=8, intermediate_size=16,
                                    num_hidden_layers=3, num_attention_heads=1))  # fmt: skip
-    trained = Trained(parameters=1000, optimizer_bytes=8, frozen=4000)
+    trained = Trained(parameters=1000, optimizer_bytes=8, frozen=4000, embeddings=1)
     work = Work(tokens=10, sampled=(2, 20))
-    alone = bill(size, trained, work, Sharding())
+    alone = bill(size, trained, work, Sharding(device="cpu"))
     # A layer: 8 * 8 + 2 * 8 + 4 * 16 = 144 numbers; 3 layers and 2 * 8 at the end: 448 a token.
-    # Cache: 2 rows * 20 tokens * 3 layers * 2 * 8 numbers, and two rows of logits twice.
+    # Its backward pass: 3 * 16 numbers. Logits: 10 tokens of a buffer with 32768 columns, and 7.25
+    # copies of 512 columns. Cache: 2 rows * 20 tokens * 3 layers * 2 * 8, and twice their logits.
     assert alone.parts() == {
         "weights": 4000,
         "gradients": 4000,
@@ -74,19 +75,57 @@ def test_the_parts_by_hand():
         "frozen": 4000,
         "exchange": 0,
         "activations": 10 * 448 * 4,
-        "logits": 2 * 10 * 512 * 4,
+        "layer": 10 * 48 * 4,
+        "logits": 10 * 4 * 32768 + 10 * 4 * 3712,
+        "embedding": 4 * 512 * 8,
         "cache": 2 * 20 * 3 * 2 * 8 * 4 + 2 * 2 * 512 * 4,
     }
-    assert alone.peak == 4000 + 8000 + 4000 + 17920 + 40960
+    assert alone.peak == 4000 + 8000 + 4000 + 17920 + 1459200 + 16384
+    # On a GPU the copies are missing. With more tokens than 4,096, the buffer stays as it is.
+    gpu = bill(size, trained, work, Sharding())
+    assert gpu.logits == 10 * 4 * 32768
+    long = Work(tokens=5000, activation_bytes=2)
+    assert bill(size, trained, long, Sharding()).logits == 4096 * 2 * 32768
+    assert bill(size, trained, Work(tokens=5000), Sharding(device="cpu")).logits == (
+        256 * 4 * 32768 + 256 * 4 * 3712
+    )
     # With checkpointing: 3 layers store 8 numbers each, and one layer is computed again.
     again = bill(size, trained, Work(tokens=10, checkpointing=True), Sharding())
-    assert again.activations == 10 * (3 * 8 + 144 + 16) * 4
+    assert again.activations == 10 * (3 * 8 + 16) * 4
+    assert again.layer == 10 * (48 + 144) * 4
     # ZeRO-2 on 4 processes divides gradients and optimizer, ZeRO-3 weights and copies as well.
     two, three = (bill(size, trained, work, Sharding(4, stage)) for stage in (2, 3))
     assert (two.weights, two.gradients, two.optimizer, two.frozen) == (4000, 1000, 2000, 4000)
     assert (three.weights, three.gradients, three.optimizer) == (1000, 1000, 2000)
     assert three.frozen == 1000
     assert bill(size, trained, work, Sharding(4)).exchange == 4000  # the buckets of DDP
+    # Gathered with ZeRO-3: the embeddings of 512 * 8 weights, and two layers of 4 * 8 * 8 + 3 * 8 *
+    # 16 weights. The gradient of a layer is whole.
+    assert two.exchange == 0
+    assert three.exchange == 4 * (512 * 8 + 2 * 640) + 4 * 640
+    half = Trained(parameters=100, optimizer_bytes=8, frozen=2 * size.parameters)  # bfloat16, LoRA
+    assert bill(size, half, work, Sharding(4, 3)).exchange == 2 * (512 * 8 + 2 * 640)
+
+
+def test_the_end_of_a_backward_pass_has_two_gradients_of_tied_embeddings():
+    tied, untied = (
+        new_model_size(SIZES[0].model_copy(update={"tie_word_embeddings": tie}))
+        for tie in (True, False)
+    )
+    assert (tied.embeddings, untied.embeddings) == (1, 2)
+    model = SFT(model="m")
+    work = Work(tokens=1)  # almost no activations: the end of the pass is the peak
+    matrix = 4 * 300 * 64
+    for size, extra in ((tied, matrix), (untied, 0)):
+        own = bill(size, trained_weights(size, model, sharded=False), work, Sharding(device="cpu"))
+        assert own.logits + own.layer + own.activations < own.gradients
+        assert own.peak == 16 * size.parameters + extra
+    # A reward model has a score head in place of the output layer.
+    reward = trained_weights(untied, Reward(model="m"), sharded=False)
+    assert reward.parameters == untied.parameters - 300 * 64
+    assert trained_weights(tied, Reward(model="m"), sharded=False).parameters == tied.parameters
+    lora = trained_weights(tied, SFT(model="m", lora={"r": 4}), sharded=False)
+    assert bill(tied, lora, work, Sharding()).embedding == 0
 
 
 def test_gradients_of_earlier_passes_add_to_the_peak_of_a_forward_pass():
@@ -132,6 +171,10 @@ def test_the_forward_pass_of_each_kind_of_stage_by_hand():
             Sharding(4, 2),
         ),
         ({"distributed_type": "FSDP", "num_processes": 4}, Sharding(4, 3)),
+        (
+            {"distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True},
+            Sharding(2, 0, "cpu"),
+        ),
     ],
 )  # fmt: skip
 def test_the_sharding_of_a_launch_configuration(tmp_path: Path, content, expected):
