@@ -86,7 +86,7 @@ class GymEnvironment:
     distribution: str | None = None
     needs: tuple[str, ...] = ()
     """What it must have: ``numbered states``, ``discrete actions``, ``continuous actions``,
-    ``bounded continuous actions``, ``a table of transitions``, ``goals``."""
+    ``bounded continuous actions``, ``a table of transitions``, ``goals``, ``a cost``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,15 +20,15 @@ def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
 
             return PolicyGradientTrainer(config, spec, seed)
         case Tabular():
-            from align.control.tabular import TabularTrainer
+            from align.control.value_based.tabular import TabularTrainer
 
             return TabularTrainer(config, spec, seed)
         case DynamicProgramming():
-            from align.control.dynamic_programming import DynamicProgrammingTrainer
+            from align.control.value_based.dynamic_programming import DynamicProgrammingTrainer
 
             return DynamicProgrammingTrainer(config, spec, seed)
         case OffPolicy():
-            from align.control.off_policy import OffPolicyTrainer
+            from align.control.value_based.off_policy import OffPolicyTrainer
 
             return OffPolicyTrainer(config, spec, seed)
         case SelfPlay():

@@ -47,6 +47,10 @@ class Step(NamedTuple):
     """``[ended, features]``: last observations of the ended episodes, normalized as well."""
     returns: Array
     """``[ended]``: undiscounted, unscaled returns of the ended episodes."""
+    costs: Array
+    """``[envs]``: ``info["cost"]`` of the step; NaN where there is none."""
+    episode_costs: Array
+    """``[ended]``: sums of the costs of the ended episodes."""
 
 
 class CartPole(CartPoleVectorEnv):
@@ -152,14 +156,15 @@ class Environments:
         self.update_statistics = True
         """Whether new observations update the statistics."""
         self.n_envs = n_envs
-        self._returns = np.zeros(n_envs)
+        self._returns, self._costs = np.zeros(n_envs), np.zeros(n_envs)
+        self._no_costs = np.full(n_envs, np.nan)
         self._seed = 0
         self._actions: list[Array] = []
 
     def reset(self, seed: int) -> Array:
         """Start new episodes in all environments. Returns observations ``[envs, features]``."""
         self._seed, self._actions = seed, []
-        self._returns[:] = 0
+        self._returns[:] = self._costs[:] = 0
         observations, _ = self._env.reset(seed=seed)
         return self._normalized(self._features(observations))
 
@@ -170,17 +175,31 @@ class Environments:
         self._returns += self._unscaled.rewards
         observations = self._features(raw)
         ended = terminated | truncated
-        finals, returns = observations[:0], self._returns[:0]
+        costs = self._step_costs(info, ended)
+        self._costs += costs
+        finals, returns, episode_costs = observations[:0], self._returns[:0], self._costs[:0]
         if ended.any():
             last = info["final_obs"][ended]
             finals = self._features(last if last.dtype != object else np.stack(list(last)))
-            returns = self._returns[ended]
-            self._returns[ended] = 0
+            returns, episode_costs = self._returns[ended], self._costs[ended]
+            self._returns[ended] = self._costs[ended] = 0
         if self._scaled is not None:
             rewards = rewards.clip(-CLIP, CLIP)
         normalized = self._normalized(observations)
         finals = normalize(finals, self.statistics)  # by the statistics that the next step uses
-        return Step(normalized, rewards, terminated, ended, finals, returns)
+        return Step(normalized, rewards, terminated, ended, finals, returns, costs, episode_costs)
+
+    def _step_costs(self, info: dict[str, Any], ended: Array) -> Array:
+        """Costs of a step. Of an environment that ended an episode, ``info`` is of the reset."""
+        final = info.get("final_info", {})
+        if "cost" not in info and "cost" not in final:
+            return self._no_costs
+        costs = self._no_costs.copy()
+        for part, of_step in ((info, ~ended), (final, ended)):
+            if "cost" in part:
+                has_cost = part["_cost"] & of_step
+                costs[has_cost] = part["cost"][has_cost]
+        return costs
 
     def state(self) -> dict[str, Any]:
         """Seed, actions and statistics as tensors and numbers, for :meth:`restore`."""

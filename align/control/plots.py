@@ -20,6 +20,8 @@ Curves = Mapping[int, Sequence[Point]]
 
 PANELS = (
     ("return", "mean return of the last 100 episodes"),
+    ("cost", "mean cost of the last 100 episodes"),
+    ("multiplier", "multiplier of the cost"),
     ("exploitability", "exploitability"),
     ("success", "success rate of the last 100 episodes"),
     ("value", "value of the first state"),

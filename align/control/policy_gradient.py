@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium.wrappers.utils import RunningMeanStd
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from align.config.control.policy_gradient import PolicyGradient
+from align.control.constraint import Constraint
 from align.control.environments import Environments, Step
+from align.control.experience import Experience, state_values
 from align.control.networks import Gaussian, Policy, build_critic, check_weights
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
@@ -42,24 +44,6 @@ N_VARIANCES = 20
 """Number of measurements of the gradient variance in a run."""
 NOISE = 64
 """Steps whose noise is drawn at once."""
-
-
-class Experience(NamedTuple):
-    """Collected steps of all environments, time first."""
-
-    observations: Float[Tensor, "time+1 envs features"]
-    actions: Shaped[Tensor, "time envs ..."]
-    rewards: Float[Tensor, "time envs"]
-    terminated: Bool[Tensor, "time envs"]
-    ended: Bool[Tensor, "time envs"]
-    """Terminated or truncated by the time limit."""
-    final_observations: Float[Tensor, "ends features"]
-    """Last observations of the ended episodes, by time, then by environment."""
-    returns: list[float]
-    """Returns of the ended episodes."""
-    valid: Bool[Tensor, "time envs"]
-    """Steps to learn from. Of whole episodes, the first of each environment: afterwards it only
-    waits for the others."""
 
 
 class GradientVariance(NamedTuple):
@@ -119,6 +103,7 @@ class PolicyGradientTrainer:
             groups += [{"params": [*self.critic.parameters()], "lr": config.critic_learning_rate}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+        self.constraint = None if config.cost_limit is None else Constraint(config, spec, seed)
         self.statistics = (
             RunningMeanStd(shape=(spec.n_features,)) if config.normalize_observations else None
         )
@@ -134,6 +119,7 @@ class PolicyGradientTrainer:
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
         self._recent_returns: deque[float] = deque(maxlen=RECENT)
+        self._recent_costs: deque[float] = deque(maxlen=RECENT)
         self._observations: Any = None  # None: reset the environments first
 
     @property
@@ -144,6 +130,8 @@ class PolicyGradientTrainer:
     def train_step(self) -> dict[str, Any]:
         """Collect experience and update once. Returns the new point of the learning curve."""
         started, steps_before = time.perf_counter(), self.steps
+        is_linear = self.config.schedule == "linear"
+        remaining = max(0.0, 1 - steps_before / self.config.steps) if is_linear else 1.0
         experience = self.collect()
         self.steps += int(experience.valid.sum())
         self._recent_returns.extend(experience.returns)
@@ -153,18 +141,30 @@ class PolicyGradientTrainer:
             "episodes": len(experience.returns),
             "return": sum(recent) / len(recent) if recent else None,
         }
+        if self.constraint is not None:
+            self._recent_costs.extend(experience.episode_costs)
+            costs = self._recent_costs
+            self.constraint.ascend(
+                experience, learning_rate=self.config.multiplier_step * remaining
+            )
+            point["cost"] = sum(costs) / len(costs) if costs else None
+            point["multiplier"] = self.constraint.multiplier
         rollout = self.make_rollout(experience)
         if self._measures_variance(steps_before):
             variance = self.gradient_variance(experience)
             point |= {f"gradient_variance/{k}": value for k, value in variance._asdict().items()}
-        if self.config.schedule == "linear":
-            for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
-                group["lr"] = rate * max(0.0, 1 - steps_before / self.config.steps)
+        for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = rate * remaining
         diagnostics = update(
             self.evaluate_policy, rollout, self.objective, self.optimizer, generator=self.generator
         )
+        networks: list[nn.Module] = [self.policy, *([] if self.critic is None else [self.critic])]
+        if self.constraint is not None:
+            rate = self.config.critic_learning_rate * remaining
+            self.constraint.fit(experience, self.objective, learning_rate=rate)
+            networks.append(self.constraint.critic)
         check_weights(
-            [self.policy, *([] if self.critic is None else [self.critic])],
+            networks,
             seed=self.seed,
             steps=self.steps,
             environment=self.config.environment,
@@ -236,6 +236,8 @@ class PolicyGradientTrainer:
             final_observations=torch.from_numpy(finals),
             returns=[float(r) for s in steps for r in s.returns],
             valid=torch.ones_like(all_ended),
+            costs=torch.from_numpy(np.stack([s.costs for s in steps]).astype(np.float32)),
+            episode_costs=[float(c) for s in steps for c in s.episode_costs],
         )
 
     # Advantages -----------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ class PolicyGradientTrainer:
             # The value after the time limit is unknown and counts as 0.
             advantages = self._returns(experience, torch.zeros_like(experience.rewards))
         else:
-            values, next_values = self.values(experience)
+            values, next_values = state_values(self.critic, experience)
             advantages = gae(
                 experience.rewards.T,
                 values.T,
@@ -267,6 +269,8 @@ class PolicyGradientTrainer:
             ).T
             returns = rows(advantages + values)
             values = rows(values)
+        if self.constraint is not None:
+            advantages = self.constraint.penalized(advantages, experience)
         return Rollout(
             inputs={"observations": observations, "actions": actions},
             logps=logps.unsqueeze(1),
@@ -287,18 +291,6 @@ class PolicyGradientTrainer:
             gamma=self.config.gamma,
         ).T
 
-    def values(
-        self, experience: Experience
-    ) -> tuple[Float[Tensor, "time envs"], Float[Tensor, "time envs"]]:
-        """Values of the states before and after each step, in one forward pass of the critic."""
-        assert self.critic is not None
-        time_steps, n_envs = experience.rewards.shape
-        states = [experience.observations.flatten(0, 1), experience.final_observations]
-        values = self.critic(torch.cat(states)).squeeze(-1)
-        next_values = values[n_envs : (time_steps + 1) * n_envs].view(time_steps, n_envs).clone()
-        next_values[experience.ended] = values[(time_steps + 1) * n_envs :]
-        return values[: time_steps * n_envs].view(time_steps, n_envs), next_values
-
     def evaluate_policy(self, inputs: dict[str, Tensor]) -> Evaluated:
         """Log-probabilities, entropies and values of the steps of a rollout."""
         observations = inputs["observations"]
@@ -312,8 +304,9 @@ class PolicyGradientTrainer:
 
     def gradient_variance(self, experience: Experience) -> GradientVariance:
         """Variance of the gradient over episodes, with the critic as baseline and without."""
+        assert self.critic is not None
         with torch.no_grad():
-            values, next_values = self.values(experience)
+            values, next_values = state_values(self.critic, experience)
             returns = self._returns(experience, next_values)
         parameters = [*self.policy.parameters()]
         baselines = {"with_baseline": values, "without": torch.zeros_like(values)}
@@ -345,6 +338,8 @@ class PolicyGradientTrainer:
                 "seconds": self.seconds,
                 "curve": self.curve,
                 "recent_returns": list(self._recent_returns),
+                "recent_costs": list(self._recent_costs),
+                "constraint": self.constraint and self.constraint.state(),
             }
         )
 
@@ -360,6 +355,9 @@ class PolicyGradientTrainer:
         self.steps, self.seconds = state["steps"], state["seconds"]
         self.curve = list(state["curve"])
         self._recent_returns.extend(state["recent_returns"])
+        self._recent_costs.extend(state["recent_costs"])
+        if self.constraint is not None:
+            self.constraint.restore(state["constraint"])
 
     def close(self) -> None:
         """Release the environments."""

@@ -146,6 +146,9 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
         "a table of transitions": (hasattr(env.unwrapped, "P"), "no attribute `P`"),
     }
     for need in needs:
+        if need == "a cost":
+            _check_cost(env, name)
+            continue
         is_fulfilled, has = fulfilled[need]
         if not is_fulfilled:
             raise UnfitError(
@@ -153,6 +156,18 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
                 f"{name} has {has}, but the algorithm needs {need}; change the environment or "
                 "`algorithm`",
             )
+
+
+def _check_cost(env: gymnasium.Env[Any, Any], name: str) -> None:
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    *_, info = env.step(env.action_space.sample())
+    if "cost" not in info:
+        raise UnfitError(
+            "cost_limit",
+            f"{name} has no `cost` in the `info` of a step; remove the key, or change the "
+            "environment",
+        )
 
 
 def _n_features(space: gymnasium.Space[Any]) -> int | None:

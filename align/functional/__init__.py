@@ -15,6 +15,7 @@ from align.functional.agreement import (
 )
 from align.functional.best_of_n import best_of_n_accuracy, best_of_n_kl, best_of_n_values
 from align.functional.bradley_terry import bradley_terry_strengths, holm_adjusted, win_matrix
+from align.functional.constrained import ascended_multiplier, penalized_advantages
 from align.functional.dynamic_programming import (
     action_values,
     improved_policy,
@@ -59,6 +60,7 @@ from align.functional.winrate import (
 __all__ = [
     "action_values",
     "adaptive_kl_coef",
+    "ascended_multiplier",
     "best_of_n_accuracy",
     "best_of_n_kl",
     "best_of_n_values",
@@ -99,6 +101,7 @@ __all__ = [
     "outcomes",
     "overoptimization_gain",
     "paired_permutation_p_value",
+    "penalized_advantages",
     "policy_values",
     "position_bias",
     "prediction_powered_mean",

@@ -32,7 +32,7 @@ from align.runtime.tracking import reporting
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 SECONDS_BETWEEN_LINES = 0.2
-SHOWN = ("return", "exploitability", "value", "change", "entropy", "kl")
+SHOWN = ("return", "cost", "exploitability", "value", "change", "entropy", "kl")
 """Metrics of the progress display."""
 
 
@@ -113,7 +113,7 @@ def _train(
 def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
     """Evaluate a trained seed, write its files and remove its checkpoints."""
     seed = trainer.seed
-    returns = evaluate(
+    evaluation = evaluate(
         trainer.policy,
         config.environment,
         config.environment_options,
@@ -127,10 +127,12 @@ def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
         "seed": seed,
         "steps": trainer.steps,
         "seconds": max(round(trainer.seconds, 3), 0.001),
-        "returns": returns.tolist(),
+        "returns": evaluation.returns.tolist(),
         "curve": trainer.curve,
         "files": checksums.record_files(output_dir, [file]),
     }
+    if not bool(evaluation.costs.isnan().any()):
+        result["costs"] = evaluation.costs.tolist()
     artifacts.write_json(_result_file(output_dir, seed), checksums.seal(result))
     if not config.keep_checkpoints:
         _remove_checkpoints(config, [seed], output_dir)
@@ -223,12 +225,19 @@ def _metrics(config: Control, results: Mapping[int, Mapping[str, Any]]) -> dict[
     rows = []
     for seed, result in results.items():
         returns = torch.tensor(result["returns"], dtype=torch.float64)
+        bootstrap = Bootstrap(config.confidence, config.resamples, seed)
+        costs: dict[str, Any] = {}
+        if "costs" in result:
+            of_episodes = torch.tensor(result["costs"], dtype=torch.float64)
+            costs["mean_cost"] = float(of_episodes.mean())
+            costs["cost_ci"] = list(bootstrap.mean(of_episodes))
         rows.append(
             {
                 "seed": seed,
                 "mean_return": float(returns.mean()),
-                "ci": list(Bootstrap(config.confidence, config.resamples, seed).mean(returns)),
+                "ci": list(bootstrap.mean(returns)),
                 "lowest": float(returns.min()),
+                **costs,
                 "steps": result["steps"],
                 "seconds": result["seconds"],
                 "steps_per_second": round(result["steps"] / result["seconds"], 1),
@@ -250,16 +259,23 @@ def _table(config: Control, metrics: Mapping[str, Any], output_dir: Path) -> Res
     """One row per seed."""
     rows = metrics["control"]
     digits = 1 if any(abs(row["mean_return"]) >= 10 for row in rows) else 3
+    has_costs = "mean_cost" in rows[0]
+
     return ResultTable(
         title=f"{config.algorithm} on {config.environment}, greedy policy; "
         f"mean return of {config.episodes} episodes",
-        columns=("seed", "return", "interval", "lowest", "steps", "seconds", "steps/s"),
+        columns=(
+            *("seed", "return", "interval", "lowest"),
+            *(("cost",) if has_costs else ()),
+            *("steps", "seconds", "steps/s"),
+        ),
         rows=[
             (
                 str(row["seed"]),
                 f"{row['mean_return']:.{digits}f}",
                 " to ".join(dict.fromkeys(f"{end:.{digits}f}" for end in row["ci"])),
                 f"{row['lowest']:.{digits}f}",
+                *((f"{row['mean_cost']:.{digits}f}",) if has_costs else ()),
                 f"{row['steps']:,}",
                 f"{row['seconds']:.2f}",
                 f"{row['steps_per_second']:,.0f}",

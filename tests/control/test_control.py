@@ -20,6 +20,7 @@ from align.control import evaluate as control_evaluate
 from align.control import policy_files, policy_gradient, spaces
 from align.control.environments import CLIP, CartPole, Environments, make_vector_env
 from align.control.evaluate import evaluate
+from align.control.experience import state_values
 from align.control.networks import (
     Categorical,
     Gaussian,
@@ -373,7 +374,9 @@ def test_the_initial_deviation_of_continuous_actions_is_that_of_the_recipe():
 
 def test_keys_of_the_initial_policy_change_no_digest_where_they_are_not_set():
     config = PolicyGradient(environment="Pendulum-v1", steps=64)
-    assert not {"initial_log_std", "initialization"} & config.digest_settings().keys()
+    keys = {"initial_log_std", "initialization", "cost_limit"}
+    keys |= {"multiplier_learning_rate", "multiplier_damping"}
+    assert not keys & config.digest_settings().keys()
 
 
 # Collecting and advantages ------------------------------------------------------------------------
@@ -530,7 +533,7 @@ def test_the_gradient_variance_by_hand():
     experience = learner.collect()
     variance = learner.gradient_variance(experience)
     with torch.no_grad():
-        values, _ = learner.values(experience)
+        values, _ = state_values(learner.critic, experience)
         by_name: dict[str, list[torch.Tensor]] = {"with_baseline": [], "without": []}
         for env in range(4):
             times = int(experience.valid[:, env].sum())
@@ -569,6 +572,10 @@ def test_the_learning_rates_decay_linearly_to_0():
         pytest.param({"algorithm": "ppo", "epochs": 2, "minibatches": 3}, id="ppo"),
         pytest.param(REINFORCE, id="reinforce"),
         pytest.param({"environment": "Pendulum-v1", "distribution": "squashed"}, id="squashed"),
+        pytest.param(
+            {"environment": "align.control.icy_road:IcyRoad-v0", "algorithm": "ppo", "cost_limit": 1.0},
+            id="a limit on costs",
+        ),
         pytest.param({"environment": "LunarLander-v3", "steps": 600}, id="an environment that cannot be pickled"),
         pytest.param({"environment": "HalfCheetah-v5"}, id="an environment that loses its state when pickled"),
     ],
@@ -602,6 +609,14 @@ def test_a_restored_trainer_continues_bitwise_identically(
         for learner in (whole, restored)
     ]
     assert curves[0] == curves[1]
+    if whole.constraint is not None:
+        assert whole.constraint.multiplier > 0
+        for x, y in zip(
+            whole.constraint.critic.parameters(),
+            restored.constraint.critic.parameters(),
+            strict=True,
+        ):
+            assert torch.equal(x, y)
 
 
 def test_derived_seeds_differ_by_purpose():
@@ -619,12 +634,13 @@ def test_an_evaluation_plays_one_episode_per_environment_and_does_not_update_the
     learner = train(build(environment="CartPole-v1", normalize_observations=True))
     before = learner.statistics.mean.copy(), learner.statistics.var.copy(), learner.statistics.count
     settings = {"statistics": learner.statistics, "episodes": 100, "seed": 0}
-    returns = evaluate(learner.policy, "CartPole-v1", {}, **settings)
+    returns, costs = evaluate(learner.policy, "CartPole-v1", {}, **settings)
     assert returns.shape == (100,)
+    assert costs.isnan().all()  # CartPole has none
     assert_array_equal(learner.statistics.mean, before[0])
     assert_array_equal(learner.statistics.var, before[1])
     assert learner.statistics.count == before[2]
-    assert_close(evaluate(learner.policy, "CartPole-v1", {}, **settings), returns)
+    assert_close(evaluate(learner.policy, "CartPole-v1", {}, **settings).returns, returns)
     assert len(returns.unique()) > 1
 
 
@@ -634,7 +650,7 @@ def test_an_evaluation_is_not_biased_toward_short_episodes():
     policy = Policy(spec, hidden_sizes=[], activation="tanh", distribution=None)
     with torch.no_grad():
         policy.body[0].weight.copy_(torch.tensor([[0.0, 0, 0, 0], [2.0, 0, 1.0, 0.2]]))
-    returns = evaluate(policy, "CartPole-v1", {}, statistics=None, episodes=100, seed=0)
+    returns, _ = evaluate(policy, "CartPole-v1", {}, statistics=None, episodes=100, seed=0)
     environments = Environments("CartPole-v1", {}, 100)
     seen = environments.reset(derive_seed(0, 3, 0))
     first = torch.zeros(100, dtype=torch.float64)
@@ -659,8 +675,8 @@ def test_a_saved_and_loaded_policy_is_the_same(tmp_path):
     loaded = policy_files.load(tmp_path, 0)
     settings = {"episodes": 5, "seed": 1}
     assert_close(
-        evaluate(loaded.policy, loaded.environment, loaded.options, statistics=loaded.statistics, **settings),
-        evaluate(learner.policy, "Pendulum-v1", {}, statistics=learner.statistics, **settings),
+        evaluate(loaded.policy, loaded.environment, loaded.options, statistics=loaded.statistics, **settings).returns,
+        evaluate(learner.policy, "Pendulum-v1", {}, statistics=learner.statistics, **settings).returns,
         rtol=0, atol=0,
     )  # fmt: skip
 

@@ -138,7 +138,7 @@ def test_the_saved_policy_plays_against_random_moves(tmp_path: Any) -> None:
     loaded = policy_files.load(tmp_path, 0)
     assert isinstance(loaded.policy, Policy)
     place = loaded.environment, loaded.options
-    returns = evaluate(loaded.policy, *place, statistics=None, episodes=20, seed=0)
+    returns, _ = evaluate(loaded.policy, *place, statistics=None, episodes=20, seed=0)
     assert {*returns.tolist()} <= {-1.0, 0.0, 1.0}
     frames = policy_files.play_episodes(loaded, render_mode="rgb_array", episodes=1, seed=0)
     assert [*frames][-1].episode_return in (-1.0, 0.0, 1.0)

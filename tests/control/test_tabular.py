@@ -11,7 +11,7 @@ import torch
 from align.config.control.tabular import Tabular
 from align.control import policy_files, spaces
 from align.control.evaluate import evaluate
-from align.control.tabular import TabularTrainer
+from align.control.value_based.tabular import TabularTrainer
 
 
 def trainer(seed: int = 0, **changes: Any) -> TabularTrainer:
@@ -38,7 +38,7 @@ def greedy_return(tabular: TabularTrainer) -> list[float]:
     place = config.environment, config.environment_options
     returns: list[float] = evaluate(
         tabular.policy, *place, statistics=None, episodes=1, seed=tabular.seed
-    ).tolist()
+    ).returns.tolist()
     return returns
 
 

@@ -127,6 +127,7 @@ BASE: dict[str, dict[str, Any]] = {
     },
 }
 
+ICY_ROAD = {"environment": "align.control.icy_road:IcyRoad-v0"}
 LORA_CHANGES = {
     "lora.r": Change(2, {"lora": LORA}),
     "lora.alpha": Change(64, {"lora": LORA}),
@@ -370,6 +371,9 @@ CHANGES: dict[str, dict[str, Change]] = {
         "clip_high": Change(1e-3),
         "value_clip": Change(1e-3),
         "target_kl": Change(1e-7),
+        "cost_limit": Change(1.0, ICY_ROAD),
+        "multiplier_learning_rate": Change(1.0, ICY_ROAD | {"cost_limit": 1.0}),
+        "multiplier_damping": Change(1.0, ICY_ROAD | {"cost_limit": 1.0}),
         "entropy_coef": Change(1.0),
         "max_grad_norm": Change(1e-3),
         "normalize_advantages": Change(False),

@@ -192,6 +192,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "baseline": "none", "seeds": [1], "steps": 7, "n_envs": 3, "vectorization": "batched", "n_steps": 3, "gamma": 0.5, "gae_lambda": 0.5,
         "learning_rate": 0.5, "value_learning_rate": 0.5, "schedule": "constant", "epochs": 3,
         "minibatches": 3, "clip": 0.5, "clip_high": 0.5, "value_clip": 0.5, "target_kl": 0.5,
+        "cost_limit": 0.5, "multiplier_learning_rate": 0.5, "multiplier_damping": 0.5,
         "entropy_coef": 0.5, "max_grad_norm": 0.5, "normalize_advantages": False, "hidden_sizes": [3], "activation": "relu",
         "initial_log_std": -1.0, "initialization": "uniform",
         "distribution": "gaussian", "normalize_observations": True, "normalize_rewards": True,

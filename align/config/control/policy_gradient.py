@@ -11,7 +11,11 @@ from align.config.control.base import Control, PolicyShape
 
 BATCHED = ("CartPole-v1", "Pendulum-v1")
 """Environments that can be stepped in one tensor."""
-PPO_KEYS = ("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl")
+CONSTRAINT_KEYS = ("cost_limit", "multiplier_learning_rate", "multiplier_damping")
+PPO_KEYS = (
+    *("epochs", "minibatches", "clip", "clip_high", "value_clip", "target_kl"),
+    *CONSTRAINT_KEYS,
+)
 
 
 class PolicyGradient(Control):
@@ -51,6 +55,16 @@ class PolicyGradient(Control):
     """PPO: clipping range of the values, in units of returns. Default: none."""
     target_kl: float | None = Field(None, gt=0.0)
     """PPO: KL divergence from the old policy at which an update stops early. Default: none."""
+    cost_limit: float | None = Field(None, ge=0.0)
+    """PPO: limit of the mean cost of an episode, the sum of the environment's ``info["cost"]`` over
+    its steps. A Lagrangian multiplier weighs costs against rewards. Default: none."""
+    multiplier_learning_rate: float | None = Field(None, gt=0.0)
+    """``cost_limit``: change of the multiplier in each update, per unit by which the mean cost of
+    the ended episodes exceeds the limit. Default: 0.01."""
+    multiplier_damping: float | None = Field(None, gt=0.0)
+    """``cost_limit``: further change of the multiplier, for the present update alone, per unit of
+    cost above the limit (Stooke et al. 2020, arXiv:2007.03964). It damps costs that circle around
+    the limit. Default: 0."""
     entropy_coef: float = Field(0.0, ge=0.0)
     """Weight of the entropy bonus."""
     max_grad_norm: float | None = Field(None, gt=0.0)
@@ -81,9 +95,14 @@ class PolicyGradient(Control):
         unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
         if self.algorithm != "ppo" and unused:
             raise ValueError(
-                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`, which takes one "
-                "step per update; remove it, or set `algorithm: ppo`"
+                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`; remove it, "
+                "or set `algorithm: ppo`"
             )
+        for key in CONSTRAINT_KEYS[1:]:
+            if getattr(self, key) is not None and self.cost_limit is None:
+                raise ValueError(
+                    f"`{key}` has no effect without `cost_limit`; set it, or remove the key"
+                )
         if self.algorithm != "reinforce" and self.baseline == "none":
             raise ValueError(
                 f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`"
@@ -146,6 +165,16 @@ class PolicyGradient(Control):
         return self.value_learning_rate or self.learning_rate
 
     @property
+    def multiplier_step(self) -> float:
+        """Learning rate of the multiplier of a cost limit."""
+        return self.multiplier_learning_rate or 0.01
+
+    @property
+    def damping(self) -> float:
+        """Change of the multiplier for one update, per unit of cost above the limit."""
+        return self.multiplier_damping or 0.0
+
+    @property
     def update_epochs(self) -> int:
         """Passes over the steps of an update: 1 unless the algorithm is PPO."""
         return (self.epochs or 4) if self.algorithm == "ppo" else 1
@@ -163,7 +192,11 @@ class PolicyGradient(Control):
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The one environment of the stage."""
-        needs = () if self.initial_log_std is None else ("continuous actions",)
+        conditions = {
+            "continuous actions": self.initial_log_std is not None,
+            "a cost": self.cost_limit is not None,
+        }
+        needs = tuple(need for need, applies in conditions.items() if applies)
         return (
             GymEnvironment(self.environment, self.environment_options, self.distribution, needs),
         )
@@ -171,8 +204,9 @@ class PolicyGradient(Control):
     def digest_settings(self) -> dict[str, Any]:
         """All settings; unused keys do not change the digest."""
         settings = super().digest_settings()
-        if self.initial_log_std is None:
-            del settings["initial_log_std"]
+        for key in ("initial_log_std", *CONSTRAINT_KEYS):
+            if settings[key] is None:
+                del settings[key]
         if self.vectorization == "gymnasium":
             del settings["vectorization"]
         if self.initialization == "orthogonal":

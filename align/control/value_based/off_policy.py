@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from align.config.control.off_policy import OffPolicy
 from align.control.networks import Policy, check_weights
-from align.control.q_networks import DoubleDQN, DuelingPolicy
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
 from align.control.trainer import RECENT
+from align.control.value_based.q_networks import DoubleDQN, DuelingPolicy
 from align.errors import UserError
 
 POINTS = 200
