@@ -96,7 +96,7 @@ class OnlineRL(
     def _check_keys_without_effect(self) -> Self:
         ignored: dict[str, str] = {}  # key → the setting that disables it
         if self.sampler != "vllm":
-            ignored["vllm_url"] = "without `sampler: vllm`"
+            ignored |= dict.fromkeys(("vllm_url", "vllm_timeout"), "without `sampler: vllm`")
         if self.overlong_buffer is None:
             ignored["overlong_penalty"] = "without `overlong_buffer`"
         if self.kl_target is None:
@@ -215,7 +215,7 @@ class OnlineRL(
     def digest_settings(self) -> dict[str, Any]:
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
-        del settings["vllm_url"]
+        del settings["vllm_url"], settings["vllm_timeout"]
         settings["rewards"] = [
             reward.digest_settings() if isinstance(reward, ScoreFunction) else setting
             for reward, setting in zip(self.rewards, settings["rewards"], strict=True)

@@ -110,6 +110,8 @@ class SamplingKeys(Config):
     """Engine that samples completions; ``vllm`` is a server at ``vllm_url``."""
     vllm_url: str = "http://localhost:8000"
     """Address of the vLLM server."""
+    vllm_timeout: float = Field(600.0, gt=0.0)
+    """Seconds within which the vLLM server must answer a request."""
     importance_cap: float = Field(2.0, gt=0.0)
     """Upper bound on the importance weights policy / sampler, where another engine samples."""
     sample_batch_size: int = Field(64, ge=1)

@@ -95,8 +95,6 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     if config.sampler == "transformers":
         decoder = generation.compiled_decoder(models.policy.model, config.compile_decoding)
         return LocalSampler(models.policy, stops, config.sample_batch_size, decoder)
-    from align.online_rl import vllm
+    from align.online_rl.vllm import server
 
-    client = vllm.connect(config.vllm_url, models.device)
-    vllm.check_mergeable(models.policy.model)
-    return vllm.VLLMSampler(client, models.policy, stops, config)
+    return server.connect(config, models.policy, stops, models.device)

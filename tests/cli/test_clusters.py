@@ -434,6 +434,7 @@ WITH = {
     "overlong_penalty": {"overlong_buffer": 4},
     "kl_horizon": {"kl_target": 3.0},
     "vllm_url": {"sampler": "vllm"},
+    "vllm_timeout": {"sampler": "vllm"},
     "eval_split": {"eval_steps": 1},
     "n_eval_prompts": {"eval_steps": 1},
     "max_draws": {"filter": "mixed_groups"},
@@ -444,7 +445,7 @@ WITH = {
 }
 OTHER = {
     "overlong_penalty": 7.0, "kl_horizon": 999, "vllm_url": "http://x", "eval_split": "test",
-    "n_eval_prompts": 7, "max_draws": 9, "environment": "arithmetic", "stop": {"judge": "gold"},
+    "vllm_timeout": 5.0, "n_eval_prompts": 7, "max_draws": 9, "environment": "arithmetic", "stop": {"judge": "gold"},
     "dtype": "bfloat16", "quantization": "nf4",
 }  # fmt: skip
 ALTERNATIVES = {

@@ -171,7 +171,7 @@ def untimed(value: Any) -> Any:
         (kind, key)
         for kind in CHANGES
         for key in CHANGES[kind]
-        if key != "importance_cap" and (EVERYWHERE or _is_own(kind, key))
+        if key not in ("importance_cap", "vllm_timeout") and (EVERYWHERE or _is_own(kind, key))
     ],
 )
 def test_a_change_of_a_key_has_an_effect_or_is_refused(

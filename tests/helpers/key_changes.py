@@ -263,6 +263,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "missing_eos_penalty": Change(2.0),
         "sampler": Change("vllm"),
         "vllm_url": Change("http://localhost:1", {"sampler": "vllm"}),
+        "vllm_timeout": Change(5.0, {"sampler": "vllm"}),
         "importance_cap": Change(1.1, {"sampler": "vllm"}),
         "gamma": Change(0.5),
         "gae_lambda": Change(0.1),

@@ -19,7 +19,7 @@ from align.config.base import Lora
 from align.config.training import DPO, KTO
 from align.errors import UserError
 from align.models import adapters, files, loading, merging, tokenization
-from align.online_rl import vllm
+from align.online_rl.vllm import weights
 from align.rewards import reward_model
 from align.stages import dpo, kto
 
@@ -396,10 +396,10 @@ def test_a_vllm_server_receives_plain_lora_only(
     source = trained_adapter(tmp_path / "adapter", world.sft, None, **kind)
     model = loading.load_for_inference(source, dtype="float32")
     if message is None:
-        vllm.check_mergeable(model)
+        weights.check_mergeable(model)
         merged = loading.load_merged(source, dtype="float32").state_dict()
-        for name, weight in vllm.merged_weights(model):
+        for name, weight in weights.merged_weights(model):
             assert_close(weight, merged[name])
     else:
         with pytest.raises(UserError, match=message):
-            vllm.check_mergeable(model)
+            weights.check_mergeable(model)
