@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
+from align.config.control.offline import Offline
 from align.config.control.policy_gradient import PolicyGradient
 from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
@@ -12,8 +16,10 @@ from align.control.spaces import EnvSpec
 from align.control.trainer import Trainer
 
 
-def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
-    """A trainer of one seed, at its first step."""
+def build_trainer(
+    config: Control, spec: EnvSpec, seed: int, folders: Sequence[Path] = ()
+) -> Trainer:
+    """A trainer of one seed, at its first step. ``folders`` have the recorded steps of others."""
     match config:
         case PolicyGradient():
             from align.control.policy_gradient import PolicyGradientTrainer
@@ -35,4 +41,9 @@ def build_trainer(config: Control, spec: EnvSpec, seed: int) -> Trainer:
             from align.control.self_play import SelfPlayTrainer
 
             return SelfPlayTrainer(config, spec, seed)
+        case Offline():
+            from align.control.recorded_steps import load
+            from align.control.value_based.offline import OfflineTrainer
+
+            return OfflineTrainer(config, spec, seed, load(folders, spec))
     raise TypeError(f"no trainer for {type(config).__name__}")

@@ -25,6 +25,7 @@ from align.functional.dynamic_programming import (
 from align.functional.intervals import bootstrap_interval, proportion_interval
 from align.functional.length_control import length_controlled_win_rate, length_controlled_win_rates
 from align.functional.masked import masked_scale, masked_var, masked_whiten
+from align.functional.offline import advantage_weights, expectile_loss
 from align.functional.overoptimization import fit_overoptimization, overoptimization_gain
 from align.functional.policy_gradient import (
     adaptive_kl_coef,
@@ -60,6 +61,7 @@ from align.functional.winrate import (
 __all__ = [
     "action_values",
     "adaptive_kl_coef",
+    "advantage_weights",
     "ascended_multiplier",
     "best_of_n_accuracy",
     "best_of_n_kl",
@@ -77,6 +79,7 @@ __all__ = [
     "discounted_returns",
     "dpo_loss",
     "entropy",
+    "expectile_loss",
     "explained_variance",
     "fit_overoptimization",
     "gae",

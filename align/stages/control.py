@@ -11,14 +11,14 @@ import pickle
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from align.config.control.base import Control
-from align.control import plots, policy_files, spaces
+from align.control import plots, policy_files, recorded_steps, spaces
 from align.control.build import build_trainer
 from align.control.evaluate import evaluate
 from align.control.trainer import Trainer
@@ -47,6 +47,7 @@ def run(
         raise UserError(f"{error.key}: {error}") from None
     if distributed.is_main():
         policy_files.describe(output_dir, config, spec)
+    folders = [Path(folder) for folder in inputs.values()]
     own_seeds = config.seeds[distributed.rank() :: distributed.world_size()]
     with _one_thread(), single_process():
         finished = True  # so far: the metrics of a seed precede those of later ones
@@ -55,7 +56,7 @@ def run(
             if not finished:
                 # Of an earlier run, if this seed is trained again.
                 _remove_checkpoints(config, own_seeds[own_seeds.index(seed) + 1 :], output_dir)
-                _train(config, spec, seed, output_dir, logger)
+                _train(config, spec, seed, folders, output_dir, logger)
     distributed.barrier()
     if not distributed.is_main():
         return StageResult({})
@@ -72,10 +73,15 @@ def run(
 
 
 def _train(
-    config: Control, spec: spaces.EnvSpec, seed: int, output_dir: Path, logger: Logger
+    config: Control,
+    spec: spaces.EnvSpec,
+    seed: int,
+    folders: Sequence[Path],
+    output_dir: Path,
+    logger: Logger,
 ) -> None:
     """Train one seed, from its last checkpoint if there is one, and evaluate it."""
-    trainer = build_trainer(config, spec, seed)
+    trainer = build_trainer(config, spec, seed, folders)
     steps_of_earlier_seeds = config.seeds.index(seed) * config.steps
     checkpoint = checkpoints.newest_intact(seed_checkpoints(config, seed, output_dir), logger.info)
     if checkpoint is not None:
@@ -123,13 +129,25 @@ def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
     )
     file = policy_files.policy_file(output_dir, seed)
     policy_files.save(file, trainer.policy, trainer.critic, trainer.statistics)
+    files = [file]
+    if config.n_recorded_steps:
+        files.append(recorded_steps.steps_file(output_dir, seed))
+        steps = recorded_steps.record(
+            trainer.policy,
+            config.environment,
+            config.environment_options,
+            statistics=trainer.statistics,
+            steps=config.n_recorded_steps,
+            seed=seed,
+        )
+        recorded_steps.save(files[-1], steps)
     result = {
         "seed": seed,
         "steps": trainer.steps,
         "seconds": max(round(trainer.seconds, 3), 0.001),
         "returns": evaluation.returns.tolist(),
         "curve": trainer.curve,
-        "files": checksums.record_files(output_dir, [file]),
+        "files": checksums.record_files(output_dir, files),
     }
     if not bool(evaluation.costs.isnan().any()):
         result["costs"] = evaluation.costs.tolist()

@@ -26,6 +26,7 @@ import align
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
+from align.config.control.offline import Offline
 from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
 from align.config.online_rl import OnlineRL
@@ -39,6 +40,7 @@ CLASSES = STAGES | {
     "control: dynamic programming": DynamicProgramming,
     "control: off-policy": OffPolicy,
     "control: self-play": SelfPlay,
+    "control: offline": Offline,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
 SPEED = {

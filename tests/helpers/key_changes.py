@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.config.control.policy_gradient import PolicyGradient
 from align.config.data import Prepare, Sample
 from align.config.training import SFT, Reward
 from align.runtime import artifacts
-from align.stages import prepare, reward, sample, sft
+from align.stages import control, prepare, reward, sample, sft
 from helpers import preference_data, tiny_models, wide_model
 
 OASST_FILE = Path(__file__).parents[2] / "data" / "catalog" / "oasst1.sample.jsonl"
@@ -110,6 +111,16 @@ BASE: dict[str, dict[str, Any]] = {
         "games": 32,
         "episodes": 20,
         "epochs": 2,
+        "hidden_sizes": [8],
+    },
+    "control: offline": {
+        "environment": "CartPole-v1",
+        "environment_options": {"max_episode_steps": 15},
+        "algorithm": "iql",
+        "data": ["<recorded>"],
+        "steps": 30,
+        "episodes": 4,
+        "batch_size": 16,
         "hidden_sizes": [8],
     },
     "control: off-policy": {
@@ -374,6 +385,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "target_kl": Change(1e-7),
         "cost_limit": Change(1.0, ICY_ROAD),
         "multiplier_learning_rate": Change(1.0, ICY_ROAD | {"cost_limit": 1.0}),
+        "record_steps": Change(20),
         "multiplier_damping": Change(1.0, ICY_ROAD | {"cost_limit": 1.0}),
         "entropy_coef": Change(1.0),
         "max_grad_norm": Change(1e-3),
@@ -464,6 +476,19 @@ CHANGES["control: self-play"] = {key: CHANGES["control"][key] for key in OF_ALL_
     "hidden_sizes": Change([4]),
     "confidence": Change(0.5),
     "resamples": Change(100),
+}
+CHANGES["control: offline"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
+    "algorithm": Change("behavior_cloning"),
+    "data": Change(["<recorded>", "<others-recorded>"]),
+    "steps": Change(20),
+    "confidence": Change(0.5, {"environment_options": {}}),
+    "resamples": Change(100, {"environment_options": {}}),
+    "batch_size": Change(8),
+    "learning_rate": Change(1e-1),
+    "hidden_sizes": Change([4]),
+    "expectile": Change(0.9),
+    "temperature": Change(0.5),
+    "tau": Change(0.5),
 }
 EQUAL_GROUPS = {"rewards": ["helpers.key_changes:long"]}
 PPO_ONLY = ("gae_lambda", "value_clip", "value_coef", "critic_learning_rate", "critic_warmup_steps")
@@ -600,5 +625,7 @@ def _build_stages(folder: Path, world: tiny_models.World) -> dict[str, str]:
     for name, seed in (("completions", 0), ("other-completions", 1)):
         sampled = Sample(model="m", n_prompts=1, max_new_tokens=2, seed=seed)
         _replace_completions(built(name, sample, sampled, model=whole, prompts=data), data, seed)
+    for name, seed in (("recorded", 0), ("others-recorded", 1)):
+        built(name, control, PolicyGradient(**BASE["control"], record_steps=60, seeds=[seed]))
     places = {f"<{path.name}>": str(path) for path in folder.iterdir() if path.is_dir()}
     return places | {"<sft>": str(world.sft), "<lora>": str(world.lora)}

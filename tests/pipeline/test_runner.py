@@ -28,6 +28,7 @@ from align.config.base import NewModel
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
+from align.config.control.offline import Offline
 from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
 from align.config.data import MixtureSource
@@ -110,6 +111,7 @@ CLASSES = STAGES | {
     "control: dynamic programming": DynamicProgramming,
     "control: off-policy": OffPolicy,
     "control: self-play": SelfPlay,
+    "control: offline": Offline,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
 
@@ -192,7 +194,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "baseline": "none", "seeds": [1], "steps": 7, "n_envs": 3, "vectorization": "batched", "n_steps": 3, "gamma": 0.5, "gae_lambda": 0.5,
         "learning_rate": 0.5, "value_learning_rate": 0.5, "schedule": "constant", "epochs": 3,
         "minibatches": 3, "clip": 0.5, "clip_high": 0.5, "value_clip": 0.5, "target_kl": 0.5,
-        "cost_limit": 0.5, "multiplier_learning_rate": 0.5, "multiplier_damping": 0.5,
+        "cost_limit": 0.5, "multiplier_learning_rate": 0.5, "multiplier_damping": 0.5, "record_steps": 7,
         "entropy_coef": 0.5, "max_grad_norm": 0.5, "normalize_advantages": False, "hidden_sizes": [3], "activation": "relu",
         "initial_log_std": -1.0, "initialization": "uniform",
         "distribution": "gaussian", "normalize_observations": True, "normalize_rewards": True,
@@ -220,6 +222,10 @@ OTHER["control: off-policy"] = OF_ALL_ALGORITHMS | {
 OTHER["control: self-play"] = OF_ALL_ALGORITHMS | {
     "algorithm": "other", "games": 7, "learning_rate": 0.1, "epochs": 7, "minibatches": 7, "clip": 0.7,
     "entropy_coef": 0.7, "hidden_sizes": [3],
+}  # fmt: skip
+OTHER["control: offline"] = OF_ALL_ALGORITHMS | {
+    "algorithm": "behavior_cloning", "data": ["control", "control_2"], "batch_size": 7, "learning_rate": 0.1,
+    "hidden_sizes": [3], "expectile": 0.5, "temperature": 0.5, "tau": 0.5,
 }  # fmt: skip
 OTHER["reinforce"] = {k: v for k, v in OTHER["ppo"].items() if k not in PPO_ONLY}
 OTHER["rloo"] = {k: v for k, v in OTHER["reinforce"].items() if k != "gamma"}
@@ -255,6 +261,9 @@ BASE: dict[str, dict[str, Any]] = {
     "control: self-play": {
         "environment": "align.control.games:Game-v0", "environment_options": {"game": "kuhn_poker"},
         "algorithm": "self_play", "steps": 100,
+    },
+    "control: offline": {
+        "environment": "CartPole-v1", "algorithm": "iql", "data": ["control"], "steps": 100,
     },
 }  # fmt: skip
 BASE |= dict.fromkeys(ONLINE_RL, BASE["ppo"])

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.off_policy import OffPolicy
+from align.config.control.offline import Offline
 from align.config.control.policy_gradient import PolicyGradient
 from align.config.control.self_play import SelfPlay
 from align.config.control.tabular import Tabular
@@ -22,6 +23,7 @@ FAMILIES: tuple[type[Control], ...] = (
     DynamicProgramming,
     OffPolicy,
     SelfPlay,
+    Offline,
 )
 """The configuration classes; the first is that of the default algorithm."""
 

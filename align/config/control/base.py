@@ -34,6 +34,8 @@ Algorithm = Literal[
     "sac",
     "td3",
     "self_play",
+    "iql",
+    "behavior_cloning",
 ]
 
 
@@ -92,6 +94,11 @@ class Control(ReportingStage):
     def policy_shape(self) -> PolicyShape:
         """The networks of the policy that the algorithm trains."""
         raise NotImplementedError
+
+    @property
+    def n_recorded_steps(self) -> int:
+        """Environment steps of each trained policy that are recorded for offline algorithms."""
+        return 0
 
     @property
     def steps_before_learning(self) -> int:

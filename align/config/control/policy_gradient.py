@@ -90,6 +90,10 @@ class PolicyGradient(Control):
     normalize_rewards: bool = False
     """Scale rewards by the running deviation of the discounted returns, in training only."""
 
+    record_steps: int | None = Field(None, ge=1)
+    """Environment steps of the trained policy of each seed, with sampled actions, that are written
+    to ``steps-<seed>.safetensors`` for ``iql`` and ``behavior_cloning``. Default: none."""
+
     @model_validator(mode="after")
     def _check_algorithm(self) -> PolicyGradient:
         unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
@@ -185,6 +189,11 @@ class PolicyGradient(Control):
         return (self.minibatches or 4) if self.algorithm == "ppo" else 1
 
     @property
+    def n_recorded_steps(self) -> int:
+        """Environment steps of each trained policy that are recorded."""
+        return self.record_steps or 0
+
+    @property
     def policy_shape(self) -> PolicyShape:
         """A perceptron with the distribution that the recipe names."""
         return PolicyShape(self.hidden_sizes, self.activation, self.distribution)
@@ -204,7 +213,7 @@ class PolicyGradient(Control):
     def digest_settings(self) -> dict[str, Any]:
         """All settings; unused keys do not change the digest."""
         settings = super().digest_settings()
-        for key in ("initial_log_std", *CONSTRAINT_KEYS):
+        for key in ("initial_log_std", "record_steps", *CONSTRAINT_KEYS):
             if settings[key] is None:
                 del settings[key]
         if self.vectorization == "gymnasium":
