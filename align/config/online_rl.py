@@ -49,6 +49,7 @@ LATER_KEYS = {
     "environment": None,
     "max_turns": 8,
     "max_episode_tokens": None,
+    "max_staleness": 0,
 }
 """Keys that earlier versions did not have, with the value that means the same as those."""
 CISPO_CLIP = 4.0
@@ -96,7 +97,8 @@ class OnlineRL(
     def _check_keys_without_effect(self) -> Self:
         ignored: dict[str, str] = {}  # key → the setting that disables it
         if self.sampler != "vllm":
-            ignored |= dict.fromkeys(("vllm_url", "vllm_timeout"), "without `sampler: vllm`")
+            keys = ("vllm_url", "vllm_timeout", "max_staleness")
+            ignored |= dict.fromkeys(keys, "without `sampler: vllm`")
         if self.overlong_buffer is None:
             ignored["overlong_penalty"] = "without `overlong_buffer`"
         if self.kl_target is None:

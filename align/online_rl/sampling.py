@@ -6,7 +6,7 @@ Both samplers have one method, ``generate(prompts, seed=...)``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from align.runtime.seeds import derive_seed
 
 if TYPE_CHECKING:
     from align.models.decoding.compiled import CompiledDecoder
+    from align.online_rl.vllm.ahead import RequestsAhead
 
 
 class Sampler(Protocol):
@@ -98,3 +99,24 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     from align.online_rl.vllm import server
 
     return server.connect(config, models.policy, stops, models.device)
+
+
+def sample_ahead(
+    config: OnlineRL,
+    sampler: Sampler,
+    prompts: Callable[[int], Sequence[Sequence[int]]],
+    seed: Callable[[int], int],
+) -> RequestsAhead | None:
+    """Requests for the completions of later steps; None if each update waits for its own.
+
+    ``prompts`` and ``seed`` are those of a step.
+    """
+    if config.max_staleness == 0:
+        return None
+    from align.online_rl.vllm.ahead import RequestsAhead
+    from align.online_rl.vllm.server import ServerSampler
+
+    assert isinstance(sampler, ServerSampler)
+    return RequestsAhead(
+        sampler, prompts, seed, steps=config.steps, max_staleness=config.max_staleness
+    )

@@ -44,7 +44,7 @@ from align.online_rl.optimization import (
 from align.online_rl.prompts import Prompts, prompt_indices, tokenize
 from align.online_rl.results import reward_parts, rewards_of
 from align.online_rl.sampler_agreement import compare, ratio_metrics
-from align.online_rl.sampling import build_sampler
+from align.online_rl.sampling import build_sampler, sample_ahead
 from align.online_rl.scoring import Scores, build_scorer, load_functions
 from align.online_rl.stopping import build_stop_rule
 from align.rl.rollout import Rollout
@@ -91,6 +91,7 @@ class OnlineRLTrainer:
         self.player = build_player(config, self.sampler, self.models)
         self.scorer = build_scorer(config, self.models, functions)
         self.prompts = tokenize(rows, self.models, config)
+        self.ahead = sample_ahead(config, self.sampler, self.prompts_of, self.sampling_seed)
         self.held_out = tokenize(evaluated, self.models, config)
         self.stop_rule = build_stop_rule(
             config,
@@ -208,6 +209,8 @@ class OnlineRLTrainer:
 
         metrics = compute_metrics(completions, experience, scores, diagnostics)
         metrics |= ratio_metrics(experience, cap=config.importance_cap)
+        if self.ahead is not None:
+            metrics["sampler/staleness"] = float(self.ahead.staleness)
         metrics |= group_metrics | {
             "kl_coef": self.kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -228,12 +231,23 @@ class OnlineRLTrainer:
         visited = prompt_indices(step + number * config.steps, len(self.prompts), config)
         end = None if groups is None else groups * config.n_completions
         prompts = self.prompts.select(visited[:end])
-        seed = self.seed("sample", step) if number == 0 else self.seed(f"sample {number}", step)
-        completions, rows = self.sample(prompts, seed=seed)
+        seed = self.sampling_seed(step) if number == 0 else self.seed(f"sample {number}", step)
+        if number == 0 and self.ahead is not None:
+            completions, rows = self.ahead.take(step), prompts.rows
+        else:
+            completions, rows = self.sample(prompts, seed=seed)
         sampled = time.monotonic()
         with self.models.mixed_precision():
             scores = self.scorer.score(completions, rows)
         return Batch(list(rows), completions, scores, sampled - started)
+
+    def prompts_of(self, step: int) -> Sequence[Sequence[int]]:
+        """Tokens of the prompts of a step, for this process."""
+        return self.prompts.select(prompt_indices(step, len(self.prompts), self.config)).tokens
+
+    def sampling_seed(self, step: int) -> int:
+        """The seed of the completions of a step."""
+        return self.seed("sample", step)
 
     def sample(self, prompts: Prompts, *, seed: int) -> tuple[Completions, Sequence[Row]]:
         """Completions of prompts, or episodes, and the rows that the rewards read."""

@@ -435,6 +435,7 @@ WITH = {
     "kl_horizon": {"kl_target": 3.0},
     "vllm_url": {"sampler": "vllm"},
     "vllm_timeout": {"sampler": "vllm"},
+    "max_staleness": {"sampler": "vllm"},
     "eval_split": {"eval_steps": 1},
     "n_eval_prompts": {"eval_steps": 1},
     "max_draws": {"filter": "mixed_groups"},
@@ -445,7 +446,7 @@ WITH = {
 }
 OTHER = {
     "overlong_penalty": 7.0, "kl_horizon": 999, "vllm_url": "http://x", "eval_split": "test",
-    "vllm_timeout": 5.0, "n_eval_prompts": 7, "max_draws": 9, "environment": "arithmetic", "stop": {"judge": "gold"},
+    "vllm_timeout": 5.0, "max_staleness": 2, "n_eval_prompts": 7, "max_draws": 9, "environment": "arithmetic", "stop": {"judge": "gold"},
     "dtype": "bfloat16", "quantization": "nf4",
 }  # fmt: skip
 ALTERNATIVES = {

@@ -68,6 +68,8 @@ ELSEWHERE = (
 """Keys of other tests: those of a source, which ``prepare`` reads in the same way; of judges
 (``tests/judges``); of functions that score (``tests/rewards``, ``tests/config``); of a server that
 samples (``tests/online_rl/test_vllm.py``)."""
+SAMPLER = ("importance_cap", "vllm_timeout", "max_staleness")
+"""Keys that need a server that samples."""
 SHARED = TRAINER.keys() | {"lora.dropout", "allow_missing_end_token"}
 """Keys that all stages with a trainer share."""
 EVERYWHERE = "ALIGN_ALL_KEYS" in os.environ
@@ -173,7 +175,7 @@ def untimed(value: Any) -> Any:
         (kind, key)
         for kind in CHANGES
         for key in CHANGES[kind]
-        if key not in ("importance_cap", "vllm_timeout") and (EVERYWHERE or _is_own(kind, key))
+        if key not in SAMPLER and (EVERYWHERE or _is_own(kind, key))
     ],
 )
 def test_a_change_of_a_key_has_an_effect_or_is_refused(

@@ -275,6 +275,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "sampler": Change("vllm"),
         "vllm_url": Change("http://localhost:1", {"sampler": "vllm"}),
         "vllm_timeout": Change(5.0, {"sampler": "vllm"}),
+        "max_staleness": Change(2, {"sampler": "vllm"}),
         "importance_cap": Change(1.1, {"sampler": "vllm"}),
         "gamma": Change(0.5),
         "gae_lambda": Change(0.1),

@@ -31,6 +31,7 @@ BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
         ({"overlong_penalty": 2.0}, "has no effect without `overlong_buffer`"),
         ({"overlong_buffer": 9, "max_new_tokens": 8}, "(9) must not exceed `max_new_tokens` (8)"),
         ({"vllm_url": "http://x"}, "has no effect without `sampler: vllm`"),
+        ({"max_staleness": 1}, "has no effect without `sampler: vllm`"),
         ({"kl_horizon": 100}, "has no effect without `kl_target`"),
         ({"n_eval_prompts": 3}, "has no effect without `eval_steps`"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "must therefore be greater than 0"),

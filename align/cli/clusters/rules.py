@@ -28,6 +28,7 @@ UNUSED = {
     "judge": "it is logged and never trained on",
     "vllm_url": "the trainer starts its own vLLM",
     "vllm_timeout": "the trainer starts its own vLLM",
+    "max_staleness": "each update waits for its completions",
     "sampler": "the trainer always samples with vLLM",
     "sample_batch_size": "vLLM forms its own batches",
     "prefix_sharing": "a matter of speed",

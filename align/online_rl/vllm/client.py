@@ -211,7 +211,7 @@ class Client:
         except httpx2.ConnectError as error:
             raise self.error(path, f"no server answers ({error})", _RESUMES) from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            reason = f"the connection was lost ({error or type(error).__name__})"
+            reason = f"the connection was lost ({str(error) or type(error).__name__})"
             raise self.error(path, reason, _RESUMES) from None
         if not 200 <= status < 300:
             repair = repair if status == 404 else "see the log of the server"
