@@ -3,10 +3,16 @@
     OMP_NUM_THREADS=1 python benchmarks/sampling.py
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --models embedded --rounds 5
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --models embedded --copies 8 --batch 16
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py --models 135m --lora 16 --prompts 16
 
 Align and ``model.generate`` sample the same completions, which the script checks. The continuous
 batching of ``model.generate_batch`` draws others, except greedy ones, so its seconds are given for
 the number of tokens that Align sampled.
+
+With ``--lora 16`` the model has an adapter of that rank on all of its linear layers. Then Align
+alone samples: with the adapter as it is, and merged into the weights (``merge_adapter``). Merging
+and restoring the weights count, once per round; the script checks that both sides sample equal
+completions and that no bit of the weights changes.
 
 With ``--compile-decoding inductor`` the side of Align is that key's; the time of compilation is
 left out.
@@ -24,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import statistics
 import time
@@ -31,6 +38,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
@@ -39,7 +47,9 @@ from transformers import (
 )
 
 from align.models import generation
+from align.models.adapters import active_adapter
 from align.models.decoding.choice import SampledTokens
+from align.models.decoding.merged import merged_adapter
 
 STOP, PAD = 2, 0
 # width, layers, heads, heads of keys, intermediate width, vocabulary, tied; prompts, their lengths
@@ -58,6 +68,12 @@ MODELS: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {
         (60, 200),
     ),
 }  # fmt: skip
+COLUMNS = {
+    False: "generate (s) | generate_batch (s) | Align (s) | generate / Align | "
+    "generate_batch / Align",
+    True: "rows | new tokens | adapter (tokens/s) | merged (tokens/s) | merged / adapter",
+}
+"""Columns of the table without and with ``--lora``."""
 SAMPLING = {
     "temperature 1": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
     "temperature 0.7, top_p 0.9": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
@@ -143,35 +159,81 @@ def compare(model: Any, rows: list[list[int]], size: int, rounds: int, backend: 
     return " | ".join((*cells, *ratios))
 
 
+def add_adapter(model: Any, rank: int) -> None:
+    """Adapt all linear layers by random matrices that change few of the most likely tokens."""
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False
+    )
+    get_peft_model(model, config).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.mul_(0.1)
+
+
+def compare_merged(model: Any, rows: list[list[int]], size: int, rounds: int) -> str:
+    """Tokens per second with an adapter, merged and not, as cells of a table."""
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    def sample(activate: Callable[..., Any]) -> list[SampledTokens]:
+        with activate(model, "default"):
+            sampled = [generation.generate_tokens(model, batch, {STOP}) for batch in batches]
+        return [row for batch in sampled for row in batch]
+
+    sides = (active_adapter, merged_adapter)
+    seconds: list[list[float]] = [[], []]
+    for number in range(rounds):
+        results = {}
+        for side in (0, 1) if number % 2 else (1, 0):
+            elapsed, results[side] = timed(functools.partial(sample, sides[side]), number)
+            seconds[side].append(elapsed)
+        assert [r.tokens for r in results[0]] == [r.tokens for r in results[1]]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    n_tokens = sum(len(row.tokens) for row in results[0])
+    apart, merged = map(statistics.median, seconds)
+    cells = (str(len(rows)), str(n_tokens), f"{n_tokens / apart:.1f}", f"{n_tokens / merged:.1f}")
+    return " | ".join((*cells, f"{apart / merged:.2f}"))
+
+
 def main() -> None:
     """Print one row per model and setting."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--copies", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--prompts", type=int, help="prompts; default: 32 and 8")
+    parser.add_argument("--lora", type=int, metavar="R", help="compare with a merged adapter")
     parser.add_argument("--batch", type=int, help="rows at once; default: all")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--mean", type=int, default=30, help="mean tokens of a completion")
+    parser.add_argument("--sampling", nargs="+", choices=list(SAMPLING), default=list(SAMPLING))
     parser.add_argument("--compile-decoding", choices=["inductor", "aot_eager"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.lora and arguments.compile_decoding:
+        parser.error("--lora compares steps that are not compiled; remove --compile-decoding")
     torch.set_num_threads(1)
-    print("| model | sampling | generate (s) | generate_batch (s) | Align (s) | generate / Align | generate_batch / Align |")  # fmt: skip
+    print(f"| model | sampling | {COLUMNS[bool(arguments.lora)]} |")
     print("|" + "---|" * 7)
     for name in arguments.models:
         shape, n_prompts, lengths = MODELS[name]
         model = build(shape, arguments.mean)
-        distinct = prompts(n_prompts, lengths, shape["vocab_size"])
+        if arguments.lora:
+            add_adapter(model, arguments.lora)
+        distinct = prompts(arguments.prompts or n_prompts, lengths, shape["vocab_size"])
         distinct.sort(key=len)  # as Align's stages do
         rows = [row for row in distinct for _ in range(arguments.copies)]
         size = arguments.batch or len(rows)
-        for label, settings in SAMPLING.items():
+        for label in arguments.sampling:
             model.generation_config = GenerationConfig(
                 eos_token_id=[STOP],
                 pad_token_id=PAD,
                 max_new_tokens=arguments.new_tokens,
-                **settings,
+                **SAMPLING[label],
             )
-            cells = compare(model, rows, size, arguments.rounds, arguments.compile_decoding)
+            if arguments.lora:
+                cells = compare_merged(model, rows, size, arguments.rounds)
+            else:
+                cells = compare(model, rows, size, arguments.rounds, arguments.compile_decoding)
             print(f"| {name} | {label} | {cells} |", flush=True)
 
 

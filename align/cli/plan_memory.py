@@ -28,6 +28,7 @@ NAMES = {
     "exchange": "exch.",
     "gradients": "grads",
     "optimizer": "optim.",
+    "sampling": "sampl.",
 }
 """Shorter names of columns: 80 columns suffice."""
 LEGEND = (

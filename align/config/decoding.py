@@ -1,4 +1,4 @@
-"""The key ``compile_decoding`` of the stages that sample from a language model."""
+"""The keys ``compile_decoding`` and ``merge_adapter`` of the stages that sample from a model."""
 
 from __future__ import annotations
 
@@ -35,3 +35,41 @@ class DecodingStage(QuantizableStage):
         if getattr(self, "sampler", None) == "vllm":
             message = "`sampler: vllm` samples on a server; remove it"
             yield Problem(("compile_decoding",), message)
+
+
+class MergingStage(DecodingStage):
+    """A stage that samples completions from the policy that it trains."""
+
+    merge_adapter: bool = False
+    """With ``lora``, add the adapter to the weights while completions are sampled; afterwards they
+    are restored bit for bit. Saves the time of the adapter for each token, and costs the memory of
+    the adapted matrices. Completions are equal up to rounding."""
+
+    def digest_settings(self) -> dict[str, Any]:
+        """All settings; an unused key does not change the digest."""
+        settings = super().digest_settings()
+        if not self.merge_adapter:
+            del settings["merge_adapter"]
+        return settings
+
+    def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Settings with which there is no adapter, or none that can be added exactly."""
+        yield from super().problems(stages)
+        if not self.merge_adapter:
+            return
+        settings = {key: getattr(self, key) for key in ("lora", "sampler", "dtype")}
+        if settings["lora"] is None:
+            yield Problem(("merge_adapter",), "there is no adapter without `lora`; remove it")
+        if settings["sampler"] == "vllm":
+            message = "`sampler: vllm` samples from merged weights anyway; remove it"
+            yield Problem(("merge_adapter",), message)
+        if self.quantization:
+            message = "4 bits cannot store the sum of weights and adapter; remove it"
+            yield Problem(("merge_adapter",), message)
+        elif settings["dtype"] == "bfloat16":
+            message = (
+                "the sum of weights and adapter would lose a small adapter to the rounding of "
+                "`dtype: bfloat16`; remove it, or set `dtype: float32` and `mixed_precision: "
+                "bfloat16`"
+            )
+            yield Problem(("merge_adapter",), message)

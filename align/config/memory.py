@@ -50,11 +50,16 @@ class ModelSize:
 
     def adapter_parameters(self, lora: Lora) -> int:
         """Parameters of an adapter: two matrices of its rank for each layer that it adapts."""
-        return sum(
-            lora.r * (outputs + inputs)
-            for name, (outputs, inputs) in self.linear.items()
-            if _is_adapted(name, lora.target_modules)
-        )
+        return sum(lora.r * (outputs + inputs) for outputs, inputs in self._adapted(lora))
+
+    def adapted_parameters(self, lora: Lora) -> int:
+        """Parameters of the matrices that an adapter adapts."""
+        return sum(outputs * inputs for outputs, inputs in self._adapted(lora))
+
+    def _adapted(self, lora: Lora) -> list[tuple[int, int]]:
+        return [
+            shape for name, shape in self.linear.items() if _is_adapted(name, lora.target_modules)
+        ]
 
 
 def new_model_size(new: NewModel) -> ModelSize:

@@ -55,6 +55,8 @@ class Work:
     has_logits: bool = True
     sampled: tuple[int, int] | None = None
     """Rows that are sampled at once, and their tokens at the end; None for no sampling."""
+    copied: int = 0
+    """Bytes of the weights that are copied while completions are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,8 @@ class Bill:
     embedding: int
     """The gradient of the output layer or of the embeddings that arises before the others, or is
     added to an earlier one."""
-    cache: int
-    """Keys and values of sampled tokens, and the logits of the last ones."""
+    sampling: int
+    """Keys and values of sampled tokens, the logits of the last ones, and copies of weights."""
     accumulates: bool = False
     adds_embedding: bool = False
     """Whether a whole second gradient of the embeddings is added to the first one."""
@@ -111,7 +113,7 @@ class Bill:
         begin = self.activations + max(self.layer, self.logits) + self.embedding
         begin += self.gradients * self.accumulates
         end = self.gradients + self.embedding * self.adds_embedding
-        return held + max(begin, end, self.cache)
+        return held + max(begin, end, self.sampling)
 
     def parts(self) -> dict[str, int]:
         """The parts by name."""
@@ -130,11 +132,11 @@ def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> B
     embedding = 0
     if trained.embeddings and (work.has_logits or work.accumulates):
         embedding = 4 * size.vocabulary * shape.width
-    cache = 0
+    sampling = work.copied
     if work.sampled is not None:
         rows, tokens = work.sampled
-        cache = rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
-        cache += 2 * rows * size.vocabulary * 4
+        sampling += rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
+        sampling += 2 * rows * size.vocabulary * 4
     gradients = 4 * trained.parameters
     return Bill(
         weights=sharding.share(4 * trained.parameters, 3),
@@ -146,7 +148,7 @@ def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> B
         layer=work.tokens * of_layer * work.activation_bytes,
         logits=_logits(work, size.vocabulary, sharding.device) if work.has_logits else 0,
         embedding=embedding,
-        cache=cache,
+        sampling=sampling,
         accumulates=work.accumulates,
         adds_embedding=work.accumulates or (trained.embeddings == 1 and work.has_logits),
     )
@@ -254,6 +256,8 @@ def reductions(work: Work, sharding: Sharding) -> Iterator[tuple[str, Work, Shar
         yield "gradient checkpointing", replace(work, checkpointing=True), sharding
     if work.tokens > 1:
         yield "half the rows in a forward pass", replace(work, tokens=work.tokens // 2), sharding
+    if work.copied:
+        yield "merge_adapter: false", replace(work, copied=0), sharding
     if sharding.processes > 1 and sharding.stage < 3:
         yield "ZeRO-3 or FSDP2", work, replace(sharding, stage=3)
 

@@ -18,7 +18,7 @@ from align.config.base import (
     Table,
     Workload,
 )
-from align.config.decoding import DecodingStage
+from align.config.decoding import MergingStage
 from align.config.functions import BUILT_IN, ScoreFunction, as_function
 from align.config.memory import ModelSize
 from align.config.memory_bill import Work
@@ -66,7 +66,7 @@ class OnlineRL(
     MemoryKeys,
     HeldOutKeys,
     ReportingStage,
-    DecodingStage,
+    MergingStage,
     TrainingStage,
 ):
     """Training of a policy on completions that it samples, towards a reward.
@@ -354,6 +354,9 @@ class OnlineRL(
             accumulates=True,
             activation_bytes=2 if half else 4,
             sampled=(min(self.sample_batch_size, self.batch_size), row),
+            copied=4 * size.adapted_parameters(self.lora)
+            if self.merge_adapter and self.lora
+            else 0,
         )
 
     @property

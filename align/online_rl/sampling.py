@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.config.online_rl import OnlineRL
+from align.errors import UserError
 from align.models import generation
 from align.models.adapters import active_adapter
 from align.online_rl.completions import Completions
@@ -44,13 +46,15 @@ class LocalSampler:
     """Tokens that end a completion."""
     batch_size: int
     decoder: CompiledDecoder | None = None
+    activate: Callable[[Any, str | None], AbstractContextManager[None]] = active_adapter
+    """Lets the model compute with the policy's adapter: as it is, or merged into the weights."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
     ) -> Completions:
         """One completion per prompt; prompts of similar length are batched together."""
         model = self.policy.model
-        with active_adapter(model, self.policy.adapter), _length_limit(model, max_new_tokens):
+        with self.activate(model, self.policy.adapter), _length_limit(model, max_new_tokens):
             sampled = generation.generate(
                 model,
                 prompts,
@@ -84,7 +88,8 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     """The sampler that ``config.sampler`` names. It sets the policy's ``generation_config``.
 
     Raises:
-        UserError: The vLLM server cannot be reached, or the model's steps cannot be compiled.
+        UserError: The vLLM server cannot be reached, the model's steps cannot be compiled, or its
+            adapter cannot be merged.
     """
     stops = generation.set_sampling(
         models.policy.model,
@@ -95,7 +100,8 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     )
     if config.sampler == "transformers":
         decoder = generation.compiled_decoder(models.policy.model, config.compile_decoding)
-        return LocalSampler(models.policy, stops, config.sample_batch_size, decoder)
+        activate = _merged_adapter(models) if config.merge_adapter else active_adapter
+        return LocalSampler(models.policy, stops, config.sample_batch_size, decoder, activate)
     from align.online_rl.vllm import server
 
     return server.connect(config, models.policy, stops, models.device)
@@ -120,3 +126,15 @@ def sample_ahead(
     return RequestsAhead(
         sampler, prompts, seed, steps=config.steps, max_staleness=config.max_staleness
     )
+
+
+def _merged_adapter(
+    models: OnlineRLModels,
+) -> Callable[[Any, str | None], AbstractContextManager[None]]:
+    from align.models.decoding import merged
+
+    assert models.policy.adapter is not None, "`merge_adapter` requires `lora`"
+    reason = merged.obstacle(models.policy.model, models.policy.adapter)
+    if reason is not None:
+        raise UserError(f"merge_adapter: the adapter is not merged: {reason}; remove it")
+    return merged.merged_adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from align.config.memory_bill import (
     bill,
     parse_bytes,
     read_sharding,
+    reductions,
     trained_weights,
 )
 from align.config.online_rl_stages import PPO
@@ -78,7 +80,7 @@ def test_the_parts_by_hand():
         "layer": 10 * 48 * 4,
         "logits": 10 * 4 * 32768 + 10 * 4 * 3712,
         "embedding": 4 * 512 * 8,
-        "cache": 2 * 20 * 3 * 2 * 8 * 4 + 2 * 2 * 512 * 4,
+        "sampling": 2 * 20 * 3 * 2 * 8 * 4 + 2 * 2 * 512 * 4,
     }
     assert alone.peak == 4000 + 8000 + 4000 + 17920 + 1459200 + 16384
     # On a GPU the copies are missing. With more tokens than 4,096, the buffer stays as it is.
@@ -153,6 +155,45 @@ def test_the_forward_pass_of_each_kind_of_stage_by_hand():
     work = ppo.forward_work(size, {"words": {"prompt_median": 20}})
     assert work is not None
     assert (work.tokens, work.sampled) == (4 * (27 + 9), (8, 36))  # 20 * 1.35 = 27
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_copies_for_a_merged_adapter_are_those_that_torch_makes(targets: Any):
+    from peft import LoraConfig, get_peft_model
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from align.models.decoding.merged import merged_adapter
+
+    class Copies(TorchDispatchMode):
+        n_bytes = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.clone.default:
+                self.n_bytes += result.nbytes
+            return result
+
+    new = SIZES[1]
+    model = LlamaForCausalLM(LlamaConfig(**new.model_dump()))
+    get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    with Copies() as copies, merged_adapter(model, "default"):
+        pass
+    keys: dict[str, Any] = {"lora": {"r": 2, "target_modules": targets}, "max_new_tokens": 9}
+    size, works = new_model_size(new), []
+    for merges in (False, True):
+        ppo = PPO(model="m", rewards=["r"], steps=1, batch_size=8, merge_adapter=merges, **keys)
+        works.append(ppo.forward_work(size, {"words": {"prompt_median": 20}}))
+    without, merged = works
+    assert without is not None
+    assert merged is not None
+    assert (without.copied, merged.copied) == (0, copies.n_bytes)
+    trained = Trained(1000, 8, 0)
+    bills = [bill(size, trained, work, Sharding()) for work in (without, merged)]
+    assert bills[1].sampling - bills[0].sampling == copies.n_bytes > 0
+    (repaired,) = [w for name, w, _ in reductions(merged, Sharding()) if "merge" in name]
+    assert repaired == without
+    assert not [name for name, _, _ in reductions(without, Sharding()) if "merge" in name]
 
 
 @pytest.mark.parametrize(

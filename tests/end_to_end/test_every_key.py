@@ -52,6 +52,7 @@ SPEED = {
     "gradient_checkpointing",
     "compile_layers",
     "compile_decoding",
+    "merge_adapter",
 }
 """Keys that only change time or memory, so that results are equal up to rounding."""
 ELSEWHERE = (

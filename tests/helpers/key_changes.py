@@ -263,6 +263,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "lora.dropout": Change(0.5, {"lora": LORA}),
         "prompts": Change("<others-data>"),
         "compile_decoding": Change("aot_eager"),
+        "merge_adapter": Change(True, {"lora": LORA}),
         "rewards": Change(["helpers.key_changes:length"]),
         "weights": Change([3.0]),
         "judge": Change("gold"),

@@ -114,6 +114,13 @@ def test_a_models_own_settings_of_generation_are_not_used_in_training(
         pytest.param("sft", False, {"max_new_tokens": 3}, id="completions of at most three tokens"),
         pytest.param("sft", False, {"mixed_precision": "bfloat16"}, id="mixed precision"),
         pytest.param("sft", True, {"dtype": "bfloat16"}, id="adapters on a base in bfloat16"),
+        pytest.param("lora", True, {"merge_adapter": True}, id="a merged adapter"),
+        pytest.param(
+            "lora",
+            True,
+            {"merge_adapter": True, "mixed_precision": "bfloat16"},
+            id="a merged adapter in mixed precision",
+        ),
     ],
 )
 def test_sampling_and_update_agree(

@@ -168,7 +168,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "keep_checkpoints": True, "prefix_sharing": False, "trainer": {"max_steps": 3},
     },
     "ppo": {
-        "tokens_per_batch": 99, "compile_decoding": "inductor", "optimizer": "paged_adamw_8bit", "mixed_precision": "bfloat16",
+        "tokens_per_batch": 99, "compile_decoding": "inductor", "merge_adapter": True, "optimizer": "paged_adamw_8bit", "mixed_precision": "bfloat16",
         "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "max_new_tokens": 3,
         "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "vllm_timeout": 5.0, "max_staleness": 2, "importance_cap": 3.0,
