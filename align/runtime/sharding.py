@@ -21,6 +21,8 @@ def kind() -> str | None:
     """
     if _is_true("ACCELERATE_USE_FSDP"):
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    if _is_true("ACCELERATE_USE_MEGATRON_LM"):
+        return "Megatron-LM"
     if _is_true("ACCELERATE_USE_DEEPSPEED"):
         return f"ZeRO-{_zero().get('stage', 2)}"
     return None

@@ -306,26 +306,6 @@ def test_prompts_that_two_processes_cannot_share_are_rejected(monkeypatch, input
         OnlineRLTrainer(config_of("gae", **own), inputs, tmp_path, logger("ppo", tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-def test_a_sharded_launch_is_rejected_in_one_line_before_any_model_is_loaded(
-    monkeypatch, inputs, tmp_path, kind
-):
-    from accelerate.utils import DistributedType
-
-    from align.online_rl import trainer
-
-    class Sharded:
-        distributed_type = DistributedType[kind]
-
-    monkeypatch.setattr(trainer, "Accelerator", Sharded)
-    monkeypatch.setattr(trainer, "build_models", None)
-    with pytest.raises(UserError) as raised:
-        OnlineRLTrainer(config_of("gae"), inputs, tmp_path, logger("ppo", tmp_path))
-    (line,) = raised.value.lines
-    assert "accelerate_configs/multi_gpu.yaml" in line
-    assert "\n" not in line
-
-
 RECIPE = """\
 stages:
   prepare: {source: embedded, max_rows: 60, test_fraction: 0.2}

@@ -149,16 +149,18 @@ def test_a_resumed_run_with_a_filter_equals_an_uninterrupted_one(folders: Any, t
     whole.train()
     draws = [line["draws"] for line in metrics(tmp_path / "whole")]
     assert max(draws[2:]) > 1  # after the checkpoint from which the other run resumes
-    (tmp_path / "resumed").mkdir()
+    again = tmp_path / "again" / "whole"  # a checkpoint counts in a folder of its stage's name only
+    again.mkdir(parents=True)
     for name in ("checkpoint-2", "metrics.jsonl", "samples.jsonl"):
         source = tmp_path / "whole" / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, tmp_path / "resumed" / name)
-    resumed = build_trainer(folders, tmp_path / "resumed", **settings)
+        copy(source, again / name)
+    resumed = build_trainer(folders, again, **settings)
+    assert resumed.resume() == 2
     resumed.train()
     assert torch.equal(flat_weights(resumed), flat_weights(whole))
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
-    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("resumed", "whole")]
+    assert metrics(again) == metrics(tmp_path / "whole")
+    samples = [(folder / "samples.jsonl").read_text() for folder in (again, tmp_path / "whole")]
     assert samples[0] == samples[1]
 
 

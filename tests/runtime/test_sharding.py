@@ -38,6 +38,7 @@ def test_the_shipped_files_are_recognized_and_supported(monkeypatch, name, kind)
     [
         ("fsdp2", {"FSDP_VERSION": "1"}, "requires FSDP1, which is not supported"),
         ("zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "requires ZeRO-1, which is not"),
+        ("zero2", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "requires Megatron-LM, which is not"),
         (
             "fsdp2",
             {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
