@@ -428,6 +428,7 @@ CHANGED = {
     "prefix_sharing": False, "keep_checkpoints": True, "gamma": 0.9, "gae_lambda": 0.5,
     "critic_learning_rate": 1.0, "critic_warmup_steps": 1, "value_clip": 3.0, "value_coef": 0.3,
     "scale_advantages": "none", "ratio": "sequence", "filter": "mixed_groups",
+    "merge_adapter": True,
 }  # fmt: skip
 WITH = {
     "normalize_advantages": {},
@@ -442,6 +443,7 @@ WITH = {
     "environment": {},
     "stop": {"eval_steps": 1},
     "dtype": {"lora": {"r": 3}},
+    "merge_adapter": {"lora": {"r": 3}},
     "quantization": {"lora": {"r": 3}},
 }
 OTHER = {

@@ -33,6 +33,7 @@ UNUSED = {
     "sample_batch_size": "vLLM forms its own batches",
     "prefix_sharing": "a matter of speed",
     "compile_decoding": "a matter of speed",
+    "merge_adapter": "a matter of speed",
     "keep_checkpoints": "checkpoints are kept",
     "report_to": "set the trackers of the trainer",
     "eval_steps": "measure the trained policy with `align eval`",
