@@ -16,13 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from align.config.control.policy_gradient import PolicyGradient
-from align.control.experience import Experience, state_values
+from align.control.experience import Experience, estimate_advantages, state_values
 from align.control.networks import build_critic
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
 from align.errors import UserError
 from align.functional.constrained import ascended_multiplier, penalized_advantages
-from align.functional.returns import gae
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated, update
@@ -82,16 +81,8 @@ class Constraint:
     @torch.no_grad()
     def advantages(self, experience: Experience) -> Float[Tensor, "time envs"]:
         """Advantages of the costs: positive where an action costs more than expected."""
-        values, next_values = state_values(self.critic, experience)
-        return gae(
-            experience.costs.T,
-            values.T,
-            next_values.T,
-            experience.terminated.T,
-            experience.ended.T,
-            gamma=self.config.gamma,
-            lam=self.config.advantage_lambda,
-        ).T
+        states = state_values(self.critic, experience)
+        return estimate_advantages(experience.costs, states, experience, self.config)
 
     def penalized(
         self, advantages: Float[Tensor, "time envs"], experience: Experience

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, cat, nn
 
+from align.config.control.policy_gradient import PolicyGradient
+from align.functional.returns import gae
+
 
 class Experience(NamedTuple):
     """Collected steps of all environments, time first."""
@@ -45,3 +48,21 @@ def state_values(critic: nn.Module, experience: Experience) -> StateValues:
     next_values = values[n_envs : (time_steps + 1) * n_envs].view(time_steps, n_envs).clone()
     next_values[experience.ended] = values[(time_steps + 1) * n_envs :]
     return StateValues(values[: time_steps * n_envs].view(time_steps, n_envs), next_values)
+
+
+def estimate_advantages(
+    rewards: Float[Tensor, "time envs"],
+    states: StateValues,
+    experience: Experience,
+    config: PolicyGradient,
+) -> Float[Tensor, "time envs"]:
+    """Generalized advantages of rewards, or of costs, by the values of their critic."""
+    return gae(
+        rewards.T,
+        states.values.T,
+        states.next_values.T,
+        experience.terminated.T,
+        experience.ended.T,
+        gamma=config.gamma,
+        lam=config.advantage_lambda,
+    ).T

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from align.config.control.policy_gradient import PolicyGradient
 from align.control.constraint import Constraint
 from align.control.environments import Environments, Step
-from align.control.experience import Experience, state_values
+from align.control.experience import Experience, estimate_advantages, state_values
 from align.control.networks import Gaussian, Policy, build_critic, check_weights
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
 from align.control.trainer import RECENT
-from align.functional.returns import discounted_returns, gae
+from align.functional.returns import discounted_returns
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated, update
@@ -257,18 +257,10 @@ class PolicyGradientTrainer:
             # The value after the time limit is unknown and counts as 0.
             advantages = self._returns(experience, torch.zeros_like(experience.rewards))
         else:
-            values, next_values = state_values(self.critic, experience)
-            advantages = gae(
-                experience.rewards.T,
-                values.T,
-                next_values.T,
-                experience.terminated.T,
-                experience.ended.T,
-                gamma=self.config.gamma,
-                lam=self.config.advantage_lambda,
-            ).T
-            returns = rows(advantages + values)
-            values = rows(values)
+            states = state_values(self.critic, experience)
+            advantages = estimate_advantages(experience.rewards, states, experience, self.config)
+            returns = rows(advantages + states.values)
+            values = rows(states.values)
         if self.constraint is not None:
             advantages = self.constraint.penalized(advantages, experience)
         return Rollout(
