@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.online_rl.models import OnlineRLModels
-from align.online_rl.sharding import divided_like, load_whole_state, whole, whole_state
+from align.online_rl.sharding import divided_like, load_whole_state, whole_on_main, whole_state
 from align.online_rl.stopping import StopRule
 from align.runtime import artifacts, checkpoints, distributed
 
@@ -35,7 +35,7 @@ def save(
     stop_rule: StopRule | None = None,
 ) -> None:
     """Write the checkpoint after ``step`` steps. The main process writes, and all ranks wait."""
-    weights = {k: whole(p.detach()).contiguous() for k, p in models.weights().items()}
+    weights = {k: whole_on_main(p.detach()).contiguous() for k, p in models.weights().items()}
     optimizer_state = whole_state(optimizer)
     if distributed.is_main():
         folder = output_dir / f"checkpoint-{step}"

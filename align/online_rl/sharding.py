@@ -107,6 +107,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def whole_on_main(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU of the main process if it is divided. Every process has to call.
+
+    Other processes take part, and keep nothing of a tensor that is divided.
+    """
+    if not is_divided(tensor):
+        return tensor
+    gathered = whole(tensor)
+    return gathered.cpu() if distributed.is_main() else gathered.new_empty(0)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that may be divided."""
     return tensor.to_local() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
@@ -123,12 +134,12 @@ def divided_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with whole tensors, on the CPU. Every process has to call."""
+    """The state of an optimizer with :func:`whole_on_main` of its tensors."""
     state = optimizer.state_dict()
     return state | {
         "state": {
             place: {
-                key: whole(value).cpu() if isinstance(value, Tensor) else value
+                key: whole_on_main(value) if isinstance(value, Tensor) else value
                 for key, value in entries.items()
             }
             for place, entries in state["state"].items()
