@@ -97,7 +97,8 @@ class Bill:
     """The gradient of the output layer or of the embeddings that arises before the others, or is
     added to an earlier one."""
     sampling: int
-    """Keys and values of sampled tokens, the logits of the last ones, and copies of weights."""
+    """Keys and values of sampled tokens, the logits of the last ones, copies of weights, and those
+    that are gathered from all processes."""
     accumulates: bool = False
     adds_embedding: bool = False
     """Whether a whole second gradient of the embeddings is added to the first one."""
@@ -137,6 +138,9 @@ def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> B
         rows, tokens = work.sampled
         sampling += rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
         sampling += 2 * rows * size.vocabulary * 4
+        if sharding.stage >= 2:  # all weights beside the parts of this process
+            all_weights = 4 * trained.parameters + trained.frozen
+            sampling += all_weights if sharding.stage == 3 else sharding.share(all_weights, 2)
     gradients = 4 * trained.parameters
     return Bill(
         weights=sharding.share(4 * trained.parameters, 3),

@@ -23,6 +23,7 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.functional.policy_gradient import adaptive_kl_coef
 from align.models import logps
+from align.models.finite_weights import is_finite
 from align.models.tokenizer_files import GENERATION_CONFIG
 from align.online_rl import checkpoint, held_out, plots, samples, sharding
 from align.online_rl.build import build_models
@@ -183,7 +184,7 @@ class OnlineRLTrainer:
         weights = self.models.weights().items()
         for model, key in LEARNING_RATES.items():
             own = [sharding.own_part(p) for name, p in weights if name.startswith(f"{model}.")]
-            if distributed.any_rank(not all(bool(part.isfinite().all()) for part in own)):
+            if distributed.any_rank(not all(map(is_finite, own))):
                 raise UserError(
                     f"a weight of the {model} is not finite after {done} steps and was not saved: "
                     f"lower `{key}`"

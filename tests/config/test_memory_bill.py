@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,20 @@ def test_copies_for_a_merged_adapter_are_those_that_torch_makes(targets: Any):
     (repaired,) = [w for name, w, _ in reductions(merged, Sharding()) if "merge" in name]
     assert repaired == without
     assert not [name for name, _, _ in reductions(without, Sharding()) if "merge" in name]
+
+
+def test_sampling_from_divided_weights_gathers_all_of_them():
+    size = new_model_size(SIZES[1])
+    trained = Trained(parameters=1000, optimizer_bytes=8, frozen=6000)
+    work = Work(tokens=1, sampled=(2, 3))
+    stages = (0, 2, 3)
+    whole, two, three = (bill(size, trained, work, Sharding(4, stage)) for stage in stages)
+    assert three.sampling - whole.sampling == 4 * 1000 + 6000
+    assert three.weights + three.frozen == (4 * 1000 + 6000) // 4  # and its own parts
+    # ZeRO-2 is billed with all weights in every phase.
+    assert two.sampling - whole.sampling == (4 * 1000 + 6000) // 4
+    trains = replace(work, sampled=None)
+    assert bill(size, trained, trains, Sharding(4, 3)).sampling == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 from helpers import tiny_models
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainingArguments
 
 from align.config.training import DPO, KTO, SFT, Reward
 from align.errors import UserError
 from align.models import loading, logps, tokenization
-from align.models.finite_weights import first_not_finite
+from align.models.finite_weights import first_not_finite, is_finite
 from align.stages import dpo, kto, reward, sft
 from align.training import finiteness, reference_logps
 
@@ -111,6 +113,29 @@ def test_an_overflow_in_the_last_step_is_detected(tmp_path: Path) -> None:
     # 0.1 * 1e39 is too large for float32. The decay of weights does not show in the gradient.
     with pytest.raises(UserError, match="step 1: the weight `weight` is not finite; nothing is"):
         trained(Line(), [1.0, 1.0], tmp_path, weight_decay=1e39, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_one_value_is_found_wherever_it_is(dtype: torch.dtype, value: float, place: int) -> None:
+    weight = torch.linspace(-1, 1, 1000, dtype=dtype)
+    assert is_finite(weight)
+    weight[place] = value
+    assert not is_finite(weight)
+
+
+def test_empty_and_quantized_weights_are_finite() -> None:
+    assert is_finite(torch.empty(0))
+    assert is_finite(torch.full((3,), 255, dtype=torch.uint8))
+    assert is_finite(torch.full((3,), math.nan).to(torch.float8_e4m3fn))
+
+
+def test_a_check_of_weights_needs_no_memory_of_their_size() -> None:
+    weight = torch.zeros(1000, 1000)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert is_finite(weight)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profiler.events()) < 1000
 
 
 def test_a_checkpoint_with_infinite_weights_is_refused(tmp_path: Path) -> None:
