@@ -32,7 +32,8 @@ def play(folder: Path, *, gif: Path | None, episodes: int, seed: int | None) -> 
     render_mode = "human" if gif is None else "rgb_array"
     try:
         options = {**trained.options, "render_mode": render_mode}
-        spaces.inspect_env(GymEnvironment(trained.environment, options))
+        needs = ("several agents",) if trained.n_agents > 1 else ()
+        spaces.inspect_env(GymEnvironment(trained.environment, options, needs=needs))
     except spaces.UnfitError as error:
         raise UserError(f"{folder}: {error}") from None
 

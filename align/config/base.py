@@ -86,7 +86,8 @@ class GymEnvironment:
     distribution: str | None = None
     needs: tuple[str, ...] = ()
     """What it must have: ``numbered states``, ``discrete actions``, ``continuous actions``,
-    ``bounded continuous actions``, ``a table of transitions``, ``goals``, ``a cost``."""
+    ``bounded continuous actions``, ``a table of transitions``, ``goals``, ``a cost``,
+    ``several agents``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.maddpg import MultiAgent
 from align.config.control.off_policy import OffPolicy
 from align.config.control.offline import Offline
 from align.config.control.policy_gradient import PolicyGradient
@@ -38,9 +39,13 @@ def build_trainer(
 
             return OffPolicyTrainer(config, spec, seed)
         case SelfPlay():
-            from align.control.self_play import SelfPlayTrainer
+            from align.control.multi_agent.self_play import SelfPlayTrainer
 
             return SelfPlayTrainer(config, spec, seed)
+        case MultiAgent():
+            from align.control.multi_agent.maddpg import MultiAgentTrainer
+
+            return MultiAgentTrainer(config, spec, seed)
         case Offline():
             from align.control.recorded_steps import load
             from align.control.value_based.offline import OfflineTrainer

@@ -159,6 +159,54 @@ class LegalActions(nn.Sequential):
         return logits - ILLEGAL * (1 - observations[..., -logits.shape[-1] :])
 
 
+class AgentLinear(nn.Module):
+    """The linear layers of several agents, computed at once."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])[:, None])
+
+    def forward(self, inputs: Float[Tensor, "agents b i"]) -> Float[Tensor, "agents b o"]:
+        """Outputs of each agent's layer on its own inputs."""
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class AgentNetworks(nn.Sequential):
+    """A perceptron for each agent, all of the same sizes."""
+
+    def forward(self, inputs: Float[Tensor, "b agents i"]) -> Float[Tensor, "b agents o"]:
+        """Outputs of each agent's network on its own inputs."""
+        return super().forward(inputs.transpose(0, 1)).transpose(0, 1)
+
+
+class AgentBodies(AgentNetworks):
+    """The body of a policy of several agents, each of which sees its own observation only."""
+
+    def forward(self, observations: Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
+        """Parameters of the actions of all agents, one agent after another."""
+        weight = self.get_parameter("0.weight")  # of the first layer, [agents, inputs, outputs]
+        return super().forward(observations.unflatten(-1, (len(weight), -1))).flatten(1)
+
+
+def agent_networks(
+    n_agents: int,
+    n_inputs: int,
+    hidden_sizes: Sequence[int],
+    n_outputs: int,
+    activation: str,
+    *,
+    gain: float | None,
+) -> AgentNetworks:
+    """The perceptrons of :func:`perceptron`, one for each agent."""
+    sizes = n_inputs, hidden_sizes, n_outputs
+    networks = [perceptron(*sizes, activation, gain=gain) for _ in range(n_agents)]
+    layers = zip(*networks, strict=True)
+    return AgentNetworks(
+        *(AgentLinear(each) if isinstance(each[0], nn.Linear) else each[0] for each in layers)
+    )
+
+
 class Policy(nn.Module):
     """A body, which maps observations to parameters, and a head, the distribution of actions."""
 
@@ -176,7 +224,13 @@ class Policy(nn.Module):
         self.head: Head = _HEADS[name](spec)
         # The small last layer makes all actions about equally likely at first.
         gain = None if initialization == "uniform" else 0.01
-        self.body = perceptron(spec.n_features, hidden_sizes, spec.n_actions, activation, gain=gain)
+        sizes = spec.n_features // spec.n_agents, hidden_sizes, spec.n_actions // spec.n_agents
+        if spec.n_agents > 1:
+            self.body: nn.Sequential = AgentBodies(
+                *agent_networks(spec.n_agents, *sizes, activation, gain=gain)
+            )
+        else:
+            self.body = perceptron(*sizes, activation, gain=gain)
         if name == "legal":
             self.body = LegalActions(self.body)
 

@@ -43,6 +43,7 @@ class LoadedPolicy:
     options: Mapping[str, Any]
     policy: Policy
     statistics: RunningMeanStd | None
+    n_agents: int
 
 
 class Frame(NamedTuple):
@@ -146,7 +147,7 @@ def load(folder: Path, seed: int) -> LoadedPolicy:
         raise ArtifactError(
             f"{file}, {CONFIG}: damaged, or not of one policy ({reason}); {REPAIR}"
         ) from None
-    return LoadedPolicy(environment, options, policy, statistics)
+    return LoadedPolicy(environment, options, policy, statistics, spec.n_agents)
 
 
 def _load_statistics(spec: EnvSpec, tensors: Mapping[str, torch.Tensor]) -> RunningMeanStd | None:

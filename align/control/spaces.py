@@ -26,6 +26,8 @@ _EXTRAS = {
     "swig": "box2d",
     "mujoco": "mujoco",
     "pyspiel": "games",
+    "mpe2": "multi-agent",
+    "pettingzoo": "multi-agent",
     "pygame": "control",
 }
 
@@ -41,6 +43,8 @@ class EnvSpec(NamedTuple):
     """Lower bounds of continuous actions; None for discrete ones."""
     high: list[float] | None
     """Upper bounds of continuous actions; None for discrete ones."""
+    n_agents: int = 1
+    """Number of agents, whose observations and actions follow each other in equal parts."""
 
 
 class UnfitError(Exception):
@@ -138,6 +142,7 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
             isinstance(actions, Box) and actions.is_bounded(),
             actions,
         ),
+        "several agents": (_n_agents(env) > 1, "one agent"),
         "a game": (hasattr(env.unwrapped, "game"), "no game of OpenSpiel"),
         "goals": (
             isinstance(observations, Dict) and {"achieved_goal", "desired_goal"} <= {*observations},
@@ -145,6 +150,12 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
         ),
         "a table of transitions": (hasattr(env.unwrapped, "P"), "no attribute `P`"),
     }
+    if _n_agents(env) > 1 and "several agents" not in needs:
+        raise UnfitError(
+            "environment",
+            f"{name} has {_n_agents(env)} agents, but the algorithm trains one; change the "
+            "environment, or set `algorithm: maddpg`",
+        )
     for need in needs:
         if need == "a cost":
             _check_cost(env, name)
@@ -156,6 +167,10 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
                 f"{name} has {has}, but the algorithm needs {need}; change the environment or "
                 "`algorithm`",
             )
+
+
+def _n_agents(env: gymnasium.Env[Any, Any]) -> int:
+    return int(getattr(env.unwrapped, "n_agents", 1))
 
 
 def _check_cost(env: gymnasium.Env[Any, Any], name: str) -> None:
@@ -217,4 +232,4 @@ def _spec(env: gymnasium.Env[Any, Any], name: str, distribution: str | None) -> 
         raise UnfitError(
             "distribution", f"{name} has unbounded actions, {actions}; expected gaussian"
         )
-    return EnvSpec(n_features, math.prod(actions.shape), low, high)
+    return EnvSpec(n_features, math.prod(actions.shape), low, high, _n_agents(env))

@@ -20,8 +20,8 @@ from align.config.control.self_play import SelfPlay
 from align.control import policy_files, spaces
 from align.control.evaluate import evaluate
 from align.control.games import knowledge
+from align.control.multi_agent.self_play import SelfPlayTrainer, exploitability
 from align.control.networks import Policy
-from align.control.self_play import SelfPlayTrainer, exploitability
 
 ID = "align.control.games:Game-v0"
 

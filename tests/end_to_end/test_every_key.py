@@ -25,6 +25,7 @@ from pydantic import BaseModel
 import align
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.maddpg import MultiAgent
 from align.config.control.off_policy import OffPolicy
 from align.config.control.offline import Offline
 from align.config.control.self_play import SelfPlay
@@ -40,6 +41,7 @@ CLASSES = STAGES | {
     "control: dynamic programming": DynamicProgramming,
     "control: off-policy": OffPolicy,
     "control: self-play": SelfPlay,
+    "control: several agents": MultiAgent,
     "control: offline": Offline,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""

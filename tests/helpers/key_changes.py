@@ -113,6 +113,17 @@ BASE: dict[str, dict[str, Any]] = {
         "epochs": 2,
         "hidden_sizes": [8],
     },
+    "control: several agents": {
+        "environment": "align.control.multi_agent.parallel:Parallel-v0",
+        "environment_options": {"module": "helpers.agents"},
+        "algorithm": "maddpg",
+        "steps": 120,
+        "episodes": 20,
+        "learning_starts": 50,
+        "batch_size": 8,
+        "hidden_sizes": [8],
+        "train_every": 5,
+    },
     "control: offline": {
         "environment": "CartPole-v1",
         "environment_options": {"max_episode_steps": 15},
@@ -465,6 +476,7 @@ CHANGES["control: off-policy"] = {key: CHANGES["control"][key] for key in OF_ALL
     "exploration_final": Change(0.5),
     "action_noise": Change(0.5, CONTINUOUS),
 }
+SPREAD = {"module": "mpe2.simple_spread_v3", "continuous_actions": True}
 CHANGES["control: self-play"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
     "environment_options": Change({"game": "leduc_poker"}),
     "algorithm": Change("dqn"),
@@ -475,6 +487,24 @@ CHANGES["control: self-play"] = {key: CHANGES["control"][key] for key in OF_ALL_
     "minibatches": Change(2),
     "clip": Change(1e-3),
     "entropy_coef": Change(1.0),
+    "hidden_sizes": Change([4]),
+    "confidence": Change(0.5),
+    "resamples": Change(100),
+}
+CHANGES["control: several agents"] = {key: CHANGES["control"][key] for key in OF_ALL_ALGORITHMS} | {
+    "environment_options": Change({"module": "helpers.agents", "stakes": 1.0}),
+    "algorithm": Change("td3"),
+    "critic": Change("independent"),
+    "steps": Change(100),
+    # The episodes of the environment of the tests have one step.
+    "gamma": Change(0.5, {"environment_options": SPREAD}),
+    "learning_rate": Change(1e-1),
+    "buffer_size": Change(30),
+    "learning_starts": Change(30),
+    "batch_size": Change(16),
+    "train_every": Change(30),
+    "tau": Change(0.5, {"environment_options": SPREAD}),
+    "action_noise": Change(0.5),
     "hidden_sizes": Change([4]),
     "confidence": Change(0.5),
     "resamples": Change(100),

@@ -27,6 +27,7 @@ from align.config import trl_fields
 from align.config.base import NewModel
 from align.config.control.algorithms import FAMILIES
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.maddpg import MultiAgent
 from align.config.control.off_policy import OffPolicy
 from align.config.control.offline import Offline
 from align.config.control.self_play import SelfPlay
@@ -111,6 +112,7 @@ CLASSES = STAGES | {
     "control: dynamic programming": DynamicProgramming,
     "control: off-policy": OffPolicy,
     "control: self-play": SelfPlay,
+    "control: several agents": MultiAgent,
     "control: offline": Offline,
 }
 """The configuration class of each kind of stage, and of each family of ``control``."""
@@ -223,6 +225,10 @@ OTHER["control: self-play"] = OF_ALL_ALGORITHMS | {
     "algorithm": "other", "games": 7, "learning_rate": 0.1, "epochs": 7, "minibatches": 7, "clip": 0.7,
     "entropy_coef": 0.7, "hidden_sizes": [3],
 }  # fmt: skip
+OTHER["control: several agents"] = OF_ALL_ALGORITHMS | {
+    "algorithm": "other", "critic": "independent", "learning_rate": 0.1, "buffer_size": 7, "learning_starts": 7,
+    "batch_size": 7, "train_every": 7, "tau": 0.7, "action_noise": 0.7, "hidden_sizes": [3],
+}  # fmt: skip
 OTHER["control: offline"] = OF_ALL_ALGORITHMS | {
     "algorithm": "behavior_cloning", "data": ["control", "control_2"], "batch_size": 7, "learning_rate": 0.1,
     "hidden_sizes": [3], "expectile": 0.5, "temperature": 0.5, "tau": 0.5,
@@ -261,6 +267,10 @@ BASE: dict[str, dict[str, Any]] = {
     "control: self-play": {
         "environment": "align.control.games:Game-v0", "environment_options": {"game": "kuhn_poker"},
         "algorithm": "self_play", "steps": 100,
+    },
+    "control: several agents": {
+        "environment": "align.control.multi_agent.parallel:Parallel-v0", "algorithm": "maddpg",
+        "environment_options": {"module": "mpe2.simple_spread_v3"}, "steps": 2000,
     },
     "control: offline": {
         "environment": "CartPole-v1", "algorithm": "iql", "data": ["control"], "steps": 100,

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
+from align.config.control.maddpg import MultiAgent
 from align.config.control.off_policy import OffPolicy
 from align.config.control.offline import Offline
 from align.config.control.policy_gradient import PolicyGradient
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[Control], ...] = (
     DynamicProgramming,
     OffPolicy,
     SelfPlay,
+    MultiAgent,
     Offline,
 )
 """The configuration classes; the first is that of the default algorithm."""

@@ -34,6 +34,7 @@ Algorithm = Literal[
     "sac",
     "td3",
     "self_play",
+    "maddpg",
     "iql",
     "behavior_cloning",
 ]

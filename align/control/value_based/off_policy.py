@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from align.config.control.off_policy import OffPolicy
 from align.control.networks import Policy, check_weights
-from align.control.seeds import derive_seed
+from align.control.seeds import SeededEpisodes, derive_seed
 from align.control.spaces import EnvSpec
 from align.control.trainer import RECENT
 from align.control.value_based.q_networks import DoubleDQN, DuelingPolicy
@@ -46,36 +46,6 @@ METRICS = {
     "train/actor_loss": "policy_loss",
 }
 """Names of the metrics of Stable-Baselines3, and those of the learning curve."""
-
-
-class SeededEpisodes(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Gives each episode a seed, and keeps its actions, so that its state can be restored."""
-
-    def __init__(self, env: gymnasium.Env[Any, Any], seed: int) -> None:
-        super().__init__(env)
-        self.seed, self.episodes = seed, 0
-        self.actions: list[Any] = []
-        self._repeated: list[Any] = []
-
-    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
-        """Start the next episode; after :meth:`resume`, continue the interrupted one."""
-        result: tuple[Any, dict[str, Any]]
-        result = self.env.reset(seed=derive_seed(self.seed, 2, self.episodes))
-        self.episodes += 1
-        self.actions, repeated, self._repeated = [], self._repeated, []
-        for action in repeated:
-            observation, *_rest, info = self.step(action)
-            result = observation, info
-        return result
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, and keep the action."""
-        self.actions.append(np.array(action))
-        return self.env.step(action)
-
-    def resume(self, episodes: int, actions: list[Any]) -> None:
-        """Make the next reset the start of an episode of which ``actions`` are taken already."""
-        self.episodes, self._repeated = episodes - 1, actions
 
 
 class OffPolicyTrainer:

@@ -1,0 +1,1 @@
+"""Several agents: MADDPG, and one policy on both sides of a game."""
