@@ -63,10 +63,13 @@ def print_bills(
             lines.append(f"{stage.name}: memory unknown before the stages and data that it reads")
             continue
         trained = trained_weights(size, stage.config, sharded=sharding.stage > 0)
-        own = bill(size, trained, work, sharding)
+        own = bill(size, trained, work, sharding, limit)
         bills[stage.name] = own
+        if work.reserved and limit is None:
+            share = f"{100 * work.reserved:g} % of the device"
+            lines.append(f"{stage.name}: without vLLM, which has {share} while it samples")
         if limit is not None:
-            changes = _changes(stage.config, size, trained, work, sharding)
+            changes = _changes(stage.config, size, trained, work, sharding, limit)
             lines += _verdict(stage.name, own, limit, changes)
     if bills:
         parts = {name: own.parts() | {"peak": own.peak} for name, own in bills.items()}
@@ -97,24 +100,24 @@ def _verdict(
 
 
 def _changes(
-    config: Any, size: Any, trained: Trained, work: Work, sharding: Sharding
+    config: Any, size: Any, trained: Trained, work: Work, sharding: Sharding, limit: int
 ) -> Iterator[tuple[str, Bill]]:
     """Changes of a stage, each alone, and the bills that they reach."""
     for name, smaller, divided in reductions(work, sharding):
-        yield name, bill(size, trained, smaller, divided)
+        yield name, bill(size, trained, smaller, divided, limit)
     if trained.optimizer_bytes > 2:
         eight_bits = replace(trained, optimizer_bytes=2)
-        yield "an 8-bit optimizer", bill(size, eight_bits, work, sharding)
+        yield "an 8-bit optimizer", bill(size, eight_bits, work, sharding, limit)
     if isinstance(config.model, NewModel):
         return
     adapters = {"lora": config.lora or Lora.model_validate({})}
     if config.lora is None:
         changed = trained_weights(size, config.model_copy(update=adapters), sharded=False)
-        yield "lora", bill(size, changed, work, sharding)
-    if config.quantization is None:
+        yield "lora", bill(size, changed, work, sharding, limit)
+    if config.quantization is None and not work.reserved:  # vLLM needs unquantized weights
         update = adapters | {"quantization": "nf4"}
         changed = trained_weights(size, config.model_copy(update=update), sharded=False)
-        yield "lora and quantization: nf4", bill(size, changed, work, sharding)
+        yield "lora and quantization: nf4", bill(size, changed, work, sharding, limit)
 
 
 def _size(number: float) -> str:

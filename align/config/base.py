@@ -242,6 +242,11 @@ class Stage(Config):
         return {}
 
     @property
+    def gpu_keys(self) -> dict[str, str]:
+        """Keys whose value needs an NVIDIA GPU, each with the repair where there is none."""
+        return {}
+
+    @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:
         """The Gymnasium environments that the stage makes."""
         return ()

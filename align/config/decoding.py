@@ -33,7 +33,7 @@ class DecodingStage(QuantizableStage):
             message = "steps of a model in 4 bits are not compiled; remove `quantization` or it"
             yield Problem(("compile_decoding",), message)
         if getattr(self, "sampler", None) == "vllm":
-            message = "`sampler: vllm` samples on a server; remove it"
+            message = "`sampler: vllm` samples with steps of vLLM; remove it"
             yield Problem(("compile_decoding",), message)
 
 

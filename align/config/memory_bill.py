@@ -2,7 +2,7 @@
 
 Activations are those of a decoder with gated feed-forward layers, as of Llama and Qwen, in which
 the backward pass of a token needs, for each layer, 8 vectors of the width, 2 of keys and values and
-4 of the feed-forward layer. Left out: libraries, fragmentation, and the memory of vLLM.
+4 of the feed-forward layer. Left out: libraries and fragmentation.
 ``benchmarks/plan_memory.py`` compares the bill with the tensors of a run.
 """
 
@@ -54,9 +54,12 @@ class Work:
     activation_bytes: int = 4
     has_logits: bool = True
     sampled: tuple[int, int] | None = None
-    """Rows that are sampled at once, and their tokens at the end; None for no sampling."""
+    """Rows that are sampled at once, and their tokens at the end; None for no sampling. Without
+    rows, another program samples."""
     copied: int = 0
     """Bytes of the weights that are copied while completions are sampled."""
+    reserved: float = 0.0
+    """Share of the device that vLLM has while completions are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,8 @@ class Bill:
     """The gradient of the output layer or of the embeddings that arises before the others, or is
     added to an earlier one."""
     sampling: int
-    """Keys and values of sampled tokens, the logits of the last ones, copies of weights, and those
-    that are gathered from all processes."""
+    """Keys and values of sampled tokens, the logits of the last ones, or the memory of vLLM; copies
+    of weights, and those that are gathered from all processes."""
     accumulates: bool = False
     adds_embedding: bool = False
     """Whether a whole second gradient of the embeddings is added to the first one."""
@@ -123,8 +126,17 @@ class Bill:
         return {name: getattr(self, name) for name in names}
 
 
-def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> Bill:
-    """The bill of a stage that trains models of one size."""
+def bill(
+    size: ModelSize,
+    trained: Trained,
+    work: Work,
+    sharding: Sharding,
+    device_bytes: int | None = None,
+) -> Bill:
+    """The bill of a stage that trains models of one size.
+
+    Without ``device_bytes``, the memory of a device, the share that vLLM has of it is left out.
+    """
     shape = _Shape.of(size)
     layer = 8 * shape.width + 2 * shape.key_value + 4 * shape.inner
     per_token = shape.layers * (shape.width if work.checkpointing else layer) + 2 * shape.width
@@ -133,7 +145,7 @@ def bill(size: ModelSize, trained: Trained, work: Work, sharding: Sharding) -> B
     embedding = 0
     if trained.embeddings and (work.has_logits or work.accumulates):
         embedding = 4 * size.vocabulary * shape.width
-    sampling = work.copied
+    sampling = work.copied + round(work.reserved * (device_bytes or 0))
     if work.sampled is not None:
         rows, tokens = work.sampled
         sampling += rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
@@ -262,6 +274,9 @@ def reductions(work: Work, sharding: Sharding) -> Iterator[tuple[str, Work, Shar
         yield "half the rows in a forward pass", replace(work, tokens=work.tokens // 2), sharding
     if work.copied:
         yield "merge_adapter: false", replace(work, copied=0), sharding
+    if work.reserved:
+        half = replace(work, reserved=work.reserved / 2)
+        yield f"vllm_gpu_memory_utilization: {half.reserved:g}", half, sharding
     if sharding.processes > 1 and sharding.stage < 3:
         yield "ZeRO-3 or FSDP2", work, replace(sharding, stage=3)
 

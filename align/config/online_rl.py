@@ -18,7 +18,6 @@ from align.config.base import (
     Table,
     Workload,
 )
-from align.config.decoding import MergingStage
 from align.config.functions import BUILT_IN, ScoreFunction, as_function
 from align.config.memory import ModelSize
 from align.config.memory_bill import Work
@@ -35,6 +34,7 @@ from align.config.online_rl_keys import (
 )
 from align.config.reporting import ReportingStage
 from align.config.training_base import TOKENS_PER_WORD, TrainingStage
+from align.config.vllm import VLLMStage
 
 LATER_KEYS = {
     "mixed_precision": None,
@@ -66,7 +66,7 @@ class OnlineRL(
     MemoryKeys,
     HeldOutKeys,
     ReportingStage,
-    MergingStage,
+    VLLMStage,
     TrainingStage,
 ):
     """Training of a policy on completions that it samples, towards a reward.
@@ -96,9 +96,6 @@ class OnlineRL(
     @model_validator(mode="after")
     def _check_keys_without_effect(self) -> Self:
         ignored: dict[str, str] = {}  # key → the setting that disables it
-        if self.sampler != "vllm":
-            keys = ("vllm_url", "vllm_timeout", "max_staleness")
-            ignored |= dict.fromkeys(keys, "without `sampler: vllm`")
         if self.overlong_buffer is None:
             ignored["overlong_penalty"] = "without `overlong_buffer`"
         if self.kl_target is None:
@@ -206,18 +203,9 @@ class OnlineRL(
             raise ValueError(f"{keys} must be less than `steps` ({self.steps}), got {longest}")
         return self
 
-    @model_validator(mode="after")
-    def _check_precision(self) -> Self:
-        if self.quantization and self.sampler == "vllm":
-            raise ValueError(
-                "`sampler: vllm` needs unquantized weights; remove `quantization` or `sampler`"
-            )
-        return self
-
     def digest_settings(self) -> dict[str, Any]:
         """All settings but those that cannot change the trained model."""
         settings = super().digest_settings() | {"quantization": self.quantization}
-        del settings["vllm_url"], settings["vllm_timeout"]
         settings["rewards"] = [
             reward.digest_settings() if isinstance(reward, ScoreFunction) else setting
             for reward, setting in zip(self.rewards, settings["rewards"], strict=True)
@@ -297,11 +285,6 @@ class OnlineRL(
         return {} if name is None else {("environment",): ENVIRONMENTS.get(name, name)}
 
     @property
-    def servers(self) -> dict[str, str]:
-        """The vLLM server, if it samples."""
-        return {"vllm_url": self.vllm_url} if self.sampler == "vllm" else {}
-
-    @property
     def gold_prompts(self) -> GoldPrompts | None:
         """The training prompts, if the gold score is logged; the held-out ones, if it decides."""
         if self.judge:
@@ -348,12 +331,14 @@ class OnlineRL(
         row = round(words * TOKENS_PER_WORD) + self.max_new_tokens
         half = "bfloat16" in (self.dtype, self.mixed_precision)
         rows = self.batch_size // self.minibatches
+        own = self.sampler == "transformers"
         return Work(
             self.tokens_per_batch or min(self.micro_batch_size, rows) * row,
             checkpointing=self.gradient_checkpointing,
             accumulates=True,
             activation_bytes=2 if half else 4,
-            sampled=(min(self.sample_batch_size, self.batch_size), row),
+            sampled=(min(self.sample_batch_size, self.batch_size) if own else 0, row),
+            reserved=self.vllm_gpu_memory_utilization if self.colocates else 0.0,
             copied=4 * size.adapted_parameters(self.lora)
             if self.merge_adapter and self.lora
             else 0,

@@ -106,17 +106,6 @@ class SamplingKeys(Config):
     temperature, over the whole vocabulary that is sampled from."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest completion in tokens."""
-    sampler: Literal["transformers", "vllm"] = "transformers"
-    """Engine that samples completions; ``vllm`` is a server at ``vllm_url``."""
-    vllm_url: str = "http://localhost:8000"
-    """Address of the vLLM server."""
-    vllm_timeout: float = Field(600.0, gt=0.0)
-    """Seconds within which the vLLM server must answer a request."""
-    max_staleness: int = Field(0, ge=0)
-    """Updates between the policy that begins a completion and the one that is trained on it, at
-    most. Above 0, a vLLM server samples while the policy is updated."""
-    importance_cap: float = Field(2.0, gt=0.0)
-    """Upper bound on the importance weights policy / sampler, where another engine samples."""
     sample_batch_size: int = Field(64, ge=1)
     """Completions sampled at once on each process."""
 

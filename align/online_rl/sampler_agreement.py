@@ -41,11 +41,13 @@ REPAIRS = {
         "the model computes other numbers with a cache of keys and values than without: try "
         "`prefix_sharing: false`, or use another model"
     ),
-    "vllm": (
+    "server": (
         "start the server with this model, with `--logprobs-mode processed_logprobs`, and without "
         "options that change probabilities"
     ),
+    "colocate": "use another version of vLLM, or `vllm_mode: server`, or remove `sampler`",
 }
+"""By the value of ``sampler``, or of ``vllm_mode``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,13 @@ class Agreement:
         dtype = computed_type(config)
         if self.mean <= TOLERANCES[dtype]:
             return
+        mode = config.vllm_mode if config.sampler == "vllm" else config.sampler
         raise UserError(
             f"sampler: sampling and training compute different probabilities: the logarithms of "
             f"{self.n_tokens} sampled tokens differ by {self.mean:.3g} on average, and rounding in "
             f"{dtype} explains at most {TOLERANCES[dtype]:g}; that of {self.token!r} is "
             f"{self.sampled:.4f} in sampling and {self.trained:.4f} in training; "
-            f"{REPAIRS[config.sampler]}"
+            f"{REPAIRS[mode]}"
         )
 
     def describe(self) -> str:

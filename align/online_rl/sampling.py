@@ -1,6 +1,6 @@
-"""Sampling of completions from the policy: in this process, or by a vLLM server.
+"""Sampling of completions from the policy: with transformers, or by vLLM.
 
-Both samplers have one method, ``generate(prompts, seed=...)``.
+All samplers have one method, ``generate(prompts, seed=...)``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
     """The sampler that ``config.sampler`` names. It sets the policy's ``generation_config``.
 
     Raises:
-        UserError: The vLLM server cannot be reached, the model's steps cannot be compiled, or its
+        UserError: vLLM cannot be reached or started, the model's steps cannot be compiled, or its
             adapter cannot be merged.
     """
     stops = generation.set_sampling(
@@ -102,6 +102,10 @@ def build_sampler(config: OnlineRL, models: OnlineRLModels) -> Sampler:
         decoder = generation.compiled_decoder(models.policy.model, config.compile_decoding)
         activate = _merged_adapter(models) if config.merge_adapter else active_adapter
         return LocalSampler(models.policy, stops, config.sample_batch_size, decoder, activate)
+    if config.colocates:
+        from align.online_rl.vllm import engine
+
+        return engine.start(config, models.policy, stops, models.device)
     from align.online_rl.vllm import server
 
     return server.connect(config, models.policy, stops, models.device)

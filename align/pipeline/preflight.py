@@ -155,6 +155,24 @@ def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
                 errors.add((stage.name, *key.split(".")), message)
 
 
+def check_gpus(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
+    """Check that there is an NVIDIA GPU where settings require one."""
+    for stage in pending:
+        for key, repair in stage.config.gpu_keys.items():
+            if not has_cuda():
+                message = (
+                    f"`{getattr(stage.config, key)}` needs an NVIDIA GPU, and torch finds none"
+                )
+                errors.add((stage.name, key), f"{message}; {repair}")
+
+
+def has_cuda() -> bool:
+    """Whether torch finds an NVIDIA GPU. The first call imports torch."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def check_trackers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that the experiment trackers are installed and have a key."""
     for stage in pending:
@@ -269,6 +287,7 @@ CHECKS = (
     check_chat_templates,
     check_added_tokens,
     check_packages,
+    check_gpus,
     check_trackers,
     check_environments,
     check_reward_functions,

@@ -29,6 +29,8 @@ def quiet_libraries() -> None:
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(variable, value)
     # transformers 5.23 renamed gradient checkpointing to activation checkpointing, but TRL 1.16 and

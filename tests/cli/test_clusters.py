@@ -435,6 +435,8 @@ WITH = {
     "overlong_penalty": {"overlong_buffer": 4},
     "kl_horizon": {"kl_target": 3.0},
     "vllm_url": {"sampler": "vllm"},
+    "vllm_mode": {"sampler": "vllm"},
+    "vllm_gpu_memory_utilization": {"sampler": "vllm", "vllm_mode": "colocate"},
     "vllm_timeout": {"sampler": "vllm"},
     "max_staleness": {"sampler": "vllm"},
     "eval_split": {"eval_steps": 1},
@@ -448,6 +450,7 @@ WITH = {
 }
 OTHER = {
     "overlong_penalty": 7.0, "kl_horizon": 999, "vllm_url": "http://x", "eval_split": "test",
+    "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4,
     "vllm_timeout": 5.0, "max_staleness": 2, "n_eval_prompts": 7, "max_draws": 9, "environment": "arithmetic", "stop": {"judge": "gold"},
     "dtype": "bfloat16", "quantization": "nf4",
 }  # fmt: skip

@@ -211,6 +211,25 @@ def test_sampling_from_divided_weights_gathers_all_of_them():
     assert bill(size, trained, trains, Sharding(4, 3)).sampling == 0
 
 
+def test_vllm_in_the_training_process_has_its_share_of_the_device_while_it_samples():
+    size, trained = new_model_size(SIZES[1]), Trained(1000, 8, 0)
+    keys: dict[str, Any] = {"model": "m", "rewards": ["r"], "steps": 1, "batch_size": 8}
+    statistics = {"words": {"prompt_median": 20}}
+    colocated = keys | {"sampler": "vllm", "vllm_mode": "colocate"}
+    work = PPO(**colocated, vllm_gpu_memory_utilization=0.4).forward_work(size, statistics)
+    served = PPO(**keys, sampler="vllm").forward_work(size, statistics)
+    assert work is not None and served is not None
+    assert bill(size, trained, served, Sharding(), 10**10).sampling == 0
+    own = bill(size, trained, work, Sharding(), 10**10)
+    assert own.sampling == 4_000_000_000
+    assert own.peak == own.weights + own.optimizer + own.frozen + own.sampling
+    assert bill(size, trained, work, Sharding()).sampling == 0
+    divided = bill(size, trained, work, Sharding(4, 3), 10**10)
+    assert divided.sampling == 4_000_000_000 + 4 * 1000  # the weights that are gathered
+    (half,) = [w for name, w, _ in reductions(work, Sharding()) if name.endswith("n: 0.2")]
+    assert bill(size, trained, half, Sharding(), 10**10).sampling == 2_000_000_000
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -269,3 +288,11 @@ def test_a_plan_says_what_fits_and_what_would(tmp_path: Path, monkeypatch: pytes
     large = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs, "--gpu-memory", "9GB"])
     assert "does not fit" not in large.output
     assert "sft: fits: " in large.output
+    colocated = ["ppo.sampler=vllm", "ppo.vllm_mode=colocate", "--config"]
+    colocated.append("accelerate_configs/single_gpu.yaml")
+    done = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs, *colocated])
+    assert "ppo: without vLLM, which has 30 % of the device while it samples" in done.output
+    limit = ["--gpu-memory", "9GB"]
+    done = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs, *colocated, *limit])
+    assert "without vLLM" not in done.output
+    assert "2.7G" in done.output

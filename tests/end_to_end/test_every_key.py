@@ -69,10 +69,10 @@ ELSEWHERE = (
     *("rewards.", "judge.answer", "judge.name", "judge.timeout_seconds"),
 )
 """Keys of other tests: those of a source, which ``prepare`` reads in the same way; of judges
-(``tests/judges``); of functions that score (``tests/rewards``, ``tests/config``); of a server that
-samples (``tests/online_rl/test_vllm.py``)."""
-SAMPLER = ("importance_cap", "vllm_timeout", "max_staleness")
-"""Keys that need a server that samples."""
+(``tests/judges``); of functions that score (``tests/rewards``, ``tests/config``); of vLLM
+(``tests/online_rl/test_vllm.py``, ``test_vllm_engine.py``)."""
+SAMPLER = ("importance_cap", "vllm_timeout", "vllm_gpu_memory_utilization", "max_staleness")
+"""Keys that need vLLM."""
 SHARED = TRAINER.keys() | {"lora.dropout", "allow_missing_end_token"}
 """Keys that all stages with a trainer share."""
 EVERYWHERE = "ALIGN_ALL_KEYS" in os.environ

@@ -285,6 +285,8 @@ CHANGES: dict[str, dict[str, Change]] = {
         "max_new_tokens": Change(6),
         "missing_eos_penalty": Change(2.0),
         "sampler": Change("vllm"),
+        "vllm_mode": Change("colocate", {"sampler": "vllm"}),
+        "vllm_gpu_memory_utilization": Change(0.5, {"sampler": "vllm", "vllm_mode": "colocate"}),
         "vllm_url": Change("http://localhost:1", {"sampler": "vllm"}),
         "vllm_timeout": Change(5.0, {"sampler": "vllm"}),
         "max_staleness": Change(2, {"sampler": "vllm"}),

@@ -131,7 +131,7 @@ def test_what_cannot_be_compiled_is_an_error():
     ("keys", "message"),
     [
         ({"quantization": "nf4", "lora": {}}, "in 4 bits are not compiled; remove `quantization`"),
-        ({"sampler": "vllm"}, "`sampler: vllm` samples on a server; remove it"),
+        ({"sampler": "vllm"}, "`sampler: vllm` samples with steps of vLLM; remove it"),
     ],
 )
 def test_a_recipe_that_compiles_no_step_is_an_error(keys: dict[str, Any], message: str):

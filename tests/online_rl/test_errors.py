@@ -22,6 +22,7 @@ from align.runtime import distributed
 from align.stages import ppo
 
 BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
+COLOCATE = {"sampler": "vllm", "vllm_mode": "colocate"}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,18 @@ BASE = {"model": "sft", "rewards": ["reward"], "steps": 8, "batch_size": 8}
         ({"overlong_buffer": 9, "max_new_tokens": 8}, "(9) must not exceed `max_new_tokens` (8)"),
         ({"vllm_url": "http://x"}, "has no effect without `sampler: vllm`"),
         ({"max_staleness": 1}, "has no effect without `sampler: vllm`"),
+        ({"vllm_mode": "server"}, "has no effect without `sampler: vllm`"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "has no effect without `sampler: vllm`"),
+        (
+            {"sampler": "vllm", "vllm_gpu_memory_utilization": 0.5},
+            "`vllm_gpu_memory_utilization` has no effect without `vllm_mode: colocate`; remove it",
+        ),
+        (COLOCATE | {"max_staleness": 1}, "`max_staleness` has no effect with `vllm_mode: coloc"),
+        (COLOCATE | {"vllm_url": "http://x"}, "`vllm_url` has no effect with `vllm_mode: coloc"),
+        (COLOCATE | {"vllm_timeout": 9.0}, "`vllm_timeout` has no effect with `vllm_mode: coloc"),
+        (COLOCATE | {"quantization": "nf4", "lora": {}}, "needs unquantized weights"),
+        (COLOCATE | {"vllm_gpu_memory_utilization": 1.0}, "Input should be less than 1"),
+        (COLOCATE | {"environment": "arithmetic"}, "`sampler: vllm` works on completions"),
         ({"kl_horizon": 100}, "has no effect without `kl_target`"),
         ({"n_eval_prompts": 3}, "has no effect without `eval_steps`"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "must therefore be greater than 0"),

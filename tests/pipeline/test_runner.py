@@ -173,7 +173,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "tokens_per_batch": 99, "compile_decoding": "inductor", "merge_adapter": True, "optimizer": "paged_adamw_8bit", "mixed_precision": "bfloat16",
         "model": "sft_2", "prompts": "prepare_2", "rewards": ["reward_2"], "weights": [0.5], "judge": "gold",
         "steps": 3, "batch_size": 6, "n_completions": 4, "temperature": 0.5, "max_new_tokens": 3,
-        "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_url": "http://x", "vllm_timeout": 5.0, "max_staleness": 2, "importance_cap": 3.0,
+        "missing_eos_penalty": 0.5, "sampler": "vllm", "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.5, "vllm_url": "http://x", "vllm_timeout": 5.0, "max_staleness": 2, "importance_cap": 3.0,
         "gamma": 0.5, "gae_lambda": 0.5, "normalize_advantages": False, "normalize_rewards": True,
         "normalize_scores": "batch", "loss": "cispo", "aggregate": "constant", "overlong_buffer": 2, "overlong_penalty": 2.0, "kl_coef": 0.5, "kl_placement": "loss", "kl_target": 0.5, "kl_horizon": 3, "learning_rate": 0.5,
         "critic_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 3, "critic_warmup_steps": 3,
@@ -299,7 +299,13 @@ def digest_with(stage: str, **changes: Any) -> str:
 NOT_IN_DIGEST = [
     (stage, key)
     for stage in ONLINE_RL
-    for key in ("save_steps", "vllm_url", "vllm_timeout", "report_to")
+    for key in (
+        "save_steps",
+        "vllm_url",
+        "vllm_timeout",
+        "vllm_gpu_memory_utilization",
+        "report_to",
+    )
 ]
 NOT_IN_DIGEST += [(stage, "report_to") for stage in CLASSES if stage.startswith("control")]
 NOT_IN_DIGEST += [(stage, "max_lost_rows") for stage in ("sft", "dpo", "kto", "reward")]

@@ -71,7 +71,9 @@ def translate(job: Job, longest_prompt: int) -> Translation:
         "train.seed": config.seed,
         "train.colocate_all": True,
         "vllm.tensor_parallel_size": 1,
-        "vllm.gpu_memory_utilization": 0.5,
+        "vllm.gpu_memory_utilization": (
+            config.vllm_gpu_memory_utilization if config.colocates else 0.5
+        ),
         "vllm.enable_sleep": True,
         "ds.enable_sleep": True,
         "ds.param_dtype": "bf16",

@@ -26,6 +26,7 @@ LARGEST_SCORE = 10**15
 
 UNUSED = {
     "judge": "it is logged and never trained on",
+    "vllm_mode": "the trainer starts its own vLLM",
     "vllm_url": "the trainer starts its own vLLM",
     "vllm_timeout": "the trainer starts its own vLLM",
     "max_staleness": "each update waits for its completions",

@@ -232,7 +232,7 @@ def _algorithm_keys(config: OnlineRL) -> dict[str, Any]:
 
 
 def _rollout_keys(config: OnlineRL) -> dict[str, Any]:
-    keys = {
+    keys: dict[str, Any] = {
         "name": "vllm",
         "n": config.n_completions,
         "temperature": config.temperature,
@@ -242,6 +242,8 @@ def _rollout_keys(config: OnlineRL) -> dict[str, Any]:
         "calculate_log_probs": True,
         "seed": config.seed,
     }
+    if config.colocates:
+        keys["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
     return {f"{ROLLOUT}.{key}": value for key, value in keys.items()}
 
 

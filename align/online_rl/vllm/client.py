@@ -19,7 +19,12 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.errors import UserError, printable
-from align.online_rl.vllm.completion import Completion, InvalidCompletionError, read_completion
+from align.online_rl.vllm.completion import (
+    Completion,
+    InvalidCompletionError,
+    read_completion,
+    sampling_settings,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -126,25 +131,13 @@ class Client:
         stops: set[int],
         seed: int,
     ) -> Future[Completion]:
-        """Request one completion. Its seed is its own: a request has one for all its completions.
-
-        Everything that the server would otherwise take from the ``generation_config.json`` of its
-        model is named, so that tokens have the probabilities of the policy.
-        """
+        """Request one completion, with its own seed."""
         body = {
             "model": self.model,
             "prompt": list(prompt),
-            "n": 1,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "seed": seed,
-            "ignore_eos": True,  # `stop_token_ids` are all tokens that end a completion
-            "stop_token_ids": sorted(stops),
-            "logprobs": 0,  # of the sampled token alone
+            **sampling_settings(
+                temperature=temperature, max_tokens=max_tokens, stops=stops, seed=seed
+            ),
             "return_token_ids": True,
         }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.online_rl.completions import Completions
+from align.runtime.seeds import derive_seed
 
 LARGEST_LOGP = 1e-3
 """Largest log-probability that rounding explains, in nats."""
@@ -31,6 +32,34 @@ class InvalidCompletionError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.repair = repair
+
+
+def sampling_settings(
+    *, temperature: float, max_tokens: int, stops: set[int], seed: int
+) -> dict[str, Any]:
+    """How one completion is sampled, by the names that a server and ``SamplingParams`` share.
+
+    Everything that vLLM would otherwise take from the ``generation_config.json`` of its model is
+    named, so that tokens have the probabilities of the policy.
+    """
+    return {
+        "n": 1,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "seed": seed,
+        "ignore_eos": True,  # `stop_token_ids` are all tokens that end a completion
+        "stop_token_ids": sorted(stops),
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def request_seed(seed: int, i: int) -> int:
+    """The seed of completion ``i``: a request has one for all its completions."""
+    return derive_seed(seed, i) % 2**31
 
 
 def read_completion(answer: Any, *, max_tokens: int, stops: set[int]) -> Completion:

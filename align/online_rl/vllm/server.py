@@ -16,10 +16,9 @@ from align.config.online_rl import OnlineRL
 from align.online_rl.completions import Completions
 from align.online_rl.models import ModelView
 from align.online_rl.vllm.client import Client
-from align.online_rl.vllm.completion import Completion, as_completions
+from align.online_rl.vllm.completion import Completion, as_completions, request_seed
 from align.online_rl.vllm.weights import WeightChannel, check_mergeable
 from align.runtime import distributed
-from align.runtime.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class ServerSampler:
                 temperature=self.config.temperature,
                 max_tokens=max_new_tokens or self.config.max_new_tokens,
                 stops=self.stops,
-                seed=derive_seed(seed, i) % 2**31,
+                seed=request_seed(seed, i),
             )
             for i, prompt in enumerate(prompts)
         ]

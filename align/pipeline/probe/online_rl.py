@@ -67,7 +67,7 @@ def measure(
                     f"`filter` may multiply the time of sampling, by {config.max_draws} at most"
                 )
         else:
-            remarks.append("without sampling, which the vLLM server does")
+            remarks.append("without sampling, which vLLM does")
         seconds, tokens = probe.seconds_of_forward()
         per_step["score"] = probe.scaled(seconds, tokens, 1)
         rest = probe.seconds_of_update()
