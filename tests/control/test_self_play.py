@@ -57,8 +57,9 @@ def test_the_exploitability_of_the_uniform_policy(game: str, n_states: int, unif
     )
 
 
-def test_exploitability_is_that_of_the_policy_in_every_state() -> None:
-    trainer = build()
+@pytest.mark.parametrize("game", ["kuhn_poker", "nim(pile_sizes=1;2;2)"])
+def test_exploitability_is_that_of_the_policy_in_every_state(game: str) -> None:
+    trainer = build(game)
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
@@ -66,12 +67,16 @@ def test_exploitability_is_that_of_the_policy_in_every_state() -> None:
     for state in trainer.states.values():
         seen = knowledge(state, state.current_player())
         logits = trainer.policy.body(torch.from_numpy(seen)).detach()
-        table.policy_for_key(state.information_state_string())[:] = logits.softmax(-1).numpy()
+        probabilities = logits.softmax(-1).numpy()
+        if game.startswith("nim"):  # nothing is hidden: that of the greedy policy
+            probabilities = np.eye(len(logits))[int(logits.argmax())]
+        table.policy_for_key(state.information_state_string())[:] = probabilities
     # Computed by the best responses of OpenSpiel in Python.
     expected = reference.exploitability(trainer.game, table)
     assert exploitability(trainer.game, trainer.states, trainer.policy) == pytest.approx(
         expected, abs=1e-6
     )
+    assert expected > 0.1
 
 
 def test_illegal_moves_have_the_probability_0() -> None:

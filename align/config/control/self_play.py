@@ -18,7 +18,7 @@ class SelfPlay(Control):
     ``kuhn_poker``. The evaluation plays against an opponent with uniformly random moves.
     """
 
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     algorithm: Literal["self_play"]
     """Algorithm."""

@@ -214,12 +214,16 @@ def decision_states(game: Any) -> dict[str, Any]:
 def exploitability(game: Any, states: Mapping[str, Any], policy: Policy) -> float:
     """Mean over seats of what a best response wins against the policy, by OpenSpiel.
 
-    ``states`` are those of :func:`decision_states`.
+    ``states`` are those of :func:`decision_states`. Where nothing is hidden, no move needs to be
+    random, and the policy is the greedy one.
 
     Source: Lanctot et al. 2019, OpenSpiel, arXiv:1908.09453, section 2.3.
     """
     rows = [knowledge(state, state.current_player()) for state in states.values()]
-    probabilities = policy.body(torch.from_numpy(np.stack(rows))).double().softmax(-1).tolist()
+    logits = policy.body(torch.from_numpy(np.stack(rows))).double()
+    if game.get_type().information == pyspiel.GameType.Information.PERFECT_INFORMATION:
+        logits = logits.where(logits == logits.amax(-1, keepdim=True), -torch.inf)
+    probabilities = logits.softmax(-1).tolist()
     table = {
         name: [(action, row[action]) for action in state.legal_actions()]
         for (name, state), row in zip(states.items(), probabilities, strict=True)
