@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from align.control.experience import Experience, estimate_advantages, state_valu
 from align.control.networks import Gaussian, Policy, build_critic, check_weights
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT
+from align.control.trainer import RECENT, Progress, recent_mean
 from align.functional.returns import discounted_returns
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
@@ -70,10 +69,11 @@ def build_objective(config: PolicyGradient) -> Objective:
     )
 
 
-class PolicyGradientTrainer:
+class PolicyGradientTrainer(Progress):
     """Trains the policy of one seed."""
 
     def __init__(self, config: PolicyGradient, spec: EnvSpec, seed: int) -> None:
+        super().__init__(config.steps)
         self.config, self.seed = config, seed
         self.objective = build_objective(config)
         with torch.random.fork_rng(devices=[]):
@@ -115,39 +115,28 @@ class PolicyGradientTrainer:
             reward_gamma=config.gamma if config.normalize_rewards else None,
             vectorization=config.vectorization,
         )
-        self.steps = 0
-        self.seconds = 0.0
-        self.curve: list[dict[str, Any]] = []
         self._recent_returns: deque[float] = deque(maxlen=RECENT)
         self._recent_costs: deque[float] = deque(maxlen=RECENT)
         self._observations: Any = None  # None: reset the environments first
 
-    @property
-    def done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.steps >= self.config.steps
-
-    def train_step(self) -> dict[str, Any]:
-        """Collect experience and update once. Returns the new point of the learning curve."""
-        started, steps_before = time.perf_counter(), self.steps
+    def train(self) -> dict[str, Any]:
+        """Collect experience and update once."""
+        steps_before = self.steps
         is_linear = self.config.schedule == "linear"
         remaining = max(0.0, 1 - steps_before / self.config.steps) if is_linear else 1.0
         experience = self.collect()
         self.steps += int(experience.valid.sum())
         self._recent_returns.extend(experience.returns)
-        recent = self._recent_returns
         point: dict[str, Any] = {
-            "steps": self.steps,
             "episodes": len(experience.returns),
-            "return": sum(recent) / len(recent) if recent else None,
+            "return": recent_mean(self._recent_returns),
         }
         if self.constraint is not None:
             self._recent_costs.extend(experience.episode_costs)
-            costs = self._recent_costs
             self.constraint.ascend(
                 experience, learning_rate=self.config.multiplier_step * remaining
             )
-            point["cost"] = sum(costs) / len(costs) if costs else None
+            point["cost"] = recent_mean(self._recent_costs)
             point["multiplier"] = self.constraint.multiplier
         rollout = self.make_rollout(experience)
         if self._measures_variance(steps_before):
@@ -173,11 +162,7 @@ class PolicyGradientTrainer:
             inputs = rollout.inputs["observations"]
             point["entropy"] = float(self.policy.head.entropy(self.policy.body(inputs)).mean())
         point |= {k: v for k, v in asdict(diagnostics).items() if k not in point}
-        self.seconds += time.perf_counter() - started
-        point["seconds"] = round(self.seconds, 4)
-        point = {k: None if v != v else v for k, v in point.items()}  # JSON has no NaN
-        self.curve.append(point)
-        return point
+        return {k: None if v != v else v for k, v in point.items()}  # JSON has no NaN
 
     def _measures_variance(self, steps_before: int) -> bool:
         """Whether to measure the gradient variance: with each twentieth of the run."""
@@ -326,9 +311,7 @@ class PolicyGradientTrainer:
                 "generator": self.generator.get_state(),
                 "environments": self.environments.state(),
                 "needs_reset": self._observations is None,
-                "steps": self.steps,
-                "seconds": self.seconds,
-                "curve": self.curve,
+                **self.progress(),
                 "recent_returns": list(self._recent_returns),
                 "recent_costs": list(self._recent_costs),
                 "constraint": self.constraint and self.constraint.state(),
@@ -344,8 +327,7 @@ class PolicyGradientTrainer:
         self.generator.set_state(state["generator"])
         observations = self.environments.restore(state["environments"])
         self._observations = None if state["needs_reset"] else observations
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.curve = list(state["curve"])
+        self.restore_progress(state)
         self._recent_returns.extend(state["recent_returns"])
         self._recent_costs.extend(state["recent_costs"])
         if self.constraint is not None:

@@ -119,27 +119,19 @@ def _train(
 def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
     """Evaluate a trained seed, write its files and remove its checkpoints."""
     seed = trainer.seed
-    evaluation = evaluate(
-        trainer.policy,
-        config.environment,
-        config.environment_options,
-        statistics=trainer.statistics,
-        episodes=config.episodes,
-        seed=seed,
-    )
+    place: dict[str, Any] = {
+        "environment": config.environment,
+        "options": config.environment_options,
+        "statistics": trainer.statistics,
+        "seed": seed,
+    }
+    evaluation = evaluate(trainer.policy, episodes=config.episodes, **place)
     file = policy_files.policy_file(output_dir, seed)
     policy_files.save(file, trainer.policy, trainer.critic, trainer.statistics)
     files = [file]
     if config.n_recorded_steps:
         files.append(recorded_steps.steps_file(output_dir, seed))
-        steps = recorded_steps.record(
-            trainer.policy,
-            config.environment,
-            config.environment_options,
-            statistics=trainer.statistics,
-            steps=config.n_recorded_steps,
-            seed=seed,
-        )
+        steps = recorded_steps.record(trainer.policy, steps=config.n_recorded_steps, **place)
         recorded_steps.save(files[-1], steps)
     result = {
         "seed": seed,

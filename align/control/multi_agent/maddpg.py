@@ -11,7 +11,6 @@ Source: Lowe et al. 2017, arXiv:1706.02275, algorithm 1.
 from __future__ import annotations
 
 import copy
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from align.config.control.maddpg import MultiAgent
 from align.control.networks import Policy, agent_networks, check_weights
 from align.control.seeds import SeededEpisodes, derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT
+from align.control.trainer import RECENT, Progress, recent_mean
 
 POINTS = 200
 """Points of the learning curve, unless updates are further apart."""
@@ -126,12 +125,13 @@ class Learner(nn.Module):
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
-class MultiAgentTrainer:
+class MultiAgentTrainer(Progress):
     """Trains the networks of all agents, of one seed."""
 
     statistics = None
 
     def __init__(self, config: MultiAgent, spec: EnvSpec, seed: int) -> None:
+        super().__init__(config.steps)
         self.config, self.spec, self.seed = config, spec, seed
         env = gymnasium.make(config.environment, **config.environment_options)
         self.env = SeededEpisodes(env, seed)
@@ -151,8 +151,6 @@ class MultiAgentTrainer:
         self.episode_return = 0.0
         self.returns: deque[float] = deque(maxlen=RECENT)
         self.losses: dict[str, float] = {}
-        self.steps, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
 
     @property
     def policy(self) -> Policy:
@@ -164,30 +162,20 @@ class MultiAgentTrainer:
         """The critics of all agents."""
         return self.learner.critics
 
-    @property
-    def done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.steps >= self.config.steps
-
-    def train_step(self) -> dict[str, Any]:
-        """Train for a part of the steps. Returns the new point of the learning curve."""
-        started, config, episodes_before = time.perf_counter(), self.config, self.env.episodes
+    def train(self) -> dict[str, Any]:
+        """Train for a part of the steps."""
+        config, episodes_before = self.config, self.env.episodes
         n_steps = min(max(1, config.steps // POINTS), config.steps - self.steps)
         for _ in range(n_steps):
             self._step()
         check_weights(
             [self.learner], seed=self.seed, steps=self.steps, environment=config.environment
         )
-        self.seconds += time.perf_counter() - started
-        point: dict[str, Any] = {
-            "steps": self.steps,
+        return {
             "episodes": self.env.episodes - episodes_before,
-            "return": sum(self.returns) / len(self.returns) if self.returns else None,
-            "seconds": round(self.seconds, 4),
+            "return": recent_mean(self.returns),
             **self.losses,
         }
-        self.curve.append(point)
-        return point
 
     def _step(self) -> None:
         """Take one step in the environment, and update where one is due."""
@@ -238,9 +226,7 @@ class MultiAgentTrainer:
                 "episode_return": self.episode_return,
                 "returns": list(self.returns),
                 "losses": self.losses,
-                "steps": self.steps,
-                "seconds": self.seconds,
-                "curve": self.curve,
+                **self.progress(),
             }
         )
 
@@ -255,8 +241,7 @@ class MultiAgentTrainer:
         self.observations = self._reset()
         self.episode_return, self.losses = state["episode_return"], dict(state["losses"])
         self.returns.extend(state["returns"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.curve = list(state["curve"])
+        self.restore_progress(state)
 
     def close(self) -> None:
         """Release the environment."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +24,7 @@ from align.control.games import knowledge, play_chance
 from align.control.networks import Policy, build_critic, check_weights
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
+from align.control.trainer import Progress
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated, update
@@ -35,12 +35,13 @@ MANY, LARGEST = 10_000, 1_000_000
 """Information sets that are many, and nodes of the largest game that is measured."""
 
 
-class SelfPlayTrainer:
+class SelfPlayTrainer(Progress):
     """Trains the policy of one seed."""
 
     statistics = None
 
     def __init__(self, config: SelfPlay, spec: EnvSpec, seed: int) -> None:
+        super().__init__(config.steps)
         self.config, self.spec, self.seed = config, spec, seed
         env: Any = gymnasium.make(config.environment, **config.environment_options).unwrapped
         self.game = env.game
@@ -53,17 +54,10 @@ class SelfPlayTrainer:
         self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, eps=1e-5)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
         self.random = np.random.default_rng(derive_seed(seed, 2))
-        self.steps, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
 
-    @property
-    def done(self) -> bool:
-        """Whether all moves are made."""
-        return self.steps >= self.config.steps
-
-    def train_step(self) -> dict[str, Any]:
-        """Play games and update once. Returns the new point of the learning curve."""
-        started, config = time.perf_counter(), self.config
+    def train(self) -> dict[str, Any]:
+        """Play games and update once."""
+        config = self.config
         remaining = max(0.0, 1 - self.steps / config.steps)
         part_before = self.steps * self.points // config.steps
         rollout = self.play()
@@ -89,17 +83,12 @@ class SelfPlayTrainer:
         )
         is_due = self.done or self.steps * self.points // config.steps != part_before
         point: dict[str, Any] = {
-            "steps": self.steps,
             "episodes": config.games,
             "return": None,
             "exploitability": self._exploitability() if is_due else None,
         }
         finite = {key: value for key, value in asdict(diagnostics).items() if value == value}
-        point |= {key: value for key, value in finite.items() if key not in point}
-        self.seconds += time.perf_counter() - started
-        point["seconds"] = round(self.seconds, 4)
-        self.curve.append(point)
-        return point
+        return point | {key: value for key, value in finite.items() if key not in point}
 
     @functools.cached_property
     def states(self) -> dict[str, Any]:
@@ -170,9 +159,7 @@ class SelfPlayTrainer:
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
                 "random": self.random.bit_generator.state,
-                "steps": self.steps,
-                "seconds": self.seconds,
-                "curve": self.curve,
+                **self.progress(),
             }
         )
 
@@ -183,8 +170,7 @@ class SelfPlayTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.random.bit_generator.state = state["random"]
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.curve = list(state["curve"])
+        self.restore_progress(state)
 
     def close(self) -> None:
         """A game holds no resources."""

@@ -5,7 +5,6 @@ Nothing is sampled, so the seed of a trainer only decides on the state whose val
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.control.networks import Policy, table_policy
 from align.control.spaces import EnvSpec
+from align.control.trainer import Progress
 from align.errors import UserError
 from align.functional.dynamic_programming import action_values, improved_policy, policy_values
 
@@ -41,13 +41,14 @@ def read_model(env: gymnasium.Env[Any, Any], spec: EnvSpec) -> Model:
     return Model(transitions, rewards)
 
 
-class DynamicProgrammingTrainer:
+class DynamicProgrammingTrainer(Progress):
     """Computes the optimal values. Policy iteration starts from the uniform policy."""
 
     critic = None
     statistics = None
 
     def __init__(self, config: DynamicProgramming, spec: EnvSpec, seed: int) -> None:
+        super().__init__(config.steps)
         self.config, self.spec, self.seed = config, spec, seed
         self.env = gymnasium.make(config.environment, **config.environment_options)
         self.model = read_model(self.env, spec)
@@ -55,17 +56,15 @@ class DynamicProgrammingTrainer:
         self.values = torch.zeros(spec.n_features).double()
         self.table = torch.full_like(self.model.rewards, 1 / spec.n_actions)
         self.change = float("inf")
-        self.steps, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
 
     @property
     def done(self) -> bool:
         """Whether no value changes any more, or all iterations are done."""
-        return self.steps >= self.config.steps or self.change <= self.config.tolerance
+        return super().done or self.change <= self.config.tolerance
 
-    def train_step(self) -> dict[str, Any]:
-        """Update the values of all states once. Returns the new point of the learning curve."""
-        started, before = time.perf_counter(), self.values
+    def train(self) -> dict[str, Any]:
+        """Update the values of all states once."""
+        before = self.values
         if self.config.algorithm == "value_iteration":
             self.values = self._action_values().amax(-1)
         else:
@@ -73,17 +72,8 @@ class DynamicProgrammingTrainer:
             self.table = improved_policy(self._action_values(), self.table)
         self.change = float((self.values - before).abs().max())
         self.steps += 1
-        self.seconds += time.perf_counter() - started
-        point = {
-            "steps": self.steps,
-            "episodes": 0,
-            "return": None,
-            "value": float(self.values[self.first_state]),
-            "change": self.change,
-            "seconds": round(self.seconds, 4),
-        }
-        self.curve.append(point)
-        return point
+        value = float(self.values[self.first_state])
+        return {"episodes": 0, "return": None, "value": value, "change": self.change}
 
     def _action_values(self) -> Tensor:
         return action_values(*self.model, self.values, gamma=self.config.gamma)
@@ -111,16 +101,14 @@ class DynamicProgrammingTrainer:
             "values": self.values.clone(),
             "table": self.table.clone(),
             "change": self.change,
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "curve": list(self.curve),
+            **self.progress(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
         self.values, self.table = state["values"], state["table"]
-        self.change, self.steps = state["change"], state["steps"]
-        self.seconds, self.curve = state["seconds"], list(state["curve"])
+        self.change = state["change"]
+        self.restore_progress(state)
 
     def close(self) -> None:
         """Release the environment."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -32,7 +31,7 @@ from align.config.control.off_policy import OffPolicy
 from align.control.networks import Policy, check_weights
 from align.control.seeds import SeededEpisodes, derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT
+from align.control.trainer import RECENT, Progress, recent_mean
 from align.control.value_based.q_networks import DoubleDQN, DuelingPolicy
 from align.errors import UserError
 
@@ -48,13 +47,14 @@ METRICS = {
 """Names of the metrics of Stable-Baselines3, and those of the learning curve."""
 
 
-class OffPolicyTrainer:
+class OffPolicyTrainer(Progress):
     """Trains the networks of one seed."""
 
     critic = None
     statistics = None
 
     def __init__(self, config: OffPolicy, spec: EnvSpec, seed: int) -> None:
+        super().__init__(config.steps)
         self.config, self.spec, self.seed = config, spec, seed
         env = gymnasium.make(config.environment, **config.environment_options)
         _check_first_episode(config, env)
@@ -64,17 +64,10 @@ class OffPolicyTrainer:
             self.model = build_model(config, self.env, derive_seed(seed, 1))
         self.model.set_logger(Logger(None, []))
         self.first_observation, _ = env.reset(seed=seed)
-        self.steps, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
 
-    @property
-    def done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.steps >= self.config.steps
-
-    def train_step(self) -> dict[str, Any]:
-        """Train for a part of the steps. Returns the new point of the learning curve."""
-        started, episodes_before, model = time.perf_counter(), self.env.episodes, self.model
+    def train(self) -> dict[str, Any]:
+        """Train for a part of the steps."""
+        episodes_before, model = self.env.episodes, self.model
         every = self.config.train_every
         n_steps = max(every, self.config.steps // POINTS // every * every)
         with self._own_randomness():
@@ -83,21 +76,14 @@ class OffPolicyTrainer:
         check_weights(
             [model.policy], seed=self.seed, steps=self.steps, environment=self.config.environment
         )
-        self.seconds += time.perf_counter() - started
-        returns = [episode["r"] for episode in model.ep_info_buffer or ()]
-        successes = model.ep_success_buffer
-        point: dict[str, Any] = {
-            "steps": self.steps,
-            "episodes": self.env.episodes - max(1, episodes_before),
-            "return": sum(returns) / len(returns) if returns else None,
-            "success": float(np.mean(successes)) if successes else None,
-            "value": self._value_of_the_first_state(),
-            "seconds": round(self.seconds, 4),
-        }
         logged = model.logger.name_to_value
-        point |= {METRICS[name]: float(logged[name]) for name in METRICS if name in logged}
-        self.curve.append(point)
-        return point
+        return {
+            "episodes": self.env.episodes - max(1, episodes_before),
+            "return": recent_mean([episode["r"] for episode in model.ep_info_buffer or ()]),
+            "success": recent_mean([float(success) for success in model.ep_success_buffer or ()]),
+            "value": self._value_of_the_first_state(),
+            **{METRICS[name]: float(logged[name]) for name in METRICS if name in logged},
+        }
 
     def _value_of_the_first_state(self) -> float | None:
         """DQN's estimate of the best discounted return from the first state of the seed."""
@@ -147,13 +133,11 @@ class OffPolicyTrainer:
             "random_actions": model.action_space.np_random.bit_generator.state,
             "exploration_rate": getattr(model, "exploration_rate", None),
             "n_updates": model._n_updates,
-            "steps": self.steps,
             "episodes": self.env.episodes,
             "actions": [torch.from_numpy(action) for action in self.env.actions],
             "returns": [[episode["r"], episode["l"]] for episode in model.ep_info_buffer or ()],
             "successes": [float(success) for success in model.ep_success_buffer or ()],
-            "seconds": self.seconds,
-            "curve": list(self.curve),
+            **self.progress(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -170,14 +154,13 @@ class OffPolicyTrainer:
         if state["exploration_rate"] is not None:
             model.exploration_rate = state["exploration_rate"]
         model._n_updates = state["n_updates"]
-        self.steps = state["steps"]
+        self.restore_progress(state)
         model.num_timesteps = model._n_calls = self.steps  # of one environment
         self.env.resume(state["episodes"], [action.numpy() for action in state["actions"]])
         with self._own_randomness():
             model.learn(0, log_interval=NEVER, reset_num_timesteps=False)  # creates the deques
         model.ep_info_buffer.extend({"r": r, "l": length} for r, length in state["returns"])
         model.ep_success_buffer.extend(state["successes"])
-        self.seconds, self.curve = state["seconds"], list(state["curve"])
 
     def close(self) -> None:
         """Release the environment."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,25 +14,25 @@ from align.control.networks import Policy, check_weights
 from align.control.recorded_steps import RecordedSteps
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
+from align.control.trainer import Progress
 from align.control.value_based.iql import ImitationLearner
 
 POINTS = 100
 """Points of the learning curve, unless there are fewer updates."""
 
 
-class OfflineTrainer:
+class OfflineTrainer(Progress):
     """Trains the networks of one seed; a step is one update. The environment is not stepped."""
 
     statistics = None
 
     def __init__(self, config: Offline, spec: EnvSpec, seed: int, data: RecordedSteps) -> None:
+        super().__init__(config.steps)
         self.config, self.seed, self.data = config, seed, data
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.learner = ImitationLearner(config, spec)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
-        self.steps, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
 
     @property
     def policy(self) -> Policy:
@@ -45,14 +44,9 @@ class OfflineTrainer:
         """The values of states; behavior cloning trains none."""
         return self.learner.value if self.config.algorithm == "iql" else None
 
-    @property
-    def done(self) -> bool:
-        """Whether all updates are done."""
-        return self.steps >= self.config.steps
-
-    def train_step(self) -> dict[str, Any]:
-        """Update on several batches. Returns the new point of the learning curve."""
-        started, config = time.perf_counter(), self.config
+    def train(self) -> dict[str, Any]:
+        """Update on several batches."""
+        config = self.config
         n_updates = min(max(1, config.steps // POINTS), config.steps - self.steps)
         for _ in range(n_updates):
             size = (config.batch_size,)
@@ -62,16 +56,8 @@ class OfflineTrainer:
         check_weights(
             [self.learner], seed=self.seed, steps=self.steps, environment=config.environment
         )
-        self.seconds += time.perf_counter() - started
-        point: dict[str, Any] = {
-            "steps": self.steps,
-            "episodes": 0,
-            "return": None,
-            "seconds": round(self.seconds, 4),
-        }
-        point |= {name: float(loss) for name, loss in losses.items()}
-        self.curve.append(point)
-        return point
+        metrics = {name: float(loss) for name, loss in losses.items()}
+        return {"episodes": 0, "return": None, **metrics}
 
     def state(self) -> dict[str, Any]:
         """Networks, optimizer, random numbers and the curve so far; the data is read again."""
@@ -80,9 +66,7 @@ class OfflineTrainer:
                 "networks": self.learner.state_dict(),
                 "optimizer": self.learner.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
-                "steps": self.steps,
-                "seconds": self.seconds,
-                "curve": self.curve,
+                **self.progress(),
             }
         )
 
@@ -91,8 +75,7 @@ class OfflineTrainer:
         self.learner.load_state_dict(state["networks"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.curve = list(state["curve"])
+        self.restore_progress(state)
 
     def close(self) -> None:
         """There is no environment to release."""

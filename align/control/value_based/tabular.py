@@ -6,7 +6,6 @@ the state that is saved.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -20,48 +19,38 @@ from align.config.control.tabular import Tabular
 from align.control.networks import Policy, table_policy
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT
+from align.control.trainer import RECENT, Progress, recent_mean
 
 POINTS = 500
 """Points of the learning curve, unless an episode is longer than the steps of a point."""
 
 
-class TabularTrainer:
+class TabularTrainer(Progress):
     """Learns the table of one seed. There is no critic, and states have no statistics."""
 
     critic = None
     statistics = None
 
     def __init__(self, config: Tabular, spec: EnvSpec, seed: int) -> None:
+        super().__init__(config.steps)
         self.config, self.spec, self.seed = config, spec, seed
         self.env = gymnasium.make(config.environment, **config.environment_options)
         self.values: NDArray[np.float64] = np.zeros((spec.n_features, spec.n_actions))
         self.random = np.random.default_rng(derive_seed(seed, 1))
-        self.steps, self.episodes, self.seconds = 0, 0, 0.0
-        self.curve: list[dict[str, Any]] = []
+        self.episodes = 0
         self._recent_returns: deque[float] = deque(maxlen=RECENT)
 
-    @property
-    def done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.steps >= self.config.steps
-
-    def train_step(self) -> dict[str, Any]:
-        """Learn from whole episodes. Returns the new point of the learning curve."""
-        started, episodes_before = time.perf_counter(), self.episodes
+    def train(self) -> dict[str, Any]:
+        """Learn from whole episodes."""
+        episodes_before = self.episodes
         end = min(self.config.steps, self.steps + max(1, self.config.steps // POINTS))
         while self.steps < end:
             self._recent_returns.append(self.run_episode())
             self.episodes += 1
-        self.seconds += time.perf_counter() - started
-        point = {
-            "steps": self.steps,
+        return {
             "episodes": self.episodes - episodes_before,
-            "return": sum(self._recent_returns) / len(self._recent_returns),
-            "seconds": round(self.seconds, 4),
+            "return": recent_mean(self._recent_returns),
         }
-        self.curve.append(point)
-        return point
 
     def run_episode(self) -> float:
         """Learn from each step of one episode. Returns its undiscounted return.
@@ -111,10 +100,8 @@ class TabularTrainer:
         return {
             "values": torch.from_numpy(self.values.copy()),
             "random": self.random.bit_generator.state,
-            "steps": self.steps,
             "episodes": self.episodes,
-            "seconds": self.seconds,
-            "curve": list(self.curve),
+            **self.progress(),
             "recent_returns": list(self._recent_returns),
         }
 
@@ -122,8 +109,8 @@ class TabularTrainer:
         """Continue from a state that :meth:`state` returned."""
         self.values[:] = state["values"].numpy()
         self.random.bit_generator.state = state["random"]
-        self.steps, self.episodes = state["steps"], state["episodes"]
-        self.seconds, self.curve = state["seconds"], list(state["curve"])
+        self.episodes = state["episodes"]
+        self.restore_progress(state)
         self._recent_returns.extend(state["recent_returns"])
 
     def close(self) -> None:
