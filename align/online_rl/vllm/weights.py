@@ -125,7 +125,7 @@ class WeightChannel:
 
 
 def check_mergeable(model: Any) -> None:
-    """Check that the server can hold the policy: its adapter is a sum with weights of the base.
+    """Check that vLLM can hold the policy: its adapter is a sum with weights of the base.
 
     Raises:
         UserError: The adapter is of another kind, or changes embeddings that the model ties.
@@ -142,7 +142,7 @@ def check_mergeable(model: Any) -> None:
         reason = "changes tied embeddings"
     if reason is not None:
         raise UserError(
-            f"sampler: vllm: the adapter of the policy {reason}, which the server cannot hold; "
+            f"sampler: vllm: the adapter of the policy {reason}, which vLLM cannot hold; "
             "remove `sampler`, or remove `lora` to train all weights"
         )
 
