@@ -6,8 +6,7 @@ import importlib.metadata
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 from align.config.stages import ONLINE_RL
 from benchmarks.proofs.methods import BOUND, METHODS, WITHOUT_POLICY, Method
@@ -16,8 +15,6 @@ from benchmarks.proofs.world import TEXTS
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """97.5 % quantile of Student's distribution, for the mean of a number of seeds."""
-Bias = Literal["none", "means", "seeds"]
-"""Columns with the distance from the optimum: none, means over seeds, or all seeds."""
 Kept = Mapping[str, Sequence[str]]
 """Lines of an earlier page, by method."""
 MARK = "<!-- fingerprint {}: {} -->\n"
@@ -48,16 +45,11 @@ preferences. Divergences are in nats per completion.
 BIASED = """## Methods that theory sends elsewhere
 
 Each has its own named policy. "Bias" is its distance from the optimum of reward and KL with the
-same β: KL(named, optimum) by the formula, and KL(trained, optimum) as measured.
+same β: KL(named, optimum) by the formula, and KL(trained, optimum) as measured, for each seed. As
+each seed has another world, the difference between measurement and formula is taken for each seed;
+its mean has a 95 % interval.
 
 ### Losses
-
-"Bias" columns are means over the seeds.
-"""
-GRADIENTS = """### Policy gradients
-
-"Bias" columns are those of each seed. As each seed has another world, the difference between
-measurement and formula is taken for each seed; its mean has a 95 % interval.
 """
 NOTES = """- GRPO divides by the standard deviation s of a prompt's rewards, so a prompt with rewards that
   spread less follows them further: the difficulty bias. It divides by the length as well, so each
@@ -84,7 +76,7 @@ EXCLUDED = """## Losses that exclude completions
 A completion that loses more often than it wins has probability 0 in the minimizer, and the others
 are filled up to a common level: π = ref · max(0, √((2w − 1)/λ) − 1). Columns are the probability
 of the excluded completions: of the reference, of each seed (in bold where above {bound}), and the
-mean.
+mean; then the bias as above.
 """
 KTO = """
 KTO measures gains from a reference point, an estimate of KL(policy, reference). It is the mean
@@ -105,18 +97,19 @@ def page(runs: Sequence[Run], before: str = "") -> str:
     training and theory.
     """
     kept = kept_lines(before, {run.method for run in runs})
-    unbiased = [method for method in METHODS if not method.zeros and not biased(method)]
-    losses = [each for each in METHODS if biased(each) and each.stage not in ONLINE_RL]
-    gradients = [each for each in METHODS if biased(each) and each.stage in ONLINE_RL]
+    unbiased = [method for method in METHODS if not biased(method)]
+    full = [method for method in METHODS if biased(method) and not method.zeros]
+    losses = [each for each in full if each.stage not in ONLINE_RL]
+    gradients = [each for each in full if each.stage in ONLINE_RL]
     sections = [
         HEAD,
         "## Methods whose optimum is known\n",
         "The policy is the maximum of E[r] − β KL(policy, reference), which is ref · exp(r/β).\n",
         table(unbiased, runs, kept),
         BIASED,
-        table(losses, runs, kept, bias="means"),
-        GRADIENTS,
-        table(gradients, runs, kept, bias="seeds"),
+        table(losses, runs, kept),
+        "### Policy gradients\n",
+        table(gradients, runs, kept),
         NOTES,
         EXCLUDED.format(bound=BOUND),
         table([method for method in METHODS if method.zeros], runs, kept)
@@ -170,22 +163,22 @@ def missing(runs: Sequence[Run], kept: Kept) -> str:
 
 
 def biased(method: Method) -> bool:
-    """Whether theory names another policy than the optimum of reward and KL, with full support."""
-    return not method.zeros and not method.is_unbiased
+    """Whether theory names another policy than the optimum of reward and KL."""
+    return not method.is_unbiased
 
 
-def table(
-    methods: Iterable[Method], runs: Sequence[Run], kept: Kept, *, bias: Bias = "none"
-) -> str:
-    """A table with one row for each method that has runs, or a row of an earlier page."""
+def table(methods: Sequence[Method], runs: Sequence[Run], kept: Kept) -> str:
+    """A table with one row for each method that has runs, or a row of an earlier page.
+
+    Methods that are biased have the columns of the bias; a table has only such, or none.
+    """
     lines = [
         "| method | stage | named policy | start | seeds | mean |",
         "|---|---|---|---|---|---|",
     ]
-    if bias != "none":
-        lines = [lines[0] + " bias: formula | bias: measured |", lines[1] + "---|---|"]
-    if bias == "seeds":
-        lines = [lines[0] + " difference |", lines[1] + "---|"]
+    if any(map(biased, methods)):
+        columns = " bias: formula | bias: measured | difference |"
+        lines = [lines[0] + columns, lines[1] + "---|---|---|"]
     for method in methods:
         own = sorted((run for run in runs if run.method == method.name), key=lambda run: run.seed)
         if not own:
@@ -200,11 +193,9 @@ def table(
             ", ".join(shown(value) for value in reached),
             mean_with_interval(reached),
         ]
-        named, measured = ([run.bias for run in own], [run.measured_bias for run in own])
-        if bias == "means":
-            cells += [f"{statistics.mean(values):.2f}" for values in (named, measured)]
-        elif bias == "seeds":
-            cells += [", ".join(f"{value:.3f}" for value in values) for values in (named, measured)]
+        if biased(method):
+            columns = ([run.bias for run in own], [run.measured_bias for run in own])
+            cells += [", ".join(f"{value:.3f}" for value in values) for values in columns]
             cells += [mean_with_interval([run.measured_bias - run.bias for run in own])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
