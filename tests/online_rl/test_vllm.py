@@ -166,7 +166,7 @@ def completion(*choices: Any) -> Any:
 
 
 def stall(handler: Any) -> None:
-    time.sleep(1.0)
+    time.sleep(2.0)
 
 
 def trickle(handler: Any) -> None:
@@ -211,8 +211,8 @@ ENDS = {"max_new_tokens": 5, "stops": {2}}
             completion(choice([7, 8], [-1, -1], "abort")),
             r"ends after 2 of 5 tokens without a token that ends it \(abort\)",
         ),
-        ("/v1/completions", stall, "no complete answer in 0.5 seconds; raise `vllm_timeout`"),
-        ("/v1/completions", trickle, "no complete answer in 0.5 seconds"),
+        ("/v1/completions", stall, "no complete answer in 1 seconds; raise `vllm_timeout`"),
+        ("/v1/completions", trickle, "no complete answer in 1 seconds"),
         ("/v1/completions", drop, "the connection was lost"),
         (
             "/v1/completions",
@@ -225,11 +225,11 @@ ENDS = {"max_new_tokens": 5, "stops": {2}}
         ("/pause", drop, "the connection was lost"),
         ("/update_weights", answer(b"no", 500), "HTTP 500: 'no'"),
         ("/update_weights", drop, "the connection was lost"),
-        ("/update_weights", stall, "no complete answer in 0.5 seconds"),
+        ("/update_weights", stall, "no complete answer in 1 seconds"),
         ("/update_weights", answer(b"{}"), "the weights were not sent"),
         ("/reset_prefix_cache", answer(b'{"success": false}'), "not done: .* else uses the server"),
         ("/init_weight_transfer_engine", answer(b"no", 500), "HTTP 500: 'no'"),
-        ("/init_weight_transfer_engine", stall, "no complete answer in 0.5 seconds"),
+        ("/init_weight_transfer_engine", stall, "no complete answer in 1 seconds"),
     ],
 )
 def test_a_wrong_answer_a_stall_or_a_lost_connection_is_one_line(
@@ -237,10 +237,9 @@ def test_a_wrong_answer_a_stall_or_a_lost_connection_is_one_line(
 ):
     models = ppo_fixtures.build_models(world.sft, [], lora=False)
     server.faults[path] = fault
-    started = time.monotonic()
+    seconds = 1.0 if fault in (stall, trickle) else 60.0
     with pytest.raises(UserError, match=message) as error_info:
-        sampler_of(models, server, vllm_timeout=0.5, **ENDS).generate([[4, 5], [6]], seed=0)
-    assert time.monotonic() - started < 5
+        sampler_of(models, server, vllm_timeout=seconds, **ENDS).generate([[4, 5], [6]], seed=0)
     (line,) = error_info.value.lines
     assert line.startswith(f"vllm_url: {server.url}{path}: ") and "\n" not in line
 
