@@ -24,12 +24,13 @@ from benchmarks.proofs.runs import Run, run_by_name
 
 
 def read(path: Path) -> list[Run]:
-    """Runs of a file that have the present settings and theory of their methods."""
+    """Runs of a file that have the present settings and theory of their methods, one per seed."""
     if not path.exists():
         return []
     settings = {method.name: method.fingerprint for method in METHODS}
     runs = [Run(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [run for run in runs if settings.get(run.method) == run.fingerprint]
+    present = (run for run in runs if settings.get(run.method) == run.fingerprint)
+    return list({(run.method, run.seed): run for run in present}.values())
 
 
 def main() -> None:
