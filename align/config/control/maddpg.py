@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import GymEnvironment
-from align.config.control.base import Control, PolicyShape
+from align.config.control.base import PolicyShape
+from align.config.control.replay import Replay
 from align.errors import shown
 
 
-class MultiAgent(Control):
+class MultiAgent(Replay):
     """MADDPG: an actor and a critic per agent, which act at once in one environment.
 
     The environment is ``align.control.multi_agent.parallel:Parallel-v0`` with the option
@@ -32,14 +33,8 @@ class MultiAgent(Control):
     """Discount per step."""
     hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([64, 64], min_length=1)
     """Widths of the hidden layers, with ReLU, of the policies and of the critics."""
-    learning_rate: float = Field(1e-3, gt=0.0)
-    """Learning rate of all networks."""
-    buffer_size: int = Field(100_000, ge=1)
-    """Steps in the replay buffer; later ones replace the oldest."""
     learning_starts: int = Field(1000, ge=1)
     """Steps with random actions before the first update."""
-    batch_size: int = Field(256, ge=1)
-    """Steps that an update samples from the buffer."""
     train_every: int = Field(25, ge=1)
     """Environment steps between updates."""
     tau: float = Field(0.01, gt=0.0, le=1.0)
@@ -57,24 +52,10 @@ class MultiAgent(Control):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_learning_starts(self) -> MultiAgent:
-        if self.learning_starts >= self.steps:
-            raise ValueError(
-                f"`learning_starts` ({self.learning_starts}) must be less than `steps` "
-                f"({self.steps}): otherwise nothing is learned; lower it"
-            )
-        return self
-
     @property
     def policy_shape(self) -> PolicyShape:
         """A perceptron with ReLU for each agent; greedy actions are a squashed mean."""
         return PolicyShape(self.hidden_sizes, "relu", "squashed")
-
-    @property
-    def steps_before_learning(self) -> int:
-        """Steps with random actions."""
-        return self.learning_starts
 
     @property
     def gym_environments(self) -> tuple[GymEnvironment, ...]:

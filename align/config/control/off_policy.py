@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import GymEnvironment
-from align.config.control.base import Control, PolicyShape
+from align.config.control.base import PolicyShape
+from align.config.control.replay import Replay
 
 OWN_KEYS = {
     "target": "dqn",
@@ -20,7 +21,7 @@ OWN_KEYS = {
 """Keys of one algorithm."""
 
 
-class OffPolicy(Control):
+class OffPolicy(Replay):
     """DQN, SAC or TD3 of Stable-Baselines3: one environment, and a buffer of its steps.
 
     DQN needs discrete actions, SAC and TD3 bounded continuous ones.
@@ -32,14 +33,6 @@ class OffPolicy(Control):
     """Algorithm."""
     hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([256, 256], min_length=1)
     """Widths of the hidden layers, with ReLU, of the policy and of the critics."""
-    learning_rate: float = Field(1e-3, gt=0.0)
-    """Learning rate of all networks."""
-    buffer_size: int = Field(100_000, ge=1)
-    """Steps in the replay buffer; later ones replace the oldest."""
-    learning_starts: int = Field(1000, ge=0)
-    """Steps with random actions before the first update."""
-    batch_size: int = Field(256, ge=1)
-    """Steps that an update samples from the buffer."""
     train_every: int = Field(1, ge=1)
     """Environment steps between updates."""
     gradient_steps: int = Field(1, ge=1)
@@ -81,11 +74,6 @@ class OffPolicy(Control):
                 "`hindsight_goals` has no effect with `replay: uniform`; remove it, or set "
                 "`replay: hindsight`"
             )
-        if self.learning_starts >= self.steps:
-            raise ValueError(
-                f"`learning_starts` ({self.learning_starts}) must be less than `steps` "
-                f"({self.steps}): otherwise nothing is learned; lower it"
-            )
         return self
 
     @property
@@ -93,11 +81,6 @@ class OffPolicy(Control):
         """A perceptron with ReLU; greedy actions of SAC and TD3 are a squashed mean."""
         distribution = "categorical" if self.algorithm == "dqn" else "squashed"
         return PolicyShape(self.hidden_sizes, "relu", distribution)
-
-    @property
-    def steps_before_learning(self) -> int:
-        """Steps with random actions."""
-        return self.learning_starts
 
     @property
     def required_packages(self) -> dict[str, tuple[str, str]]:
