@@ -176,7 +176,7 @@ def measure(stage: str, size: Size, tuning: str, folder: Path) -> Measurement:
     config = stages[-1].config
     estimate = estimates.estimate(stages, world_size=1)[stage]
     assert estimate.size is not None and estimate.forward is not None
-    trained = trained_weights(estimate.size, config, sharded=False)
+    trained = trained_weights(estimate.size, config, estimate.work, sharded=False)
     planned = bill(estimate.size, trained, estimate.forward, Sharding(device="cpu"))
     run_recipe(recipe, folder / "runs", NullDisplay(), until=stages[-2].name)
     measured = tensor_peak(lambda: run_recipe(recipe, folder / "runs", NullDisplay()))

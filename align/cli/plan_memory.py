@@ -11,7 +11,6 @@ from align.config.memory_bill import (
     Bill,
     Sharding,
     Trained,
-    Work,
     bill,
     reductions,
     trained_weights,
@@ -62,14 +61,14 @@ def print_bills(
         if size is None or work is None or not size.linear:
             lines.append(f"{stage.name}: memory unknown before the stages and data that it reads")
             continue
-        trained = trained_weights(size, stage.config, sharded=sharding.stage > 0)
+        trained = trained_weights(size, stage.config, estimate.work, sharded=sharding.stage > 0)
         own = bill(size, trained, work, sharding, limit)
         bills[stage.name] = own
         if work.reserved and limit is None:
             share = f"{100 * work.reserved:g} % of the device"
             lines.append(f"{stage.name}: without vLLM, which has {share} while it samples")
         if limit is not None:
-            changes = _changes(stage.config, size, trained, work, sharding, limit)
+            changes = _changes(stage.config, estimate, trained, sharding, limit)
             lines += _verdict(stage.name, own, limit, changes)
     if bills:
         parts = {name: own.parts() | {"peak": own.peak} for name, own in bills.items()}
@@ -100,9 +99,11 @@ def _verdict(
 
 
 def _changes(
-    config: Any, size: Any, trained: Trained, work: Work, sharding: Sharding, limit: int
+    config: Any, estimate: Estimate, trained: Trained, sharding: Sharding, limit: int
 ) -> Iterator[tuple[str, Bill]]:
     """Changes of a stage, each alone, and the bills that they reach."""
+    size, work = estimate.size, estimate.forward
+    assert size is not None and work is not None
     for name, smaller, divided in reductions(work, sharding):
         yield name, bill(size, trained, smaller, divided, limit)
     if trained.optimizer_bytes > 2:
@@ -110,14 +111,14 @@ def _changes(
         yield "an 8-bit optimizer", bill(size, eight_bits, work, sharding, limit)
     if isinstance(config.model, NewModel):
         return
-    adapters = {"lora": config.lora or Lora.model_validate({})}
-    if config.lora is None:
-        changed = trained_weights(size, config.model_copy(update=adapters), sharded=False)
-        yield "lora", bill(size, changed, work, sharding, limit)
+    update: dict[str, Any] = {"lora": config.lora or Lora.model_validate({})}
+    changes = [("lora", update)] if config.lora is None else []
     if config.quantization is None and not work.reserved:  # vLLM needs unquantized weights
-        update = adapters | {"quantization": "nf4"}
-        changed = trained_weights(size, config.model_copy(update=update), sharded=False)
-        yield "lora and quantization: nf4", bill(size, changed, work, sharding, limit)
+        changes.append(("lora and quantization: nf4", update | {"quantization": "nf4"}))
+    for name, update in changes:
+        changed = config.model_copy(update=update)
+        weights = trained_weights(size, changed, estimate.work, sharded=False)
+        yield name, bill(size, weights, work, sharding, limit)
 
 
 def _size(number: float) -> str:

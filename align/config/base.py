@@ -117,6 +117,8 @@ class Workload:
     """Estimate from the words of the rows. Tokens of the chat template are not included."""
     pairs: int | None = None
     """Pairs that its judges compare, where their number is not that of the rows."""
+    is_partial: bool = False
+    """Whether training ends before all rows have been used."""
 
 
 class Config(BaseModel):
@@ -290,10 +292,11 @@ class Stage(Config):
         """The size of a forward pass in training; None if it is unknown, or no model is trained."""
         return None
 
-    def memory_bytes(self, size: Any, *, sharded: bool) -> int | None:
+    def memory_bytes(self, size: Any, workload: Workload, *, sharded: bool) -> int | None:
         """Estimate the memory of weights, gradients and optimizer states, without activations.
 
-        ``size`` is that of the trained model; with ``sharded``, FSDP or DeepSpeed is in use.
+        ``size`` is that of the trained model, and ``workload`` that of the stage; with
+        ``sharded``, FSDP or DeepSpeed is in use.
         """
         return None
 

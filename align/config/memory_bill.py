@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from align.config.base import Workload
 from align.config.memory import BYTES_PER_PARAMETER, ModelSize, training_bytes
 from align.errors import RecipeError
 
@@ -281,13 +282,13 @@ def reductions(work: Work, sharding: Sharding) -> Iterator[tuple[str, Work, Shar
         yield "ZeRO-3 or FSDP2", work, replace(sharding, stage=3)
 
 
-def trained_weights(size: ModelSize, config: Any, *, sharded: bool) -> Trained:
-    """What a stage with ``config`` trains, and what it holds besides."""
+def trained_weights(size: ModelSize, config: Any, workload: Workload, *, sharded: bool) -> Trained:
+    """What a stage with ``config`` and ``workload`` trains, and what it holds besides."""
     optimizer = training_bytes(config.optimizer_name) - 8
     if config.lora:
         parameters = size.adapter_parameters(config.lora) * config.trained_models
         return Trained(parameters, optimizer, size.weight_bytes(config.dtype, config.quantization))
-    copies = config.frozen_models(sharded=sharded) * BYTES_PER_PARAMETER[config.dtype]
+    copies = config.frozen_models(workload, sharded=sharded) * BYTES_PER_PARAMETER[config.dtype]
     parameters = size.parameters
     if size.embeddings == 2 and not config.writes_policy:  # a score head replaces the output layer
         parameters -= size.vocabulary * size.width

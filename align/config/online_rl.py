@@ -377,7 +377,7 @@ class OnlineRL(
         """Updates at the start in which the policy is not trained."""
         return 0
 
-    def frozen_models(self, *, sharded: bool) -> int:
+    def frozen_models(self, workload: Workload, *, sharded: bool) -> int:
         """The reference and the reward models, as if those had the size of the policy.
 
         With ``lora`` all of them share one backbone; reward models with another one do not count.

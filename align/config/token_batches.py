@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -78,4 +79,4 @@ class TokenBatchStage(TRLStage):
                 tokens = steps * tokens_per_step
             else:
                 steps = max(1, math.ceil(tokens / tokens_per_step))
-        return Workload(work.rows, int(steps) if steps > 0 else None, tokens)
+        return replace(work, steps=int(steps) if steps > 0 else None, tokens=tokens)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import Input, ModelOrNew, NewModel, Problem, Stage, Table
+from align.config.base import Input, ModelOrNew, NewModel, Problem, Stage, Table, Workload
 from align.config.token_batches import TokenBatchStage
 from align.config.training_base import BATCH_SIZE, PolicyStage
 
@@ -89,12 +89,12 @@ class DPO(PolicyStage, TokenBatchStage):
     beta: float = Field(0.1, gt=0.0)
     """Strength of the implicit KL penalty towards the reference."""
 
-    def frozen_models(self, *, sharded: bool) -> int:
-        """The reference, if it changes during training or if weights are sharded.
+    def frozen_models(self, workload: Workload, *, sharded: bool) -> int:
+        """The reference, if it changes during training, or weights are sharded, or rows unused.
 
         Otherwise its log-probabilities are computed before training.
         """
-        return int(sharded or bool(self.trainer.get("sync_ref_model")))
+        return int(sharded or workload.is_partial or bool(self.trainer.get("sync_ref_model")))
 
 
 class Reward(TokenBatchStage):
@@ -190,7 +190,7 @@ class KTO(PolicyStage, TokenBatchStage):
         """Every batch holds both labels; one of a number of tokens may be as large as needed."""
         return sys.maxsize if self.tokens_per_batch else int(self.trl_value(BATCH_SIZE))
 
-    def frozen_models(self, *, sharded: bool) -> int:
+    def frozen_models(self, workload: Workload, *, sharded: bool) -> int:
         """The reference."""
         return 1
 

@@ -109,13 +109,13 @@ class TrainingStage(QuantizableStage):
         """Models that are trained, or adapters on one frozen model."""
         return 1
 
-    def frozen_models(self, *, sharded: bool) -> int:
+    def frozen_models(self, workload: Workload, *, sharded: bool) -> int:
         """Models in memory besides the trained ones, in full fine-tuning."""
         return 0
 
-    def memory_bytes(self, size: ModelSize, *, sharded: bool) -> int:
+    def memory_bytes(self, size: ModelSize, workload: Workload, *, sharded: bool) -> int:
         """Weights, gradients, moments of Adam, and the reference where it stays in memory."""
-        return trained_weights(size, self, sharded=sharded).total_bytes
+        return trained_weights(size, self, workload, sharded=sharded).total_bytes
 
 
 class TRLStage(TrainingStage):
@@ -280,6 +280,7 @@ class TRLStage(TrainingStage):
         batch = self.trl_value(BATCH_SIZE) * world_size
         accumulation = self.trl_value("gradient_accumulation_steps")
         steps = self.trl_value("max_steps")
+        is_partial = rows is not None and 0 < steps * batch * accumulation < rows
         if steps <= 0 and rows is not None:
             steps_per_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulation))
             steps = math.ceil(steps_per_epoch * self.trl_value("num_train_epochs"))
@@ -287,7 +288,7 @@ class TRLStage(TrainingStage):
         tokens = None
         if steps > 0 and words is not None:
             tokens = round(words * TOKENS_PER_WORD * steps * batch * accumulation)
-        return Workload(rows, int(steps) if steps > 0 else None, tokens)
+        return Workload(rows, int(steps) if steps > 0 else None, tokens, is_partial=is_partial)
 
 
 class PolicyStage(TRLStage):

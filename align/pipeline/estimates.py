@@ -89,7 +89,7 @@ def estimate(
             size = sizes[stage.folder] = _model_size(stage, sizes)
             sharded = sharding.kind() is not None
             if size is not None:
-                memory = stage.config.memory_bytes(size, sharded=sharded)
+                memory = stage.config.memory_bytes(size, work, sharded=sharded)
                 forward = stage.config.forward_work(size, data)
         estimates[stage.name] = Estimate(work, memory, size, forward)
     return estimates

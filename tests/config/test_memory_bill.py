@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from align.config.base import NewModel
+from align.config.base import NewModel, Workload
 from align.config.memory import new_model_size
 from align.config.memory_bill import (
     Sharding,
@@ -57,7 +57,7 @@ def test_activations_are_what_the_backward_pass_of_torch_needs_to_15_percent(new
     assert hidden.last_hidden_state.requires_grad
     measured = sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
     size = new_model_size(new)
-    trained = trained_weights(size, SFT(model=new), sharded=False)
+    trained = trained_weights(size, SFT(model=new), Workload(), sharded=False)
     estimated = bill(size, trained, Work(tokens=128), Sharding()).activations
     assert estimated == pytest.approx(measured, rel=0.15)
 
@@ -120,14 +120,16 @@ def test_the_end_of_a_backward_pass_has_two_gradients_of_tied_embeddings():
     work = Work(tokens=1)  # almost no activations: the end of the pass is the peak
     matrix = 4 * 300 * 64
     for size, extra in ((tied, matrix), (untied, 0)):
-        own = bill(size, trained_weights(size, model, sharded=False), work, Sharding(device="cpu"))
+        trained = trained_weights(size, model, Workload(), sharded=False)
+        own = bill(size, trained, work, Sharding(device="cpu"))
         assert own.logits + own.layer + own.activations < own.gradients
         assert own.peak == 16 * size.parameters + extra
     # A reward model has a score head in place of the output layer.
-    reward = trained_weights(untied, Reward(model="m"), sharded=False)
+    reward = trained_weights(untied, Reward(model="m"), Workload(), sharded=False)
     assert reward.parameters == untied.parameters - 300 * 64
-    assert trained_weights(tied, Reward(model="m"), sharded=False).parameters == tied.parameters
-    lora = trained_weights(tied, SFT(model="m", lora={"r": 4}), sharded=False)
+    reward = trained_weights(tied, Reward(model="m"), Workload(), sharded=False)
+    assert reward.parameters == tied.parameters
+    lora = trained_weights(tied, SFT(model="m", lora={"r": 4}), Workload(), sharded=False)
     assert bill(tied, lora, work, Sharding()).embedding == 0
 
 

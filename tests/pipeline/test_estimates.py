@@ -40,6 +40,12 @@ POLICY: dict[str, Any] = {"model": "sft"}
         pytest.param(SFT(model=NewModel(), trainer=TRAINER), Workload(100, 14, 9072), id="sft"),
         # ceil(60 / 16) = 4; the prompt is in both sequences: (10 + 30 + 10 + 40) * 1.35 * 8 * 16
         pytest.param(DPO(**POLICY, trainer=TRAINER), Workload(60, 8, 15552), id="dpo"),
+        # 3 * 16 of 60 rows
+        pytest.param(
+            DPO(**POLICY, trainer=TRAINER | {"max_steps": 3}),
+            Workload(60, 3, 5832, is_partial=True),
+            id="dpo that does not see all rows",
+        ),
         pytest.param(Reward(**POLICY, trainer=TRAINER), Workload(60, 8, 15552), id="reward"),
         # 120 completions, ceil(120 / 16) = 8; (10 + 30 + 10 + 40) / 2 * 1.35 * 16 * 16 = 15,552
         pytest.param(KTO(**POLICY, trainer=TRAINER), Workload(120, 16, 15552), id="kto"),
@@ -108,7 +114,15 @@ def test_unknown_data_leave_rows_and_tokens_unknown():
     ],
 )  # fmt: skip
 def test_the_memory_of_a_stage_by_hand(stage: Stage, sharded: bool, copies: int):
-    assert stage.memory_bytes(ModelSize(1000), sharded=sharded) == 4 * 1000 * copies
+    assert stage.memory_bytes(ModelSize(1000), Workload(), sharded=sharded) == 4 * 1000 * copies
+
+
+def test_the_reference_of_dpo_is_in_memory_where_training_ends_before_all_rows_are_used():
+    # 60 pairs on 2 processes; with 4 batches of 16 every pair is used.
+    for max_steps, copies in ((3, 5), (4, 4)):
+        dpo = DPO(**POLICY, trainer=TRAINER | {"max_steps": max_steps})
+        work = dpo.workload(STATISTICS, world_size=2)
+        assert dpo.memory_bytes(ModelSize(1000), work, sharded=False) == 4 * 1000 * copies
 
 
 def test_memory_with_adapters_by_hand():
@@ -127,7 +141,7 @@ def test_memory_with_adapters_by_hand():
         (KTO(**POLICY, lora=Lora(), dtype="bfloat16"), 2 * 1000 + adapter * 16),
         (SFT(model="m", **eight_bits), 1000 * 10),
     ):
-        assert stage.memory_bytes(size, sharded=False) == expected, stage
+        assert stage.memory_bytes(size, Workload(), sharded=False) == expected, stage
 
 
 def test_the_parameters_of_a_new_model_are_those_that_transformers_builds():
