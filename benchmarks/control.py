@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/control.py
 
 Align uses the settings of ``recipes/control/cartpole_ppo.yaml``, Stable-Baselines3 those that RL
-Baselines3 Zoo tuned for CartPole (hyperparams/ppo.yml). Every 2,048 environment steps the greedy
-policy plays 100 episodes; a seed is solved at a mean return of 475. The time of this evaluation,
-the same for both, is not counted. Steps per second are those until then. A seed that is never
-solved counts as infinitely slow.
+Baselines3 Zoo tuned for CartPole (hyperparams/ppo.yml). After each update of Align, and every
+2,048 environment steps of SB3, the greedy policy plays 100 episodes; a seed is solved at a mean
+return of 475. The time of this evaluation, the same for both, is not counted. Steps per second are
+those until then. A seed that is never solved counts as infinitely slow.
 """
 
 from __future__ import annotations

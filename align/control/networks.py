@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +28,11 @@ _QUADRATURE = (_NODES, _WEIGHTS / math.sqrt(2 * math.pi))
 """Nodes and weights of means under the standard normal distribution."""
 ILLEGAL = 1e9
 """What is subtracted from the logit of an illegal action."""
-_ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+# In place: the inputs of a ReLU are not needed again, and new memory costs more than the maximum.
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": partial(nn.ReLU, inplace=True),
+}
 
 
 class Categorical(nn.Module):

@@ -57,10 +57,12 @@ def clipped_surrogate_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; clip-higher: Yu et al. 2025 (DAPO),
     arXiv:2503.14476, eq. 10; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
     """
+    # A ratio is clipped on the side to which its advantage pushes it.
     ratio = importance_ratio(logps, old_logps)
-    loss = torch.maximum(
-        -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    )
+    rises, unbounded = advantages > 0, ratio.new_tensor(math.inf)
+    low = torch.where(rises, -unbounded, 1 - clip_low)
+    high = torch.where(rises, 1 + clip_high, unbounded)
+    loss = -advantages * ratio.clamp(low, high)
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
