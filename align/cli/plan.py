@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,15 @@ from align.errors import UserError, counted
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from align.config.memory_bill import Sharding
     from align.pipeline.estimates import Estimate
     from align.pipeline.plan import PlannedStage
 
 STATUS = {"reused": "reuse", "resume": "resume", "run": "run"}
+ONE_PROCESS = (
+    "--probe measures one, without the exchange between several; remove --probe, or add "
+    "--processes 1"
+)
 LEGEND = (
     "steps: optimizer steps, or environment steps of all seeds; "
     "tokens: 1.35 a word of the texts, without the chat template; "
@@ -30,7 +36,10 @@ def plan(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     until: Until = None,
-    processes: Annotated[int, typer.Option(help="Number of processes of the run.", min=1)] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Number of processes; by default that of --config, else 1.", min=1),
+    ] = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Measure a small part of each stage: expected time.")
     ] = False,
@@ -44,18 +53,16 @@ def plan(
     ] = None,
 ) -> None:
     """Show what would run, resume or be reused, with steps, tokens and memory; start nothing."""
-    from align.config.memory_bill import Sharding, parse_bytes, read_sharding
+    from align.config.memory_bill import parse_bytes
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight, token_lengths
     from align.pipeline.plan import plan_stages
     from align.runtime.terminal import SafeConsole
 
-    if probe and processes > 1:
-        raise UserError(
-            f"--processes {processes}: --probe measures one process and not the exchange between "
-            "several; give one of the two options"
-        )
-    sharding = Sharding(processes) if config is None else read_sharding(config)
+    sharding = _sharding(config, processes)
+    if probe and sharding.processes > 1:
+        option = f"--config {config}" if processes is None else "--processes"
+        raise UserError(f"{option}: {sharding.processes} processes, but {ONE_PROCESS}")
     limit = None if gpu_memory is None else parse_bytes(gpu_memory)
     processes = sharding.processes
     errors = ErrorCollector(read_recipe(recipe, overrides or []))
@@ -84,6 +91,14 @@ def plan(
         from align.cli.plan_times import print_times
 
         print_times(console, stages, prepared, runs)
+
+
+def _sharding(config: Path | None, processes: int | None) -> Sharding:
+    """That of a launch configuration; ``processes`` replace its own, as the launcher's option."""
+    from align.config.memory_bill import Sharding, read_sharding
+
+    sharding = Sharding() if config is None else read_sharding(config)
+    return sharding if processes is None else replace(sharding, processes=processes)
 
 
 def _reasons_to_run(stages: Sequence[PlannedStage], runs: Path) -> Iterator[str]:

@@ -164,8 +164,28 @@ def test_plan_and_check_count_one_stage(tmp_path, capsys):
 
 
 def test_the_probe_measures_one_process_only(tmp_path):
-    with pytest.raises(UserError, match="--processes 2: --probe measures one process"):
+    with pytest.raises(UserError, match="--processes: 2 processes, but --probe measures one"):
         plan.plan(Path("dpo"), runs=tmp_path, processes=2, probe=True)
+    file = Path(__file__).parents[2] / "accelerate_configs/multi_gpu.yaml"
+    with pytest.raises(UserError, match=r"--config .*multi_gpu\.yaml: 8 processes, but --probe"):
+        plan.plan(Path("dpo"), runs=tmp_path, config=file, probe=True)
+
+
+def test_the_number_of_processes_replaces_that_of_the_launch_configuration(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "stages:\n  prepare: {source: embedded}\n  sft:\n    model: {num_hidden_layers: 1}\n"
+        "    trainer: {per_device_train_batch_size: 1, max_length: 64}\n"
+    )
+    file = Path(__file__).parents[2] / "accelerate_configs/multi_gpu.yaml"
+
+    def steps(**options: int) -> int:
+        plan.plan(recipe, runs=tmp_path, config=file, **options)
+        row = re.search(r"sft-\S+ +run +[\d,]+ +([\d,]+)", capsys.readouterr().out)
+        assert row is not None
+        return int(row[1].replace(",", ""))
+
+    assert steps() * 4 == pytest.approx(steps(processes=2), abs=8)
 
 
 def test_a_plan_fits_80_columns_and_shows_names_as_written(tmp_path, capsys, monkeypatch):
