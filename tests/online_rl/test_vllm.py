@@ -223,11 +223,17 @@ ENDS = {"max_new_tokens": 5, "stops": {2}}
         ("/server_info", answer(b"", 404), "HTTP 404: ''; start it with `VLLM_SERVER_DEV_MODE=1"),
         ("/get_world_size", answer(b"{}"), "an answer that vLLM does not give: '{}'"),
         ("/pause", drop, "the connection was lost"),
+        ("/start_weight_update", answer(b"<html>"), "an answer that vLLM does not give: '<html>'"),
+        ("/start_weight_update", drop, "the connection was lost"),
         ("/update_weights", answer(b"no", 500), "HTTP 500: 'no'"),
         ("/update_weights", drop, "the connection was lost"),
         ("/update_weights", stall, "no complete answer in 1 seconds"),
         ("/update_weights", answer(b"{}"), "the weights were not sent"),
+        ("/finish_weight_update", answer(b"<html>"), "an answer that vLLM does not give: '<html>'"),
+        ("/finish_weight_update", drop, "the connection was lost"),
         ("/reset_prefix_cache", answer(b'{"success": false}'), "not done: .* else uses the server"),
+        ("/resume", answer(b"<html>"), "an answer that vLLM does not give: '<html>'"),
+        ("/resume", drop, "the connection was lost"),
         ("/init_weight_transfer_engine", answer(b"no", 500), "HTTP 500: 'no'"),
         ("/init_weight_transfer_engine", stall, "no complete answer in 1 seconds"),
     ],
@@ -294,7 +300,7 @@ def test_a_missing_server_is_reported_before_training(world, tmp_path: Path, lau
 def test_without_vllm_or_a_gpu_the_error_names_it(world, server, monkeypatch: pytest.MonkeyPatch):
     models = ppo_fixtures.build_models(world.sft, [], lora=False)
     monkeypatch.undo()  # the modules of the stand-in
-    with pytest.raises(UserError, match=r"vLLM 0\.28 or later is not installed"):
+    with pytest.raises(UserError, match=r"vLLM 0\.28 to 0\.33 is not installed"):
         sampler_of(models, server)
     vllm_modules.install(monkeypatch)
     with pytest.raises(UserError, match="which needs a GPU, and the policy is on cpu"):

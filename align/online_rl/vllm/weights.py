@@ -44,7 +44,7 @@ class WeightChannel:
             from vllm.utils.network_utils import get_ip, get_open_port
         except ImportError as error:
             raise UserError(
-                f"sampler: vllm: vLLM 0.28 or later is not installed ({error}), and weights are "
+                f"sampler: vllm: vLLM 0.28 to 0.33 is not installed ({error}), and weights are "
                 "sent with it; install `vllm`, or remove `sampler`"
             ) from None
         if device.type != DEVICE:
