@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "evaluation.annotation": "errors data functional runtime",
     "stages": "errors config data functional models models.prefix_sharing rewards rl runtime control training "
     "online_rl evaluation judges report",
-    "pipeline": "errors config control data judges models report rewards runtime training",  # stages by name only
+    "pipeline": "errors config control data functional judges models report rewards runtime training",  # stages by name only
     "pipeline.probe": "errors config control data evaluation functional models models.prefix_sharing online_rl "
     "pipeline rewards runtime training",
     "cli": "errors config control data evaluation evaluation.annotation functional judges models models.prefix_sharing online_rl pipeline "

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from align.online_rl.experience import Experience
 from align.online_rl.scoring import Scores
-from align.runtime import distributed
+from align.runtime import artifacts, distributed
 
-FILE = "held_out.jsonl"
+FILE = artifacts.HELD_OUT
 
 Measurement = Mapping[str, float]
 """Scores and log-ratio of the completion of one prompt."""

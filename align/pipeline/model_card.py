@@ -3,8 +3,9 @@
 Its layout is the template ``model_card.md.jinja``. The card has no dates and durations, so the same
 run writes the same card on the same machine. What it reads beside the records differs elsewhere:
 the license in the card of the base model, which may be in the cache or not; whether folders of the
-lineage still exist; whether the name of a source is that of a local file. Left out: results of
-``evaluate``, which are written after the card.
+lineage still exist; whether the name of a source is that of a local file. Its metrics are those of
+:mod:`align.pipeline.card_metrics`. Left out: results of ``evaluate``, which are written after the
+card.
 """
 
 from __future__ import annotations
@@ -24,34 +25,11 @@ from align.config.stages import ONLINE_RL, STAGES
 from align.errors import counted
 from align.models import gguf_files
 from align.models.files import ADAPTER_CONFIG
+from align.pipeline import card_metrics
 from align.pipeline.lineage import Origin, lineage
 from align.runtime.artifacts import Artifact
 
 FILE = "README.md"
-METRICS = {
-    "loss": "training loss",
-    "mean_token_accuracy": "training: share of tokens that are the most likely one",
-    "rewards/accuracies": "training: share of pairs ordered correctly",
-    "rewards/margins": "training: margin of the implicit rewards, chosen minus rejected",
-    "eval_loss": "held out: loss",
-    "eval_rewards/accuracies": "held out: share of pairs ordered correctly",
-    "held_out.accuracy": "held out: share of pairs ordered correctly",
-    "held_out.accuracy_upper_bound": "the best possible share on these noisy labels",
-    "held_out.expected_calibration_error": "held out: expected calibration error",
-    "center.score_mean": "mean output on demonstrations, which Align subtracts from every score",
-    "online_rl.score": "training: mean score",
-    "online_rl.kl": "training: KL to the reference, nats per completion",
-    "online_rl.tokens": "training: tokens per completion",
-    "online_rl.missing_eos": "training: share of completions without an end",
-    "online_rl.eval_score": "held out: mean score",
-    "online_rl.eval_kl": "held out: KL to the reference, nats per completion",
-    "online_rl.eval_missing_eos": "held out: share of completions without an end",
-}
-"""Metrics of the card by their address in ``artifact.json``, in order.
-
-``online_rl`` is the kind of an online-RL stage, under which its metrics are stored.
-An interval is the value ``ci`` beside a metric.
-"""
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -119,7 +97,7 @@ def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -
         datasets=datasets,
         settings=dict(_settings(artifact)),
         environment=_environment(artifact),
-        metrics=list(_metrics(artifact)),
+        metrics=list(card_metrics.rows(stage or folder, artifact)),
     )
 
 
@@ -291,20 +269,3 @@ def _environment(artifact: Artifact) -> str:
     place = f"`{ENVIRONMENTS[name]}`, `{name}`" if name in ENVIRONMENTS else f"`{name}`"
     turns = artifact.recipe["max_turns"]
     return f"{place}; episodes of at most {counted(turns, 'turn')}"
-
-
-def _metrics(artifact: Artifact) -> Iterator[tuple[str, str, str]]:
-    """Name, value and interval of the metrics that the card shows."""
-    metrics = artifact.metrics
-    for address, name in METRICS.items():
-        group, _, key = address.rpartition(".")
-        group = artifact.stage if group == "online_rl" else group
-        values = metrics.get(group) if group else metrics
-        value = values.get(key) if isinstance(values, dict) else None
-        if not isinstance(value, int | float):
-            continue
-        interval = ""
-        if key == "accuracy" and isinstance(values, dict) and "ci" in values:
-            low, high = values["ci"]
-            interval = f"{low:.4g} to {high:.4g}"
-        yield name, f"{value:.4g}", interval

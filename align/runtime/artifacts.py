@@ -28,6 +28,8 @@ from align.runtime.checksums import digest_file
 FILE = "artifact.json"
 SUMMARY = "summary.json"
 """Name of the record of a run, in its folder."""
+HELD_OUT = "held_out.jsonl"
+"""Name of the file of an online-RL stage with a line for each held-out prompt."""
 TEMPORARY = ".*.json.*"
 """Pattern of the names that JSON files have while they are written."""
 WORKING = ".working"  # exists until a stage is finished; locked while it runs

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from align.config import trl_fields
 from align.config.methods import method
 from align.config.stages import STAGES
-from align.pipeline.model_card import METRICS, model_card
+from align.pipeline.card_metrics import METRICS
+from align.pipeline.model_card import model_card
 from align.runtime import artifacts
 from align.runtime.artifacts import Artifact
 
@@ -266,3 +267,63 @@ def test_the_card_of_an_online_rl_stage_has_its_metrics_and_its_environment(tmp_
     assert "| environment |" not in model_card(
         folder, record(folder, "rloo", {}, recipe={**recipe, "environment": None, "rewards": ["r"]})
     )
+
+
+def grpo_card(folder: Path, held_out: list[dict[str, float]], **metrics: Any) -> list[str]:
+    """The lines of the card of a GRPO stage with these measurements of held-out prompts."""
+    recipe = {"model": "m", "rewards": ["r"], "steps": 4, "batch_size": 8}
+    folder.mkdir()
+    lines = "".join(f"{json.dumps(line)}\n" for line in held_out)
+    (folder / "held_out.jsonl").write_text(lines)
+    values = {"grpo": {"score": 0.5, "eval_score": 0.125, "eval_kl": 2.75, "eval_missing_eos": 0.1}}
+    artifact = record(folder, "grpo", {}, recipe=recipe, metrics=values | metrics)
+    return model_card(folder, artifact).splitlines()
+
+
+def measured(step: int, scores: list[float], kls: list[float]) -> list[dict[str, float]]:
+    pairs = enumerate(zip(scores, kls, strict=True))
+    return [{"step": step, "prompt": i, "kl": kl, "score": score} for i, (score, kl) in pairs]
+
+
+LAST = measured(4, [1, *[0] * 7], [1, *[3] * 7])
+"""Eight prompts, for which the bootstrap can be computed by hand.
+
+The tails of an interval of 95 % over 8 prompts are Phi(-sqrt(8 / 7) * t), with the quantile
+t = 2.3646 of Student's distribution with 7 degrees of freedom: 0.0057 at each end. The number of
+draws of the first prompt is Binomial(8, 1 / 8): none with 0.344, at most 3 with 0.9887, at most 4
+with 0.9988. So the 0.0057 quantile is 0 draws and the 0.9943 quantile is 4 of 8. Scores are
+the share of these draws, 0 to 0.5; KL is 3 minus twice the share, 2 to 3.
+"""
+
+
+def test_the_held_out_score_and_kl_of_online_rl_have_intervals_over_prompts(tmp_path):
+    lines = grpo_card(tmp_path / "grpo-1", measured(0, [7, 8, 9, 9, 9], [0, 0, 0, 0, 1]) + LAST)
+    assert "| held out: mean score | 0.125 | 0 to 0.5 |" in lines
+    assert f"| {METRICS['online_rl.eval_kl']} | 2.75 | 2 to 3 |" in lines
+    # Only the mean of these is stored.
+    assert "| training: mean score | 0.5 |  |" in lines
+    assert f"| {METRICS['online_rl.eval_missing_eos']} | 0.1 |  |" in lines
+
+
+def test_the_interval_belongs_to_the_policy_that_a_stop_rule_chose(tmp_path):
+    later = measured(6, [7, 8, 9, 9, 9], [5, 6, 7, 8, 9])
+    lines = grpo_card(tmp_path / "grpo-1", LAST + later, stop={"best_step": 4})
+    assert "| held out: mean score | 0.125 | 0 to 0.5 |" in lines
+
+
+def test_prompts_that_agree_and_stages_without_their_values_have_no_interval(tmp_path):
+    alike = measured(4, [0.125] * 8, [1, *[3] * 7])
+    lines = grpo_card(tmp_path / "grpo-1", alike)
+    assert "| held out: mean score | 0.125 |  |" in lines
+    assert f"| {METRICS['online_rl.eval_kl']} | 2.75 | 2 to 3 |" in lines
+    (tmp_path / "grpo-1" / "held_out.jsonl").unlink()
+    artifact = artifacts.read_artifact(tmp_path / "grpo-1")
+    assert "| held out: mean score | 0.125 |  |" in model_card(tmp_path / "grpo-1", artifact)
+
+
+def test_the_copy_of_a_stage_has_the_intervals_of_the_stage(tmp_path):
+    grpo_card(tmp_path / "grpo-1", LAST)
+    artifact = artifacts.read_artifact(tmp_path / "grpo-1")
+    (tmp_path / "copy").mkdir()
+    card = model_card(tmp_path / "copy", artifact, stage=tmp_path / "grpo-1")
+    assert "| held out: mean score | 0.125 | 0 to 0.5 |" in card
