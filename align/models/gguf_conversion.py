@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ArtifactError, UserError
-from align.models import gguf_files
+from align.models import gguf_card, gguf_files
 from align.models.loading import cannot_load, check_finite, check_vocabulary
 from align.models.tokenizer_files import GENERATION_CONFIG
 from align.runtime import artifacts, distributed
@@ -90,7 +90,7 @@ def _write_tokenizer(file: Path, folder: Path) -> Any:
 
 
 def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
-    """Write the model folder, its artifact last."""
+    """Write the model folder with its card, its artifact last."""
     started = time.monotonic()
     for path in folder.iterdir():  # of an interrupted conversion
         if path.name != artifacts.WORKING:
@@ -101,8 +101,9 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     announce(f"{file}: {model.num_parameters():,} parameters read; writing")
     check_finite(file, model)
     check_vocabulary(file, model, tokenizer)
-    if len(ends := gguf_files.read_header(file).ends) > 1:  # transformers reads the first one
-        model.generation_config.eos_token_id = ends
+    header = gguf_files.read_header(file)
+    if len(header.ends) > 1:  # transformers reads the first one
+        model.generation_config.eos_token_id = header.ends
     model.save_pretrained(str(folder))
     artifacts.make_readable(folder)
     digest = gguf_files.digest(file)
@@ -112,7 +113,7 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
         digest=digest,
         recipe={
             "file": file.name,
-            "license": gguf_files.read_header(file).metadata.get("general.license"),
+            "license": header.metadata.get("general.license"),
         },
         inputs={},
         metrics={"parameters": model.num_parameters()},
@@ -123,6 +124,8 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
         seconds=round(time.monotonic() - started, 3),
         peak_memory_bytes=distributed.peak_memory_bytes(),
     )
+    card = gguf_card.gguf_card(file, header, artifact, model, tokenizer)
+    (folder / gguf_card.FILE).write_text(card, encoding="utf-8")
     artifacts.write_artifact(folder, artifact)
 
 

@@ -284,6 +284,56 @@ def test_a_finished_conversion_is_reused_and_an_unfinished_one_replaced(
         gguf_conversion.converted(file, Path("runs"), lines.append)
 
 
+def test_the_converted_folder_has_a_card_and_one_without_is_reused(converted: tuple[Path, Path]):
+    from huggingface_hub import ModelCard
+
+    file, runs = converted
+    (folder,) = runs.iterdir()
+    card = (folder / "README.md").read_text()
+    record = artifacts.read_artifact(folder)
+    assert record is not None and "README.md" in record.files
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["align", "gguf"],
+    }
+    # 261 tokens: 3 special ones, 256 bytes, 2 merges. Of a layer, q and o have 32 * 32, k and v
+    # 16 * 32, three matrices 64 * 32, two norms 32: 9,280. 261 * 32 + 2 * 9,280 + 32 = 26,944.
+    for row in (
+        f"| file | `tiny.gguf`, {file.stat().st_size:,} bytes |",
+        "| license | unknown: not in the file |",
+        "| architecture | llama, read as `LlamaForCausalLM` |",
+        "| parameters | 26,944 |",
+        "| vocabulary | 261 tokens |",
+        "| positions | 192 |",
+        f"| digest of the conversion | `{gguf_files.digest(file)}` |",
+    ):
+        assert row in card.splitlines()
+    earlier = Path("runs") / folder.name  # of a version that wrote no card
+    shutil.copytree(folder, earlier)
+    (earlier / "README.md").unlink()
+    artifacts.write_artifact(earlier, record)
+    lines: list[str] = []
+    assert gguf_conversion.converted(file, Path("runs"), lines.append) == earlier
+    assert not lines and not (earlier / "README.md").exists()
+
+
+def test_the_card_of_a_converted_folder_has_the_license_and_its_code_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = gguf_models.write_model(Path("a|b.gguf"), general__license="apache-2.0")
+    folder = gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "| license | apache-2.0 |" in card and "| file | `a\\|b.gguf`" in card
+    monkeypatch.chdir(folder)
+    code = card.partition("```python\n")[2].partition("```")[0]
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+    artifacts.check_folder(Path())
+
+
 def test_a_command_finds_the_converted_policy_which_no_data_of_ours_trained(
     converted: tuple[Path, Path],
 ):
