@@ -1,7 +1,11 @@
-"""A real server, ``transformers serve``: an exported adapter, also as the judge behind an API."""
+"""A real server, ``transformers serve``: an exported adapter, and a stage with full weights.
+
+The exported adapter is also the judge behind an API.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -48,6 +52,13 @@ def model(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_url(model: Path) -> Iterator[str]:
+    with served(model) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def served(model: Path) -> Iterator[str]:
+    """The address of a server of the model, which ends with this block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -104,8 +115,22 @@ def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
 
 @pytest.mark.slow
 def test_an_exported_adapter_is_served_and_answers_as_align_does(base_url, adapter, model):
+    assert_same_answer(base_url, model, adapter)
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_stage_with_full_weights_is_served_as_it_is(tmp_path_factory):
+    folder = tiny_models.world(tmp_path_factory.getbasetemp()).sft
+    before = sorted(path.name for path in folder.iterdir())
+    with served(folder) as address:
+        assert_same_answer(address, folder, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def assert_same_answer(base_url: str, model: Path, policy: Path) -> None:
+    """The server's greedy answer of a model is the one of the policy in Align."""
     prompt = "Sort: d c b a"
-    expected = align.load_policy(adapter).generate([prompt], temperature=0.0, max_new_tokens=8)
+    expected = align.load_policy(policy).generate([prompt], temperature=0.0, max_new_tokens=8)
     messages = [{"role": "user", "content": prompt}]
     body = {"model": str(model), "messages": messages, "max_tokens": 8, "temperature": 0.0}
     request = urllib.request.Request(
