@@ -48,6 +48,8 @@ _VARIANTS = {
     ),
     ("ratio", "sequence"): "ratios of sequences, GSPO (Zheng et al. 2025, arXiv:2507.18071)",
     ("loss", "cispo"): "the loss of CISPO (MiniMax 2025, arXiv:2506.13585)",
+    ("loss", "sapo"): "the loss of SAPO (Gao et al. 2025, arXiv:2511.20347)",
+    ("loss", "vespo"): "the loss of VESPO (Shen et al. 2026, arXiv:2602.10693)",
     ("filter", "mixed_groups"): "dynamic sampling, DAPO (Yu et al. 2025, arXiv:2503.14476)",
 }
 """Settings of online RL that have a name of their own in the literature."""

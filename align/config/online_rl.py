@@ -52,8 +52,6 @@ LATER_KEYS = {
     "max_staleness": 0,
 }
 """Keys that earlier versions did not have, with the value that means the same as those."""
-CISPO_CLIP = 4.0
-"""Default of ``clip_high`` for CISPO: as in ScaleRL (arXiv:2510.13786), a ratio of at most 5."""
 
 
 class OnlineRL(
@@ -102,8 +100,6 @@ class OnlineRL(
             ignored["kl_horizon"] = "without `kl_target`"
         if self.kl_coef == 0:
             ignored["kl_placement"] = "with `kl_coef: 0`"
-        if self.loss == "cispo":
-            ignored |= dict.fromkeys(("clip", "dual_clip"), "with `loss: cispo`")
         if self.eval_steps is None:
             ignored |= dict.fromkeys(("eval_split", "n_eval_prompts"), "without `eval_steps`")
         for key, condition in ignored.items():
@@ -364,13 +360,6 @@ class OnlineRL(
     def trained_models(self) -> int:
         """The policy, and the critic if there is one."""
         return 1 + self.has_critic
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """How far below and above 1 the probability ratio is clipped."""
-        if self.loss == "cispo":
-            return math.inf, self.clip_high or CISPO_CLIP
-        return self.clip, self.clip_high or self.clip
 
     @property
     def steps_without_policy(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from align.config.base import FUNCTION, Config, duplicates
 from align.config.functions import Reward, ScoreFunction, as_function
 from align.config.stopping import Stop
-from align.errors import did_you_mean
+from align.errors import RecipeError, did_you_mean
 
 
 class RewardKeys(Config):
@@ -127,14 +128,27 @@ class KLKeys(Config):
     """Completions in which ``kl_coef`` changes by at most 20 %."""
 
 
+CISPO_CLIP = 4.0
+"""Default of ``clip_high`` for CISPO: as in ScaleRL (arXiv:2510.13786), a ratio of at most 5."""
+UNUSED_BY_LOSS = {
+    "clip": (),
+    "cispo": ("clip", "dual_clip"),
+    "sapo": ("clip", "clip_high", "dual_clip"),
+    "vespo": ("clip", "clip_high", "dual_clip", "ratio"),
+}
+"""Keys without an effect, by the loss."""
+
+
 class LossKeys(Config):
     """The loss of the policy."""
 
     normalize_advantages: bool = True
     """Normalize advantages to mean 0 and variance 1 in each update."""
-    loss: Literal["clip", "cispo"] = "clip"
+    loss: Literal["clip", "cispo", "sapo", "vespo"] = "clip"
     """``clip``: the surrogate of PPO, without a gradient beyond the clipping range; ``cispo``:
-    log-probabilities, weighted by the ratio clipped above."""
+    log-probabilities, weighted by the ratio clipped above; ``sapo``: a surrogate whose gradient
+    fades the further the ratio is from 1; ``vespo``, in ``grpo`` and ``rloo``: log-probabilities,
+    weighted by a function of the product of the ratios of the completion."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """What the losses of the tokens are divided by: the tokens of the minibatch (``token``); the
     tokens of their completion, then the completions (``sequence``); or ``max_new_tokens`` times
@@ -148,6 +162,36 @@ class LossKeys(Config):
     """Upper bound on the loss ratio for negative advantages. Default: none."""
     entropy_coef: float = Field(0.0, ge=0.0)
     """Weight of the entropy bonus."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        for key in UNUSED_BY_LOSS[self.loss]:
+            if key in self.model_fields_set:
+                raise ValueError(f"`{key}` has no effect with `loss: {self.loss}`; remove it")
+        if self.loss == "vespo" and not isinstance(self, GroupKeys):
+            raise ValueError(
+                "`loss: vespo` needs one advantage for all tokens of a completion; use a `grpo` or "
+                "`rloo` stage, or set another `loss`"
+            )
+        return self
+
+    @property
+    def clips(self) -> bool:
+        """Whether the loss clips the probability ratio."""
+        return self.loss in ("clip", "cispo")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the probability ratio is clipped.
+
+        Raises:
+            RecipeError: The loss clips no ratio.
+        """
+        if not self.clips:
+            raise RecipeError(f"`loss: {self.loss}` has no clipping range; set `clip`")
+        if self.loss == "cispo":
+            return math.inf, self.clip_high or CISPO_CLIP
+        return self.clip, self.clip_high or self.clip
 
 
 class GroupKeys(Config):

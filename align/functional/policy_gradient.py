@@ -110,6 +110,76 @@ def cispo_loss(
     return reinforce_loss(logps, advantages) * ratio.detach().clamp(max=1 + clip_high)
 
 
+def sapo_loss(
+    logps: Float[Tensor, "*shape"],
+    old_logps: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*shape"],
+    *,
+    temperature: float = 1.0,
+    negative_temperature: float = 1.05,
+) -> Float[Tensor, "*shape"]:
+    """Surrogate with a soft bound on the ratio ``r``: ``-A * (4 / t) * sigmoid(t * (r - 1))``.
+
+    ``t`` is ``negative_temperature`` where the advantage is negative, else ``temperature``; both
+    are above 0. The gradient is that of the importance-weighted loss times ``4 * s * (1 - s)``,
+    where ``s`` is the sigmoid. This factor is 1 where the ratio is 1, so that the gradient is that
+    of :func:`reinforce_loss`, and falls on both sides. The loss at a ratio of 1 is ``-2 * A / t``.
+
+    >>> logps, old = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log()
+    >>> sapo_loss(logps, old, torch.ones(2))  # -4 * sigmoid(0), -4 * sigmoid(1)
+    tensor([-2.0000, -2.9242])
+
+    Source: Gao et al. 2025 (SAPO), arXiv:2511.20347: objective, gate and temperatures.
+    """
+    slope = _by_sign(advantages, temperature, negative_temperature)
+    gate = torch.sigmoid(slope * (importance_ratio(logps, old_logps) - 1))
+    return -advantages * (4 / slope) * gate
+
+
+def vespo_loss(
+    logps: Float[Tensor, "batch time"],
+    old_logps: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    power: float = 2.0,
+    decay: float = 3.0,
+    negative_power: float = 3.0,
+    negative_decay: float = 2.0,
+) -> Float[Tensor, "batch time"]:
+    """Score-function loss, weighted by a function of the ratio ``w`` of the row: ``-A * f * logp``.
+
+    ``w`` is the product of the ratios of the row's actions, the importance weight of the row, and
+    at most ``exp(MAX_LOGRATIO)``. ``f = w^power * exp(decay * (1 - w))`` has no gradient. It is 1
+    where ``w`` is 1, greatest where ``w`` is ``power / decay``, and approaches 0 for rows that have
+    become much less or much more likely. Negative advantages have their own power and decay.
+    Entries where ``mask`` is False do not count in ``w``.
+
+    >>> logps, old = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, 0.25]]).log()
+    >>> vespo_loss(logps, old, torch.ones(1, 2), torch.ones(1, 2).bool())  # 4 / e^3 * log 2
+    tensor([[0.1380, 0.1380]])
+
+    Source: Shen et al. 2026 (VESPO), arXiv:2602.10693: the kernel; the parameters are those of its
+    published code.
+    """
+    differences = (logps.detach() - old_logps).masked_fill(~mask, 0)
+    log_ratio = differences.sum(1, keepdim=True).clamp(max=MAX_LOGRATIO)
+    powers = _by_sign(advantages, power, negative_power)
+    decays = _by_sign(advantages, decay, negative_decay)
+    # One exponential of the sum: at the bound, e^20, the power is 5e17 and the decay underflows.
+    weight = (powers * log_ratio - decays * log_ratio.expm1()).exp()
+    return reinforce_loss(logps, advantages) * weight
+
+
+def _by_sign(
+    advantages: Float[Tensor, "*shape"], value: float, negative_value: float
+) -> Float[Tensor, "*shape"]:
+    """``negative_value`` where the advantage is negative, else ``value``."""
+    return torch.where(
+        advantages < 0, advantages.new_tensor(negative_value), advantages.new_tensor(value)
+    )
+
+
 def clipped_value_loss(
     values: Float[Tensor, "*shape"],
     old_values: Float[Tensor, "*shape"],

@@ -21,8 +21,10 @@ class Objective:
     """How far below 1 the probability ratio of an action may fall before its gradient is 0."""
     clip_high: float = math.inf
     """How far above 1 the probability ratio of an action may rise before its gradient is 0."""
-    loss: Literal["clip", "cispo"] = "clip"
-    """The surrogate of PPO, or log-probabilities weighted by the clipped ratio."""
+    loss: Literal["clip", "cispo", "sapo", "vespo"] = "clip"
+    """The surrogate of PPO; log-probabilities, weighted by the ratio clipped above; a surrogate
+    with a soft bound on the ratio; or log-probabilities, weighted by a function of the product of
+    the ratios of their row, on which ``ratio`` has no effect. The last two do not clip."""
     ratio: Literal["token", "sequence"] = "token"
     """Probability ratio of an action, or the geometric mean of those of its row."""
     aggregate: Literal["token", "sequence", "constant"] = "token"

@@ -33,16 +33,14 @@ from torch import Tensor
 
 from align.functional.masked import masked_whiten, max_over_ranks, ranks, sum_over_ranks
 from align.functional.policy_gradient import (
-    cispo_loss,
-    clipped_surrogate_loss,
     clipped_value_loss,
     explained_variance,
     importance_ratio,
     kl_k3,
-    kl_loss,
     sequence_logps,
 )
 from align.rl.objective import Objective
+from align.rl.policy_losses import policy_losses
 from align.rl.rollout import Rollout
 
 
@@ -261,9 +259,7 @@ def _terms(
         compared = logps  # those of which the ratio is clipped
         if objective.ratio == "sequence":
             compared = sequence_logps(logps, piece.logps, piece.mask)
-        losses = _policy_losses(logps, compared, piece, objective)
-        if piece.weights is not None:
-            losses = losses * piece.weights
+        losses = policy_losses(logps, compared, piece, objective)
         if objective.aggregate != "token":
             losses = losses * _row_weights(piece, objective, tokens_per_row)
         policy = losses.sum()
@@ -281,33 +277,6 @@ def _terms(
     if evaluated.entropy is not None:
         entropy = evaluated.entropy.masked_fill(padding, 0).sum()
     return _Terms(policy, value, entropy, kl, clipped, ratio_max)
-
-
-def _policy_losses(logps: Tensor, compared: Tensor, piece: Rollout, objective: Objective) -> Tensor:
-    """The losses of the actions, and their KL terms where the rollout has a reference."""
-    if objective.loss == "cispo":
-        losses = cispo_loss(
-            logps,
-            importance_ratio(compared, piece.logps),
-            piece.advantages,
-            clip_high=objective.clip_high,
-        )
-    else:
-        losses = clipped_surrogate_loss(
-            compared,
-            piece.logps,
-            piece.advantages,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            dual_clip=objective.dual_clip,
-        )
-    if piece.ref_logps is None:
-        return losses
-    if objective.kl_credit == "completion":
-        kl_terms = kl_loss(logps, piece.logps, piece.ref_logps, piece.mask)
-    else:
-        kl_terms = importance_ratio(compared, piece.logps) * kl_k3(logps, piece.ref_logps)
-    return losses + objective.kl_coef * kl_terms
 
 
 def _row_weights(piece: Rollout, objective: Objective, tokens_per_row: Tensor) -> Tensor:

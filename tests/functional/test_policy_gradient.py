@@ -24,6 +24,8 @@ from align.functional.policy_gradient import (
     kl_k3,
     kl_loss,
     reinforce_loss,
+    sapo_loss,
+    vespo_loss,
 )
 
 
@@ -168,6 +170,92 @@ def test_beyond_the_clip_a_good_action_has_no_gradient():
     )
     # Above the range the gradient is 0; below it, that of -ratio: -0.5.
     assert_close(torch.autograd.grad(loss.sum(), logps)[0], float64([0.0, -0.5]))
+
+
+# --- soft bounds ---
+
+
+def ratios(values: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """New log-probabilities with these ratios to the old ones, which are -1."""
+    old = torch.full_like(float64(values), -1.0)
+    return (float64(values).log() + old).requires_grad_(), old
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        pytest.param(1.0, +1.0, -2.0, id="-4 * sigmoid(0)"),
+        pytest.param(1.0, -2.0, +4.0 / 1.05, id="bad action: 2 * 4 / 1.05 * sigmoid(0)"),
+        pytest.param(1 + math.log(3), +1.0, -3.0, id="sigmoid(log 3) = 3/4"),
+        pytest.param(1 - math.log(2), +1.0, -4.0 / 3, id="sigmoid(-log 2) = 1/3"),
+        pytest.param(1 + math.log(3) / 1.05, -1.0, 3.0 / 1.05, id="bad action, far up"),
+        pytest.param(1.7, 0.0, 0.0, id="no advantage"),
+    ],
+)
+def test_sapo_by_hand(ratio, advantage, expected):
+    logps, old = ratios([[ratio]])
+    loss = sapo_loss(logps, old, float64([[advantage]]))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_gradient_of_sapo_fades_by_the_squared_hyperbolic_secant():
+    # 4 * s * (1 - s) = 1 / cosh(t * (r - 1) / 2)^2, where s = sigmoid(t * (r - 1))
+    values = [[0.1, 0.5, 1.0, 1.5, 4.0], [0.1, 0.5, 1.0, 1.5, 4.0]]
+    logps, old = ratios(values)
+    advantages = float64([[2.0] * 5, [-3.0] * 5])
+    loss = sapo_loss(logps, old, advantages, temperature=0.7, negative_temperature=1.4)
+    gradient = torch.autograd.grad(loss.sum(), logps)[0]
+    temperatures, ratio = float64([[0.7], [1.4]]), float64(values)
+    kept = 1 / (temperatures * (ratio - 1) / 2).cosh() ** 2
+    assert_close(gradient, -advantages * ratio * kept)
+    assert_close(gradient[:, 2], -advantages[:, 2])  # at a ratio of 1 that of REINFORCE
+    assert kept[1, 4] < kept[0, 4] < 0.5  # the higher temperature bounds more
+    assert torch.autograd.gradcheck(lambda x: sapo_loss(x, old, advantages), logps)
+
+
+GAMMA = [
+    pytest.param([2.0, 2.0], +1.0, 16 * math.exp(-9), id="w = 4: 4^2 * e^(3 * (1 - 4))"),
+    pytest.param([0.5, 1.0], +1.0, 0.25 * math.exp(1.5), id="w = 1/2: (1/2)^2 * e^(3 / 2)"),
+    pytest.param([2.0, 2.0], -1.0, 64 * math.exp(-6), id="bad row, w = 4: 4^3 * e^(2 * -3)"),
+    pytest.param([0.5, 1.0], -1.0, 0.125 * math.exp(1), id="bad row, w = 1/2: (1/2)^3 * e"),
+    pytest.param([4.0, 0.25], +1.0, 1.0, id="w = 1, though neither token has that ratio"),
+]
+
+
+@pytest.mark.parametrize(("row", "advantage", "weight"), GAMMA)
+def test_vespo_by_hand(row, advantage, weight):
+    # A third token is padding. Every loss is -A * weight * logp; the weight has no gradient.
+    logps, old = ratios([[*row, 7.0]])
+    mask = torch.tensor([[True, True, False]])
+    loss = vespo_loss(logps, old, torch.full_like(old, advantage), mask)[mask]
+    expected = [-advantage * weight * (math.log(ratio) - 1) for ratio in row]
+    assert_close(loss, float64(expected), rtol=1e-12, atol=0)
+    gradient = torch.autograd.grad(loss.sum(), logps)[0]
+    assert_close(gradient, -advantage * weight * mask.double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("sign", "peak"), [(1.0, 2 / 3), (-1.0, 3 / 2)])
+def test_vespo_weighs_most_the_rows_that_moved_the_wrong_way(sign, peak):
+    products = torch.linspace(0.01, 5, 500, dtype=torch.float64)[:, None]
+    logps, old = ratios(products.tolist())
+    loss = vespo_loss(logps, old, torch.full_like(old, sign), torch.ones_like(old).bool())
+    weights = -sign * torch.autograd.grad(loss.sum(), logps)[0]
+    assert products[weights.argmax()].item() == pytest.approx(peak, abs=0.01)
+    assert weights.min() >= 0
+    assert weights[-1] < 0.05 * weights.max()
+
+
+@pytest.mark.parametrize("difference", [-100.0, 100.0])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_soft_losses_of_a_log_ratio_of_100_are_finite_in_float32(difference, advantage):
+    logps, old = torch.full((1, 2), difference, requires_grad=True), torch.zeros(1, 2)
+    advantages, mask = torch.full((1, 2), advantage), torch.ones(1, 2).bool()
+    for loss in (
+        sapo_loss(logps, old, advantages),
+        vespo_loss(logps, old, advantages, mask),
+    ):
+        assert loss.isfinite().all()
+        assert (torch.autograd.grad(loss.sum(), logps)[0].abs() < 1e-30).all()
 
 
 # --- values ---

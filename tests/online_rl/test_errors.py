@@ -59,6 +59,10 @@ COLOCATE = {"sampler": "vllm", "vllm_mode": "colocate"}
         ({"sampler": "vllm", "quantization": "nf4", "lora": {}}, "needs unquantized weights"),
         ({"kl_placement": "loss", "kl_coef": 0.0}, "has no effect with `kl_coef: 0`"),
         ({"loss": "cispo", "dual_clip": 2.0}, "`dual_clip` has no effect with `loss: cispo`"),
+        ({"loss": "sapo", "clip": 0.1}, "`clip` has no effect with `loss: sapo`; remove it"),
+        ({"loss": "sapo", "clip_high": 0.3}, "`clip_high` has no effect with `loss: sapo`"),
+        ({"loss": "sapo", "dual_clip": 2.0}, "`dual_clip` has no effect with `loss: sapo`"),
+        ({"loss": "vespo"}, "use a `grpo` or `rloo` stage, or set another `loss`"),
         ({"max_turns": 3}, "`max_turns` has no effect without `environment`"),
         ({"max_episode_tokens": 9}, "`max_episode_tokens` has no effect without `environment`"),
         ({"rewards": []}, "set `rewards`, or an `environment`"),
@@ -84,6 +88,13 @@ def test_settings_that_contradict_each_other_are_rejected(changes: dict[str, Any
         ("grpo", {"n_completions": 1}, "set `n_completions` to at least 2"),
         ("rloo", {"n_completions": 1}, "set `n_completions` to at least 2"),
         ("grpo", {"max_draws": 3}, "`max_draws` has no effect without `filter`"),
+        (
+            "grpo",
+            {"loss": "vespo", "ratio": "sequence"},
+            "`ratio` has no effect with `loss: vespo`",
+        ),
+        ("rloo", {"loss": "vespo", "clip": 0.1}, "`clip` has no effect with `loss: vespo`"),
+        ("reinforce", {"loss": "vespo"}, "`loss: vespo` needs one advantage for all tokens"),
     ],
 )
 def test_settings_of_groups_that_contradict_each_other(
@@ -91,6 +102,16 @@ def test_settings_of_groups_that_contradict_each_other(
 ):
     with pytest.raises(ValidationError, match=re.escape(message)):
         STAGES[kind].model_validate(BASE | changes)
+
+
+def test_a_loss_without_a_clipping_range_is_not_passed_on_as_one():
+    """Other trainers are configured with the range; without it, theirs would be another loss."""
+    keys = BASE | {"n_completions": 2}
+    for loss in ("sapo", "vespo"):
+        config: Any = STAGES["grpo"].model_validate(keys | {"loss": loss})
+        with pytest.raises(UserError, match=f"`loss: {loss}` has no clipping range; set `clip`"):
+            _ = config.clip_range
+    assert STAGES["grpo"].model_validate(keys | {"loss": "cispo"}).clip_range == (math.inf, 4.0)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ term has a gradient. In float64 both sides agree to rounding; the tests ask for 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from align.rl.update import Evaluated, update
 pytestmark = pytest.mark.slow
 N, GROUPS, LONGEST, BETA = 4, 3, 12, 0.3
 CLIP = {"clip": 0.2, "clip_high": 0.28}
+UNCLIPPED: dict[str, Any] = {"clip": None, "clip_high": None}
 # TRL's settings → the recipe's
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"loss_type": "grpo"}, {}),
@@ -41,7 +44,15 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"ratio": "sequence"},
     ),
     "two-sided": ({"loss_type": "grpo", "delta": 1.5}, {"dual_clip": 1.5}),
+    "sapo": ({"loss_type": "sapo"}, UNCLIPPED | {"loss": "sapo"}),
+    "luspo": (
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        {"ratio": "sequence", "aggregate": "constant"},
+    ),
+    "vespo": ({"loss_type": "vespo"}, UNCLIPPED | {"loss": "vespo", "aggregate": "token"}),
 }
+FACTORS = {"luspo": LONGEST}
+"""TRL's losses in multiples of the recipe's; its LUSPO is not divided by ``max_new_tokens``."""
 
 
 class Batch:
@@ -144,7 +155,12 @@ def by_trl(batch: Batch, settings: dict[str, Any], *, kl: bool) -> tuple[float, 
 
 
 def by_align(
-    batch: Batch, settings: dict[str, Any], advantages: Tensor, *, kl: bool
+    batch: Batch,
+    settings: dict[str, Any],
+    advantages: Tensor,
+    *,
+    kl: bool,
+    weights: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """The loss of an update with these settings of a recipe, and its gradient."""
     keys = {
@@ -169,6 +185,7 @@ def by_align(
         logps=tensors["old_per_token_logps"],
         advantages=advantages.double()[:, None].expand(mask.shape),
         mask=mask,
+        weights=weights,
         ref_logps=tensors["ref_per_token_logps"] if kl else None,
     )
 
@@ -205,8 +222,40 @@ def test_loss_and_gradient_are_those_of_trl(batch: Batch, method: str, kl: bool)
     loss, gradient = by_trl(batch, theirs, kl=kl)
     advantages = batch.tensors["advantages"]
     own_loss, own_gradient = by_align(batch, ours, advantages, kl=kl)
+    factor = FACTORS.get(method, 1)
+    loss, gradient = loss / factor, gradient / factor
     assert own_loss == pytest.approx(loss, abs=1e-6, rel=1e-6)
     assert gradient.abs().max() > 1e-3
+    assert_close(own_gradient, gradient, rtol=0, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_the_methods_have_every_loss_type_that_trl_documents():
+    from trl import GRPOConfig
+
+    text = inspect.getdoc(GRPOConfig) or ""
+    (entry,) = re.findall(r"^ *loss_type \(.*?(?=^ *\w+ \()", text, re.MULTILINE | re.DOTALL)
+    documented = re.findall(r'^ *- `"(\w+)"`', entry, re.MULTILINE)
+    assert len(documented) == len(set(documented)) >= 8
+    assert {theirs["loss_type"] for theirs, _ in METHODS.values()} == set(documented)
+
+
+def test_vespo_with_another_sampler_is_that_of_trl(batch: Batch):
+    """Its weights are part of the weight of the completion."""
+    theirs, ours = METHODS["vespo"]
+    mask = batch.tensors["completion_mask"].bool()
+    draw = torch.Generator().manual_seed(3)
+    weights = (0.3 * torch.randn(mask.shape, generator=draw, dtype=torch.float64)).exp()
+    weights = weights.clamp(max=2.0).masked_fill(~mask, 1)  # TRL adds up padding too
+    advantages = batch.tensors["advantages"]
+    plain, _ = by_trl(batch, theirs, kl=False)
+    batch.tensors["importance_sampling_ratio"] = weights
+    try:
+        loss, gradient = by_trl(batch, theirs, kl=False)
+    finally:
+        del batch.tensors["importance_sampling_ratio"]
+    own_loss, own_gradient = by_align(batch, ours, advantages, kl=False, weights=weights)
+    assert abs(loss - plain) > 1e-2
+    assert own_loss == pytest.approx(loss, abs=1e-6, rel=1e-6)
     assert_close(own_gradient, gradient, rtol=0, atol=1e-6 * float(gradient.abs().max()))
 
 
@@ -228,3 +277,25 @@ def test_the_batch_clips_ratios_on_both_sides(batch: Batch):
     for sign, outside in ((1, difference > math.log(1.28)), (-1, difference < math.log(0.8))):
         assert (outside & mask & (signs == sign)).sum() > 3
     assert (difference[mask] > math.log(1.5)).any()
+
+
+def test_the_batch_reaches_the_soft_bounds_on_both_sides(batch: Batch):
+    """Ratios at which SAPO's gradient has faded, and products far from VESPO's weight of 1."""
+    tensors = batch.tensors
+    mask = tensors["completion_mask"].bool()
+    with torch.no_grad():
+        difference = logps_of(batch.trainer.model, tensors) - tensors["old_per_token_logps"]
+    difference = difference.masked_fill(~mask, 0)
+    signs = tensors["advantages"].sign()
+    by_token = signs[:, None].expand(mask.shape)
+    kept = 1 / ((difference.exp() - 1) / 2).cosh() ** 2
+    for sign in (1, -1):
+        for side in (1, -1):
+            outside = (kept < 0.97) & (difference.sign() == side) & (by_token == sign)
+            assert (outside & mask).sum() > 3
+    product = difference.sum(1).exp()
+    for sign, power, decay in ((1, 2, 3), (-1, 3, 2)):
+        weights = (product**power * (decay * (1 - product)).exp())[signs == sign]
+        assert (weights < 0.5).any()
+        assert weights.max() > 0.1
+        assert weights.max() > 3 * weights.min()

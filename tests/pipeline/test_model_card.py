@@ -239,6 +239,8 @@ def test_every_loss_of_trl_has_a_method_and_every_trained_model_too():
         ({"scale_advantages": "none"}, "Dr. GRPO"),
         ({"ratio": "sequence"}, "GSPO"),
         ({"loss": "cispo"}, "CISPO"),
+        ({"loss": "sapo"}, "SAPO"),
+        ({"loss": "vespo"}, "VESPO"),
         ({"filter": "mixed_groups"}, "DAPO"),
     ],
 )

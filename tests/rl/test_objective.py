@@ -22,7 +22,7 @@ CLIP = {"clip_low": 0.1, "clip_high": 0.2}
 WAYS: list[dict[str, Any]] = [
     {"loss": loss, "ratio": ratio, "aggregate": aggregate, "kl": kl}
     for loss, ratio, aggregate, kl in itertools.product(
-        ("clip", "cispo"),
+        ("clip", "cispo", "sapo", "vespo"),
         ("token", "sequence"),
         ("token", "sequence", "constant"),
         (None, "completion", "token"),
@@ -86,6 +86,7 @@ def by_hand(batch: Rollout, way: dict[str, Any], kl_coef: float) -> tuple[Tensor
     rows = []
     for i, length in enumerate(LENGTHS):
         ratios = [(logps[i, t] - batch.logps[i, t]).exp() for t in range(length)]
+        whole = math.prod(float(ratio.detach()) for ratio in ratios)
         if way["ratio"] == "sequence":
             product = torch.stack(ratios).prod()
             ratios = [product ** (1 / length)] * length
@@ -94,6 +95,13 @@ def by_hand(batch: Rollout, way: dict[str, Any], kl_coef: float) -> tuple[Tensor
             advantage = batch.advantages[i, t]
             if way["loss"] == "cispo":
                 weight = min(float(ratios[t].detach()), 1 + CLIP["clip_high"])
+                loss = -weight * advantage * logps[i, t]
+            elif way["loss"] == "sapo":
+                slope = 1.0 if advantage > 0 else 1.05
+                loss = -advantage * 4 / slope / (1 + (-slope * (ratios[t] - 1)).exp())
+            elif way["loss"] == "vespo":
+                power, decay = (2, 3) if advantage > 0 else (3, 2)
+                weight = whole**power * math.exp(decay * (1 - whole))
                 loss = -weight * advantage * logps[i, t]
             else:
                 low, high = 1 - CLIP["clip_low"], 1 + CLIP["clip_high"]
@@ -171,3 +179,35 @@ def test_the_ratio_of_a_sequence_has_the_same_gradient_for_all_of_its_actions():
     together, _ = learn(batch, Objective(**CLIP, ratio="sequence", aggregate="sequence"))
     assert (alone[0, 0] == 0).all()
     assert (together[0, 0] != 0).all()
+
+
+def test_the_weight_of_a_row_in_vespo_is_that_of_its_ratio_to_the_sampler():
+    """Weights of another engine are a factor inside the weight of the row, not beside it."""
+    batch = rollout(kl=False)
+    shift = torch.linspace(-0.5, 0.4, batch.mask.numel(), dtype=torch.float64)
+    sampler = batch.logps + shift.view(batch.mask.shape)
+    weights = (batch.logps - sampler).exp()
+    objective = objective_of({"loss": "vespo", "ratio": "token", "aggregate": "token", "kl": None})
+    weighted, _ = learn(dataclasses.replace(batch, weights=weights), objective)
+    by_sampler, _ = learn(dataclasses.replace(batch, logps=sampler), objective)
+    unweighted, _ = learn(batch, objective)
+    assert_close(weighted, by_sampler, rtol=0, atol=1e-12)
+    assert (weighted - unweighted).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("loss", ["cispo", "sapo", "vespo"])
+def test_weights_of_another_engine_scale_the_kl_terms_of_every_loss(loss: str):
+    """What a reference adds to the loss is the same beside all of them."""
+
+    def added_by_reference(loss: str, weight: float) -> float:
+        batch = rollout(kl=True)
+        weights = torch.full_like(batch.logps, weight)
+        way = {"loss": loss, "ratio": "token", "aggregate": "token", "kl": "completion"}
+        batch = dataclasses.replace(batch, weights=weights)
+        _, with_kl = learn(batch, objective_of(way))
+        _, without = learn(dataclasses.replace(batch, ref_logps=None), objective_of(way))
+        return with_kl.policy_loss - without.policy_loss
+
+    added = added_by_reference("clip", 1.0)
+    assert added > 0.1
+    assert added_by_reference(loss, 0.5) == pytest.approx(0.5 * added, abs=1e-12)
