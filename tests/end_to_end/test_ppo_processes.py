@@ -235,7 +235,10 @@ def test_two_processes_log_the_metrics_of_all_completions(one, two, kind):
             metrics = rank[kind]["metrics"][step]
             assert metrics.keys() == expected.keys()
             for key in metrics.keys() - {*TIMES}:
-                assert metrics[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-5), key
+                # Sums of another order differ by at most 5e-6, but the norm of a gradient (up to 63
+                # in grpo) by 1e-6 of it.
+                relative = 1e-5 if key == "grad_norm" else 0
+                assert metrics[key] == pytest.approx(expected[key], rel=relative, abs=1e-4), key
         for key in two[0][kind]["metrics"][step].keys() - {*TIMES}:
             assert two[0][kind]["metrics"][step][key] == two[1][kind]["metrics"][step][key], key
     assert one[kind]["kl_coef"] != 0.05
