@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from align.config.base import FUNCTION, Config, duplicates
 from align.config.functions import Reward, ScoreFunction, as_function
 from align.config.stopping import Stop
-from align.errors import RecipeError, did_you_mean
+from align.errors import did_you_mean
 
 
 class RewardKeys(Config):
@@ -176,19 +176,10 @@ class LossKeys(Config):
         return self
 
     @property
-    def clips(self) -> bool:
-        """Whether the loss clips the probability ratio."""
-        return self.loss in ("clip", "cispo")
-
-    @property
     def clip_range(self) -> tuple[float, float]:
-        """How far below and above 1 the probability ratio is clipped.
-
-        Raises:
-            RecipeError: The loss clips no ratio.
-        """
-        if not self.clips:
-            raise RecipeError(f"`loss: {self.loss}` has no clipping range; set `clip`")
+        """How far below and above 1 the probability ratio is clipped; infinite if it is not."""
+        if self.loss in ("sapo", "vespo"):
+            return math.inf, math.inf
         if self.loss == "cispo":
             return math.inf, self.clip_high or CISPO_CLIP
         return self.clip, self.clip_high or self.clip

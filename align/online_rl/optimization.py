@@ -41,8 +41,7 @@ def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objecti
         own = {"value_coef": config.value_coef, "value_clip": config.value_clip}
     if isinstance(config, GroupKeys):
         own = {"ratio": config.ratio}
-    if config.clips:
-        own["clip_low"], own["clip_high"] = config.clip_range
+    clip_low, clip_high = config.clip_range
     pieces = math.ceil(math.ceil(n_rows / config.minibatches) / config.micro_batch_size)
     if config.tokens_per_batch is not None:  # :func:`divide_by_tokens` divides a minibatch
         pieces = 1
@@ -50,6 +49,8 @@ def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objecti
         epochs=config.epochs,
         minibatches=config.minibatches,
         micro_batches=min(pieces, n_rows // config.minibatches),
+        clip_low=clip_low,
+        clip_high=clip_high,
         loss=config.loss,
         aggregate=config.aggregate,
         longest=config.most_sampled_tokens,

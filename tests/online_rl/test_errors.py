@@ -104,16 +104,6 @@ def test_settings_of_groups_that_contradict_each_other(
         STAGES[kind].model_validate(BASE | changes)
 
 
-def test_a_loss_without_a_clipping_range_is_not_passed_on_as_one():
-    """Other trainers are configured with the range; without it, theirs would be another loss."""
-    keys = BASE | {"n_completions": 2}
-    for loss in ("sapo", "vespo"):
-        config: Any = STAGES["grpo"].model_validate(keys | {"loss": loss})
-        with pytest.raises(UserError, match=f"`loss: {loss}` has no clipping range; set `clip`"):
-            _ = config.clip_range
-    assert STAGES["grpo"].model_validate(keys | {"loss": "cispo"}).clip_range == (math.inf, 4.0)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     ("settings", "key", "message"),
     [

@@ -99,6 +99,8 @@ def _refused(config: OnlineRL) -> Iterator[tuple[str, str]]:
         yield "revision", "download it with `hf download`, and name the folder in `model`"
     if config.environment is not None:
         yield "environment", "episodes of several turns are not converted"
+    if config.loss in ("sapo", "vespo"):
+        yield "loss", "set `clip`"
     if config.normalize_scores != "none":
         yield "normalize_scores", "set `none`"
     if config.normalize_rewards:

@@ -181,7 +181,7 @@ def _tokens_per_gpu(config: OnlineRL, longest_prompt: int) -> int:
 
 def _actor_keys(config: OnlineRL, longest_prompt: int) -> dict[str, Any]:
     is_sequence = getattr(config, "ratio", "token") == "sequence"
-    mode = "gspo" if is_sequence else {"clip": "vanilla", "cispo": "cispo"}[config.loss]
+    mode = "gspo" if is_sequence else {"clip": "vanilla"}.get(config.loss, config.loss)
     low, high = config.clip_range
     keys: dict[str, Any] = {
         "ppo_mini_batch_size": max(1, prompts_per_step(config) // config.minibatches),
