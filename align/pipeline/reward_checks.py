@@ -16,6 +16,7 @@ from typing import Any
 
 from align.config.base import Keys
 from align.config.functions import ScoreFunction
+from align.config.online_rl_keys import RewardKeys
 from align.config.recipe import ErrorCollector
 from align.errors import UserError
 from align.pipeline.plan import PlannedStage
@@ -31,6 +32,17 @@ N_COMPARED = 32
 """Rows whose answers are compared with answers to other prompts."""
 LEVEL = 0.05
 """A sign test with a larger p-value finds no difference."""
+SHUFFLED = "answers from those of other prompts"
+REJECTED = "chosen from rejected answers"
+ADVICE = {
+    (SHUFFLED, False): "unless it rewards form alone, check the function and its answer column",
+    (SHUFFLED, True): "it prefers answers to other prompts: check the function and its answer "
+    "column",
+    (REJECTED, False): "unless it measures something else, check the function and the pairs",
+    (REJECTED, True): "it prefers the rejected answers: check the columns `chosen` and `rejected`, "
+    "or reverse the sign of the score",
+}
+"""What to do about a comparison that fails, and whether it is beyond chance that it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,8 @@ class Comparison:
     """Prompts whose answer scores higher than the other completion."""
     lower: int
     n: int
+    weight: float = 1.0
+    """Factor of the score in the reward: with a negative one, lower scores are better."""
 
     @property
     def p_value(self) -> float:
@@ -67,8 +81,18 @@ class Comparison:
 
     @property
     def separates(self) -> bool:
-        """Whether the answers score higher, beyond chance."""
-        return self.higher > self.lower and self.p_value <= LEVEL
+        """Whether the answers have the better score, beyond chance."""
+        return self._n_better > 0 and self.p_value <= LEVEL
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether the other completions have the better score, beyond chance."""
+        return self._n_better < 0 and self.p_value <= LEVEL
+
+    @property
+    def _n_better(self) -> int:
+        """Prompts whose answer has the better score, minus those where it has the worse one."""
+        return (self.higher - self.lower) * (-1 if self.weight < 0 else 1)
 
     def __str__(self) -> str:
         equal = self.n - self.higher - self.lower
@@ -89,6 +113,8 @@ class CheckedFunction:
     answers: Answers
     is_reward: bool
     """Whether the function needs a score for every completion; a judge may have none."""
+    weight: float = 1.0
+    """Factor of the score in the reward."""
 
     def scores(self, texts: Sequence[str], n: int) -> list[float]:
         """Scores of ``texts`` as completions of the first ``n`` prompts."""
@@ -162,10 +188,10 @@ def play_environments(
 def compare_answers(
     errors: ErrorCollector, data: Path, tables: PreparedTables, stages: Sequence[PlannedStage]
 ) -> Iterator[str]:
-    """Compare the scores of the answers of ``data`` with others; yield a line a function."""
+    """Compare the scores of the answers of ``data`` with others; yield lines for each function."""
     for stage, keys, checked in _functions(data, tables, stages):
         with errors.at(stage.name, *keys):
-            yield _report(checked)
+            yield from _reports(checked)
 
 
 def _functions(
@@ -186,8 +212,17 @@ def _functions(
             if missing_columns(config, answers.columns) or not len(answers):
                 continue  # reported as a missing column or table
             place = ".".join(map(str, (stage.name, *keys)))
-            checked = CheckedFunction(place, config, function, answers, keys[0] == "rewards")
+            checked = CheckedFunction(
+                place, config, function, answers, keys[0] == "rewards", _weight(stage, keys)
+            )
             yield stage, keys, checked
+
+
+def _weight(stage: PlannedStage, keys: Keys) -> float:
+    """The factor of a function's score in the reward of a stage; 1 for a judge."""
+    if not isinstance(stage.config, RewardKeys) or keys[0] != "rewards":
+        return 1.0
+    return stage.config.weights[int(keys[1])] if stage.config.weights is not None else 1.0
 
 
 def _prompt_split(
@@ -238,7 +273,7 @@ def _texts(tables: PreparedTables, split: str) -> dict[str, tuple[str, str | Non
     return texts
 
 
-def compare(scores: Sequence[float], others: Sequence[float]) -> Comparison:
+def compare(scores: Sequence[float], others: Sequence[float], weight: float = 1.0) -> Comparison:
     """Compare scores of the same prompts; a pair with a missing one is left out."""
     pairs = [
         (one, other)
@@ -252,25 +287,34 @@ def compare(scores: Sequence[float], others: Sequence[float]) -> Comparison:
         higher=sum(one > other for one, other in pairs),
         lower=sum(one < other for one, other in pairs),
         n=n,
+        weight=weight,
     )
 
 
-def _report(checked: CheckedFunction) -> str:
-    """The line about a function: its scores, with a warning where they separate nothing."""
-    answers, place, label = checked.answers, checked.place, checked.config.label
+def _reports(checked: CheckedFunction) -> Iterator[str]:
+    """The lines about a function: what it separates, and a warning for each comparison it fails."""
+    answers, label = checked.answers, checked.config.label
     n, chosen, half = len(answers), answers.chosen, len(answers) // 2
     if not any(chosen):
-        return f"{place}: {label}: called; the data have no answers to compare"
+        yield f"{checked.place}: {label}: called; the data have no answers to compare"
+        return
     scores = checked.scores(chosen, n)
-    shuffled = compare(scores, checked.scores([*chosen[half:], *chosen[:half]], n))
-    comparisons = {"answers from those of other prompts": shuffled}
+    if all(map(math.isnan, scores)):
+        yield f"{checked.place}: warning: {label} has no score for {n} answers of the data"
+        return
+    others = {SHUFFLED: [*chosen[half:], *chosen[:half]]}
     if answers.rejected:
-        rejected = checked.scores(answers.rejected, n)
-        comparisons["chosen from rejected answers"] = compare(scores, rejected)
-    found = "; ".join(f"{what}: {comparison}" for what, comparison in comparisons.items())
-    if any(comparison.separates for comparison in comparisons.values()):
-        return f"{place}: {label} separates {found}"
-    known = [score for score in scores if not math.isnan(score)]
-    if not known:
-        return f"{place}: warning: {label} has no score for {n} answers of the data"
-    return f"{place}: warning: {label} does not separate {found}"
+        others[REJECTED] = list(answers.rejected)
+    comparisons = {
+        what: compare(scores, checked.scores(texts, n), checked.weight)
+        for what, texts in others.items()
+    }
+    if checked.weight < 0:
+        label = f"{label} (weight {checked.weight:g})"
+    separated = [f"{what}: {each}" for what, each in comparisons.items() if each.separates]
+    if separated:
+        yield f"{checked.place}: {label} separates {'; '.join(separated)}"
+    for what, each in comparisons.items():
+        if not each.separates:
+            advice = ADVICE[what, each.is_reversed]
+            yield f"{checked.place}: warning: {label} does not separate {what}: {each}; {advice}"

@@ -71,29 +71,77 @@ def test_functions_are_compared_once_where_the_data_are_finished_already(check: 
     assert out.count("ppo.rewards.0: number separates") == 1
 
 
+SHUFFLED = "does not separate answers from those of other prompts: "
+REJECTED = "does not separate chosen from rejected answers: "
+FORM = "; unless it rewards form alone, check the function and its answer column"
+EQUAL = "higher in 0, equal in 32, lower in 0 of 32 (sign test p = 1)"
+REVERSED = (
+    "it prefers the rejected answers: check the columns `chosen` and `rejected`, or reverse the "
+    "sign of the score"
+)
+
+
 @pytest.mark.parametrize(
-    ("reward", "line"),
+    ("reward", "separated", "warnings"),
     [
         pytest.param(
             "{function: regex, answer: 'x+'}",
-            "ppo.rewards.0: warning: regex does not separate answers from those of other prompts: "
-            "mean 0 against 0, higher in 0, equal in 32, lower in 0 of 32 (sign test p = 1)",
+            [],
+            [
+                f"{SHUFFLED}mean 0 against 0, {EQUAL}{FORM}",
+                f"{REJECTED}mean 0 against 0, {EQUAL}; unless it measures something else, check "
+                "the function and the pairs",
+            ],
             id="a pattern that never matches",
         ),
         pytest.param(
+            # Every chosen answer ends after its number; every rejected one has more words.
+            "{function: regex, answer: '^It is [0-9]+[.]$'}",
+            ["chosen from rejected answers: mean 1 against 0, higher in 32, equal in 0"],
+            [f"{SHUFFLED}mean 1 against 1, {EQUAL}{FORM}"],
+            id="a preference for chosen answers, whatever the prompt",
+        ),
+        pytest.param(
             "{function: contains, answer: 'I think'}",
-            "chosen from rejected answers: mean 0 against 1, higher in 0, equal in 0, lower in 32",
+            [],
+            [
+                f"{SHUFFLED}mean 0 against 0, {EQUAL}{FORM}",
+                f"{REJECTED}mean 0 against 1, higher in 0, equal in 0, lower in 32 of 32 (sign "
+                f"test p = 4.7e-10); {REVERSED}",
+            ],
             id="a preference for rejected answers",
         ),
     ],
 )
-def test_a_reward_that_separates_nothing_is_a_warning_with_the_numbers(
-    check: Any, reward: str, line: str
+def test_each_comparison_that_fails_is_a_warning_with_numbers_and_advice(
+    check: Any, reward: str, separated: list[str], warnings: list[str]
 ):
     code, out, err = check(reward)
     assert (code, err) == (0, "")
-    assert line in out
-    assert "ppo.rewards.0: warning: " in out
+    lines = [line for line in out.splitlines() if line.startswith("ppo.rewards.0: ")]
+    found = [line for line in lines if " warning: " in line]
+    assert [line.split(": warning: ")[1].split(" ", 1)[1] for line in found] == warnings
+    others = [line for line in lines if line not in found]
+    assert len(others) == len(separated)
+    for line, expected in zip(others, separated, strict=True):
+        assert f" separates {expected}" in line
+    assert f"no errors, {len(warnings)} warning" in out
+
+
+def test_with_a_negative_weight_the_better_score_is_the_lower_one(check: Any):
+    # `I think` is in the rejected answers only; with weight -1 they are the worse ones.
+    code, out, err = check("{function: contains, answer: 'I think'}], weights: [-1.0")
+    assert (code, err) == (0, "")
+    assert (
+        "ppo.rewards.0: contains (weight -1) separates chosen from rejected answers: mean 0 "
+        "against 1, higher in 0, equal in 0, lower in 32"
+    ) in out
+    assert "prefers the rejected" not in out
+    # The chosen answers alone have the pattern: with weight -1 the reward prefers the others.
+    code, out, err = check("{function: regex, answer: '[0-9][.]$'}], weights: [-1.0")
+    assert (code, err) == (0, "")
+    assert f"regex (weight -1) {REJECTED}mean 1 against 0" in out
+    assert REVERSED in out
 
 
 @pytest.mark.parametrize(
@@ -158,6 +206,11 @@ def test_the_p_value_of_the_sign_test_by_hand(higher: int, lower: int, expected:
     assert comparison.n == higher + lower + 1
     assert comparison.p_value == pytest.approx(expected)
     assert comparison.separates == (expected <= 0.05)
+    assert not comparison.is_reversed
+    opposite = reward_checks.compare(others, scores)
+    assert (opposite.is_reversed, opposite.separates) == (comparison.separates, False)
+    negative = reward_checks.compare(others, scores, weight=-0.5)
+    assert negative.separates == comparison.separates
 
 
 WORLD = """\
