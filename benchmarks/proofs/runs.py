@@ -45,6 +45,9 @@ class Run:
     """From the trained policy to the reference."""
     reference_point: float | None = None
     """The reference point that the loss of KTO used at the end; None for other methods."""
+    from_named: float | None = None
+    """From the named policy to the trained one, where the former excludes completions: KL(named,
+    trained), which is finite; None for other methods, and for stored runs without it."""
     seconds: float = 0.0
     """Processor time of the training."""
     fingerprint: str = ""
@@ -67,6 +70,18 @@ def run(method: Method, seed: int, folder: Path) -> Run:
     started = time.process_time()
     policy, reference_point = train(method, world, seed)
     seconds = time.process_time() - started
+    return compare(method, seed, world, policy, reference_point, seconds)
+
+
+def compare(
+    method: Method,
+    seed: int,
+    world: World,
+    policy: Tensor,
+    reference_point: float | None = None,
+    seconds: float = 0.0,
+) -> Run:
+    """Compare the policy that a method reached with those that theory names."""
     named, best = method.named(world), optima.reward_and_kl(world, method.beta)
     reference = world.reference
 
@@ -82,6 +97,7 @@ def run(method: Method, seed: int, folder: Path) -> Run:
         measured_bias=kl(policy, best),
         moved=kl(policy, reference),
         reference_point=reference_point,
+        from_named=kl(named, policy) if method.zeros else None,
         seconds=seconds,
         fingerprint=method.fingerprint,
     )

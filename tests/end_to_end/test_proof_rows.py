@@ -6,18 +6,21 @@ import dataclasses
 import functools
 import inspect
 import json
+import random
 import re
 import statistics
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+import torch
 
 from align.config.online_rl_keys import GroupKeys, KLKeys, LossKeys, RewardKeys
 from align.config.stages import ONLINE_RL, STAGES
 from align.training import trl_field_table
 from benchmarks.proofs import methods, optima, runs
 from benchmarks.proofs import page as pages
+from benchmarks.proofs.world import SPREADS, TEXTS, Example, random_rewards
 
 
 @functools.cache
@@ -119,6 +122,8 @@ def runs_of(rows):
         runs.Run(
             method.name, seed, 0.5, 0.015 * seed, 0.25, 0.125 + 0.125 * seed, 0.75,
             reference_point=0.5 if method.stage == "kto" else None,
+            from_named=0.015 * seed if method.zeros else None,
+            seconds=60.0,
             fingerprint=method.fingerprint,
         )
         for method in rows
@@ -132,7 +137,9 @@ def test_a_method_without_a_run_keeps_its_rows_of_a_page_of_the_same_theory(monk
     monkeypatch.setattr(pages, "METHODS", rows)
     before = pages.page(runs_of(rows))
     note = pages.KEPT.format(3) + "\n"
-    assert pages.page([], before).replace(note, "") == before
+    time = pages.time_of(runs_of(rows)) + "\n"
+    assert pages.page([], before).replace(note, "") == before.replace(time, "")
+    assert time in before
     assert len(pages.fingerprints(before)) == 3
     other = dataclasses.replace(rows[0], named=optima.best_of_two)
     monkeypatch.setattr(pages, "METHODS", [other, *rows[1:]])
@@ -152,10 +159,79 @@ def test_the_page_has_every_row_with_its_divergences_and_interval():
     assert row in text
     assert text.count("0.015 ± 0.037 |") == len(methods.METHODS)
     # Differences -0.125, 0 and 0.125: mean 0, 4.303 * 0.125 / sqrt(3) = 0.3105
-    seeds = "| 0.250, 0.250, 0.250 | 0.125, 0.250, 0.375 | 0.000 ± 0.311 |\n"
+    seeds = "| 0.250, 0.250, 0.250 | 0.125, 0.250, 0.375 | 0.000 ± 0.311 |"
     biased = sum(map(pages.biased, methods.METHODS))
     assert 0 < biased < len(methods.METHODS)
     assert text.count(f"| 0.015 ± 0.037 {seeds}") == biased
+    # 0.311 is more than half of 0.25.
+    assert text.count(": 0.250, off by up to 0.311: no digit\n") == biased
+    # One minute for each of the runs.
+    n = len(methods.METHODS)
+    assert f"\n{3 * n} training runs of {n} methods took {3 * n} minutes of processor time" in text
+
+
+def test_losses_that_exclude_completions_have_the_finite_divergence_and_the_farthest_seed(
+    monkeypatch,
+):
+    rows = [method for method in methods.METHODS if method.name == "DPO stage, `apo_zero`"]
+    monkeypatch.setattr(pages, "METHODS", rows)
+    text = pages.page(runs_of(rows))
+    assert "| 0.000 ± 0.311 | 0.000, 0.015, **0.030** |\n" in text
+    assert "\n- DPO stage, `apo_zero`: 0.125 measured against 0.250\n" in text
+    without = [dataclasses.replace(run, from_named=None) for run in runs_of(rows)[:2]]
+    text = pages.page([*without, runs_of(rows)[2]])
+    assert "| 0.000 ± 0.311 | – |\n" in text
+    text = pages.page(runs_of([method for method in methods.METHODS if method.name == "PPO"]))
+    assert "measured against" not in text
+
+
+def test_the_divergence_from_a_policy_that_excludes_completions_by_hand():
+    world = Example(Path(), random_rewards(random.Random(0), SPREADS))
+    rows = torch.zeros(2, len(TEXTS), dtype=torch.float64)
+    named, trained, collapsed = rows.clone(), rows.clone(), rows.clone()
+    named[:, :2] = 0.5
+    trained[0, :3] = torch.tensor([0.6, 0.2, 0.2])
+    trained[1, :2] = 0.5
+    collapsed[:, :2] = torch.tensor([0.999, 0.001])
+    method = dataclasses.replace(
+        next(method for method in methods.METHODS if method.zeros), named=lambda _: named.log()
+    )
+    run = runs.compare(method, 0, world, trained.log())
+    # Prompt 1: 0.5 log(0.5 / 0.6) + 0.5 log(0.5 / 0.2) = 0.367; prompt 2: 0.
+    assert run.from_named == pytest.approx(0.36698 / 2, abs=1e-5)
+    assert run.reached == pytest.approx(0.2 / 2)
+    # 0.5 log(0.5 / 0.999) + 0.5 log(0.5 / 0.001): it excludes what it should, and is far away.
+    run = runs.compare(method, 0, world, collapsed.log())
+    assert (run.reached, run.from_named) == (0.0, pytest.approx(2.7612, abs=1e-4))
+    unbiased = next(method for method in methods.METHODS if not method.zeros)
+    assert runs.compare(unbiased, 0, world, world.reference).from_named is None
+
+
+def test_digits_of_a_bias_by_hand():
+    head = "| method |\n|---|\n"
+    row = "| {} | `dpo` | h = r | 0.5 | 0.0 | 0.0 | 0.100, 0.300 | 0.104, 0.304 | {} |\n"
+    # Mean 0.2 by the formula: 0.004 + 0.006 is 5 %, 0.004 + 0.096 is 50 %.
+    rows = [("two", "0.004 ± 0.006"), ("one", "-0.004 ± 0.096"), ("none", "0.004 ± 0.097")]
+    text = pages.digits(head + "".join(row.format(*each) for each in rows))
+    assert text == pages.DIGITS + (
+        "- one: 0.200, off by up to 0.100: one digit\n- none: 0.200, off by up to 0.101: no digit\n"
+    )
+    assert pages.digits(head + row.format(*rows[0])) == ""
+
+
+def test_the_time_is_compared_with_the_aim_if_every_method_has_runs(monkeypatch):
+    rows = [method for method in methods.METHODS if method.name in ("PPO", "GRPO")]
+    monkeypatch.setattr(pages, "METHODS", rows)
+    each = [dataclasses.replace(run, seconds=300.0) for run in runs_of(rows)]
+    # 6 runs of 5 minutes, 15 minutes on each of two cores
+    assert pages.time_of(each).endswith(
+        "15.0 minutes on two cores, within the 15 minutes that are the aim."
+    )
+    longer = [*each[1:], dataclasses.replace(each[0], seconds=420.0)]
+    assert pages.time_of(longer).endswith(
+        "16.0 minutes on two cores, above the 15 minutes that are the aim."
+    )
+    assert pages.time_of(each[:3]).endswith("7.5 minutes on two cores.")
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "proofs.md"
@@ -195,6 +271,9 @@ def test_the_published_page_has_every_method_within_the_bound():
             expected = statistics.mean(measured) - statistics.mean(named)
             assert mean == pytest.approx(expected, abs=2e-3)
             assert half > 0
+            if method.zeros:
+                divergences = cells_of_bias[3]
+                assert divergences == "–" or len(divergences.split(", ")) == 3
     text = PAGE.read_text(encoding="utf-8")
     for (stage, loss), reason in methods.WITHOUT_POLICY.items():
         assert f"| `{stage}` | `{loss}` | {reason} |" in text
