@@ -6,8 +6,9 @@ r"""Compare the memory that ``align plan --gpu-memory`` computes with the tensor
 
 A case is a stage, one of three Llamas with random weights, and full fine-tuning or LoRA with rank
 16. It runs two steps on a CPU, by the recipe that it also plans. Rows have nearly the largest
-length, since the plan computes memory for those, and prompts are short, since it counts shared ones
-once per row. The model of 28 M parameters trains with gradient checkpointing.
+length, since the plan computes memory for those. All prompts but one are short, since it counts
+shared ones once per row, and the longest one for all completions of online RL. The model of 28 M
+parameters trains with gradient checkpointing.
 
 Measured is the largest sum of the sizes of all tensors in memory, from the allocations that torch's
 profiler records. It excludes what the plan leaves out: libraries and fragmentation. DPO is measured
@@ -35,8 +36,11 @@ FIRST_WORD = 300
 TEMPLATE = 21
 """Tokens that the chat template adds to a row."""
 PROMPT = 4
+"""Words of a prompt, but for the first one."""
+LONG_PROMPT = 24
 STEPS = 2
-STAGES = ("sft", "reward", "dpo", "kto", "grpo", "ppo")
+ONLINE = ("ppo", "grpo", "rloo", "reinforce")
+STAGES = ("sft", "reward", "dpo", "kto", *ONLINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +120,10 @@ def write_rows(file: Path, size: Size, rows: int) -> None:
         return " ".join(f"<t{generator.randrange(FIRST_WORD, last)}>" for _ in range(length))
 
     with file.open("w", encoding="utf-8") as stream:
-        for _ in range(rows):
-            lengths = {"prompt": PROMPT}
-            lengths |= dict.fromkeys(("chosen", "rejected"), size.tokens - PROMPT - TEMPLATE)
+        for row in range(rows):
+            prompt = PROMPT if row else LONG_PROMPT
+            lengths = {"prompt": prompt}
+            lengths |= dict.fromkeys(("chosen", "rejected"), size.tokens - prompt - TEMPLATE)
             stream.write(json.dumps({key: text(n) for key, n in lengths.items()}) + "\n")
 
 
@@ -144,14 +149,14 @@ def write_recipe(folder: Path, stage: str, size: Size, tuning: str) -> Path:
         "gradient_checkpointing": size.checkpointing,
     }
     stages: dict[str, Any] = {"prepare": {"source": str(data), **splits}}
-    if stage in ("ppo", "grpo"):
+    if stage in ONLINE:
         rewards: list[Any] = [{"function": "contains", "answer": "t"}]
         if stage == "ppo":
             stages["reward"] = {**common, "trainer": trainer | {"max_steps": 1}}
             rewards = ["reward"]
         common |= {"rewards": rewards, "steps": STEPS, "batch_size": 2 * size.rows}
         common |= {"n_completions": 2, "micro_batch_size": size.rows, "epochs": 1, "minibatches": 1}
-        common |= {"max_new_tokens": size.tokens - PROMPT - TEMPLATE}
+        common |= {"max_new_tokens": size.tokens - LONG_PROMPT - TEMPLATE}
         stages[stage] = common | {"gradient_checkpointing": size.checkpointing}
     else:
         stages[stage] = common | {"trainer": trainer}

@@ -15,6 +15,7 @@ from align.config.memory_bill import (
     reductions,
     trained_weights,
 )
+from align.config.online_rl import OnlineRL
 from align.runtime.terminal import with_unit
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ NAMES = {
 }
 """Shorter names of columns: 80 columns suffice."""
 LEGEND = (
-    "memory of a device for the longest rows; the peak is the largest sum that is in memory at one "
-    "time, without libraries and fragmentation; frozen: reference, reward models, base of "
-    "adapters; acts.: activations; layer: the backward pass of a layer; embed.: a further gradient "
-    "of the embeddings; exch.: gradients and layers that processes exchange"
+    "memory of a device for the longest rows of stages that train; sample, label and evaluate are "
+    "not billed; the peak is the largest sum that is in memory at one time, without libraries and "
+    "fragmentation; frozen: reference, reward models, base of adapters; acts.: activations; layer: "
+    "the backward pass of a layer; embed.: a further gradient of the embeddings; exch.: gradients "
+    "and layers that processes exchange"
 )
 
 
@@ -58,8 +60,16 @@ def print_bills(
             continue
         estimate = estimates[stage.name]
         size, work = estimate.size, estimate.forward
-        if size is None or work is None or not size.linear:
-            lines.append(f"{stage.name}: memory unknown before the stages and data that it reads")
+        if size is None or not size.linear:
+            lines.append(f"{stage.name}: memory unknown before the model that it reads")
+            continue
+        if work is None:
+            repair = (
+                f"run `{stage.config.prompts}` with this version of Align"
+                if isinstance(stage.config, OnlineRL)
+                else "set `trainer.max_length`"
+            )
+            lines.append(f"{stage.name}: memory unknown: longest row unknown; {repair}")
             continue
         trained = trained_weights(size, stage.config, estimate.work, sharded=sharding.stage > 0)
         own = bill(size, trained, work, sharding, limit)

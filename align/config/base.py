@@ -288,8 +288,11 @@ class Stage(Config):
         """
         return Workload()
 
-    def forward_work(self, size: Any, statistics: Mapping[str, Any]) -> Any:
-        """The size of a forward pass in training; None if it is unknown, or no model is trained."""
+    def forward_work(self, size: Any, statistics: Mapping[str, Any], world_size: int) -> Any:
+        """The size of a forward pass of one of ``world_size`` processes in training.
+
+        None if it is unknown, or no model is trained.
+        """
         return None
 
     def memory_bytes(self, size: Any, workload: Workload, *, sharded: bool) -> int | None:

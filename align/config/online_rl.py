@@ -316,24 +316,32 @@ class OnlineRL(
             pairs=self.evaluations * self.n_eval_prompts if self.stop else None,
         )
 
-    def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
-        """A micro-batch of completions of the largest length after a prompt of the median length.
+    def forward_work(
+        self, size: ModelSize, statistics: Mapping[str, Any], world_size: int
+    ) -> Work | None:
+        """A micro-batch of completions of the largest length after the longest prompt.
 
         None if the length of prompts is unknown.
         """
-        words = statistics.get("words", {}).get("prompt_median")
-        if words is None:
+        longest = statistics.get("longest_prompts", {})
+        if "train" not in longest:
             return None
-        row = round(words * TOKENS_PER_WORD) + self.max_new_tokens
+        words = max(longest["train"], longest.get(self.eval_split, 0) if self.eval_steps else 0)
+        row = round(words * TOKENS_PER_WORD) + self.most_sampled_tokens
+        row = min(row, size.positions or row)
         half = "bfloat16" in (self.dtype, self.mixed_precision)
-        rows = self.batch_size // self.minibatches
+        completions = math.ceil(self.batch_size / world_size)  # those of a process
+        minibatch = math.ceil(completions / self.minibatches)
+        rows = math.ceil(minibatch / math.ceil(minibatch / self.micro_batch_size))
+        if self.eval_steps:
+            completions = max(completions, math.ceil(self.n_eval_prompts / world_size))
         own = self.sampler == "transformers"
         return Work(
-            self.tokens_per_batch or min(self.micro_batch_size, rows) * row,
+            min(max(self.tokens_per_batch or rows * row, row), minibatch * row),
             checkpointing=self.gradient_checkpointing,
             accumulates=True,
             activation_bytes=2 if half else 4,
-            sampled=(min(self.sample_batch_size, self.batch_size) if own else 0, row),
+            sampled=(min(self.sample_batch_size, completions) if own else 0, row),
             reserved=self.vllm_gpu_memory_utilization if self.colocates else 0.0,
             copied=4 * size.adapted_parameters(self.lora)
             if self.merge_adapter and self.lora

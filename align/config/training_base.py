@@ -135,7 +135,9 @@ class TRLStage(TrainingStage):
     """Largest share of the training rows that may be lost. A row is lost if its prompt alone fills
     ``trainer.max_length`` or the positions of the model, or if it is longer, in ``reward``."""
 
-    def forward_work(self, size: ModelSize, statistics: Mapping[str, Any]) -> Work | None:
+    def forward_work(
+        self, size: ModelSize, statistics: Mapping[str, Any], world_size: int
+    ) -> Work | None:
         """A batch of rows of the largest length; None if nothing bounds their length."""
         limit = self.row_limit(size.positions)
         tokens = getattr(self, "tokens_per_batch", None)

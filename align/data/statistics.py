@@ -58,6 +58,7 @@ class DatasetStatistics:
         self._words: dict[str, Counter[int]] = {}
         self._longer_side: Counter[str] = Counter()
         self._longest: dict[str, dict[str, Any]] = {}
+        self._longest_prompts = dict.fromkeys(prepared.splits, 0)
         self._special_tokens: Counter[str] = Counter()
         self._turn_fields: Counter[str] = Counter()
         self._baseline = baseline
@@ -66,13 +67,15 @@ class DatasetStatistics:
         """Count one row."""
         kind, row = split_row.kind, split_row.row
         self._rows[kind][split_row.split] += 1
-        if kind == "prompts":
-            return
         lengths: dict[str, int] = {
             name: sum(len(turn_text(turn).split()) for turn in row[name])
             for name in ("prompt", "completion", "chosen", "rejected")
             if name in row
         }
+        if kind == "prompts":
+            split, words = split_row.split, lengths["prompt"]
+            self._longest_prompts[split] = max(words, self._longest_prompts[split])
+            return
         self._add_longest(kind, row, lengths)
         if kind == next(kind for kind in KINDS if kind in self._rows):  # others repeat its rows
             texts = "\n".join(turn_text(turn) for name in lengths for turn in row[name])
@@ -117,6 +120,7 @@ class DatasetStatistics:
             for name, value in (("median", _median(counts)), ("p95", percentile(counts, 95)))
         }
         summary["longest_rows"] = self._longest
+        summary["longest_prompts"] = self._longest_prompts
         if self._turn_fields:
             summary["turn_fields"] = dict(sorted(self._turn_fields.items()))
         summary["warnings"] = list(self._special_token_warnings())

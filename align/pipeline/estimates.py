@@ -90,7 +90,7 @@ def estimate(
             sharded = sharding.kind() is not None
             if size is not None:
                 memory = stage.config.memory_bytes(size, work, sharded=sharded)
-                forward = stage.config.forward_work(size, data)
+                forward = stage.config.forward_work(size, data, world_size)
         estimates[stage.name] = Estimate(work, memory, size, forward)
     return estimates
 

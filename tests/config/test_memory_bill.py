@@ -150,14 +150,42 @@ def test_the_forward_pass_of_each_kind_of_stage_by_hand():
         (KTO(model="m", trainer={**batch, "max_length": 1000}), 4 * 512),
         (DPO(model="m", trainer={"max_length": 100}, tokens_per_batch=77), 77),
     ):
-        work = stage.forward_work(size, {})
+        work = stage.forward_work(size, {}, 1)
         assert work is not None
         assert work.tokens == tokens
-    ppo = PPO(model="m", rewards=["r"], steps=1, batch_size=8, micro_batch_size=4, max_new_tokens=9)
-    assert ppo.forward_work(size, {}) is None
-    work = ppo.forward_work(size, {"words": {"prompt_median": 20}})
-    assert work is not None
-    assert (work.tokens, work.sampled) == (4 * (27 + 9), (8, 36))  # 20 * 1.35 = 27
+
+
+def test_the_forward_pass_of_online_rl_by_hand():
+    size = new_model_size(SIZES[0])  # 512 positions
+    keys: dict[str, Any] = {"model": "m", "rewards": ["r"], "steps": 1, "max_new_tokens": 9}
+    statistics = {"longest_prompts": {"train": 20, "validation": 40}, "words": {"prompt_median": 2}}
+
+    def planned(world_size: int = 1, **settings: Any) -> Any:
+        work = PPO(**keys, **settings).forward_work(size, statistics, world_size)
+        assert work is not None
+        return work.tokens, work.sampled
+
+    unknown = {"words": {"prompt_median": 20}}  # of an earlier version
+    assert PPO(**keys, batch_size=8).forward_work(size, unknown, 1) is None
+    row = 27 + 9  # 20 * 1.35 = 27
+    assert planned(batch_size=8, micro_batch_size=4) == (4 * row, (8, row))
+    # 64 completions on 8 processes are 8 for each, whatever fits into a batch.
+    assert planned(batch_size=64) == (16 * row, (64, row))
+    assert planned(8, batch_size=64) == (8 * row, (8, row))
+    assert planned(8, batch_size=64, minibatches=2, sample_batch_size=4) == (4 * row, (4, row))
+    # 20 completions are two forward passes of 10, as they are divided evenly.
+    assert planned(batch_size=20) == (10 * row, (20, row))
+    # Tokens of a forward pass: at least a row, at most those of a minibatch.
+    assert planned(batch_size=64, tokens_per_batch=100)[0] == 100
+    assert planned(batch_size=64, tokens_per_batch=5)[0] == row
+    assert planned(batch_size=2, tokens_per_batch=1000)[0] == 2 * row
+    # The held-out prompts are longer, and 24 on each of two processes: more than are trained on.
+    held_out = {"batch_size": 8, "eval_steps": 1, "n_eval_prompts": 48}
+    assert planned(2, **held_out) == (4 * (54 + 9), (24, 54 + 9))
+    # An episode has up to three turns of the policy, and no row is longer than the model's 512.
+    turns = {"environment": "arithmetic", "max_turns": 3}
+    assert planned(batch_size=1, **turns)[0] == 27 + 3 * 9
+    assert planned(batch_size=1, environment="arithmetic", max_turns=100)[0] == 512
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
@@ -186,7 +214,7 @@ def test_copies_for_a_merged_adapter_are_those_that_torch_makes(targets: Any):
     size, works = new_model_size(new), []
     for merges in (False, True):
         ppo = PPO(model="m", rewards=["r"], steps=1, batch_size=8, merge_adapter=merges, **keys)
-        works.append(ppo.forward_work(size, {"words": {"prompt_median": 20}}))
+        works.append(ppo.forward_work(size, {"longest_prompts": {"train": 20}}, 1))
     without, merged = works
     assert without is not None
     assert merged is not None
@@ -216,10 +244,10 @@ def test_sampling_from_divided_weights_gathers_all_of_them():
 def test_vllm_in_the_training_process_has_its_share_of_the_device_while_it_samples():
     size, trained = new_model_size(SIZES[1]), Trained(1000, 8, 0)
     keys: dict[str, Any] = {"model": "m", "rewards": ["r"], "steps": 1, "batch_size": 8}
-    statistics = {"words": {"prompt_median": 20}}
+    statistics = {"longest_prompts": {"train": 20}}
     colocated = keys | {"sampler": "vllm", "vllm_mode": "colocate"}
-    work = PPO(**colocated, vllm_gpu_memory_utilization=0.4).forward_work(size, statistics)
-    served = PPO(**keys, sampler="vllm").forward_work(size, statistics)
+    work = PPO(**colocated, vllm_gpu_memory_utilization=0.4).forward_work(size, statistics, 1)
+    served = PPO(**keys, sampler="vllm").forward_work(size, statistics, 1)
     assert work is not None and served is not None
     assert bill(size, trained, served, Sharding(), 10**10).sampling == 0
     own = bill(size, trained, work, Sharding(), 10**10)
@@ -272,6 +300,27 @@ def test_wrong_files_and_sizes_are_errors_of_one_line(tmp_path: Path):
         with pytest.raises(RecipeError, match="expected a size such as 24GB"):
             parse_bytes(wrong)
     assert parse_bytes("80GiB") == 80 * 2**30
+
+
+def test_a_plan_says_that_data_of_an_earlier_version_lack_the_longest_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from typer.testing import CliRunner
+
+    from align.cli.main import app
+    from align.data.statistics import DatasetStatistics
+
+    summary = DatasetStatistics.summary
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(
+        DatasetStatistics,
+        "summary",
+        lambda own: {k: v for k, v in summary(own).items() if k != "longest_prompts"},
+    )
+    runs = ["--runs", str(tmp_path), "--gpu-memory", "9GB"]
+    done = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs])
+    assert "ppo: memory unknown: longest row unknown; run `prepare` with this" in done.output
+    assert "sft: fits: " in done.output
 
 
 def test_a_plan_says_what_fits_and_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -35,6 +35,18 @@ def test_lengths_by_hand(tmp_path: Path):
     assert (summary["words"]["chosen_p95"], summary["words"]["prompt_median"]) == (3, 2)
 
 
+def test_the_longest_prompt_of_each_split_is_that_of_its_table(tmp_path: Path):
+    words = [f"{'so ' * (k % 7)}is it {k}?" for k in range(40)]
+    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in words]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.3)
+    expected = {
+        split: max(len(row["prompt"][0]["content"].split()) for row in rows)
+        for split, rows in data.tables()["prompts"].items()
+    }
+    assert collect(data).summary()["longest_prompts"] == expected
+    assert expected["train"] == 9
+
+
 def test_rows_with_special_tokens_in_their_text_are_counted(tmp_path: Path):
     marks = ["<|im_end|>", "<|im_end|> twice <|im_end|>", "</s>", "<｜User｜>", "a < b | c", "<b>"]
     rows = [

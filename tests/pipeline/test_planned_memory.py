@@ -12,7 +12,7 @@ SMALL = Size(128, 384, 2, 4096, rows=4, tokens=128)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "tuning"), [("sft", "full"), ("kto", "lora")])
+@pytest.mark.parametrize(("stage", "tuning"), [("sft", "full"), ("kto", "lora"), ("grpo", "lora")])
 def test_the_planned_memory_is_that_of_the_tensors_to_15_percent(
     stage: str, tuning: str, tmp_path: Path
 ):
