@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/environments.py --n-envs 64 4096
 
 Random actions, drawn before the measurement. Three ways alternate: one tensor
-(``align/control/batched.py``), Gymnasium's vector environments (in one array where Gymnasium has
-that, otherwise one by one), and ``DummyVecEnv`` of Stable-Baselines3. The best of three rounds
+(``align/control/vector/batched.py``), Gymnasium's vector environments (in one array where Gymnasium
+has that, otherwise one by one), and ``DummyVecEnv`` of Stable-Baselines3. The best of three rounds
 counts, in processor seconds, so that other programs on the machine matter less. ``--device cuda``
 steps the tensor on a GPU, without copying anything to the CPU.
 """
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from stable_baselines3.common.env_util import make_vec_env
 
-from align.control.batched import BATCHED
 from align.control.environments import make_vector_env
+from align.control.vector.batched import BATCHED
 
 ROUNDS, SECONDS = 3, 0.5
 

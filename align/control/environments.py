@@ -2,8 +2,7 @@
 
 Environments reset in the step that ends an episode (``AutoresetMode.SAME_STEP``), so that no step
 is a phantom step with reward 0; the final observation is returned beside the first one of the next
-episode. Left out: worker processes, because a step of these environments takes less time than the
-communication with another process.
+episode.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
-from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.utils import RunningMeanStd
 from gymnasium.wrappers.vector import NormalizeReward
 from numpy.typing import NDArray
 
-from align.control.batched import BATCHED
 from align.control.spaces import silence_mujoco
+from align.control.vector.batched import BATCHED
+from align.control.vector.workers import Workers, flattened
 
 Array = NDArray[Any]
 CARTPOLE_OPTIONS = {"max_episode_steps", "sutton_barto_reward"}
@@ -90,18 +89,13 @@ def make_vector_env(
     if module:
         importlib.import_module(module)
     spec = gymnasium.spec(name)
+    if vectorization == "async":
+        return Workers(spec, options, n_envs)
     in_one_array = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
     if spec.vector_entry_point == in_one_array and options.keys() <= CARTPOLE_OPTIONS:
         return CartPole(n_envs, **{"max_episode_steps": spec.max_episode_steps, **options})
     same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
     return gymnasium.make_vec(environment, n_envs, "sync", same_step, [flattened], **options)
-
-
-def flattened(env: Any) -> Any:
-    """The environment, with the parts of a dictionary observation as one vector."""
-    if isinstance(env.observation_space, gymnasium.spaces.Dict):
-        return FlattenObservation(env)
-    return env
 
 
 class _UnscaledRewards(VectorWrapper[Any, Any, Any, Any, Any]):

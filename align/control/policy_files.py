@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from align.config.control.base import Control
-from align.control.environments import features, flattened, normalize
+from align.control.environments import features, normalize
 from align.control.networks import Policy
 from align.control.spaces import EnvSpec
+from align.control.vector.workers import flattened
 from align.errors import ArtifactError
 
 CONFIG = "policy.json"

@@ -9,8 +9,8 @@ import torch
 
 from align.config.control import policy_gradient
 from align.control import spaces
-from align.control.batched import BATCHED, BatchedCartPole, BatchedPendulum
 from align.control.policy_gradient import PolicyGradientTrainer
+from align.control.vector.batched import BATCHED, BatchedCartPole, BatchedPendulum
 
 
 @pytest.mark.parametrize("name", BATCHED)

@@ -29,8 +29,9 @@ class PolicyGradient(Control):
     """Baseline of ``reinforce``: a learned value function, or none."""
     n_envs: int = Field(16, ge=1)
     """Number of environments that are stepped in parallel."""
-    vectorization: Literal["gymnasium", "batched"] = "gymnasium"
-    """Environments of training: those of Gymnasium, or all in one tensor, for thousands of them
+    vectorization: Literal["gymnasium", "async", "batched"] = "gymnasium"
+    """Environments of training: those of Gymnasium, stepped in the training process or in one
+    process each, for slow ones (``async``); or all in one tensor, for thousands of them
     (``batched``: ``CartPole-v1`` and ``Pendulum-v1``). The evaluation uses Gymnasium's."""
     n_steps: int | None = Field(None, ge=1)
     """Steps of each environment between updates. Default: 128 for PPO, 16 for A2C. REINFORCE

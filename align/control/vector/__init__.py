@@ -1,0 +1,1 @@
+"""Vector environments: all in one tensor, or one process each."""
