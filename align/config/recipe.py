@@ -344,7 +344,10 @@ def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -
         case "missing":
             message = "missing; it has no default"
         case "literal_error":
-            message = f"expected {context['expected']}, got {shown(value)}"
+            expected = re.sub(
+                r"\b(True|False)\b", lambda word: word[0].lower(), context["expected"]
+            )
+            message = f"expected {expected}, got {shown(value)}"
             if isinstance(value, str):
                 choices = re.findall(r"'([^']+)'", context["expected"])
                 message += did_you_mean(value, choices)

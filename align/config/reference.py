@@ -115,9 +115,12 @@ def _default(field: FieldInfo) -> str:
     assert value is not PydanticUndefined
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{value}`" if value != "" else ""
+    return _value(value) if value != "" else ""
+
+
+def _value(value: Any) -> str:
+    """A value as YAML has it."""
+    return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`"
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:
@@ -129,7 +132,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         parts = [_type(part, metadata) for part in arguments if part is not type(None)]
         return " or ".join(parts)
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        return ", ".join(map(_value, arguments))
     if origin is list:
         return f"list of {_type(arguments[0], [])}"
     if origin is dict:

@@ -49,9 +49,9 @@ class Objective:
     """Norm to which gradients are clipped, of all parameters together."""
     target_kl: float | None = None
     """KL(old, new), in nats per token, above which a minibatch ends the update before its step."""
-    whiten: bool = False
-    """Normalize advantages to mean 0 and variance 1 over the whole rollout and all ranks.
+    whiten: bool | Literal["minibatch"] = False
+    """Normalize advantages to mean 0 and variance 1 over the whole rollout and all ranks, or over
+    each ``minibatch`` and all ranks.
 
-    Normalized within minibatches, the weight of an action would depend on the shuffle and on the
-    number of ranks.
+    Within minibatches, the weight of an action depends on the shuffle and on the number of ranks.
     """

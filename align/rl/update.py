@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -130,7 +130,7 @@ def update(
     if parameters is None:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
     parameters = list(parameters)
-    rollout = _constants(rollout, whiten=objective.whiten)
+    rollout = _constants(rollout, whiten=objective.whiten is True)
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     history: list[Tensor] = []  # tensors: converting each to a float would synchronize with the GPU
     norms: list[Tensor] = []
@@ -244,7 +244,10 @@ def _minibatches(
             )
         minibatches = rollout.take(order).split(objective.minibatches)
         counts = sum_over_ranks(torch.stack([part.mask.sum() for part in minibatches]))
-        yield from zip(minibatches, counts.clamp(min=1), strict=True)
+        for part, count in zip(minibatches, counts.clamp(min=1), strict=True):
+            if objective.whiten == "minibatch":
+                part = replace(part, advantages=masked_whiten(part.advantages, part.mask))
+            yield part, count
 
 
 def _terms(

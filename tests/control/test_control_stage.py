@@ -205,6 +205,8 @@ def test_the_algorithms_are_settings_of_one_update():
     assert (ppo.rollout_steps, ppo.advantage_lambda) == (128, 0.95)
     objective = build_objective(settings())
     assert (objective.clip_low, objective.clip_high, objective.epochs) == (0.2, 0.2, 4)
+    assert objective.whiten is True
+    assert build_objective(settings(normalize_advantages="minibatch")).whiten == "minibatch"
     for algorithm, n_steps, gae_lambda in (("a2c", 16, 0.95), ("reinforce", None, 1.0)):
         config = settings(algorithm=algorithm)
         objective = build_objective(config)
@@ -229,6 +231,8 @@ ERRORS = [  # name, keys of the recipe, texts that one line of the error contain
     ("a cost limit for A2C", {"algorithm": "a2c", "cost_limit": 5.0}, ["control: `cost_limit` has no effect with `algorithm: a2c`; remove it, or set `algorithm: ppo`"]),
     ("a cost limit without costs", {"cost_limit": 5.0}, ["control.cost_limit: CartPole-v1 has no `cost` in the `info` of a step; remove the key, or change the environment"]),
     ("a multiplier without a limit", {"multiplier_learning_rate": 0.1}, ["control: `multiplier_learning_rate` has no effect without `cost_limit`"]),
+    ("minibatches of A2C", {"algorithm": "a2c", "normalize_advantages": "minibatch"}, ["control: `algorithm: a2c` has no minibatches; set `normalize_advantages: true`, or `algorithm: ppo`"]),
+    ("neither true nor minibatch", {"normalize_advantages": "batch"}, ["control.normalize_advantages: expected true, false or 'minibatch', got the text 'batch'; did you mean `minibatch`?"]),
     ("n_steps for REINFORCE", {"algorithm": "reinforce", "n_steps": 5}, ["`algorithm: reinforce` collects whole episodes; remove `n_steps`"]),
     ("a lambda for REINFORCE", {"algorithm": "reinforce", "gae_lambda": 0.5}, ["remove `gae_lambda`"]),
     ("no baseline for PPO", {"baseline": "none"}, ["`algorithm: ppo` requires values"]),

@@ -158,15 +158,21 @@ def by_hand(batch: Rollout, objective: Objective, lr: float) -> Tensor:
     """The weights after an update computed token by token, with min and max of Python."""
     learner, order = model(), generator()
     advantages = batch.advantages
-    if objective.whiten:
-        valid = advantages[batch.mask]
-        advantages = (advantages - valid.mean()) / (valid.var(correction=0) + 1e-8).sqrt()
+
+    def whitened(rows: Any) -> Tensor:
+        valid = batch.advantages[rows][batch.mask[rows]]
+        return (batch.advantages - valid.mean()) / (valid.var(correction=0) + 1e-8).sqrt()
+
+    if objective.whiten is True:
+        advantages = whitened(...)
     for _ in range(objective.epochs):
         shuffled = torch.randperm(len(batch), generator=order)
         for rows in shuffled.split(math.ceil(len(batch) / objective.minibatches)):
             logps, entropies, values = learner(
                 batch.inputs["observations"], batch.inputs["actions"]
             )
+            if objective.whiten == "minibatch":
+                advantages = whitened(rows)
             losses = []
             for at in [(int(b), t) for b in rows for t in range(batch.mask.shape[1])]:
                 if not batch.mask[at]:
@@ -211,6 +217,9 @@ def by_hand(batch: Rollout, objective: Objective, lr: float) -> Tensor:
         pytest.param(Objective(), id="A2C: one plain step"),
         pytest.param(Objective(value_coef=0.25, entropy_coef=0.1, whiten=True), id="A2C, weighted"),
         pytest.param(PPO, id="PPO"),
+        pytest.param(
+            dataclasses.replace(PPO, whiten="minibatch"), id="PPO, normalized in minibatches"
+        ),
         pytest.param(
             dataclasses.replace(
                 PPO, value_clip=None, dual_clip=None, max_grad_norm=math.inf, whiten=False

@@ -71,8 +71,9 @@ class PolicyGradient(Control):
     max_grad_norm: float | None = Field(None, gt=0.0)
     """Gradients of policy and critic with a larger joint norm are scaled down to it. Default: no
     clipping."""
-    normalize_advantages: bool = True
-    """Normalize advantages to mean 0 and variance 1 in each update."""
+    normalize_advantages: Literal[True, False, "minibatch"] = True
+    """Normalize advantages to mean 0 and variance 1 in each update, or in each ``minibatch`` of
+    PPO, as Stable-Baselines3 does."""
     hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([64, 64])
     """Widths of the hidden layers of the policy, and of the separate critic."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -108,6 +109,11 @@ class PolicyGradient(Control):
                 raise ValueError(
                     f"`{key}` has no effect without `cost_limit`; set it, or remove the key"
                 )
+        if self.algorithm != "ppo" and self.normalize_advantages == "minibatch":
+            raise ValueError(
+                f"`algorithm: {self.algorithm}` has no minibatches; set `normalize_advantages: "
+                "true`, or `algorithm: ppo`"
+            )
         if self.algorithm != "reinforce" and self.baseline == "none":
             raise ValueError(
                 f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`"
