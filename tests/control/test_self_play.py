@@ -187,10 +187,35 @@ def test_a_missing_extra_is_one_line(launch: Any, tmp_path: Any, monkeypatch: An
     assert "needs more packages: pip install -e '.[games]'" in lines[0]
 
 
-def test_cfr_plus_beside_it() -> None:
-    # The solver of OpenSpiel, whose numbers the documentation has beside those of self-play.
-    game = pyspiel.load_game("kuhn_poker")
-    solver = pyspiel.CFRPlusSolver(game)
+class Table(torch.nn.Module):
+    """The body of a policy with given probabilities in each state of a game."""
+
+    def __init__(self, seen: Any, probabilities: Any) -> None:
+        super().__init__()
+        self.seen, self.logits = torch.from_numpy(seen), torch.from_numpy(probabilities).log()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        is_row = (rows[:, None] == self.seen).all(-1)
+        assert (is_row.sum(1) == 1).all()
+        return self.logits[is_row.int().argmax(1)]
+
+
+def test_an_almost_optimal_policy_can_hardly_be_exploited() -> None:
+    # That of OpenSpiel's CFR+, to which the documentation compares self-play. Reversed, it raises
+    # with the worst cards.
+    trainer = build("kuhn_poker")
+    solver = pyspiel.CFRPlusSolver(trainer.game)
     for _ in range(100):
         solver.evaluate_and_update_policy()
-    assert np.isclose(pyspiel.exploitability(game, solver.average_policy()), 0.0012, atol=5e-4)
+    solution = solver.average_policy()
+    seen, rows = [], []
+    for state in trainer.states.values():
+        seen.append(knowledge(state, state.current_player()))
+        rows.append([solution.action_probabilities(state)[move] for move in (0, 1)])
+    values = []
+    for probabilities in (np.array(rows), 1 - np.array(rows)):
+        trainer.policy.body = Table(np.stack(seen), probabilities)  # type: ignore[assignment]
+        values.append(exploitability(trainer.game, trainer.states, trainer.policy))
+    assert values[0] == pytest.approx(pyspiel.exploitability(trainer.game, solution), abs=1e-9)
+    assert values[0] < 0.002
+    assert values[1] > 0.4583  # more than the uniform policy
