@@ -1,4 +1,4 @@
-"""GRPO with a calculator: killed and resumed bit for bit, and two processes against one."""
+"""GRPO with a calculator: solved, resumed bit for bit, and two processes against one."""
 
 from __future__ import annotations
 
@@ -106,6 +106,28 @@ def test_two_processes_play_episodes_and_resume_to_the_same_weights(tmp_path: Pa
     assert recipe_runs.run_on_two_processes(runs) == 0, recipe_runs.log(runs)
     assert f"resuming from step {STEPS - 1}" in recipe_runs.log(runs)
     assert weights(runs) == expected
+
+
+def test_the_recipe_with_tools_solves_held_out_questions_by_grpo(tmp_path: Path):
+    runs = tmp_path / "runs"
+    recipe = (forks.ROOT / "recipes" / "tools.yaml").read_text(encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    assert recipe_runs.run(runs, "all.seed=0") == 0, recipe_runs.log(runs)
+    (file,) = runs.glob("grpo-*/held_out.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    solved = {
+        step: [row["score"] for row in rows if row["step"] == step]
+        for step in (0, rows[-1]["step"])
+    }
+    (after_sft, after_grpo) = (sum(scores) / len(scores) for scores in solved.values())
+    assert [len(scores) for scores in solved.values()] == [256, 256]
+    assert set(solved[0]) == {0.0, 1.0}
+    # 44 to 53 % and 96 to 98 % with three seeds.
+    assert after_sft < 0.7
+    assert after_grpo >= 0.95
+    (artifact,) = runs.glob("grpo-*/artifact.json")
+    metrics = json.loads(artifact.read_text())["metrics"]["grpo"]
+    assert metrics["eval_score"] == pytest.approx(after_grpo)
 
 
 class FixedTurns:
