@@ -16,6 +16,7 @@ from jaxtyping import install_import_hook
 CHECKED = ["align.functional", "align.rl", "align.online_rl.experience"]
 install_import_hook(CHECKED, "beartype.beartype")
 
+import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -29,8 +30,11 @@ SECONDS_PER_SLOW_TEST = 1800
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the number of kills of the test of killed runs."""
+    """Add the number of kills of the test of killed runs, and the seed of kills of ranks."""
     parser.addoption("--kills", type=int, default=3, help="kills of tests/end_to_end/test_chaos.py")
+    parser.addoption(
+        "--kill-seed", type=int, help="the ranks and moments of tests/end_to_end/test_sharded_*"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SECONDS_PER_SLOW_TEST))
+
+
+@pytest.fixture
+def kill_generator(request: pytest.FixtureRequest) -> random.Random:
+    """Generator of ranks and moments to kill. A test that fails prints the seed, to repeat them."""
+    seed = request.config.getoption("--kill-seed")
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**32)
+    print(f"--kill-seed {seed}")
+    return random.Random(seed)
 
 
 class Finished(NamedTuple):

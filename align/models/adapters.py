@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+BACKBONE = "divided_backbone"
+"""Method of a model whose weights are divided: its layers without the head."""
 EMBEDDINGS_MULTIPLE = 64
 """TRL extends the embeddings to a multiple of this where it takes over a chat template."""
 
@@ -241,6 +243,15 @@ def set_dropout(model: PeftModel, probability: float) -> None:
         dropouts = getattr(layer, "lora_dropout", {})  # a copy of a trained part has none
         for name in dropouts:
             dropouts[name] = nn.Dropout(probability) if probability else nn.Identity()
+
+
+def backbone(model: Any) -> Any:
+    """The layers of a model without its head, to call.
+
+    Where weights are divided, every call has to pass the root of the model first, or its layers
+    would be taken for models by themselves: torch initializes them at the first call.
+    """
+    return getattr(model, BACKBONE, model.base_model)
 
 
 @contextlib.contextmanager

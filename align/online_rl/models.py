@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.models.adapters import active_adapter, adapter_layers, adapter_parameters
+from align.models.adapters import active_adapter, adapter_layers, adapter_parameters, backbone
 from align.rewards.reward_model import RewardModel
 
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
 """Names of adapters. peft saves ``default`` at the top of a folder."""
-BACKBONE = "divided_backbone"
-"""Method of a model whose weights are divided: its layers without the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +33,8 @@ class ModelView:
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states of the last layer, ``[batch, time, hidden]``."""
         with active_adapter(self.model, self.adapter):
-            backbone = getattr(self.model, BACKBONE, self.model.base_model)
-            return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            output = backbone(self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        return output.last_hidden_state
 
     def logps(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each label after the tokens before it, and the entropy there.

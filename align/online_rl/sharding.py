@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.online_rl.models import BACKBONE, OnlineRLModels
+from align.models.adapters import BACKBONE
+from align.online_rl.models import OnlineRLModels
 from align.runtime import distributed, sharding
 
 
@@ -46,7 +47,7 @@ def divide(models: OnlineRLModels, announce: Callable[[str], None]) -> None:
             if isinstance(layer, GradientCheckpointingLayer):
                 fully_shard(layer, mesh=mesh, reshard_after_forward=_frees_layers())
         fully_shard(model, mesh=mesh, reshard_after_forward=_frees_layers())
-        # The critic calls the layers without the language-model head, which the root gathers too.
+        # Critic and reward models call the layers without the head, which the root gathers too.
         setattr(model, BACKBONE, types.MethodType(_backbone, model))
         register_fsdp_forward_method(model, BACKBONE)
     if models.critic is not None and models.critic.head is not None:

@@ -21,6 +21,7 @@ from align.models import tokenization
 from align.models.adapters import (
     active_adapter,
     adapter_parameters,
+    backbone,
     load_for_training,
     peft_errors_as_user_errors,
 )
@@ -120,16 +121,16 @@ class RewardModel:
         """
         import torch
 
-        backbone = self.model.base_model
+        layers, device = backbone(self.model), self.model.base_model.device
         scores = torch.empty(len(rows), dtype=torch.float32)
         order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
         with active_adapter(self.model, self.adapter), torch.inference_mode():
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
                 ids, mask = tokenization.pad_rows(
-                    [rows[i] for i in batch], pad=0, side="right", device=backbone.device
+                    [rows[i] for i in batch], pad=0, side="right", device=device
                 )
-                output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+                output = layers(input_ids=ids, attention_mask=mask, use_cache=False)
                 last = mask.sum(1) - 1
                 states = output.last_hidden_state[torch.arange(len(batch), device=ids.device), last]
                 # float32 for any type of the layers: near 4, neighboring bfloat16 numbers are 1/64

@@ -1,4 +1,4 @@
-"""Runs of recipes on two CPU processes under a launch configuration that shards.
+"""Runs of recipes on two CPU processes under a launch configuration, and kills of one of them.
 
 The ranks get the environment that accelerate's launcher gives them. Only what needs a GPU is
 replaced: see :func:`call_script`.
@@ -7,6 +7,11 @@ replaced: see :func:`call_script`.
 from __future__ import annotations
 
 import importlib
+import os
+import random
+import shutil
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -28,7 +33,8 @@ def launcher_environment(configuration: Path) -> dict[str, str]:
     else:
         environment = prepare_multi_gpu_env(parsed)
     changed = {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-    return changed | {"ACCELERATE_USE_CPU": "false"}  # other tests of this process may set it
+    # always, since other tests of this process may set it
+    return changed | {"ACCELERATE_USE_CPU": str(parsed.use_cpu).lower()}
 
 
 def call_script(runs: Path, *arguments: str) -> None:
@@ -57,3 +63,29 @@ def run(configuration: Path, runs: Path, *arguments: str) -> int:
     """Run to the end. Returns the exit code of rank 0."""
     with running(configuration, runs, *arguments) as ranks:
         return forks.wait(ranks[0])
+
+
+def kill_one_rank(
+    configuration: Path, runs: Path, stage: str, steps: range, generator: random.Random
+) -> None:
+    """Run until a random rank is killed, at a random moment after a random one of a stage's steps.
+
+    A stage that is faster is removed and runs again.
+    """
+    for _ in range(10):
+        rank, step = generator.randrange(2), generator.choice(steps)
+        reached = recipe_runs.logged_step(runs, stage, step)
+        with running(configuration, runs, "--until", stage) as ranks:
+            recipe_runs.wait_until(reached, ranks[rank], runs)
+            time.sleep(generator.uniform(0, 0.3))
+            pid = ranks[rank].pid
+            assert pid is not None
+            if ranks[rank].is_alive():
+                os.kill(pid, signal.SIGKILL)
+            killed = forks.wait(ranks[rank]) == -signal.SIGKILL
+        (folder,) = runs.glob(f"{stage}-*")
+        if killed and not (folder / "artifact.json").exists():
+            print(f"{stage}: rank {rank} was killed after step {step}")
+            return
+        shutil.rmtree(folder)
+    raise AssertionError(f"{stage} was faster than every kill")
