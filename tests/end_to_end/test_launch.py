@@ -75,6 +75,41 @@ def test_two_processes_run_the_same_recipe_and_one_of_them_prints(tmp_path):
         assert alone[column].to_pylist() == pytest.approx(expected, abs=1e-3)
 
 
+FOUR_STAGES = """\
+stages:
+  prepare: {source: embedded, max_rows: 60, test_fraction: 0.2}
+  sft:
+    model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+    trainer: &trainer {learning_rate: 1.0e-2, adam_epsilon: 1.0e-4, max_steps: 3, per_device_train_batch_size: 2,
+      logging_steps: 1, bf16: false, gradient_checkpointing: false, save_strategy: "no"}
+  dpo: {model: sft, trainer: *trainer}
+"""
+
+
+@pytest.mark.slow
+def test_four_processes_of_accelerate_launch_have_the_losses_of_one(tmp_path):
+    runs = {"4": tmp_path / "four" / "runs", "1": tmp_path / "one" / "runs"}
+    for folder in runs.values():
+        folder.parent.mkdir()
+        (folder.parent / "recipe.yaml").write_text(FOUR_STAGES)
+    command = [*LAUNCH, *TWO, "--num_processes", "4", SCRIPT, "recipe.yaml"]
+    done = call(*command, folder=runs["4"].parent)
+    assert done.returncode == 0, done.stderr
+    batch = [f"{stage}.trainer.per_device_train_batch_size=8" for stage in ("sft", "dpo")]
+    assert recipe_runs.run(runs["1"], *batch) == 0, recipe_runs.log(runs["1"])
+    for stage in ("sft", "dpo"):
+        losses = {}
+        for processes, place in runs.items():
+            (folder,) = place.glob(f"{stage}-*")
+            artifact = json.loads((folder / "artifact.json").read_text())
+            assert artifact["world_size"] == int(processes)
+            lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            losses[processes] = [line["loss"] for line in lines if "loss" in line]
+        assert len(losses["1"]) == 3
+        assert max(losses["1"]) - min(losses["1"]) > 0.001, f"{stage}: flat, which proves nothing"
+        assert losses["4"] == pytest.approx(losses["1"], rel=0, abs=1e-4), stage
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [[], ["--config", TWO[1]]], ids=["one process", "two processes"])
 def test_align_run_exits_with_the_code_of_the_run(tmp_path, launch):

@@ -1,11 +1,10 @@
-"""Stages with a TRL trainer under launch configurations that shard, on two processes."""
+"""Stages with a TRL trainer on two processes: under DDP, and where weights are sharded."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from align.runtime import artifacts
 NO_DEEPSPEED = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
 # With a file of a checkpoint, since accelerate may silently replace what shards.
 CONFIGURATIONS = [
+    pytest.param("cpu", "rng_state_1.pth"),
     pytest.param("zero2", "zero_pp_rank_1_mp_rank_00_optim_states.pt", marks=NO_DEEPSPEED),
     pytest.param("zero3", "zero_pp_rank_1_mp_rank_00_model_states.pt", marks=NO_DEEPSPEED),
     pytest.param("fsdp2", "pytorch_model_fsdp.bin"),
@@ -48,8 +48,12 @@ stages:
     tokens_per_batch: 500 # 18 batches: one process divides the rows as two do
     trainer: {learning_rate: 1.0e-2, adam_epsilon: 1.0e-4, max_steps: 5, logging_steps: 1, bf16: false, gradient_checkpointing: false}
   dpo: {model: sft, trainer: *trainer}
+  lora_sft: {stage: sft, model: sft, lora: {r: 2, alpha: 4}, trainer: *trainer}
+  lora_reward: {stage: reward, model: sft, lora: {r: 2, alpha: 4}, trainer: *trainer}
+  lora_dpo: {stage: dpo, model: sft, lora: {r: 2, alpha: 4}, trainer: *trainer}
 """
-STAGES = ("sft", "reward", "kto", "tokens", "dpo")
+STAGES = ("sft", "reward", "kto", "tokens", "dpo", "lora_sft", "lora_reward", "lora_dpo")
+KILLED = ("sft", "reward", "kto", "dpo")
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 """The same sums in another order: float32 losses and weights differ by about 1e-6."""
 
@@ -89,7 +93,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), CONFIGURATIONS)
-def test_two_processes_that_shard_learn_what_one_does_and_resume(name, part, alone, tmp_path):
+def test_two_processes_learn_what_one_does_and_resume(name, part, alone, tmp_path, kill_generator):
     configuration = forks.ROOT / "accelerate_configs" / f"{name}.yaml"
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     runs = tmp_path / "runs"
@@ -97,23 +101,23 @@ def test_two_processes_that_shard_learn_what_one_does_and_resume(name, part, alo
     for stage in STAGES:
         whole, sharded = stage_folder(alone, stage, 1), stage_folder(runs, stage)
         assert len(losses(whole)) == 5
-        assert max(losses(whole)) - min(losses(whole)) > 0.001, "a flat curve proves nothing"
+        assert max(losses(whole)) - min(losses(whole)) > 0.001, (
+            f"{stage}: flat, which proves nothing"
+        )
         assert losses(sharded) == pytest.approx(losses(whole), rel=0, abs=1e-4), stage
         # The folders are the same, whole weights included.
         names = [{file.name for file in folder.iterdir()} for folder in (sharded, whole)]
         assert names[0] == names[1]
         assert_close(load_file(weights(sharded)), load_file(weights(whole)), **TOLERANCE)
 
-    # One rank is killed between two checkpoints: the same command resumes, bit for bit.
-    expected = weights(stage_folder(runs, "dpo")).read_bytes()
-    shutil.rmtree(stage_folder(runs, "dpo"))
-    saved = recipe_runs.file_exists(runs, "dpo-*/checkpoint-2/complete.json")
-    with sharded_run.running(configuration, runs) as ranks:
-        recipe_runs.wait_until(saved, ranks[1], runs)
-        os.kill(ranks[1].pid, signal.SIGKILL)
-        forks.wait(ranks[1])
-    assert not list(runs.glob("dpo-*/artifact.json"))
-    assert list(runs.glob(f"dpo-*/checkpoint-*/**/{part}"))
+    # A rank is killed after the first checkpoint: the same command resumes, bit for bit.
+    folders = [stage_folder(runs, stage) for stage in KILLED]
+    expected = [weights(folder).read_bytes() for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    for stage in KILLED:
+        sharded_run.kill_one_rank(configuration, runs, stage, range(3, 6), kill_generator)
+        assert list(runs.glob(f"{stage}-*/checkpoint-*/**/{part}"))
     assert sharded_run.run(configuration, runs) == 0, recipe_runs.log(runs)
-    assert "dpo: resuming" in recipe_runs.log(runs)
-    assert weights(stage_folder(runs, "dpo")).read_bytes() == expected
+    assert re.findall(r"^(\w+): resuming", recipe_runs.log(runs), re.MULTILINE) == list(KILLED)
+    assert [weights(stage_folder(runs, stage)).read_bytes() for stage in KILLED] == expected
