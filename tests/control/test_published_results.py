@@ -112,9 +112,8 @@ def test_a_recipe_reaches_its_target(
     result = run_stage(recipe, stage, changes, tmp_path)
     (row,) = result.metrics["control"]
     assert row["mean_return"] >= target
-    if recipe == "point_reach":
-        assert last_point(result.folder, 0)["success"] >= 0.95
-        assert row["lowest"] > -50  # each goal of the evaluation is reached
+    if recipe == "point_reach":  # each of the 100 goals is reached; the curve has earlier episodes
+        assert row["lowest"] > -50
 
 
 # The uniform policy has 0.4583, 2.3736 and 0.9598; a greedy policy with 0 never loses.
