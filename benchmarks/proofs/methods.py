@@ -313,6 +313,22 @@ METHODS: tuple[Method, ...] = (
         formula=DIFFICULTY,
         beta=2.0,
     ),
+    Method(
+        name="SAPO",
+        stage="grpo",
+        settings={**SCALED, "aggregate": "token", "loss": "sapo", "epochs": 2, "steps": 160},
+        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
+        formula=DIFFICULTY,
+        beta=2.0,
+    ),
+    Method(
+        name="VESPO",
+        stage="grpo",
+        settings={**SCALED, "aggregate": "token", "loss": "vespo", "epochs": 2, "steps": 160},
+        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
+        formula=DIFFICULTY,
+        beta=2.0,
+    ),
 )
 WITHOUT_POLICY = {
     ("sft", "chunked_nll"): "the loss `nll`, computed in parts",
