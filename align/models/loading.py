@@ -17,6 +17,7 @@ from align.models.files import AdapterBase, fingerprint, read_adapter_base
 from align.models.merging import merge_adapter
 from align.models.model_config import WRITTEN_TOKENS, other_head, vocabulary_problem
 from align.models.quantization import loading_options, prepare_layers
+from align.runtime.out_of_memory import shortage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -283,7 +284,13 @@ def check_vocabulary(source: Path | str, model: Any, tokenizer: PreTrainedTokeni
 
 
 def cannot_load(source: Path | str, what: str, error: Exception) -> str:
-    """Error message for a model, adapter or tokenizer that a library failed to load."""
+    """Error message for a model, adapter or tokenizer that a library failed to load.
+
+    Raises:
+        Exception: The error itself, if it is a lack of memory.
+    """
+    if shortage(error) is not None:
+        raise error
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (

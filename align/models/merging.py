@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
+from align.runtime.out_of_memory import shortage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,6 +36,8 @@ def merge_adapter(model: PeftModel, source: Path | str) -> PreTrainedModel:
     try:
         merged: Any = model.merge_and_unload()
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        if shortage(error) is not None:
+            raise
         text = " ".join(str(error).split())
         raise UserError(
             f"{source}: peft cannot merge this adapter into its base: {text[:300]}; set `lora`, "

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import OutOfMemoryError
-
 from align.config.online_rl import OnlineRL
 from align.config.stages import stage_kind
-from align.errors import UserError, counted
+from align.errors import counted
 from align.online_rl import plots
 from align.online_rl.results import BatchMetrics, OnlineRLMetrics, StopMetrics, reward_parts
 from align.online_rl.trainer import OnlineRLTrainer
@@ -35,17 +33,9 @@ def run(
     config: OnlineRL, inputs: Mapping[str, Path | str], output_dir: Path, logger: Logger
 ) -> StageResult:
     """Train ``config.model`` on ``config.rewards``."""
-    try:
-        trainer = OnlineRLTrainer(config, inputs, output_dir, logger)  # 1. models, prompts, rewards
-        trainer.train()  # 2. the loop
-        trainer.save_policy()  # 3. policy, tokenizer and picture
-    except OutOfMemoryError as error:
-        size = "micro_batch_size" if config.tokens_per_batch is None else "tokens_per_batch"
-        raise UserError(
-            f"out of memory: lower `{size}` (results stay the same) or `sample_batch_size`, or set "
-            "`gradient_checkpointing: true`, `lora` or "
-            f"`quantization: nf4` ({str(error).splitlines()[0]})"
-        ) from error
+    trainer = OnlineRLTrainer(config, inputs, output_dir, logger)  # 1. models, prompts, rewards
+    trainer.train()  # 2. the loop
+    trainer.save_policy()  # 3. policy, tokenizer and picture
     headline = {key: trainer.metrics[key] for key in ("score", "kl")}
     metrics = {
         stage_kind(config): trainer.metrics | trainer.held_out_metrics,

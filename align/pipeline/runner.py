@@ -22,10 +22,11 @@ from align.errors import ArtifactError, UserError
 from align.models import gguf_conversion
 from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
+from align.pipeline.memory_advice import out_of_memory_line
 from align.pipeline.model_card import write_model_card
 from align.pipeline.plan import PlannedStage, plan_stages
 from align.report.advice import LiveAdvice
-from align.runtime import artifacts, checkpoints, distributed, exit_codes, signals
+from align.runtime import artifacts, checkpoints, distributed, exit_codes, out_of_memory, signals
 from align.runtime.locks import folder_lock
 from align.runtime.progress import Display, Logger
 from align.runtime.results import ResultTable, StageResult
@@ -288,10 +289,9 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
             if not alone:
                 raise placed_error from error
         except Exception as error:
-            failed_write = exit_codes.describe_failed_write(error)
-            if failed_write is None:
+            placed_error = _shortage_error(error, stage, recipe)
+            if placed_error is None:
                 raise
-            placed_error = ArtifactError(f"{stage.folder}: {failed_write}; {exit_codes.RESUMES}")
             if not alone:
                 raise placed_error from error
     if alone:
@@ -300,6 +300,17 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
         if placed_error is not None:
             raise placed_error
     return result
+
+
+def _shortage_error(error: Exception, stage: PlannedStage, recipe: Recipe) -> UserError | None:
+    """The user's error for a lack of memory or of room on the disk; None for other errors."""
+    shortage = out_of_memory.shortage(error)
+    if shortage is not None:
+        return UserError(out_of_memory_line(shortage, stage, recipe))
+    failed_write = exit_codes.describe_failed_write(error)
+    if failed_write is not None:
+        return ArtifactError(f"{stage.folder}: {failed_write}; {exit_codes.RESUMES}")
+    return None
 
 
 def stage_module(kind: str) -> Any:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from align.errors import UserError, printable
-from align.runtime import distributed, signals
+from align.runtime import distributed, out_of_memory, signals
 
 SECONDS_FOR_RANK_0 = 30
 RESUMES = "the same command resumes from the last checkpoint"
@@ -36,9 +36,9 @@ _LOST_PROCESS = re.compile(
 def guarded(command: Callable[[], object], *, interrupted: str = "interrupted") -> None:
     """Run a command and exit with the code of its outcome.
 
-    Invalid input, failed writes and interruptions are printed to stderr without a traceback;
-    ``interrupted`` is the line for the latter. Any other exception passes through: Python prints
-    the traceback and exits with 1.
+    Invalid input, failed writes, a lack of memory and interruptions are printed to stderr without a
+    traceback; ``interrupted`` is the line for the latter. Any other exception passes through:
+    Python prints the traceback and exits with 1.
     """
     signals.install()
     try:
@@ -52,6 +52,8 @@ def guarded(command: Callable[[], object], *, interrupted: str = "interrupted") 
         failed_write = describe_failed_write(error)
         if failed_write is not None:
             _exit(2, [failed_write])
+        if (shortage := out_of_memory.shortage(error)) is not None:
+            _exit(2, [f"{shortage}; use smaller batches or a smaller model, or free memory"])
         if distributed.world_size() > 1 and _LOST_PROCESS.search(str(error)):
             _exit(1, [f"another process of this run has ended; {RESUMES}"])
         raise

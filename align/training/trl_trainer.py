@@ -32,6 +32,7 @@ from align.models.tokenizer_files import GENERATION_CONFIG
 from align.runtime import checkpoints, distributed, sharding, signals
 from align.runtime.artifacts import make_readable
 from align.runtime.exit_codes import describe_failed_write
+from align.runtime.out_of_memory import shortage
 from align.runtime.progress import Logger
 from align.training.finiteness import check_weights, stop_unless_finite
 from align.training.optimizer_check import check_optimizer
@@ -131,7 +132,7 @@ def trl_errors_as_user_errors() -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
-        if describe_failed_write(error) is not None:
+        if describe_failed_write(error) is not None or shortage(error) is not None:
             raise
         if type(error) is RuntimeError and "install" not in str(error):
             raise  # a RuntimeError is the user's only if it names a tracker to install

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from align.config.online_rl_stages import PPO
 from align.config.stages import STAGES
 from align.errors import UserError
-from align.online_rl import trainer
 from align.online_rl.optimization import clip_gradients
 from align.runtime import distributed
 from align.stages import ppo
@@ -166,23 +165,6 @@ def test_a_gradient_that_is_not_finite_names_its_model_and_its_learning_rate(
     optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.0)
     with pytest.raises(UserError, match=message):
         clip_gradients(optimizer, list(parameters), 1.0)
-
-
-@pytest.mark.parametrize("key", ["micro_batch_size", "tokens_per_batch"])
-def test_out_of_memory_names_the_settings_that_reduce_it(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-):
-    def fail(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
-
-    monkeypatch.setattr(trainer, "build_models", fail)
-    inputs = {"model": folders.world.sft, "prompts": folders.world.data, "rewards.0": folders.full}
-    config = ppo_fixtures.ppo_config(**{key: 100})
-    with pytest.raises(UserError) as raised:
-        ppo.run(config, inputs, tmp_path, tiny_models.logger("ppo", tmp_path))
-    (line,) = raised.value.lines
-    assert f"lower `{key}` (results stay the same) or `sample_batch_size`" in line
-    assert "Tried to allocate 2 GiB" in line
 
 
 def test_prompts_that_leave_no_room_for_a_completion_are_rejected(folders: Folders, tmp_path: Path):

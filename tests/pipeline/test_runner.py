@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from helpers.damage import DAMAGES
 from pydantic import BaseModel
@@ -40,7 +41,7 @@ from align.errors import DataError, UserError
 from align.pipeline import plan as pipeline_plan
 from align.pipeline import preflight, runner
 from align.pipeline.plan import PlannedStage, stage_digest
-from align.runtime import artifacts, checkpoints, checksums, distributed, signals
+from align.runtime import artifacts, checkpoints, checksums, distributed, out_of_memory, signals
 from align.runtime.progress import Display
 from align.runtime.results import StageResult
 from align.stages import prepare
@@ -552,6 +553,95 @@ def test_a_full_disk_is_reported_with_the_folder_and_leaves_no_empty_folder(
     with pytest.raises(UserError, match=rf"runs/{name}-.*: No space left on device; .*resumes"):
         run()
     assert not list(Path("runs").glob(f"{name}-*"))
+
+
+MORE_STAGES = """\
+  reward: {model: sft, tokens_per_batch: 64, trainer: {gradient_checkpointing: false}}
+  kto: {model: sft, lora: {r: 2, alpha: 2}, trainer: {gradient_checkpointing: true}}
+  ppo: {model: sft, rewards: [reward], steps: 1, batch_size: 2}
+  grpo: {model: sft, rewards: [reward], steps: 1, batch_size: 8, tokens_per_batch: 9}
+  sample: {model: sft, prompts: prepare}
+  evaluate: {policies: [dpo], baseline: sft, implicit_rewards: true}
+"""
+TRL_BATCH = (
+    "a smaller `trainer.per_device_train_batch_size` with more "
+    "`trainer.gradient_accumulation_steps`"
+)
+CHECKPOINTING = "`trainer.gradient_checkpointing: true`"
+GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB"
+HOST = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+MACHINE = "the machine, which has 64 GB (4 TB more were asked for)"
+DEVICE = "cuda:0, which has 80 GB (2.50 GiB more were asked for)"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("prepare", ""),
+        ("sft", f"{TRL_BATCH}, `lora`, `quantization: nf4`"),
+        ("dpo", f"{TRL_BATCH}, {CHECKPOINTING}, `lora`, `quantization: nf4`"),
+        (
+            "reward",
+            f"a smaller `tokens_per_batch`, {CHECKPOINTING}, `lora`, `quantization: nf4`",
+        ),
+        ("kto", f"{TRL_BATCH}, `quantization: nf4`"),
+        (
+            "ppo",
+            "a smaller `micro_batch_size` (results stay the same), a smaller `sample_batch_size`, "
+            "`gradient_checkpointing: true`, `lora`, `quantization: nf4`",
+        ),
+        (
+            "grpo",
+            "a smaller `tokens_per_batch` (results stay the same), a smaller `sample_batch_size`, "
+            "`gradient_checkpointing: true`, `lora`, `quantization: nf4`",
+        ),
+        ("sample", "a smaller `batch_size`, `quantization: nf4`"),
+        ("evaluate", "a smaller `batch_size`, `quantization: nf4`"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        pytest.param(torch.OutOfMemoryError(GPU), "80GB", id="GPU"),
+        pytest.param(RuntimeError(HOST), "64GB", id="host"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_with_the_settings_that_lower_it_and_the_plan(
+    here, monkeypatch, name, settings, error, size
+):
+    def fail(config: Any, inputs: Any, folder: Path, logger: Any) -> StageResult:
+        (folder / "checkpoint-1").mkdir()
+        raise error
+
+    recipe = RECIPE.replace("SOURCE", "rows.jsonl") + MORE_STAGES
+    (here / "recipe.yaml").write_text(
+        recipe.replace("  dpo:", "  dpo:\n    trainer: {gradient_checkpointing: false}")
+    )
+    monkeypatch.setattr(out_of_memory, "_gpu", lambda: ("cuda:0", 80_000_000_000))
+    monkeypatch.setattr(out_of_memory, "_machine", lambda: ("the machine", 64_000_000_000))
+    stage = plan()[name]
+    stage.folder.mkdir(parents=True)
+    monkeypatch.setattr(runner, "stage_module", lambda _: SimpleNamespace(run=fail))
+    with pytest.raises(UserError) as raised:
+        runner._stage_result(stage, read("sft.seed=3"), Display(Console(quiet=True)))
+    (line,) = raised.value.lines
+    place, _, message = line.partition(": out of memory on ")
+    assert re.fullmatch(rf"recipe\.yaml:\d+: {name}", place)
+    device, _, advice = message.partition("; ")
+    assert device == (DEVICE if size == "80GB" else MACHINE)
+    in_order, _, command = advice.partition("; ")
+    assert in_order == (
+        f"in this order, set {settings}" if settings else "free memory, or use a machine with more"
+    )
+    trains = name not in ("prepare", "sample", "evaluate")  # the plan has the memory of those only
+    plan_command = f"align plan recipe.yaml sft.seed=3 --gpu-memory {size}"
+    assert command == (
+        f"`{plan_command}` lists what the stages need and what would lower it" if trains else ""
+    )
+    assert (stage.folder / "checkpoint-1").exists()
 
 
 def test_the_first_line_of_a_run_has_the_number_of_processes(here):

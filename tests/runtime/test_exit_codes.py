@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 
 from align.errors import DataError
 from align.rewards import containment
-from align.runtime import exit_codes, signals
+from align.runtime import exit_codes, out_of_memory, signals
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,31 @@ def test_known_errors_have_an_exit_code_and_no_traceback(error, code, stderr, ca
     with pytest.raises(SystemExit) as exit_info:
         exit_codes.guarded(raising(error))
     assert (exit_info.value.code, capsys.readouterr().err) == (code, stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "request_"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), "cuda:1, which has 80 GB", " (2.50 GiB more were asked for)"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "cuda:1, which has 80 GB", ""),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000 bytes."), "the machine", " (4.1 MB more were asked for)"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "the machine", " (7.28 TiB more were asked for)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the machine", ""),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_is_one_line_that_names_the_memory(
+    error, device, request_, capsys, monkeypatch
+):
+    monkeypatch.setattr(out_of_memory, "_gpu", lambda: ("cuda:1", 80_000_000_000))
+    monkeypatch.setattr(out_of_memory, "_machine", lambda: ("the machine", None))
+    wrapped = ValueError("a library's own error")
+    wrapped.__cause__ = error
+    for raised in (error, wrapped):
+        with pytest.raises(SystemExit) as exit_info:
+            exit_codes.guarded(raising(raised))
+        line = capsys.readouterr().err
+        assert (exit_info.value.code, line.count("\n")) == (2, 1)
+        assert line.startswith(f"out of memory on {device}{request_}; use smaller batches")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "none")])
