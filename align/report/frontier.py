@@ -52,7 +52,7 @@ def _draw_points(axes: Axes, *, points: Sequence[FrontierPoint]) -> None:
             label=method,
         )
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _distances(

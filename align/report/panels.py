@@ -35,7 +35,7 @@ def draw_panels(
     row_height: float = 3.4,
     dpi: int = 100,
 ) -> None:
-    """Draw panels in rows of four into a PNG file; the first panel takes two places.
+    """Draw panels in rows of four places into a PNG file; the first panel takes two of them.
 
     ``row_height`` is in inches. A draw function may change whatever it likes of its axes: titles,
     grid and spines are set before it runs.
@@ -43,10 +43,12 @@ def draw_panels(
     from matplotlib.figure import Figure  # without pyplot, which keeps figures and takes a second
 
     n_rows = -(-(len(panels) + 1) // N_COLUMNS)
-    figure = Figure(figsize=(WIDTH, n_rows * row_height), layout="constrained")
-    grid = figure.add_gridspec(n_rows, N_COLUMNS)
+    n_columns = min(N_COLUMNS, len(panels) + 1)  # fewer panels than places: no empty ones
+    width = WIDTH * n_columns / N_COLUMNS
+    figure = Figure(figsize=(width, n_rows * row_height), layout="constrained")
+    grid = figure.add_gridspec(n_rows, n_columns)
     places = [grid[0, :2]]
-    places += [grid[n // N_COLUMNS, n % N_COLUMNS] for n in range(2, n_rows * N_COLUMNS)]
+    places += [grid[n // n_columns, n % n_columns] for n in range(2, n_rows * n_columns)]
     for place, panel in zip(places, panels, strict=False):
         axes = figure.add_subplot(place)
         axes.set_title(panel.title, fontsize=10, loc="left")

@@ -10,13 +10,16 @@ from PIL import Image
 from align.report.panels import Panel, draw_panels
 
 
-@pytest.mark.parametrize(("n_panels", "n_rows"), [(1, 1), (3, 1), (4, 2), (7, 2), (8, 3)])
-def test_rows_of_four_places_of_which_the_first_panel_takes_two(n_panels, n_rows, tmp_path):
+@pytest.mark.parametrize(
+    ("n_panels", "n_rows", "width"),
+    [(1, 1, 7.5), (2, 1, 11.25), (3, 1, 15), (4, 2, 15), (7, 2, 15), (8, 3, 15)],
+)
+def test_rows_of_four_places_of_which_the_first_panel_takes_two(n_panels, n_rows, width, tmp_path):
     drawn: list[Any] = []
     panels = [Panel(f"panel {k}", drawn.append) for k in range(n_panels)]
     draw_panels(panels, tmp_path / "picture.png", row_height=2.0, dpi=50)
     with Image.open(tmp_path / "picture.png") as picture:
-        assert picture.size == (15 * 50, 2 * n_rows * 50)
+        assert picture.size == (int(width * 50), 2 * n_rows * 50)
     assert [axes.get_title(loc="left") for axes in drawn] == [p.title for p in panels]
     spec = [axes.get_subplotspec() for axes in drawn]
     assert list(spec[0].colspan) == [0, 1]
