@@ -11,18 +11,19 @@ last hundred episodes and the range of that mean over the seeds.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from align.config.control.tabular import Tabular
 from align.config.recipe import load_recipe
 from align.control import spaces
 from align.control.value_based.tabular import TabularTrainer
-from align.report.panels import BLUE, RED
+from align.report.panels import BLUE, RED, Panel, draw_panels
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "control" / "cliffwalking.yaml"
 EPISODES, SMOOTHED, LAST = 500, 10, 100
@@ -45,10 +46,13 @@ def episode_returns(config: Tabular) -> NDArray[np.float64]:
     return np.array(rows)
 
 
-def draw(axes: Axes, returns: NDArray[np.float64], label: str, color: str) -> None:
-    """Draw the mean over the seeds, smoothed over consecutive episodes."""
-    mean = returns.mean(0).reshape(-1, SMOOTHED).mean(1)
-    axes.plot(SMOOTHED * (np.arange(len(mean)) + 0.5), mean, color=color, label=label)
+def draw(axes: Axes, returns: Mapping[str, tuple[NDArray[np.float64], str]]) -> None:
+    """Draw the means over the seeds, smoothed over consecutive episodes, in their colors."""
+    for name, (of_seeds, color) in returns.items():
+        mean = of_seeds.mean(0).reshape(-1, SMOOTHED).mean(1)
+        axes.plot(SMOOTHED * (np.arange(len(mean)) + 0.5), mean, color=color, label=name)
+    axes.set(xlabel="episode", ylim=(LOWEST, 0), xlim=(0, None))
+    axes.legend(frameon=False)
 
 
 def main() -> None:
@@ -56,8 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="the PNG file to write")
     file = parser.parse_args().file
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
+    curves = {}
     for name, stage in load_recipe(RECIPE).stages.items():
         assert isinstance(stage, Tabular)
         config = stage.model_copy(update={"schedule": "constant"})
@@ -67,12 +70,8 @@ def main() -> None:
             f"| {name} | {last.mean():.1f} | {last.min():.1f} to {last.max():.1f} |",
             flush=True,
         )
-        draw(axes, returns, name, COLORS[config.algorithm])
-    axes.set(xlabel="episode", ylabel="return while exploring", ylim=(LOWEST, 0), xlim=(0, None))
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=100)
+        curves[name] = returns, COLORS[config.algorithm]
+    draw_panels([Panel("return while exploring", partial(draw, returns=curves))], file)
 
 
 if __name__ == "__main__":

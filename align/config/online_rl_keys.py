@@ -137,6 +137,8 @@ UNUSED_BY_LOSS = {
     "vespo": ("clip", "clip_high", "dual_clip", "ratio"),
 }
 """Keys without an effect, by the loss."""
+UNCLIPPED = ("sapo", "vespo")
+"""Losses that bound the probability ratio softly."""
 
 
 class LossKeys(Config):
@@ -178,7 +180,7 @@ class LossKeys(Config):
     @property
     def clip_range(self) -> tuple[float, float]:
         """How far below and above 1 the probability ratio is clipped; infinite if it is not."""
-        if self.loss in ("sapo", "vespo"):
+        if self.loss in UNCLIPPED:
             return math.inf, math.inf
         if self.loss == "cispo":
             return math.inf, self.clip_high or CISPO_CLIP

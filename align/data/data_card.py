@@ -15,6 +15,7 @@ from align.config.data import Prepare
 from align.config.shipped import EMBEDDED, data_dir
 from align.data.rows import KINDS
 from align.data.statistics import LONG_ROW, LONGER_WARNING, how_read
+from align.runtime.markdown import load_template
 
 TABLE_KINDS = (*sorted(KINDS), "prompts")
 """Kinds of tables, in the order of the card."""
@@ -26,22 +27,10 @@ def data_card(config: Prepare, report: Mapping[str, Any]) -> str:
 
     Its header lets ``datasets.load_dataset(folder, "pairs")`` read the tables.
     """
-    import jinja2
-
     sources = [config.source, *(entry.source for entry in config.mixture), config.demonstrations]
     licenses = {source: catalog.license_of(source) for source in sources if source}
     identifiers = {identifier for identifier, _ in licenses.values()}
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {
-        "cell": lambda value: str(value).replace("|", "\\|"),
-        "percent": lambda share: f"{share:.1%}",
-    }
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    template = load_template(_TEMPLATE, percent=lambda share: f"{share:.1%}")
     return template.render(
         config=config.model_dump(exclude={"stage"}),
         report=report,

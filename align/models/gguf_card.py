@@ -11,6 +11,7 @@ from typing import Any
 
 from align.models.gguf_files import GgufHeader
 from align.runtime.artifacts import Artifact
+from align.runtime.markdown import load_template
 
 FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("gguf_card.md.jinja")
@@ -26,7 +27,6 @@ def gguf_card(
     file: Path, header: GgufHeader, artifact: Artifact, model: Any, tokenizer: Any
 ) -> str:
     """The card of the model that a file became; ``artifact`` is the record of the conversion."""
-    import jinja2
     import yaml
 
     values = {key: header.metadata.get(place) for key, place in _LICENSE_KEYS.items()}
@@ -45,13 +45,7 @@ def gguf_card(
         "positions": f"{header.positions:,}" if header.positions else "not in the file",
         "digest of the conversion": f"`{artifact.digest}`",
     }
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return load_template(_TEMPLATE).render(
         header=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=artifact.name,
         rows=rows,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from align.config.stages import ONLINE_RL
 from align.runtime import artifacts
@@ -47,6 +48,7 @@ def rows(folder: Path, artifact: Artifact) -> Iterator[tuple[str, str, str]]:
     ``folder`` is that of the stage.
     """
     metrics = artifact.metrics
+    held_out = _held_out(folder, artifact) if artifact.stage in ONLINE_RL else []
     for address, name in METRICS.items():
         group, _, key = address.rpartition(".")
         group = artifact.stage if group == "online_rl" else group
@@ -57,20 +59,20 @@ def rows(folder: Path, artifact: Artifact) -> Iterator[tuple[str, str, str]]:
         interval: Sequence[float] | None = None
         if key == "accuracy" and isinstance(values, dict):
             interval = values.get("ci")
-        elif address in _BY_PROMPT and artifact.stage in ONLINE_RL:
-            interval = _interval(_held_out(folder, artifact, _BY_PROMPT[address]))
+        elif address in _BY_PROMPT:
+            interval = _interval([line[_BY_PROMPT[address]] for line in held_out])
         yield name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*interval) if interval else ""
 
 
-def _held_out(folder: Path, artifact: Artifact, key: str) -> list[float]:
-    """Values of the saved policy, one per held-out prompt; empty if the stage stored none."""
+def _held_out(folder: Path, artifact: Artifact) -> list[dict[str, Any]]:
+    """Measurements of the saved policy, one per held-out prompt; empty if there are none."""
     file = folder / artifacts.HELD_OUT
     if not file.is_file():
         return []
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     stop = artifact.metrics.get("stop")
     last = stop["best_step"] if stop else max((line["step"] for line in lines), default=0)
-    return [line[key] for line in lines if line["step"] == last]
+    return [line for line in lines if line["step"] == last]
 
 
 def _interval(values: list[float]) -> tuple[float, float] | None:

@@ -28,6 +28,7 @@ from align.models.files import ADAPTER_CONFIG
 from align.pipeline import card_metrics
 from align.pipeline.lineage import Origin, lineage
 from align.runtime.artifacts import Artifact
+from align.runtime.markdown import load_template
 
 FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -46,7 +47,6 @@ def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -
     ``artifact`` is the record of the stage that trained it. ``stage`` is the folder of that stage,
     if the model in ``folder`` was exported from it.
     """
-    import jinja2
     import yaml
 
     origins = lineage(stage or folder, artifact)
@@ -70,15 +70,7 @@ def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -
     }
     if not header["base_model"]:
         del header["base_model_relation"]
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|")
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return load_template(_TEMPLATE).render(
         header=yaml.safe_dump(
             {key: value for key, value in header.items() if value},
             sort_keys=False,

@@ -289,7 +289,7 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
             if not alone:
                 raise placed_error from error
         except Exception as error:
-            placed_error = _shortage_error(error, stage, recipe)
+            placed_error = _full_memory_or_disk(error, stage, recipe)
             if placed_error is None:
                 raise
             if not alone:
@@ -302,7 +302,7 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
     return result
 
 
-def _shortage_error(error: Exception, stage: PlannedStage, recipe: Recipe) -> UserError | None:
+def _full_memory_or_disk(error: Exception, stage: PlannedStage, recipe: Recipe) -> UserError | None:
     """The user's error for a lack of memory or of room on the disk; None for other errors."""
     shortage = out_of_memory.shortage(error)
     if shortage is not None:

@@ -109,6 +109,18 @@ def fixed_point(
     )[0]
 
 
+def mean_over_tokens(name: str, **settings: Any) -> Method:
+    """GRPO with two epochs and a mean over all tokens: the settings decide where a ratio ends."""
+    return Method(
+        name=name,
+        stage="grpo",
+        settings={**SCALED, "aggregate": "token", **settings, "epochs": 2, "steps": 160},
+        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
+        formula=DIFFICULTY,
+        beta=2.0,
+    )
+
+
 def two_rewards(name: str, scale: fixed_points.Scale, where: str) -> Method:
     """RLOO with two rewards, each normalized before they are added."""
     return Method(
@@ -289,14 +301,7 @@ METHODS: tuple[Method, ...] = (
     ),
     two_rewards("RLOO, `normalize_scores: group`", "group", ""),
     two_rewards("RLOO, `normalize_scores: batch`", "batch", " in the batch"),
-    Method(
-        name="DAPO",
-        stage="grpo",
-        settings={**SCALED, "aggregate": "token", "clip_high": 0.28, "epochs": 2, "steps": 160},
-        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
-        formula=DIFFICULTY,
-        beta=2.0,
-    ),
+    mean_over_tokens("DAPO", clip_high=0.28),
     Method(
         name="GSPO",
         stage="grpo",
@@ -305,30 +310,9 @@ METHODS: tuple[Method, ...] = (
         formula=BOTH,
         beta=2.0,
     ),
-    Method(
-        name="CISPO",
-        stage="grpo",
-        settings={**SCALED, "aggregate": "token", "loss": "cispo", "epochs": 2, "steps": 160},
-        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
-        formula=DIFFICULTY,
-        beta=2.0,
-    ),
-    Method(
-        name="SAPO",
-        stage="grpo",
-        settings={**SCALED, "aggregate": "token", "loss": "sapo", "epochs": 2, "steps": 160},
-        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
-        formula=DIFFICULTY,
-        beta=2.0,
-    ),
-    Method(
-        name="VESPO",
-        stage="grpo",
-        settings={**SCALED, "aggregate": "token", "loss": "vespo", "epochs": 2, "steps": 160},
-        named=fixed_point(beta=2.0, scale="group", per_sequence=False),
-        formula=DIFFICULTY,
-        beta=2.0,
-    ),
+    mean_over_tokens("CISPO", loss="cispo"),
+    mean_over_tokens("SAPO", loss="sapo"),
+    mean_over_tokens("VESPO", loss="vespo"),
 )
 WITHOUT_POLICY = {
     ("sft", "chunked_nll"): "the loss `nll`, computed in parts",

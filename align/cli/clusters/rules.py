@@ -14,6 +14,7 @@ from typing import Any
 from align.cli.clusters.job import Job
 from align.config.functions import as_function
 from align.config.online_rl import OnlineRL
+from align.config.online_rl_keys import UNCLIPPED
 from align.config.online_rl_stages import GRPO, PPO, RLOO
 from align.errors import RecipeError
 
@@ -99,7 +100,7 @@ def _refused(config: OnlineRL) -> Iterator[tuple[str, str]]:
         yield "revision", "download it with `hf download`, and name the folder in `model`"
     if config.environment is not None:
         yield "environment", "episodes of several turns are not converted"
-    if config.loss in ("sapo", "vespo"):
+    if config.loss in UNCLIPPED:
         yield "loss", "set `clip`"
     if config.normalize_scores != "none":
         yield "normalize_scores", "set `none`"
