@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
@@ -41,8 +42,16 @@ def guarded(command: Callable[[], object], *, interrupted: str = "interrupted") 
     Python prints the traceback and exits with 1.
     """
     signals.install()
+    codes: list[int] = []
+    if distributed.world_size() > 1:
+        # Registered before all others, so called last: a tracker has closed its run by then.
+        atexit.register(_skip_shutdown, codes)
     try:
         command()
+        codes.append(0)
+    except SystemExit as end:  # typer ends every command so
+        codes.extend([end.code or 0] if isinstance(end.code, int | None) else [])
+        raise
     except UserError as error:
         _exit(2, error.lines)
     except signals.Interrupted:
@@ -73,6 +82,18 @@ def describe_failed_write(error: BaseException) -> str | None:
             return f"{place}cannot be written or read: {reason}; free space or change permissions"
         cause = cause.__cause__
     return None
+
+
+def _skip_shutdown(codes: Sequence[int]) -> None:
+    """End the process before the interpreter is taken down, which gloo's threads may not survive.
+
+    They then abort a run that has finished (SIGABRT, https://github.com/pytorch/pytorch/pull/179291),
+    also after ``destroy_process_group``: DDP keeps its process group in a reference cycle.
+    """
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
 
 
 def _exit(code: int, lines: Sequence[str]) -> None:

@@ -169,6 +169,7 @@ def one_of_two(rank: int, inputs: dict[str, Path], folder: Path, port: int) -> N
     torch.save(train_and_sample(inputs, folder / str(rank)), folder / f"{rank}.pt")
     distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort a process whose interpreter is taken down
 
 
 def free_port() -> int:

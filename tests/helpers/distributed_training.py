@@ -245,6 +245,7 @@ def main(folder: Path) -> None:
         torch.save(weights, folder / "weights.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort a process whose interpreter is taken down
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -714,6 +715,7 @@ def run_rank(rank: int, folder: str) -> None:
         results[name] = (weights(learner), dataclasses.asdict(diagnostics))
     torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort a process whose interpreter is taken down
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,6 +124,34 @@ def test_other_ranks_give_rank_0_time_to_print_first(error, code, stderr, monkey
     assert exits == [code]
     assert waits == ([exit_codes.SECONDS_FOR_RANK_0] if code == 2 else [])
     assert capsys.readouterr().err == stderr
+
+
+ENDS = """
+import atexit, sys
+from align.runtime.exit_codes import guarded
+
+class Kept:
+    def __del__(self):
+        print("interpreter taken down")
+
+kept = Kept()
+guarded(lambda: (atexit.register(print, "tracker closed"), {end}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("None", 0), ("sys.exit()", 0), ("sys.exit(0)", 0), ("sys.exit(3)", 3)]
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_rank_ends_after_the_trackers_and_before_the_interpreter_is_taken_down(
+    processes, end, code
+):
+    environment = os.environ | {"WORLD_SIZE": str(processes)}
+    command = [sys.executable, "-c", ENDS.format(end=end)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == code, run.stderr
+    last = ["interpreter taken down"] if processes == 1 else []
+    assert run.stdout.splitlines() == ["tracker closed", *last]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
