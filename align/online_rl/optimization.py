@@ -31,6 +31,10 @@ LEARNING_RATES = {"policy": "learning_rate", "critic": "critic_learning_rate"}
 """The keys of the learning rates, by the models in the order of the optimizer's groups."""
 
 
+class NotFiniteError(UserError):
+    """An update that would make weights infinite or NaN."""
+
+
 def build_objective(config: OnlineRL, n_rows: int, *, kl_coef: float) -> Objective:
     """The update's objective for ``n_rows`` completions on this rank.
 
@@ -132,7 +136,7 @@ def clip_gradients(
     Returns the norm of the policy's gradient before clipping.
 
     Raises:
-        UserError: A gradient is not finite. All ranks raise, since gradients are equal by then.
+        NotFiniteError: A gradient is not finite. All ranks raise: gradients are equal by then.
     """
     for p in parameters:
         if p.grad is not None and not sharding.is_divided(p.grad):  # those are averaged already
@@ -143,7 +147,7 @@ def clip_gradients(
     ]
     for (model, key), norm in zip(LEARNING_RATES.items(), norms, strict=False):  # maybe no critic
         if not bool(norm.isfinite()):
-            raise UserError(
+            raise NotFiniteError(
                 f"a gradient of the {model} is not finite, so this step was not applied: lower "
                 f"`{key}`, or scale the rewards down with `weights`"
             )

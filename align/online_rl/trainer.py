@@ -50,7 +50,7 @@ from align.online_rl.scoring import Scores, build_scorer, load_functions
 from align.online_rl.stopping import build_stop_rule
 from align.rl.rollout import Rollout
 from align.rl.update import Diagnostics, update
-from align.runtime import artifacts, checkpoints, distributed, signals
+from align.runtime import artifacts, checkpoints, distributed, signals, stopped_batch
 from align.runtime.progress import Logger, truncate_jsonl
 from align.runtime.seeds import derive_seed, generator
 from align.runtime.tracking import reporting
@@ -206,7 +206,8 @@ class OnlineRLTrainer:
         rollout = make_rollout(experience, scores.score, config, kl_coef=self.kl_coef)
         scored = time.monotonic()
         # 5. Update policy and critic.
-        diagnostics = self.update(step, rollout)
+        with samples.saved_if_not_finite(self.output_dir, step, batch, rollout):
+            diagnostics = self.update(step, rollout)
 
         metrics = compute_metrics(completions, experience, scores, diagnostics)
         metrics |= ratio_metrics(experience, cap=config.importance_cap)
@@ -347,6 +348,7 @@ class OnlineRLTrainer:
 
     def resume(self) -> int:
         """Restore the last complete checkpoint; returns the number of steps done, 0 without one."""
+        stopped_batch.remove(self.output_dir)
         last = checkpoints.last_checkpoint(self.output_dir, world_size=distributed.world_size())
         done = 0
         if last is not None:

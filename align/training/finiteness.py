@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from align.errors import UserError
 from align.models.finite_weights import first_not_finite
-from align.runtime import distributed
+from align.runtime import distributed, stopped_batch
 
-REPAIR = "nothing is saved; lower `learning_rate`, or look for the cause in these rows"
+REPAIR = "nothing is saved; lower `learning_rate`"
 SHOWN_TOKENS = 24
 
 
 @contextmanager
 def stop_unless_finite(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, the trainer raises a ``UserError`` that names the step and the batch."""
+    """Inside the block, the trainer raises a ``UserError`` that names the step and the batch.
+
+    The batch itself is written to :data:`align.runtime.stopped_batch.FILE`.
+    """
+    stopped_batch.remove(Path(trainer.args.output_dir))
     check = _FiniteCheck()
     training_step = trainer.training_step
 
@@ -50,9 +55,7 @@ def check_weights(model: nn.Module, *, place: str) -> None:
         UserError: One of them is not.
     """
     name = first_not_finite(model)
-    _raise_on_all_ranks(
-        name and f"{place}: the weight `{name}` is not finite; {REPAIR.partition(',')[0]}"
-    )
+    _raise_on_all_ranks(name and f"{place}: the weight `{name}` is not finite; {REPAIR}")
 
 
 class _FiniteCheck(TrainerCallback):
@@ -61,6 +64,8 @@ class _FiniteCheck(TrainerCallback):
     def __init__(self) -> None:
         self.losses: list[tuple[Any, torch.Tensor]] = []
         """Inputs and loss of each micro-batch of the step."""
+        self.last: list[tuple[Any, torch.Tensor]] = []
+        """Those of the step before the present one."""
         self.scales_losses = False
         """Whether losses are scaled for float16; then a step with infinite gradients is skipped."""
 
@@ -69,7 +74,7 @@ class _FiniteCheck(TrainerCallback):
     ) -> None:
         losses, self.losses = self.losses, []
         step, tokenizer = f"step {state.global_step + 1}", kwargs.get("processing_class")
-        error = None
+        self.last, error = losses, None
         for number, (inputs, loss) in enumerate(losses, 1):
             if not bool(loss.isfinite().all()):
                 place = f"micro-batch {number} of {len(losses)}, {_beginning(inputs, tokenizer)}"
@@ -78,7 +83,7 @@ class _FiniteCheck(TrainerCallback):
         if error is None and not self.scales_losses and not _gradients_are_finite(kwargs["model"]):
             place = _beginning(losses[0][0], tokenizer)
             error = f"{step}: a gradient is not finite ({place}); {REPAIR}"
-        _raise_on_all_ranks(error)
+        _raise_on_all_ranks(error and error + _saved(error, losses, args, tokenizer))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,7 +91,8 @@ class _FiniteCheck(TrainerCallback):
         # The norm overflows before its gradients do; clipped by it, they are all 0.
         norm = kwargs.get("logs", {}).get("grad_norm", 0.0)
         if not self.scales_losses and not math.isfinite(norm):
-            raise UserError(f"step {state.global_step}: the gradients have norm {norm}; {REPAIR}")
+            error = f"step {state.global_step}: the gradients have norm {norm}; {REPAIR}"
+            raise UserError(error + _saved(error, self.last, args, kwargs.get("processing_class")))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +100,8 @@ class _FiniteCheck(TrainerCallback):
         loss = kwargs.get("metrics", {}).get("eval_loss")
         if loss is not None and not math.isfinite(loss):
             raise UserError(
-                f"step {state.global_step}: the loss of the validation rows is {loss}; {REPAIR}"
+                f"step {state.global_step}: the loss of the validation rows is {loss}; {REPAIR}, "
+                "or look for the cause in these rows"
             )
 
     def on_save(
@@ -117,6 +124,36 @@ def _beginning(inputs: Mapping[str, Any], tokenizer: Any) -> str:
     mask = inputs.get("attention_mask")
     row = ids[0] if mask is None else ids[0][mask[0].bool()]
     return f"in a batch that begins with {tokenizer.decode(row[:SHOWN_TOKENS])!r}"
+
+
+def _saved(
+    error: str,
+    losses: list[tuple[Any, torch.Tensor]],
+    args: TrainingArguments,
+    tokenizer: Any,
+) -> str:
+    """Write the micro-batches of a step, with the loss of each; returns the end of the message."""
+    batches = [
+        {"loss": loss.mean().item(), "text": _texts(inputs, tokenizer)}
+        | {
+            name: value.tolist()
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.ndim <= 2
+        }
+        for inputs, loss in losses
+    ]
+    content = {"error": error, "micro_batches": batches}
+    file = stopped_batch.save(Path(args.output_dir or ""), content)
+    return f", or look for the cause in {file}, which has the batch"
+
+
+def _texts(inputs: Mapping[str, Any], tokenizer: Any) -> dict[str, list[str]]:
+    """The rows of all token tensors of a batch, in words, padding included."""
+    return {
+        name: tokenizer.batch_decode(value)
+        for name, value in inputs.items()
+        if name.endswith("input_ids") and isinstance(value, torch.Tensor) and tokenizer is not None
+    }
 
 
 def _raise_on_all_ranks(error: str | None) -> None:

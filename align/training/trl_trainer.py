@@ -20,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
 from align.config.training_base import PolicyStage
 from align.errors import UserError
@@ -151,7 +152,10 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
     # TRL's model card does not name the data or the initial model; that of the runner does.
     trainer.create_model_card = lambda *_, **__: None
     store_tied_weights_once(trainer)
-    callback = _ProgressCallback(logger)
+    callback = _ProgressCallback(logger, kept=trainer.args.save_total_limit)
+    trainer.args.save_total_limit = (
+        None  # transformers deletes the oldest by the clock, not by step
+    )
     checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     logger.rewind(step)
@@ -215,10 +219,11 @@ def _last_metrics(trainer: Trainer) -> dict[str, Any]:
 
 
 class _ProgressCallback(TrainerCallback):
-    """Reports progress, marks checkpoints complete, and stops after a signal."""
+    """Reports progress, marks checkpoints complete, keeps the last ones, stops after a signal."""
 
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: Logger, *, kept: int | None) -> None:
         self._logger = logger
+        self._kept = kept
         self._latest: dict[str, Any] = {}
         self.stop: Any = None
         self.stopped = False
@@ -254,4 +259,6 @@ class _ProgressCallback(TrainerCallback):
         # step.
         if state.is_world_process_zero and state.global_step < state.max_steps:
             checkpoints.mark_complete(folder, world_size=distributed.world_size())
+        if args.should_save:
+            rotate_checkpoints(str(folder.parent), self._kept, state.best_model_checkpoint)
         distributed.barrier()  # no rank ends the run before the mark is written

@@ -6,6 +6,7 @@ Rows are those of the checklist in the design notes on PPO.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,6 +272,27 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_changes_a_weight(
     with pytest.raises(UserError, match="a gradient of the policy is not finite"):
         clip_gradients(ppo.optimizer, parameters, 1.0)
     assert torch.equal(flat_weights(ppo), before)
+
+
+def test_the_batch_of_a_gradient_that_is_not_finite_is_saved_until_the_next_attempt(
+    folders: Folders, tmp_path: Path
+):
+    ppo = ppo_fixtures.build_trainer(folders, tmp_path, batch_size=4, epochs=1)
+    weights = ppo.models.weights()
+    next(iter(weights.values())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match=r"^step 3: a gradient .*/not-finite\.json has the batch$"):
+        ppo.step(2)
+    content = json.loads((tmp_path / "not-finite.json").read_text(encoding="utf-8"))
+    assert content["step"] == 3
+    assert len(content["rows"]) == 4
+    for row in content["rows"]:
+        decoded = ppo.models.tokenizer.decode(row["completion_tokens"], skip_special_tokens=True)
+        assert row["completion"].strip() == decoded.strip()
+        assert row["prompt"][-1]["content"] in ppo.models.tokenizer.decode(row["prompt_tokens"])
+        assert len(row["advantages"]) == len(row["logps"]) == len(row["completion_tokens"])
+        assert math.isfinite(row["reward"])
+    ppo.resume()
+    assert not list(tmp_path.glob("not-finite*"))
 
 
 def test_weights_that_are_not_finite_are_not_saved(folders: Folders, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -40,12 +41,28 @@ def test_a_stage_that_diverges_names_the_step_and_leaves_no_model(
 ) -> None:
     settings = config(
         model="sft",
-        trainer=tiny_models.TRAINER | {"max_steps": 3, "learning_rate": 1e30, "save_steps": 1},
+        trainer=tiny_models.TRAINER
+        | {"max_steps": 3, "learning_rate": 1e30, "save_strategy": "no"},
     )
-    with pytest.raises(UserError, match=r"^step [123]: .*nothing is saved; lower `learning_rate`"):
+    with pytest.raises(
+        UserError, match=r"^step 2: .*; nothing is saved; lower `learning_rate`, or"
+    ):
         tiny_models.stage(module, settings, {"model": world.sft, rows: world.data}, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     assert not (tmp_path / "artifact.json").exists()
+    (batch,) = saved(tmp_path)["micro_batches"]
+    assert any("assistant" in text for texts in batch["text"].values() for text in texts)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """The batch that was saved, as strict JSON."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (folder / "not-finite.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return content
 
 
 class Line(nn.Module):
@@ -97,6 +114,11 @@ def test_a_loss_is_named_with_its_step_and_micro_batch(value: float, tmp_path: P
     with pytest.raises(UserError, match=r"step 2: the loss is -?(nan|inf) \(micro-batch 2 of 2,"):
         trained(model, [1.0, 1.0, 1.0, value], tmp_path)
     assert model.weight.isfinite()  # the step was not applied
+    first, second = saved(tmp_path)["micro_batches"]
+    assert first["x"] == [[1.0]] and second["x"] == [[str(value)]]
+    assert first["loss"] < 0.5 and second["loss"] == str(value)  # half of the sum of two
+    trained(Line(), [1.0, 1.0], tmp_path)
+    assert not list(tmp_path.glob("not-finite*"))
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
@@ -106,7 +128,8 @@ def test_a_gradient_behind_a_finite_loss_is_detected(max_grad_norm: float, tmp_p
             return {"loss": Overflow.apply(self.weight * x).sum()}
 
     with pytest.raises(UserError, match="step 1: a gradient is not finite"):
-        trained(Model(), [1.0, 1.0], tmp_path, max_grad_norm=max_grad_norm)
+        trained(Model(), [1.0, 2.0], tmp_path, max_grad_norm=max_grad_norm)
+    assert [batch["x"] for batch in saved(tmp_path)["micro_batches"]] == [[[1.0]], [[2.0]]]
 
 
 def test_an_overflow_in_the_last_step_is_detected(tmp_path: Path) -> None:

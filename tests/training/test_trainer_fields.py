@@ -290,3 +290,23 @@ def test_modules_are_read_by_low_rank_optimizers_only() -> None:
 def test_an_optimizer_without_its_package_is_refused_before_training(name: str):
     with pytest.raises(UserError, match=rf"{name} requires the package \w+, which is missing"):
         optimizer_check.check_optimizer(SimpleNamespace(optim=name, learning_rate=1e-3))
+
+
+def test_the_last_checkpoints_are_kept_when_the_clock_jumps_back(
+    world: tiny_models.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark_complete = trl_trainer.checkpoints.mark_complete
+
+    def mark_before(folder: Path, **arguments: Any) -> None:
+        """Mark a checkpoint as if the clock had been set back by an hour after each step."""
+        mark_complete(folder, **arguments)
+        step = trl_trainer.checkpoints.step_of(folder)
+        os.utime(folder, (2e9 - 3600 * step, 2e9 - 3600 * step))
+
+    monkeypatch.setattr(trl_trainer.checkpoints, "mark_complete", mark_before)
+    trainer = tiny_models.TRAINER | SAVES | {"max_steps": 5}
+    config = SFT(model="sft", trainer=trainer)
+    inputs = {"model": world.sft, "demonstrations": world.data}
+    tiny_models.stage(sft, config, inputs, tmp_path)
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-5"]
