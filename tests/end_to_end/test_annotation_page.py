@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -20,8 +21,12 @@ from helpers.chromium import Tab
 import align
 from align.data.annotation_files import read_annotations
 
-pytest.importorskip("gradio", reason="the extra [annotate] is not installed")
-pytestmark = pytest.mark.slow
+# imports nothing here: Gradio takes seconds, also where slow tests are deselected
+installed = importlib.util.find_spec("gradio") is not None
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not installed, reason="the extra [annotate] is not installed"),
+]
 
 NUMBER = "document.querySelector('#number textarea, #number input').value"
 SIDES = "[...document.querySelectorAll('.side .text')].map(e => e.innerText)"

@@ -6,6 +6,7 @@ The exported adapter is also the judge behind an API.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import socket
 import subprocess
@@ -29,9 +30,13 @@ from align.judges.server import LanguageModelJudge
 from align.judges.server_check import check_judge
 from align.judges.verdicts import NO_TEXT
 
-pytest.importorskip("fastapi", reason="pip install transformers[serving]")
-pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
-pytest.importorskip("openai", reason="pip install transformers[serving]")
+SERVING = ("fastapi", "uvicorn", "openai")
+# imports nothing here: they take seconds, also where slow tests are deselected
+installed = all(importlib.util.find_spec(name) is not None for name in SERVING)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not installed, reason="pip install transformers[serving]"),
+]
 
 SECONDS_TO_START = 120
 
@@ -89,7 +94,6 @@ def pairs(count: int) -> list[Pair]:
     return [Pair([{"role": "user", "content": f"Is {n} even?"}], *turns, {}) for n in range(count)]
 
 
-@pytest.mark.slow
 def test_a_tiny_model_is_asked_and_gives_no_verdict(tmp_path, base_url, model):
     settings = config(base_url, model, structured_output="none")
     list(check_judge(settings))
@@ -105,7 +109,6 @@ def test_a_tiny_model_is_asked_and_gives_no_verdict(tmp_path, base_url, model):
     assert again.usage.requests == sum(verdict.reason == NO_TEXT for verdict in verdicts)
 
 
-@pytest.mark.slow
 def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
     judge = LanguageModelJudge(config(base_url, Path("no/judge")), cache=tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"HTTP 400.*no/judge.*correct .* `model`") as raised:
@@ -113,12 +116,10 @@ def test_a_model_that_the_server_does_not_have_is_one_line(tmp_path, base_url):
     assert len(raised.value.lines) == 1 and judge.usage.requests == 2
 
 
-@pytest.mark.slow
 def test_an_exported_adapter_is_served_and_answers_as_align_does(base_url, adapter, model):
     assert_same_answer(base_url, model, adapter)
 
 
-@pytest.mark.slow
 def test_the_folder_of_a_stage_with_full_weights_is_served_as_it_is(tmp_path_factory):
     folder = tiny_models.world(tmp_path_factory.getbasetemp()).sft
     before = sorted(path.name for path in folder.iterdir())
