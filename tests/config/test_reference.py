@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jsonschema
@@ -16,13 +17,14 @@ from align.config.stages import STAGES
 from align.training import trl_field_table
 
 ROOT = Path(__file__).parents[2]
+key_reference = functools.cache(reference.text)
 
 
 def test_the_key_reference_is_generated():
     # After a change: python -m align.config.reference > docs/reference/configuration.md
     assert (ROOT / "docs" / "reference" / "configuration.md").read_text(
         encoding="utf-8"
-    ) == reference.text()
+    ) == key_reference()
 
 
 def test_the_schema_is_generated():
@@ -39,8 +41,9 @@ def test_the_fields_of_trl_are_those_of_the_installed_version():
 
 @pytest.mark.parametrize("cls", [*STAGES.values(), *FAMILIES, NewModel, Lora, MixtureSource])
 def test_every_key_has_a_description_that_is_a_sentence(cls: type[BaseModel]):
+    text = key_reference()
     for name, field in cls.model_fields.items():
         description = " ".join((field.description or "").split())
         assert description.endswith((".", "``")), name
         assert description[0].isupper() or description.startswith("``"), name
-        assert f"| `{name}` |" in reference.text() or name == "stage"
+        assert f"| `{name}` |" in text or name == "stage"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,13 +29,26 @@ def pairs_file(path: Path, n: int = 60) -> Path:
     return path
 
 
-def test_the_embedded_data_set_is_written_as_conversational_parquet(tmp_path: Path):
-    metrics = run_prepare(config(), tmp_path)
+class Embedded(NamedTuple):
+    """The stage with the embedded data set: its folder, and its metrics."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    folder = tmp_path_factory.mktemp("embedded")
+    return Embedded(folder, run_prepare(config(), folder))
+
+
+def test_the_embedded_data_set_is_written_as_conversational_parquet(embedded: Embedded):
+    folder, metrics = embedded
     names = [f"{k}-{s}.parquet" for k in ("demonstrations", "pairs", "prompts")
              for s in ("test", "train")]  # fmt: skip
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["README.md", *names])
+    assert sorted(file.name for file in folder.iterdir()) == sorted(["README.md", *names])
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    table = pq.read_table(tmp_path / "pairs-train.parquet")
+    table = pq.read_table(folder / "pairs-train.parquet")
     assert table.schema.names == ["prompt", "chosen", "rejected", "prompt_id"]
     assert [table.schema.field(name).type for name in ("prompt", "chosen")] == [turns, turns]
     assert table.num_rows == metrics["pairs"]["train"]
@@ -47,11 +60,9 @@ def test_the_embedded_data_set_is_written_as_conversational_parquet(tmp_path: Pa
     assert json.loads(json.dumps(metrics)) == metrics
 
 
-def test_the_prompts_are_those_of_the_other_tables_once_each(tmp_path: Path):
-    run_prepare(config(), tmp_path)
-
+def test_the_prompts_are_those_of_the_other_tables_once_each(embedded: Embedded):
     def ids(kind: str, split: str) -> list[str]:
-        return pq.read_table(tmp_path / f"{kind}-{split}.parquet")["prompt_id"].to_pylist()
+        return pq.read_table(embedded.folder / f"{kind}-{split}.parquet")["prompt_id"].to_pylist()
 
     for split in ("train", "test"):
         prompts = ids("prompts", split)
@@ -90,10 +101,9 @@ def test_the_data_card_contains_counts_drops_configuration_and_digests(tmp_path:
 
 
 def test_the_data_card_has_the_license_of_the_embedded_data_set_and_no_local_path(
-    tmp_path: Path,
+    embedded: Embedded,
 ):
-    run_prepare(config(), tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = (embedded.folder / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card
     assert "| data/embedded/pairs.jsonl.gz | " in card
     assert str(CHECKOUT) not in card
