@@ -155,7 +155,7 @@ def test_a_stage_that_is_no_policy_is_named_with_its_kind(tmp_path):
 
 def test_plan_and_check_count_one_stage(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("stages:\n  prepare: {source: embedded}\n")
+    recipe.write_text("stages:\n  prepare: {source: embedded, max_rows: 40}\n")
     plan.plan(recipe, runs=tmp_path)
     plan.check(recipe, runs=tmp_path)
     output = capsys.readouterr().out
@@ -174,7 +174,8 @@ def test_the_probe_measures_one_process_only(tmp_path):
 def test_the_number_of_processes_replaces_that_of_the_launch_configuration(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "stages:\n  prepare: {source: embedded}\n  sft:\n    model: {num_hidden_layers: 1}\n"
+        "stages:\n  prepare: {source: embedded, max_rows: 600}\n"
+        "  sft:\n    model: {num_hidden_layers: 1}\n"
         "    trainer: {per_device_train_batch_size: 1, max_length: 64}\n"
     )
     file = Path(__file__).parents[2] / "accelerate_configs/multi_gpu.yaml"
@@ -190,7 +191,7 @@ def test_the_number_of_processes_replaces_that_of_the_launch_configuration(tmp_p
 
 def test_a_plan_fits_80_columns_and_shows_names_as_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    plan.plan(Path("iterated_dpo"), runs=tmp_path / "runs [/v1]")
+    plan.plan(Path("iterated_dpo"), ["prepare.max_rows=200"], runs=tmp_path / "runs [/v1]")
     output = capsys.readouterr().out
     assert re.search(r"onpolicy_dpo-[0-9a-f]{12} +run .* MB", output)
     assert "[/v1]" in output

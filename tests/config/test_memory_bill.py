@@ -317,7 +317,7 @@ def test_a_plan_says_that_data_of_an_earlier_version_lack_the_longest_prompt(
         "summary",
         lambda own: {k: v for k, v in summary(own).items() if k != "longest_prompts"},
     )
-    runs = ["--runs", str(tmp_path), "--gpu-memory", "9GB"]
+    runs = ["--runs", str(tmp_path), "prepare.max_rows=200", "--gpu-memory", "9GB"]
     done = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs])
     assert "ppo: memory unknown: longest row unknown; run `prepare` with this" in done.output
     assert "sft: fits: " in done.output
@@ -329,7 +329,7 @@ def test_a_plan_says_what_fits_and_what_would(tmp_path: Path, monkeypatch: pytes
     from align.cli.main import app
 
     monkeypatch.chdir(Path(__file__).parents[2])
-    runs = ["--runs", str(tmp_path)]
+    runs = ["--runs", str(tmp_path), "prepare.max_rows=200"]
     done = CliRunner().invoke(app, ["plan", "recipes/ppo.yaml", *runs, "--gpu-memory", "40MB"])
     assert done.exit_code == 0, done.output
     assert "does not fit" in done.output

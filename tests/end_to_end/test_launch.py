@@ -14,8 +14,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from helpers import recipe_runs
+from typer.testing import CliRunner
 
 from align import __version__
+from align.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -172,23 +174,29 @@ def test_an_error_of_rank_0_ends_all_ranks(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_help_plan_and_check_write_no_files(tmp_path):
+def test_help_plan_and_check_write_no_files(tmp_path, monkeypatch):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
-    def align(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def align(*arguments: str) -> str:
         command = [sys.executable, "-m", "align.cli.main", *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
+        ).stdout
 
-    assert all(word in align("--help").stdout for word in ("run", "plan", "check", "chat", "env"))
-    assert align("--version").stdout == f"align {__version__}\n"
-    facts = dict(line.split(": ", 1) for line in align("env").stdout.splitlines())
+    def here(*arguments: str) -> str:
+        done = CliRunner().invoke(app, list(arguments))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert align("--version") == f"align {__version__}\n"
+    plan = align("plan", RECIPE)
+    assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "424"))
+    monkeypatch.chdir(tmp_path)
+    assert all(word in here("--help") for word in ("run", "plan", "check", "chat", "env"))
+    facts = dict(line.split(": ", 1) for line in here("env").splitlines())
     assert facts["align"] == __version__
     assert facts.keys() >= {"commit", "platform", "python", "torch", "trl", "deepspeed", "devices"}
-    plan = align("plan", RECIPE).stdout
-    assert all(word in plan for word in ("prepare", "sft", "dpo", "evaluate", "729", "424"))
-    assert "no errors" in align("check", RECIPE).stdout
+    assert "no errors" in here("check", RECIPE, "prepare.max_rows=200")
     assert list(tmp_path.iterdir()) == []
 
 
