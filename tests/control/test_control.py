@@ -566,21 +566,29 @@ def test_the_learning_rates_decay_linearly_to_0():
 # State --------------------------------------------------------------------------------------------
 
 
+PPO = {"algorithm": "ppo", "epochs": 2, "minibatches": 3}
+BOX_2D = {"environment": "LunarLander-v3", "steps": 600}
+MUJOCO = {"environment": "HalfCheetah-v5"}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reset_interval"),
     [
-        pytest.param({"algorithm": "ppo", "epochs": 2, "minibatches": 3}, id="ppo"),
-        pytest.param(REINFORCE, id="reinforce"),
-        pytest.param({"environment": "Pendulum-v1", "distribution": "squashed"}, id="squashed"),
+        pytest.param(PPO, 50, id="ppo"),
+        pytest.param(PPO, 200_000, id="ppo, no reset of the environments"),
+        pytest.param(REINFORCE, 50, id="reinforce"),
+        pytest.param({"environment": "Pendulum-v1", "distribution": "squashed"}, 50, id="squashed"),
         pytest.param(
-            {"environment": "align.control.icy_road:IcyRoad-v0", "algorithm": "ppo", "cost_limit": 1.0},
+            PPO | {"environment": "align.control.icy_road:IcyRoad-v0", "cost_limit": 1.0},
+            50,
             id="a limit on costs",
         ),
-        pytest.param({"environment": "LunarLander-v3", "steps": 600}, id="an environment that cannot be pickled"),
-        pytest.param({"environment": "HalfCheetah-v5"}, id="an environment that loses its state when pickled"),
+        pytest.param(BOX_2D, 50, id="an environment that cannot be pickled"),
+        pytest.param(BOX_2D, 200_000, id="an environment that cannot be pickled, no reset"),
+        pytest.param(MUJOCO, 50, id="an environment that loses its state when pickled"),
+        pytest.param(MUJOCO, 200_000, id="an environment that loses its state, no reset"),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("reset_interval", [50, 200_000])
+)
 def test_a_restored_trainer_continues_bitwise_identically(
     changes, reset_interval, tmp_path, monkeypatch
 ):
