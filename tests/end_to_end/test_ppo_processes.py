@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
-from helpers import recipe_runs
+from helpers import forks, recipe_runs
 from helpers.tiny_models import logger, stage, world
 from torch.testing import assert_close
 
@@ -158,24 +156,14 @@ def train_and_sample(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
     return results | {"sampled": sample(inputs, folder / "sampled")}
 
 
-def one_of_two(rank: int, inputs: dict[str, Path], folder: Path, port: int) -> None:
-    """A process of a launch of two, as a fork of this one: libraries are imported once."""
-    from accelerate import PartialState
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    PartialState._reset_state()
+def one_of_two(inputs: dict[str, Path], folder: Path) -> None:
+    """A process of a launch of two."""
     distributed.init_process_group()
+    rank = distributed.rank()
     torch.save(train_and_sample(inputs, folder / str(rank)), folder / f"{rank}.pt")
     distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads can abort a process whose interpreter is taken down
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +194,9 @@ def one(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="module")
 def two(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_of_two, (inputs, folder, free_port()), nprocs=2)
+    log = folder / "log"
+    with forks.ranks(one_of_two, inputs, folder, log=log) as processes:
+        assert [forks.wait(process) for process in processes] == [0, 0], log.read_text()
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
