@@ -243,7 +243,7 @@ def test_a_wrong_answer_a_stall_or_a_lost_connection_is_one_line(
 ):
     models = ppo_fixtures.build_models(world.sft, [], lora=False)
     server.faults[path] = fault
-    seconds = 1.0 if fault in (stall, trickle) else 5.0
+    seconds = 1.0 if fault in (stall, trickle) else 2.0
     with pytest.raises(UserError, match=message) as error_info:
         sampler_of(models, server, vllm_timeout=seconds, **ENDS).generate([[4, 5], [6]], seed=0)
     (line,) = error_info.value.lines
