@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
@@ -19,7 +20,7 @@ from align.control.trainer import Trainer
 
 def build_trainer(
     config: Control, spec: EnvSpec, seed: int, folders: Sequence[Path] = ()
-) -> Trainer:
+) -> Trainer[Any]:
     """A trainer of one seed, at its first step. ``folders`` have the recorded steps of others."""
     match config:
         case PolicyGradient():

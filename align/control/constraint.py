@@ -7,7 +7,6 @@ of rewards are. Left out: several costs, and guarantees during training.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +49,7 @@ class Constraint:
         self.optimizer = torch.optim.Adam(
             self.critic.parameters(), lr=config.critic_learning_rate, eps=1e-5
         )
+        self.parts = {"cost_critic": self.critic, "cost_optimizer": self.optimizer}
         self.generator = torch.Generator().manual_seed(derive_seed(seed, 5))
 
     def ascend(self, experience: Experience, *, learning_rate: float) -> None:
@@ -118,20 +118,11 @@ class Constraint:
         return Evaluated(logps=inputs["logps"], values=self.critic(inputs["observations"]))
 
     def state(self) -> dict[str, Any]:
-        """Multiplier, critic, optimizer and random numbers."""
-        return copy.deepcopy(
-            {
-                "multiplier": self.multiplier,
-                "weight": self.weight,
-                "critic": self.critic.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-            }
-        )
+        """Multiplier and random numbers; ``parts`` has its own."""
+        numbers = {"multiplier": self.multiplier, "weight": self.weight}
+        return numbers | {"generator": self.generator.get_state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
         self.multiplier, self.weight = state["multiplier"], state["weight"]
-        self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])

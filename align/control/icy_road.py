@@ -1,13 +1,12 @@
 """An environment with a cost: drive a road whose sections are dry or icy.
 
-``align.control.icy_road:IcyRoad-v0`` is its id in a recipe. The best policy under any limit on the
-cost is known in closed form, so what an algorithm reaches can be compared with it.
+``align.control.icy_road:IcyRoad-v0`` is its id in a recipe. With a limit on the cost, the best
+speed of a section is its grip times a number that the limit determines, in closed form.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -21,16 +20,6 @@ DRY, ICY = 1.0, 0.25
 """Grip of a dry section and of an icy one."""
 PIXELS = 200
 """Width of an image."""
-
-
-class Optimum(NamedTuple):
-    """The best policy under a limit on the expected cost of an episode."""
-
-    speed_per_grip: float
-    """Its speed on a section, divided by the grip."""
-    expected_return: float
-    multiplier: float
-    """By how much the expected return rises with the limit."""
 
 
 class IcyRoad(gymnasium.Env[Any, Any]):
@@ -85,23 +74,6 @@ class IcyRoad(gymnasium.Env[Any, Any]):
         ahead = max(0, SECTIONS - self.section)
         here, following = self.grips[self.section - 1], self.grips[min(self.section, SECTIONS)]
         return np.array([self.speed, here, following, ahead / SECTIONS], np.float32)
-
-
-def optimum(limit: float) -> Optimum:
-    """The best policy whose expected cost is at most ``limit``.
-
-    With a multiplier, each section has the Lagrangian ``speed - multiplier * speed**2 / grip``,
-    which is greatest at ``speed = grip / (2 * multiplier)``. The expected cost is then ``grips / (4
-    * multiplier**2)``, where ``grips`` is the expected sum of the grips, and equals the limit.
-
-    Raises:
-        ValueError: The limit is so high that it would ask for a speed above 1.
-    """
-    grips = SECTIONS * (DRY + ICY) / 2
-    multiplier = math.sqrt(grips / limit) / 2
-    if 1 / (2 * multiplier) > 1:
-        raise ValueError(f"the limit {limit} allows a speed above 1 on a dry section")
-    return Optimum(1 / (2 * multiplier), grips / (2 * multiplier), multiplier)
 
 
 gymnasium.register("IcyRoad-v0", f"{__name__}:IcyRoad", max_episode_steps=SECTIONS + 1)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from align.control.spaces import EnvSpec
-from align.errors import UserError
 from align.functional.policy_gradient import entropy
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
@@ -246,22 +245,6 @@ def table_policy(spec: EnvSpec, table: Float[Tensor, "states actions"]) -> Polic
     weights = {"0.weight": table.T.float(), "0.bias": torch.zeros(spec.n_actions)}
     policy.body.load_state_dict(weights)
     return policy
-
-
-def check_weights(
-    networks: Sequence[nn.Module], *, seed: int, steps: int, environment: str
-) -> None:
-    """Stop where an update has made a weight NaN or infinite.
-
-    Raises:
-        UserError: A weight is not finite.
-    """
-    weights = [weight for network in networks for weight in network.parameters()]
-    if not all(bool(weight.isfinite().all()) for weight in weights):
-        raise UserError(
-            f"seed {seed}: a weight is not finite after {steps:,} steps: lower `learning_rate`, "
-            f"clip gradients, or check the rewards and observations of {environment}"
-        )
 
 
 def build_critic(

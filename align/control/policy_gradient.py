@@ -11,7 +11,6 @@ every 200,000 steps, whether or not the run is interrupted.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,10 +27,10 @@ from align.config.control.policy_gradient import PolicyGradient
 from align.control.constraint import Constraint
 from align.control.environments import Environments, Step
 from align.control.experience import Experience, estimate_advantages, state_values
-from align.control.networks import Gaussian, Policy, build_critic, check_weights
+from align.control.networks import Gaussian, Policy, build_critic
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT, Progress, recent_mean
+from align.control.trainer import RECENT, Trainer, recent_mean
 from align.functional.returns import discounted_returns
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
@@ -69,16 +68,15 @@ def build_objective(config: PolicyGradient) -> Objective:
     )
 
 
-class PolicyGradientTrainer(Progress):
+class PolicyGradientTrainer(Trainer[PolicyGradient]):
     """Trains the policy of one seed."""
 
     def __init__(self, config: PolicyGradient, spec: EnvSpec, seed: int) -> None:
-        super().__init__(config.steps)
-        self.config, self.seed = config, seed
+        super().__init__(config, seed)
         self.objective = build_objective(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.policy = Policy(
+            policy = Policy(
                 spec,
                 hidden_sizes=config.hidden_sizes,
                 activation=config.activation,
@@ -86,9 +84,8 @@ class PolicyGradientTrainer(Progress):
                 initialization=config.initialization,
             )
             if config.initial_log_std is not None:
-                assert isinstance(self.policy.head, Gaussian)  # checked before the stage runs
-                nn.init.constant_(self.policy.head.log_std, config.initial_log_std)
-            self.critic = None
+                assert isinstance(policy.head, Gaussian)  # checked before the stage runs
+                nn.init.constant_(policy.head.log_std, config.initial_log_std)
             if config.baseline == "value":
                 self.critic = build_critic(
                     spec,
@@ -97,17 +94,22 @@ class PolicyGradientTrainer(Progress):
                     initialization=config.initialization,
                 )
         self._learning_rates = [config.learning_rate]
-        groups = [{"params": [*self.policy.parameters()], "lr": config.learning_rate}]
+        groups = [{"params": [*policy.parameters()], "lr": config.learning_rate}]
         if self.critic is not None:
             self._learning_rates.append(config.critic_learning_rate)
             groups += [{"params": [*self.critic.parameters()], "lr": config.critic_learning_rate}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
-        self.constraint = None if config.cost_limit is None else Constraint(config, spec, seed)
+        self.parts = {"policy": policy, "optimizer": self.optimizer}
+        if self.critic is not None:
+            self.parts["critic"] = self.critic
+        self.constraint = None
+        if config.cost_limit is not None:
+            self.constraint = Constraint(config, spec, seed)
+            self.parts |= self.constraint.parts
         self.statistics = (
             RunningMeanStd(shape=(spec.n_features,)) if config.normalize_observations else None
         )
-        self.environments = Environments(
+        self.environments = self.env = Environments(
             config.environment,
             config.environment_options,
             config.n_envs,
@@ -115,7 +117,6 @@ class PolicyGradientTrainer(Progress):
             reward_gamma=config.gamma if config.normalize_rewards else None,
             vectorization=config.vectorization,
         )
-        self._recent_returns: deque[float] = deque(maxlen=RECENT)
         self._recent_costs: deque[float] = deque(maxlen=RECENT)
         self._observations: Any = None  # None: reset the environments first
 
@@ -126,10 +127,10 @@ class PolicyGradientTrainer(Progress):
         remaining = max(0.0, 1 - steps_before / self.config.steps) if is_linear else 1.0
         experience = self.collect()
         self.steps += int(experience.valid.sum())
-        self._recent_returns.extend(experience.returns)
+        self.recent_returns.extend(experience.returns)
         point: dict[str, Any] = {
             "episodes": len(experience.returns),
-            "return": recent_mean(self._recent_returns),
+            "return": recent_mean(self.recent_returns),
         }
         if self.constraint is not None:
             self._recent_costs.extend(experience.episode_costs)
@@ -147,17 +148,10 @@ class PolicyGradientTrainer(Progress):
         diagnostics = update(
             self.evaluate_policy, rollout, self.objective, self.optimizer, generator=self.generator
         )
-        networks: list[nn.Module] = [self.policy, *([] if self.critic is None else [self.critic])]
         if self.constraint is not None:
             rate = self.config.critic_learning_rate * remaining
             self.constraint.fit(experience, self.objective, learning_rate=rate)
-            networks.append(self.constraint.critic)
-        check_weights(
-            networks,
-            seed=self.seed,
-            steps=self.steps,
-            environment=self.config.environment,
-        )
+        self.check_weights()
         with torch.no_grad():
             inputs = rollout.inputs["observations"]
             point["entropy"] = float(self.policy.head.entropy(self.policy.body(inputs)).mean())
@@ -303,36 +297,18 @@ class PolicyGradientTrainer(Progress):
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on, and the curve so far."""
-        return copy.deepcopy(
-            {
-                "policy": self.policy.state_dict(),
-                "critic": self.critic and self.critic.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "environments": self.environments.state(),
-                "needs_reset": self._observations is None,
-                **self.progress(),
-                "recent_returns": list(self._recent_returns),
-                "recent_costs": list(self._recent_costs),
-                "constraint": self.constraint and self.constraint.state(),
-            }
-        )
+        return super().state() | {
+            "environments": self.environments.state(),
+            "needs_reset": self._observations is None,
+            "recent_costs": list(self._recent_costs),
+            "constraint": self.constraint and self.constraint.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
-        self.policy.load_state_dict(state["policy"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        super().restore(state)
         observations = self.environments.restore(state["environments"])
         self._observations = None if state["needs_reset"] else observations
-        self.restore_progress(state)
-        self._recent_returns.extend(state["recent_returns"])
         self._recent_costs.extend(state["recent_costs"])
         if self.constraint is not None:
             self.constraint.restore(state["constraint"])
-
-    def close(self) -> None:
-        """Release the environments."""
-        self.environments.close()

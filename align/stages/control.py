@@ -116,7 +116,7 @@ def _train(
     _finish(config, trainer, output_dir)
 
 
-def _finish(config: Control, trainer: Trainer, output_dir: Path) -> None:
+def _finish(config: Control, trainer: Trainer[Any], output_dir: Path) -> None:
     """Evaluate a trained seed, write its files and remove its checkpoints."""
     seed = trainer.seed
     place: dict[str, Any] = {
@@ -203,7 +203,7 @@ def _remove_checkpoints(config: Control, seeds: Iterable[int], folder: Path) -> 
             shutil.rmtree(checkpoint)
 
 
-def _save_checkpoint(config: Control, trainer: Trainer, folder: Path) -> None:
+def _save_checkpoint(config: Control, trainer: Trainer[Any], folder: Path) -> None:
     """Write a complete checkpoint, then remove the older ones."""
     older = seed_checkpoints(config, trainer.seed, folder)
     number = config.seeds.index(trainer.seed) * config.steps + trainer.steps

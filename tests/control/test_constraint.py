@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -20,7 +20,7 @@ from align.config.control.policy_gradient import PolicyGradient
 from align.control import policy_files, spaces
 from align.control.environments import Environments
 from align.control.evaluate import evaluate
-from align.control.icy_road import DRY, ICY, SECTIONS, IcyRoad, optimum
+from align.control.icy_road import DRY, ICY, SECTIONS, IcyRoad
 from align.control.networks import Policy
 from align.control.policy_gradient import PolicyGradientTrainer
 from align.errors import UserError
@@ -28,6 +28,33 @@ from align.functional import ascended_multiplier, penalized_advantages
 
 ROAD = "align.control.icy_road:IcyRoad-v0"
 RECIPE = Path(__file__).parents[2] / "recipes" / "control" / "icy_road.yaml"
+
+
+class Optimum(NamedTuple):
+    """The best policy under a limit on the expected cost of an episode."""
+
+    speed_per_grip: float
+    """Its speed on a section, divided by the grip."""
+    expected_return: float
+    multiplier: float
+    """By how much the expected return rises with the limit."""
+
+
+def optimum(limit: float) -> Optimum:
+    """The best policy whose expected cost is at most ``limit``.
+
+    With a multiplier, each section has the Lagrangian ``speed - multiplier * speed**2 / grip``,
+    which is greatest at ``speed = grip / (2 * multiplier)``. The expected cost is then ``grips / (4
+    * multiplier**2)``, where ``grips`` is the expected sum of the grips, and equals the limit.
+
+    Raises:
+        ValueError: The limit is so high that it would ask for a speed above 1.
+    """
+    grips = SECTIONS * (DRY + ICY) / 2
+    multiplier = math.sqrt(grips / limit) / 2
+    if 1 / (2 * multiplier) > 1:
+        raise ValueError(f"the limit {limit} allows a speed above 1 on a dry section")
+    return Optimum(1 / (2 * multiplier), grips / (2 * multiplier), multiplier)
 
 
 class Toll(gymnasium.Env[Any, Any]):

@@ -193,8 +193,8 @@ def test_the_replay_buffer_has_the_steps_of_all_agents() -> None:
     rewards = (2 * signs.prod(1) - errors)[:, None].expand(-1, 2)
     assert_close(trainer.buffer.rewards, rewards)
     assert trainer.buffer.terminated.all()
-    assert len(trainer.returns) == 29
-    assert trainer.returns[-1] == pytest.approx(float(trainer.buffer.rewards[28 % 20, 0]))
+    assert len(trainer.recent_returns) == 29
+    assert trainer.recent_returns[-1] == pytest.approx(float(trainer.buffer.rewards[28 % 20, 0]))
 
 
 def test_time_limits_are_not_terminal() -> None:

@@ -11,7 +11,6 @@ Source: Lowe et al. 2017, arXiv:1706.02275, algorithm 1.
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -23,10 +22,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from align.config.control.maddpg import MultiAgent
-from align.control.networks import Policy, agent_networks, check_weights
-from align.control.seeds import SeededEpisodes, derive_seed
+from align.control.networks import Policy, agent_networks
+from align.control.seeds import SeededEpisodes
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT, Progress, recent_mean
+from align.control.trainer import Trainer, recent_mean
 
 POINTS = 200
 """Points of the learning curve, unless updates are further apart."""
@@ -125,19 +124,20 @@ class Learner(nn.Module):
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
-class MultiAgentTrainer(Progress):
+class MultiAgentTrainer(Trainer[MultiAgent]):
     """Trains the networks of all agents, of one seed."""
 
-    statistics = None
-
     def __init__(self, config: MultiAgent, spec: EnvSpec, seed: int) -> None:
-        super().__init__(config.steps)
-        self.config, self.spec, self.seed = config, spec, seed
+        super().__init__(config, seed)
+        self.n_agents = spec.n_agents
         env = gymnasium.make(config.environment, **config.environment_options)
         self.env = SeededEpisodes(env, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.learner = Learner(config, spec)
+        optimizer = self.learner.optimizer
+        self.parts = {**dict(self.learner.named_children()), "optimizer": optimizer}
+        self.critic = self.learner.critics
         self.low, self.high = (np.array(bound, np.float32) for bound in (spec.low, spec.high))
         n, size = spec.n_agents, min(config.buffer_size, config.steps)
         features, actions = (
@@ -146,21 +146,9 @@ class MultiAgentTrainer(Progress):
         self.buffer = Steps(
             features, actions, torch.zeros(size, n), features.clone(), torch.zeros(size) > 0
         )
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
         self.observations = self._reset()
         self.episode_return = 0.0
-        self.returns: deque[float] = deque(maxlen=RECENT)
         self.losses: dict[str, float] = {}
-
-    @property
-    def policy(self) -> Policy:
-        """The policies of all agents."""
-        return self.learner.policy
-
-    @property
-    def critic(self) -> nn.Module:
-        """The critics of all agents."""
-        return self.learner.critics
 
     def train(self) -> dict[str, Any]:
         """Train for a part of the steps."""
@@ -168,12 +156,10 @@ class MultiAgentTrainer(Progress):
         n_steps = min(max(1, config.steps // POINTS), config.steps - self.steps)
         for _ in range(n_steps):
             self._step()
-        check_weights(
-            [self.learner], seed=self.seed, steps=self.steps, environment=config.environment
-        )
+        self.check_weights()
         return {
             "episodes": self.env.episodes - episodes_before,
-            "return": recent_mean(self.returns),
+            "return": recent_mean(self.recent_returns),
             **self.losses,
         }
 
@@ -198,7 +184,7 @@ class MultiAgentTrainer(Progress):
         self.observations = next_observations
         self.episode_return += reward
         if terminated or truncated:
-            self.returns.append(self.episode_return)
+            self.recent_returns.append(self.episode_return)
             self.observations, self.episode_return = self._reset(), 0.0
         if self.steps >= config.learning_starts and self.steps % config.train_every == 0:
             n_filled = min(self.steps, len(self.buffer.rewards))
@@ -209,40 +195,25 @@ class MultiAgentTrainer(Progress):
         return self._by_agent(self.env.reset()[0])
 
     def _by_agent(self, observations: np.ndarray) -> Tensor:
-        return torch.from_numpy(observations).view(self.spec.n_agents, -1)
+        return torch.from_numpy(observations).view(self.n_agents, -1)
 
     # State ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Networks, optimizer, replay buffer, random numbers, episode, and the curve so far."""
-        return copy.deepcopy(
-            {
-                "networks": self.learner.state_dict(),
-                "optimizer": self.learner.optimizer.state_dict(),
-                "buffer": [column[: self.steps] for column in self.buffer],
-                "generator": self.generator.get_state(),
-                "episodes": self.env.episodes,
-                "actions": [torch.from_numpy(action) for action in self.env.actions],
-                "episode_return": self.episode_return,
-                "returns": list(self.returns),
-                "losses": self.losses,
-                **self.progress(),
-            }
-        )
+        return super().state() | {
+            "buffer": [column[: self.steps].clone() for column in self.buffer],
+            "episodes": self.env.episodes,
+            "actions": [torch.from_numpy(action) for action in self.env.actions],
+            "episode_return": self.episode_return,
+            "losses": self.losses,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
-        self.learner.load_state_dict(state["networks"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
+        super().restore(state)
         for column, saved in zip(self.buffer, state["buffer"], strict=True):
             column[: len(saved)] = saved
-        self.generator.set_state(state["generator"])
         self.env.resume(state["episodes"], [action.numpy() for action in state["actions"]])
         self.observations = self._reset()
         self.episode_return, self.losses = state["episode_return"], dict(state["losses"])
-        self.returns.extend(state["returns"])
-        self.restore_progress(state)
-
-    def close(self) -> None:
-        """Release the environment."""
-        self.env.close()

@@ -7,7 +7,6 @@ is 0 at an equilibrium. Left out: the exploitability of games too large to enume
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,14 +16,14 @@ import gymnasium
 import numpy as np
 import pyspiel
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.config.control.self_play import SelfPlay
 from align.control.games import knowledge, play_chance
-from align.control.networks import Policy, build_critic, check_weights
+from align.control.networks import Policy, build_critic
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import Progress
+from align.control.trainer import Trainer
 from align.rl.objective import Objective
 from align.rl.rollout import Rollout
 from align.rl.update import Evaluated, update
@@ -35,24 +34,22 @@ MANY, LARGEST = 10_000, 1_000_000
 """Information sets that are many, and nodes of the largest game that is measured."""
 
 
-class SelfPlayTrainer(Progress):
+class SelfPlayTrainer(Trainer[SelfPlay]):
     """Trains the policy of one seed."""
 
-    statistics = None
+    critic: nn.Module
 
     def __init__(self, config: SelfPlay, spec: EnvSpec, seed: int) -> None:
-        super().__init__(config.steps)
-        self.config, self.spec, self.seed = config, spec, seed
+        super().__init__(config, seed)
         env: Any = gymnasium.make(config.environment, **config.environment_options).unwrapped
         self.game = env.game
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = asdict(config.policy_shape)
-            self.policy = Policy(spec, **shape)
+            policy = Policy(spec, **asdict(config.policy_shape))
             self.critic = build_critic(spec, hidden_sizes=config.hidden_sizes, activation="tanh")
-        parameters = [*self.policy.parameters(), *self.critic.parameters()]
+        parameters = [*policy.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, eps=1e-5)
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+        self.parts = {"policy": policy, "critic": self.critic, "optimizer": self.optimizer}
         self.random = np.random.default_rng(derive_seed(seed, 2))
 
     def train(self) -> dict[str, Any]:
@@ -75,12 +72,7 @@ class SelfPlayTrainer(Progress):
         diagnostics = update(
             self.evaluate_policy, rollout, objective, self.optimizer, generator=self.generator
         )
-        check_weights(
-            [self.policy, self.critic],
-            seed=self.seed,
-            steps=self.steps,
-            environment=config.environment_options["game"],
-        )
+        self.check_weights()
         is_due = self.done or self.steps * self.points // config.steps != part_before
         point: dict[str, Any] = {
             "episodes": config.games,
@@ -151,29 +143,13 @@ class SelfPlayTrainer(Progress):
     # State ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next update depends on, and the curve so far."""
-        return copy.deepcopy(
-            {
-                "policy": self.policy.state_dict(),
-                "critic": self.critic.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "random": self.random.bit_generator.state,
-                **self.progress(),
-            }
-        )
+        """Networks, optimizer, random numbers, and the curve so far."""
+        return super().state() | {"random": self.random.bit_generator.state}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
-        self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        super().restore(state)
         self.random.bit_generator.state = state["random"]
-        self.restore_progress(state)
-
-    def close(self) -> None:
-        """A game holds no resources."""
 
 
 def decision_states(game: Any) -> dict[str, Any]:

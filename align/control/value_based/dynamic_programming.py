@@ -15,7 +15,7 @@ from torch import Tensor
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.control.networks import Policy, table_policy
 from align.control.spaces import EnvSpec
-from align.control.trainer import Progress
+from align.control.trainer import Trainer
 from align.errors import UserError
 from align.functional.dynamic_programming import action_values, improved_policy, policy_values
 
@@ -41,15 +41,12 @@ def read_model(env: gymnasium.Env[Any, Any], spec: EnvSpec) -> Model:
     return Model(transitions, rewards)
 
 
-class DynamicProgrammingTrainer(Progress):
+class DynamicProgrammingTrainer(Trainer[DynamicProgramming]):
     """Computes the optimal values. Policy iteration starts from the uniform policy."""
 
-    critic = None
-    statistics = None
-
     def __init__(self, config: DynamicProgramming, spec: EnvSpec, seed: int) -> None:
-        super().__init__(config.steps)
-        self.config, self.spec, self.seed = config, spec, seed
+        super().__init__(config, seed)
+        self.spec = spec
         self.env = gymnasium.make(config.environment, **config.environment_options)
         self.model = read_model(self.env, spec)
         self.first_state, _ = self.env.reset(seed=seed)
@@ -97,19 +94,11 @@ class DynamicProgrammingTrainer(Progress):
 
     def state(self) -> dict[str, Any]:
         """Values, policy and the curve so far."""
-        return {
-            "values": self.values.clone(),
-            "table": self.table.clone(),
-            "change": self.change,
-            **self.progress(),
-        }
+        own = {"values": self.values.clone(), "table": self.table.clone(), "change": self.change}
+        return super().state() | own
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
+        super().restore(state)
         self.values, self.table = state["values"], state["table"]
         self.change = state["change"]
-        self.restore_progress(state)
-
-    def close(self) -> None:
-        """Release the environment."""
-        self.env.close()

@@ -28,10 +28,10 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import Tensor, nn
 
 from align.config.control.off_policy import OffPolicy
-from align.control.networks import Policy, check_weights
+from align.control.networks import Policy
 from align.control.seeds import SeededEpisodes, derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT, Progress, recent_mean
+from align.control.trainer import RECENT, Trainer, recent_mean
 from align.control.value_based.q_networks import DoubleDQN, DuelingPolicy
 from align.errors import UserError
 
@@ -47,15 +47,12 @@ METRICS = {
 """Names of the metrics of Stable-Baselines3, and those of the learning curve."""
 
 
-class OffPolicyTrainer(Progress):
+class OffPolicyTrainer(Trainer[OffPolicy]):
     """Trains the networks of one seed."""
 
-    critic = None
-    statistics = None
-
     def __init__(self, config: OffPolicy, spec: EnvSpec, seed: int) -> None:
-        super().__init__(config.steps)
-        self.config, self.spec, self.seed = config, spec, seed
+        super().__init__(config, seed)
+        self.spec = spec
         env = gymnasium.make(config.environment, **config.environment_options)
         _check_first_episode(config, env)
         self.env = SeededEpisodes(Monitor(env), seed)
@@ -73,9 +70,7 @@ class OffPolicyTrainer(Progress):
         with self._own_randomness():
             model.learn(n_steps, log_interval=NEVER, reset_num_timesteps=False)
         self.steps = model.num_timesteps
-        check_weights(
-            [model.policy], seed=self.seed, steps=self.steps, environment=self.config.environment
-        )
+        self.check_weights(model.policy)
         logged = model.logger.name_to_value
         return {
             "episodes": self.env.episodes - max(1, episodes_before),
@@ -125,7 +120,7 @@ class OffPolicyTrainer(Progress):
         assert self._random is not None
         name, keys, *position = self._random[0]
         entropy = getattr(model, "log_ent_coef", None)
-        return {
+        return super().state() | {
             "parameters": copy.deepcopy(model.get_parameters()),
             "entropy_coef": None if entropy is None else entropy.detach().clone(),
             "buffer": _buffer_state(model.replay_buffer),
@@ -137,11 +132,11 @@ class OffPolicyTrainer(Progress):
             "actions": [torch.from_numpy(action) for action in self.env.actions],
             "returns": [[episode["r"], episode["l"]] for episode in model.ep_info_buffer or ()],
             "successes": [float(success) for success in model.ep_success_buffer or ()],
-            **self.progress(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
+        super().restore(state)
         model: Any = self.model
         model.set_parameters(state["parameters"])
         if state["entropy_coef"] is not None:
@@ -154,17 +149,12 @@ class OffPolicyTrainer(Progress):
         if state["exploration_rate"] is not None:
             model.exploration_rate = state["exploration_rate"]
         model._n_updates = state["n_updates"]
-        self.restore_progress(state)
         model.num_timesteps = model._n_calls = self.steps  # of one environment
         self.env.resume(state["episodes"], [action.numpy() for action in state["actions"]])
         with self._own_randomness():
             model.learn(0, log_interval=NEVER, reset_num_timesteps=False)  # creates the deques
         model.ep_info_buffer.extend({"r": r, "l": length} for r, length in state["returns"])
         model.ep_success_buffer.extend(state["successes"])
-
-    def close(self) -> None:
-        """Release the environment."""
-        self.env.close()
 
 
 def build_model(config: OffPolicy, env: gymnasium.Env[Any, Any], seed: int) -> OffPolicyAlgorithm:

@@ -6,7 +6,6 @@ the state that is saved.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,37 +18,33 @@ from align.config.control.tabular import Tabular
 from align.control.networks import Policy, table_policy
 from align.control.seeds import derive_seed
 from align.control.spaces import EnvSpec
-from align.control.trainer import RECENT, Progress, recent_mean
+from align.control.trainer import Trainer, recent_mean
 
 POINTS = 500
 """Points of the learning curve, unless an episode is longer than the steps of a point."""
 
 
-class TabularTrainer(Progress):
+class TabularTrainer(Trainer[Tabular]):
     """Learns the table of one seed. There is no critic, and states have no statistics."""
 
-    critic = None
-    statistics = None
-
     def __init__(self, config: Tabular, spec: EnvSpec, seed: int) -> None:
-        super().__init__(config.steps)
-        self.config, self.spec, self.seed = config, spec, seed
+        super().__init__(config, seed)
+        self.spec = spec
         self.env = gymnasium.make(config.environment, **config.environment_options)
         self.values: NDArray[np.float64] = np.zeros((spec.n_features, spec.n_actions))
         self.random = np.random.default_rng(derive_seed(seed, 1))
         self.episodes = 0
-        self._recent_returns: deque[float] = deque(maxlen=RECENT)
 
     def train(self) -> dict[str, Any]:
         """Learn from whole episodes."""
         episodes_before = self.episodes
         end = min(self.config.steps, self.steps + max(1, self.config.steps // POINTS))
         while self.steps < end:
-            self._recent_returns.append(self.run_episode())
+            self.recent_returns.append(self.run_episode())
             self.episodes += 1
         return {
             "episodes": self.episodes - episodes_before,
-            "return": recent_mean(self._recent_returns),
+            "return": recent_mean(self.recent_returns),
         }
 
     def run_episode(self) -> float:
@@ -97,22 +92,15 @@ class TabularTrainer(Progress):
 
     def state(self) -> dict[str, Any]:
         """The table, the random numbers and the curve so far."""
-        return {
+        return super().state() | {
             "values": torch.from_numpy(self.values.copy()),
             "random": self.random.bit_generator.state,
             "episodes": self.episodes,
-            **self.progress(),
-            "recent_returns": list(self._recent_returns),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`state` returned."""
+        super().restore(state)
         self.values[:] = state["values"].numpy()
         self.random.bit_generator.state = state["random"]
         self.episodes = state["episodes"]
-        self.restore_progress(state)
-        self._recent_returns.extend(state["recent_returns"])
-
-    def close(self) -> None:
-        """Release the environment."""
-        self.env.close()
