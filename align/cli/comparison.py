@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +181,13 @@ def stages_of_run(folder: Path) -> dict[str, tuple[str, Path]] | None:
         }
     if (folder / artifacts.FILE).is_file():
         return None  # a stage
-    finished = sorted(folder.glob(f"*-????????????/{artifacts.FILE}"), key=_modified)
-    newest: dict[str, tuple[str, Path]] = {}
-    for stage in (file.parent for file in finished):
-        if artifact := artifacts.read_artifact(stage):
-            newest[artifact.name] = (artifact.stage, stage)
-    return newest or None
-
-
-def _modified(file: Path) -> float:
-    return file.lstat().st_mtime
+    finished = [
+        (artifacts.finish_order(stage, artifact), stage, artifact)
+        for stage in (file.parent for file in folder.glob(f"*-????????????/{artifacts.FILE}"))
+        if (artifact := artifacts.read_artifact(stage))
+    ]
+    finished.sort(key=itemgetter(0, 1))
+    return {artifact.name: (artifact.stage, stage) for _, stage, artifact in finished} or None
 
 
 def _prepared(sources: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,24 +87,25 @@ def newest_run(name: str, runs: Path, kinds: Sequence[str], *, recipe: str) -> P
         ArtifactError: No finished stage has this name, or its newest folder is damaged.
     """
     names: set[str] = set()
-    matching: list[Path] = []
+    matching: list[tuple[tuple[float, float], Path]] = []
     unfinished, other_kind = False, ""
     for folder in runs.glob("*-????????????"):
         is_called_so = folder.name.rpartition("-")[0] == name
         try:
             artifact = artifacts.read_artifact(folder)
         except ArtifactError:
-            # It counts as the folder of its name, so that an older one is not used instead.
-            matching += [folder] * is_called_so
+            # It counts as the newest of its name, so that an older one is not used instead.
+            matching += [((math.inf, 0.0), folder)] * is_called_so
             continue
         unfinished |= artifact is None and is_called_so
         if artifact is not None and artifact.stage in kinds:
             names.add(artifact.name)
-            matching += [folder] * (artifact.name == name)
+            if artifact.name == name:
+                matching.append((artifacts.finish_order(folder, artifact), folder))
         elif artifact is not None and artifact.name == name:
             other_kind = f"; the stage `{name}` is of kind `{artifact.stage}`"
     if matching:
-        newest = max(matching, key=lambda folder: (folder / artifacts.FILE).lstat().st_mtime)
+        _, newest = max(matching)
         artifacts.check_folder(newest)
         return newest
     hint = nearest(name, sorted(names)) if names else f"; run a recipe first, such as {recipe}"

@@ -49,7 +49,9 @@ class Artifact:
     the duration of the run that finished the stage, without earlier interrupted runs.
     ``peak_memory_bytes`` is GPU memory on a machine with a GPU and resident memory otherwise.
     ``headline``, ``remarks`` and ``tables`` are those of the stage's result. ``files`` has the size
-    and the SHA-256 of every file of the stage; :func:`write_artifact` adds it.
+    and the SHA-256 of every file of the stage. ``order`` is larger than that of each stage in the
+    runs folder that had finished before; 0 in artifacts of earlier versions. :func:`write_artifact`
+    adds both.
     """
 
     stage: str
@@ -68,6 +70,7 @@ class Artifact:
     remarks: list[str] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    order: int = 0
 
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
@@ -77,7 +80,26 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
     finished stage with lost weights.
     """
     files = checksums.record_files(folder, stage_files(folder))
-    write_json(folder / FILE, checksums.seal(asdict(replace(artifact, files=files))))
+    order = 1 + max(map(_order, folder.absolute().parent.glob(f"*/{FILE}")), default=0)
+    record = replace(artifact, files=files, order=order)
+    write_json(folder / FILE, checksums.seal(asdict(record)))
+
+
+def _order(file: Path) -> int:
+    """The order in an artifact; 0 if it is damaged or of an earlier version."""
+    try:
+        order = checksums.read_sealed(file).get("order", 0)
+    except (OSError, ArtifactError):
+        return 0
+    return order if isinstance(order, int) else 0
+
+
+def finish_order(folder: Path, artifact: Artifact) -> tuple[float, float]:
+    """Sorts the finished stages of a runs folder, the last one last, whatever the clock was.
+
+    Only among artifacts without an order, and in copies, the time of the file decides.
+    """
+    return artifact.order, (folder / FILE).lstat().st_mtime
 
 
 def without_credentials(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from helpers import ppo_fixtures, tiny_models
 from typer.testing import CliRunner
 
-from align.cli.comparison import FinishedStages, comparison_recipe
+from align.cli.comparison import FinishedStages, comparison_recipe, stages_of_run
 from align.cli.main import app
 from align.errors import RecipeError, UserError
 from align.runtime import artifacts
@@ -81,6 +81,18 @@ def test_a_baseline_of_the_lineage_comes_before_a_newer_stage_of_its_name(runs):
     assert os.path.samefile(stage.baseline, runs / f"sft-{'0' * 12}")
     _, alone = settings(runs, "sft", baseline="lora")
     assert os.path.samefile(alone.policies[0], newer)
+
+
+def test_the_stage_that_finished_last_is_the_newest_although_the_clock_was_set_back(runs):
+    last = runs / f"sft-{'1' * 12}"
+    shutil.copytree(runs / f"sft-{'0' * 12}", last)
+    record = artifacts.read_artifact(last)
+    (last / artifacts.FILE).unlink()
+    artifacts.write_artifact(last, record)
+    os.utime(last / artifacts.FILE, (0, 0))
+    _, stage = settings(runs, "sft", baseline="lora")
+    assert os.path.samefile(stage.policies[0], last)
+    assert stages_of_run(runs)["sft"] == ("sft", last)
 
 
 def test_the_lineage_has_each_stage_once(tmp_path, monkeypatch):

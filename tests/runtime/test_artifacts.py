@@ -27,8 +27,35 @@ def test_an_artifact_is_read_as_it_was_written(tmp_path):
             "sha256": checksums.digest_file(tmp_path / "model.safetensors"),
         }
     }
-    assert artifacts.read_artifact(tmp_path) == dataclasses.replace(ARTIFACT, files=files)
+    read = artifacts.read_artifact(tmp_path)
+    assert read is not None
+    assert read == dataclasses.replace(ARTIFACT, files=files, order=read.order)
     artifacts.check_folder(tmp_path)
+
+
+def test_stages_are_in_the_order_in_which_they_finished_whatever_the_clock_was(tmp_path):
+    """Written as c, a, b, with the times of a clock that was set back twice."""
+    folders = [tmp_path / name for name in ("c", "a", "b")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        artifacts.write_artifact(folder, ARTIFACT)
+        os.utime(folder / artifacts.FILE, (2e9 - number, 2e9 - number))
+    keys = [artifacts.finish_order(f, artifacts.read_artifact(f) or ARTIFACT) for f in folders]
+    assert [order for order, _ in keys] == [1, 2, 3]
+    (folders[0] / artifacts.FILE).write_text("{")  # damaged: it does not count
+    artifacts.write_artifact(folders[2], ARTIFACT)
+    last = artifacts.read_artifact(folders[2])
+    assert last is not None and last.order == 4
+
+
+def test_an_artifact_of_an_earlier_version_comes_before_those_with_an_order(tmp_path):
+    content = dataclasses.asdict(ARTIFACT)
+    del content["order"]
+    artifacts.write_json(tmp_path / artifacts.FILE, checksums.seal(content))
+    artifact = artifacts.read_artifact(tmp_path)
+    assert artifact is not None
+    artifacts.check_folder(tmp_path)
+    assert artifacts.finish_order(tmp_path, artifact) < (1, 0.0)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(artifacts.Artifact)])
