@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ def mark_complete(checkpoint: Path, *, world_size: int) -> None:
         "logs": checksums.record_files(checkpoint.parent, logs),
     }
     write_json(mark, checksums.seal(content))
+
+
+def remove_interrupted(folder: Path) -> None:
+    """Remove the checkpoints without a mark: a run was killed while it wrote or removed them."""
+    for path in _entries(folder):
+        if path.is_dir() and not path.is_symlink() and not (path / COMPLETE_MARK).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path, *, world_size: int) -> Path | None:

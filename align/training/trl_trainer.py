@@ -153,9 +153,10 @@ def train(trainer: Trainer, output_dir: Path, logger: Logger) -> dict[str, Any]:
     trainer.create_model_card = lambda *_, **__: None
     store_tied_weights_once(trainer)
     callback = _ProgressCallback(logger, kept=trainer.args.save_total_limit)
-    trainer.args.save_total_limit = (
-        None  # transformers deletes the oldest by the clock, not by step
-    )
+    # transformers deletes those with the oldest times, which a clock that was set back changes.
+    trainer.args.save_total_limit = None
+    if distributed.is_main():
+        checkpoints.remove_interrupted(output_dir)  # by step, they could count as the newest
     checkpoint = checkpoints.last_checkpoint(output_dir, world_size=distributed.world_size())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     logger.rewind(step)

@@ -310,3 +310,13 @@ def test_the_last_checkpoints_are_kept_when_the_clock_jumps_back(
     tiny_models.stage(sft, config, inputs, tmp_path)
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_checkpoint_that_a_killed_run_was_writing_does_not_replace_a_complete_one(
+    world: tiny_models.World, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    trainer = tiny_models.TRAINER | SAVES | {"save_total_limit": 1, "max_steps": 3}
+    inputs = {"model": world.sft, "demonstrations": world.data}
+    tiny_models.stage(sft, SFT(model="sft", trainer=trainer), inputs, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
