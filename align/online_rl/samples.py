@@ -63,4 +63,5 @@ def saved_if_not_finite(
         ]
         content = {"error": str(error), "step": step + 1, "rows": rows}
         file = stopped_batch.save(output_dir, content)
-        raise UserError(f"step {step + 1}: {error}; {file} has the batch") from None
+        end = f"{file} has the batch{stopped_batch.beside()}"
+        raise UserError(f"step {step + 1}: {error}; {end}") from None

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_models
+from helpers import forks, tiny_models
+from helpers.line_model import Line, train_on_this_rank, trained
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import Trainer, TrainingArguments
 
 from align.config.training import DPO, KTO, SFT, Reward
 from align.errors import UserError
 from align.models import loading, logps, tokenization
 from align.models.finite_weights import first_not_finite, is_finite
 from align.stages import dpo, kto, reward, sft
-from align.training import finiteness, reference_logps
+from align.training import reference_logps
 
 STAGES = [
     pytest.param(sft, SFT, "demonstrations", id="sft"),
@@ -51,7 +51,14 @@ def test_a_stage_that_diverges_names_the_step_and_leaves_no_model(
     assert not list(tmp_path.glob("*.safetensors"))
     assert not (tmp_path / "artifact.json").exists()
     (batch,) = saved(tmp_path)["micro_batches"]
-    assert any("assistant" in text for texts in batch["text"].values() for text in texts)
+    rows = batch["input_ids"]
+    assert batch["lengths"] == [len(row) for row in rows] and len(rows) in (8, 16)
+    tokenizer = tokenization.load_tokenizer(world.sft)
+    assert batch["text"] == [tokenizer.decode(row) for row in rows]
+    assert all("assistant" in text for text in batch["text"])
+    assert any(len(row) != len(rows[0]) for row in rows)  # without padding
+    masks = "labels" if module is sft else "completion_mask"
+    assert module is reward or list(map(len, batch[masks])) == batch["lengths"]
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -65,17 +72,6 @@ def saved(folder: Path) -> dict[str, Any]:
     return content
 
 
-class Line(nn.Module):
-    """Loss ``weight * x``, summed over rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
-        return {"loss": (self.weight * x).sum()}
-
-
 class Overflow(torch.autograd.Function):
     """The identity, with an infinite gradient."""
 
@@ -86,26 +82,6 @@ class Overflow(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * torch.inf
-
-
-def trained(model: nn.Module, values: list[float], folder: Path, **arguments: Any) -> None:
-    """Train on one value per micro-batch, two of them per step."""
-    defaults = {
-        "output_dir": str(folder), "per_device_train_batch_size": 1, "logging_steps": 1,
-        "gradient_accumulation_steps": 2, "report_to": "none", "save_strategy": "no",
-        "train_sampling_strategy": "sequential", "use_cpu": True, "learning_rate": 0.1,
-        "disable_tqdm": True, "num_train_epochs": 1, "dataloader_pin_memory": False,
-    }  # fmt: skip
-    rows: Any = [{"x": torch.tensor([value])} for value in values]
-    trainer = Trainer(
-        model,
-        TrainingArguments(**defaults | arguments),
-        train_dataset=rows,
-        eval_dataset=[{"x": torch.tensor([torch.nan]), "labels": torch.zeros(1)}],  # type: ignore[arg-type]
-    )
-    with finiteness.stop_unless_finite(trainer):
-        trainer.train()
-    finiteness.check_weights(model, place=f"step {trainer.state.global_step}")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -130,6 +106,23 @@ def test_a_gradient_behind_a_finite_loss_is_detected(max_grad_norm: float, tmp_p
     with pytest.raises(UserError, match="step 1: a gradient is not finite"):
         trained(Model(), [1.0, 2.0], tmp_path, max_grad_norm=max_grad_norm)
     assert [batch["x"] for batch in saved(tmp_path)["micro_batches"]] == [[[1.0]], [[2.0]]]
+
+
+@pytest.mark.slow
+def test_the_rank_with_the_bad_row_saves_its_batch_and_all_ranks_name_it(tmp_path: Path) -> None:
+    # Gradients are averaged, so those of both ranks are NaN. Rank 1 has the rows 2 and 4.
+    values = [1.0, 2.0, 3.0, math.nan]
+    with forks.ranks(train_on_this_rank, values, tmp_path, log=tmp_path / "log") as ranks:
+        codes = [forks.wait(process) for process in ranks]
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert codes == [2, 2], lines
+    expected = "step 1: the loss is nan (micro-batch 2 of 2, "
+    for rank in "01":
+        (line,) = (line for line in lines if line.startswith(f"rank {rank}: {expected}"))
+        assert str(tmp_path / "not-finite-1.json") in line
+    assert [file.name for file in tmp_path.glob("not-finite*")] == ["not-finite-1.json"]
+    batches = json.loads((tmp_path / "not-finite-1.json").read_text())["micro_batches"]
+    assert [batch["x"] for batch in batches] == [[[2.0]], [["nan"]]]
 
 
 def test_an_overflow_in_the_last_step_is_detected(tmp_path: Path) -> None:
@@ -170,6 +163,8 @@ def test_a_checkpoint_with_infinite_weights_is_refused(tmp_path: Path) -> None:
 def test_the_loss_of_the_validation_rows_is_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 0: the loss of the validation rows is nan"):
         trained(Line(), [1.0, 1.0], tmp_path, eval_on_start=True, eval_strategy="epoch")
+    (batch,) = saved(tmp_path)["micro_batches"]
+    assert (batch["loss"], batch["x"]) == ("nan", [["nan"]])
 
 
 def test_finite_training_is_not_changed(tmp_path: Path) -> None:
