@@ -73,6 +73,7 @@ class OnlineRL(
     same trainer and differ in their defaults, and in the keys of the estimator.
     """
 
+    code_version: ClassVar[int] = 2
     inputs: ClassVar = {
         "model": Input(policies=True, models=True),
         "prompts": Input(("prepare",)),

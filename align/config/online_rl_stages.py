@@ -17,7 +17,7 @@ class PPO(OnlineRL):
     arXiv:1909.08593.
     """
 
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
     has_critic: ClassVar[bool] = True
 
     gamma: float = Field(1.0, ge=0.0, le=1.0)

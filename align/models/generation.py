@@ -123,6 +123,7 @@ def generate(
     n_completions: int = 1,
     batch_size: int,
     batch_seed: Callable[[int], int],
+    seeds: Sequence[int] | None = None,
     decoder: CompiledDecoder | None = None,
     map_batches: MapBatches | None = None,
 ) -> list[list[SampledTokens]]:
@@ -130,7 +131,8 @@ def generate(
 
     Prompts are sorted by length and sampled ``batch_size`` prompts at a time. Before batch k,
     torch's random state is seeded with ``batch_seed(k)``. A completion includes its stop token if
-    it has one.
+    it has one. With ``seeds``, one of each prompt with its single completion, a completion depends
+    on its prompt and its seed, and on its batch through rounding only.
     """
     import torch
 
@@ -142,7 +144,8 @@ def generate(
         for number, batch in numbered:
             torch.manual_seed(batch_seed(number))
             copies = [prompts[i] for i in batch for _ in range(n_completions)]
-            rows = generate_tokens(model, copies, stops, decoder)
+            own = None if seeds is None else [seeds[i] for i in batch]
+            rows = generate_tokens(model, copies, stops, decoder, own)
             results.append(
                 [rows[k : k + n_completions] for k in range(0, len(rows), n_completions)]
             )
@@ -175,8 +178,11 @@ def generate_tokens(
     rows: Sequence[Sequence[int]],
     stops: Collection[int],
     decoder: CompiledDecoder | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[SampledTokens]:
     """Sample one continuation of each row in a single batch, up to its first stop token inclusive.
+
+    ``seeds`` are those of the rows; by default torch's random state draws for all of them.
 
     Models and settings that :mod:`align.models.decoding.eager` cannot decode are sampled by their
     own ``generate``, and the reason is logged once.
@@ -189,12 +195,12 @@ def generate_tokens(
 
     try:
         if decoder is not None:
-            return decoder.decode(rows, stops)
+            return decoder.decode(rows, stops, seeds)
         obstacle = eager.obstacle(model)
         if obstacle is None:
-            return eager.decode(model, rows, stops)
+            return eager.decode(model, rows, stops, seeds)
         _log_obstacle(obstacle)
-        return generate_with_transformers(model, rows, stops)
+        return generate_with_transformers(model, rows, stops, seeds)
     except NotFiniteError:
         raise UserError(
             f"{model.name_or_path}: the probabilities of the next token are not finite, although "
@@ -203,9 +209,15 @@ def generate_tokens(
 
 
 def generate_with_transformers(
-    model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    stops: Collection[int],
+    seeds: Sequence[int] | None = None,
 ) -> list[SampledTokens]:
-    """Sample with ``model.generate``, and remove its padding behind the stop tokens."""
+    """Sample with ``model.generate``, and remove its padding behind the stop tokens.
+
+    A model whose own ``generate`` ignores logits processors ignores ``seeds``.
+    """
     import torch
     from transformers import LogitsProcessorList
 
@@ -213,7 +225,7 @@ def generate_with_transformers(
 
     pad = model.generation_config.pad_token_id
     ids, mask = pad_rows(rows, pad=pad, side="left", device=model.device)
-    recorder = LogpRecorder(model.generation_config)
+    recorder = LogpRecorder(model.generation_config, seeds)
     try:
         with torch.inference_mode():
             output = model.generate(

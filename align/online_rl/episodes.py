@@ -25,6 +25,7 @@ from align.models import tokenization
 from align.models.conversations import Conversations
 from align.models.files import position_limit
 from align.online_rl.completions import Completions, Episode
+from align.online_rl.draws import Draw
 from align.online_rl.models import OnlineRLModels
 from align.online_rl.sampling import Sampler
 from align.rewards.environments import Environment, load_environment
@@ -85,26 +86,26 @@ class Player:
     limit: int | None
     """Largest number of tokens of prompt and episode together; None without a limit."""
 
-    def play(self, rows: Sequence[Row], *, seed: int) -> Played:
-        """One episode for each row. Equal seeds give equal episodes.
+    def play(self, rows: Sequence[Row], draw: Draw) -> Played:
+        """One episode for each row; those of one prompt begin in the same state.
 
         Raises:
             UserError: The environment fails, or a prompt leaves no space for a turn.
         """
-        episodes = [self._reset(row, derive_seed(seed, row["prompt_id"])) for row in rows]
-        playing = episodes
+        episodes = [self._reset(row, derive_seed(draw.seed, row["prompt_id"])) for row in rows]
+        playing = list(enumerate(episodes))
         for turn in range(self.config.max_turns):
             sampled = self.sampler.generate(
-                [[*episode.prompt, *episode.tokens] for episode in playing],
-                seed=derive_seed(seed, turn),
+                [[*episode.prompt, *episode.tokens] for _, episode in playing],
+                seeds=draw.turn(turn, [row for row, _ in playing]),
             )
             logps: Sequence[list[float] | None]
             logps = sampled.sampler_logps or [None] * len(playing)
             turns = zip(playing, sampled.completions, logps, sampled.finished, strict=True)
-            for episode, tokens, token_logps, finished in turns:
+            for (_, episode), tokens, token_logps, finished in turns:
                 episode.add_turn(tokens, token_logps, finished=finished)
             is_last = turn + 1 == self.config.max_turns
-            playing = [episode for episode in playing if self._continues(episode, is_last)]
+            playing = [each for each in playing if self._continues(each[1], is_last)]
             if not playing:
                 break
         return self._played(episodes)

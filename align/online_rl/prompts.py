@@ -31,8 +31,7 @@ class Prompts:
 
     def shard(self) -> Prompts:
         """Every ``world_size``-th prompt, starting with this rank's."""
-        own = slice(distributed.rank(), None, distributed.world_size())
-        return Prompts(self.rows[own], self.tokens[own])
+        return self.select(own_places(len(self)))
 
 
 def tokenize(rows: Sequence[Row], models: OnlineRLModels, config: OnlineRL) -> Prompts:
@@ -53,15 +52,23 @@ def prompt_indices(step: int, n_prompts: int, config: OnlineRL) -> list[int]:
     use the same prompts as one process.
     """
     per_step = config.batch_size // config.n_completions
-    places = range(
-        step * per_step + distributed.rank(), (step + 1) * per_step, distributed.world_size()
-    )
     indices: list[int] = []
     orders: dict[int, list[int]] = {}
-    for place in places:
-        epoch, position = divmod(place, n_prompts)
+    for place in own_places(per_step):
+        epoch, position = divmod(step * per_step + place, n_prompts)
         if epoch not in orders:
             shuffle = generator(config.seed, "prompts", epoch)
             orders[epoch] = randperm(n_prompts, generator=shuffle).tolist()
         indices += [orders[epoch][position]] * config.n_completions
     return indices
+
+
+def completion_places(config: OnlineRL) -> list[int]:
+    """Places of this rank's completions among those of a step; see :func:`prompt_indices`."""
+    n = config.n_completions
+    return [place * n + k for place in own_places(config.batch_size // n) for k in range(n)]
+
+
+def own_places(n: int) -> range:
+    """Places of this rank's rows among ``n``: every ``world_size``-th, starting with its rank."""
+    return range(distributed.rank(), n, distributed.world_size())

@@ -27,6 +27,7 @@ from align.online_rl.completions import IGNORED
 from align.online_rl.experience import Experience, align_sampler_logps
 from align.online_rl.models import OnlineRLModels
 from align.online_rl.sampling import Sampler
+from align.runtime.seeds import derive_seeds
 
 N_TOKENS = 32
 """Tokens that are compared on each process, at most."""
@@ -113,7 +114,8 @@ def compare(
         config.max_new_tokens, N_TOKENS // len(prompts)
     )  # longer rows may exceed the model's positions
     with torch.inference_mode(), models.mixed_precision():
-        completions = sampler.generate(prompts, seed=seed, max_new_tokens=n_new)
+        seeds = derive_seeds(seed, range(len(prompts)))
+        completions = sampler.generate(prompts, seeds=seeds, max_new_tokens=n_new)
         inputs = completions.tensors(models.tokenizer.pad_token_id, models.device)
         logps, _ = models.policy.logps(inputs["ids"], inputs["mask"], inputs["labels"])
     sampled = align_sampler_logps(completions, logps)

@@ -1,6 +1,7 @@
 """Sampling of completions from the policy: with transformers, or by vLLM.
 
-All samplers have one method, ``generate(prompts, seed=...)``.
+All samplers have one method, ``generate(prompts, seeds=...)``. Each completion has its own seed, so
+it does not depend on the process or the batch that samples it, except for rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from align.errors import UserError
 from align.models import generation
 from align.models.adapters import active_adapter
 from align.online_rl.completions import Completions
+from align.online_rl.draws import training_draw
 from align.online_rl.models import ModelView, OnlineRLModels
 from align.runtime.seeds import derive_seed
 
@@ -28,9 +30,13 @@ class Sampler(Protocol):
     """Samples one completion per prompt from the current policy."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Completions:
-        """One completion per prompt, in the prompts' order. Equal seeds give equal completions.
+        """One completion per prompt, in the prompts' order, each with its seed.
 
         ``max_new_tokens`` replaces the length limit of the recipe.
         """
@@ -50,7 +56,11 @@ class LocalSampler:
     """Lets the model compute with the policy's adapter: as it is, or merged into the weights."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Completions:
         """One completion per prompt; prompts of similar length are batched together."""
         model = self.policy.model
@@ -60,7 +70,8 @@ class LocalSampler:
                 prompts,
                 self.stops,
                 batch_size=self.batch_size,
-                batch_seed=lambda number: derive_seed(seed, number * self.batch_size),
+                batch_seed=lambda number: derive_seed(seeds[0], number),
+                seeds=seeds,
                 decoder=self.decoder,
             )
         completions = [rows[0].tokens for rows in sampled]
@@ -115,11 +126,10 @@ def sample_ahead(
     config: OnlineRL,
     sampler: Sampler,
     prompts: Callable[[int], Sequence[Sequence[int]]],
-    seed: Callable[[int], int],
 ) -> RequestsAhead | None:
     """Requests for the completions of later steps; None if each update waits for its own.
 
-    ``prompts`` and ``seed`` are those of a step.
+    ``prompts`` are those of a step.
     """
     if config.max_staleness == 0:
         return None
@@ -128,7 +138,11 @@ def sample_ahead(
 
     assert isinstance(sampler, ServerSampler)
     return RequestsAhead(
-        sampler, prompts, seed, steps=config.steps, max_staleness=config.max_staleness
+        sampler,
+        prompts,
+        lambda step: training_draw(config, step).seeds,
+        steps=config.steps,
+        max_staleness=config.max_staleness,
     )
 
 

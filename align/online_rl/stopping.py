@@ -36,7 +36,7 @@ from align.online_rl.sampling import Sampler
 from align.online_rl.sharding import divided_like
 from align.runtime import distributed
 from align.runtime.progress import Logger, NullDisplay
-from align.runtime.seeds import derive_seed, generator
+from align.runtime.seeds import derive_seed, derive_seeds, generator
 
 
 @dataclass(slots=True)
@@ -187,10 +187,10 @@ class StopRule:
         """One completion per prompt, on every rank; the ranks share the work."""
 
         def generate(places: list[int]) -> list[str]:
-            seed = derive_seed(self.seed, purpose, done, distributed.rank())
+            seeds = derive_seeds(derive_seed(self.seed, purpose, done), places)
             tokens = prompts.select(places).tokens
             with self.models.mixed_precision():
-                return self.sampler.generate(tokens, seed=seed).texts(self.models.tokenizer)
+                return self.sampler.generate(tokens, seeds=seeds).texts(self.models.tokenizer)
 
         return distributed.map_rows(range(len(prompts)), generate, size=None)
 

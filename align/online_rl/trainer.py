@@ -28,6 +28,7 @@ from align.models.tokenizer_files import GENERATION_CONFIG
 from align.online_rl import checkpoint, held_out, plots, samples, sharding
 from align.online_rl.build import build_models
 from align.online_rl.completions import Completions
+from align.online_rl.draws import Draw, held_out_draw, training_draw
 from align.online_rl.episodes import build_player
 from align.online_rl.experience import Experience, compute_experience, evaluators, make_rollout
 from align.online_rl.groups import Batch, draw_batch
@@ -92,7 +93,7 @@ class OnlineRLTrainer:
         self.player = build_player(config, self.sampler, self.models)
         self.scorer = build_scorer(config, self.models, functions)
         self.prompts = tokenize(rows, self.models, config)
-        self.ahead = sample_ahead(config, self.sampler, self.prompts_of, self.sampling_seed)
+        self.ahead = sample_ahead(config, self.sampler, self.prompts_of)
         self.held_out = tokenize(evaluated, self.models, config)
         self.stop_rule = build_stop_rule(
             config,
@@ -233,11 +234,10 @@ class OnlineRLTrainer:
         visited = prompt_indices(step + number * config.steps, len(self.prompts), config)
         end = None if groups is None else groups * config.n_completions
         prompts = self.prompts.select(visited[:end])
-        seed = self.sampling_seed(step) if number == 0 else self.seed(f"sample {number}", step)
         if number == 0 and self.ahead is not None:
             completions, rows = self.ahead.take(step), prompts.rows
         else:
-            completions, rows = self.sample(prompts, seed=seed)
+            completions, rows = self.sample(prompts, training_draw(config, step, number, end))
         sampled = time.monotonic()
         with self.models.mixed_precision():
             scores = self.scorer.score(completions, rows)
@@ -247,16 +247,12 @@ class OnlineRLTrainer:
         """Tokens of the prompts of a step, for this process."""
         return self.prompts.select(prompt_indices(step, len(self.prompts), self.config)).tokens
 
-    def sampling_seed(self, step: int) -> int:
-        """The seed of the completions of a step."""
-        return self.seed("sample", step)
-
-    def sample(self, prompts: Prompts, *, seed: int) -> tuple[Completions, Sequence[Row]]:
+    def sample(self, prompts: Prompts, draw: Draw) -> tuple[Completions, Sequence[Row]]:
         """Completions of prompts, or episodes, and the rows that the rewards read."""
         with self.models.mixed_precision():
             if self.player is None:
-                return self.sampler.generate(prompts.tokens, seed=seed), prompts.rows
-            played = self.player.play(prompts.rows, seed=seed)
+                return self.sampler.generate(prompts.tokens, seeds=draw.seeds), prompts.rows
+            played = self.player.play(prompts.rows, draw)
             return played.completions, played.rows
 
     def experience(self, completions: Completions) -> Experience:
@@ -329,8 +325,9 @@ class OnlineRLTrainer:
         if not len(self.held_out):
             return
         self.set_train_mode(False)
-        prompts = self.held_out.shard()
-        completions, rows = self.sample(prompts, seed=self.seed("evaluate", 0))
+        completions, rows = self.sample(
+            self.held_out.shard(), held_out_draw(self.config, len(self.held_out))
+        )
         with self.models.mixed_precision():
             scores = self.scorer.score(completions, rows)
         experience = self.experience(completions)

@@ -146,9 +146,13 @@ class FixedTurns:
         self.answers = dict(zip(users, answers, strict=True))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Completions:
-        """One turn for each prompt; ``seed``, which differs between ranks, has no effect."""
+        """One turn for each prompt; ``seeds`` have no effect."""
         copies: Counter[tuple[int, ...]] = Counter()
         turns, finished = [], []
         for prompt in map(tuple, prompts):

@@ -1,7 +1,8 @@
 """PPO on two processes: the same batch gives the same step as on one, and ranks sample separately.
 
-Two ranks sample other completions than one process. Where numbers are compared, the completions are
-therefore fixed and distributed like the prompts: the k-th to rank k mod 2.
+Two ranks sample the completions of one process, the k-th on rank k mod 2. Where numbers are
+compared, completions are fixed nevertheless: of all lengths, and without the rounding of earlier
+steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from align.config.stages import STAGES
 from align.config.training import Reward
 from align.errors import UserError
 from align.online_rl.completions import Completions
+from align.online_rl.draws import training_draw
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.trainer import OnlineRLTrainer
 from align.runtime import distributed
@@ -86,7 +88,7 @@ class FixedSampler:
         self.trainer, self.n_steps = trainer, 0
         (self.stop,) = trainer.sampler.stops
 
-    def generate(self, prompts: Any, *, seed: int) -> Completions:
+    def generate(self, prompts: Any, *, seeds: Any) -> Completions:
         """The next step's completions, distributed over the ranks like the prompts."""
         n = self.trainer.config.n_completions
         rows = self.batch(self.n_steps)
@@ -130,15 +132,16 @@ def train(kind: str, inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
 
 def sample(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
     """Prompts and completions of a rank in two steps, computed twice."""
-    trainer = build("gae", inputs, folder, batch_size=24, max_new_tokens=12)
+    trainer = build("gae", inputs, folder, batch_size=24, max_new_tokens=12, temperature=1.0)
+    trainer.set_train_mode(False)
     n, config = len(trainer.prompts), trainer.config
     results = []
     for _ in range(2):
         torch.rand(3)  # the global random state must not matter
-        same = [trainer.prompts.tokens[0]] * 6
+        same = [trainer.prompts.tokens[0]] * 24
         completions = [
-            trainer.sampler.generate(same, seed=trainer.seed("sample", step)).completions
-            for step in (0, 1)
+            trainer.sampler.generate(same[: len(draw.places)], seeds=draw.seeds).completions
+            for draw in (training_draw(config, step) for step in (0, 1))
         ]
         results.append(
             {
@@ -146,6 +149,7 @@ def sample(inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
                 "next_indices": prompt_indices(1, n, config),
                 "completions": completions[0],
                 "next_completions": completions[1],
+                "drawn": trainer.draw(0).completions.completions,
             }
         )
     return {"first": results[0], "second": results[1]}
@@ -237,14 +241,16 @@ def test_two_processes_log_the_metrics_of_all_completions(one, two, kind):
         assert rank[kind]["kl_coef"] == pytest.approx(one[kind]["kl_coef"], rel=1e-4)
 
 
-def test_two_ranks_use_different_prompts_and_sample_different_completions_of_one_prompt(one, two):
+def test_two_ranks_together_sample_the_completions_of_one_process(one, two):
     first, second = (rank["sampled"]["first"] for rank in two)
     assert not set(first["indices"]) & set(second["indices"])
     assert first["completions"] != second["completions"]
-    # Together they use the prompts of one process, in its order: 24 per step, 12 per rank.
-    whole = one["sampled"]["first"]["indices"]
-    assert len(whole) == 24
-    assert [whole[0::2], whole[1::2]] == [first["indices"], second["indices"]]
+    # Together they have prompts and completions of one process: 24 per step, 12 per rank.
+    whole = one["sampled"]["first"]
+    for column in ("indices", "completions", "next_completions", "drawn"):
+        assert len(whole[column]) == 24
+        assert [whole[column][0::2], whole[column][1::2]] == [first[column], second[column]]
+    assert len({tuple(row) for row in whole["drawn"]}) > 12
 
 
 def test_a_rank_repeats_itself_and_its_next_step_differs(one, two):

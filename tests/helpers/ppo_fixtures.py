@@ -19,6 +19,7 @@ from align.config.training import Reward
 from align.models import tokenization
 from align.online_rl import build, experience, trainer
 from align.online_rl.completions import Completions
+from align.online_rl.draws import Draw
 from align.online_rl.experience import Experience
 from align.online_rl.models import ModelView, OnlineRLModels
 from align.online_rl.sampling import LocalSampler
@@ -213,7 +214,8 @@ def flat_weights(trainer: OnlineRLTrainer) -> Tensor:
 def sample(trainer: OnlineRLTrainer, n: int = 8, *, seed: int = 0) -> Completions:
     """Completions of the first ``n`` prompts."""
     trainer.set_train_mode(False)
-    return trainer.sampler.generate(trainer.prompts.tokens[:n], seed=trainer.seed("test", seed))
+    seeds = Draw(seed, range(n)).seeds
+    return trainer.sampler.generate(trainer.prompts.tokens[:n], seeds=seeds)
 
 
 def inputs_of(models: OnlineRLModels, completions: Completions) -> dict[str, Tensor]:

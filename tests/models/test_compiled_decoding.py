@@ -49,6 +49,9 @@ def test_tokens_and_log_probabilities_are_those_of_steps_that_are_not_compiled(
         assert [row.tokens for row in result] == [row.tokens for row in expected]
         for row, other in zip(result, expected, strict=True):
             assert row.logps == pytest.approx(other.logps, abs=1e-5)
+        seeds = range(len(rows))
+        own = [row.tokens for row in eager.decode(model, rows, STOPS, seeds)]
+        assert [row.tokens for row in decoder.decode(rows, STOPS, seeds)] == own
         lengths |= {len(row.tokens) for row in expected}
     assert len(lengths) > 1, "all rows end together"
 

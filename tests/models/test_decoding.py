@@ -18,6 +18,7 @@ from align.models import generation
 from align.models.decoding import choice, eager
 from align.models.decoding.eager import PreallocatedLayer, remaining
 from align.models.decoding.prompts import MIN_ROWS
+from align.runtime.seeds import derive_seeds
 
 STOPS, NEW_TOKENS = {1, 2, 3}, 16
 VOCABULARY = {"vocab_size": 12, "pad_token_id": 0, "eos_token_id": 1}
@@ -179,8 +180,47 @@ def test_noise_and_random_state_are_those_of_a_draw_for_all_rows(
         torch.manual_seed(0)
         expected, following = torch.empty(6, 50).exponential_(), torch.rand(3)
         torch.manual_seed(0)
-        assert torch.equal(choice.exponential_rows(rows, 6, expected), expected[rows])
+        assert torch.equal(choice.SharedNoise(6)(rows, expected), expected[rows])
         assert torch.equal(torch.rand(3), following)
+
+
+@pytest.mark.parametrize("sample", [eager.decode, generation.generate_with_transformers])
+def test_with_a_seed_of_each_row_a_completion_does_not_depend_on_the_others(sample: Any):
+    model, rows = build("llama", SMALL, **SOFTMAX), prompts(3, copies=4)
+    seeds = list(range(100, 100 + len(rows)))
+    whole = [row.tokens for row in sample(model, rows, STOPS, seeds)]
+    assert len(set(map(tuple, whole))) > 6
+    assert len(set(map(len, whole))) > 1, "all rows end together"
+    torch.rand(3)  # the global random state must not matter
+    for places in (range(11, -1, -1), range(0, 12, 2), [7, 2, 5, 3]):
+        part = sample(model, [rows[k] for k in places], STOPS, [seeds[k] for k in places])
+        assert [row.tokens for row in part] == [whole[k] for k in places]
+    other = sample(model, rows, STOPS, [seed + 1000 for seed in seeds])
+    assert [row.tokens for row in other] != whole
+
+
+def test_rows_with_seeds_are_drawn_by_their_probabilities_at_each_step():
+    n, probabilities = 4000, torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
+    choose = choice.Choice(GenerationConfig(**SOFTMAX), n, derive_seeds(0, range(n)))
+    logits = probabilities.log().expand(n, -1)
+    steps = [choose(logits, range(n)).tokens for _ in range(2)]
+    for tokens in steps:
+        shares = (torch.bincount(tokens, minlength=5) / n).tolist()
+        for share, p in zip(shares, probabilities.tolist(), strict=True):
+            assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+    # Two steps of a row are independent: they agree as often as two draws do.
+    p = float(probabilities.square().sum())
+    agree = float((steps[0] == steps[1]).float().mean())
+    assert agree == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+
+
+def test_a_row_at_two_places_gets_the_same_numbers_and_draws_once():
+    like = torch.empty(3, 5)
+    twice, once = choice.RowNoise([7, 8]), choice.RowNoise([7, 8])
+    table = twice([0, 1, 0], like)
+    assert torch.equal(table[0], table[2])
+    assert torch.equal(table[:2], once([0, 1], like[:2]))
+    assert torch.equal(twice([1], like[:1]), once([1], like[:1]))
 
 
 def test_the_preallocated_cache_holds_what_a_growing_cache_holds():

@@ -19,6 +19,7 @@ from align.config.online_rl_stages import GRPO
 from align.errors import UserError
 from align.models import tokenization
 from align.online_rl.completions import Completions, Episode
+from align.online_rl.draws import Draw
 from align.online_rl.episodes import Player, build_player
 from align.online_rl.experience import align_sampler_logps, compute_experience
 from align.online_rl.optimization import build_objective
@@ -57,11 +58,11 @@ class Script:
         self.turns = {key: list(value) for key, value in turns.items()}
         self.logps = logps
         self.read: list[list[list[int]]] = []
-        self.seeds: list[int] = []
+        self.seeds: list[list[int]] = []
 
-    def generate(self, prompts: Any, *, seed: int) -> Completions:
+    def generate(self, prompts: Any, *, seeds: Any) -> Completions:
         self.read.append([list(prompt) for prompt in prompts])
-        self.seeds.append(seed)
+        self.seeds.append(list(seeds))
         texts = [TOKENIZER.decode(prompt) for prompt in prompts]
         keys = [next(key for key in self.turns if f"user\n{key}<|im_end|>" in t) for t in texts]
         rows = [self.turns[key].pop(0) for key in keys]
@@ -81,7 +82,9 @@ def player(script: Script, *, limit: int | None = None, **settings: Any) -> Play
 
 
 def play(turns: dict[str, list[list[int]]], **settings: Any) -> Any:
-    return player(Script(turns), **settings).play([row(key) for key in turns], seed=0)
+    return player(Script(turns), **settings).play(
+        [row(key) for key in turns], Draw(0, range(len(turns)))
+    )
 
 
 UNUSUAL = [ids("q")[0], ids("u")[0], ids("e")[0], END]
@@ -91,7 +94,7 @@ UNUSUAL = [ids("q")[0], ids("u")[0], ids("e")[0], END]
 def test_sampled_tokens_stay_as_they_are_and_messages_come_from_the_template():
     assert len(ids("que")) < 3
     script = Script({"A": [UNUSUAL, [*ids("x."), END]], "B": [[*ids("y7."), END]]})
-    played = player(script).play([row("A"), row("B")], seed=0)
+    played = player(script).play([row("A"), row("B")], Draw(0, [0, 1]))
     completions, (first, second) = played.completions, played.completions.episodes
     between = ids("\n<|im_start|>tool\nque<|im_end|>\n<|im_start|>assistant\n")
     assert completions.completions[0] == [*UNUSUAL, *between, *ids("x."), END]
@@ -168,14 +171,21 @@ def test_every_turn_has_its_own_seed_and_a_row_has_one_in_all_of_its_episodes():
     playing = dataclasses.replace(
         player(script, max_turns=2), environment=Environment("test:Seeded", Seeded)
     )
-    playing.play([row("A"), row("A"), row("B")], seed=5)
+    playing.play([row("A"), row("A"), row("B")], Draw(5, [4, 5, 6]))
     assert seeds[0] == seeds[1] != seeds[2]
-    assert len(set(script.seeds)) == 2
+    first, second = script.seeds
+    assert len({*first, *second}) == 6
+    # The place decides, not the other rows.
+    alone = Script({"A": [[*ids("a"), END]] * 2})
+    playing = dataclasses.replace(playing, sampler=alone)
+    playing.play([row("A")], Draw(5, [5]))
+    assert alone.seeds == [[first[1]], [second[1]]]
+    assert seeds[3] == seeds[0]
 
 
 def test_log_probabilities_of_the_sampler_are_in_the_columns_of_its_tokens():
     script = Script({"A": [UNUSUAL, [*ids("x."), END]]}, logps=True)
-    completions = player(script).play([row("A")], seed=0).completions
+    completions = player(script).play([row("A")], Draw(0, [0])).completions
     width = len(completions.rows[0]) - 1
     ones = torch.ones(1, width)
     aligned = align_sampler_logps(completions, ones)
@@ -204,13 +214,13 @@ def test_calls_are_read_with_their_special_tokens_and_results_pass_the_template(
     end = tokenizer.eos_token_id
 
     class Turns:
-        def generate(self, prompts: Any, *, seed: int) -> Completions:
+        def generate(self, prompts: Any, *, seeds: Any) -> Completions:
             return Completions([list(prompts[0])], [[*turns[len(read)], end]], [True])
 
     config = ppo_fixtures.ppo_config(environment="test:Tools", rewards=[], max_new_tokens=8)
     template = tokenization.conversations(tokenizer)
     playing = Player(Environment("test:Tools", Tools), Turns(), tokenizer, template, config, None)
-    (ids,) = playing.play([row("A")], seed=0).completions.rows
+    (ids,) = playing.play([row("A")], Draw(0, [0])).completions.rows
     assert read == ["<|call|>rain", "No"]
     text = tokenizer.decode(ids)
     assert '"rain"' in text.partition("user")[0]  # the tools
@@ -231,7 +241,7 @@ def test_sampled_tokens_have_the_log_probabilities_of_the_row_read_alone(
     assert playing is not None
     assert playing.limit == tiny_models.POSITIONS
     rows = tiny_models.rows(folders.world.data, "prompts-train")[:3]
-    completions = playing.play([r for r in rows for _ in range(3)], seed=1).completions
+    completions = playing.play([r for r in rows for _ in range(3)], Draw(1, range(9))).completions
     assert {len(turns) for turns in completions.turns} >= {1, 2}
     experience = compute_experience(models, completions, batch_size=4)
     assert experience.mask.sum(1).tolist() == completions.lengths

@@ -110,7 +110,9 @@ def test_row_04_a_completion_has_the_same_log_probabilities_alone_and_in_a_padde
     )
     # The same prompt twice, and one much shorter: shared prefixes, and padding of 30 columns.
     prompts = [*prompts, prompts[0], prompts[1][-20:]]
-    completions = LocalSampler(models.policy, stops, batch_size=16).generate(prompts, seed=3)
+    completions = LocalSampler(models.policy, stops, batch_size=16).generate(
+        prompts, seeds=range(len(prompts))
+    )
     assert len({len(row) for row in completions.rows}) > 3
     together = completions.tensors(tokenizer.pad_token_id, "cpu")
     whole = ppo_fixtures.columns(models.policy.logps(*together.values())[0], completions)

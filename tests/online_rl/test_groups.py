@@ -173,10 +173,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def test_draws_of_a_step_have_other_prompts_and_seeds(folders: Any, tmp_path: Any):
     """A step's further draws are those of no other step, and depend on nothing but numbers."""
     trainer = build_trainer(folders, tmp_path, kind="grpo", n_completions=2)
-    seen: list[tuple[list[list[int]], int]] = []
+    seen: list[tuple[list[list[int]], list[int]]] = []
 
-    def generate(prompts: list[list[int]], *, seed: int) -> Completions:
-        seen.append((prompts, seed))
+    def generate(prompts: list[list[int]], *, seeds: list[int]) -> Completions:
+        seen.append((prompts, seeds))
         return Completions([*prompts], [[5]] * len(prompts), [False] * len(prompts))
 
     trainer.sampler = SimpleNamespace(generate=generate)  # type: ignore[assignment]
@@ -185,5 +185,6 @@ def test_draws_of_a_step_have_other_prompts_and_seeds(folders: Any, tmp_path: An
         trainer.draw(1, number, wanted)
     assert [len(prompts) for prompts, _ in seen] == [8, 4, 4, 2]
     assert seen[1] == seen[2]
-    assert len({seed for _, seed in seen}) == 3
+    assert [len(set(seeds)) for _, seeds in seen] == [8, 4, 4, 2]
+    assert len({seed for _, seeds in seen for seed in seeds}) == 8 + 4 + 2
     assert seen[0][0][:4] != seen[1][0]

@@ -384,9 +384,13 @@ class NoisySampler:
     noise: list[list[float]] = dataclasses.field(default_factory=list)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Completions:
-        completions = self.sampler.generate(prompts, seed=seed, max_new_tokens=max_new_tokens)
+        completions = self.sampler.generate(prompts, seeds=seeds, max_new_tokens=max_new_tokens)
         logps = compute_experience(self.ppo.models, completions, batch_size=16).logps
         self.noise = [
             (self.scale * torch.randn(len(c), generator=self.generator)).tolist()

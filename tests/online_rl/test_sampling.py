@@ -23,6 +23,7 @@ from align.models import generation, tokenization
 from align.models.decoding import eager
 from align.models.decoding.choice import Choice
 from align.models.decoding.prompts import MIN_ROWS
+from align.online_rl.draws import training_draw
 from align.online_rl.experience import compute_experience
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.sampling import LocalSampler
@@ -105,8 +106,8 @@ def test_row_04_sampling_from_a_prompt_does_not_depend_on_its_padding(
     prompts.append(prompts[0][-15:])
     # At temperature 0 the likeliest token depends on no random number.
     stops = generation.set_sampling(model, tokenizer, temperature=0, top_p=1, max_new_tokens=12)
-    together = LocalSampler(models.policy, stops, batch_size=8).generate(prompts, seed=0)
-    alone = LocalSampler(models.policy, stops, batch_size=1).generate(prompts, seed=0)
+    together = LocalSampler(models.policy, stops, batch_size=8).generate(prompts, seeds=range(5))
+    alone = LocalSampler(models.policy, stops, batch_size=1).generate(prompts, seeds=range(5))
     assert together == alone
     assert len({tuple(c) for c in alone.completions}) > 1
 
@@ -268,14 +269,14 @@ def test_row_25_ranks_use_different_prompts_and_seeds_and_a_run_repeats_itself(
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: 2)
         per_rank.append([prompt_indices(step, n, config) for step in range(3)])
-        prompts, seed = [trainer.prompts.tokens[0]] * 3, trainer.seed("sample", 0)
-        completions += trainer.sampler.generate(prompts, seed=seed).completions
+        prompts, draw = [trainer.prompts.tokens[0]] * 4, training_draw(config, 0)
+        completions += trainer.sampler.generate(prompts, seeds=draw.seeds).completions
     for step in range(3):
         ours, theirs = (indices[step] for indices in per_rank)
         assert len(ours) == len(theirs) == 4
         assert not set(ours) & set(theirs)
         assert sorted(ours + theirs) == sorted(alone[step])
-    assert len({tuple(c) for c in completions}) == 6
+    assert len({tuple(c) for c in completions}) == 8
     monkeypatch.undo()
 
     runs = []

@@ -47,6 +47,8 @@ BEFORE = [
     ("/init_weight_transfer_engine", ""),
 ]
 
+SEEDS = [2**40 + k for k in range(4)]  # more bits than vLLM takes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.World:
@@ -80,7 +82,7 @@ def test_every_call_is_as_documented_and_the_server_samples_with_the_merged_weig
     )
     assert server.calls == BEFORE
     prompts = [[4, 5], [6], [6], [6]]
-    completions = sampler.generate(prompts, seed=2**40 + 5)
+    completions = sampler.generate(prompts, seeds=SEEDS)
     assert server.calls[4:10] == UPDATE
     assert server.calls[10:] == [("/v1/completions", "")] * 4
     merged = loading.load_merged(world.lora, dtype="float32")
@@ -106,7 +108,7 @@ def test_every_call_is_as_documented_and_the_server_samples_with_the_merged_weig
     assert all(r["stop_token_ids"] == sorted(stops) for r in requests)
     # With one seed, equal prompts would get equal completions.
     assert len({r["seed"] for r in requests}) == 4
-    assert sampler.generate(prompts, seed=2**40 + 5).rows == completions.rows
+    assert sampler.generate(prompts, seeds=SEEDS).rows == completions.rows
 
 
 def test_the_servers_log_probabilities_become_capped_importance_weights():
@@ -245,7 +247,9 @@ def test_a_wrong_answer_a_stall_or_a_lost_connection_is_one_line(
     server.faults[path] = fault
     seconds = 1.0 if fault in (stall, trickle) else 2.0
     with pytest.raises(UserError, match=message) as error_info:
-        sampler_of(models, server, vllm_timeout=seconds, **ENDS).generate([[4, 5], [6]], seed=0)
+        sampler_of(models, server, vllm_timeout=seconds, **ENDS).generate(
+            [[4, 5], [6]], seeds=[0, 1]
+        )
     (line,) = error_info.value.lines
     assert line.startswith(f"vllm_url: {server.url}{path}: ") and "\n" not in line
 
@@ -283,7 +287,7 @@ def test_weights_that_cannot_be_read_end_the_update(world, server, monkeypatch):
     passes = iter([weights.merged_weights(models.policy.model)])
     monkeypatch.setattr(weights, "merged_weights", lambda model: next(passes))
     with pytest.raises(UserError, match=r"/update_weights: the weights were not sent \(.*; see"):
-        sampler.generate([[4]], seed=0)
+        sampler.generate([[4]], seeds=[0])
     assert server.group is not None
     for tensor in loading.load_merged(world.sft, dtype="float32").parameters():
         server.group.broadcast(tensor)  # the server need not wait until the test ends

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from align.models import loading
+from align.online_rl.draws import training_draw
 from align.online_rl.prompts import prompt_indices
 from align.online_rl.trainer import OnlineRLTrainer
 from align.online_rl.vllm import weights
@@ -46,7 +47,11 @@ def test_staleness_0_is_synchronous_sampling_bit_for_bit(
         assert trainer.ahead is None
         if ahead:
             trainer.ahead = RequestsAhead(
-                trainer.sampler, trainer.prompts_of, trainer.sampling_seed, steps=5, max_staleness=0
+                trainer.sampler,
+                trainer.prompts_of,
+                lambda step: training_draw(trainer.config, step).seeds,
+                steps=5,
+                max_staleness=0,
             )
         first_call, first_start = len(server.calls), len(server.started)
         scores = []

@@ -28,6 +28,8 @@ from align.pipeline import preflight
 
 COLOCATE = {"sampler": "vllm", "vllm_mode": "colocate"}
 
+SEEDS = [2**40 + k for k in range(4)]  # more bits than vLLM takes
+
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
@@ -87,7 +89,7 @@ def test_the_engine_samples_with_the_merged_weights_and_sleeps_before_and_after(
     prompts = [[4, 5], [6], [6], [6]]
     before = ppo_fixtures.parameter_copies(models.policy, models)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        completions = sampler.generate(prompts, seed=2**40 + 5)
+        completions = sampler.generate(prompts, seeds=SEEDS)
     assert vllm.calls[2:] == UPDATE
     merged = ppo_fixtures.load_plain_policy(folders.world.lora)
     assert_samples_of(completions, merged, 0.7)
@@ -103,8 +105,8 @@ def test_the_engine_samples_with_the_merged_weights_and_sleeps_before_and_after(
     assert {(p.temperature, p.max_tokens) for p in vllm.parameters} == {(0.7, 8)}
     # With one seed, equal prompts would get equal completions.
     assert len({p.seed for p in vllm.parameters}) == 4
-    assert sampler.generate(prompts, seed=2**40 + 5).rows == completions.rows
-    short = sampler.generate(prompts, seed=1, max_new_tokens=2)
+    assert sampler.generate(prompts, seeds=SEEDS).rows == completions.rows
+    short = sampler.generate(prompts, seeds=SEEDS, max_new_tokens=2)
     assert max(map(len, short.completions)) == 2
 
 
@@ -277,7 +279,7 @@ def test_an_error_or_a_wrong_answer_of_the_engine_is_one_line(
     models = ppo_fixtures.build_models(folders.world.sft, [], lora=False)
     vllm.faults[method] = fault
     with pytest.raises(UserError, match=message) as error_info:
-        sampler_of(models, stops={2}).generate([[4, 5], [6]], seed=0)
+        sampler_of(models, stops={2}).generate([[4, 5], [6]], seeds=[0, 1])
     (line,) = error_info.value.lines
     assert line.startswith("vllm_mode: vLLM: ") and "\n" not in line
 
@@ -297,7 +299,7 @@ def test_a_run_ends_with_one_line_and_exit_code_2(
 def test_a_prompt_that_the_engine_has_no_memory_for_is_one_line(folders: Folders, vllm: Record):
     models = ppo_fixtures.build_models(folders.world.sft, [], lora=False)
     with pytest.raises(UserError, match=r"generate: ValueError: The prompt .* exceeds the maximum"):
-        sampler_of(models).generate([[4] * tiny_models.POSITIONS], seed=0)
+        sampler_of(models).generate([[4] * tiny_models.POSITIONS], seeds=[0])
 
 
 def test_check_names_a_missing_package_and_a_missing_gpu(

@@ -73,7 +73,7 @@ class FakeSampler:
     trainer: FakeOnlineTrainer
     stops: set[int] = field(default_factory=lambda: {0})
 
-    def generate(self, rows: Any, *, seed: int) -> None:
+    def generate(self, rows: Any, *, seeds: Any) -> None:
         assert self.trainer.precise and not self.stops
         n = self.trainer.models.policy.model.generation_config.max_new_tokens
         distinct = {tuple(row) for row in rows}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,13 +37,29 @@ class ChosenTokens(NamedTuple):
     logps: Tensor
 
 
-class Choice:
-    """Chooses the next token of each row: the most probable one, or one at random."""
+class Noise(Protocol):
+    """Exponential random numbers, by which the next tokens are drawn."""
 
-    def __init__(self, config: Any, n_rows: int) -> None:
+    def __call__(self, rows: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers for the next token of ``rows`` of the first batch, in the shape of ``like``.
+
+        A row that is named twice gets the same numbers twice.
+        """
+        ...
+
+
+class Choice:
+    """Chooses the next token of each row: the most probable one, or one at random.
+
+    Random numbers come from torch's random state and a row's place in the first batch, or from a
+    seed of each row, on which alone its tokens depend then.
+    """
+
+    def __init__(self, config: Any, n_rows: int, seeds: Sequence[int] | None = None) -> None:
         self.do_sample = config.do_sample
         self.n_rows = n_rows
         """Number of rows of the first batch."""
+        self.noise: Noise = SharedNoise(n_rows) if seeds is None else RowNoise(seeds)
         self.warpers = LogitsProcessorList()
         """Temperature and ``top_p``."""
         if config.do_sample and config.temperature not in (None, 1.0):
@@ -56,50 +72,60 @@ class Choice:
         scores: Tensor = self.warpers(None, logits.float())
         return scores
 
-    def __call__(self, logits: Tensor, rows: list[int]) -> ChosenTokens:
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> ChosenTokens:
         """The next token after each of ``logits``, which belong to ``rows`` of the first batch.
-
-        Torch's ``multinomial`` draws the largest of p / q, with q from an exponential distribution.
-        Each row has its place in the noise q of the first batch, so the tokens do not depend on
-        when a row leaves the batch.
 
         Raises:
             NotFiniteError: A probability is not finite.
         """
-        chosen = self.draw(logits, lambda scores: exponential_rows(rows, self.n_rows, scores))
+        chosen = self.draw(logits, rows)
         if chosen.logps.isnan().any():
             raise NotFiniteError
         return chosen
 
-    def draw(self, logits: Tensor, noise: Callable[[Tensor], Tensor]) -> ChosenTokens:
-        """The next tokens with ``noise(probabilities)``, without a check.
+    def draw(self, logits: Tensor, rows: Sequence[int]) -> ChosenTokens:
+        """The next tokens without a check.
 
-        The log-probability of a row is NaN if one of its probabilities is not finite.
+        As torch's ``multinomial``, it takes the largest of p / q, with q from an exponential
+        distribution. The log-probability of a row is NaN if one of its probabilities is not finite.
         """
         if not self.do_sample:
             return ChosenTokens(logits.argmax(-1), logits.new_zeros(len(logits)))
         probabilities = self.scores(logits).softmax(-1)  # one NaN or infinity makes a row NaN
-        tokens = (probabilities / noise(probabilities)).argmax(-1)  # the NaN, if there is one
+        tokens = (probabilities / self.noise(rows, probabilities)).argmax(
+            -1
+        )  # the NaN, if there is one
         return ChosenTokens(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log())
 
 
 class LogpRecorder:
-    """A logits processor of ``model.generate`` that records log-probabilities and changes nothing.
+    """A logits processor of ``model.generate`` that records log-probabilities.
+
+    Without seeds it changes nothing. With a seed of each row, it chooses the tokens itself: all
+    others get the probability 0.
 
     ``generate`` itself would return the logits of all steps, ``[steps, batch, vocabulary]``.
     """
 
-    def __init__(self, config: Any) -> None:
-        self._choice = Choice(config, 0)
+    def __init__(self, config: Any, seeds: Sequence[int] | None = None) -> None:
+        self._choice = Choice(config, 0, seeds)
+        self._chooses = seeds is not None and config.do_sample
         self._last: Tensor | None = None
         self._logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Record the tokens that were chosen in the step before."""
+        """Record the tokens that were chosen in the step before; choose those of this one.
+
+        Raises:
+            NotFiniteError: A probability is not finite.
+        """
         self._record(input_ids)
         # `generate` divides by the temperature after this call.
         self._last = self._choice.scores(scores).log_softmax(-1)
-        return scores
+        if not self._chooses:
+            return scores
+        tokens = self._choice(scores, range(len(scores))).tokens
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
     def _record(self, ids: Tensor) -> None:
         if self._last is not None:
@@ -117,24 +143,59 @@ class LogpRecorder:
         return torch.cat(self._logps, -1)
 
 
-def exponential_rows(rows: list[int], n_rows: int, like: Tensor) -> Tensor:
-    """The ``rows`` of a table of exponential random numbers with ``n_rows`` rows.
+@dataclass(frozen=True, slots=True)
+class SharedNoise:
+    """Rows of a table of ``n_rows`` rows, which torch's random state draws for each step.
 
-    Afterwards torch's random state is as if the whole table had been drawn. The other rows are
-    skipped by drawing uniform numbers, which take a quarter of the time.
+    Each row has its place, so the tokens do not depend on when a row leaves the batch.
     """
-    width = like.shape[-1]
-    table = torch.empty((n_rows, width), dtype=torch.float32, device=like.device)
-    if like.device.type != "cpu" or not _draws_in_order():
-        return table.exponential_()[rows]
-    used = set(rows)
-    for is_used, run in itertools.groupby(range(n_rows), used.__contains__):
-        numbers = list(run)
-        if is_used:
-            table[numbers[0] : numbers[-1] + 1].exponential_()
-        else:
-            torch.empty(len(numbers) * width, dtype=torch.float64).uniform_()
-    return table[rows]
+
+    n_rows: int
+
+    def __call__(self, rows: Sequence[int], like: Tensor) -> Tensor:
+        """The ``rows`` of the next table.
+
+        Afterwards torch's random state is as if the whole table had been drawn. The other rows are
+        skipped by drawing uniform numbers, which take a quarter of the time.
+        """
+        width, rows = like.shape[-1], list(rows)
+        table = torch.empty((self.n_rows, width), dtype=torch.float32, device=like.device)
+        if like.device.type != "cpu" or not _draws_in_order():
+            return table.exponential_()[rows]
+        used = set(rows)
+        for is_used, run in itertools.groupby(range(self.n_rows), used.__contains__):
+            numbers = list(run)
+            if is_used:
+                table[numbers[0] : numbers[-1] + 1].exponential_()
+            else:
+                torch.empty(len(numbers) * width, dtype=torch.float64).uniform_()
+        return table[rows]
+
+
+class RowNoise:
+    """Numbers of rows that each have a generator, so that a row does not depend on the others."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._seeds = seeds
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __call__(self, rows: Sequence[int], like: Tensor) -> Tensor:
+        """The next numbers of each of ``rows``."""
+        table = torch.empty_like(like)
+        places: dict[int, int] = {}
+        for place, row in enumerate(rows):
+            if row in places:
+                table[place] = table[places[row]]
+                continue
+            places[row] = place
+            table[place].exponential_(generator=self._generator(row, like.device))
+        return table
+
+    def _generator(self, row: int, device: torch.device) -> torch.Generator:
+        if row not in self._generators:
+            generator = torch.Generator(device).manual_seed(self._seeds[row])
+            self._generators[row] = generator
+        return self._generators[row]
 
 
 @functools.cache

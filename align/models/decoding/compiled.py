@@ -73,8 +73,13 @@ class CompiledDecoder:
         self._steps: dict[int, Step] = {}
         """Compiled steps by number of rows."""
 
-    def decode(self, rows: Sequence[Sequence[int]], stops: Collection[int]) -> list[SampledTokens]:
-        """Sample one continuation of each row, up to its first stop token inclusive.
+    def decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        stops: Collection[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[SampledTokens]:
+        """Sample one continuation of each row, as :func:`align.models.decoding.eager.decode`.
 
         Raises:
             NotFiniteError: The probabilities of a next token are not finite.
@@ -85,7 +90,7 @@ class CompiledDecoder:
             prompts = compute_prompts(self._model, rows)
             n_rows = padded_rows(len(rows))
             memory = self._load(prompts, n_rows, config.max_new_tokens)
-            batch = _Batch(Choice(config, len(rows)), n_rows, config.max_new_tokens)
+            batch = _Batch(Choice(config, len(rows), seeds), n_rows, config.max_new_tokens)
             first = (prompts.mask == 0).sum(-1)[prompts.index][batch.copies(prompts.index.device)]
             logits = prompts.logits[prompts.index][batch.copies(prompts.index.device)]
             while True:
@@ -233,13 +238,7 @@ class _Batch:
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw the next tokens of all places."""
-        index = self.copies(logits.device)
-
-        def noise(probabilities: Tensor) -> Tensor:
-            table = probabilities.new_empty(self._choice.n_rows, probabilities.shape[-1])
-            return table.exponential_().index_select(0, index)
-
-        self._drawn.append(self._choice.draw(logits, noise))
+        self._drawn.append(self._choice.draw(logits, self._rows))
         self._n_steps += 1
         return self._drawn[-1].tokens
 

@@ -72,18 +72,22 @@ def _is_sharded(model: Any) -> bool:
 
 
 def decode(
-    model: Any, rows: Sequence[Sequence[int]], stops: Collection[int]
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    stops: Collection[int],
+    seeds: Sequence[int] | None = None,
 ) -> list[SampledTokens]:
     """Sample one continuation of each row, up to its first stop token inclusive.
 
     ``model.generation_config`` has the temperature, ``top_p`` and the largest number of new tokens.
+    ``seeds`` are those of the rows; by default torch's random state draws for all of them.
 
     Raises:
         NotFiniteError: The probabilities of a next token are not finite.
     """
     with torch.inference_mode():
         batch = _Batch(model, rows, model.generation_config.max_new_tokens)
-        return batch.run(Choice(model.generation_config, len(rows)), stops)
+        return batch.run(Choice(model.generation_config, len(rows), seeds), stops)
 
 
 class _Batch:

@@ -20,19 +20,19 @@ from align.online_rl.vllm.server import Requests, ServerSampler
 class RequestsAhead:
     """Requests for the completions of steps to come.
 
-    ``prompts`` and ``seed`` are those of a step.
+    ``prompts`` and ``seeds`` are those of a step.
     """
 
     def __init__(
         self,
         sampler: ServerSampler,
         prompts: Callable[[int], Sequence[Sequence[int]]],
-        seed: Callable[[int], int],
+        seeds: Callable[[int], Sequence[int]],
         *,
         steps: int,
         max_staleness: int,
     ) -> None:
-        self._sampler, self._prompts, self._seed = sampler, prompts, seed
+        self._sampler, self._prompts, self._seeds = sampler, prompts, seeds
         self._steps, self._max_staleness = steps, max_staleness
         self._requests: dict[int, tuple[int, Requests]] = {}
         self.staleness = 0
@@ -44,7 +44,7 @@ class RequestsAhead:
         end = min(step + self._max_staleness + 1, self._steps)
         for later in range(step, end):
             if later not in self._requests:
-                requests = self._sampler.request(self._prompts(later), seed=self._seed(later))
+                requests = self._sampler.request(self._prompts(later), seeds=self._seeds(later))
                 self._requests[later] = step, requests
         requested, requests = self._requests.pop(step)
         self.staleness = step - requested

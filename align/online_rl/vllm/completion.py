@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.online_rl.completions import Completions
-from align.runtime.seeds import derive_seed
 
 LARGEST_LOGP = 1e-3
 """Largest log-probability that rounding explains, in nats."""
@@ -57,9 +56,9 @@ def sampling_settings(
     }
 
 
-def request_seed(seed: int, i: int) -> int:
-    """The seed of completion ``i``: a request has one for all its completions."""
-    return derive_seed(seed, i) % 2**31
+def request_seed(seed: int) -> int:
+    """The seed of a completion as vLLM reads it, a whole number of 32 bits."""
+    return seed % 2**31
 
 
 def read_completion(answer: Any, *, max_tokens: int, stops: set[int]) -> Completion:

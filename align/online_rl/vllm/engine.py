@@ -54,7 +54,11 @@ class EngineSampler:
     config: OnlineRL
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Completions:
         """Give the engine the policy's weights, and sample one completion per prompt."""
         limit = max_new_tokens or self.config.max_new_tokens
@@ -68,7 +72,7 @@ class EngineSampler:
             if not self._call("reset_prefix_cache"):
                 raise _error("reset_prefix_cache", "it was not done", _OTHER)
             self._wake_up("kv_cache")
-            answers = self._sample(prompts, seed=seed, max_tokens=limit)
+            answers = self._sample(prompts, seeds=seeds, max_tokens=limit)
             self._call("sleep", level=2)
         try:
             completions = self._read(answers, prompts, max_tokens=limit)
@@ -80,7 +84,9 @@ class EngineSampler:
         torch.cuda.empty_cache()  # vLLM allocates its memory without the allocator of torch
         self._call("wake_up", tags=[tag])
 
-    def _sample(self, prompts: Sequence[Sequence[int]], *, seed: int, max_tokens: int) -> Any:
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], max_tokens: int
+    ) -> Any:
         from vllm import SamplingParams, TokensPrompt
 
         settings = [
@@ -89,11 +95,11 @@ class EngineSampler:
                     temperature=self.config.temperature,
                     max_tokens=max_tokens,
                     stops=self.stops,
-                    seed=request_seed(seed, i),
+                    seed=request_seed(seed),
                 ),
                 detokenize=False,
             )
-            for i in range(len(prompts))
+            for seed in seeds
         ]
         tokens = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         return self._call("generate", tokens, settings, use_tqdm=False)

@@ -45,11 +45,15 @@ class ServerSampler:
     config: OnlineRL
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Completions:
         """Send the policy's weights, and sample one completion per prompt."""
         self.send_weights()
-        return self.collect(self.request(prompts, seed=seed, max_new_tokens=max_new_tokens))
+        return self.collect(self.request(prompts, seeds=seeds, max_new_tokens=max_new_tokens))
 
     def send_weights(self) -> None:
         """Send the policy's weights to the server. The main process sends, and all ranks wait."""
@@ -58,7 +62,11 @@ class ServerSampler:
         distributed.barrier()
 
     def request(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Requests:
         """Request one completion per prompt, without waiting for any."""
         futures = [
@@ -67,9 +75,9 @@ class ServerSampler:
                 temperature=self.config.temperature,
                 max_tokens=max_new_tokens or self.config.max_new_tokens,
                 stops=self.stops,
-                seed=request_seed(seed, i),
+                seed=request_seed(seed),
             )
-            for i, prompt in enumerate(prompts)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return Requests([list(prompt) for prompt in prompts], futures)
 

@@ -143,7 +143,7 @@ class _OnlineRLProbe:
         def generate(rows: Sequence[Sequence[int]], n_tokens: int) -> None:
             set_length(trainer.models.policy.model, n_tokens)
             with trainer.models.mixed_precision():
-                sampler.generate(rows, seed=0)
+                sampler.generate(rows, seeds=range(len(rows)))
 
         trainer.set_train_mode(False)
         batch = min(config.sample_batch_size, config.batch_size)
