@@ -143,6 +143,25 @@ def broadcast_from_main(value: T) -> T:
     return broadcast_object_list([value])[0]
 
 
+def raise_together(error: UserError | None) -> None:
+    """Raise the error of any rank on all ranks; without one, nothing happens. A collective call.
+
+    Otherwise the others would wait for a rank that has ended, and nothing would say why.
+
+    Raises:
+        UserError: A rank has an error; the first such rank is named, unless it is rank 0.
+    """
+    if world_size() == 1:
+        lines = [None if error is None else error.lines]
+    else:
+        from accelerate.utils import gather_object
+
+        lines = gather_object([None if error is None else error.lines])
+    for number, each in enumerate(lines):
+        if each is not None:
+            raise UserError(*(f"process {number}: {line}" if number else line for line in each))
+
+
 def map_rows(
     rows: Sequence[R],
     fn: Callable[[list[R]], Sequence[T]],

@@ -1,22 +1,28 @@
 """Modules in place of the package ``vllm``, with the names and signatures of vLLM 0.31 and 0.33.
 
-Weights pass through a queue in place of NCCL. As with NCCL, both sides wait for each other: when a
-group is made, and for each tensor.
+Weights pass through a queue in place of NCCL, or through a socket to a server of another process.
+As with NCCL, both sides wait for each other: when a group is made, and for each tensor.
 """
 
 from __future__ import annotations
 
 import queue
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+HOST = "127.0.0.1"
 SECONDS = 20.0
 """How long one side waits for the other."""
 
@@ -56,20 +62,80 @@ class Groups:
         return group
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> Groups:
-    """Put the modules for weight transfer into ``sys.modules`` until the test ends."""
-    groups = Groups()
-    ports = iter(range(29500, 30000))
+@dataclass
+class RemoteGroup:
+    """One side of a group of two processes."""
 
-    def trainer_init(init_info: dict[str, Any], rank: int = 0) -> Group:
+    connection: Connection
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Send a tensor, and wait until the worker has it."""
+        self.connection.send(tensor.detach().numpy())
+        self.connection.recv()
+
+    def receive(self) -> Tensor:
+        """The next tensor."""
+        tensor = torch.from_numpy(self.connection.recv())
+        self.connection.send(None)
+        return tensor
+
+
+class ServerGroups:
+    """Groups of a server whose trainer is another process."""
+
+    def join(self, port: int) -> RemoteGroup:
+        """The group at a port, once the trainer has joined it."""
+        with Listener((HOST, port)) as listener:
+            return RemoteGroup(listener.accept())
+
+
+class TrainerGroups:
+    """Groups of a trainer whose server is another process."""
+
+    def join(self, port: int) -> RemoteGroup:
+        """The group at a port, once the server has joined it."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                return RemoteGroup(Client((HOST, port)))
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, "no server joins the group"
+                time.sleep(0.05)
+
+
+AnyGroups = Groups | ServerGroups | TrainerGroups
+
+
+def call_script(runs: Path) -> None:
+    """Run `align/run.py` as a rank whose server is in another process."""
+    from align.online_rl.vllm import weights
+    from helpers import recipe_runs
+
+    install(pytest.MonkeyPatch(), TrainerGroups())
+    weights.DEVICE = "cpu"
+    recipe_runs.call_script(runs)
+
+
+def open_port() -> int:
+    """A port that nothing uses."""
+    with socket.socket() as unused:
+        unused.bind((HOST, 0))
+        return int(unused.getsockname()[1])
+
+
+def install(monkeypatch: pytest.MonkeyPatch, groups: AnyGroups | None = None) -> AnyGroups:
+    """Put the modules for weight transfer into ``sys.modules`` until the test ends."""
+    groups = groups or Groups()
+
+    def trainer_init(init_info: dict[str, Any], rank: int = 0) -> Group | RemoteGroup:
         assert rank == 0
-        assert init_info["master_address"] == "127.0.0.1"
+        assert init_info["master_address"] == HOST
         assert init_info["world_size"] == 2  # the trainer and one worker
         return groups.join(init_info["master_port"])
 
     def packed_nccl_broadcast_producer(
         iterator: Iterator[tuple[str, Tensor]],
-        group: Group,
+        group: Group | RemoteGroup,
         src: int,
         post_iter_func: Callable[[tuple[str, Tensor]], Tensor],
         buffer_size_bytes: int = 2**30,
@@ -89,8 +155,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Groups:
         },
         "vllm.utils": {},
         "vllm.utils.network_utils": {
-            "get_ip": lambda: "127.0.0.1",
-            "get_open_port": lambda: next(ports),
+            "get_ip": lambda: HOST,
+            "get_open_port": open_port,
         },
     }
     for name, contents in names.items():

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 import torch
 
 from align.models import loading
-from helpers.vllm_modules import Group, Groups
+from helpers.vllm_modules import AnyGroups, Group, RemoteGroup
 
 UPDATE = [
     ("/pause", "mode=keep"),
@@ -47,10 +47,10 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 class VLLMServer:
     """A model behind the addresses of vLLM, and what happened."""
 
-    def __init__(self, model: Any, groups: Groups) -> None:
+    def __init__(self, model: Any, groups: AnyGroups) -> None:
         self.model, self.groups = model, groups
         self.url = ""
-        self.group: Group | None = None
+        self.group: Group | RemoteGroup | None = None
         self.version = 0
         """Updates of the weights so far."""
         self.calls: list[tuple[str, str]] = []
@@ -198,7 +198,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, groups: Groups) -> Iterator[VLLMServer]:
+def serving(folder: Path, groups: AnyGroups) -> Iterator[VLLMServer]:
     """A server with the model of a folder, within this block."""
     server = VLLMServer(loading.load_merged(folder, dtype="float32").eval(), groups)
 
@@ -212,6 +212,7 @@ def serving(folder: Path, groups: Groups) -> Iterator[VLLMServer]:
             body = json.loads(content) if content else None
             server.calls.append((address.path, address.query))
             server.bodies.append((address.path, body))
+            self.body = body
             if fault := server.faults.get(address.path):
                 fault(self)
                 return

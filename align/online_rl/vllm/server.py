@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.online_rl import OnlineRL
+from align.errors import UserError
 from align.online_rl.completions import Completions
 from align.online_rl.models import ModelView
 from align.online_rl.vllm.client import Client
@@ -82,10 +83,15 @@ class ServerSampler:
         return Requests([list(prompt) for prompt in prompts], futures)
 
     def collect(self, requests: Requests) -> Completions:
-        """The completions, once all have arrived; the first error ends the wait."""
+        """The completions, once all have arrived; the first error ends the wait, on all ranks."""
         done, _ = wait(requests.futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
+        problem: UserError | None = None
+        try:
+            for future in done:
+                future.result()
+        except UserError as error:
+            problem = error
+        distributed.raise_together(problem)
         completions = [future.result() for future in requests.futures]
         return as_completions(requests.prompts, completions, self.stops)
 
