@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,6 +66,45 @@ def run(configuration: Path, runs: Path, *arguments: str) -> int:
         return forks.wait(ranks[0])
 
 
+def stage_folder(runs: Path, stage: str) -> Path:
+    """The only folder of a stage."""
+    (folder,) = runs.glob(f"{stage}-*")
+    return folder
+
+
+def weights(runs: Path, stage: str) -> Path:
+    """The file with the final weights of a stage."""
+    (file,) = stage_folder(runs, stage).glob("*.safetensors")
+    return file
+
+
+def kill_and_resume(
+    configuration: Path,
+    runs: Path,
+    stages: Sequence[str],
+    steps: range,
+    generator: random.Random,
+    *,
+    part: str,
+) -> None:
+    """Run stages again, kill a rank in each, and check that the same command ends in the same bits.
+
+    ``steps`` come after the first checkpoint. ``part`` is a file of checkpoints in which rank 1 has
+    a share, or which the kind of sharding alone writes.
+    """
+    expected = [weights(runs, stage).read_bytes() for stage in stages]
+    for stage in stages:
+        shutil.rmtree(stage_folder(runs, stage))
+    for stage in stages:
+        kill_one_rank(configuration, runs, stage, steps, generator)
+        assert list(runs.glob(f"{stage}-*/checkpoint-*/**/{part}"))
+    assert run(configuration, runs) == 0, recipe_runs.log(runs)
+    log = recipe_runs.log(runs)
+    assert re.findall(r"^(\w+): resuming", log, re.MULTILINE) == list(stages)
+    assert log.count("resuming from step") == len(stages)
+    assert [weights(runs, stage).read_bytes() for stage in stages] == expected
+
+
 def kill_one_rank(
     configuration: Path, runs: Path, stage: str, steps: range, generator: random.Random
 ) -> None:
@@ -83,7 +123,7 @@ def kill_one_rank(
             if ranks[rank].is_alive():
                 os.kill(pid, signal.SIGKILL)
             killed = forks.wait(ranks[rank]) == -signal.SIGKILL
-        (folder,) = runs.glob(f"{stage}-*")
+        folder = stage_folder(runs, stage)
         if killed and not (folder / "artifact.json").exists():
             print(f"{stage}: rank {rank} was killed after step {step}")
             return
