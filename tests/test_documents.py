@@ -249,7 +249,7 @@ def test_every_recipe_is_loaded_and_listed():
     for path in RECIPES:
         assert load_recipe(path).stages
         assert f"`{path.relative_to(ROOT / 'recipes')}`" in listed
-    assert len(RECIPES) == 46
+    assert len(RECIPES) == 47
 
 
 def test_recipes_mentioned_in_documents_exist():
