@@ -8,8 +8,8 @@ start from one SFT model. The gold score of the embedded task is measured on hel
 and R(d) = d (alpha - beta log d) with d = sqrt(KL) is fitted to its gain. Intervals are those of
 :func:`align.functional.overoptimization.fit_overoptimization`.
 
-Prints a table, and writes ``overoptimization.png`` and ``overoptimization.json`` into the runs
-folder.
+Prints a table, and writes ``overoptimization.json`` into the runs folder and the figure to
+``--figure``, by default beside it.
 """
 
 # ruff: noqa: E402 (see `quiet_libraries`)
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--pairs", type=int, nargs="+", default=list(PAIRS))
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--figure", type=Path, help="the PNG file to write")
     args = parser.parse_args()
     conditions = [(size, pairs) for size in args.sizes for pairs in args.pairs]
     measured = {
@@ -107,7 +108,7 @@ def main() -> None:
         print(f"| {size} | {pairs:,} | {cells(fit)} | {last:+.2f} | {fit.r_squared:.2f} |")
         results.append({"size": size, "pairs": pairs, "seeds": args.seeds, "last_gain": last}
                        | {key: getattr(fit, key) for key in ("alpha", "beta", "peak", "peak_gain", "r_squared")})  # fmt: skip
-    figure.draw(curves, args.runs / "overoptimization.png")
+    figure.draw(curves, args.figure or args.runs / "overoptimization.png")
     (args.runs / "overoptimization.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -34,21 +34,23 @@ def draw_panels(
     title: str | None = None,
     row_height: float = 3.4,
     dpi: int = 100,
+    first_places: int = 2,
 ) -> None:
-    """Draw panels in rows of four places into a PNG file; the first panel takes two of them.
+    """Draw panels in rows of four places into a PNG file.
 
-    ``row_height`` is in inches. A draw function may change whatever it likes of its axes: titles,
-    grid and spines are set before it runs.
+    The first panel takes ``first_places`` of them. ``row_height`` is in inches. A draw function may
+    change whatever it likes of its axes: titles, grid and spines are set before it runs.
     """
     from matplotlib.figure import Figure  # without pyplot, which keeps figures and takes a second
 
-    n_rows = -(-(len(panels) + 1) // N_COLUMNS)
-    n_columns = min(N_COLUMNS, len(panels) + 1)  # fewer panels than places: no empty ones
+    n_places = len(panels) + first_places - 1
+    n_rows = -(-n_places // N_COLUMNS)
+    n_columns = min(N_COLUMNS, n_places)  # fewer panels than places: no empty ones
     width = WIDTH * n_columns / N_COLUMNS
     figure = Figure(figsize=(width, n_rows * row_height), layout="constrained")
     grid = figure.add_gridspec(n_rows, n_columns)
-    places = [grid[0, :2]]
-    places += [grid[n // n_columns, n % n_columns] for n in range(2, n_rows * n_columns)]
+    others = range(first_places, n_rows * n_columns)
+    places = [grid[0, :first_places], *(grid[n // n_columns, n % n_columns] for n in others)]
     for place, panel in zip(places, panels, strict=False):
         axes = figure.add_subplot(place)
         axes.set_title(panel.title, fontsize=10, loc="left")
