@@ -29,9 +29,9 @@ stages:
   reward: {model: sft, trainer: *trainer}
   ppo: {model: sft, rewards: [reward], steps: 3, batch_size: 8, max_new_tokens: 8, micro_batch_size: 2, epochs: 1,
     learning_rate: 1.0e-3, value_coef: 0.5, save_steps: 1, eval_steps: 3, n_eval_prompts: 4, gradient_checkpointing: true}
-  grpo: {model: sft, rewards: [reward], steps: 2, batch_size: 8, n_completions: 4, max_new_tokens: 8,
-    learning_rate: 1.0e-3, lora: &lora {r: 2, alpha: 4}}
-  rloo: {model: sft, rewards: [reward], steps: 2, batch_size: 8, max_new_tokens: 8, learning_rate: 1.0e-3}
+  grpo: {model: sft, rewards: [reward], steps: 2, batch_size: 8, n_completions: 4, max_new_tokens: 8, learning_rate: 1.0e-3}
+  rloo: {model: sft, rewards: [reward], steps: 2, batch_size: 8, max_new_tokens: 8, learning_rate: 1.0e-3,
+    lora: &lora {r: 2, alpha: 4}}
   lora_reward: {stage: reward, model: sft, lora: *lora, trainer: *trainer}
   reinforce: {model: sft, rewards: [lora_reward], steps: 2, batch_size: 8, max_new_tokens: 8, learning_rate: 1.0e-3,
     prefix_sharing: false}
@@ -47,16 +47,6 @@ TOLERANCE = 1e-4
 DIVIDED = re.compile(r"(\S+): this process holds ([\d,]+) of ([\d,]+) parameters")
 
 
-def folder_of(runs: Path, stage: str) -> Path:
-    (folder,) = runs.glob(f"{stage}-*")
-    return folder
-
-
-def weights(folder: Path) -> Path:
-    (file,) = folder.glob("*.safetensors")
-    return file
-
-
 def metrics(folder: Path) -> list[dict[str, float]]:
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in entry.items() if "seconds" not in k} for entry in entries]
@@ -64,8 +54,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def largest_change(runs: Path, stage: str) -> float:
     """How far training has moved a weight of the policy; the B of an adapter starts at 0."""
-    start = load_file(weights(folder_of(runs, "sft")))
-    end = load_file(weights(folder_of(runs, stage)))
+    start = load_file(sharded_run.weights(runs, "sft"))
+    end = load_file(sharded_run.weights(runs, stage))
     changes = [w - start.get(k, torch.zeros(())) for k, w in end.items() if "lora_A" not in k]
     return max(float(change.abs().max()) for change in changes)
 
@@ -88,7 +78,7 @@ def test_online_rl_with_divided_weights_learns_the_same_and_resumes(
     runs = tmp_path / "runs"
     runs.mkdir()
     for stage in ("prepare", "sft", "reward", "lora_reward"):
-        folder = folder_of(whole, stage)
+        folder = sharded_run.stage_folder(whole, stage)
         (runs / folder.name).symlink_to(folder)
     shutil.copy(whole.parent / "recipe.yaml", tmp_path)
     assert sharded_run.run(configuration, runs) == 0, recipe_runs.log(runs)
@@ -99,22 +89,17 @@ def test_online_rl_with_divided_weights_learns_the_same_and_resumes(
     sizes = dict(zip(STAGES, total, strict=True))
     assert sizes["lora_ppo"] < 0.6 * sizes["two_backbones"]
     for stage in STAGES:
-        expected, found = folder_of(whole, stage), folder_of(runs, stage)
+        expected, found = (
+            sharded_run.stage_folder(whole, stage),
+            sharded_run.stage_folder(runs, stage),
+        )
         assert {file.name for file in expected.iterdir()} == {file.name for file in found.iterdir()}
         for one, other in zip(metrics(expected), metrics(found), strict=True):
             assert other == pytest.approx(one, rel=0, abs=TOLERANCE, nan_ok=True)
-        pair = load_file(weights(found)), load_file(weights(expected))
+        pair = (load_file(sharded_run.weights(each, stage)) for each in (runs, whole))
         assert_close(*pair, rtol=0, atol=TOLERANCE)
         assert largest_change(whole, stage) > 5 * TOLERANCE, "weights that stay prove nothing"
 
-    # A rank is killed after the first checkpoint: the same command resumes, bit for bit.
-    folders = [folder_of(runs, stage) for stage in KILLED]
-    expected = [weights(folder).read_bytes() for folder in folders]
-    for folder in folders:
-        shutil.rmtree(folder)
-    for stage in KILLED:
-        sharded_run.kill_one_rank(configuration, runs, stage, range(2, 4), kill_generator)
-    assert sharded_run.run(configuration, runs) == 0, recipe_runs.log(runs)
-    assert re.findall(r"^(\w+): resuming", recipe_runs.log(runs), re.MULTILINE) == list(KILLED)
-    assert recipe_runs.log(runs).count("resuming from step") == len(KILLED)
-    assert [weights(folder_of(runs, stage)).read_bytes() for stage in KILLED] == expected
+    sharded_run.kill_and_resume(
+        configuration, runs, KILLED, range(2, 4), kill_generator, part="optimizer.pt"
+    )

@@ -89,8 +89,8 @@ def kill_and_resume(
 ) -> None:
     """Run stages again, kill a rank in each, and check that the same command ends in the same bits.
 
-    ``steps`` come after the first checkpoint. ``part`` is a file of checkpoints in which rank 1 has
-    a share, or which the kind of sharding alone writes.
+    ``steps`` come after the first checkpoint. ``part`` is a file that a checkpoint must have, such
+    as the share of rank 1 in it.
     """
     expected = [weights(runs, stage).read_bytes() for stage in stages]
     for stage in stages:
