@@ -61,3 +61,4 @@ def test_each_size_has_a_panel_with_points_law_and_band(drawn: list[Any]):
     band = small.collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in band.tolist()} == {(0.5, 0.0), (1.0, 0.05), (0.5, 0.1), (1.0, 0.2)}
     assert len(large.collections) == 1
+    assert (small.get_xlim(), small.get_ylim()) == (large.get_xlim(), large.get_ylim())

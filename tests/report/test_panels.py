@@ -27,6 +27,15 @@ def test_rows_of_four_places_of_which_the_first_panel_takes_two(n_panels, n_rows
     assert places == [(n // 4, n % 4) for n in range(2, n_panels + 1)]
 
 
+def test_two_panels_of_equal_width(tmp_path):
+    drawn: list[Any] = []
+    panels = [Panel(f"panel {k}", drawn.append) for k in range(2)]
+    draw_panels(panels, tmp_path / "picture.png", row_height=2.0, dpi=50, first_places=1)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (375, 100)
+    assert [list(axes.get_subplotspec().colspan) for axes in drawn] == [[0], [1]]
+
+
 def test_no_picture_is_written_when_a_panel_raises(tmp_path):
     def fail(axes: Any) -> None:
         raise ValueError("no data")
