@@ -10,6 +10,10 @@ length, since the plan computes memory for those. All prompts but one are short,
 shared ones once per row, and the longest one for all completions of online RL. The model of 28 M
 parameters trains with gradient checkpointing.
 
+``sample``, ``label`` and ``evaluate`` load models with full weights. ``evaluate`` has two policies,
+a reward model as the judge, drift and implicit rewards. ``label`` has a reward model too, and reads
+written completions: random weights hardly ever sample the end of one, without which it is left out.
+
 Measured is the largest sum of the sizes of all tensors in memory, from the allocations that torch's
 profiler records. It excludes what the plan leaves out: libraries and fragmentation. DPO is measured
 with its reference's log-probabilities computed before.
@@ -22,9 +26,11 @@ import gc
 import json
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +46,12 @@ PROMPT = 4
 LONG_PROMPT = 24
 STEPS = 2
 ONLINE = ("ppo", "grpo", "rloo", "reinforce")
-STAGES = ("sft", "reward", "dpo", "kto", *ONLINE)
+INFERENCE = ("sample", "label", "evaluate")
+STAGES = ("sft", "reward", "dpo", "kto", *ONLINE, *INFERENCE)
+BATCH = 16
+"""Rows of a batch of the stages without gradients."""
+HELD_OUT_TOKENS = 81
+"""Tokens of a held-out row of 60 words: one each and the template, as many as 1.35 a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +122,10 @@ def make_model(folder: Path, size: Size) -> None:
     tokens.save_pretrained(folder)
 
 
-def write_rows(file: Path, size: Size, rows: int) -> None:
-    """Write pairs of random words, of which a row has nearly ``size.tokens`` tokens."""
+def write_rows(file: Path, vocabulary: int, tokens: int, rows: int) -> None:
+    """Write pairs of random words, of which a row has nearly ``tokens`` tokens."""
     generator = random.Random(0)
-    last = FIRST_WORD + size.vocab_size - 300
+    last = FIRST_WORD + vocabulary - 300
 
     def text(length: int) -> str:
         return " ".join(f"<t{generator.randrange(FIRST_WORD, last)}>" for _ in range(length))
@@ -123,7 +134,7 @@ def write_rows(file: Path, size: Size, rows: int) -> None:
         for row in range(rows):
             prompt = PROMPT if row else LONG_PROMPT
             lengths = {"prompt": prompt}
-            lengths |= dict.fromkeys(("chosen", "rejected"), size.tokens - prompt - TEMPLATE)
+            lengths |= dict.fromkeys(("chosen", "rejected"), tokens - prompt - TEMPLATE)
             stream.write(json.dumps({key: text(n) for key, n in lengths.items()}) + "\n")
 
 
@@ -135,7 +146,10 @@ def write_recipe(folder: Path, stage: str, size: Size, tuning: str) -> Path:
     if not model.exists():
         make_model(model, size)
     data = folder / f"{stage}-{size.hidden_size}.jsonl"
-    write_rows(data, size, STEPS * size.rows)
+    if stage == "evaluate":
+        write_rows(data, size.vocab_size, HELD_OUT_TOKENS, 4 * BATCH)
+    else:
+        write_rows(data, size.vocab_size, size.tokens, STEPS * size.rows)
     splits = {"test_fraction": 0.0, "validation_fraction": 0.0}
     common: dict[str, Any] = {"model": str(model)}
     if tuning == "lora":
@@ -148,6 +162,8 @@ def write_recipe(folder: Path, stage: str, size: Size, tuning: str) -> Path:
         "bf16": False,
         "gradient_checkpointing": size.checkpointing,
     }
+    if stage == "evaluate":
+        splits["test_fraction"] = 0.5
     stages: dict[str, Any] = {"prepare": {"source": str(data), **splits}}
     if stage in ONLINE:
         rewards: list[Any] = [{"function": "contains", "answer": "t"}]
@@ -158,6 +174,8 @@ def write_recipe(folder: Path, stage: str, size: Size, tuning: str) -> Path:
         common |= {"n_completions": 2, "micro_batch_size": size.rows, "epochs": 1, "minibatches": 1}
         common |= {"max_new_tokens": size.tokens - LONG_PROMPT - TEMPLATE}
         stages[stage] = common | {"gradient_checkpointing": size.checkpointing}
+    elif stage in INFERENCE:
+        stages |= inference_stages(stage, size, model, trainer | {"max_steps": 1})
     else:
         stages[stage] = common | {"trainer": trainer}
     file = folder / f"{stage}-{size.hidden_size}-{tuning}.yaml"
@@ -165,8 +183,50 @@ def write_recipe(folder: Path, stage: str, size: Size, tuning: str) -> Path:
     return file
 
 
+def inference_stages(
+    stage: str, size: Size, model: Path, trainer: dict[str, Any]
+) -> dict[str, Any]:
+    """A stage without gradients, and those that it needs. Half of the prompts are held out."""
+    sampling = {"max_new_tokens": size.tokens // 2, "batch_size": BATCH}
+    stages: dict[str, Any] = {}
+    if stage != "evaluate":
+        stages["sample"] = {"model": str(model), "n_completions": 4, **sampling}
+    if stage != "sample":
+        stages["reward"] = {"model": str(model), "trainer": trainer}
+    if stage == "label":
+        stages["label"] = {"judge": "reward", "batch_size": BATCH}
+    if stage == "evaluate":
+        other = model.with_name(f"{model.name}-other")
+        shutil.copytree(model, other, dirs_exist_ok=True)
+        models = {"policies": [str(model)], "baseline": str(other), "judge": "reward"}
+        stages["evaluate"] = models | sampling | {"implicit_rewards": True}
+    return stages
+
+
+def write_completions(folder: Path, size: Size) -> None:
+    """Write completions of the largest length, two of each prompt, as ``sample`` does."""
+    from align.data import tables
+
+    prompt = f"<t{FIRST_WORD}> " * (LONG_PROMPT - 1)
+    words = range(FIRST_WORD, FIRST_WORD + size.tokens // 2)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": prompt + f"<t{FIRST_WORD + row // 2}>"}],
+            "completion": [
+                {"role": "assistant", "content": " ".join(f"<t{word + row}>" for word in words)}
+            ],
+            "prompt_id": str(row // 2),
+            "finished": True,
+        }
+        for row in range(2 * BATCH)
+    ]
+    folder.mkdir()
+    tables.write(rows, tables.table_file(folder, "completions", "train"))
+
+
 def measure(stage: str, size: Size, tuning: str, folder: Path) -> Measurement:
     """Plan and run a stage below ``folder``."""
+    from align.config.inference_bill import inference_bill
     from align.config.memory_bill import Sharding, bill, trained_weights
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates
@@ -180,12 +240,34 @@ def measure(stage: str, size: Size, tuning: str, folder: Path) -> Measurement:
     errors.raise_any()
     config = stages[-1].config
     estimate = estimates.estimate(stages, world_size=1)[stage]
-    assert estimate.size is not None and estimate.forward is not None
-    trained = trained_weights(estimate.size, config, estimate.work, sharded=False)
-    planned = bill(estimate.size, trained, estimate.forward, Sharding(device="cpu"))
+    planned: Any
+    if stage in INFERENCE:
+        inference: Any = estimate.inference
+        models = inference.policies, inference.judges, inference.work
+        planned = inference_bill(*models, dtype="float32", quantization=None)
+    else:
+        assert estimate.size is not None and estimate.forward is not None
+        trained = trained_weights(estimate.size, config, estimate.work, sharded=False)
+        planned = bill(estimate.size, trained, estimate.forward, Sharding(device="cpu"))
     run_recipe(recipe, folder / "runs", NullDisplay(), until=stages[-2].name)
-    measured = tensor_peak(lambda: run_recipe(recipe, folder / "runs", NullDisplay()))
-    return Measurement(planned.peak, measured, planned.parts())
+    run = partial(run_recipe, recipe, folder / "runs", NullDisplay())
+    if stage == "label":
+        write_completions(folder / "completions", size)
+        run = partial(run_label, stages[-1], folder)
+    return Measurement(planned.peak, tensor_peak(run), planned.parts())
+
+
+def run_label(stage: Any, folder: Path) -> None:
+    """Run a stage ``label`` on written completions."""
+    from align.runtime.progress import Logger, NullDisplay
+    from align.stages import label
+
+    output_dir = folder / "label"
+    output_dir.mkdir()
+    display = NullDisplay()
+    display.start("label", output_dir, "run")
+    inputs = stage.inputs | {"completions": folder / "completions"}
+    label.run(stage.config, inputs, output_dir, Logger("label", output_dir, display, main=True))
 
 
 def tensor_peak(function: Callable[[], object]) -> int:
@@ -240,7 +322,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     rows = []
     for stage in options.stages:
-        for tuning in options.tuning:
+        for tuning in options.tuning if stage not in INFERENCE else ["–"]:
             for size in options.sizes:
                 with tempfile.TemporaryDirectory() as folder:
                     row = measure(stage, SIZES[size], tuning, Path(folder))

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from align.config.base import Lora, NewModel
+from align.config.completions import Label
+from align.config.inference_bill import (
+    InferenceBill,
+    InferenceWork,
+    inference_bill,
+    inference_reductions,
+)
 from align.config.memory_bill import (
     Bill,
     Sharding,
@@ -19,7 +26,9 @@ from align.config.online_rl import OnlineRL
 from align.runtime.terminal import with_unit
 
 if TYPE_CHECKING:
-    from align.pipeline.estimates import Estimate
+    from rich.table import Table
+
+    from align.pipeline.estimates import Estimate, Inference
     from align.pipeline.plan import PlannedStage
 
 NAMES = {
@@ -31,13 +40,19 @@ NAMES = {
     "sampling": "sampl.",
 }
 """Shorter names of columns: 80 columns suffice."""
+UNKNOWN_MODEL = " before the model that it reads"
+UNKNOWN_ROW = ": longest row unknown; run `{}` with this version of Align"
 LEGEND = (
-    "memory of a device for the longest rows of stages that train; sample, label and evaluate are "
-    "not billed; the peak is the largest sum that is in memory at one time, without libraries and "
-    "fragmentation; frozen: reference, reward models, base of adapters; acts.: activations; layer: "
-    "the backward pass of a layer; embed.: a further gradient of the embeddings; exch.: gradients "
-    "and layers that processes exchange"
+    "memory of a device for the longest rows; the peak is the largest sum that is in memory at one "
+    "time, without libraries and fragmentation; frozen: reference, reward models, base of adapters; "
+    "acts.: activations; layer: the backward pass of a layer, or its forward pass in sample, label "
+    "and evaluate, whose weights are those of the largest policy; embed.: a further gradient of the "
+    "embeddings; exch.: gradients and layers that processes exchange"
 )
+COLUMNS = [field.name for field in fields(Bill)]
+"""Names of parts in their order."""
+
+Bills = Bill | InferenceBill
 
 
 def print_bills(
@@ -48,55 +63,109 @@ def print_bills(
     limit: int | None,
 ) -> None:
     """Print the parts of each stage's memory, and what would lower a peak above ``limit``."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("stage", no_wrap=True)
     lines: list[str] = []
-    bills: dict[str, Bill] = {}
+    bills: dict[str, Bills] = {}
+    own: Bills
+    changes: Iterator[tuple[str, Bills]]
     for stage in stages:
-        if not stage.config.trains_model:
-            continue
         estimate = estimates[stage.name]
-        size, work = estimate.size, estimate.forward
-        if size is None or not size.linear:
-            lines.append(f"{stage.name}: memory unknown before the model that it reads")
+        if stage.config.trains_model:
+            obstacle = _training_obstacle(stage, estimate)
+        elif estimate.inference is not None:
+            obstacle = _inference_obstacle(stage, estimate.inference)
+        else:
             continue
-        if work is None:
-            repair = (
-                f"run `{stage.config.prompts}` with this version of Align"
-                if isinstance(stage.config, OnlineRL)
-                else "set `trainer.max_length`"
-            )
-            lines.append(f"{stage.name}: memory unknown: longest row unknown; {repair}")
+        if obstacle:
+            lines.append(f"{stage.name}: memory unknown{obstacle}")
             continue
-        trained = trained_weights(size, stage.config, estimate.work, sharded=sharding.stage > 0)
-        own = bill(size, trained, work, sharding, limit)
+        if stage.config.trains_model:
+            own, changes = _training(stage.config, estimate, sharding, limit)
+            reserved = 0.0 if estimate.forward is None else estimate.forward.reserved
+            if reserved and limit is None:
+                share = f"{100 * reserved:g} % of the device"
+                lines.append(f"{stage.name}: without vLLM, which has {share} while it samples")
+        else:
+            own, changes = _inference(stage.config, estimate)
         bills[stage.name] = own
-        if work.reserved and limit is None:
-            share = f"{100 * work.reserved:g} % of the device"
-            lines.append(f"{stage.name}: without vLLM, which has {share} while it samples")
         if limit is not None:
-            changes = _changes(stage.config, estimate, trained, sharding, limit)
             lines += _verdict(stage.name, own, limit, changes)
     if bills:
-        parts = {name: own.parts() | {"peak": own.peak} for name, own in bills.items()}
-        columns = [
-            part for part in next(iter(parts.values())) if any(p[part] for p in parts.values())
-        ]
-        for part in columns:
-            table.add_column(NAMES.get(part, part), justify="right", no_wrap=True)
-        for name, own_parts in parts.items():
-            table.add_row(name, *(_size(own_parts[part]).replace(" ", "") for part in columns))
-        console.print(table)
+        console.print(_table(bills))
         console.print(LEGEND, style="dim", width=min(console.width, 80))
     for line in lines:
         console.print(line, markup=False, highlight=False)
 
 
+def _table(bills: Mapping[str, Bills]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("stage", no_wrap=True)
+    parts = {name: own.parts() for name, own in bills.items()}
+    columns = [part for part in COLUMNS if any(own.get(part) for own in parts.values())]
+    for part in (*columns, "peak"):
+        table.add_column(NAMES.get(part, part), justify="right", no_wrap=True)
+    for name, own in parts.items():
+        numbers = [*(own.get(part, 0) for part in columns), bills[name].peak]
+        table.add_row(name, *(_size(number).replace(" ", "") for number in numbers))
+    return table
+
+
+def _training_obstacle(stage: PlannedStage, estimate: Estimate) -> str:
+    """Why the bill of a stage that trains a model is unknown; empty if it is known."""
+    if estimate.size is None or not estimate.size.linear:
+        return UNKNOWN_MODEL
+    if estimate.forward is not None:
+        return ""
+    if isinstance(stage.config, OnlineRL):
+        return UNKNOWN_ROW.format(stage.config.prompts)
+    return ": longest row unknown; set `trainer.max_length`"
+
+
+def _inference_obstacle(stage: PlannedStage, inference: Inference) -> str:
+    """Why the bill of a stage without gradients is unknown; empty if it is known."""
+    models = (*inference.policies, *inference.judges)
+    if any(model is None or not model.size.linear for model in models):
+        return UNKNOWN_MODEL
+    if inference.work is not None:
+        return ""
+    if isinstance(stage.config, Label):
+        return ": longest row unknown; plan it in the recipe of its `sample` stage, after `prepare`"
+    return UNKNOWN_ROW.format(getattr(stage.config, "prompts", "prepare"))
+
+
+def _training(
+    config: Any, estimate: Estimate, sharding: Sharding, limit: int | None
+) -> tuple[Bill, Iterator[tuple[str, Bill]]]:
+    """The bill of a stage that trains a model, and those of changes."""
+    assert estimate.size is not None and estimate.forward is not None
+    trained = trained_weights(estimate.size, config, estimate.work, sharded=sharding.stage > 0)
+    own = bill(estimate.size, trained, estimate.forward, sharding, limit)
+    return own, _changes(config, estimate, trained, sharding, limit)
+
+
+def _inference(
+    config: Any, estimate: Estimate
+) -> tuple[InferenceBill, Iterator[tuple[str, InferenceBill]]]:
+    """The bill of a stage without gradients, and those of changes."""
+    inference = estimate.inference
+    assert inference is not None and inference.work is not None
+    policies = [model for model in inference.policies if model is not None]
+    judges = [model for model in inference.judges if model is not None]
+
+    def planned(work: InferenceWork, dtype: str, quantization: str | None) -> InferenceBill:
+        return inference_bill(policies, judges, work, dtype=dtype, quantization=quantization)
+
+    own = planned(inference.work, config.dtype, config.quantization)
+    changes = inference_reductions(config, inference.work)
+    changed = ((name, planned(work, dtype, bits)) for name, work, dtype, bits in changes)
+    # Logits are in float32: those of a bfloat16 model exist in both types.
+    return own, ((name, smaller) for name, smaller in changed if smaller.peak < own.peak)
+
+
 def _verdict(
-    name: str, own: Bill, limit: int, changes: Iterator[tuple[str, Bill]]
+    name: str, own: Bills, limit: int, changes: Iterator[tuple[str, Bills]]
 ) -> Iterator[str]:
     """Whether a stage fits, and otherwise what each change of it reaches."""
     if own.peak <= limit:
@@ -109,7 +178,7 @@ def _verdict(
 
 
 def _changes(
-    config: Any, estimate: Estimate, trained: Trained, sharding: Sharding, limit: int
+    config: Any, estimate: Estimate, trained: Trained, sharding: Sharding, limit: int | None
 ) -> Iterator[tuple[str, Bill]]:
     """Changes of a stage, each alone, and the bills that they reach."""
     size, work = estimate.size, estimate.forward

@@ -295,6 +295,13 @@ class Stage(Config):
         """
         return None
 
+    def inference_work(self, statistics: Mapping[str, Any], world_size: int) -> Any:
+        """The batches of one of ``world_size`` processes of a stage without gradients.
+
+        None if their size is unknown, or the stage is none of these.
+        """
+        return None
+
     def memory_bytes(self, size: Any, workload: Workload, *, sharded: bool) -> int | None:
         """Estimate the memory of weights, gradients and optimizer states, without activations.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +24,9 @@ from align.config.base import (
 )
 from align.config.decoding import DecodingStage
 from align.config.functions import ScoreFunction
+from align.config.inference_bill import InferenceWork, Rows, longest_prompt, sampled_copies
 from align.config.judges import Judges, ServerJudge
+from align.config.training_base import TOKENS_PER_WORD
 
 REFERENCE = "reference"
 """The baseline whose completions are those of the data set."""
@@ -164,6 +168,51 @@ class Evaluate(DecodingStage):
         n_policies = len(set(self.policies) - {self.baseline}) + is_sampled
         n_prompts = min(prompts, self.n_prompts or prompts)
         return Workload(rows=n_prompts * self.n_completions * n_policies)
+
+    @property
+    def measures_drift(self) -> bool:
+        """Whether samples are drawn from the whole distribution, as estimates of KL require."""
+        return self.judge is not None and self.temperature > 0 and self.top_p == 1
+
+    def inference_work(
+        self, statistics: Mapping[str, Any], world_size: int
+    ) -> InferenceWork | None:
+        """Batches of completions and of pairs of the largest length; None if it is unknown."""
+        prompt = longest_prompt(statistics, self.split)
+        prompts = statistics.get("prompts", {}).get(self.split)
+        if prompt is None or prompts is None:
+            return None
+        prompts = min(prompts, self.n_prompts or prompts)
+        pairs = self._pair_rows(statistics, world_size) if self.implicit_rewards else None
+        if self.implicit_rewards and pairs is None:
+            return None
+        if self.judge is None:
+            return InferenceWork(pairs=pairs)
+        own = math.ceil(prompts * self.n_completions / world_size)
+        batch = min(max(1, self.batch_size // self.n_completions), prompts)
+        sampled = Rows(batch * self.n_completions, prompt, self.max_new_tokens)
+        scored = replace(sampled, number=min(self.batch_size, own), is_all=own <= self.batch_size)
+        return InferenceWork(
+            sampled,
+            batch,
+            sampled_copies(self.temperature, self.top_p),
+            drift=scored if self.measures_drift else None,
+            pairs=pairs,
+            judged=scored,
+        )
+
+    def _pair_rows(self, statistics: Mapping[str, Any], world_size: int) -> Rows | None:
+        """A batch of sides of pairs, of which each may be as long as the longest row of the data.
+
+        Its prompt counts as part of the completion, because its length is not known alone.
+        """
+        longest = statistics.get("longest_rows", {}).get("pairs")
+        pairs = statistics.get("pairs", {}).get(self.split)
+        if longest is None or not pairs:
+            return None
+        sides = math.ceil(2 * pairs / world_size)
+        row = round(longest["words"] * TOKENS_PER_WORD)
+        return Rows(min(self.batch_size, sides), 0, row, is_all=sides <= self.batch_size)
 
     @property
     def gold_prompts(self) -> GoldPrompts | None:

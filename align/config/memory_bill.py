@@ -138,7 +138,7 @@ def bill(
 
     Without ``device_bytes``, the memory of a device, the share that vLLM has of it is left out.
     """
-    shape = _Shape.of(size)
+    shape = Shape.of(size)
     layer = 8 * shape.width + 2 * shape.key_value + 4 * shape.inner
     per_token = shape.layers * (shape.width if work.checkpointing else layer) + 2 * shape.width
     # Gradients of the three vectors of the feed-forward layer, and a layer that is computed again.
@@ -149,8 +149,7 @@ def bill(
     sampling = work.copied + round(work.reserved * (device_bytes or 0))
     if work.sampled is not None:
         rows, tokens = work.sampled
-        sampling += rows * tokens * shape.layers * 2 * shape.key_value * work.activation_bytes
-        sampling += 2 * rows * size.vocabulary * 4
+        sampling += sampling_bytes(size, rows, rows * tokens, work.activation_bytes)
         if sharding.stage >= 2:  # all weights beside the parts of this process
             all_weights = 4 * trained.parameters + trained.frozen
             sampling += all_weights if sharding.stage == 3 else sharding.share(all_weights, 2)
@@ -171,7 +170,21 @@ def bill(
     )
 
 
-def _exchange(size: ModelSize, shape: _Shape, trained: Trained, sharding: Sharding) -> int:
+def sampling_bytes(
+    size: ModelSize, rows: int, tokens: int, activation_bytes: int, copies: int = 4
+) -> int:
+    """Bytes of the keys and values of all tokens, and of the last logits of each row.
+
+    ``copies`` are the tensors of the size of these logits, in float32: the logits, probabilities,
+    and random numbers twice. Where heads share keys and values, those of a layer are repeated.
+    """
+    shape = Shape.of(size)
+    repeated = 2 * shape.width * (shape.key_value < shape.width)
+    cached = tokens * (shape.layers * 2 * shape.key_value + repeated) * activation_bytes
+    return cached + copies * rows * size.vocabulary * 4
+
+
+def _exchange(size: ModelSize, shape: Shape, trained: Trained, sharding: Sharding) -> int:
     """Bytes of the gradients or the weights that processes exchange.
 
     DDP has a bucket for every gradient. With divided weights, the embeddings, a layer and the next
@@ -199,7 +212,7 @@ def _logits(work: Work, vocabulary: int, device: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     """Widths of the vectors of a decoder, from the shapes of its linear layers."""
 
     layers: int
@@ -208,7 +221,8 @@ class _Shape:
     key_value: int
 
     @classmethod
-    def of(cls, size: ModelSize) -> _Shape:
+    def of(cls, size: ModelSize) -> Shape:
+        """The widths of a model whose linear layers are known."""
         numbers = {next(filter(str.isdigit, name.split(".")), "") for name in size.linear}
         inputs = [shape[1] for shape in size.linear.values()]
         outputs = [shape[0] for shape in size.linear.values()]

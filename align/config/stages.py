@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.config.base import Input, Stage
+from align.config.completions import Label, Sample
 from align.config.control.algorithms import FAMILIES, family_of
-from align.config.data import Label, Prepare, Sample
+from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.online_rl import OnlineRL
 from align.config.online_rl_stages import GRPO, PPO, RLOO, Reinforce

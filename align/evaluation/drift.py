@@ -60,9 +60,9 @@ class DriftMeter:
         """Score the samples of a loaded policy; if it is the baseline, those of all policies.
 
         ``samples`` has those of all policies so far. The baseline must come last. Nothing is scored
-        where KL cannot be estimated, see :func:`is_measurable`.
+        where KL cannot be estimated.
         """
-        if not is_measurable(self._config):
+        if not self._config.measures_drift:
             return
         self._own[name] = self._score(name, policy, samples[name])
         if name == self._config.baseline:
@@ -94,11 +94,6 @@ class DriftMeter:
             self._under_baseline,
             bootstrap,
         )
-
-
-def is_measurable(config: Evaluate) -> bool:
-    """Whether samples are drawn from the whole distribution, as the estimate of KL requires."""
-    return config.temperature > 0 and config.top_p == 1
 
 
 def score_samples(

@@ -26,6 +26,7 @@ from align.runtime import checksums
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FINGERPRINT = "sha256:"
 """Prefix of the ``revision`` of an adapter whose base is a folder: a digest of the base."""
 
@@ -114,7 +115,7 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
         base.check_unchanged(folder)
         other = adapter_problem(_read_json(folder / ADAPTER_CONFIG), role)
         problems = [f"{folder}: {other}"] if other else []
-        weights = [folder / "adapter_model.safetensors"]
+        weights = [folder / ADAPTER_WEIGHTS]
     elif (folder / "config.json").is_file():
         config = folder / "config.json"
         problems = _json_problems(config)
@@ -248,10 +249,31 @@ def read_position_limit(folder: Path) -> int | None:
     if (folder / ADAPTER_CONFIG).is_file():
         base = Path(read_adapter_base(folder / ADAPTER_CONFIG, folder).source)
         return read_position_limit(base) if base.is_dir() else None
+    return read_limits(folder).positions
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits in the ``config.json`` of a model with full weights."""
+
+    vocabulary: int = 0
+    """Tokens of the vocabulary; 0 is unknown."""
+    positions: int | None = None
+    """Longest sequence in tokens; None is unknown."""
+
+
+def read_limits(folder: Path) -> Limits:
+    """The limits of the model in a folder; unknown where the config is damaged."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config |= config.get("text_config") or {}
     except (OSError, ValueError, TypeError):
-        return None  # the check of the folder reports it
-    limit = config.get("max_position_embeddings", config.get("n_positions"))
-    return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None
+        return Limits()  # the check of the folder reports it
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    vocabulary, limit = _positive(config.get("vocab_size")), _positive(positions)
+    return Limits(vocabulary or 0, limit)
+
+
+def _positive(value: Any) -> int | None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and value > 0 else None

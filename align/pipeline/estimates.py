@@ -6,25 +6,35 @@ activations, which depend on the batch. An unknown number is None.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from align.config.base import NewModel, Workload
-from align.config.data import Prepare, Sample
-from align.config.memory import ModelSize, new_model_size
+from align.config.base import Workload
+from align.config.completions import Sample
+from align.config.data import Prepare
+from align.config.inference_bill import InferenceWork, StoredModel
+from align.config.memory import ModelSize
 from align.config.memory_bill import Work
 from align.data import sources, statistics
 from align.data.prepare import PreparedData, prepare
-from align.models import linear_layers
-from align.models.files import count_parameters, read_position_limit
-from align.models.gguf_files import GgufHeader, read_header
+from align.models.gguf_files import read_header
+from align.pipeline import model_sizes
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, sharding
 
 LARGEST_SOURCE = 8 * 2**20  # bytes; larger sources are not read for a plan
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """The models and the batches of a stage without gradients; None is unknown."""
+
+    policies: list[StoredModel | None]
+    judges: list[StoredModel | None]
+    """Reward models."""
+    work: InferenceWork | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,8 @@ class Estimate:
     """The model that the stage trains; None if there is none or it is unknown."""
     forward: Work | None = None
     """The size of a forward pass in training."""
+    inference: Inference | None = None
+    """What a stage without gradients loads and computes; None if it loads no model."""
 
 
 def prepare_small(stages: Sequence[PlannedStage]) -> dict[Path, PreparedData]:
@@ -68,8 +80,8 @@ def estimate(
     """
     prepared = prepare_small(stages) if prepared is None else prepared
     known: dict[Path, Mapping[str, Any]] = {}  # statistics of prepared data and of completions
-    sizes: dict[Path, ModelSize | None] = {
-        folder: _gguf_size(read_header(file))
+    models: dict[Path, StoredModel | None] = {
+        folder: model_sizes.gguf_model(read_header(file))
         for stage in stages
         for folder, file in stage.gguf_files.items()
     }
@@ -83,16 +95,29 @@ def estimate(
         data = {**_input_statistics(stage, known), "lost_rows": (lost or {}).get(stage.name, 0)}
         work = stage.config.workload(data, world_size)
         if isinstance(stage.config, Sample) and work.rows is not None:
-            known[stage.folder] = stage.config.written(work.rows)
-        memory = size = forward = None
+            known[stage.folder] = stage.config.written(work.rows, data)
+        memory = size = forward = inference = None
         if stage.config.trains_model:
-            size = sizes[stage.folder] = _model_size(stage, sizes)
+            size = model_sizes.trained_size(stage, models)
+            models[stage.folder] = model_sizes.written_model(stage, size)
             sharded = sharding.kind() is not None
             if size is not None:
                 memory = stage.config.memory_bytes(size, work, sharded=sharded)
                 forward = stage.config.forward_work(size, data, world_size)
-        estimates[stage.name] = Estimate(work, memory, size, forward)
+        else:
+            inference = _inference(stage, models, stage.config.inference_work(data, world_size))
+        estimates[stage.name] = Estimate(work, memory, size, forward, inference)
     return estimates
+
+
+def _inference(
+    stage: PlannedStage, known: model_sizes.Known, work: InferenceWork | None
+) -> Inference | None:
+    """The models of a stage without gradients; None if it loads none."""
+    policies, judges = (
+        model_sizes.loaded_models(stage, known, policies=policies) for policies in (True, False)
+    )
+    return Inference(policies, judges, work) if policies or judges else None
 
 
 def count_requests(
@@ -142,36 +167,3 @@ def _input_statistics(
         return known[data]
     artifact = artifacts.read_artifact(data)
     return artifact.metrics if artifact is not None else {}
-
-
-def _model_size(stage: PlannedStage, known: Mapping[Path, ModelSize | None]) -> ModelSize | None:
-    """The size of the model that a stage trains; None if it is not available yet."""
-    model = getattr(stage.config, "model", None)
-    if isinstance(model, NewModel):
-        return new_model_size(model)
-    source = stage.inputs["model"]
-    if isinstance(source, str):
-        return None
-    return known[source] if source in known else _stored_size(source)
-
-
-def _gguf_size(header: GgufHeader) -> ModelSize:
-    embeddings = header.tensors.get("token_embd.weight", (0, 0))
-    return ModelSize(header.parameters, linear_layers.of_gguf(header), int(embeddings[-1]))
-
-
-def _stored_size(folder: Path) -> ModelSize | None:
-    base = folder
-    config = folder / "adapter_config.json"
-    if config.is_file():
-        base = Path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
-    if not files:
-        return None
-    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return ModelSize(
-        sum(map(count_parameters, files)),
-        linear_layers.of_folder(base),
-        values.get("vocab_size") or 0,
-        read_position_limit(base),
-    )

@@ -19,7 +19,7 @@ def out_of_memory_line(shortage: Shortage, stage: PlannedStage, recipe: Recipe) 
     advice = "free memory, or use a machine with more"
     if settings:
         advice = f"in this order, set {', '.join(settings)}"
-    if stage.config.trains_model:
+    if isinstance(stage.config, QuantizableStage):  # the plan has a bill of these
         size = "SIZE" if shortage.capacity is None else f"{shortage.capacity / 1e9:.4g}GB"
         command = ["align", "plan", str(recipe.path), *recipe.overrides, "--gpu-memory", size]
         advice += f"; `{shlex.join(command)}` lists what the stages need and what would lower it"

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from align.config.data import Label
+from align.config.completions import Label
 from align.data import pairing, statistics, tables
 from align.data.rows import Row
 from align.errors import DataError

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.config.data import Sample
+from align.config.completions import Sample
 from align.data import tables
 from align.models import generation, tokenization
 from align.models.policy import load_policy

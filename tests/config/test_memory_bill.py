@@ -70,7 +70,8 @@ def test_the_parts_by_hand():
     alone = bill(size, trained, work, Sharding(device="cpu"))
     # A layer: 8 * 8 + 2 * 8 + 4 * 16 = 144 numbers; 3 layers and 2 * 8 at the end: 448 a token.
     # Its backward pass: 3 * 16 numbers. Logits: 10 tokens of a buffer with 32768 columns, and 7.25
-    # copies of 512 columns. Cache: 2 rows * 20 tokens * 3 layers * 2 * 8, and twice their logits.
+    # copies of 512 columns. Cache: 2 rows * 20 tokens * 3 layers * 2 * 8, and their logits four
+    # times: also probabilities, and random numbers twice.
     assert alone.parts() == {
         "weights": 4000,
         "gradients": 4000,
@@ -81,7 +82,7 @@ def test_the_parts_by_hand():
         "layer": 10 * 48 * 4,
         "logits": 10 * 4 * 32768 + 10 * 4 * 3712,
         "embedding": 4 * 512 * 8,
-        "sampling": 2 * 20 * 3 * 2 * 8 * 4 + 2 * 2 * 512 * 4,
+        "sampling": 2 * 20 * 3 * 2 * 8 * 4 + 4 * 2 * 512 * 4,
     }
     assert alone.peak == 4000 + 8000 + 4000 + 17920 + 1459200 + 16384
     # On a GPU the copies are missing. With more tokens than 4,096, the buffer stays as it is.

@@ -12,7 +12,8 @@ import pytest
 from helpers import tiny_models
 from helpers.judge_server import Request, judge_server
 
-from align.config.data import Label, Prepare
+from align.config.completions import Label
+from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.recipe import read_recipe
 from align.config.training import Reward

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.config.completions import Sample
 from align.config.control.policy_gradient import PolicyGradient
-from align.config.data import Prepare, Sample
+from align.config.data import Prepare
 from align.config.training import SFT, Reward
 from align.runtime import artifacts
 from align.stages import control, prepare, reward, sample, sft

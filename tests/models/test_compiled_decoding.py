@@ -9,7 +9,7 @@ import torch
 from models.test_decoding import GREEDY, NUCLEUS, SMALL, SOFTMAX, STOPS, WINDOW, build, prompts
 from peft import LoraConfig, get_peft_model
 
-from align.config.data import Sample
+from align.config.completions import Sample
 from align.config.online_rl_stages import PPO
 from align.errors import UserError
 from align.models.decoding import compiled, eager

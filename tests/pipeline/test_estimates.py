@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from align.config.base import Lora, NewModel, Stage, Workload
+from align.config.completions import Sample
 from align.config.control.policy_gradient import PolicyGradient
-from align.config.data import Sample
 from align.config.evaluate import Evaluate
 from align.config.memory import ModelSize
 from align.config.online_rl_stages import PPO, RLOO, Reinforce

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from align.cli.plan_times import duration, times_table
-from align.config.data import Label, Prepare, Sample
+from align.config.completions import Label, Sample
+from align.config.data import Prepare
 from align.config.online_rl_stages import GRPO
 from align.data import tables
 from align.data.rows import Row

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.completions import Label, Sample
 from align.config.control.policy_gradient import PolicyGradient
-from align.config.data import Label, Sample
 from align.config.evaluate import Evaluate
 from align.config.online_rl_stages import PPO
 from align.config.stages import STAGES

@@ -15,7 +15,7 @@ from helpers import tiny_models
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from align.config.data import Label, Sample
+from align.config.completions import Label, Sample
 from align.config.evaluate import Evaluate
 from align.config.recipe import read_recipe
 from align.config.training import DPO, KTO

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Stage
-from align.config.data import Label, Sample
+from align.config.completions import Label, Sample
 from align.data import tables
 from align.data.prepare import PreparedData
 from align.pipeline.plan import PlannedStage

@@ -12,9 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from align.config import judges
-from align.config.data import Label, Sample
+from align.config.completions import Label, Sample
 from align.config.evaluate import Evaluate
-from align.evaluation.drift import is_measurable
 from align.models import generation, tokenization
 from align.models.logps import completion_logps
 from align.models.policy import Policy, load_policy
@@ -80,9 +79,9 @@ def measure_evaluate(
             measured = described(lengths)
             control = "baseline" in inputs
             parts["sample"] = speed.seconds(rows * (models + control), lengths)
-        if is_measurable(config) or config.implicit_rewards:
+        if config.measures_drift or config.implicit_rewards:
             forward = _logps_seconds_per_row(config, policy, sampled, watch)
-        if config.judge is not None and is_measurable(config):
+        if config.measures_drift:
             shared = models - 1 if "baseline" in inputs else 0
             drift = forward * rows * (models + shared)
             parts["drift"] = Seconds(drift, drift * _growth(speed, lengths))

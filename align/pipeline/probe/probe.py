@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from align.config.completions import Label, Sample
 from align.config.control.base import Control
-from align.config.data import Label, Prepare, Sample
+from align.config.data import Prepare
 from align.config.evaluate import Evaluate
 from align.config.online_rl import OnlineRL
 from align.config.training_base import TRLStage
