@@ -140,7 +140,9 @@ def test_row_05_lengths_decide_which_tokens_are_real_if_pad_equals_eos(
         ours, theirs = getattr(one, name), getattr(two, name)
         assert_close(ours[one.mask], theirs[one.mask])
     first, second = recorder.diagnostics
-    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-4)
+    # The embedding of an input token that equals pad gets no gradient (`padding_idx` of torch);
+    # all other gradients are equal.
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-3)
     assert first.policy_loss == pytest.approx(second.policy_loss, abs=1e-5)
 
 
