@@ -235,7 +235,8 @@ def test_a_restored_trainer_reaches_the_same_weights(critic: str) -> None:
 
 def test_the_saved_policy_plays(tmp_path: Any, capsys: Any) -> None:
     trainer = build(environment_options=SPREAD | {"max_cycles": 4})
-    policy_files.describe(tmp_path, trainer.config, trainer.spec)
+    spec = spaces.inspect_env(*trainer.config.gym_environments)
+    policy_files.describe(tmp_path, trainer.config, spec)
     policy_files.save(policy_files.policy_file(tmp_path, 0), trainer.policy, trainer.critic, None)
     loaded = policy_files.load(tmp_path, 0)
     observations = torch.from_numpy(Environments(ID, SPREAD, 2).reset(0))

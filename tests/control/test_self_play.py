@@ -138,7 +138,8 @@ def test_a_restored_trainer_reaches_the_same_weights() -> None:
 
 def test_the_saved_policy_plays_against_random_moves(tmp_path: Any) -> None:
     trainer = build("tic_tac_toe")
-    policy_files.describe(tmp_path, trainer.config, trainer.spec)
+    spec = spaces.inspect_env(*trainer.config.gym_environments)
+    policy_files.describe(tmp_path, trainer.config, spec)
     policy_files.save(policy_files.policy_file(tmp_path, 0), trainer.policy, trainer.critic, None)
     loaded = policy_files.load(tmp_path, 0)
     assert isinstance(loaded.policy, Policy)
