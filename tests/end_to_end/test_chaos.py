@@ -1,5 +1,6 @@
 """Runs that are killed at random moments, in every way, end in the same results, bit for bit.
 
+These are the weights, and the win rates of what was trained, with the completions behind them.
 The number of kills is an option: ``pytest -m slow tests/end_to_end/test_chaos.py --kills 50``.
 Results of one and of two processes are compared with those of the same number.
 """
@@ -60,7 +61,23 @@ stages:
     epochs: 2
     minibatches: 2
     save_steps: 3
+""" + "".join(
+    f"""\
+  rates_{name}:
+    stage: evaluate
+    policies: [{policy}]
+    baseline: reference
+    judge: {judge}
+    max_new_tokens: 16
 """
+    for name, policy, judge in [
+        ("sft", "sft", "gold"),
+        ("dpo", "dpo", "gold"),
+        ("kto", "kto", "gold"),
+        ("reward", "sft", "reward"),
+        ("ppo", "ppo", "gold"),
+    ]
+)
 STAGES = ("prepare", "sft", "dpo", "kto", "reward", "ppo")
 EPISODES = [("ppo", 2), ("sft", 1), ("kto", 1), ("dpo", 1), ("reward", 1)]
 EPISODES += [(stage, 3 - processes) for stage, processes in EPISODES]
@@ -92,6 +109,7 @@ class Chaos:
             if not runs.exists():
                 self.inputs(stage, runs)
                 run(runs, stage, processes)
+                run(runs, f"rates_{stage}", 1)
         (result,) = runs.glob(f"{stage}-*")
         artifact = artifacts.read_artifact(result)
         assert artifact is not None
@@ -231,6 +249,18 @@ def check_same(result: Path, expected: Path) -> None:
     )
 
 
+def check_same_win_rates(runs: Path, expected: Path, stage: str) -> None:
+    """Check the verdicts and the win rates of what a stage trained, or of what its model judges."""
+    folders = [next(each.glob(f"rates_{stage}-*")) for each in (runs, expected)]
+    ours, whole = [artifacts.read_artifact(folder) for folder in folders]
+    assert ours is not None and whole is not None
+    assert ours.metrics["comparisons"] == whole.metrics["comparisons"]
+    (row,) = whole.metrics["comparisons"]
+    assert 0 <= row["win_rate"] <= 1
+    completions = [(folder / "comparisons.parquet").read_bytes() for folder in folders]
+    assert completions[0] == completions[1] != b""
+
+
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     folder = tmp_path_factory.mktemp("chaos")
@@ -279,6 +309,8 @@ def test_runs_that_are_killed_at_random_moments_end_bit_for_bit_as_if_nothing_ha
             run(runs, stage, processes)
             (result,) = runs.glob(f"{stage}-*")
             check_same(result, expected)
+            run(runs, f"rates_{stage}", 1)
+            check_same_win_rates(runs, expected.parent, stage)
             chaos.counts.update(f"{kind}, {processes} processes" for kind in pending)
             with capsys.disabled():
                 print(f"\n{stage}, {processes} processes: {len(pending)} kills survived", end="")
