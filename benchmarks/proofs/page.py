@@ -90,8 +90,19 @@ are filled up to a common level: π = ref · max(0, √((2w − 1)/λ) − 1). C
 of the excluded completions: of the reference, of each seed (in bold where above {bound}), and the
 mean; then the bias as above. KL(trained, named) is infinite while an excluded completion has any
 probability. The last column is the other direction, KL(named, trained), for each seed (in bold
-where above {bound}): it is finite, and large if the other completions have the wrong shares. Runs
-without a record of it have a dash.
+where above {bound}): it is finite, and large if the other completions have the wrong shares.
+
+The objective is concave in the policy, so it has one maximum. But the gradient on a completion is a
+multiple of its probability, and parameters are shared: the first steps carry completions of the
+maximum below 1e-3 along with those that should go, and the noise of small batches keeps them there.
+A slow test shows both in a loop without TRL, in the world of seed 2 with 320 steps and a learning
+rate of 1.5e-3. With the exact gradient of the expected loss, KL(named, trained) ends within
+{bound}; with batches of 200 sampled completions, above 1. These rows therefore have a lower
+learning rate, larger batches, and pairs whose sides are equal as often as the distributions of
+chosen and rejected completions allow. As the losses add a term of each side, matching sides leaves
+the expected loss unchanged; it only makes batches more alike. The settings were chosen on seed 2.
+Of two seeds outside the table, KTO ends at 0.018 nats with seed 3 and, above the bound, at 0.028
+with seed 4; by the settings of the other rows it was 0.061 and 0.161.
 """
 DIGITS = """
 The runs confirm fewer than two digits of the mean bias by the formula for:

@@ -23,6 +23,7 @@ from benchmarks.proofs.world import (
     kl,
     make_world,
     write_demonstrations,
+    write_matched_pairs,
     write_pairs,
 )
 
@@ -115,6 +116,8 @@ def train(method: Method, world: World, seed: int) -> tuple[Tensor, float | None
     settings = {k: v for k, v in method.settings.items() if k != "trainer"}
     if method.stage == "sft":
         write_demonstrations(world, optima.reward_and_kl(world, method.beta).exp(), 1000, seed)
+    elif method.matched_pairs is not None:
+        write_matched_pairs(world, method.matched_pairs, seed)
     else:
         write_pairs(world, PAIRS, seed, flipped=method.flipped)
     folder, _ = train_offline(

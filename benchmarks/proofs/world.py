@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,18 +227,42 @@ def write_pairs(world: World, n: int, seed: int, *, flipped: float = 0.0) -> Non
     noise. Sides may be equal.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i, prompt in enumerate(PROMPTS):
-        for outcome in systematic(outcome_chances(world, flipped)[i].flatten(), n, generator):
-            chosen, rejected = divmod(outcome, len(TEXTS))
-            rows.append(
-                {
-                    "prompt": user(prompt),
-                    "chosen": assistant(TEXTS[chosen]),
-                    "rejected": assistant(TEXTS[rejected]),
-                    "prompt_id": str(i),
-                }
-            )
+    chances = outcome_chances(world, flipped).flatten(1)
+    outcomes = [systematic(each, n, generator) for each in chances]
+    _write_outcomes(world, [[divmod(each, len(TEXTS)) for each in rows] for rows in outcomes])
+
+
+def write_matched_pairs(world: World, n: int, seed: int) -> None:
+    """Write ``n`` pairs per prompt for losses that add a term of each side.
+
+    Each side is distributed as in :func:`write_pairs`, a systematic sample as well, and the sides
+    are equal as often as that allows. The sum of such a loss over all rows is that of other pairs
+    of the same sides. But where sides are equal their gradients cancel at the reference, so batches
+    differ less from each other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    outcomes = []
+    for chances in outcome_chances(world):
+        sides = [systematic(chances.sum(axis), n, generator) for axis in (1, 0)]
+        chosen, rejected = map(Counter, sides)
+        same = chosen & rejected
+        rest = zip((chosen - same).elements(), (rejected - same).elements(), strict=True)
+        outcomes.append([*((each, each) for each in same.elements()), *rest])
+    _write_outcomes(world, outcomes)
+
+
+def _write_outcomes(world: World, outcomes: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Write pairs: the numbers of the chosen and of the rejected completion, by prompt."""
+    rows = [
+        {
+            "prompt": user(prompt),
+            "chosen": assistant(TEXTS[chosen]),
+            "rejected": assistant(TEXTS[rejected]),
+            "prompt_id": str(i),
+        }
+        for i, prompt in enumerate(PROMPTS)
+        for chosen, rejected in outcomes[i]
+    ]
     write(rows, world.data / "pairs-train.parquet")
 
 

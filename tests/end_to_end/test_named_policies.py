@@ -8,22 +8,29 @@ computations, and some methods are trained with one seed.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Callable
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from benchmarks.proofs import fixed_points, methods, optima, runs
 from benchmarks.proofs.training import train_online
 from benchmarks.proofs.world import (
+    EOS,
     LENGTHS,
     LIMIT,
+    PROMPTS,
     TEXTS,
     WORDS,
     kl,
     make_world,
     outcome_chances,
     systematic,
+    write_matched_pairs,
 )
 
 
@@ -62,6 +69,24 @@ def test_a_systematic_sample_has_the_expected_counts_rounded_up_or_down():
 def test_best_of_two_is_the_distribution_of_the_chosen_completions(world):
     chosen = outcome_chances(world).sum(2)
     assert kl(chosen.log(), optima.best_of_two(world)) == pytest.approx(0, abs=1e-6)
+
+
+def test_matched_pairs_have_the_sides_of_drawn_pairs(world):
+    write_matched_pairs(world, 500, 0)
+    rows = pq.read_table(world.data / "pairs-train.parquet").to_pylist()
+    expected = outcome_chances(world)
+    for i in range(len(expected)):
+        own = [row for row in rows if row["prompt_id"] == str(i)]
+        assert len(own) == 500
+        for axis, side in ((1, "chosen"), (0, "rejected")):
+            texts = Counter(row[side][0]["content"] for row in own)
+            counts = torch.tensor([texts[text] for text in TEXTS])
+            assert ((counts - 500 * expected[i].sum(axis)).abs() < 1).all()
+        # The lower of both counts of a completion; drawn pairs are equal more rarely.
+        both = torch.minimum(expected[i].sum(0), expected[i].sum(1)).sum()
+        equal = sum(row["chosen"] == row["rejected"] for row in own)
+        assert equal == pytest.approx(500 * both, abs=len(TEXTS))
+        assert equal > 2 * 500 * expected[i].diagonal().sum()
 
 
 @pytest.mark.parametrize(
@@ -240,3 +265,57 @@ def test_a_method_reaches_the_policy_that_theory_names(tmp_path, name):
     run = runs.run(method, 0, tmp_path)
     assert run.start > 0.1
     assert run.reached <= methods.BOUND
+
+
+def token_rows() -> list[tuple[Tensor, Tensor]]:
+    """The tokens of each prompt with all completions, and those of the completions."""
+    ids = {word: n for n, word in enumerate((EOS, *WORDS))}
+    completions = [[*(ids[word] for word in text.split()), ids[EOS]][:LIMIT] for text in TEXTS]
+    own = torch.tensor([row + [ids[EOS]] * (LIMIT - len(row)) for row in completions])
+    heads = [[ids[EOS], *(ids[word] for word in prompt.split())] for prompt in PROMPTS]
+    return [(torch.cat([torch.tensor([head] * len(own)), own], 1), own) for head in heads]
+
+
+def log_probabilities(model: torch.nn.Module) -> Tensor:
+    """Those of all completions, ``[prompt, completion]``, with a gradient."""
+    exists = torch.arange(LIMIT) < LENGTHS[:, None]
+    logps = []
+    for tokens, own in token_rows():
+        logits = model(input_ids=tokens).logits[:, -LIMIT - 1 : -1]
+        logps.append((logits.log_softmax(-1).gather(2, own[..., None])[..., 0] * exists).sum(1))
+    return torch.stack(logps).double()
+
+
+@pytest.mark.slow
+def test_noise_of_batches_not_the_exact_gradient_ends_far_from_a_policy_that_excludes(tmp_path):
+    """Seed 2 with 320 steps and a learning rate of 1.5e-3, in a loop without code of TRL."""
+    world = make_world(tmp_path, 2)
+    reference, named = world.reference, optima.water_filling(world)
+    wins = 2 * reference.exp() * optima.win_probabilities(world)
+    sides = torch.stack([wins, 2 * reference.exp() - wins])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        """Shares of each side in a batch with 50 of them for each prompt."""
+        rows = torch.multinomial(sides.flatten(0, 1), 50, True, generator=generator)
+        return torch.nn.functional.one_hot(rows, len(TEXTS)).double().mean(1).view_as(sides)
+
+    def trained(shares: Callable[[], Tensor]) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(world.model)
+        assert torch.allclose(log_probabilities(model), reference, atol=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=320)
+        for _ in range(320):
+            desirable, undesirable = shares()
+            gains = torch.sigmoid(log_probabilities(model) - reference)
+            optimizer.zero_grad()
+            ((undesirable - desirable) * gains).sum().div(4).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return log_probabilities(model).detach()
+
+    assert kl(named, trained(lambda: sides)) <= methods.BOUND
+    collapsed = trained(drawn)
+    assert kl(named, collapsed) > 1
+    assert runs.excluded(collapsed, named) <= methods.BOUND
