@@ -143,6 +143,16 @@ def broadcast_from_main(value: T) -> T:
     return broadcast_object_list([value])[0]
 
 
+def gather(values: list[T]) -> list[T]:
+    """The values of all ranks, in the order of the ranks. A collective call."""
+    if world_size() == 1:
+        return values
+    from accelerate.utils import gather_object
+
+    gathered: list[T] = gather_object(values)
+    return gathered
+
+
 def raise_together(error: UserError | None) -> None:
     """Raise the error of any rank on all ranks; without one, nothing happens. A collective call.
 
@@ -151,13 +161,7 @@ def raise_together(error: UserError | None) -> None:
     Raises:
         UserError: A rank has an error; the first such rank is named, unless it is rank 0.
     """
-    if world_size() == 1:
-        lines = [None if error is None else error.lines]
-    else:
-        from accelerate.utils import gather_object
-
-        lines = gather_object([None if error is None else error.lines])
-    for number, each in enumerate(lines):
+    for number, each in enumerate(gather([None if error is None else error.lines])):
         if each is not None:
             raise UserError(*(f"process {number}: {line}" if number else line for line in each))
 
@@ -187,11 +191,7 @@ def map_rows(
     for done, chunk in enumerate(own_chunks, 1):
         results += zip(chunk, fn([rows[i] for i in chunk]), strict=True)
         progress(done, len(own_chunks))
-    if world_size() > 1:
-        from accelerate.utils import gather_object
-
-        results = gather_object(results)
-    by_row = dict(results)
+    by_row = dict(gather(results))
     return [by_row[i] for i in range(len(rows))]
 
 

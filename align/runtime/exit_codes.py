@@ -50,7 +50,8 @@ def guarded(command: Callable[[], object], *, interrupted: str = "interrupted") 
         command()
         codes.append(0)
     except SystemExit as end:  # typer ends every command so
-        codes.extend([end.code or 0] if isinstance(end.code, int | None) else [])
+        if isinstance(end.code, int | None):
+            codes.append(end.code or 0)
         raise
     except UserError as error:
         _exit(2, error.lines)

@@ -197,9 +197,4 @@ def _mask_of(name: str, inputs: Mapping[str, Any]) -> Any:
 def _raise_on_all_ranks(error: str | None) -> None:
     """Raise the first error of any rank on all of them, so that none waits for another."""
     if distributed.any_rank(error is not None):
-        lines = [error]
-        if distributed.world_size() > 1:
-            from accelerate.utils import gather_object
-
-            lines = gather_object(lines)
-        raise UserError(next(line for line in lines if line is not None))
+        raise UserError(next(line for line in distributed.gather([error]) if line is not None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from helpers import forks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -697,14 +696,9 @@ def statistics(batch: Rollout) -> dict[str, Any]:
     }
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def run_rank(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = torch.distributed.get_rank()
     results: dict[str, Any] = statistics(half(rollout(12, noise=0.3), rank))
     for name, (batch, objective) in cases().items():
         learner = DistributedDataParallel(model())
@@ -713,16 +707,16 @@ def run_rank(rank: int, folder: str) -> None:
             Evaluate(learner), own_rows, objective, sgd(learner), generator=generator(rank)
         )
         results[name] = (weights(learner), dataclasses.asdict(diagnostics))
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads can abort a process whose interpreter is taken down
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    # Not forked: a child of a process with other threads can wait for their locks for ever.
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    log = folder / "log"
+    with forks.ranks(run_rank, folder, log=log) as ranks:
+        assert [forks.wait(rank) for rank in ranks] == [0, 0], log.read_text()
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -92,9 +92,8 @@ class Choice:
         if not self.do_sample:
             return ChosenTokens(logits.argmax(-1), logits.new_zeros(len(logits)))
         probabilities = self.scores(logits).softmax(-1)  # one NaN or infinity makes a row NaN
-        tokens = (probabilities / self.noise(rows, probabilities)).argmax(
-            -1
-        )  # the NaN, if there is one
+        # The NaN, if there is one.
+        tokens = (probabilities / self.noise(rows, probabilities)).argmax(-1)
         return ChosenTokens(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log())
 
 
