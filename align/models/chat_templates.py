@@ -26,6 +26,8 @@ from align.models import turn_fields
 Message = Mapping[str, Any]
 """One turn of a conversation: its role, its content, and fields that a template may write."""
 
+BREAK = "\ufdd0"
+"""A noncharacter of Unicode that separates the characters of a special token within a message."""
 SECONDS = 5.0
 """Longest time that a template may take for one conversation."""
 MAX_LENGTH = 10_000_000
@@ -57,14 +59,19 @@ class ChatTemplate:
     ) -> str:
         """A conversation as text; ``add_generation_prompt`` appends the header of an answer.
 
+        A prompt must have all of its turns. Without the header, a template may write a system turn
+        elsewhere or not at all (Mistral's); no stage reads its turns from there.
+
         Raises:
             UserError: The template is malformed, refuses the conversation, takes too long, uses
-                what the sandbox forbids, or leaves out tools, tool calls or reasoning.
+                what the sandbox forbids, or leaves out a turn, tools, tool calls or reasoning.
         """
         tools = tools or turn_fields.tools_of(messages)
         text = self._render(messages, add_generation_prompt, tools)
-        if tools or any(map(turn_fields.has_more_than_text, messages)):
-            missing = self._missing(text, messages, add_generation_prompt, tools)
+        has_more = [*map(turn_fields.has_more_than_text, messages)]
+        turns = [k for k, more in enumerate(has_more) if more or add_generation_prompt]
+        if tools or any(has_more) or (turns and _may_omit(self.text, text, messages)):
+            missing = self._missing(text, messages, add_generation_prompt, tools, turns)
             if missing:
                 raise UserError(
                     f"{self.name}: its chat template does not write {', '.join(missing)} in the "
@@ -79,8 +86,9 @@ class ChatTemplate:
         messages: Sequence[Message],
         add_generation_prompt: bool,
         tools: Sequence[Any] | None,
+        turns: Sequence[int],
     ) -> list[str]:
-        """The parts that the template leaves out, in words.
+        """The parts of ``turns`` that the template leaves out, in words.
 
         A template that refuses names of functions which it does not know is rendered without marks.
         """
@@ -88,9 +96,9 @@ class ChatTemplate:
         try:
             marked_text = self._render(marked, add_generation_prompt, marked_tools)
         except UserError:
-            missing = list(turn_fields.not_written(text, messages, tools))
+            missing = list(turn_fields.not_written(text, messages, tools, turns))
         else:
-            parts = turn_fields.not_written(marked_text, marked, marked_tools)
+            parts = turn_fields.not_written(marked_text, marked, marked_tools, turns)
             missing = [turn_fields.without_marks(part) for part in parts]
         if not missing and turn_fields.has_reasoning(messages):
             return [] if _writes_reasoning(self.text) else [f"`{turn_fields.REASONING[0]}`"]
@@ -122,17 +130,41 @@ class ChatTemplate:
             ) from None
 
 
+def _may_omit(template: str, text: str, prompt: Sequence[Message]) -> bool:
+    """Whether the text of a prompt, whose turns have a text only, may lack one of them.
+
+    The text of one turn may be part of another, so that the roles are rendered with other texts too.
+    """
+    contents = (str(turn.get("content") or "").strip() for turn in prompt)
+    if not all(content in text for content in contents):
+        return True
+    return not _writes_turns(template, tuple(str(turn.get("role")) for turn in prompt))
+
+
+@functools.lru_cache(maxsize=1024)
+def _writes_turns(template: str, roles: tuple[str, ...]) -> bool:
+    """Whether a template writes all turns of a prompt with these roles, if it accepts them."""
+    turns = [{"role": role, "content": f"Turn{k}x"} for k, role in enumerate(roles)]
+    try:
+        text = ChatTemplate(template, "", _NO_TOKENS)._render(turns, True, None)
+    except UserError:
+        return True
+    return all(turn["content"] in text for turn in turns)
+
+
+_NO_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+
+
 @functools.lru_cache(maxsize=32)
 def _writes_reasoning(text: str) -> bool:
     """Whether a template writes the reasoning of a last turn."""
     probe = "ReasoningPlaceholder"
-    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
     turns: list[Message] = [
         {"role": "user", "content": "User"},
         {"role": "assistant", "content": "Assistant", turn_fields.REASONING[0]: probe},
     ]
     try:
-        return probe in ChatTemplate(text, "", tokens)._render(turns, False, None)
+        return probe in ChatTemplate(text, "", _NO_TOKENS)._render(turns, False, None)
     except UserError:
         return False
 
@@ -228,5 +260,5 @@ def _one_line(error: Exception) -> str:
 def _beginning(messages: Sequence[Message]) -> str:
     """The beginning of the last turn that has a text, to find the row."""
     texts = [" ".join(str(message.get("content") or "").split()) for message in messages]
-    text = next((text for text in reversed(texts) if text), "")
+    text = next((text for text in reversed(texts) if text), "").replace(BREAK, "")
     return repr(text if len(text) < 50 else f"{text[:47]}…")

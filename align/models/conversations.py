@@ -19,10 +19,8 @@ from typing import Any, Literal
 
 from align.errors import UserError
 from align.models import turn_fields
-from align.models.chat_templates import REPAIR, ChatTemplate, Message
+from align.models.chat_templates import BREAK, REPAIR, ChatTemplate, Message
 
-BREAK = "\ufdd0"
-"""A noncharacter of Unicode that separates the characters of a special token within a message."""
 REASONING = ("<think>", "</think>")
 """Tokens that a completion may contain although some templates write them too."""
 MISSING_END_REPAIR = (

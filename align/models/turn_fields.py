@@ -1,11 +1,11 @@
 """Tools, tool calls and reasoning of turns: as templates read them, and whether one wrote them.
 
 Tables store the arguments of a call and the tools of a conversation as JSON text
-(:mod:`align.data.tool_calls`). Templates read objects. A template that leaves out a part of a turn
-would train another text than that of the source, so a stage refuses the row. The name of a function
-is in the tools too, and the value of an argument often in the question: the template is
-therefore rendered once more with a mark in each part. Left out: numbers and nested arguments, whose
-notation differs between templates.
+(:mod:`align.data.tool_calls`). Templates read objects. A template that leaves out a turn, or a part
+of one, would train another text than that of the source, so a stage refuses the row. The name of a
+function is in the tools too, and the value of an argument often in the question: the template is
+therefore rendered once more with a mark behind each part. Left out: numbers and nested arguments,
+whose notation differs between templates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -22,6 +22,7 @@ UNTRAINED = "untrained"
 """Field of an earlier turn of the assistant that is excluded from training."""
 THINK = "</think>"
 _OPENING = "<think>"
+_MARK = r"Part\d+x"
 Message = Mapping[str, Any]
 
 
@@ -120,7 +121,8 @@ def marked(
 ) -> tuple[list[Message], list[Any] | None]:
     """A conversation and its tools with a mark, which is nowhere else, in each part of a turn.
 
-    Parts are names of tools and calls, arguments, results, and texts of turns that have more.
+    Parts are names of tools and calls, arguments, results, and texts. A mark ends its part, so that
+    a part of which the template writes only the beginning lacks it.
     """
     numbers = itertools.count()
 
@@ -137,8 +139,6 @@ def marked(
         return {**call, "function": {"name": mark(function["name"]), "arguments": text}}
 
     def mark_turn(message: Message) -> Message:
-        if not has_more_than_text(message):
-            return message
         fields: dict[str, Any] = {
             key: mark(message[key]) for key in ("content", REASONING[0]) if message.get(key)
         }
@@ -156,15 +156,16 @@ def marked(
 
 def without_marks(text: str) -> str:
     """A text of :func:`marked` as it was."""
-    return re.sub(r"Part\d+x", "", text)
+    return re.sub(_MARK, "", text)
 
 
 def not_written(
-    text: str, messages: Sequence[Message], tools: Sequence[Any] | None
+    text: str, messages: Sequence[Message], tools: Sequence[Any] | None, turns: Container[int]
 ) -> Iterator[str]:
     """The parts of turns that the text of a conversation lacks, in words.
 
-    Earlier turns may lack their reasoning: templates leave it out on purpose.
+    ``turns`` has the indices of those that must be written. Earlier turns may lack their reasoning:
+    templates leave it out on purpose.
     """
     forms = _Text(text)
     for tool in tools or ():
@@ -172,7 +173,7 @@ def not_written(
         if name not in forms:
             yield f"the tool `{name}`"
     for number, message in enumerate(messages, start=1):
-        if has_more_than_text(message):
+        if number - 1 in turns:
             is_last = number == len(messages)
             turn = f"of turn {number} ({message['role']})"
             yield from (f"{part} {turn}" for part in _missing(forms, message, is_last))
@@ -182,7 +183,8 @@ def _missing(text: _Text, message: Message, is_last: bool) -> Iterator[str]:
     reasoning, content = message.get(REASONING[0]), str(message.get("content") or "")
     if reasoning and is_last and reasoning not in text:
         yield f"`{REASONING[0]}`"
-    if content.rpartition(THINK)[2] not in text:
+    mark = re.search(f"{_MARK}$", content)  # templates remove commands, such as /no_think
+    if (mark.group() if mark else content.rpartition(THINK)[2]) not in text:
         yield "the text"
     for call in message.get("tool_calls") or ():
         function = call["function"]

@@ -17,7 +17,8 @@ from align.config.recipe import ErrorCollector
 from align.config.validation import HUB_ID
 from align.errors import UserError
 from align.models import tokenizer_files, turn_fields
-from align.models.conversations import Conversations
+from align.models.chat_templates import REPAIR, Message
+from align.models.conversations import REASONING, Conversations, trained_turns
 from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Sequences, Tables, TokenizedModel
@@ -98,6 +99,42 @@ def special_token_lines(
             f"{name}: {count:,} of {len(rows):,} rows have special tokens of the tokenizer in "
             "their text; they are read as text"
         )
+
+
+def open_reasoning_lines(
+    name: str,
+    conversations: Conversations,
+    rows: Sequence[Sequences],
+    train_on: Literal["all", "last"],
+) -> Iterator[str]:
+    """A line with the number of rows that train an answer within reasoning that never ends.
+
+    The templates of DeepSeek-R1 and others begin an answer with ``<think>`` before sampling.
+    """
+    turns: list[Message] = [{"role": "user", "content": "User"}]
+    before = conversations.template.render(turns, add_generation_prompt=True)
+    turns += [{"role": "assistant", "content": "Assistant"}]
+    if not before.rstrip().endswith(REASONING[0]) or REASONING[1] in conversations.template.render(
+        turns
+    ):
+        return
+
+    def answers(row: Sequences) -> Iterator[Message]:
+        earlier = trained_turns(row.prompt) if train_on == "all" else []
+        return itertools.chain((row.prompt[k] for k in earlier), *row.completions)
+
+    count = sum(any(not _ends_reasoning(turn) for turn in answers(row)) for row in rows)
+    if count:
+        yield (
+            f"{name}: {count:,} of {len(rows):,} rows have an answer without reasoning behind the "
+            f"`{REASONING[0]}` that the template writes before it, so the policy learns to answer "
+            f"within its reasoning; add `{turn_fields.REASONING[0]}` to them, or {REPAIR}"
+        )
+
+
+def _ends_reasoning(turn: Message) -> bool:
+    has_field = turn_fields.has_reasoning([turn])
+    return has_field or REASONING[1] in str(turn.get("content") or "")
 
 
 def check_prompts(

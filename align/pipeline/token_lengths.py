@@ -103,6 +103,9 @@ def _stage_lines(
                     yield from template_checks.special_token_lines(
                         stage.name, model.conversations, rows
                     )
+                    yield from template_checks.open_reasoning_lines(
+                        stage.name, model.conversations, rows, config.trained_turns
+                    )
                     problem = row_limits.lost_rows_problem(
                         config, counts.lost, len(rows), counts.limit
                     )

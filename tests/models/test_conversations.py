@@ -132,10 +132,60 @@ def test_text_of_a_turn_does_not_shift_the_tokens_between_two_turns():
     assert text == f"\n<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_template_that_omits_earlier_turns_has_no_tokens_between_them():
-    tokenizer = make_tokenizer("{{ messages[-1].content }}</s>")
-    with pytest.raises(UserError, match=r"omits turn 2 \(assistant\); set another template"):
+@pytest.mark.parametrize(("template", "message"), [
+    ("{{ messages[-1].content }}</s>",
+     r"does not write the text of turn 1 \(user\), the text of turn 2 \(assistant\) in the "
+     r"conversation 'and <\|im_end\|> then'; remove such rows"),
+    (VICUNA.replace("m.content", "m.content.replace('Placeholder', '')"),
+     r"omits turn 2 \(assistant\); set another template"),
+])  # fmt: skip
+def test_a_template_that_omits_earlier_turns_has_no_tokens_between_them(
+    template: str, message: str
+):
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(UserError, match=message):
         tokenization.conversations(tokenizer).between_turns(CONVERSATION)
+
+
+OMITTING = {
+    "system turns": ("{% if m.role != 'system' %}", "the text of turn 1 (system)"),
+    "all but the first turn": ("{% if loop.first %}", "the text of turn 2 (user)"),
+    "all but the last turn": ("{% if loop.last %}", "the text of turn 1 (system)"),
+    "the rest of long turns": ("{% if m.content|length < 99 %}", "the text of turn 2 (user)"),
+}
+
+
+@pytest.mark.parametrize("omitted", OMITTING)
+def test_a_template_that_omits_turns_of_a_prompt_is_refused(omitted: str):
+    # Each text is part of another turn, so that only the place shows which turn is missing.
+    condition, missing = OMITTING[omitted]
+    turn = "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    header = "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = make_tokenizer(f"{{% for m in messages %}}{condition}{turn}{header}")
+    text = "the question" if "long" not in omitted else "the question " * 9
+    prompt = [{"role": "system", "content": "the"}, {"role": "user", "content": text}]
+    for call in (
+        lambda: tokenization.tokenize_prompts(tokenizer, [prompt]),
+        lambda: tokenization.tokenize_for_reward(tokenizer, [prompt], [answer("yes")]),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        (line,) = raised.value.lines
+        assert f"does not write {missing} in the conversation 'the question" in line, line
+    tokenization.tokenize_prompts(tokenizer, [PROMPT])
+
+
+@pytest.mark.parametrize("template", [
+    VICUNA.replace("m.content", "m.content.replace('/no_think', '')"),  # SmolLM3's command
+    VICUNA.replace("m.content", "(m.content.split('</think>')|last)"),
+    VICUNA.replace("m.content", "m.content|tojson"),
+    VICUNA.replace("{% for m in messages %}", "{% for m in messages %}"
+                   "{% if m.content.endswith('x') %}{{ raise_exception('No.') }}{% endif %}"),
+])  # fmt: skip
+def test_a_template_that_rewrites_turns_is_accepted(template: str):
+    prompt = [{"role": "system", "content": "Be brief /no_think, and\n kind."}, *CHAT]
+    (ids,) = tokenization.tokenize_prompts(make_tokenizer(template), [prompt])
+    assert ids
 
 
 @pytest.mark.parametrize("name", ["deepseekv3", "qwen3", "qwen3_5_think", "glm4moe"])

@@ -85,6 +85,36 @@ def test_tools_and_calls_that_a_template_does_not_write_are_errors(check: Any):
     assert "30 of 40 rows: " in err and "the call of `weather` of turn 2 (assistant)" in err
 
 
+def test_system_turns_that_a_template_does_not_write_are_errors(check: Any):
+    template = CHATML.replace("in messages", "in messages if message['role'] != 'system'")
+    assert template != CHATML
+    stages = "  dpo: {model: model}\n  sample: {model: model}\n"
+    code, _, err = check(stages, template=template, system="Be kind.")
+    assert code == 2 and [line[:8] for line in err.splitlines()] == ["r.yaml:3", "r.yaml:4"], err
+    for line in err.splitlines():
+        assert "20 of 40 rows: " in line and "the text of turn 1 (system)" in line, line
+
+
+def test_answers_without_the_reasoning_that_a_template_begins_are_counted(check: Any):
+    begins = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert begins != CHATML
+    code, out, err = check("  sft: {model: model}\n", template=begins)
+    assert code == 0, err
+    assert "sft: 40 of 40 rows have an answer without reasoning behind the `<think>`" in out
+    thought = [{"role": "assistant", "content": "Yes.", "reasoning_content": "It is."}]
+    for chosen in (thought, "<think>It is.</think>Yes."):
+        written = "('<think>\n' + message.reasoning_content + '</think>' "
+        written += "if message.reasoning_content else '') + message['content']"
+        template = begins.replace("message['content']", written)
+        code, out, err = check(
+            "  sft: {model: model}\n", template=template, columns={"chosen": chosen}
+        )
+        assert code == 0, err
+        assert "10 of 40 rows have an answer without reasoning" in out
+    code, out, err = check("  sft: {model: model}\n")
+    assert code == 0 and "without reasoning" not in out
+
+
 @pytest.mark.parametrize(("template", "message"), [
     pytest.param("{% for m in %}", "malformed: line 1: ", id="broken"),
     pytest.param("{# #}", "does not write the user's text", id="empty"),
