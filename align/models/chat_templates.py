@@ -133,7 +133,7 @@ class ChatTemplate:
 def _may_omit(template: str, text: str, prompt: Sequence[Message]) -> bool:
     """Whether the text of a prompt, whose turns have a text only, may lack one of them.
 
-    The text of one turn may be part of another, so that the roles are rendered with other texts too.
+    One text may be part of another, so that the roles are rendered with other texts too.
     """
     contents = (str(turn.get("content") or "").strip() for turn in prompt)
     if not all(content in text for content in contents):

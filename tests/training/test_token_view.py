@@ -113,9 +113,9 @@ def test_all_turns_of_a_demonstration_are_marked(tmp_path_factory: pytest.TempPa
     assert sum(last.trained) == n_single
     template = folder / "template"
     tokenizer = tokenization.load_tokenizer(world.sft)
-    tokenizer.chat_template = (  # earlier answers are in upper case
+    tokenizer.chat_template = (  # earlier answers have no `It`
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content if loop.last or m.role == 'user' else m.content | upper }}<|im_end|>"
+        "{{ m.content if loop.last or m.role == 'user' else m.content[2:] }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.save_pretrained(template)
@@ -125,7 +125,7 @@ def test_all_turns_of_a_demonstration_are_marked(tmp_path_factory: pytest.TempPa
         "row 1, demonstration, sequence 2 of 2",
         "row 2, demonstration",
     ]
-    assert "IT." in "".join(rows[1].tokens) and "IT." not in "".join(rows[0].tokens)
+    assert "It." in "".join(rows[0].tokens) and "It." not in "".join(rows[1].tokens)
 
 
 def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
