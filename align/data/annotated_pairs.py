@@ -30,8 +30,8 @@ def grouped(rows: Iterator[Raw], source: str) -> Iterator[Raw]:
     problems = []
     for each in annotations_of(rows, source):
         if isinstance(each, InvalidRow):
-            detail = f"row {each.number} of the source: {each.message}"
-            problems.append(DroppedError("invalid annotation", detail))
+            place = f"row {each.number}"
+            problems.append(DroppedError("invalid annotation", each.message, place=place))
         else:
             key = pair_key(each.prompt_id, each.first, each.second)
             pairs.setdefault(key, []).append(each)

@@ -80,8 +80,8 @@ def show(report: DataReport, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print("dropped:" if numbers["dropped"] else "dropped: nothing")
-    for reason, count in numbers["dropped"].items():
-        console.print(f"  {count:,} × {reason}")
+    for line in statistics.dropped_lines(numbers):
+        console.print(f"  {line}")
     for name, counts in _source_counts(numbers):
         console.print(f"  {name}: {counts}")
     for histogram in report.histograms:
@@ -116,6 +116,7 @@ def write_html(report: DataReport, path: Path) -> None:
         splits=list(report.statistics["prompts"]),
         rows=list(_count_rows(report.statistics)),
         dropped=report.statistics["dropped"],
+        examples=report.statistics["dropped_examples"],
         sources=list(_source_counts(report.statistics)),
         findings=list(sentences(report.statistics)),
         histograms=[(h, max(h.counts), _bounds(h)) for h in report.histograms],

@@ -14,7 +14,7 @@ ignored and counted (:func:`unread_fields`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -64,14 +64,22 @@ def pair(raw: Raw) -> Row:
 
     The prompt may be missing if the other two are whole conversations.
     """
-    sides = {side: _completion(raw.get(side)) for side in ("chosen", "rejected")}
+    sides = {side: _in_column(side, _completion, raw) for side in ("chosen", "rejected")}
     return _check_distinct(_assemble(raw, sides))
 
 
 def hh_pair(raw: Raw) -> Row:
     """Convert a row whose ``chosen`` and ``rejected`` are transcripts, as in HH-RLHF."""
-    sides = {side: hh_turns(raw.get(side)) for side in ("chosen", "rejected")}
+    sides = {side: _in_column(side, hh_turns, raw) for side in ("chosen", "rejected")}
     return _check_distinct(_assemble({"system": raw.get("system")}, sides))
+
+
+def _in_column(column: str, convert: Callable[[object], Messages], raw: Raw) -> Messages:
+    """The turns of a column; an error names it."""
+    try:
+        return convert(raw.get(column))
+    except DroppedError as error:
+        raise error.within(f"`{column}`") from None
 
 
 def _check_distinct(row: Row) -> Row:
@@ -172,8 +180,11 @@ def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
         prompt_turns = [*prompt_turns[:-1], {**prompt_turns[-1], "content": content}]
     prompt_turns = _with_system(_optional_text(raw, "system"), prompt_turns)
     _check_prompt(prompt_turns)
-    for turns in completions.values():
-        _check_completion(turns)
+    for side, turns in completions.items():
+        try:
+            _check_completion(turns)
+        except DroppedError as error:
+            raise error.within(f"`{side}`") if len(completions) > 1 else error from None
     if tools:
         prompt_turns = [{**prompt_turns[0], "tools": tools}, *prompt_turns[1:]]
     return {"prompt": prompt_turns, **completions, "prompt_id": prompt_id(prompt_turns)}
@@ -259,7 +270,18 @@ def _turns(value: object, role: str) -> Messages:
         raise DroppedError("missing value")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise DroppedError("content is not text", f"it is {_type_name(value)}")
-    return [_turn(layouts.turn_with_role(turn)) for turn in value]
+    return [_numbered_turn(number, turn) for number, turn in enumerate(value, 1)]
+
+
+def _numbered_turn(number: int, turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn with its role, its text and its calls; an error names its number and its role."""
+    try:
+        return _turn(layouts.turn_with_role(turn))
+    except DroppedError as error:
+        is_sharegpt = layouts.is_sharegpt(turn)
+        role = turn.get("from" if is_sharegpt else "role")
+        known = f" ({role})" if role in list(layouts.ROLES if is_sharegpt else ROLES) else ""
+        raise error.within(f"turn {number}{known}") from None
 
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,8 +345,11 @@ def _type_name(value: object) -> str:
 
 
 def _check_prompt(prompt: Messages) -> None:
-    if not prompt or not all(_says_something(turn) for turn in prompt):
-        raise DroppedError("blank prompt")
+    if not prompt:
+        raise DroppedError("blank prompt", "it has no turn")
+    for number, turn in enumerate(prompt, 1):
+        if not _says_something(turn):
+            raise DroppedError("blank prompt", f"turn {number} ({turn['role']})")
     roles = [turn["role"] for turn in prompt]
     roles = roles[1:] if roles[0] == "system" else roles
     for before, role in pairwise([*roles, "assistant"]):

@@ -37,6 +37,8 @@ GROUPED: Mapping[str, Callable[[Iterator[Raw], str], Iterator[Raw]]] = {
     "annotations": annotated_pairs.grouped,
 }
 """Readers of which several rows make a pair: a function of the rows and the name of their file."""
+UNITS = {"oasst": "tree", "annotations": "annotated pair"}
+"""What these readers count, in the place of a dropped row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,8 @@ class _Ingester:
         self.unread: Counter[str] = Counter()
         self.recognized: dict[str, str] = {}
         self._n_sources = 0
+        n_sources = len(preference_sources(config)) + (config.demonstrations is not None)
+        self._has_several_sources = n_sources > 1
 
     def read(self, sources: Sequence[MixtureSource]) -> dict[str, RowTable]:
         """Tables of sources, sorted by kind."""
@@ -229,7 +233,8 @@ class _Ingester:
         kind = kind_of_part(part, source.reader, columns)
         table = tables.setdefault(kind, RowTable(kind))
         options = _pairing_options(source, self._config.split_seed)
-        place = "" if part.name == source.source else f"{part.name}, "
+        is_whole = part.name == source.source and not self._has_several_sources
+        file, unit = "" if is_whole else f"{part.name}, ", UNITS.get(source.reader, "row")
         used = {
             *self._config.keep_columns,
             *columns.values(),
@@ -252,13 +257,15 @@ class _Ingester:
                     row = read_row(converted, kind, source.reader, source.labels)
                     self._check_contamination(row)
                 except DroppedError as error:
-                    table.add_invalid(error, self._n_sources, f"{place}row {number}")
+                    place = error.place or f"{unit} {number}"
+                    table.add_invalid(error, self._n_sources, f"{file}{place}")
                 else:
                     copied = {
                         name: _flatten(raw.get(name, converted.get(name)))
                         for name in self._config.keep_columns
                     }
-                    table.add(row, self._n_sources, copied, converted.get("margin"))
+                    margin, place = converted.get("margin"), f"{file}{unit}"
+                    table.add(row, self._n_sources, copied, margin, place=place, number=number)
                     self._add_to_index(table, row)
 
     def _count_unread(self, raw: Raw, renamed: Raw, used: set[str]) -> None:

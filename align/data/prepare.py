@@ -27,7 +27,7 @@ from align.config.data import MixtureSource, Prepare
 from align.data.deduplication import NearDuplicates, deduplicate
 from align.data.ingest import Ingested, ingest
 from align.data.mixing import mix
-from align.data.row_store import RowTable, as_numbers
+from align.data.row_store import RowTable, as_numbers, describe_drops
 from align.data.rows import Row
 from align.data.splits import (
     SPLITS,
@@ -90,6 +90,15 @@ class PreparedData:
             f"{kind}: {reason}": count
             for kind, rows in self.kinds.items()
             for reason, count in sorted(rows.dropped.items())
+        }
+
+    @property
+    def dropped_examples(self) -> dict[str, str]:
+        """The first dropped row, by ``kind: reason``: its place, and what was found."""
+        return {
+            f"{kind}: {reason}": example
+            for kind, rows in self.kinds.items()
+            for reason, example in sorted(rows.examples.items())
         }
 
     def rows(self) -> Iterator[SplitRow]:
@@ -184,11 +193,7 @@ def check_usable(tables: Iterable[RowTable], source: str) -> None:
     for table in tables:
         if not table.kept.any():
             reasons = table.count_dropped()
-            counts = ", ".join(
-                f"{count} {reason}"
-                + (f" ({first})" if (first := table.examples.get(reason)) else "")
-                for reason, count in reasons.most_common()
-            )
+            counts = describe_drops(reasons, table.drop_examples())
             transcripts = "not an HH transcript" in reasons
             repair = "try `reader: columns`" if transcripts else "fix its rows, or map `columns:`"
             raise DataError(

@@ -162,15 +162,16 @@ def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
     """
     nodes: dict[Any, Raw] = {}
     problems: list[DroppedError] = []
-    for message in messages:
+    for number, message in enumerate(messages, 1):
+        place = f"row {number}"
         if "message_id" not in message or isinstance(message.get("prompt"), dict):
             yield message
         elif not isinstance(message["message_id"], (str, int)):
-            problems.append(DroppedError("message_id is not a text or a number"))
+            problems.append(DroppedError("message_id is not a text or a number", place=place))
         elif not isinstance(message.get("parent_id"), (str, int, type(None))):
-            problems.append(DroppedError("parent_id is not a text or a number"))
+            problems.append(DroppedError("parent_id is not a text or a number", place=place))
         elif message["message_id"] in nodes:
-            problems.append(DroppedError("repeated message_id"))
+            problems.append(DroppedError("repeated message_id", place=place))
         else:
             nodes[message["message_id"]] = {**message, "replies": []}
     tops = []
@@ -181,7 +182,8 @@ def trees(messages: Iterator[Raw]) -> Iterator[Raw]:
         else:
             tops.append(node)
             if parent is not None:
-                problems.append(DroppedError("no tree of messages"))
+                place = f"message `{str(node['message_id'])[:40]}`"
+                problems.append(DroppedError("no tree of messages", place=place))
     yield from ({**node, "prompt": node} for node in tops if node.get("parent_id") is None)
     n_reached, level = 0, tops
     while level:

@@ -3,11 +3,13 @@
 Rows are written to a spool, a temporary file, until duplicates and contradictions among all rows
 are known. In memory each row takes 58 bytes, whatever the length of its text: digests of the row
 and of its completion (16 bytes each), the ids of its prompt and of its conversation (8 each), its
-margin (8) and the number of its source (2). Sorting these arrays takes about as much again.
+margin (8) and the number of its source (2). Sorting these arrays takes about as much again. Where
+the number of a row does not follow that of the row before, it takes 16 bytes more.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import pickle
@@ -81,6 +83,30 @@ def _writing_to_disk() -> Iterator[None]:
         ) from None
 
 
+class Places:
+    """Places of stored rows in their sources, such as ``row 7``; stored where a count is broken."""
+
+    def __init__(self) -> None:
+        self._starts, self._numbers = array("q"), array("q")
+        self._n_rows = self._next = 0
+        self._texts: list[tuple[int, str]] = []
+
+    def append(self, text: str, number: int) -> None:
+        """Add the place of the next row: ``text``, which names file and unit, and its number."""
+        if not self._texts or self._texts[-1][1] != text:
+            self._texts.append((self._n_rows, text))
+        if number != self._next:
+            self._starts.append(self._n_rows)
+            self._numbers.append(number)
+        self._n_rows, self._next = self._n_rows + 1, number + 1
+
+    def __getitem__(self, index: int) -> str:
+        run = bisect.bisect_right(self._starts, index) - 1
+        number = index if run < 0 else self._numbers[run] + index - self._starts[run]
+        text = self._texts[bisect.bisect_right(self._texts, index, key=lambda t: t[0]) - 1][1]
+        return f"{text} {number}"
+
+
 def _ids() -> array[int]:
     return array("Q")
 
@@ -108,6 +134,7 @@ class RowTable:
     margins: array[float] = field(default_factory=lambda: array("d"))
     """Difference of scores of a pair; NaN if its source has no scores."""
     source_numbers: array[int] = field(default_factory=lambda: array("H"))
+    places: Places = field(default_factory=Places)
     extra_fields: set[str] = field(default_factory=set)
     """Names of the fields beside role and content that any turn has."""
     status: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -117,11 +144,25 @@ class RowTable:
     def add_invalid(self, error: DroppedError, source: int, place: str) -> None:
         """Count a row that failed a check."""
         self.n_invalid[source, error.reason] += 1
-        example = f"{place}: {error.detail}" if error.detail else place
-        self.examples.setdefault(error.reason, example)
+        if error.reason not in self.examples:
+            example = f"{place}: {error.detail}" if error.detail else place
+            self.examples[error.reason] = " ".join(example.split())
 
-    def add(self, row: Row, source: int, kept: Mapping[str, Any], margin: float | None) -> None:
-        """Store a checked row of source number ``source``, with the columns that are copied."""
+    def add(
+        self,
+        row: Row,
+        source: int,
+        kept: Mapping[str, Any],
+        margin: float | None,
+        *,
+        place: str,
+        number: int,
+    ) -> None:
+        """Store a checked row of source number ``source``, with the columns that are copied.
+
+        ``place`` and ``number`` are those of :meth:`Places.append`.
+        """
+        self.places.append(place, number)
         prompt_id = row["prompt_id"]
         if "chosen" in row:
             sides = turn_text(row["chosen"][0]), turn_text(row["rejected"][0])
@@ -165,6 +206,40 @@ class RowTable:
             if count:
                 counts[reason] += count
         return counts
+
+    def drop_examples(self) -> dict[str, str]:
+        """The first dropped row by reason: its place, and what was found or the row it equals."""
+        examples = dict(self.examples)
+        for status in (DUPLICATE, CONTRADICTION, NEAR_DUPLICATE):
+            indices = np.flatnonzero(self.status == status)
+            if len(indices):
+                example, index = self.places[int(indices[0])], int(indices[0])
+                if status == DUPLICATE:
+                    example += f", like {self.places[self._counterpart(index)]}"
+                elif status == CONTRADICTION:
+                    example += f", against {self.places[self._counterpart(index)]}"
+                examples[DROP_REASONS[status]] = example
+        return examples
+
+    def _counterpart(self, index: int) -> int:
+        """The row that a duplicate repeats, or that a contradiction contradicts."""
+        digests = as_digests(self.row_digests)
+        high, low = digests[index]
+        same = np.flatnonzero(digests[:, 0] == high)
+        wanted = low if self.status[index] == DUPLICATE else low ^ np.uint64(1)
+        return int(same[digests[same, 1] == wanted][0])
+
+
+def describe_drops(counts: Counter[str], examples: Mapping[str, str]) -> str:
+    """Reasons with their counts and examples, the most frequent first.
+
+    >>> describe_drops(Counter({"no label": 2}), {"no label": "row 7"})
+    '2 no label (row 7)'
+    """
+    return ", ".join(
+        f"{count:,} {reason}" + (f" ({examples[reason]})" if reason in examples else "")
+        for reason, count in counts.most_common()
+    )
 
 
 def as_numbers(values: array[Any], dtype: type[np.generic] = np.uint64) -> NDArray[Any]:

@@ -40,12 +40,18 @@ KINDS = ("pairs", "unpaired", "demonstrations")
 class DroppedError(ValueError):
     """A raw row cannot be used.
 
-    ``reason`` is what the data card counts; ``detail`` is what this row contains.
+    ``reason`` is what the data card counts; ``detail`` is what this row contains. ``place`` is the
+    place of the row, such as ``row 7``, if a reader that groups rows knows it.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", *, place: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.place = reason, detail, place
+
+    def within(self, part: str) -> DroppedError:
+        """The same error with the part of the row that it is about, such as a turn."""
+        detail = f"{part}: {self.detail}" if self.detail else part
+        return DroppedError(self.reason, detail, place=self.place)
 
 
 def normalize_text(text: str) -> str:

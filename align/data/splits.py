@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from align.config.data import Prepare
 from align.data.deduplication import first_occurrences
-from align.data.row_store import RowTable, as_digests, as_numbers
+from align.data.row_store import RowTable, as_digests, as_numbers, describe_drops
 from align.data.rows import KINDS
 from align.errors import DataError
 
@@ -49,6 +49,8 @@ class KindRows:
     """Rows read of this kind; 0 for demonstrations taken from the pairs, which are counted
     there."""
     dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first dropped row by reason: its place, and what was found."""
 
 
 def configured_splits(config: Prepare) -> list[str]:
@@ -91,11 +93,18 @@ def select_rows(
         if demonstrations is not None:  # else the rows are counted as pairs
             kinds["demonstrations"].n_read = sum(table.n_read.total() for table in tables)
             kinds["demonstrations"].dropped = _undesirable_counts(selected)
+            for table in tables:
+                kinds["demonstrations"].examples |= table.drop_examples()
     return {kind: kinds[kind] for kind in sorted(kinds)}
 
 
 def _kept_rows(table: RowTable) -> KindRows:
-    return KindRows([TableSplit(table, table.kept)], table.n_read.total(), table.count_dropped())
+    return KindRows(
+        [TableSplit(table, table.kept)],
+        table.n_read.total(),
+        table.count_dropped(),
+        table.drop_examples(),
+    )
 
 
 def _desirable_rows(tables: Sequence[RowTable]) -> list[TableSplit]:
@@ -192,6 +201,8 @@ def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
         count = len(np.unique(np.concatenate(prompt_ids)))
         key = "test_fraction" if split == "train" else f"{split}_fraction"
         repair = "lower it" if split == "train" else "raise it, set it to 0"
+        drops = _drops(kinds)
+        repair = f"fix these rows, {repair}" if drops else repair
         openings = [
             as_numbers(part.table.conversation_ids)[part.take]
             for kind in empty
@@ -206,11 +217,22 @@ def _check_not_empty(kinds: Mapping[str, KindRows], config: Prepare) -> None:
         )
         of_kinds = "" if len(empty) == len(kinds) else f" with {' or '.join(empty)}"
         problems.append(
-            f"{key}: {getattr(config, key)}: none of {count} prompts{of_kinds} is in split"
-            f" `{split}`{because}; {repair}, add prompts or change `split_seed`"
+            f"{key}: {getattr(config, key)}: {drops}none of {count} prompts{of_kinds} is in"
+            f" split `{split}`{because}; {repair}, add prompts or change `split_seed`"
         )
     if problems:
         raise DataError(*problems)
+
+
+def _drops(kinds: Mapping[str, KindRows]) -> str:
+    """The dropped rows of each kind, as the reason why few prompts are left; empty without any."""
+    clauses = [
+        f"{rows.dropped.total():,} of {rows.n_read:,} {kind} are dropped:"
+        f" {describe_drops(rows.dropped, rows.examples)}; of the rest, "
+        for kind, rows in kinds.items()
+        if rows.dropped.total()
+    ]
+    return "".join(clauses)
 
 
 def leakage(kinds: Mapping[str, KindRows], fraction: float, seed: int) -> dict[str, int]:

@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.data.prepare import PreparedData, SplitRow
+from align.data.row_store import DROP_REASONS, SUBSAMPLED
 from align.data.rows import EXTRA_FIELDS, KINDS, Row, conversation_id, turn_text, used_fields
 
 LONGER_WARNING = 0.6  # accuracy of preferring the longer completion above which a warning is given
 LONG_ROW = 1_000  # words
+MOST = 0.5  # share of dropped rows above which a warning is given
 MAX_NOT_READ = 20  # columns and fields that are listed as not read
 SPECIAL_TOKENS = re.compile(
     r"<\|[A-Za-z][\w-]*\|>|<｜[^｜<>\s]+｜>|<(?:start|end)_of_turn>|</?s>|<(?:bos|eos|pad)>|\[/?INST\]"
@@ -112,7 +114,9 @@ class DatasetStatistics:
 
     def summary(self) -> dict[str, Any]:
         """Counts of rows by kind and split, lengths, shares and warnings, as plain JSON."""
-        summary: dict[str, Any] = {"rows": self._prepared.read, "dropped": self._prepared.dropped}
+        prepared = self._prepared
+        summary: dict[str, Any] = {"rows": prepared.read, "dropped": prepared.dropped}
+        summary["dropped_examples"] = prepared.dropped_examples
         summary |= self._rows
         summary["words"] = {
             f"{column}_{name}": value
@@ -123,7 +127,7 @@ class DatasetStatistics:
         summary["longest_prompts"] = self._longest_prompts
         if self._turn_fields:
             summary["turn_fields"] = dict(sorted(self._turn_fields.items()))
-        summary["warnings"] = list(self._special_token_warnings())
+        summary["warnings"] = [*self._drop_warnings(), *self._special_token_warnings()]
         n_pairs = self._longer_side.total()
         if n_pairs:
             longer = self._longer_side["chosen"] / n_pairs
@@ -140,6 +144,13 @@ class DatasetStatistics:
                     " the pairs; a model can learn length instead of quality"
                 )
         return summary
+
+    def _drop_warnings(self) -> Iterator[str]:
+        """A warning for each kind of which most rows are dropped, by other reasons than weights."""
+        for kind, rows in self._prepared.kinds.items():
+            count = rows.dropped.total() - rows.dropped[DROP_REASONS[SUBSAMPLED]]
+            if rows.n_read and count / rows.n_read > MOST:
+                yield f"{count:,} of {rows.n_read:,} {kind} are dropped; see the reasons"
 
     def _special_token_warnings(self) -> Iterator[str]:
         if self._special_tokens:
@@ -291,6 +302,13 @@ def how_read(findings: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def dropped_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each reason why rows are dropped: their number, and the first of them."""
+    examples = report.get("dropped_examples", {})
+    for reason, count in report["dropped"].items():
+        yield f"{count:,} × {reason}" + (f" ({examples[reason]})" if reason in examples else "")
+
+
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """Rows for training and held out, dropped rows by reason, and warnings, as sentences."""
     for kind in sorted(KINDS):
@@ -298,8 +316,6 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
             counts = report[kind]
             n_held_out = sum(counts.values()) - counts["train"]
             yield f"{counts['train']:,} {kind} for training, {n_held_out:,} held out"
-    if report["dropped"]:
-        reasons = (f"{count:,} × {reason}" for reason, count in report["dropped"].items())
-        yield f"dropped {'; '.join(reasons)}"
+    yield from (f"dropped {line}" for line in dropped_lines(report))
     yield from how_read(report)
     yield from (f"warning: {warning}" for warning in report.get("warnings", ()))

@@ -190,9 +190,10 @@ def _prepared_lines(
     for kind, splits in in_memory.items():
         n_train, total = len(splits["train"]), sum(map(len, splits.values()))
         counts.append(f"{kind} {n_train:,} + {total - n_train:,} held out")
-    dropped = "; ".join(f"{count} × {reason}" for reason, count in prepared.dropped.items())
-    yield f"{stage.name}: {', '.join(counts)}{f'; dropped: {dropped}' if dropped else ''}"
+    yield f"{stage.name}: {', '.join(counts)}"
     summary = counted.summary()
+    for line in statistics.dropped_lines(summary):
+        yield f"{stage.name}: dropped {line}"
     for line in statistics.how_read(summary | prepared.findings):
         yield f"{stage.name}: {line}"
     for warning in summary["warnings"]:

@@ -21,7 +21,7 @@ def test_the_page_shows_the_report_and_is_self_contained(tmp_path: Path):
     report = doctor.examine(Prepare(source=source))
     doctor.write_html(report, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>pairs: exact duplicate</td><td>1</td>" in page
+    assert "<td>pairs: exact duplicate</td><td>1</td><td>row 61, like row 1</td>" in page
     assert "a&lt;b.jsonl" in page
     assert page.count("<svg") == 4
     assert not re.search(r"(src|href)=", page)

@@ -155,7 +155,8 @@ def test_the_remarks_are_counts_dropped_rows_and_warnings(tmp_path: Path):
     counts = result.metrics["pairs"]
     assert result.remarks[1:] == (
         f"{counts['train']} pairs for training, {counts['test']} held out",
-        "dropped 1 × pairs: blank completion; 1 × pairs: exact duplicate",
+        "dropped 1 × pairs: blank completion (row 62: `rejected`)",
+        "dropped 1 × pairs: exact duplicate (row 61, like row 1)",
         f"warning: {result.metrics['warnings'][0]}",
     )
     assert result.remarks[0].endswith("held out")

@@ -94,19 +94,20 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("transcripts read as columns", "a.jsonl", lines(TRANSCRIPT), {},
      "a.jsonl: the rows are whole transcripts; read them with `reader: hh`"),
     ("columns read as transcripts", "a.jsonl", lines(PAIR_LINE), {"reader": "hh"},
-     "a.jsonl: none of 1 pairs is usable: 1 not an HH transcript (row 1); try `reader: columns`"),
+     "a.jsonl: none of 1 pairs is usable: 1 not an HH transcript (row 1: `chosen`); try"
+     " `reader: columns`"),
     ("transcripts without a side", "a.jsonl", lines('{"chosen": "a"}'), {"reader": "hh"},
      "a.jsonl: no column `rejected`; found `chosen`; map it with `columns: {rejected: ...}`"),
     ("nothing usable", "a.jsonl", lines(PAIR_LINE.replace("No.", "Hello."), PAIR_LINE.replace("No.", "")), {},
-     "a.jsonl: none of 2 pairs is usable: 1 chosen equals rejected (row 1), 1 blank completion (row 2);"
-     " fix its rows, or map `columns:`"),
+     "a.jsonl: none of 2 pairs is usable: 1 chosen equals rejected (row 1), 1 blank completion"
+     " (row 2: `rejected`); fix its rows, or map `columns:`"),
     ("only contradictions", "a.jsonl", lines(PAIR_LINE, json.dumps({**PAIR, "chosen": "No.", "rejected": "Hello."})), {},
-     "a.jsonl: none of 2 pairs is usable: 2 contradiction; fix its rows, or map `columns:`"),
+     "a.jsonl: none of 2 pairs is usable: 2 contradiction (row 1, against row 2); fix its rows, or map `columns:`"),
     ("wrong roles", "a.jsonl", lines('{"messages": [{"role": "human", "content": "a"}]}'), {},
-     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: role `human`; allowed are"
+     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: turn 1: role `human`; allowed are"
      " `system`, `user`, `assistant`, `tool`); fix its rows"),
     ("turns with other names", "a.jsonl", lines('{"messages": [{"speaker": "a", "text": "a"}]}'), {},
-     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: a turn has `speaker`,"
+     "a.jsonl: none of 1 demonstrations is usable: 1 wrong roles (row 1: turn 1: a turn has `speaker`,"
      " `text`; rename to `role`, `content`); fix its rows"),
     ("unknown labels", "a.jsonl", lines(*(json.dumps({"prompt": f"{n}", "completion": "b", "label": n}) for n in (1, -1))), {},
      "a.jsonl: 1 of 2 labels are not true, false, 1 or 0 (row 2: it is '-1'); map every label, as in"
