@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ArtifactError, UserError
-from align.models import gguf_card, gguf_files
+from align.models import gguf_card, gguf_checks, gguf_files
+from align.models.gguf_files import LAYOUT
 from align.models.loading import cannot_load, check_finite, check_vocabulary
 from align.models.tokenizer_files import GENERATION_CONFIG
 from align.runtime import artifacts, distributed
@@ -39,7 +40,7 @@ def converted(file: Path, runs: Path, announce: Callable[[str], None]) -> Path:
         if distributed.is_main():
             try:
                 if artifacts.read_artifact(folder) is None:
-                    gguf_files.check_convertible(file)
+                    gguf_checks.check_convertible(file)
                     announce(f"{file}: converting into {folder}")
                     _convert(file, folder, announce)
                 artifacts.check_folder(folder)
@@ -60,7 +61,7 @@ def tokenizer_folder(file: Path) -> Iterator[Path]:
     Raises:
         UserError: The file cannot be converted, or its tokenizer cannot be read.
     """
-    gguf_files.check_convertible(file)
+    gguf_checks.check_convertible(file)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_tokenizer(file, folder)
@@ -84,7 +85,7 @@ def _write_tokenizer(file: Path, folder: Path) -> Any:
         with _alone(file) as only:
             tokenizer = AutoTokenizer.from_pretrained(str(only), gguf_file=_LINK)
     except Exception as error:  # the content of a file may break transformers at any place
-        raise UserError(cannot_load(file, "tokenizer", error)) from None
+        raise UserError(f"{cannot_load(file, 'tokenizer', error)}; {LAYOUT}") from None
     tokenizer.save_pretrained(str(folder))
     return tokenizer
 
@@ -102,7 +103,8 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     check_finite(file, model)
     check_vocabulary(file, model, tokenizer)
     header = gguf_files.read_header(file)
-    if len(header.ends) > 1:  # transformers reads the first one
+    if header.ends and header.ends != [header.metadata.get(gguf_files.END_KEYS[0])]:
+        # transformers reads the first key alone
         model.generation_config.eos_token_id = header.ends
     model.save_pretrained(str(folder))
     artifacts.make_readable(folder)
@@ -150,12 +152,12 @@ def _load(file: Path) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # the content of a file may break transformers at any place
-        raise UserError(cannot_load(file, "model", error)) from None
+        raise UserError(f"{cannot_load(file, 'model', error)}; {LAYOUT}") from None
     missing = sorted(report["missing_keys"])
     if missing:  # transformers initializes missing weights randomly and only logs it
         raise ArtifactError(
             f"{file}: {len(missing)} weights are missing, such as {missing[0]}; "
-            f"{gguf_files.DOWNLOAD}"
+            f"{gguf_checks.COMPLETE}"
         )
     return model
 

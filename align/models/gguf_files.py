@@ -2,8 +2,9 @@
 
 A recipe may name a GGUF file where it names a model. :mod:`align.models.gguf_conversion` writes it
 once into the runs folder, in Hugging Face layout. Only the header is read here, without torch and
-transformers, so that ``align plan`` answers in a second. Left out: files of version 1, and files
-with big-endian numbers.
+transformers, so that ``align plan`` answers in a second. Whether a whole model can be converted is
+checked by :mod:`align.models.gguf_checks`. Left out: files of version 1, and files with big-endian
+numbers.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -14,6 +15,8 @@ import functools
 import importlib.util
 import math
 import mmap
+import re
+import shlex
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,27 +31,28 @@ KIND = "gguf"
 """The kind of a converted folder in its ``artifact.json``, where stages have theirs."""
 CODE_VERSION = 2
 """Part of the digest. It is raised when the same file becomes another model than before."""
+TOKENS = "tokenizer.ggml.tokens"
+"""Key of the vocabulary; a header has its size."""
 DOWNLOAD = "download it again"
+LAYOUT = "name the folder of the model in Hugging Face layout"
 END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 """Keys of the tokens at which a policy stops: the ends of a text, of a turn, and of a message."""
-_GPT2_SPLITS = {
-    *("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"),
-    *("gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es", "jina-de"),
-    *("jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
-}
-"""Values of ``tokenizer.ggml.pre`` for which llama.cpp splits text as GPT-2 does."""
-_DIGIT_SPLITS = {
-    *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-}
-"""Values for which it takes single digits out first: no token of such models has two digits.
-
-Only several spaces before a digit are split otherwise than in the original.
-"""
 _NUMBERS = "BbHhIif?"  # by type 0 to 7
 _LONG_NUMBERS = {10: "Q", 11: "q", 12: "d"}
-_PRE = "tokenizer.ggml.pre"
 _TEXT, _ARRAY = 8, 9
+_ENDS = "it ends within its header"
 _ALIGNMENT = 32  # bytes, unless the file has `general.alignment`
+_NO_MODELS = {
+    "adapter": "an adapter without its base; merge the two into one file with llama.cpp's "
+    "`llama-export-lora`, or name the folder of the adapter in PEFT's layout",
+    "mmproj": "a projector of images or sound, without the language model; name the GGUF file of "
+    "the language model",
+    "imatrix": "an importance matrix for quantization, without a model; name the GGUF file of the "
+    "model",
+}
+"""Files without a model of their own by their ``general.type``, with the repair."""
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
+"""Names of the parts of a model, as llama.cpp writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,16 @@ class GgufHeader:
 
     @property
     def ends(self) -> list[int]:
-        """Tokens at which a policy stops, the end of a text first."""
+        """Tokens at which a policy stops, the end of a text first; as in llama.cpp, no others."""
         values = [self.metadata[key] for key in END_KEYS if key in self.metadata]
-        return list(dict.fromkeys(value for value in values if isinstance(value, int)))
+        known = range(self.vocabulary)
+        return list(dict.fromkeys(v for v in values if isinstance(v, int) and v in known))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens; 0 if the file has no tokenizer."""
+        value = self.metadata.get(TOKENS)
+        return value if isinstance(value, int) and value > 0 else 0
 
     @property
     def parameters(self) -> int:
@@ -103,54 +114,76 @@ def converted_folder(file: Path, runs: Path) -> Path:
     return runs / f"{KIND}-{digest(file)[:12]}"
 
 
-def check_convertible(file: Path) -> None:
-    """Check all that can be known of a file before it is converted.
-
-    Raises:
-        ArtifactError: It is no GGUF file, damaged, not supported, or the package is not installed.
-    """
-    header = read_header(file)
-    if not is_installed():
-        raise ArtifactError(
-            f"{file}: the package gguf, which reads it, is not installed: "
-            "pip install 'align-llm[gguf]'"
-        )
-    supported = _supported_architectures()
-    if supported and _plain(header.architecture) not in supported:
-        raise ArtifactError(
-            f"{file}: transformers does not read GGUF files of the architecture "
-            f"{header.architecture!r:.80}; name the folder of the model in Hugging Face layout"
-        )
-    if not _splits_text(header):
-        raise ArtifactError(
-            f"{file}: transformers does not know how its tokenizer splits text "
-            f"(tokenizer.ggml.pre = {header.metadata[_PRE]!r:.60}), and would split it as GPT-2; "
-            "name the folder of the model in Hugging Face layout"
-        )
-    if scaling := _rope_scaling(header):
-        raise ArtifactError(
-            f"{file}: its rotary embeddings are scaled ({scaling}), which transformers does not "
-            "read from GGUF files; name the folder of the model in Hugging Face layout"
-        )
-
-
 def read_header(file: Path) -> GgufHeader:
-    """The header of a GGUF file.
+    """The header of a GGUF file with a whole model.
 
     Raises:
-        ArtifactError: The file cannot be read, is no GGUF file, or is damaged or truncated.
+        ArtifactError: The file cannot be read, is damaged or truncated, is no GGUF file or a part
+            of one, or contains no language model.
     """
     try:
+        if not file.stat().st_size:
+            raise _UnfitError(f"an empty file; {DOWNLOAD}")
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as data:
-            if data[:4] == b"GGUF":
-                return _Reader(data).header()
+            if data[:4] != b"GGUF":
+                raise _UnfitError("not a GGUF file; name a GGUF file, or a model folder")
+            header = _Reader(data).header()
+            _check_whole_model(file, header)
+            return header
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(f"{file}: cannot be read: {reason}; name another file") from None
-    except (ValueError, struct.error, RecursionError) as error:
-        reason = "" if isinstance(error, struct.error) else f" ({error})"
-        raise ArtifactError(f"{file}: damaged or truncated{reason}; {DOWNLOAD}") from None
-    raise ArtifactError(f"{file}: not a GGUF file; name a GGUF file, or a model folder")
+    except _BigEndianError:
+        repair = f"convert it with `gguf-convert-endian {shlex.quote(str(file))} little`"
+        raise ArtifactError(f"{file}: its numbers are big-endian; {repair}") from None
+    except _UnfitError as error:
+        raise ArtifactError(f"{file}: {error}") from None
+    except struct.error:
+        raise ArtifactError(f"{file}: damaged or truncated ({_ENDS}); {DOWNLOAD}") from None
+    except UnicodeDecodeError:
+        reason = "a text in its header is not UTF-8"
+        raise ArtifactError(f"{file}: damaged ({reason}); {DOWNLOAD}") from None
+    except RecursionError:
+        reason = "lists within lists in its header"
+        raise ArtifactError(f"{file}: damaged ({reason}); {DOWNLOAD}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{file}: damaged or truncated ({error}); {DOWNLOAD}") from None
+
+
+class _UnfitError(ValueError):
+    """What is wrong with a file, with the repair."""
+
+
+class _BigEndianError(ValueError):
+    """The numbers of the file are big-endian."""
+
+
+def _check_whole_model(file: Path, header: GgufHeader) -> None:
+    """Check that a file contains one model with all of its parts.
+
+    Raises:
+        _UnfitError: It does not.
+    """
+    parts, kind = header.metadata.get("split.count"), header.metadata.get("general.type", "model")
+    if isinstance(parts, int) and parts > 1:
+        name = _PART.fullmatch(file.name)
+        first = file.with_name(f"{name[1]}-00001-of-{name[2]}.gguf") if name else "FIRST_PART"
+        number = header.metadata.get("split.no")
+        which = f"part {number + 1}" if isinstance(number, int) else "one part"
+        raise _UnfitError(
+            f"{which} of {parts} of a model; merge them with llama.cpp's `llama-gguf-split --merge "
+            f"{shlex.quote(str(first))} MERGED.gguf` and name that file, or {LAYOUT}"
+        )
+    if kind in _NO_MODELS:
+        raise _UnfitError(_NO_MODELS[kind])
+    if kind != "model":
+        raise _UnfitError(
+            f"its general.type is {kind!r:.60}, expected 'model'; name the GGUF file of a model"
+        )
+    if not header.tensors:
+        raise _UnfitError("no weights, only metadata; name the GGUF file of the whole model")
+    if not header.architecture:
+        raise _UnfitError(f"no general.architecture, so its model is unknown; {LAYOUT}")
 
 
 class _Reader:
@@ -162,6 +195,12 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         version = self._number("I")
+        if version in (2 << 24, 3 << 24):
+            raise _BigEndianError
+        if version == 1:
+            raise _UnfitError(
+                "of version 1 of the format, which is not read; download a newer file"
+            )
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, expected 2 or 3")
         n_tensors, n_values = self._number("Q"), self._number("Q")
@@ -173,12 +212,12 @@ class _Reader:
             kind, offset = self._number("I"), self._number("Q")
             tensors[name] = shape
             ends.append(offset + _tensor_bytes(kind, math.prod(shape)))
-        alignment = int(metadata.get("general.alignment", _ALIGNMENT)) or _ALIGNMENT
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its general.alignment is {alignment!r:.40}")
         expected = -(-self._position // alignment) * alignment + max(ends)
         if len(self._data) < expected:
             raise ValueError(f"{len(self._data):,} bytes, expected {expected:,}")
-        if not tensors or not metadata.get("general.architecture"):
-            raise ValueError("it contains no model")
         return GgufHeader(metadata, tensors)
 
     def _number(self, code: str) -> Any:
@@ -192,7 +231,7 @@ class _Reader:
     def _bytes(self, size: int) -> bytes:
         start = self._position
         if size > len(self._data) - start:
-            raise ValueError("it ends within its header")
+            raise ValueError(_ENDS)
         self._position += size
         return self._data[start : self._position]
 
@@ -231,49 +270,3 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
     import gguf
 
     return {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-
-
-def _supported_architectures() -> set[str]:
-    """The architectures that transformers reads; empty if they are not listed where expected."""
-    try:
-        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-    except ImportError:
-        return set()
-    try:
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-    except ImportError:
-        return {_plain(name) for name in GGUF_CONFIG_MAPPING}
-    return {_plain(name) for name in (*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS)}
-
-
-def _splits_text(header: GgufHeader) -> bool:
-    """Whether the converted tokenizer splits text into words as the one of the file.
-
-    llama.cpp reads the name of the split for byte-level vocabularies (``gpt2``) only. Without a
-    name, or with ``default``, the file does not contain how its text was split.
-    """
-    split = str(header.metadata.get(_PRE, "default"))
-    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or split == "default":
-        return True
-    if split in _GPT2_SPLITS | _DIGIT_SPLITS:
-        return True
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:  # not listed where expected
-        return True
-    return split in GGUF_PRE_TOKENIZER_SPLITS
-
-
-def _plain(architecture: str) -> str:
-    """The name of an architecture, spelled as llama.cpp and transformers both would."""
-    return architecture.lower().replace("-", "").replace("_", "")
-
-
-def _rope_scaling(header: GgufHeader) -> str:
-    """Tensor or key that scales rotary embeddings, for which transformers has no place; or none."""
-    tensor = next((name for name in header.tensors if name.startswith("rope_f")), "")
-    key = f"{header.architecture}.rope.scaling.type"
-    reads_keys = _plain(header.architecture) == "gptoss"
-    if tensor or reads_keys or header.metadata.get(key, "none") == "none":
-        return tensor
-    return f"{key} = {header.metadata[key]}"

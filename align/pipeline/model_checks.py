@@ -9,7 +9,7 @@ from pathlib import Path
 from align.config.base import Input, Keys, NewModel
 from align.config.recipe import ErrorCollector
 from align.errors import UserError
-from align.models import files, gguf_files
+from align.models import files, gguf_checks
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, hub
 
@@ -49,7 +49,7 @@ def check_gguf_files(errors: ErrorCollector, pending: Sequence[PlannedStage]) ->
             file = stage.gguf_files.get(folder)
             if file is not None and not (folder / artifacts.FILE).is_file():
                 with errors.at(stage.name, *key.split(".")):
-                    gguf_files.check_convertible(file)
+                    gguf_checks.check_convertible(file)
 
 
 def check_revisions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

@@ -1,10 +1,13 @@
-"""A tiny Llama in a GGUF file, with the traps of a real one.
+"""A tiny Llama in a GGUF file, with the traps of a real one, and files written byte by byte.
 
 Pad is eos, bos opens every turn, and the template inserts a system turn that no row has.
 """
 
 from __future__ import annotations
 
+import re
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,18 @@ WIDTH, LAYERS, HEADS, KEY_VALUE_HEADS, INNER = 32, 2, 4, 2, 64
 
 
 def write_model(
-    path: Path, *, architecture: str = "llama", ends: tuple[int, ...] = (2,), **metadata: Any
+    path: Path,
+    *,
+    architecture: str = "llama",
+    ends: tuple[int, ...] = (2,),
+    without: str = r"$^",
+    **metadata: Any,
 ) -> Path:
     """Write the model to ``path``: weights in Q8_0, norms in float32, tied embeddings.
 
-    ``ends`` are the tokens that end a text, a turn and a message. ``metadata`` are more values by
-    key, with ``__`` for the points. Skips the test without the package gguf.
+    ``ends`` are the tokens that end a text, a turn and a message. Keys and tensors whose names
+    match ``without`` are left out. ``metadata`` are more values by key, with ``__`` for the points.
+    Skips the test without the package gguf.
     """
     gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -58,8 +67,13 @@ def write_model(
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
     for key, value in metadata.items():
-        writer.add_string(key.replace("__", "."), value)
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_string
+        add(key.replace("__", "."), value)
+    for key in filter(re.compile(without).match, list(writer.kv_data[0])):
+        del writer.kv_data[0][key]
     for name, values in weights(len(tokens)).items():
+        if re.match(without, name):
+            continue
         if values.ndim == 1:
             writer.add_tensor(name, values)
         else:
@@ -87,3 +101,38 @@ def weights(n_tokens: int) -> dict[str, Any]:
         name: rng.normal(float(len(shape) == 1), 0.2, shape).astype(np.float32)
         for name, shape in named.items()
     }
+
+
+def text(value: str) -> bytes:
+    """A text as GGUF files store it."""
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def by_hand(
+    *,
+    architecture: str = "llama",
+    values: int = 4,
+    tensor: str = "token_embd.weight",
+    metadata: Mapping[str, str | int] | None = None,
+    **texts: str,
+) -> bytes:
+    """A GGUF file without the package: keys and one float32 tensor of ``values`` × 2.
+
+    Without an architecture or a name of the tensor, it has none. ``metadata`` are further keys,
+    ``texts`` further values of the tokenizer.
+    """
+    named = {f"tokenizer.ggml.{key}": value for key, value in texts.items()} | (metadata or {})
+    named |= {"general.architecture": architecture} if architecture else {}
+    keys = [
+        *(
+            text(key) + (struct.pack("<II", 4, value) if isinstance(value, int) else
+                         struct.pack("<I", 8) + text(value))
+            for key, value in named.items()
+        ),
+        text(f"{architecture}.context_length") + struct.pack("<II", 4, 77),
+        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("Ġb"),
+    ]  # fmt: skip
+    header = b"GGUF" + struct.pack("<IQQ", 3, bool(tensor), len(keys)) + b"".join(keys)
+    if tensor:
+        header += text(tensor) + struct.pack("<IQQIQ", 2, values, 2, 0, 0)
+    return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(4 * 2 * values)

@@ -6,13 +6,13 @@ import contextlib
 import json
 import random
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import gguf_models
+from helpers.gguf_models import by_hand
 
 from align.config.data import Prepare
 from align.config.recipe import ErrorCollector, load_recipe
@@ -32,28 +32,6 @@ from align.runtime import artifacts
 DATA = {"source": "embedded", "max_rows": 60, "test_fraction": 0.25}
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False,
          "gradient_checkpointing": False, "save_strategy": "no"}  # fmt: skip
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def by_hand(
-    *, architecture: str = "llama", values: int = 4, tensor: str = "output.weight", **texts: str
-) -> bytes:
-    """A GGUF file without the package: keys and one float32 tensor of ``values`` × 2.
-
-    ``texts`` are further values of the tokenizer.
-    """
-    keys = [
-        *(text(f"tokenizer.ggml.{k}") + struct.pack("<I", 8) + text(v) for k, v in texts.items()),
-        text("general.architecture") + struct.pack("<I", 8) + text(architecture),
-        text(f"{architecture}.context_length") + struct.pack("<II", 4, 77),
-        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("Ġb"),
-    ]
-    header = b"GGUF" + struct.pack("<IQQ", 3, 1, len(keys)) + b"".join(keys)
-    header += text(tensor) + struct.pack("<IQQIQ", 2, values, 2, 0, 0)
-    return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(4 * 2 * values)
 
 
 @pytest.fixture(autouse=True)
