@@ -7,10 +7,11 @@ form itself, since a quantized model cannot be trained fully.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from align.models import gguf_card, gguf_checks, gguf_files
 from align.models.gguf_files import LAYOUT
 from align.models.loading import cannot_load, check_finite, check_vocabulary
 from align.models.tokenizer_files import GENERATION_CONFIG
-from align.runtime import artifacts, distributed
+from align.runtime import artifacts, checksums, distributed
 from align.runtime.locks import folder_lock
 
 _LINK = "model.gguf"
+_UNFINISHED = ".converting"
+"""Folder of the files of a conversion until all of them are written."""
 
 
 def converted(file: Path, runs: Path, announce: Callable[[str], None]) -> Path:
@@ -91,11 +94,61 @@ def _write_tokenizer(file: Path, folder: Path) -> Any:
 
 
 def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
+    """Write the model into a folder within ``folder``, and move it out of there, its artifact last.
+
+    What an interrupted conversion has left is known by its place, so no other file is touched.
+
+    Raises:
+        UserError: The file cannot be converted, or other files are in the way.
+    """
+    working = folder / _UNFINISHED
+    if _read_finished(working) is None:
+        _check_free(file, folder, [gguf_card.FILE])
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir()
+        try:
+            _write_model(file, working, announce)
+        except BaseException:
+            shutil.rmtree(working, ignore_errors=True)
+            raise
+    _check_free(file, folder, [path.name for path in working.iterdir()])
+    for path in sorted(working.iterdir(), key=lambda path: path.name == artifacts.FILE):
+        path.replace(folder / path.name)
+    checksums.flush(folder)
+    working.rmdir()
+
+
+def _read_finished(working: Path) -> artifacts.Artifact | None:
+    """The artifact of a whole model that was not moved to its place yet; None without one."""
+    try:
+        return artifacts.read_artifact(working)
+    except ArtifactError:
+        return None
+
+
+def _check_free(file: Path, folder: Path, names: Iterable[str]) -> None:
+    """Check that ``folder`` has no files of these names, and none that would be loaded.
+
+    Raises:
+        ArtifactError: One line for each that the conversion did not write.
+    """
+    finished = _read_finished(folder / _UNFINISHED)
+    moved = finished.files if finished is not None else {}
+    blocking = {folder / name for name in names if os.path.lexists(folder / name)}
+    blocking.update(artifacts.added_files(folder, moved))
+    if blocking:
+        raise ArtifactError(
+            *(
+                f"{path}: in the way of the conversion of {file}, which did not write it; move it "
+                "away, or delete it"
+                for path in sorted(blocking)
+            )
+        )
+
+
+def _write_model(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     """Write the model folder with its card, its artifact last."""
     started = time.monotonic()
-    for path in folder.iterdir():  # of an interrupted conversion
-        if path.name != artifacts.WORKING:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     tokenizer = _write_tokenizer(file, folder)
     announce(f"{file}: tokenizer and chat template read; reading the weights")
     model = _load(file)
@@ -128,7 +181,7 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     )
     card = gguf_card.gguf_card(file, header, artifact, model, tokenizer)
     (folder / gguf_card.FILE).write_text(card, encoding="utf-8")
-    artifacts.write_artifact(folder, artifact)
+    artifacts.write_artifact(folder, artifact, runs=folder.absolute().parent.parent)
 
 
 def _load(file: Path) -> Any:

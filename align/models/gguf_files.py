@@ -27,7 +27,7 @@ from align.errors import ArtifactError
 from align.runtime import artifacts, checksums
 
 SUFFIX = ".gguf"
-KIND = "gguf"
+KIND = artifacts.CONVERTED
 """The kind of a converted folder in its ``artifact.json``, where stages have theirs."""
 CODE_VERSION = 2
 """Part of the digest. It is raised when the same file becomes another model than before."""

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from align.runtime.checksums import digest_file
 FILE = "artifact.json"
 SUMMARY = "summary.json"
 """Name of the record of a run, in its folder."""
+CONVERTED = "gguf"
+"""The kind of a folder that was converted from a GGUF file: no stage wrote it."""
 HELD_OUT = "held_out.jsonl"
 """Name of the file of an online-RL stage with a line for each held-out prompt."""
 TEMPORARY = ".*.json.*"
@@ -73,14 +75,16 @@ class Artifact:
     order: int = 0
 
 
-def write_artifact(folder: Path, artifact: Artifact) -> None:
+def write_artifact(folder: Path, artifact: Artifact, *, runs: Path | None = None) -> None:
     """Write ``artifact.json``, which marks a stage's folder as finished.
 
     All files of the stage are flushed to the disk before, so that a power cut cannot leave a
-    finished stage with lost weights.
+    finished stage with lost weights. ``runs`` is the folder of the stages before it, by default
+    that of ``folder``.
     """
     files = checksums.record_files(folder, stage_files(folder))
-    order = 1 + max(map(_order, folder.absolute().parent.glob(f"*/{FILE}")), default=0)
+    runs = folder.absolute().parent if runs is None else runs
+    order = 1 + max(map(_order, runs.glob(f"*/{FILE}")), default=0)
     record = replace(artifact, files=files, order=order)
     write_json(folder / FILE, checksums.seal(asdict(record)))
 
@@ -154,7 +158,7 @@ def check_identity(folder: Path, artifact: Artifact, kind: str, digest: str) -> 
     if (artifact.stage, artifact.digest) != (kind, digest):
         raise ArtifactError(
             f"{folder / FILE}: of a `{artifact.stage}` stage with digest {artifact.digest[:12]}, "
-            f"expected `{kind}` with {digest[:12]}; {_repair(folder)}"
+            f"expected `{kind}` with {digest[:12]}; {_repair(folder, artifact.stage)}"
         )
 
 
@@ -204,18 +208,31 @@ def check_contents(folder: Path, artifact: Artifact) -> None:
 
 
 def _raise_problems(folder: Path, artifact: Artifact, problems: list[str]) -> None:
-    lines = [f"{line}; {_repair(folder)}" for line in problems]
+    lines = [f"{line}; {_repair(folder, artifact.stage)}" for line in problems]
     lines += [
         f"{path}: a file that the stage did not write; move it away"
-        for path in stage_files(folder)
-        if path.suffix in LOADED_SUFFIXES
-        and path.relative_to(folder).as_posix() not in artifact.files
+        for path in added_files(folder, artifact.files)
     ]
     if lines:
         raise ArtifactError(*lines)
 
 
-def _repair(folder: Path) -> str:
+def added_files(folder: Path, written: Collection[str]) -> list[Path]:
+    """Files that a later stage would load from a folder, although they are not among ``written``.
+
+    ``written`` are paths relative to the folder.
+    """
+    return [
+        path
+        for path in stage_files(folder)
+        if path.suffix in LOADED_SUFFIXES and path.relative_to(folder).as_posix() not in written
+    ]
+
+
+def _repair(folder: Path, kind: str = "") -> str:
+    """The repair of a damaged folder; ``kind`` is that of its artifact, if it can be read."""
+    if (kind or folder.name.rpartition("-")[0]) == CONVERTED:
+        return f"delete {folder} or move it away, and its GGUF file is converted again"
     return f"restore it from a copy, move {folder} away, or run its stage with --force"
 
 

@@ -248,18 +248,100 @@ def test_a_finished_conversion_is_reused_and_an_unfinished_one_replaced(
     assert not lines
     assert folder.parent == runs
     unfinished = Path("runs") / folder.name
-    shutil.copytree(folder, unfinished)
-    (unfinished / artifacts.FILE).unlink()
-    (unfinished / "model.safetensors").write_bytes(b"half")
+    (unfinished / ".converting").mkdir(parents=True)
+    (unfinished / ".converting" / "model.safetensors").write_bytes(b"half")
+    (unfinished / ".converting" / "left.json").write_bytes(b"half")
+    (unfinished / "notes.txt").write_text("mine")
     assert gguf_conversion.converted(file, Path("runs"), lines.append) == unfinished
     converting, reading, writing = lines
     assert converting.endswith(f"converting into {unfinished}")
     assert "reading the weights" in reading and "parameters read; writing" in writing
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (unfinished / name).read_bytes() == (folder / name).read_bytes()
+    assert (unfinished / "notes.txt").read_text() == "mine"
+    names = {path.name for path in unfinished.iterdir()}
+    assert names == {path.name for path in folder.iterdir()} | {"notes.txt"}
     (unfinished / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ArtifactError, match=r"model\.safetensors: 7 bytes, expected"):
+    with pytest.raises(ArtifactError) as error:
         gguf_conversion.converted(file, Path("runs"), lines.append)
+    (line,) = error.value.lines
+    assert line.startswith(f"{unfinished / 'model.safetensors'}: 7 bytes, expected ")
+    assert line.endswith(
+        f"; delete {unfinished} or move it away, and its GGUF file is converted again"
+    )
+    (unfinished / artifacts.FILE).write_text("{")
+    with pytest.raises(ArtifactError, match=f"delete {unfinished} or move it away, and its GGUF"):
+        gguf_conversion.converted(file, Path("runs"), lines.append)
+
+
+def test_no_file_of_a_user_is_lost_in_a_conversion(
+    converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    file, runs = converted
+    (finished,) = runs.iterdir()
+    folder = Path("runs") / finished.name
+    folder.mkdir(parents=True)
+    blocking = {
+        "README.md": "mine",
+        "chat_template.jinja": "{{ mine }}",
+        "adapter_config.json": "{}",
+    }
+    for name, content in blocking.items():
+        (folder / name).write_text(content)
+    monkeypatch.setattr(gguf_conversion, "_write_model", lambda *_: pytest.fail("no time is lost"))
+    with pytest.raises(ArtifactError) as error:
+        gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    assert list(error.value.lines) == [
+        f"{folder / name}: in the way of the conversion of {file}, which did not write it; move it "
+        "away, or delete it"
+        for name in sorted(blocking)
+    ]
+    for name, content in blocking.items():
+        assert (folder / name).read_text() == content
+
+
+@pytest.mark.parametrize("n_moved", [0, 2, 5])
+def test_a_conversion_that_ended_while_its_files_were_moved_is_completed_without_reading_the_file(
+    converted: tuple[Path, Path], n_moved: int, monkeypatch: pytest.MonkeyPatch
+):
+    file, runs = converted
+    (finished,) = runs.iterdir()
+    folder = Path("runs") / finished.name
+    shutil.copytree(finished, folder / ".converting")
+    for name in sorted(path.name for path in finished.iterdir() if path.suffix != ".json")[
+        :n_moved
+    ]:
+        (folder / ".converting" / name).replace(folder / name)
+    monkeypatch.setattr(gguf_conversion, "_write_model", lambda *_: pytest.fail("it was written"))
+    (folder / "tokenizer.json").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: in the way of the conversion of"):
+        gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    assert (folder / "tokenizer.json").read_text() == "mine"
+    (folder / "tokenizer.json").unlink()
+    assert gguf_conversion.converted(file, Path("runs"), lambda _: None) == folder
+    assert {path.name for path in folder.iterdir()} == {path.name for path in finished.iterdir()}
+    artifacts.check_folder(folder)
+
+
+def test_a_conversion_counts_as_later_than_the_stages_that_had_finished(
+    converted: tuple[Path, Path],
+):
+    record = artifacts.read_artifact(next(converted[1].iterdir()))
+    assert record is not None
+    Path("runs/sft-0123456789ab").mkdir(parents=True)
+    artifacts.write_artifact(Path("runs/sft-0123456789ab"), record)
+    gguf_conversion.converted(converted[0], Path("runs"), lambda _: None)
+    found = {path.name: artifacts.read_artifact(path) for path in Path("runs").iterdir()}
+    assert {name: each and each.order for name, each in found.items()} == {
+        "sft-0123456789ab": 1, gguf_files.converted_folder(converted[0], Path("runs")).name: 2,
+    }  # fmt: skip
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(converted: tuple[Path, Path]):
+    file = gguf_models.write_model(Path("a.gguf"), without=r".*ffn_up")
+    with pytest.raises(UserError, match="2 weights are missing"):
+        gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    assert not list(Path("runs").iterdir())
 
 
 def test_the_converted_folder_has_a_card_and_one_without_is_reused(converted: tuple[Path, Path]):
