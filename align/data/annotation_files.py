@@ -30,6 +30,7 @@ from align.data.rows import Raw
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_ALPACA_EVAL_KEYS = {"instruction", "output_1", "output_2"}
 Layout = Callable[[Raw], Iterable[Annotation]]
 """Reads the annotations of a row."""
 
@@ -110,9 +111,20 @@ def annotations_of(rows: Iterable[Raw], source: str) -> Iterator[Annotation | In
     answers.check(source)
 
 
+def is_annotation(row: Raw) -> bool:
+    """Whether a row has the keys of a layout of annotations."""
+    return (
+        row.keys() >= _ALPACA_EVAL_KEYS
+        or set(ALIGN_KEYS) <= row.keys()
+        or (isinstance(row.get("data"), dict) and "annotations" in row)
+        or ("fields" in row and "responses" in row)
+        or is_argilla_table(row)
+    )
+
+
 def _layout(file: str, row: Raw, answers: ArgillaAnswers) -> Layout:
     """The reader of the rows of a file, by the keys of its first row."""
-    if {"instruction", "output_1", "output_2"} <= row.keys():
+    if row.keys() >= _ALPACA_EVAL_KEYS:
         return from_alpaca_eval
     if set(ALIGN_KEYS) <= row.keys():
         return from_align

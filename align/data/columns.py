@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from align.config.readers import FORMATS, REQUIRED_COLUMNS, columns_read
 from align.data import layouts
 from align.data.annotations import ALIGN_KEYS
+from align.data.public_layouts import advice, is_transcript
 from align.data.rows import Raw
 from align.data.sources import Part
 from align.data.tool_calls import TOOLS
@@ -61,15 +62,16 @@ def complete_columns(
     """
     in_source = columns_of(part)
     if columns.get("prompt") == "instruction":
-        free = set(in_source).difference(columns.values())
-        columns = {n: n for n in ("input", "history") if n in free} | dict(columns)
+        optional = {n: n for n in layouts.OPTIONAL if n not in columns.values()}
+        columns = optional | dict(columns)
     names = columns_of(part, columns)
     rows = [rename_columns(raw, columns) for raw in part.head]
     if reader != "columns" or (kind_of(names) and not _lacks_prompt(names, rows)):
         return "", columns
     unmapped = [name for name in in_source if name not in columns.values()]
     layout, found = layouts.recognize({*names, *unmapped})
-    return layout, found | dict(columns)
+    free = {own: name for own, name in found.items() if name not in columns.values()}
+    return layout, free | dict(columns)
 
 
 def _lacks_prompt(names: Iterable[str], rows: Sequence[Raw]) -> bool:
@@ -152,36 +154,42 @@ def check_columns(parts: list[Part], reader: str, columns: Mapping[str, str]) ->
 def _public_problems(part: Part, reader: str, columns: Mapping[str, str]) -> list[str]:
     names = columns_of(part, columns)
     missing = [name for name in REQUIRED_COLUMNS[reader] if name not in names]
+    other = advice((rename_columns(row, columns) for row in part.head), reader)
+    if other and (missing or not REQUIRED_COLUMNS[reader]):
+        return [f"{part.name}: {other}"]
     if not missing:
         return []
+    _, own_columns = complete_columns(part, "columns", {})
+    is_own = kind_of(columns_of(part, own_columns))
+    repair = f"map it with `columns: {{{missing[0]}: ...}}`"
     return [
         f"{part.name}: no column {_quoted(missing)}, required by `reader: {reader}`;"
-        f" found {_quoted(names)}; map it with `columns: {{{missing[0]}: ...}}`"
+        f" found {_quoted(names)}; {'set `reader: columns`' if is_own else repair}"
     ]
 
 
 def _transcript_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
     names = columns_of(part, columns)
-    return [] if kind_of(names) else [_missing_columns(part.name, names, _HH_FORMATS)]
+    if kind_of(names):
+        return []
+    other = advice(part.head, "hh")
+    return [f"{part.name}: {other}" if other else _missing_columns(part.name, names, _HH_FORMATS)]
 
 
 def _column_problems(part: Part, columns: Mapping[str, str]) -> list[str]:
     _, columns = complete_columns(part, "columns", columns)
     names = columns_of(part, columns)
     rows = [rename_columns(raw, columns) for raw in part.head]
-    if "chosen" in names and _is_transcript(rows[0]):
-        return [f"{part.name}: the rows are whole transcripts; read them with `reader: hh`"]
-    if set(ALIGN_KEYS) <= {*part.head[0]}:
-        return [f"{part.name}: the rows are annotations; read them with `reader: annotations`"]
-    if _lacks_prompt(names, rows):
-        return [_missing_columns(part.name, names, FORMATS[:1])]
-    if not kind_of(names):
-        return [_missing_columns(part.name, names, FORMATS)]
-    return []
-
-
-def _is_transcript(row: Raw) -> bool:
-    return str(row.get("prompt") or row.get("chosen")).startswith("\n\nHuman:")
+    if "chosen" in names and is_transcript(rows[0]):
+        return [f"{part.name}: {advice(rows[:1], 'columns')}"]
+    if set(ALIGN_KEYS) <= part.head[0].keys():
+        return [f"{part.name}: {advice(part.head[:1], 'columns')}"]
+    lacks_prompt = _lacks_prompt(names, rows)
+    if kind_of(names) and not lacks_prompt:
+        return []
+    if other := advice(part.head, "columns"):
+        return [f"{part.name}: {other}"]
+    return [_missing_columns(part.name, names, FORMATS[:1] if lacks_prompt else FORMATS)]
 
 
 def _missing_columns(part: str, names: list[str], formats: tuple[tuple[str, ...], ...]) -> str:

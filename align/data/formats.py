@@ -93,8 +93,9 @@ def demonstration(raw: Raw) -> Row:
 
     The last turn of ``messages`` is the completion.
     """
-    value = raw.get("completion") if "completion" in raw else raw.get("messages")
-    if "completion" not in raw and isinstance(value, str):
+    has_completion = raw.get("completion") is not None  # a file may have the columns of both
+    value = raw["completion"] if has_completion else raw.get("messages")
+    if not has_completion and isinstance(value, str):
         raise DroppedError("messages are not a list")
     return _assemble(raw, {"completion": _completion(value)})
 

@@ -26,6 +26,7 @@ from align.data.deduplication import MinHashIndex
 from align.data.formats import UNKNOWN_LABEL, read_row, unread_fields
 from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
+from align.data.row_layouts import RowLayouts
 from align.data.row_store import RowTable
 from align.data.rows import DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, check_hub_keys, read_source, source_files
@@ -228,7 +229,8 @@ class _Ingester:
     ) -> None:
         layout, columns = complete_columns(part, source.reader, source.columns)
         if layout:
-            names = ", ".join(f"{own}: {name}" for own, name in columns.items())
+            present = set(columns_of(part))
+            names = ", ".join(f"{own}: {name}" for own, name in columns.items() if name in present)
             self.recognized[source.source] = f"{layout}, columns {{{names}}}"
         kind = kind_of_part(part, source.reader, columns)
         table = tables.setdefault(kind, RowTable(kind))
@@ -242,14 +244,16 @@ class _Ingester:
         }
         group = GROUPED.get(source.reader)
         rows = group(part.rows, part.name) if group else part.rows
+        row_layouts = RowLayouts(part.name, kind, source.reader, source.columns)
         for number, raw in enumerate(rows, start=1):
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
                 break
             n_rows[kind] += 1
             renamed = rename_columns(raw, columns)
-            if source.reader not in PUBLIC_FORMATS:
+            other = None if group else row_layouts.count(raw, renamed, number)
+            if source.reader not in PUBLIC_FORMATS and other is None:
                 self._count_unread(raw, renamed, used)
-            for converted in _convert(renamed, source.reader, columns, options):
+            for converted in _convert(other or renamed, source.reader, columns, options):
                 table.n_read[self._n_sources] += 1
                 try:
                     if isinstance(converted, DroppedError):
@@ -257,8 +261,9 @@ class _Ingester:
                     row = read_row(converted, kind, source.reader, source.labels)
                     self._check_contamination(row)
                 except DroppedError as error:
-                    place = error.place or f"{unit} {number}"
-                    table.add_invalid(error, self._n_sources, f"{file}{place}")
+                    example = error if group else row_layouts.with_columns(error, raw, renamed)
+                    place = f"{file}{error.place or f'{unit} {number}'}"
+                    table.add_invalid(example, self._n_sources, place)
                 else:
                     copied = {
                         name: _flatten(raw.get(name, converted.get(name)))
@@ -267,6 +272,7 @@ class _Ingester:
                     margin, place = converted.get("margin"), f"{file}{unit}"
                     table.add(row, self._n_sources, copied, margin, place=place, number=number)
                     self._add_to_index(table, row)
+        row_layouts.raise_if_mixed()
 
     def _count_unread(self, raw: Raw, renamed: Raw, used: set[str]) -> None:
         """Count the columns and the fields of turns that are not read."""
@@ -301,9 +307,11 @@ def _pairing_options(source: MixtureSource, seed: int) -> PairingOptions:
 
 
 def _convert(
-    raw: Raw, reader: str, columns: Mapping[str, str], options: PairingOptions
+    raw: Raw | DroppedError, reader: str, columns: Mapping[str, str], options: PairingOptions
 ) -> Iterator[Raw | DroppedError]:
     """Raw pairs of a row of a public data set; any other row, without columns not to be read."""
+    if isinstance(raw, DroppedError):
+        return iter([raw])
     if reader in PUBLIC_FORMATS:
         return PUBLIC_FORMATS[reader](raw, options)
     unread = {"margin", "history"} - columns.keys()

@@ -24,6 +24,8 @@ ROLES = {
 }
 """Values of ``from`` and the roles that they stand for."""
 SHAREGPT, ALPACA = "ShareGPT", "Alpaca"
+OPTIONAL = ("input", "history")
+"""Columns of Alpaca that belong to the prompt; the rows at the head of a file may lack them."""
 
 
 def recognize(names: Collection[str]) -> tuple[str, dict[str, str]]:
@@ -41,8 +43,7 @@ def recognize(names: Collection[str]) -> tuple[str, dict[str, str]]:
         columns = {"prompt": "instruction", **label}
         if not pairs and "completion" not in names:
             columns["completion"] = "output"
-        columns |= {name: name for name in ("input", "history") if name in names}
-        return ALPACA, columns
+        return ALPACA, columns | {name: name for name in OPTIONAL}
     return "", {}
 
 

@@ -668,7 +668,7 @@ DATA = [
     data(
         "plain columns read as transcripts",
         "pairs.jsonl",
-        "none of 20 pairs is usable: 20 not an HH transcript (row 1: `chosen`); try `reader: columns`",
+        "`reader: hh` does not read them; set `reader: columns`",
         files={"pairs.jsonl": jsonl(*ROWS)},
         more=", reader: hh",
     ),

@@ -94,8 +94,8 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
     ("transcripts read as columns", "a.jsonl", lines(TRANSCRIPT), {},
      "a.jsonl: the rows are whole transcripts; read them with `reader: hh`"),
     ("columns read as transcripts", "a.jsonl", lines(PAIR_LINE), {"reader": "hh"},
-     "a.jsonl: none of 1 pairs is usable: 1 not an HH transcript (row 1: `chosen`); try"
-     " `reader: columns`"),
+     "a.jsonl: its rows are 1 × pairs with `prompt`, `chosen`, `rejected` (row 1); `reader: hh` does"
+     " not read them; set `reader: columns`"),
     ("transcripts without a side", "a.jsonl", lines('{"chosen": "a"}'), {"reader": "hh"},
      "a.jsonl: no column `rejected`; found `chosen`; map it with `columns: {rejected: ...}`"),
     ("nothing usable", "a.jsonl", lines(PAIR_LINE.replace("No.", "Hello."), PAIR_LINE.replace("No.", "")), {},
