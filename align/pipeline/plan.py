@@ -7,7 +7,7 @@ in the artifact, and logged if an artifact of another number is reused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,30 +127,43 @@ def _planned_stage(
     """Resolve the inputs of a stage; its digest, its folder and its status."""
     inputs, digests = _resolve_inputs(name, config, runs, planned, errors)
     digests |= _file_digests(name, config, errors)
-    digest = stage_digest(config, digests)
-    folder = runs / f"{name}-{digest[:12]}"
-    status = "run" if force in ("all", name) else _status(folder, stage_kind(config), digest)
-    defaults = {key: type(config).model_fields[key].get_default() for key in config.prompt_keys}
-    rows_digest = stage_digest(config.model_copy(update=defaults), digests)
-    files = {
-        Path(inputs[key]): Path(target).expanduser()
+    named = {
+        key: target
         for key, target in config.input_names().items()
         if key in inputs and target not in planned and gguf_files.is_gguf(target)
     }
+    gguf_names = list(dict.fromkeys(named.values()))
+    digest = stage_digest(config, digests, gguf_names=gguf_names)
+    folder = runs / f"{name}-{digest[:12]}"
+    status = "run" if force in ("all", name) else _status(folder, stage_kind(config), digest)
+    defaults = {key: type(config).model_fields[key].get_default() for key in config.prompt_keys}
+    rows_digest = stage_digest(config.model_copy(update=defaults), digests, gguf_names=gguf_names)
+    files = {Path(inputs[key]): Path(target).expanduser() for key, target in named.items()}
     return PlannedStage(name, config, digest, folder, inputs, digests, status, rows_digest, files)
 
 
-def stage_digest(config: Stage, inputs: Mapping[str, str]) -> str:
+def stage_digest(
+    config: Stage, inputs: Mapping[str, str], *, gguf_names: Sequence[str] = ()
+) -> str:
     """The digest of a stage from its settings and the digests of its inputs.
 
     The names of the inputs of a training stage are not part of it. Those of ``sample``, ``label``
-    and ``evaluate`` are, because their results are labeled with them.
+    and ``evaluate`` are, because their results are labeled with them. ``gguf_names`` are those of
+    GGUF files, each once; of them only counts which inputs are the same.
     """
+    settings = config.digest_settings()
+    places = {name: f"{gguf_files.KIND}:{i}" for i, name in enumerate(gguf_names)}
+    for key in settings.keys() & config.inputs.keys():
+        value = settings[key]
+        if isinstance(value, str):
+            settings[key] = places.get(value, value)
+        elif isinstance(value, list):
+            settings[key] = [places.get(v, v) if isinstance(v, str) else v for v in value]
     return artifacts.digest(
         {
             "stage": stage_kind(config),
             "code_version": config.code_version,
-            "settings": config.digest_settings(),
+            "settings": settings,
             "inputs": dict(inputs),
         }
     )

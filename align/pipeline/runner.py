@@ -12,11 +12,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from align.config.inputs import input_names
 from align.config.recipe import ErrorCollector, Recipe
 from align.errors import ArtifactError, UserError
 from align.models import gguf_conversion
@@ -201,7 +202,7 @@ def _run_or_reuse(
             if distributed.is_main():
                 _remove_working_files(stage)
     display.end(stage.name, status, artifact.seconds, artifact.headline)
-    for line in artifact.remarks:
+    for line in (*artifact.remarks, *earlier_names(stage, artifact)):
         display.info(f"{stage.name}: {line}")
     if stage.config.trains_model and artifact.world_size != distributed.world_size():
         count, now = _processes(artifact.world_size), distributed.world_size()
@@ -218,6 +219,15 @@ def _run_or_reuse(
         metrics=artifact.metrics,
         tables=tuple(ResultTable(**table) for table in artifact.tables),
     )
+
+
+def earlier_names(stage: PlannedStage, artifact: artifacts.Artifact) -> Iterator[str]:
+    """A line for each compared GGUF file that had another name when its results were written."""
+    earlier = input_names(stage.config.inputs, artifact.recipe)
+    for key, name in stage.config.input_names().items():
+        is_compared = key != "model" and stage.inputs[key] in stage.gguf_files
+        if is_compared and earlier.get(key, name) != name:
+            yield f"the results name {name} as it was called then, {earlier[key]}"
 
 
 def _processes(count: int) -> str:

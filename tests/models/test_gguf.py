@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from align.pipeline import (
     lookup,
     model_checks,
     quantization_checks,
+    runner,
     token_lengths,
 )
 from align.pipeline.plan import plan, plan_stages
@@ -186,6 +188,62 @@ def test_a_plan_depends_on_the_content_and_converts_nothing():
     estimate = estimates.estimate([prepare, first], world_size=1)["sft"]
     assert estimate.memory_bytes == 8 * 16  # float32 weights, gradients and Adam's two moments
     assert not Path("runs").exists()
+
+
+def test_no_digest_depends_on_the_name_or_the_place_of_a_file():
+    def stages(one: str, two: str, **evaluate: Any) -> dict[str, Any]:
+        lora = {"lora": {"r": 2}}
+        online = {"model": one, "rewards": ["reward"], "steps": 1, "batch_size": 8} | lora
+        return {
+            "prepare": DATA,
+            "sft": {"model": one} | lora,
+            "dpo": {"model": one} | lora,
+            "kto": {"model": one} | lora,
+            "reward": {"model": one} | lora,
+            "ppo": online,
+            "grpo": online,
+            "sample": {"model": one},
+            "label": {"judge": "reward"},
+            "evaluate": {"policies": [one, two, "sft"], "baseline": one, "judge": ["gold"]}
+            | evaluate,
+        }
+
+    def digests(*names: str, **evaluate: Any) -> dict[str, str]:
+        recipe = load_recipe({"stages": stages(*names, **evaluate)})
+        return {stage.name: stage.digest for stage in plan(recipe, Path("runs"))}
+
+    Path("a.gguf").write_bytes(by_hand())
+    Path("b.gguf").write_bytes(by_hand(values=6))
+    first = digests("a.gguf", "b.gguf")
+    Path("deep").mkdir()
+    shutil.move("a.gguf", "deep/renamed.GGUF")
+    shutil.move("b.gguf", "a.gguf")
+    assert digests("deep/renamed.GGUF", "a.gguf") == first
+    Path("copy.gguf").write_bytes(by_hand())
+    apart = digests("copy.gguf", "a.gguf", baseline="deep/renamed.GGUF")  # one more comparison
+    assert [name for name in first if apart[name] != first[name]] == ["evaluate"]
+    Path("a.gguf").write_bytes(by_hand(values=8))
+    other = digests("deep/renamed.GGUF", "a.gguf")
+    assert [name for name in first if other[name] != first[name]] == ["evaluate"]
+    swapped = digests("a.gguf", "deep/renamed.GGUF")
+    assert [name for name in first if swapped[name] == first[name]] == ["prepare"]
+
+
+def test_a_reused_evaluation_says_where_its_results_have_earlier_names(
+    converted: tuple[Path, Path],
+):
+    record = artifacts.read_artifact(next(converted[1].iterdir()))
+    assert record is not None
+    for name in ("new.gguf", "same.gguf"):
+        Path(name).write_bytes(by_hand())
+    evaluate = {"policies": ["new.gguf", "same.gguf"], "baseline": "reference", "judge": "gold"}
+    stages = {"prepare": DATA, "sample": {"model": "new.gguf"}, "evaluate": evaluate}
+    _, sample, evaluation = plan(load_recipe({"stages": stages}), Path("runs"))
+    before = evaluate | {"policies": ["deep/old.gguf", "same.gguf"], "model": "deep/old.gguf"}
+    record = replace(record, recipe=before)
+    line = "the results name new.gguf as it was called then, deep/old.gguf"
+    assert list(runner.earlier_names(evaluation, record)) == [line]
+    assert not list(runner.earlier_names(sample, record))  # its results have no names
 
 
 def test_the_check_reads_the_template_and_the_tokens_of_a_file_that_is_not_converted(
@@ -459,4 +517,6 @@ def test_a_chain_starts_from_a_file_and_is_reused(converted: tuple[Path, Path], 
     again = launch("recipe.yaml", "sft.model=renamed.gguf", "evaluate.policies=[dpo, renamed.gguf]")
     assert again.code == 0, again.err
     assert "converting" not in again.out + again.err
-    assert "3 reused" in again.out  # the results of `evaluate` are labeled with the file's name
+    assert "4 reused" in again.out
+    line = "evaluate: the results name renamed.gguf as it was called then, tiny.gguf"
+    assert line in again.out + again.err
