@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from align.data import layouts, tool_calls
+from align.data import layouts, tool_calls, tool_results
 from align.data.rows import (
     ROLES,
     UNTRAINED,
@@ -65,7 +65,9 @@ def pair(raw: Raw) -> Row:
     The prompt may be missing if the other two are whole conversations.
     """
     sides = {side: _in_column(side, _completion, raw) for side in ("chosen", "rejected")}
-    return _check_distinct(_assemble(raw, sides))
+    row = _check_distinct(_assemble(raw, sides))
+    tool_results.check_declared([*row["prompt"], *row["chosen"]])  # `rejected` may be a bad call
+    return row
 
 
 def hh_pair(raw: Raw) -> Row:
@@ -93,6 +95,12 @@ def demonstration(raw: Raw) -> Row:
 
     The last turn of ``messages`` is the completion.
     """
+    row = _demonstration(raw)
+    tool_results.check_declared([*row["prompt"], *row["completion"]])
+    return row
+
+
+def _demonstration(raw: Raw) -> Row:
     has_completion = raw.get("completion") is not None  # a file may have the columns of both
     value = raw["completion"] if has_completion else raw.get("messages")
     if not has_completion and isinstance(value, str):
@@ -102,12 +110,13 @@ def demonstration(raw: Raw) -> Row:
 
 def labeled(raw: Raw, labels: Mapping[str, bool] | None = None) -> Row:
     """Convert a demonstration with a ``label``: a key of ``labels``, or true, false, 1 or 0."""
-    row, value = demonstration(raw), raw.get("label")
+    row, value = _demonstration(raw), raw.get("label")
     if value is None or value != value or not str(value).strip():  # `!=`: NaN
         raise DroppedError("no label")
     label = (labels or _LABELS).get(_label_text(value))
     if label is None:
         raise DroppedError(UNKNOWN_LABEL, f"it is {str(value)[:40]!r}")
+    tool_results.check_declared([*row["prompt"], *(row["completion"] if label else ())])
     return {**row, "label": label}
 
 
@@ -368,6 +377,7 @@ def _check_prompt(prompt: Messages) -> None:
     for turn, following in pairwise(prompt):
         if calls_of(turn) and following["role"] != "tool":
             raise DroppedError("tool calls without results", f"roles: {', '.join(roles)}")
+    tool_results.check_results(prompt)
 
 
 def _says_something(turn: Mapping[str, Any]) -> bool:

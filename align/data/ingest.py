@@ -31,6 +31,7 @@ from align.data.row_store import RowTable
 from align.data.rows import DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, check_hub_keys, read_source, source_files
 from align.data.tool_calls import is_empty
+from align.data.tool_results import check_results
 from align.errors import DataError, nearest
 
 GROUPED: Mapping[str, Callable[[Iterator[Raw], str], Iterator[Raw]]] = {
@@ -59,6 +60,8 @@ class Ingested:
     """Columns and fields of turns that are not read, with the number of rows that have them."""
     recognized: dict[str, str]
     """The layout and the columns that were recognized, by the name of the source."""
+    unusual: dict[str, dict[str, Any]]
+    """What is unusual in rows, but no reason to drop them: their number, the place of the first."""
 
     @property
     def tables(self) -> list[RowTable]:
@@ -101,6 +104,7 @@ def ingest(config: Prepare) -> Ingested:
         files,
         dict(ingester.unread),
         ingester.recognized,
+        ingester.unusual,
     )
 
 
@@ -165,6 +169,7 @@ class _Ingester:
         self.files: list[Path] = []
         self.unread: Counter[str] = Counter()
         self.recognized: dict[str, str] = {}
+        self.unusual: dict[str, dict[str, Any]] = {}
         self._n_sources = 0
         n_sources = len(preference_sources(config)) + (config.demonstrations is not None)
         self._has_several_sources = n_sources > 1
@@ -272,6 +277,7 @@ class _Ingester:
                     margin, place = converted.get("margin"), f"{file}{unit}"
                     table.add(row, self._n_sources, copied, margin, place=place, number=number)
                     self._add_to_index(table, row)
+                    self._count_unusual(row, f"{place} {number}")
         row_layouts.raise_if_mixed()
 
     def _count_unread(self, raw: Raw, renamed: Raw, used: set[str]) -> None:
@@ -281,6 +287,12 @@ class _Ingester:
                 self.unread[f"column `{name}`"] += 1
         for name in unread_fields(renamed):
             self.unread[f"field `{name}` of turns"] += 1
+
+    def _count_unusual(self, row: Row, place: str) -> None:
+        """Count what is unusual in the results of tools of a row that is kept."""
+        if any(turn["role"] == "tool" for turn in row["prompt"]):
+            for name in check_results(row["prompt"]):
+                self.unusual.setdefault(name, {"rows": 0, "first": place})["rows"] += 1
 
     def _check_contamination(self, row: Row) -> None:
         if self._evaluation:

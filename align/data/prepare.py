@@ -178,6 +178,8 @@ def split(ingested: Ingested, near: NearDuplicates, config: Prepare) -> Prepared
         findings["near_duplicates"] = config.near_duplicates
     if ingested.unread:
         findings["not_read"] = dict(sorted(ingested.unread.items()))
+    if ingested.unusual:
+        findings["unusual"] = dict(sorted(ingested.unusual.items()))
     if ingested.recognized:
         findings["recognized"] = ingested.recognized
     findings["leakage"] = leakage(kinds, config.test_fraction, config.split_seed)

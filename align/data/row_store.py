@@ -213,13 +213,18 @@ class RowTable:
         for status in (DUPLICATE, CONTRADICTION, NEAR_DUPLICATE):
             indices = np.flatnonzero(self.status == status)
             if len(indices):
-                example, index = self.places[int(indices[0])], int(indices[0])
-                if status == DUPLICATE:
-                    example += f", like {self.places[self._counterpart(index)]}"
-                elif status == CONTRADICTION:
-                    example += f", against {self.places[self._counterpart(index)]}"
-                examples[DROP_REASONS[status]] = example
+                examples[DROP_REASONS[status]] = self._example(int(indices[0]))
         return examples
+
+    def _example(self, index: int) -> str:
+        """The place of a dropped row, and of the row that it equals or contradicts."""
+        place, status = self.places[index], self.status[index]
+        if status == NEAR_DUPLICATE:
+            return place
+        other = self.places[self._counterpart(index)]
+        if place == other:  # of several pairs in one row
+            return f"{place}, twice"
+        return f"{place}, {'like' if status == DUPLICATE else 'against'} {other}"
 
     def _counterpart(self, index: int) -> int:
         """The row that a duplicate repeats, or that a contradiction contradicts."""

@@ -288,12 +288,18 @@ def median_words(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float
 
 
 def how_read(findings: Mapping[str, Any]) -> Iterator[str]:
-    """Lines on layouts that are recognized, on tools and reasoning, and on what is not read."""
+    """Lines on layouts that are recognized, on tools and reasoning, and on what is not read.
+
+    What is unusual in rows, but no reason to drop them, is among these.
+    """
     for source, layout in findings.get("recognized", {}).items():
         yield f"recognized: {source} as {layout}"
     if fields := findings.get("turn_fields"):
         counted = (f"`{n}` in {fields[n]:,}" for n in EXTRA_FIELDS if n in fields)
         yield f"rows with more than text: {', '.join(counted)}"
+    for name, found in findings.get("unusual", {}).items():
+        rows = f"{found['rows']:,} row{'s' * (found['rows'] != 1)}"
+        yield f"unusual in {rows}: {name} (first: {found['first']})"
     counts = findings.get("not_read", {})
     names = [f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in counts.items()]
     if names:

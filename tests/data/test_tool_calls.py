@@ -149,7 +149,8 @@ def test_tools_belong_to_the_first_turn_and_to_the_identity_of_a_prompt(columns:
 
 
 def test_results_of_tools_are_turns_of_a_prompt():
-    turns = [user("Hi"), CALL, {**RESULT, "tool_call_id": "1", "name": "weather"}, RESULT]
+    calls = {**assistant(""), "tool_calls": [STORED, STORED]}
+    turns = [user("Hi"), calls, {**RESULT, "tool_call_id": "1", "name": "weather"}, RESULT]
     row = demonstration({"messages": [*turns, assistant("It is 21.")]})
     assert row["prompt"] == turns
     older = {"role": "function", "name": "weather", "content": "21"}
