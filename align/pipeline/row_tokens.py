@@ -20,6 +20,7 @@ from align.models.conversations import Conversations, TrainedRow
 from align.pipeline.plan import PlannedStage
 from align.runtime import hub
 from align.training import row_limits
+from align.training.row_errors import naming_row
 
 T = TypeVar("T")
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
@@ -48,6 +49,14 @@ class Sequences:
 
     prompt: Any
     completions: tuple[Any, ...]
+    number: int = 0
+    """Number of the row in its table, from 1."""
+    table: str = ""
+
+    @property
+    def place(self) -> str:
+        """The place of the row in messages."""
+        return f"row {self.number:,} of {self.table}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +82,11 @@ def rows_of(stage: TRLStage, tables: Tables) -> list[Sequences]:
         if rows and found and not isinstance(stage, KTO):
             break  # of several tables, other stages read the first
         columns = ("chosen", "rejected") if table.kind == "pairs" else ("completion",)
-        for row in found:
+        name = f"{table.kind}-train"
+        for number, row in enumerate(found, 1):
             sides = tuple(row[column] for column in columns)
-            if isinstance(stage, KTO):
-                rows += [Sequences(row["prompt"], (side,)) for side in sides]
-            else:
-                rows.append(Sequences(row["prompt"], sides))
+            parts = [(side,) for side in sides] if isinstance(stage, KTO) else [sides]
+            rows += [Sequences(row["prompt"], part, number, name) for part in parts]
     return rows
 
 
@@ -258,13 +266,16 @@ def _tokenized(
     conversations: Conversations,
 ) -> Iterator[tuple[int, list[TrainedRow]]]:
     """The token rows of rows as a stage trains on them, with the index of each row."""
+
+    def tokenize(*parts: Sequences) -> list[list[TrainedRow]]:
+        pairs = [(row.prompt, side) for row in parts for side in row.completions]
+        prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
+        return conversations.trained_rows(prompts, completions, train_on=stage.trained_turns)
+
     for indices in _batches(chosen):
-        pairs = [(rows[i].prompt, side) for i in indices for side in rows[i].completions]
-        tokenized = iter(
-            conversations.trained_rows(
-                [p for p, _ in pairs], [c for _, c in pairs], train_on=stage.trained_turns
-            )
-        )
+        batch = [rows[i] for i in indices]
+        with naming_row(batch, tokenize, lambda row: row.place):
+            tokenized = iter(tokenize(*batch))
         for i in indices:
             yield i, [row for _ in rows[i].completions for row in next(tokenized)]
 
@@ -313,7 +324,7 @@ def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def count_long_prompts(
-    prompts: Sequence[Sequence[Mapping[str, Any]]], model: TokenizedModel, max_new_tokens: int
+    rows: Sequence[Sequences], model: TokenizedModel, max_new_tokens: int
 ) -> int:
     """The number of prompts that, with a completion, exceed the positions of a model.
 
@@ -324,6 +335,8 @@ def count_long_prompts(
         return 0
     left = model.positions - max_new_tokens
     # No token is shorter than a byte.
-    sizes = [sum(_turn_bytes(turn) + MARGIN * 4 for turn in prompt) for prompt in prompts]
-    near = [p for p, size in zip(prompts, sizes, strict=True) if size + MARGIN * 8 > left]
-    return sum(len(ids) > left for ids in model.conversations.prompts(near))
+    sizes = [sum(_turn_bytes(turn) + MARGIN * 4 for turn in row.prompt) for row in rows]
+    near = [row for row, size in zip(rows, sizes, strict=True) if size + MARGIN * 8 > left]
+    tokenize = model.conversations.prompts
+    with naming_row(near, lambda row: tokenize([row.prompt]), lambda row: row.place):
+        return sum(len(ids) > left for ids in tokenize([row.prompt for row in near]))

@@ -67,7 +67,8 @@ def check_rows(
     """Check that the chat template accepts the roles of all rows, and writes all of their turns.
 
     Raises:
-        UserError: One line for each sequence of roles that it refuses, with the number of rows.
+        UserError: One line for each sequence of roles that it refuses, with the number of rows and
+            the first of them.
     """
     by_shape: dict[Any, list[Sequences]] = {}
     for row in rows:
@@ -81,7 +82,8 @@ def check_rows(
             prompts = [first.prompt] * len(first.completions)
             conversations.trained_rows(prompts, first.completions, train_on=train_on)
         except UserError as error:
-            lines += [f"{len(group):,} of {len(rows):,} rows: {line}" for line in error.lines]
+            counts = f"{len(group):,} of {len(rows):,} rows: {first.place}: "
+            lines += [f"{counts}{line}" for line in error.lines]
     if lines:
         raise UserError(*lines)
 
@@ -148,7 +150,7 @@ def check_prompts(
     The template must accept them, and they must leave positions for the completions.
     """
     config: Any = stage.config
-    rows = [Sequences(row["prompt"], ()) for row in _prompts(config, stage.inputs, tables)]
+    rows = _prompts(config, stage.inputs, tables)
     for key, source in stage.inputs.items():
         if key not in ("model", "baseline") and not key.startswith("policies."):
             continue
@@ -167,7 +169,7 @@ def _check_positions(
     errors: ErrorCollector, stage: PlannedStage, rows: Sequence[Sequences], model: TokenizedModel
 ) -> None:
     new_tokens = getattr(stage.config, "max_new_tokens", 0)
-    prompts = [row.prompt for row in rows[: getattr(stage.config, "n_prompts", None)]]
+    prompts = rows[: getattr(stage.config, "n_prompts", None)]
     n_long = row_tokens.count_long_prompts(prompts, model, new_tokens)
     if n_long:
         errors.add(
@@ -179,9 +181,11 @@ def _check_positions(
 
 def _prompts(
     config: Stage, inputs: Mapping[str, Path | str], tables: Mapping[Path, Tables]
-) -> Sequence[Any]:
+) -> list[Sequences]:
     for table in config.required_tables():
         source = inputs.get(table.input)
         if table.kind == "prompts" and isinstance(source, Path) and source in tables:
-            return tables[source].get("prompts", {}).get(table.split, ())
-    return ()
+            found = tables[source].get("prompts", {}).get(table.split, ())
+            name = f"prompts-{table.split}"
+            return [Sequences(row["prompt"], (), n, name) for n, row in enumerate(found, 1)]
+    return []

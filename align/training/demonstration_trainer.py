@@ -7,6 +7,7 @@ the number of steps does not depend on the template.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from align.models.conversations import TrainedRow
 from align.models.tokenization import RowsForTRL
+from align.training.row_errors import naming_row
 from align.training.token_batches import TokenBatchTrainer
 
 IGNORED_LABEL = -100
@@ -72,9 +74,15 @@ def _tokenize(
     whole: bool,
 ) -> dict[str, list[Any]]:
     """The token rows of demonstrations; with ``whole``, one row each, with all of its tokens."""
-    tokenized = rows.conversations().trained_rows(
-        columns["prompt"], columns["completion"], train_on="last" if whole else train_on
-    )
+    turns: Any = "last" if whole else train_on
+    tokenize = functools.partial(rows.conversations().trained_rows, train_on=turns)
+    numbered = zip(columns["prompt"], columns["completion"], indices, strict=True)
+    with naming_row(
+        numbered,
+        lambda row: tokenize([row[0]], [row[1]]),
+        lambda row: f"row {row[2] + 1:,} of the demonstrations",
+    ):
+        tokenized = tokenize(columns["prompt"], columns["completion"])
     flat = [(index, row) for index, own in zip(indices, tokenized, strict=True) for row in own]
     return {
         DEMONSTRATION: [index for index, _ in flat],

@@ -281,7 +281,8 @@ def test_lengths_count_tools_and_reasoning_of_all_rows():
     template = tokenization.conversations(tokenizer_of(QWEN3))
     model = row_tokens.TokenizedModel(template, positions=600)
     many = json.dumps(TOOLS * 6)
-    assert row_tokens.count_long_prompts([[ASK], [{**ASK, "tools": many}]], model, 10) == 1
+    prompts = [row_tokens.Sequences([turn], ()) for turn in (ASK, {**ASK, "tools": many})]
+    assert row_tokens.count_long_prompts(prompts, model, 10) == 1
     rows = [row_tokens.Sequences([ASK], ([ANSWER],))] * 401
     reasoned = {**ANSWER, "reasoning_content": "because " * 100}
     rows[1] = row_tokens.Sequences([ASK], ([reasoned],))  # not one of the sample of every second
