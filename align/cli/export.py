@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None
     """Write the model of a stage or a folder with full weights into the new folder ``target``.
 
     The weights are merged in float32 and then rounded to ``dtype``, by default that of the
-    training. Rounding to bfloat16 changes the logits; the difference is printed.
+    training. Rounding to bfloat16 changes the logits; the difference is printed. Of a folder that
+    was converted from a GGUF file, float32 gives a copy with its model card.
 
     Raises:
         UserError: The model cannot be loaded, merged or written.
@@ -55,7 +57,10 @@ def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None
                 f"{source}: trained on a base in 4 bits and merged into its full weights, so the "
                 "logits differ from those in the training"
             )
-        _write_model(source, role, temporary, dtype)
+        if artifact is not None and artifact.stage == artifacts.CONVERTED and dtype == "float32":
+            _copy(source, artifact.files, temporary)
+        else:
+            _write_model(source, role, temporary, dtype)
         if artifact is not None and artifact.stage in STAGES:
             write_model_card(temporary, artifact, stage=source)
         artifacts.make_readable(temporary)
@@ -63,6 +68,13 @@ def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _announce(f"{source}: written to {target} in {dtype}")
+
+
+def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Copy files of a folder, by their paths relative to it."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def _write_model(source: Path, role: Role, folder: Path, dtype: str) -> None:

@@ -184,7 +184,7 @@ def play(
 def export(
     model: Annotated[
         str,
-        typer.Argument(metavar="STAGE_OR_FOLDER", help="A stage or folder; with --for a recipe."),
+        typer.Argument(metavar="STAGE_OR_FOLDER", help="Or a GGUF file; with --for a recipe."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")],
     overrides: Overrides = None,

@@ -122,10 +122,7 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
         problems = problems or config_problems(config, _read_json(config), role)
         weights = [folder / "model.safetensors"]
     else:
-        raise ArtifactError(
-            f"{folder}: no config.json, so it contains no model; set a folder in Hugging Face "
-            "layout"
-        )
+        raise ArtifactError(f"{folder}: {_no_model(folder)}")
     if (folder / _INDEX).is_file():
         problems += _json_problems(folder / _INDEX)
         if not problems:
@@ -142,7 +139,7 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
             f"{folder}: its weights are a pickle, {pickles[0]}, which may contain code and is not "
             "read; load it where you trust it, and save it with `save_pretrained`"
             if pickles
-            else f"{folder}: no weights; expected {weights[0].name}"
+            else f"{folder}: no weights; expected {weights[0].name}{_gguf_file(folder, ', or ')}"
         )
     for file in existing:
         problems += _weight_problems(file)
@@ -150,6 +147,21 @@ def check_model_folder(folder: Path, role: Role = "policy") -> None:
         problems.append(f"{folder}: no tokenizer; expected {_TOKENIZERS[0]}")
     if problems:
         raise ArtifactError(*problems)
+
+
+def _no_model(folder: Path) -> str:
+    """What a folder without a ``config.json`` is, with the repair."""
+    if gguf := _gguf_file(folder, "; "):
+        return f"no config.json, but GGUF files{gguf}"
+    if folder.suffix.lower() == ".gguf":
+        return "a folder, in which there is no model; name a GGUF file, or another folder"
+    return "no config.json, so it contains no model; set a folder in Hugging Face layout"
+
+
+def _gguf_file(folder: Path, before: str) -> str:
+    """The repair to name the largest GGUF file in a folder; empty if there is none."""
+    files = [file for file in sorted(folder.glob("*.[gG][gG][uU][fF]")) if file.is_file()]
+    return f"{before}name {max(files, key=lambda f: f.stat().st_size)}" if files else ""
 
 
 def role(folder: Path) -> Role:

@@ -8,14 +8,21 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from align.errors import ArtifactError
+from align.errors import ArtifactError, UserError
 from align.models import gguf_files
+from align.models.chat_templates import REPAIR
+from align.models.conversations import MISSING_END_REPAIR
 from align.models.gguf_files import LAYOUT, TOKENS, GgufHeader
+from align.models.tokenizer_files import NO_TEMPLATE
 
 COMPLETE = f"get a complete file, or {LAYOUT}"
 """Repair of a file that lacks weights: the same download lacks them again."""
+NEW_TEMPLATE = "gguf-new-metadata --chat-template-file FILE.jinja"
+"""Command that copies a GGUF file with another chat template; the two files follow."""
 _GPT2_SPLITS = {
     *("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"),
     *("gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es", "jina-de"),
@@ -78,6 +85,66 @@ def check_convertible(file: Path) -> None:
             f"{file}: incomplete: without {missing[0]}{more}, which its architecture "
             f"{header.architecture!r:.80} has; {COMPLETE}"
         )
+
+
+def has_template(header: GgufHeader) -> bool:
+    """Whether a file has a chat template."""
+    return bool(header.metadata.get("tokenizer.chat_template"))
+
+
+def no_template(file: Path) -> str:
+    """The error about a file without a chat template, where one is needed."""
+    return (
+        f"{file}: no chat template (tokenizer.chat_template); write a file with one, "
+        f"`{NEW_TEMPLATE} {shlex.quote(str(file))} NEW.gguf`, or train it in an `sft` stage with "
+        "`trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
+    )
+
+
+def check_template(file: Path) -> None:
+    """Check that a file has a chat template.
+
+    Raises:
+        ArtifactError: It has none, or is no GGUF file with a whole model.
+    """
+    if not has_template(gguf_files.read_header(file)):
+        raise ArtifactError(no_template(file))
+
+
+@contextmanager
+def naming_files(files: Mapping[Path, Path]) -> Iterator[None]:
+    """Errors about folders with the tokenizers of GGUF files name the files and a repair of them.
+
+    ``files`` are the GGUF files by their folders. A converted folder must not be edited: its files
+    have checksums, and its place is that of the content of the file.
+    """
+    try:
+        yield
+    except UserError as error:
+        lines = list(error.lines)
+        for folder, file in files.items():
+            lines = [_about_file(line, folder, file) for line in lines]
+        raise type(error)(*lines) from None
+
+
+def _about_file(line: str, folder: Path, file: Path) -> str:
+    """A line about the tokenizer in a folder as one about a GGUF file; other lines as they are."""
+    line = line.replace(f"{folder}: ", f"{file}: ")
+    if f"{file}: " not in line:
+        return line
+    if f"{file}: {NO_TEMPLATE}" in line:
+        return no_template(file)
+    copy = f"{shlex.quote(str(file))} NEW.gguf"
+    repair = (
+        "set another template in the `sft` stage, `trainer: {chat_template_path: FILE.jinja}`, or "
+        f"write a file with a corrected one: `{NEW_TEMPLATE} {copy}`"
+    )
+    end_repair = (
+        "set `trainer: {eos_token: TOKEN}` in the `sft` stage to the token that ends a turn, or "
+        f"write a file with it: `gguf-new-metadata --special-token eos TOKEN {copy}`, or set "
+        "`allow_missing_end_token: true`"
+    )
+    return line.replace(REPAIR, repair).replace(MISSING_END_REPAIR, end_repair)
 
 
 def _check_tokenizer(file: Path, header: GgufHeader) -> None:

@@ -59,7 +59,7 @@ def converted(file: Path, runs: Path, announce: Callable[[str], None]) -> Path:
 def tokenizer_folder(file: Path) -> Iterator[Path]:
     """A temporary folder with the tokenizer, the chat template and the end tokens of a file.
 
-    Errors that name the folder name the file instead.
+    Errors about the folder are about the file instead.
 
     Raises:
         UserError: The file cannot be converted, or its tokenizer cannot be read.
@@ -71,7 +71,8 @@ def tokenizer_folder(file: Path) -> Iterator[Path]:
         ends = {"eos_token_id": gguf_files.read_header(file).ends}
         artifacts.write_json(folder / GENERATION_CONFIG, ends)
         try:
-            yield folder
+            with gguf_checks.naming_files({folder: file}):
+                yield folder
         except UserError as error:
             raise UserError(*(line.replace(name, str(file)) for line in error.lines)) from None
 

@@ -6,11 +6,14 @@ Left out: training, and several processes; a recipe's ``sample`` stage shares pr
 from __future__ import annotations
 
 import secrets
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.errors import ArtifactError
+from align.models import gguf_files
 from align.models.files import position_limit
 from align.models.generation import sample
 from align.models.loading import check_vocabulary, load_for_inference
@@ -97,6 +100,11 @@ def load_policy(
     Raises:
         UserError: The model or its tokenizer cannot be loaded, or a file of its stage is damaged.
     """
+    if gguf_files.is_gguf(source):
+        command = f"align export {shlex.quote(str(source))} FOLDER"
+        raise ArtifactError(
+            f"{source}: a GGUF file; `{command}` writes its model folder, name that"
+        )
     source = as_source(source)
     if isinstance(source, Path):
         artifacts.check_folder(source)

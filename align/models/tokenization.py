@@ -18,7 +18,13 @@ from align.models.chat_templates import ChatTemplate
 from align.models.conversations import Conversations, TokenRow
 from align.models.files import ADAPTER_CONFIG, read_adapter_base
 from align.models.loading import adapter_base, cannot_load
-from align.models.tokenizer_files import GENERATION_CONFIG, listed_ends, read_end_tokens, token_ids
+from align.models.tokenizer_files import (
+    GENERATION_CONFIG,
+    NO_TEMPLATE,
+    listed_ends,
+    read_end_tokens,
+    token_ids,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +47,7 @@ def conversations(
     """
     if tokenizer.chat_template is None and chat_template is None:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; train it with an "
+            f"{tokenizer.name_or_path}: {NO_TEMPLATE}; train it with an "
             "`sft` stage that sets "
             "one: `trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GENERATION_CONFIG = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+NO_TEMPLATE = "its tokenizer has no chat template"
 
 
 def conversations(
@@ -82,7 +83,7 @@ def read_conversations(
         special["eos_token"] = eos_token
     if text is None:
         raise UserError(
-            f"{folder}: its tokenizer has no chat template; name one in its `sft` stage: "
+            f"{folder}: {NO_TEMPLATE}; name one in its `sft` stage: "
             "`trainer: {chat_template_path: FOLDER_OR_HUB_ID_OR_JINJA_FILE}`"
         )
     return conversations(tokenizer, str(folder), template=text, special_tokens=special, ends=ends)

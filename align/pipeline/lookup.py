@@ -10,7 +10,7 @@ from pathlib import Path
 from align.config.base import Input
 from align.config.stages import accepted_kinds
 from align.errors import ArtifactError, nearest, printable
-from align.models import files, gguf_conversion, gguf_files, tokenizer_files
+from align.models import files, gguf_checks, gguf_conversion, gguf_files, tokenizer_files
 from align.models.model_config import Role
 from align.runtime import artifacts, hub
 
@@ -21,12 +21,12 @@ POLICY_RECIPE = "recipes/sft.yaml"
 def find_policy(policy: str, runs: Path) -> Path | str:
     """The folder of a policy: a folder, or the newest finished stage of that name; else a Hub id.
 
-    A GGUF file is converted into ``runs``, once.
+    A GGUF file is converted into ``runs``, once, if it has a chat template.
 
     Raises:
         UserError: The folder has no model or a damaged one, no finished stage in ``runs`` has this
             name, the model is not cached and the Hub cannot be reached, or a GGUF file is
-            missing or cannot be converted.
+            missing, has no chat template or cannot be converted.
     """
     folder = Path(policy).expanduser()
     if folder.is_dir():
@@ -35,9 +35,9 @@ def find_policy(policy: str, runs: Path) -> Path | str:
         tokenizer_files.check_vocabulary(folder)
         return folder
     if gguf_files.is_gguf(folder):
+        gguf_checks.check_template(folder)
         return gguf_conversion.converted(folder, runs, _announce)
-    if policy.lower().endswith(gguf_files.SUFFIX):
-        raise ArtifactError(f"{policy}: no such file; name a GGUF file that exists")
+    _check_no_gguf(policy)
     if "/" in policy:
         hub.check_model(policy)
         return policy
@@ -47,12 +47,16 @@ def find_policy(policy: str, runs: Path) -> Path | str:
 def find_model(model: str, runs: Path) -> tuple[Path, Role]:
     """The folder of a policy or a reward model, and which of them it is.
 
-    ``model`` is a folder, or the name of the newest finished stage that trains a model.
+    ``model`` is a folder, a GGUF file, which is converted into ``runs`` once, or the name of the
+    newest finished stage that trains a model.
 
     Raises:
         UserError: As :func:`find_policy`.
     """
     folder = Path(model).expanduser()
+    if gguf_files.is_gguf(folder):
+        return gguf_conversion.converted(folder, runs, _announce), "policy"
+    _check_no_gguf(model)
     if not folder.is_dir():
         kinds = (*accepted_kinds(Input(policies=True)), *accepted_kinds(Input(("reward",))))
         folder = newest_run(model, runs, kinds, recipe=POLICY_RECIPE)
@@ -61,6 +65,16 @@ def find_model(model: str, runs: Path) -> tuple[Path, Role]:
     files.check_model_folder(folder, role)
     tokenizer_files.check_vocabulary(folder)
     return folder, role
+
+
+def _check_no_gguf(name: str) -> None:
+    """Check that a name is not that of a GGUF file, where there is none.
+
+    Raises:
+        ArtifactError: It is.
+    """
+    if name.lower().endswith(gguf_files.SUFFIX) and not Path(name).expanduser().is_dir():
+        raise ArtifactError(f"{name}: no such file; name a GGUF file that exists")
 
 
 def find_control_policy(policy: str, runs: Path) -> Path:

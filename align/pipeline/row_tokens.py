@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from align.config.base import NewModel
 from align.config.training import KTO
 from align.config.training_base import TRLStage
-from align.models import files, gguf_files, tokenizer_files, turn_fields
+from align.errors import ArtifactError
+from align.models import files, gguf_checks, gguf_files, tokenizer_files, turn_fields
 from align.models.conversations import Conversations, TrainedRow
 from align.pipeline.plan import PlannedStage
-from align.runtime import hub
+from align.runtime import artifacts, hub
 from align.training import row_limits
 from align.training.row_errors import naming_row
 
@@ -41,6 +42,8 @@ class TokenizedModel:
 
     conversations: Conversations | None = None
     positions: int | None = None
+    no_template: str = ""
+    """The error where the template of a model without one is needed; empty for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,10 @@ def read_model(
     if isinstance(source, Path) and source in known:
         model = known[source]
         file = stage.gguf_files.get(source)
-        if is_unknown or file is None or model.conversations is None:
+        if template is None and model.no_template:
+            raise ArtifactError(model.no_template)
+        is_unread = model.conversations is None and not model.no_template
+        if is_unknown or file is None or is_unread:
             return TokenizedModel(None, model.positions)
         return read_gguf_tokenizer(file, template=template, eos_token=eos_token)
     folder = _folder(source, revision)
@@ -142,6 +148,8 @@ def find_model(
         UserError: A file is malformed, or there is no chat template.
     """
     if isinstance(source, Path) and source in known:
+        if known[source].no_template:
+            raise ArtifactError(known[source].no_template)
         return known[source]
     folder = _folder(source, revision)
     if folder is None:
@@ -156,7 +164,7 @@ def unconverted(stages: Sequence[PlannedStage]) -> dict[Path, TokenizedModel]:
         folder: TokenizedModel(None, gguf_files.read_header(file).positions)
         for stage in stages
         for folder, file in stage.gguf_files.items()
-        if not folder.is_dir()
+        if not (folder / artifacts.FILE).is_file()
     }
 
 
@@ -168,18 +176,24 @@ def read_gguf_tokenizer(
     ``template`` and ``eos_token`` replace its own, as in
     :func:`~align.models.tokenizer_files.read_conversations`.
 
+    A file without a chat template has no conversations, but an error for those who need it.
+
     Raises:
-        UserError: The file cannot be converted, or it has no chat template.
+        UserError: The file cannot be converted, or its tokenizer cannot be read.
     """
     from align.models import gguf_conversion
 
+    header = gguf_files.read_header(file)
+    if template is None and not gguf_checks.has_template(header):
+        gguf_checks.check_convertible(file)
+        return TokenizedModel(None, header.positions, gguf_checks.no_template(file))
     with gguf_conversion.tokenizer_folder(file) as folder:
         conversations = tokenizer_files.read_conversations(
             folder, template=template, eos_token=eos_token
         )
     assert conversations is not None  # the folder has a tokenizer.json
     conversations = replace(conversations, template=replace(conversations.template, name=str(file)))
-    return TokenizedModel(conversations, gguf_files.read_header(file).positions)
+    return TokenizedModel(conversations, header.positions)
 
 
 def _folder(source: Path | str, revision: str | None) -> Path | None:

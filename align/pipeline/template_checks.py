@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.models import tokenizer_files, turn_fields
 from align.models.chat_templates import REPAIR, Message
 from align.models.conversations import REASONING, Conversations, trained_turns
+from align.models.gguf_checks import naming_files
 from align.pipeline import row_tokens
 from align.pipeline.plan import PlannedStage
 from align.pipeline.row_tokens import Sequences, Tables, TokenizedModel
@@ -144,17 +145,19 @@ def check_prompts(
     stage: PlannedStage,
     tables: Mapping[Path, Tables],
     models: dict[Path, TokenizedModel],
+    gguf_files: Mapping[Path, Path],
 ) -> None:
     """Check the prompts of a stage that samples, with each of its policies.
 
-    The template must accept them, and they must leave positions for the completions.
+    The template must accept them, and they must leave positions for the completions. Errors about a
+    folder of ``gguf_files`` name the file that it is converted from.
     """
     config: Any = stage.config
     rows = _prompts(config, stage.inputs, tables)
     for key, source in stage.inputs.items():
         if key not in ("model", "baseline") and not key.startswith("policies."):
             continue
-        with errors.at(stage.name, *key.split(".")):
+        with errors.at(stage.name, *key.split(".")), naming_files(gguf_files):
             revision = getattr(config, "revision", None)
             model = row_tokens.find_model(source, models, revision=revision)
             if key == "model":

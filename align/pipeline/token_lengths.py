@@ -21,6 +21,7 @@ from align.data.tables import has_table, table_file
 from align.data.tables import read as read_table
 from align.errors import UserError
 from align.models.conversations import MISSING_END_REPAIR, trained_turns
+from align.models.gguf_checks import naming_files
 from align.pipeline import row_tokens, template_checks
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.plan import PlannedStage
@@ -52,15 +53,16 @@ def examine(
     """
     tables: dict[Path, Tables] = {}
     models = row_tokens.unconverted(stages)
+    gguf_files = {folder: file for s in stages for folder, file in s.gguf_files.items()}
     yield from _read_gguf_tokenizers(errors, stages, models)
     for stage in stages:
         if stage.config.prepares_data:
             with errors.at(stage.name):
                 yield from _prepared_lines(stage, stages, tables, errors, check_tables)
         elif isinstance(stage.config, TRLStage):
-            yield from _stage_lines(errors, stage, stage.config, tables, models)
+            yield from _stage_lines(errors, stage, stage.config, tables, models, gguf_files)
         else:
-            template_checks.check_prompts(errors, stage, tables, models)
+            template_checks.check_prompts(errors, stage, tables, models, gguf_files)
 
 
 def _read_gguf_tokenizers(
@@ -85,10 +87,11 @@ def _stage_lines(
     config: TRLStage,
     tables: Mapping[Path, Tables],
     models: dict[Path, TokenizedModel],
+    gguf_files: Mapping[Path, Path],
 ) -> Iterator[str]:
     """The lengths of the rows of a stage; its errors are collected."""
     rows = row_tokens.rows_of(config, tables.get(Path(stage.inputs[config.data_input]), {}))
-    with errors.at(stage.name, "model"):
+    with errors.at(stage.name, "model"), naming_files(gguf_files):
         model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
         if model.conversations is not None:
             model.conversations.end_of_turn()  # finds the faults that depend on no row

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import DataError
+from align.errors import ArtifactError, DataError
+from align.models import gguf_files
 from align.models.policy import as_messages, as_source, default_device
 from align.models.tokenization import assistant_turn
 from align.rewards.reward_model import RewardModel
@@ -71,6 +72,11 @@ def load_reward_model(
         UserError: It cannot be loaded, a file of its stage is damaged, it has several labels, or
             its head was never trained.
     """
+    if gguf_files.is_gguf(source):
+        raise ArtifactError(
+            f"{source}: a GGUF file, which contains a language model; name the folder of a `reward` "
+            "stage"
+        )
     source = as_source(source)
     if isinstance(source, Path):
         artifacts.check_folder(source)

@@ -31,6 +31,7 @@ def write_model(
     architecture: str = "llama",
     ends: tuple[int, ...] = (2,),
     without: str = r"$^",
+    template: str = TEMPLATE,
     **metadata: Any,
 ) -> Path:
     """Write the model to ``path``: weights in Q8_0, norms in float32, tied embeddings.
@@ -65,7 +66,7 @@ def write_model(
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     for key, value in metadata.items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_string
         add(key.replace("__", "."), value)
