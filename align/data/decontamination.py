@@ -44,7 +44,7 @@ class EvaluationPrompts:
 
 def user_texts(raw: Raw) -> list[str] | None:
     """Texts of the user turns in a raw row of an evaluation set; None if the row has no prompt."""
-    prompt = next((raw[name] for name in PROMPT_COLUMNS if name in raw), None)
+    prompt = next((raw[name] for name in PROMPT_COLUMNS if raw.get(name) is not None), None)
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):

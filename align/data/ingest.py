@@ -143,16 +143,19 @@ def evaluation_prompts(name: str, n: int) -> EvaluationPrompts:
     parts: list[Part] = []
     for source, split in [(str(file), "") for file in files] or [(name, "test")]:
         parts += read_source(MixtureSource.model_construct(source=source, data_split=split))
-    texts, n_unread = list[str](), 0
+    texts, n_unread, first = list[str](), 0, ""
     for part in parts:
-        for raw in part.rows:
+        for number, raw in enumerate(part.rows, 1):
             prompt = user_texts(raw)
             texts += prompt or []
-            n_unread += prompt is None
+            if prompt is None:
+                names = ", ".join(f"`{column}`" for column in list(raw)[:8])
+                first = first or f" (row {number} of {part.name} has {names or 'no columns'})"
+                n_unread += 1
     if n_unread or not texts:
         raise DataError(
             f"decontaminate: {name}: {n_unread} rows have no text in `prompt`, `messages`,"
-            " `question` or `instruction`; rename the column that contains the prompt"
+            f" `question` or `instruction`{first}; rename the column that contains the prompt"
         )
     return EvaluationPrompts(name, texts, n)
 

@@ -56,6 +56,8 @@ class RewardRows:
     scored: list[ScoredCompletions] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     """Pairs that cannot be used, by reason, as in ``prepare``."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of these pairs by reason: its row, and what was found."""
 
 
 def read_reward_file(path: Path) -> RewardRows:
@@ -72,7 +74,9 @@ def read_reward_file(path: Path) -> RewardRows:
         except InvalidRowError as error:
             problems.add(f"{path}: row {number}: {error}")
         except DroppedError as error:
-            rows.dropped[str(error)] += 1
+            rows.dropped[error.reason] += 1
+            place = f"row {number}: {error.detail}" if error.detail else f"row {number}"
+            rows.examples.setdefault(error.reason, place)
     problems.raise_any()
     if len(kinds) > 1:
         first, second = sorted(kinds.items(), key=lambda item: item[1])[:2]
@@ -81,7 +85,10 @@ def read_reward_file(path: Path) -> RewardRows:
             "write each kind into a file by itself"
         )
     if not kinds:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in rows.dropped.items())
+        reasons = ", ".join(
+            f"{count} × {reason} ({rows.examples[reason]})"
+            for reason, count in rows.dropped.items()
+        )
         raise DataError(f"{path}: has no usable row{': ' if reasons else ''}{reasons}")
     return rows
 

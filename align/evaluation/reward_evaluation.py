@@ -124,7 +124,8 @@ def _read_folder(data: Path, judge: ScoreJudge | None, logger: Logger) -> _Input
 def _read_file(data: Path) -> _Inputs:
     file = reward_files.read_reward_file(data)
     for reason, count in file.dropped.items():
-        LOGGER.warning("%s: %d pairs left out: %s", data, count, reason)
+        first = file.examples[reason]
+        LOGGER.warning("%s: %d pairs left out: %s (%s)", data, count, reason, first)
     completions = None
     if file.scored:
         rows = [

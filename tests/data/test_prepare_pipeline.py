@@ -30,6 +30,7 @@ from helpers.preference_data import (
 from align.config.data import Prepare
 from align.data import doctor
 from align.data import tables as data_tables
+from align.data.decontamination import user_texts
 from align.data.prepare import prepare
 from align.errors import UserError
 
@@ -239,8 +240,15 @@ def test_evaluation_prompts_are_dropped_exactly_and_by_runs_of_words(tmp_path: P
         f"pairs: prompt shares 13 words in a row with {bench}": 1,
     }
     assert not {rows[0]["prompt"], rows[1]["prompt"]} & set(split_by_prompt(data))
-    with pytest.raises(UserError, match="1 rows have no text in `prompt`"):
-        prepared("embedded", decontaminate=[write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}])])
+    other = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p"}, {"text": "a", "id": 1}])
+    with pytest.raises(UserError) as error:
+        prepared("embedded", decontaminate=[other])
+    assert str(error.value) == (
+        f"decontaminate: {other}: 1 rows have no text in `prompt`, `messages`, `question` or"
+        f" `instruction` (row 2 of {other} has `text`, `id`); rename the column that contains the"
+        " prompt"
+    )
+    assert user_texts({"prompt": None, "question": "p"}) == ["p"]  # as Parquet joins two layouts
 
 
 def test_all_files_of_a_folder_are_evaluation_prompts_and_null_is_not_text(tmp_path: Path):

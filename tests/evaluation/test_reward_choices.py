@@ -117,6 +117,7 @@ def test_the_three_kinds_of_files_are_read(tmp_path: Path):
     assert [row["chosen"][0]["content"] for row in rows.pairs] == ["a", "a"]
     assert rows.pairs[0]["subset"] == "Chat"
     assert rows.dropped == {"chosen equals rejected": 1}
+    assert rows.examples == {"chosen equals rejected": "row 3"}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,8 @@ def test_the_three_kinds_of_files_are_read(tmp_path: Path):
         ([SCORED | {"scores": [1.0]}], "row 1: `scores`: expected one for each of 2 completions"),
         ([SCORED | {"scores": [1.0, None]}], "row 1: `scores`: expected a list of finite numbers"),
         ([CHOICE, SCORED], "row 1 has choices, row 2 has scored completions; write each kind"),
-        ([PAIR | {"rejected": "a"}], "has no usable row: 1 × chosen equals rejected"),
+        ([PAIR | {"rejected": "a"}], "has no usable row: 1 × chosen equals rejected (row 1)"),
+        ([PAIR | {"rejected": " "}], "1 × blank completion (row 1: `rejected`)"),
         ([], "has no usable row"),
     ],
 )
