@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from align.config.stages import STAGES
 from align.errors import ArtifactError, UserError, printable
+from align.models import gguf_checks, gguf_conversion, gguf_files
 from align.models.model_config import Role
+from align.pipeline import lookup
 from align.pipeline.model_card import write_model_card
 from align.runtime import artifacts
 
@@ -34,6 +38,30 @@ def check_target(target: Path) -> None:
                 f"{target}: inside {parent}, whose files have checksums; name a folder outside of "
                 "it"
             )
+
+
+@contextmanager
+def model_folder(model: str, runs: Path, target: Path) -> Iterator[tuple[Path, Role]]:
+    """The folder of a policy or a reward model, and which of them it is.
+
+    A GGUF file that no run has converted is converted into a temporary folder beside ``target``.
+
+    Raises:
+        UserError: There is no such model, it is damaged, or a GGUF file cannot be converted.
+    """
+    if not gguf_files.is_gguf(model):
+        yield lookup.find_model(model, runs)
+        return
+    file = Path(model).expanduser()
+    gguf_checks.check_convertible(file)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".align-") as name:
+        folder = gguf_files.converted_folder(file, runs)
+        is_finished = artifacts.read_artifact(folder) is not None
+        yield (
+            gguf_conversion.converted(file, runs if is_finished else Path(name), _announce),
+            ("policy"),
+        )
 
 
 def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None:

@@ -213,7 +213,6 @@ def export(
     from align.cli import export as cli_export
     from align.cli import publish
     from align.errors import UserError, printable
-    from align.pipeline import lookup
 
     if program is not None:
         if dtype or gguf or push_to_hub or private:
@@ -230,11 +229,11 @@ def export(
     converter = publish.find_converter() if gguf is not None else []
     if gguf is not None:
         publish.check_gguf_target(gguf)
-    folder, role = lookup.find_model(model, runs)
-    if push_to_hub is not None:
-        publish.check_repository(push_to_hub)
-    quiet_libraries()
-    cli_export.export(folder, role, target, dtype=dtype)
+    with cli_export.model_folder(model, runs, target) as (folder, role):
+        if push_to_hub is not None:
+            publish.check_repository(push_to_hub)
+        quiet_libraries()
+        cli_export.export(folder, role, target, dtype=dtype)
     if gguf is not None:
         publish.write_gguf(converter, target, gguf)
         print(printable(str(gguf)))

@@ -38,6 +38,7 @@ def gguf_card(
     }
     rows = {
         "file": f"`{file.name}`, {file.stat().st_size:,} bytes",
+        "SHA-256": f"`{artifact.recipe['sha256']}`",
         "license": license.get("license", "unknown: not in the file"),
         "architecture": f"{header.architecture}, read as `{type(model).__name__}`",
         "parameters": f"{model.num_parameters():,}",

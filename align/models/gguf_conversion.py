@@ -170,6 +170,7 @@ def _write_model(file: Path, folder: Path, announce: Callable[[str], None]) -> N
         recipe={
             "file": file.name,
             "license": header.metadata.get("general.license"),
+            "sha256": checksums.digest_once(file),
         },
         inputs={},
         metrics={"parameters": model.num_parameters()},

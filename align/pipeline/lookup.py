@@ -47,15 +47,12 @@ def find_policy(policy: str, runs: Path) -> Path | str:
 def find_model(model: str, runs: Path) -> tuple[Path, Role]:
     """The folder of a policy or a reward model, and which of them it is.
 
-    ``model`` is a folder, a GGUF file, which is converted into ``runs`` once, or the name of the
-    newest finished stage that trains a model.
+    ``model`` is a folder, or the name of the newest finished stage that trains a model.
 
     Raises:
         UserError: As :func:`find_policy`.
     """
     folder = Path(model).expanduser()
-    if gguf_files.is_gguf(folder):
-        return gguf_conversion.converted(folder, runs, _announce), "policy"
     _check_no_gguf(model)
     if not folder.is_dir():
         kinds = (*accepted_kinds(Input(policies=True)), *accepted_kinds(Input(("reward",))))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def model_card(folder: Path, artifact: Artifact, *, stage: Path | None = None) -
         adapter=adapter,
         is_merged=stage is not None and _adapter_config(stage) is not None,
         adapter_base=_adapter_base(adapter),
+        gguf_base=_gguf_base(base, _adapter_base(adapter)),
         base=_described(base),
         has_base=base is not None,
         license=license.get("license", "unknown"),
@@ -170,6 +172,33 @@ def _adapter_base(adapter: Mapping[str, Any] | None) -> str:
     """The folder's name of the base that an adapter names; empty for a base on the Hub."""
     base = Path(str((adapter or {}).get("base_model_name_or_path", "")))
     return base.name if base.is_absolute() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _GgufBase:
+    """The GGUF file that the base of an adapter was converted from."""
+
+    file: str
+    command_file: str
+    """Its name as a word of a command."""
+    sha256: str
+    """Empty for conversions of earlier versions."""
+    transformers: str
+    """The version that converted it."""
+
+
+def _gguf_base(base: Origin | None, folder: str) -> _GgufBase | None:
+    """The file of the base called ``folder``; None if that is no converted folder."""
+    artifact = base.artifact if base is not None else None
+    if base is None or base.folder is None or artifact is None or base.folder.name != folder:
+        return None
+    file = str(artifact.recipe.get("file", artifact.name))
+    return _GgufBase(
+        file,
+        shlex.quote(file),
+        str(artifact.recipe.get("sha256", "")),
+        artifact.versions.get("transformers", ""),
+    )
 
 
 def _lineage_rows(origins: Mapping[str, Origin]) -> Iterator[tuple[str, str, str, str]]:

@@ -29,7 +29,7 @@ from align.pipeline import (
     token_lengths,
 )
 from align.pipeline.plan import plan, plan_stages
-from align.runtime import artifacts
+from align.runtime import artifacts, checksums
 
 DATA = {"source": "embedded", "max_rows": 60, "test_fraction": 0.25}
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False,
@@ -419,6 +419,7 @@ def test_the_converted_folder_has_a_card_and_one_without_is_reused(converted: tu
     # 16 * 32, three matrices 64 * 32, two norms 32: 9,280. 261 * 32 + 2 * 9,280 + 32 = 26,944.
     for row in (
         f"| file | `tiny.gguf`, {file.stat().st_size:,} bytes |",
+        f"| SHA-256 | `{checksums.digest_file(file)}` |",
         "| license | unknown: not in the file |",
         "| architecture | llama, read as `LlamaForCausalLM` |",
         "| parameters | 26,944 |",
@@ -493,7 +494,10 @@ def test_the_command_shows_the_tokens_of_a_file(
     }]))  # fmt: skip
     with pytest.raises(UserError) as raised:  # the template has no tools
         data_show("calls.json", ["test_fraction=0"], stage="sft", model=str(converted[0]), n=1)
-    assert all(line.startswith(f"{converted[0]}: its chat template") for line in raised.value.lines)
+    place = f"row 1 of the demonstrations: {converted[0]}: its chat template does not write"
+    (line,) = raised.value.lines
+    assert line.startswith(place)
+    assert line.endswith(f"FILE.jinja {converted[0]} NEW.gguf`")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from helpers.gguf_models import TEMPLATE, by_hand
 
 from align.config.recipe import ErrorCollector, load_recipe
 from align.errors import ArtifactError, UserError
-from align.models import gguf_conversion, gguf_files
+from align.models import gguf_conversion
 from align.pipeline import lookup, token_lengths
 from align.pipeline.plan import plan
 
@@ -78,8 +78,6 @@ def test_a_stage_with_its_own_template_starts_from_a_file_without_one():
     assert not errors
     assert [line for line in lines if line.startswith("sft: tokens per row: ")]
     gguf_conversion.converted(Path("a.gguf"), Path("runs"), lambda _: None)
-    converted = gguf_files.converted_folder(Path("a.gguf"), Path("runs"))
-    assert lookup.find_model("a.gguf", Path("runs")) == (converted, "policy")  # `align export`
     _, errors = check(sample={"model": "a.gguf"})
     line = NO_TEMPLATE.replace("'a b.gguf'", "a.gguf").replace("a b.gguf", "a.gguf")
     assert errors == [f"sample.model: {line}"]
@@ -133,24 +131,6 @@ def test_errors_of_the_tokens_of_a_file_have_the_same_repair():
     with pytest.raises(UserError) as error:
         data_show("embedded", ["max_rows=60"], stage="sft", model="a b.gguf", n=1)
     assert error.value.lines == (NO_TEMPLATE,)
-
-
-def test_an_export_of_a_file_is_a_copy_of_the_converted_folder():
-    from align.cli import export
-
-    file = gguf_models.write_model(Path("a.gguf"))
-    folder, role = lookup.find_model("a.gguf", Path("runs"))
-    export.export(folder, role, Path("out"), dtype=None)
-    names = {path.name for path in folder.iterdir()} - {"artifact.json"}
-    assert {path.name for path in Path("out").iterdir()} == names
-    assert "README.md" in names
-    for name in names:
-        assert Path("out", name).read_bytes() == (folder / name).read_bytes()
-    assert folder == gguf_files.converted_folder(file, Path("runs"))
-    with pytest.raises(
-        ArtifactError, match=r"^b\.gguf: no such file; name a GGUF file that exists"
-    ):
-        lookup.find_model("b.gguf", Path("runs"))
 
 
 def test_the_api_and_folders_name_what_to_load_instead():
