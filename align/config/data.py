@@ -92,7 +92,7 @@ class MixtureSource(Source):
 class Prepare(Source, Stage):
     """Read preference data, check it, split it by prompt, and write it as Parquet."""
 
-    code_version: ClassVar[int] = 7
+    code_version: ClassVar[int] = 8
     main_process_only: ClassVar[bool] = True
     prepares_data: ClassVar[bool] = True
     prompt_keys: ClassVar[tuple[str, ...]] = ("keep_columns",)

@@ -83,7 +83,7 @@ def _lacks_prompt(names: Iterable[str], rows: Sequence[Raw]) -> bool:
 def columns_of_kind(kind: str, reader: str, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Columns of Align that the rows of a kind are read from, if they are not mapped."""
     required = {
-        "pairs": ("chosen", "rejected") if reader == "hh" else ("prompt", "chosen", "rejected"),
+        "pairs": ("prompt", "chosen", "rejected"),
         "unpaired": ("prompt", "completion", "messages", "label"),
     }.get(kind, ("prompt", "completion", "messages"))
     tools = () if reader == "hh" else TOOLS

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from align.data import layouts, tool_calls, tool_results
+from align.data import layouts, tool_calls, tool_results, transcripts
 from align.data.rows import (
     ROLES,
     UNTRAINED,
@@ -33,8 +33,6 @@ from align.data.rows import (
 )
 from align.data.tool_calls import is_empty
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "messages")
 _MEDIA = ("images", "audios", "videos")
 _UNSUPPORTED_FIELDS = (  # of a turn: without them, another text would be trained
@@ -71,8 +69,12 @@ def pair(raw: Raw) -> Row:
 
 
 def hh_pair(raw: Raw) -> Row:
-    """Convert a row whose ``chosen`` and ``rejected`` are transcripts, as in HH-RLHF."""
-    sides = {side: _in_column(side, hh_turns, raw) for side in ("chosen", "rejected")}
+    """Convert a row whose ``chosen`` and ``rejected`` are transcripts, as in HH-RLHF.
+
+    Their common beginning may be in the prompt instead.
+    """
+    whole = {side: transcripts.whole_transcript(raw, side) for side in ("chosen", "rejected")}
+    sides = {side: _in_column(side, hh_turns, whole) for side in whole}
     return _check_distinct(_assemble({"system": raw.get("system")}, sides))
 
 
@@ -127,17 +129,10 @@ def _label_text(value: object) -> str:
 
 
 def hh_turns(text: object) -> Messages:
-    r"""Turns of a transcript as in HH-RLHF.
-
-    A turn begins at "\n\nHuman:" or "\n\nAssistant:", and nowhere else.
-    """
-    if not isinstance(text, str):
-        raise DroppedError("missing value" if text is None else "content is not text")
-    head, *rest = _HH_TURN.split("\n\n" + text.lstrip())
-    if head.strip() or not rest or rest[0] != "Human":
-        raise DroppedError("not an HH transcript")
-    turns = zip(rest[::2], rest[1::2], strict=True)
-    return [{"role": _HH_ROLES[name], "content": _text(turn.strip())} for name, turn in turns]
+    """Turns of a transcript as in HH-RLHF (:mod:`align.data.transcripts`)."""
+    if text is None:
+        raise DroppedError("missing value")
+    return transcripts.turns_of_transcript(_text(text))
 
 
 def unread_fields(raw: Raw) -> set[str]:

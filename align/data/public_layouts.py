@@ -17,9 +17,10 @@ def _has(row: Raw, reader: str) -> bool:
 
 
 def is_transcript(row: Raw) -> bool:
-    """Whether a pair consists of whole transcripts, as in HH-RLHF."""
+    """Whether a pair consists of transcripts, as in HH-RLHF, or begins with one in its prompt."""
     text = row.get("prompt") or row.get("chosen")
-    return isinstance(text, str) and text.startswith("\n\nHuman:")
+    is_pair = row.get("chosen") is not None
+    return is_pair and isinstance(text, str) and text.startswith("\n\nHuman:")
 
 
 def _is_tree(row: Raw) -> bool:
@@ -37,7 +38,7 @@ def _has_solutions(row: Raw) -> bool:
 
 
 _TESTS: Mapping[str, tuple[str, Callable[[Raw], bool]]] = {
-    "hh": ("whole transcripts", is_transcript),
+    "hh": ("transcripts", is_transcript),
     "ultrafeedback": ("UltraFeedback's", lambda row: _has(row, "ultrafeedback")),
     "shp": ("those of Stanford Human Preferences", lambda row: _has(row, "shp")),
     "tldr": ("TL;DR comparisons", lambda row: _has(row, "tldr")),

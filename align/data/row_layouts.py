@@ -16,6 +16,7 @@ from align.data.columns import columns_of, complete_columns, kind_of
 from align.data.public_layouts import is_transcript, reader_of
 from align.data.rows import DroppedError, Raw
 from align.data.sources import Part
+from align.data.transcripts import begins_transcript
 from align.errors import DataError
 
 LARGE_SHARE = 0.01
@@ -135,10 +136,11 @@ class RowLayouts:
         return RowLayout(self._kind, f"rows of `reader: {self._reader}`", ())
 
     def _other_layout(self, raw: Raw, renamed: Raw) -> RowLayout | None:
-        if self._reader == "columns" and "chosen" in renamed and is_transcript(renamed):
-            return RowLayout("pairs", "whole transcripts", ("chosen", "rejected"))
+        if self._reader == "columns" and is_transcript(renamed):
+            return RowLayout("pairs", "transcripts", ("chosen", "rejected"))
         if self._reader == "hh" and _has_value(renamed, "chosen"):
-            is_plain = _has_value(renamed, "prompt") and not _is_hh(renamed["chosen"])
+            texts = renamed.get("prompt"), renamed["chosen"]
+            is_plain = _has_value(renamed, "prompt") and not any(map(begins_transcript, texts))
             return self._layout(_with_values(raw)) if is_plain else None
         if not self._may_be_other(renamed):
             return None
@@ -179,7 +181,3 @@ def _has_value(row: Raw, name: str) -> bool:
 def _with_values(row: Raw) -> tuple[str, ...]:
     """The columns in which a row has a value: files such as CSV give all rows all columns."""
     return tuple(name for name in row if _has_value(row, name))
-
-
-def _is_hh(text: object) -> bool:
-    return isinstance(text, str) and text.lstrip().startswith(("Human:", "Assistant:"))

@@ -662,7 +662,7 @@ DATA = [
     data(
         "transcripts read as completions",
         "pairs.jsonl",
-        "pairs.jsonl: the rows are whole transcripts; read them with `reader: hh`",
+        "pairs.jsonl: the rows are transcripts; read them with `reader: hh`",
         files={"pairs.jsonl": jsonl(dict.fromkeys(["chosen", "rejected"], "\n\nHuman: a"))},
     ),
     data(

@@ -159,6 +159,20 @@ def test_transcripts_by_hand(text: str, turns: list[dict[str, str]]):
 H, A = "\n\nHuman: ", "\n\nAssistant: "
 
 
+def test_the_beginning_of_a_transcript_may_be_in_the_prompt():
+    whole = {"chosen": f"{H}a{A}b{H}c{A}d", "rejected": f"{H}a{A}b{H}c{A}e"}
+    for prompt, sides in (
+        (f"{H}a{A}b{H}c{A.rstrip()}", {"chosen": " d", "rejected": " e"}),
+        (f"{H}a{A}b{H}c", {"chosen": f"{A}d", "rejected": f"{A}e"}),
+        (f"{H}a", whole),
+    ):
+        assert hh_pair({"prompt": prompt, **sides}) == hh_pair(whole), prompt
+    with pytest.raises(DroppedError, match="ends in a user turn"):
+        hh_pair({"prompt": f"{H}a", "chosen": "b", "rejected": "c"})
+    with pytest.raises(DroppedError, match="not an HH transcript"):
+        hh_pair({"prompt": "a", "chosen": "b", "rejected": "c"})
+
+
 @pytest.mark.parametrize(
     ("reader", "raw", "reason"),
     [

@@ -76,7 +76,7 @@ MIXED: list[tuple[str, Rows, dict[str, Any], str]] = [
      " 1 × labeled completions with `prompt`, `completion`, `label` (row 2)"),
     ("pairs and transcripts", [*pairs(3), *transcripts(1)], {},
      "3 × pairs with `prompt`, `chosen`, `rejected` (row 1);"
-     " 1 × whole transcripts with `chosen`, `rejected` (row 4)"),
+     " 1 × transcripts with `chosen`, `rejected` (row 4)"),
     ("transcripts and pairs", [*transcripts(1), *pairs(1)], {"reader": "hh"},
      "1 × rows of `reader: hh` (row 1); 1 × pairs with `prompt`, `chosen`, `rejected` (row 2)"),
     ("pairs and GSM8K", [*pairs(1), {"question": "1 + 1?", "answer": "#### 2"}], {},
@@ -198,7 +198,8 @@ def test_rows_of_which_all_are_of_another_layout_name_the_reader(tmp_path: Path)
 TREE = {"message_id": "a", "parent_id": None, "text": "Hi", "role": "prompter"}
 SHP = {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 1}
 PUBLIC: list[tuple[str, dict[str, Any], str]] = [
-    ("hh", transcripts(1)[0], "the rows are whole transcripts"),
+    ("hh", transcripts(1)[0], "the rows are transcripts"),
+    ("hh", {"prompt": "\n\nHuman: h\n\nAssistant:", "chosen": " a", "rejected": " b"}, "transcripts"),
     ("ultrafeedback", {"instruction": "i", "completions": [{"response": "r"}]}, "UltraFeedback's"),
     ("shp", {**SHP, "score_B": 2}, "those of Stanford Human Preferences"),
     ("tldr", {"info": {"post": "p"}, "summaries": [{"text": "t"}] * 2, "choice": 0}, "TL;DR comp"),

@@ -92,7 +92,7 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, Any], str]] = [
      {}, "a.jsonl: no column `prompt`; found `chosen`, `rejected`, `messages`;"
      " map it with `columns: {prompt: ...}`"),
     ("transcripts read as columns", "a.jsonl", lines(TRANSCRIPT), {},
-     "a.jsonl: the rows are whole transcripts; read them with `reader: hh`"),
+     "a.jsonl: the rows are transcripts; read them with `reader: hh`"),
     ("columns read as transcripts", "a.jsonl", lines(PAIR_LINE), {"reader": "hh"},
      "a.jsonl: its rows are 1 × pairs with `prompt`, `chosen`, `rejected` (row 1); `reader: hh` does"
      " not read them; set `reader: columns`"),
