@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +18,7 @@ from helpers.preference_data import (
     write_jsonl,
 )
 
+from align.config.readers import Reader
 from align.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -230,6 +231,10 @@ def test_rows_of_a_public_data_set_name_its_reader(
     assert name in line
     assert line.startswith(f"{file}: the rows are ")
     assert line.endswith(f"; read them with `reader: {own}`")
+
+
+def test_every_reader_of_a_public_data_set_is_named_by_its_rows():
+    assert {case[0] for case in PUBLIC} == {*get_args(Reader)} - {"columns"}
 
 
 def test_questions_and_answers_of_another_source_are_mapped(tmp_path: Path):
