@@ -147,7 +147,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     """Check recipe, data, token lengths and chat template without training."""
     from align.config.recipe import ErrorCollector, read_recipe
     from align.pipeline import estimates, preflight, reward_checks
-    from align.pipeline.plan import plan_stages
+    from align.pipeline.plan import plan_stages, with_invalid
     from align.runtime.environment import quiet_libraries
     from align.runtime.terminal import SafeConsole
 
@@ -156,14 +156,13 @@ def check(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ru
     loaded = read_recipe(recipe, overrides or [])
     console.print(f"{recipe}: {counted(len(loaded.names), 'stage')}: {', '.join(loaded.names)}")
     errors = ErrorCollector(loaded)
-    stages = plan_stages(errors, runs)
+    stages = with_invalid(errors, plan_stages(errors, runs), runs)
     warnings = 0
     reward_checks.import_functions(errors, stages)
     further = reward_checks.examine
     for line in preflight.examine(errors, stages, runs, world_size=1, further=further):
         console.print(line)
         warnings += "warning:" in line
-    errors.raise_any()
     preflight.check_unusual_trainers(errors, stages)
     errors.raise_any()
     # Memory does not depend on the data, which are therefore not prepared again.

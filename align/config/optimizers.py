@@ -1,4 +1,4 @@
-"""Fields of transformers that its optimizers do not read."""
+"""Optimizers of transformers: the packages that they need, and the fields that they do not read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,34 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "optim_args": _WITHOUT_ARGUMENTS,
 }
 """Fields with the values of ``optim`` whose optimizers do not read them."""
+PACKAGES = (
+    ("galore", "galore_torch", "galore-torch"),
+    ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("adamw_torch_4bit", "torchao", "torchao"),
+    ("adamw_torch_8bit", "torchao", "torchao"),
+    *(
+        (part, "bitsandbytes", "-e '.[quantization]'")
+        for part in ("adamw_8bit", "bnb", "paged", "lion", "ademamix")
+    ),
+)
+"""Parts of the values of ``optim``, each with the module that such an optimizer imports and the
+argument of ``pip install``. The first part that fits decides."""
 LOW_RANK = ("galore_", "apollo_")
 """Beginnings of the values of ``optim`` that read ``optim_target_modules``."""
+
+
+def required_package(optimizer: str) -> tuple[str, str] | None:
+    """The module that an optimizer imports, and the argument of ``pip install``; None: torch's.
+
+    >>> required_package("paged_adamw_8bit"), required_package("adamw_torch")
+    (('bitsandbytes', "-e '.[quantization]'"), None)
+    """
+    packages = ((module, name) for part, module, name in PACKAGES if part in optimizer)
+    return next(packages, None)
 
 
 def unread_fields(optimizer: str, changed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -72,6 +72,20 @@ def declared_type(cls: type[Stage] | None, keys: list[str]) -> Any:
     return declared
 
 
+def is_key(cls: type[Stage], keys: list[str]) -> bool:
+    """Whether a stage declares a key, or its TRL class the field of ``trainer``.
+
+    Keys of plain mappings are not declared.
+    """
+    if len(keys) == 2 and keys[0] == "trainer":
+        return declared_type(cls, keys) is not None
+    *above, last = keys
+    parent = declared_type(cls, above) if above else cls
+    if last.isdigit():
+        return get_origin(parent) is list
+    return any(last in model.model_fields for model in nested_models(parent))
+
+
 def nested_models(declared: Any) -> Iterator[type[BaseModel]]:
     """The configuration classes in a declared type, which may be a union."""
     if isinstance(declared, type) and issubclass(declared, BaseModel):

@@ -26,6 +26,11 @@ class RawRecipe:
     invalid: set[str] = field(default_factory=set)
     """The names of the stages that errors were reported for."""
 
+    wrong: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
+    """The keys of each stage whose values are not valid by themselves."""
+    wrong_inputs: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
+    """The keys of each stage that name no input."""
+
     def classes(self) -> dict[str, type[Stage] | None]:
         """The class of each stage, in order; None for an unknown kind."""
         return {name: stage_class(name, values) for name, (_, values) in self.stages.items()}
@@ -55,7 +60,19 @@ class RawRecipe:
         return self.stages[name][0].texts.get(("stages", name, *keys))
 
     def report(self, name: str, keys: Iterable[str | int], message: str) -> None:
-        """Add an error about a key of a stage."""
+        """Add an error about the value of a key of a stage."""
+        keys = tuple(keys)
+        self.wrong.setdefault(name, set()).add(tuple(map(str, keys)))
+        self.report_conflict(name, keys, message)
+
+    def report_input(self, name: str, keys: Iterable[str | int], message: str) -> None:
+        """Add an error about a key of a stage that names no input."""
+        keys = tuple(keys)
+        self.wrong_inputs.setdefault(name, set()).add(tuple(map(str, keys)))
+        self.report_conflict(name, keys, message)
+
+    def report_conflict(self, name: str, keys: Iterable[str | int], message: str) -> None:
+        """Add an error between keys that are each valid, at one of them."""
         keys = tuple(keys)
         self.invalid.add(name)
         address = ".".join(map(str, (name, *keys)))

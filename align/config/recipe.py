@@ -14,35 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-
-from align.config import renamed_keys, trl_fields, validation
+from align.config import validation
 from align.config.base import Stage
-from align.config.control.algorithms import algorithms_with
-from align.config.control.base import Control
-from align.config.overrides import apply_override, declared_type, nested_models
+from align.config.overrides import apply_override, is_key
 from align.config.python_values import plain_values
-from align.config.raw_recipe import COMMAND_LINE, RawRecipe, stage_class
+from align.config.raw_recipe import COMMAND_LINE, RawRecipe
 from align.config.shipped import find_recipe
+from align.config.stage_values import (
+    InvalidStage,
+    check_trainer,
+    invalid_stages,
+    validate_values,
+)
 from align.config.stages import STAGES
 from align.config.yaml_loader import CONTROL_CHARACTER, Document, read_yaml
-from align.errors import RecipeError, UserError, did_you_mean, mismatch, nearest, shown
+from align.errors import RecipeError, UserError, nearest, shown
 
 _TOP_KEYS = ("needs", "stages")
 _STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{,63}\Z")
 MAX_NEEDS = 20  # recipes that need each other, one below the other
 MAX_STAGES = 1000
-_EXPECTED = {  # by pydantic's type of error
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping (key: value)",
-    "model_type": "a mapping (key: value)",
-}
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,8 @@ class Recipe:
     """The names of all stages, including those with errors, which ``stages`` leaves out."""
     overrides: tuple[str, ...] = ()
     """The overrides as they were given."""
+    invalid: Mapping[str, InvalidStage] = field(default_factory=dict, repr=False)
+    """Stages with errors, and those that depend on them, as far as they can be checked further."""
     run_name: str | None = None
     """A name for the folder of the run; None: that of the recipe."""
 
@@ -80,6 +73,24 @@ class Recipe:
         place = next((self._places[p] for p in prefixes if p in self._places), str(self.path))
         return f"{place}: {'.'.join(address)}"
 
+    def line(self, keys: Iterable[str | int], message: str) -> str:
+        """An error about the key at ``keys``, which begin with the name of its stage.
+
+        A message that begins with the same key or one below it, such as ``trainer.optim: ``, is an
+        error about that key.
+        """
+        name, *above = map(str, keys)
+        first, colon, rest = message.partition(": ")
+        below = first.split(".")
+        stage = self.stages.get(name)
+        if stage is None and name in self.invalid:
+            stage = self.invalid[name].config
+        if colon and stage is not None:
+            for address in (below, [*above[:-1], *below], [*above, *below]):
+                if address[: len(above)] == above and is_key(type(stage), address):
+                    return f"{self.at(name, *address)}: {rest}"
+        return f"{self.at(name, *above)}: {message}"
+
 
 class ErrorCollector:
     """Collects user errors with their places in the recipe, and raises them as one.
@@ -93,8 +104,10 @@ class ErrorCollector:
 
     def add(self, keys: Iterable[str | int], *messages: str) -> None:
         """Add messages about the key at ``keys``, which begin with the name of its stage."""
-        place = self.recipe.at(*keys)
-        self.lines += [f"{place}: {message}" for message in messages]
+        name, *below = map(str, keys)
+        invalid = self.recipe.invalid.get(name)
+        if invalid is None or not invalid.lacks(below):  # else its error has been reported
+            self.lines += [self.recipe.line((name, *below), message) for message in messages]
 
     @contextlib.contextmanager
     def at(self, *keys: str | int) -> Iterator[None]:
@@ -169,22 +182,24 @@ def read_recipe(
     classes = raw.classes()
     stages: dict[str, Stage] = {}
     for stage_name, (_, values) in raw.stages.items():
-        stage = _validate(stage_name, values, raw)
+        stage = validate_values(stage_name, values, raw)
         if stage is not None:
             stages[stage_name] = stage
         cls = classes[stage_name]
         if cls is not None:
-            _check_trainer(stage_name, cls, values, raw)
-            validation.validate_inputs(stage_name, cls, values, classes, raw.report)
+            check_trainer(stage_name, cls, values, raw)
+            validation.validate_inputs(stage_name, cls, values, classes, raw.report_input)
     for stage_name, stage in stages.items():
-        validation.validate_stage(stage_name, stage, stages, raw.report)
+        validation.validate_stage(stage_name, stage, stages, raw.report_conflict)
+    valid = _valid_stages(stages, raw)
     return Recipe(
         file,
-        _valid_stages(stages, raw),
+        valid,
         raw.places(),
         tuple(raw.problems),
         tuple(raw.stages),
         overrides,
+        invalid=dict(invalid_stages(raw, stages, valid)),
     )
 
 
@@ -213,7 +228,7 @@ def load_stage(
         raw.overridden.add((kind,))
     for override in overrides:
         apply_override(f"{kind}.{override}", raw)
-    stage = _validate(kind, raw.stages[kind][1], raw)
+    stage = validate_values(kind, raw.stages[kind][1], raw)
     if stage is not None:
         validation.validate_stage(kind, stage, {kind: stage}, raw.report)
     if raw.problems:
@@ -308,86 +323,3 @@ def _collect_stages(document: Document, data: dict[str, Any], raw: RawRecipe) ->
         else:
             where = f"{document.place(('stages', name))}: {name}"
             raw.problems.append(f"{where}: {problem}")
-
-
-# One stage
-
-
-def _validate(name: str, values: dict[str, Any], raw: RawRecipe) -> Stage | None:
-    """The configuration of a stage; None if it has errors, which are reported."""
-    cls = stage_class(name, values)
-    if cls is None:
-        kind = values.get("stage", name)
-        hint = nearest(str(kind), STAGES)
-        if "stage" in values:
-            raw.report(name, ["stage"], f"expected a kind of stage, got {shown(kind)}{hint}")
-        else:
-            message = f"no kind of stage is called `{name}`{hint}"
-            raw.report(name, [], f"{message} (any other name needs `stage: KIND`)")
-        return None
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            _report(name, cls, detail, raw)
-        return None
-
-
-def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -> None:
-    """Report an error of pydantic in our words."""
-    keys = [key for key in detail["loc"] if not str(key).startswith("«")]  # without tags
-    value = detail["input"]
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "extra_forbidden":
-            message = f"unknown key{_key_hint(cls, keys)}"
-        case "missing":
-            message = "missing; it has no default"
-        case "literal_error":
-            expected = re.sub(
-                r"\b(True|False)\b", lambda word: word[0].lower(), context["expected"]
-            )
-            message = f"expected {expected}, got {shown(value)}"
-            if isinstance(value, str):
-                choices = re.findall(r"'([^']+)'", context["expected"])
-                message += did_you_mean(value, choices)
-        case "value_error":
-            message = str(context["error"])
-        case kind if kind in _EXPECTED:
-            message = mismatch(_EXPECTED[kind], value, raw.text(name, keys))
-        case _:
-            message = f"{detail['msg'].replace('Input should', 'must')}, got {shown(value)}"
-    raw.report(name, keys, message)
-
-
-def _key_hint(cls: type[Stage], keys: list[str | int]) -> str:
-    """What an unknown key may have been meant to be."""
-    key = str(keys[-1])
-    if len(keys) == 1:
-        renamed = renamed_keys.hint([cls], key)
-        if renamed:
-            return renamed
-        fields = trl_fields.trl_fields(cls.trainer_config) if cls.trainer_config else {}
-        if key in fields and not trl_fields.reserved(str(cls.trainer_config), key):
-            return f"; it is a field of TRL's {cls.trainer_config}; put it under `trainer:`"
-    if len(keys) == 1 and issubclass(cls, Control) and (others := algorithms_with(key)):
-        return f"; algorithms with this key: {', '.join(others)}; remove it, or change `algorithm`"
-    declared: Any = cls if len(keys) == 1 else declared_type(cls, [str(k) for k in keys[:-1]])
-    known = [name for model in nested_models(declared) for name in model.model_fields]
-    if key in known:  # of another one of several mappings, such as two kinds of judge
-        return "; it has no meaning beside the other keys here; remove it or them"
-    return nearest(key, known)
-
-
-def _check_trainer(name: str, cls: type[Stage], values: dict[str, Any], raw: RawRecipe) -> None:
-    """Check the fields under ``trainer`` against TRL's class."""
-    trainer = values.get("trainer")
-    if cls.trainer_config is None or not isinstance(trainer, dict):
-        return
-    for key, value in trainer.items():
-        keys = ("trainer", key)
-        text = raw.text(name, keys)
-        for below, message in trl_fields.check(cls.trainer_config, key, value, text):
-            if "no field" in message and key in cls.model_fields:
-                message = f"no field of TRL's {cls.trainer_config}; `{key}` is a key of the stage"
-            raw.report(name, (*keys, *below), message)

@@ -23,10 +23,10 @@ from align.config.base import (
 )
 from align.config.memory import ModelSize
 from align.config.memory_bill import Work, trained_weights
+from align.config.optimizers import required_package
 from align.config.quantization import QuantizableStage
 
 TOKENS_PER_WORD = 1.35  # usual ratio of subword vocabularies in English
-BITSANDBYTES = ("adamw_8bit", "bnb", "paged", "lion", "ademamix")  # in the names of its optimizers
 BATCH_SIZE = "per_device_train_batch_size"
 
 
@@ -190,12 +190,12 @@ class TRLStage(TrainingStage):
 
     @property
     def required_packages(self) -> dict[str, tuple[str, str]]:
-        """Those of the stage, Liger's kernels, and the package of an 8-bit optimizer."""
+        """Those of the stage, Liger's kernels, and the package of the optimizer."""
         packages = {}
         if self.trainer.get("use_liger_kernel"):
             packages["trainer.use_liger_kernel"] = ("liger_kernel", "liger-kernel")
-        if any(part in self.optimizer_name for part in BITSANDBYTES):
-            packages["trainer.optim"] = ("bitsandbytes", "-e '.[quantization]'")
+        if (package := required_package(self.optimizer_name)) is not None:
+            packages["trainer.optim"] = package
         return super().required_packages | packages
 
     def digest_settings(self) -> dict[str, Any]:

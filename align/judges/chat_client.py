@@ -92,13 +92,13 @@ def read_key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            f"key_variable: the environment variable {variable} is not set; set it to the API key, "
-            "or remove `key_variable` if the server needs none"
+            f"api.key_variable: the environment variable {variable} is not set; set it to the API "
+            "key, or remove `key_variable` if the server needs none"
         )
     if not re.fullmatch(r"[!-~]+", key):
         raise UserError(
-            f"key_variable: the environment variable {variable} has characters that no API key "
-            "has; set it to the key alone"
+            f"api.key_variable: the environment variable {variable} has characters that no API "
+            "key has; set it to the key alone"
         )
     return key
 

@@ -58,7 +58,10 @@ def check_revisions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> 
         revision = getattr(stage.config, "revision", None)
         if revision is None or "model" not in type(stage.config).inputs:
             continue  # that of a data set
-        if not isinstance(stage.inputs.get("model"), str):
+        is_known = "model" in stage.inputs or isinstance(
+            getattr(stage.config, "model", None), NewModel
+        )
+        if is_known and not isinstance(stage.inputs.get("model"), str):
             errors.add(
                 (stage.name, "revision"),
                 "`model` is not on the Hub, so it has no revision; remove this key (an adapter "

@@ -7,7 +7,7 @@ in the artifact, and logged if an artifact of another number is reused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,11 +36,13 @@ class PlannedStage:
     digests: dict[str, str]
     """The digests of the inputs, and of the files that the settings name, by their keys."""
     status: str
-    """``reused``, ``resume`` or ``run``."""
+    """``reused``, ``resume`` or ``run``; ``invalid`` for a stage of :func:`with_invalid`."""
     rows_digest: str = ""
     """The digest without the keys that change only the tables of prompts."""
     gguf_files: Mapping[Path, Path] = field(default_factory=dict)
     """The GGUF files among the inputs, by the folder that each is converted into."""
+    is_partial: bool = False
+    """Whether the configuration lacks values that are wrong in the recipe."""
 
     @property
     def stage(self) -> str:
@@ -89,6 +91,48 @@ def plan_stages(
     return list(planned.values())
 
 
+def with_invalid(
+    errors: ErrorCollector, planned: Sequence[PlannedStage], runs: Path, *, until: str | None = None
+) -> list[PlannedStage]:
+    """The planned stages and, so that their other errors are found too, those with errors.
+
+    The latter have the status ``invalid``, no digest, and those of their inputs that are known.
+    """
+    recipe = errors.recipe
+    needed = _needed_stages(recipe, until) if until in recipe.stages else set(recipe.names)
+    known = {stage.name: stage for stage in planned}
+    for name in recipe.names:
+        has_config = name in recipe.stages or name in recipe.invalid
+        if name not in known and name in needed and has_config:
+            known[name] = _invalid_stage(name, runs, known, errors)
+    return [known[name] for name in recipe.names if name in known]
+
+
+def _invalid_stage(
+    name: str, runs: Path, known: Mapping[str, PlannedStage], errors: ErrorCollector
+) -> PlannedStage:
+    """A stage with errors; further ones of its inputs and its files are collected."""
+    recipe = errors.recipe
+    invalid = recipe.invalid.get(name)
+    config = recipe.stages[name] if invalid is None else invalid.config
+    inputs: dict[str, Path | str] = {}
+    for key, target in config.input_names().items():
+        keys = tuple(key.split("."))
+        if target in known:
+            inputs[key] = known[target].folder
+        elif target not in recipe.names and not (invalid and invalid.lacks_input(keys)):
+            with errors.at(name, *keys):
+                inputs[key], _ = _outside_input(key, target, config, runs)
+    _file_digests(name, config, errors)
+    named = _gguf_names(config, inputs, known)
+    files = {Path(inputs[key]): Path(target).expanduser() for key, target in named.items()}
+    partial = invalid is not None and bool(invalid.wrong)
+    folder = runs / name
+    return PlannedStage(
+        name, config, "", folder, inputs, {}, "invalid", gguf_files=files, is_partial=partial
+    )
+
+
 def _needed_stages(recipe: Recipe, until: str | None) -> set[str]:
     """The stage ``until`` and those whose results it needs; all of them if it names none."""
     if until is None or until not in recipe.stages:
@@ -127,11 +171,7 @@ def _planned_stage(
     """Resolve the inputs of a stage; its digest, its folder and its status."""
     inputs, digests = _resolve_inputs(name, config, runs, planned, errors)
     digests |= _file_digests(name, config, errors)
-    named = {
-        key: target
-        for key, target in config.input_names().items()
-        if key in inputs and target not in planned and gguf_files.is_gguf(target)
-    }
+    named = _gguf_names(config, inputs, planned)
     gguf_names = list(dict.fromkeys(named.values()))
     digest = stage_digest(config, digests, gguf_names=gguf_names)
     folder = runs / f"{name}-{digest[:12]}"
@@ -140,6 +180,17 @@ def _planned_stage(
     rows_digest = stage_digest(config.model_copy(update=defaults), digests, gguf_names=gguf_names)
     files = {Path(inputs[key]): Path(target).expanduser() for key, target in named.items()}
     return PlannedStage(name, config, digest, folder, inputs, digests, status, rows_digest, files)
+
+
+def _gguf_names(
+    config: Stage, inputs: Mapping[str, Path | str], stages: Container[str]
+) -> dict[str, str]:
+    """The GGUF files that keys with a known input name, by key; ``stages`` are no files."""
+    return {
+        key: target
+        for key, target in config.input_names().items()
+        if key in inputs and target not in stages and gguf_files.is_gguf(target)
+    }
 
 
 def stage_digest(
@@ -201,11 +252,15 @@ def _resolve_inputs(
             digests[key] = planned[target].rows_digest if only_rows else planned[target].digest
             continue
         with errors.at(name, *key.split(".")):
-            if gguf_files.is_gguf(target):
-                inputs[key], digests[key] = _gguf_input(Path(target).expanduser(), runs)
-            else:
-                inputs[key], digests[key] = _external_input(key, target, config)
+            inputs[key], digests[key] = _outside_input(key, target, config, runs)
     return inputs, digests
+
+
+def _outside_input(key: str, target: str, config: Stage, runs: Path) -> tuple[Path | str, str]:
+    """The folder or Hub id of an input that is not a stage of the recipe, and its digest."""
+    if gguf_files.is_gguf(target):
+        return _gguf_input(Path(target).expanduser(), runs)
+    return _external_input(key, target, config)
 
 
 def _gguf_input(file: Path, runs: Path) -> tuple[Path, str]:

@@ -94,16 +94,23 @@ def examine(
 ) -> Iterator[str]:
     """Make all checks that need no training library; yield a line for each result.
 
-    Sources of more than ``largest_source`` bytes are not read: their rows are checked when they are
-    prepared. ``further`` is one more check of prepared data.
+    ``stages`` may include invalid ones (:func:`align.pipeline.plan.with_invalid`), whose data is
+    not prepared. Sources of more than ``largest_source`` bytes are not read: their rows are checked
+    when they are prepared. ``further`` is one more check of prepared data.
     """
     check_writable(errors, runs)
     for check in CHECKS:
         check(errors, stages)
-    check_batch_sizes(errors, stages, world_size)
     yield from check_server_judges(errors, stages)
+    stages = [stage for stage in stages if not stage.is_partial]
+    check_batch_sizes(errors, stages, world_size)
     yield from remarks(stages)
-    read = [stage for stage in stages if _source_bytes(stage) <= largest_source]
+    read = [
+        stage
+        for stage in stages
+        if not (stage.config.prepares_data and stage.status == "invalid")
+        and _source_bytes(stage) <= largest_source
+    ]
     prepared_again = {stage.folder for stage in read if stage.config.prepares_data}
     inputs = (target for stage in stages for target in stage.inputs.values())
     for folder in dict.fromkeys(target for target in inputs if isinstance(target, Path)):
@@ -150,9 +157,14 @@ def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
     """Check that the optional dependencies that settings require are installed."""
     for stage in pending:
         for key, (package, requirement) in stage.config.required_packages.items():
-            if importlib.util.find_spec(package) is None:
+            if _is_missing((package, requirement)):
                 message = f"{package} is not installed: pip install {requirement}"
                 errors.add((stage.name, *key.split(".")), message)
+
+
+def _is_missing(package: tuple[str, str] | None) -> bool:
+    """Whether a package, given by its module and its requirement, is not installed."""
+    return package is not None and importlib.util.find_spec(package[0]) is None
 
 
 def check_gpus(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -315,6 +327,12 @@ def check_prepared(errors: ErrorCollector, folder: Path, stages: Sequence[Planne
     reward_checks.call_functions(errors, folder, finished_tables(folder), stages)
 
 
+def check_code(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> None:
+    """Import the functions that score completions, and build the configurations of TRL."""
+    reward_checks.import_functions(errors, stages)
+    check_unusual_trainers(errors, stages)
+
+
 def check_unusual_trainers(errors: ErrorCollector, stages: Sequence[PlannedStage]) -> None:
     """Build the TRL configurations of stages whose fields only TRL can check together.
 
@@ -338,9 +356,12 @@ def check_trainer_arguments(errors: ErrorCollector, pending: Sequence[PlannedSta
     for stage in trained:
         trl_class = trl_trainer.config_class(str(stage.config.trainer_config))
         arguments = stage.config.trl_arguments()
+        if _is_missing(stage.config.required_packages.get("trainer.optim")):
+            # An error of :func:`check_packages`; the others are found with another optimizer.
+            of_optimizer = ("optim", "optim_args", "optim_target_modules")
+            arguments = {key: arguments[key] for key in arguments if key not in of_optimizer}
         seed = getattr(stage.config, "seed", 0)
         try:
             trl_trainer.trl_arguments(trl_class, stage.folder, seed=seed, trainer=arguments)
         except UserError as error:
-            lines = [line.removeprefix("trainer: ") for line in error.lines]
-            errors.add((stage.name, "trainer"), *lines)
+            errors.add((stage.name, "trainer"), *error.lines)

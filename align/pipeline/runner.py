@@ -25,7 +25,7 @@ from align.pipeline import preflight
 from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.memory_advice import out_of_memory_line
 from align.pipeline.model_card import write_model_card
-from align.pipeline.plan import PlannedStage, plan_stages
+from align.pipeline.plan import PlannedStage, plan_stages, with_invalid
 from align.report.advice import LiveAdvice
 from align.runtime import artifacts, checkpoints, distributed, exit_codes, out_of_memory, signals
 from align.runtime.locks import folder_lock
@@ -153,13 +153,16 @@ def plan_checked(
     planned = plan_stages(errors, runs, until=until, force=force)
     if distributed.is_main():  # the others wait for it, or end with it
         preflight.check_finished_stages(errors, planned)
-    pending = [stage for stage in planned if stage.status != "reused"]
+    checked = with_invalid(errors, planned, runs, until=until)
+    pending = [stage for stage in checked if stage.status != "reused"]
     # A larger source is not read twice: the errors of its rows are raised when it is prepared.
     world_size = distributed.world_size()
     for _ in preflight.examine(
         errors, pending, runs, world_size=world_size, largest_source=LARGEST_SOURCE
     ):
         pass  # the lines are for `align check`
+    if errors.lines:  # what a run finds after these checks is reported with them
+        preflight.check_code(errors, pending)
     errors.raise_any()
     return planned
 
@@ -294,7 +297,7 @@ def _stage_result(stage: PlannedStage, recipe: Recipe, display: Display) -> Stag
         try:
             result = stage_module(stage.stage).run(stage.config, stage.inputs, stage.folder, logger)
         except UserError as error:
-            lines = [f"{recipe.at(stage.name)}: {line}" for line in error.lines]
+            lines = [recipe.line([stage.name], line) for line in error.lines]
             placed_error = type(error)(*lines)
             if not alone:
                 raise placed_error from error

@@ -48,16 +48,41 @@ def check_chat_templates(errors: ErrorCollector, pending: Sequence[PlannedStage]
 
 
 def check_added_tokens(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Check that the tokenizer of a given model has the tokens that ``trainer`` names."""
+    """Check that a tokenizer has the tokens that ``trainer`` names: the model's, or the template's.
+
+    Tokenizers that are not in a local folder are left out.
+    """
+    stages = {stage.folder: stage for stage in pending}
     for stage in pending:
-        source, fields = stage.inputs.get("model"), stage.config.trl_arguments()
-        if not isinstance(source, Path) or fields.get("chat_template_path") is not None:
-            continue  # the template may come with tokens
-        for field in ("eos_token", "pad_token"):
-            token = fields.get(field)
-            if isinstance(token, str) and tokenizer_files.has_token(source, token) is False:
-                message = f"the tokenizer of {source} has no token {token!r}; name one that it has"
+        fields = stage.config.trl_arguments()
+        tokens = {field: fields.get(field) for field in ("eos_token", "pad_token")}
+        named = {field: token for field, token in tokens.items() if isinstance(token, str)}
+        folders = _tokenizer_folders(stage, stages) if named else None
+        for field, token in named.items():
+            known = [tokenizer_files.has_token(folder, token) for folder in folders or ()]
+            if known and all(each is False for each in known):
+                message = (
+                    f"the tokenizer of {' and '.join(map(str, folders or ()))} has no token "
+                    f"{token!r}; name one that it has"
+                )
                 errors.add((stage.name, "trainer", field), message)
+
+
+def _tokenizer_folders(
+    stage: PlannedStage, stages: Mapping[Path, PlannedStage]
+) -> list[Path] | None:
+    """The folders whose tokens a stage can use: that of the first model, and those of templates.
+
+    None if one of them is not a local folder.
+    """
+    source = stage.inputs.get("model")
+    if not isinstance(source, Path):
+        return None
+    folders = _tokenizer_folders(stages[source], stages) if source in stages else [source]
+    template = stage.config.named_paths().get("trainer.chat_template_path")
+    if folders is None or template is None or template.endswith(JINJA):
+        return folders
+    return [*folders, Path(template)] if Path(template).is_dir() else None
 
 
 def check_rows(

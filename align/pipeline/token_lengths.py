@@ -90,7 +90,10 @@ def _stage_lines(
     gguf_files: Mapping[Path, Path],
 ) -> Iterator[str]:
     """The lengths of the rows of a stage; its errors are collected."""
-    rows = row_tokens.rows_of(config, tables.get(Path(stage.inputs[config.data_input]), {}))
+    if "model" in config.input_names() and "model" not in stage.inputs:
+        return  # its error has been reported
+    data = stage.inputs.get(config.data_input)
+    rows = row_tokens.rows_of(config, {} if data is None else tables.get(Path(data), {}))
     with errors.at(stage.name, "model"), naming_files(gguf_files):
         model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
         if model.conversations is not None:

@@ -10,61 +10,63 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import Trainer, get_scheduler
 
-from align.errors import UserError
+from align.config.optimizers import required_package
 
 BY_LAYER = ("galore", "apollo", "lomo", "muon", "dion")
 """Parts of the names of optimizers that need the model."""
-PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
-"""Packages of those of them that torch does not have."""
 STEPS = 10
 QUANTIZED_STATE = 4096
 """Elements of the smallest weight whose optimizer state bitsandbytes stores in 8 bits."""
 
 
-def check_optimizer(arguments: Any) -> None:
-    """Check that the optimizer and the schedule can be built and make steps.
+def optimizer_problems(arguments: Any) -> Iterator[str]:
+    """The errors of the optimizer and of the schedule, each after its key.
 
-    Raises:
-        UserError: A value, or a package that is not installed, prevents it.
+    Each is built, or is a package that is not installed; steps are made with both.
     """
     name = str(getattr(arguments.optim, "value", arguments.optim))
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=arguments.learning_rate)
-    package = next((each for part, each in PACKAGES.items() if part in name), None)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(f"trainer.optim: {name} requires the package {package}, which is missing")
-    if not any(part in name for part in BY_LAYER):
+    package, _ = required_package(name) or ("torch", "")
+    if importlib.util.find_spec(package) is None:
+        yield f"trainer.optim: {name} requires the package {package}, which is missing"
+    elif not any(part in name for part in BY_LAYER):
         try:
             optimizer_class, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
-            optimizer = optimizer_class([weight], **keywords)
+            built = optimizer_class([weight], **keywords)
             if optimizer_class.__module__.startswith("bitsandbytes"):
-                _step(optimizer, weight)
+                _step(built, weight)
+            optimizer = built
         except Exception as error:  # each optimizer raises what it likes
-            raise UserError(f"trainer.optim: {name} cannot be built: {_words(error)}") from None
+            yield f"trainer.optim: {name} cannot be built: {_words(error)}"
     try:
-        with warnings.catch_warnings():  # of a schedule that steps before the optimizer
-            warnings.simplefilter("ignore")
-            schedule: Any = get_scheduler(
-                arguments.lr_scheduler_type,
-                optimizer,
-                arguments.get_warmup_steps(STEPS),
-                STEPS,
-                scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
-            )
-            if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # others need a metric
-                for _ in range(STEPS):
-                    schedule.step()
+        _build_schedule(arguments, optimizer)
     except Exception as error:  # an arithmetic error, for example
-        raise UserError(
-            f"trainer.lr_scheduler_kwargs: {getattr(arguments.lr_scheduler_type, 'value', '')} "
-            f"cannot be built: {_words(error)}"
-        ) from None
+        schedule = getattr(arguments.lr_scheduler_type, "value", "")
+        yield f"trainer.lr_scheduler_kwargs: {schedule} cannot be built: {_words(error)}"
+
+
+def _build_schedule(arguments: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Build the schedule and make steps with it."""
+    with warnings.catch_warnings():  # of a schedule that steps before the optimizer
+        warnings.simplefilter("ignore")
+        schedule: Any = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            arguments.get_warmup_steps(STEPS),
+            STEPS,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # others need a metric
+            for _ in range(STEPS):
+                schedule.step()
 
 
 def _step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:

@@ -6,6 +6,7 @@ Each stage builds its trainer itself.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 from collections.abc import Iterator, Mapping
@@ -36,11 +37,13 @@ from align.runtime.exit_codes import describe_failed_write
 from align.runtime.out_of_memory import shortage
 from align.runtime.progress import Logger
 from align.training.finiteness import check_weights, stop_unless_finite
-from align.training.optimizer_check import check_optimizer
+from align.training.optimizer_check import optimizer_problems
 from align.training.sharded_trainers import load_whole_models, store_tied_weights_once
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
+OPTIMIZER_FIELDS = ("optim", "adam_", "learning_rate", "weight_decay", "lr_scheduler", "warmup")
+"""Beginnings of the names of the fields that decide the optimizer and the schedule."""
 TRAINING_ARGUMENTS = "training_args.bin"
 """The pickle that transformers writes beside a model; ``artifact.json`` has the settings."""
 CARD = "README.md"
@@ -98,15 +101,33 @@ def trl_arguments(
     try:
         arguments = config_class(**{**defaults, **trainer, **keys, **fixed})
     except Exception as error:  # of any kind, as values of the wrong kind cause them
-        raise UserError(
-            f"trainer: {config_class.__name__} rejects these values: {' '.join(str(error).split())}"
-        ) from None
-    for field in ("activation_offloading", "fp16"):
-        if cpu and getattr(arguments, field, False):
-            raise UserError(f"trainer.{field}: requires a GPU; remove it")
-    check_optimizer(arguments)
+        message = f"{config_class.__name__} rejects these values: {' '.join(str(error).split())}"
+        raise UserError(f"trainer: {message}", *_optimizer_problems(trainer, output_dir)) from None
+    problems = [
+        f"trainer.{field}: requires a GPU; remove it"
+        for field in ("activation_offloading", "fp16")
+        if cpu and getattr(arguments, field, False)
+    ]
+    problems += optimizer_problems(arguments)
+    if problems:
+        raise UserError(*problems)
     load_whole_models()
     return arguments
+
+
+def _optimizer_problems(trainer: Mapping[str, Any], output_dir: Path) -> list[str]:
+    """The errors of the optimizer and the schedule of values of which TRL rejects others."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    chosen = {
+        field: value
+        for field, value in trainer.items()
+        if field in known and field.startswith(OPTIMIZER_FIELDS)
+    }
+    try:
+        arguments = TrainingArguments(output_dir=str(output_dir), report_to="none", **chosen)
+    except Exception:  # the rejected value is one of these
+        return []
+    return list(optimizer_problems(arguments))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -48,6 +49,13 @@ def check(code: int, out: str, err: str, expected: tuple[str, ...]) -> None:
     assert code == 2, out + err
     assert "Traceback" not in out + err
     assert any(all(piece in line for piece in expected) for line in err.splitlines()), err
+    assert [line for line in err.splitlines() if repeats_key(line)] == []
+
+
+def repeats_key(line: str) -> bool:
+    """Whether the message after the place begins with the key of the place, or with its end."""
+    place = re.match(r".*?(?::\d+|command line): ([\w.]+): ([\w.]+): ", line)
+    return place is not None and f".{place[1]}".endswith(f".{place[2]}")
 
 
 def write(folder: Path, files: Files) -> None:

@@ -94,7 +94,7 @@ def test_the_check_names_the_key_of_a_server_that_does_not_answer(
     write_recipe("http://127.0.0.1:1/v1")
     finished = launch("recipe.yaml")
     assert finished.code == 2
-    assert "evaluate.judge: key_variable: the environment variable JUDGE_KEY is not set" in (
+    assert "evaluate.judge.api.key_variable: the environment variable JUDGE_KEY is not set" in (
         finished.err
     )
     monkeypatch.setenv("JUDGE_KEY", KEY)

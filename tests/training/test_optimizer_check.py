@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trl
 
-from align.config.training_base import BITSANDBYTES
+from align.config.optimizers import required_package
 from align.config.trl_fields import trl_fields
 from align.errors import UserError
 from align.training import trl_trainer
@@ -52,7 +52,7 @@ def test_an_invalid_value_is_a_user_error(
 OPTIMIZERS = [
     name
     for name in trl_fields("SFTConfig")["optim"].choices
-    if any(part in name for part in BITSANDBYTES) and "galore" not in name
+    if (required_package(name) or ("",))[0] == "bitsandbytes"
 ]
 
 

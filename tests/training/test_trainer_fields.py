@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -288,8 +289,8 @@ def test_modules_are_read_by_low_rank_optimizers_only() -> None:
 
 @pytest.mark.parametrize("name", ["galore_adamw", "lomo"])
 def test_an_optimizer_without_its_package_is_refused_before_training(name: str):
-    with pytest.raises(UserError, match=rf"{name} requires the package \w+, which is missing"):
-        optimizer_check.check_optimizer(SimpleNamespace(optim=name, learning_rate=1e-3))
+    problems = optimizer_check.optimizer_problems(SimpleNamespace(optim=name, learning_rate=1e-3))
+    assert re.search(rf"{name} requires the package \w+, which is missing", next(problems))
 
 
 def test_the_last_checkpoints_are_kept_when_the_clock_jumps_back(

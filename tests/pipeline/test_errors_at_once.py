@@ -1,0 +1,107 @@
+"""One pass finds all errors: those of a stage do not hide others, and cause none."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_models
+
+from align.config.recipe import ErrorCollector, read_recipe
+from align.config.stages import STAGES, stage_class
+from align.pipeline import preflight
+from align.pipeline.plan import plan_stages, with_invalid
+
+MISTAKES = """\
+stages:
+  prepare: {source: rows.jsonl, test_fracton: 0.1}
+  sft: {model: model, seed: -1, lora: {target_modules: [query_key_value]}, trainer: {
+    logging_steps: many,
+    eos_token: <stop>,
+    chat_template_path: nothere.jinja,
+    optim: adamw_torch_4bit}}
+  dpo: {model: sft, lora: {r: 0, target_modules: "no_such.*"}, trainer: {pad_token: <fill>}}
+  kto: {model: nothing, quantization: nf4, dtype: bfloat16, trainer: {optim: lomo}}
+  ppo: {model: sft, rewards: ["no_such_module:score"], steps: 1, batch_size: none}
+  evaluate: {policies: [dpo, nobody], baseline: model, judge: {function: "no_such:judge"}}
+"""
+FOUND = [
+    "2: prepare.test_fracton: unknown key",
+    "3: sft.seed: must be greater than or equal to 0",
+    "3: sft.lora.target_modules: the model has no query_key_value",
+    "4: sft.trainer.logging_steps: expected a number",
+    "5: sft.trainer.eos_token: the tokenizer of model has no token",
+    "6: sft.trainer.chat_template_path: nothere.jinja: no such file",
+    "7: sft.trainer.optim: torchao is not installed",
+    "8: dpo.lora.r: must be greater than or equal to 1",
+    "8: dpo.lora.target_modules: no_such.* matches the whole name of no module",
+    "8: dpo.trainer.pad_token: the tokenizer of model has no token",
+    "9: kto.model: no earlier stage `nothing`",
+    "9: kto: `dtype: bfloat16` rounds small updates",
+    "9: kto: `quantization` freezes the backbone",
+    "9: kto.trainer.optim: lomo_optim is not installed",
+    "10: ppo.batch_size: expected a whole number",
+    "10: ppo.rewards.0: no_such_module:score: cannot be imported",
+    "11: evaluate.policies.1: no earlier stage `nobody`",
+    "11: evaluate.judge.function: no_such:judge: cannot be imported",
+]
+
+
+def errors_of(recipe: Any, folder: Path) -> list[str]:
+    """The lines of the checks that read no rows."""
+    errors = ErrorCollector(read_recipe(recipe))
+    stages = with_invalid(errors, plan_stages(errors, folder), folder)
+    for check in preflight.CHECKS:
+        check(errors, stages)
+    return list(dict.fromkeys(errors.lines))
+
+
+def test_every_check_that_needs_no_other_to_succeed_is_made(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    world = tiny_models.world(tmp_path_factory.getbasetemp())
+    shutil.copytree(world.sft, tmp_path / "model", ignore=shutil.ignore_patterns("artifact.json"))
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    Path("r.yaml").write_text(MISTAKES)
+    lines = errors_of("r.yaml", tmp_path / "runs")
+    missing = [start for start in FOUND if not any(f"r.yaml:{start}" in line for line in lines)]
+    assert missing == [], "\n".join(lines)
+    assert len(lines) == len(FOUND), "\n".join(lines)
+
+
+STAGES_OF_ALL_KINDS: dict[str, dict[str, Any]] = {
+    "prepare": {"source": "embedded", "max_rows": 60},
+    "sft": {"model": {}},
+    "reward": {"model": "sft"},
+    "dpo": {"model": "sft", "lora": {}},
+    "kto": {"model": "sft", "quantization": "nf4", "lora": {}},
+    "ppo": {"model": "sft", "rewards": ["reward"], "steps": 1, "batch_size": 4},
+    "grpo": {"model": "sft", "rewards": ["reward"], "steps": 1, "batch_size": 8},
+    "rloo": {"model": "sft", "rewards": ["reward"], "steps": 1, "batch_size": 8},
+    "reinforce": {"model": "sft", "rewards": ["reward"], "steps": 1, "batch_size": 8},
+    "sample": {"model": "sft"},
+    "label": {"judge": "reward"},
+    "evaluate": {"policies": ["dpo"], "baseline": "sft", "judge": ["reward", "gold"]},
+    "control": {"environment": "CartPole-v1", "steps": 100},
+}
+
+
+@pytest.mark.parametrize("kind", STAGES_OF_ALL_KINDS)
+def test_a_wrong_or_missing_value_causes_no_other_error(kind: str, tmp_path: Path):
+    assert STAGES_OF_ALL_KINDS.keys() == STAGES.keys()
+    assert errors_of({"stages": STAGES_OF_ALL_KINDS}, tmp_path) == []
+    cls = stage_class(kind, STAGES_OF_ALL_KINDS[kind])
+    required = [key for key, field in cls.model_fields.items() if field.is_required()]
+    wrong: Any = {"no": {"such": "key"}}
+    changes = [{key: wrong if key not in ("trainer", "columns") else 5} for key in cls.model_fields]
+    changes += [{key: None} for key in required] + [{"no_such_key": 1}]
+    for change in changes:
+        values = STAGES_OF_ALL_KINDS[kind] | change
+        values = {key: value for key, value in values.items() if value is not None}
+        (key,) = change
+        lines = errors_of({"stages": STAGES_OF_ALL_KINDS | {kind: values}}, tmp_path)
+        assert lines, change
+        assert all(f" {kind}.{key}" in line or key == "stage" for line in lines), lines
