@@ -6,6 +6,7 @@ signals on, or kills the run 30 seconds after them.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 import subprocess
@@ -20,12 +21,14 @@ from align.errors import RecipeError
 from align.runtime import signals
 from align.runtime.exit_codes import RESUMES
 
+NO_DEEPSPEED = "deepspeed is not installed: pip install -e '.[deepspeed]'"
+
 
 def check_launch_configuration(file: Path) -> None:
     """Check that a file is a launch configuration that accelerate can read.
 
     Raises:
-        RecipeError: The file is missing, or accelerate rejects it.
+        RecipeError: The file is missing, accelerate rejects it, or DeepSpeed is not installed.
     """
     if not file.is_file():
         raise RecipeError(f"{file}: no such launch configuration; accelerate_configs/ has examples")
@@ -33,7 +36,7 @@ def check_launch_configuration(file: Path) -> None:
     from yaml import YAMLError
 
     try:
-        load_config_from_file(str(file))
+        content = load_config_from_file(str(file))
     except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
         # accelerate raises an AttributeError or a TypeError for a file without a mapping
         unclear = isinstance(error, AttributeError | TypeError)
@@ -42,6 +45,13 @@ def check_launch_configuration(file: Path) -> None:
             f"{file}: not a launch configuration of accelerate ({reason.rstrip('.')}); "
             "accelerate_configs/ has examples"
         ) from None
+    if content.distributed_type == "DEEPSPEED" and not deepspeed_is_installed():
+        raise RecipeError(f"{file}: distributed_type: {NO_DEEPSPEED}")
+
+
+def deepspeed_is_installed() -> bool:
+    """Whether the package that ``distributed_type: DEEPSPEED`` needs is installed."""
+    return importlib.util.find_spec("deepspeed") is not None
 
 
 def launch(arguments: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from align.config.memory_bill import Sharding
+    from align.config.recipe import ErrorCollector
     from align.pipeline.estimates import Estimate
     from align.pipeline.plan import PlannedStage
 
@@ -68,7 +69,7 @@ def plan(
     errors = ErrorCollector(read_recipe(recipe, overrides or []))
     stages = plan_stages(errors, runs, until=until)
     pending = [stage for stage in stages if stage.status != "reused"]
-    preflight.check_environments(errors, pending)
+    missing = list(_missing_packages(errors, pending, config, sharding))
     preflight.check_batch_sizes(errors, pending, processes)
     errors.raise_any()
     console = SafeConsole()
@@ -81,7 +82,7 @@ def plan(
     console.print(LEGEND, style="dim", width=min(console.width, 80))
     warnings = (f"{name}: warning: {rows.reason}" for name, rows in lost.items())
     requests = estimates.count_requests(stages, table)
-    for line in (*_reasons_to_run(stages, runs), *requests, *warnings):
+    for line in (*_reasons_to_run(stages, runs), *requests, *warnings, *missing):
         console.print(line, markup=False, highlight=False)
     if config is not None or limit is not None:
         from align.cli.plan_memory import print_bills
@@ -91,6 +92,26 @@ def plan(
         from align.cli.plan_times import print_times
 
         print_times(console, stages, prepared, runs)
+
+
+def _missing_packages(
+    errors: ErrorCollector, stages: Sequence[PlannedStage], config: Path | None, sharding: Sharding
+) -> Iterator[str]:
+    """A line for each package that a run needs and that is not installed.
+
+    The errors of environments whose packages are installed are collected.
+    """
+    from align.cli import launcher
+    from align.pipeline import packages
+
+    yield from packages.missing(stages)
+    for stage, problem in packages.environment_problems(stages):
+        if packages.is_of_package(problem):
+            yield f"{stage.name}.{problem.key}: {problem}"
+        else:
+            errors.add((stage.name, problem.key), str(problem))
+    if sharding.needs_deepspeed and not launcher.deepspeed_is_installed():
+        yield f"{config}: {launcher.NO_DEEPSPEED}"
 
 
 def _sharding(config: Path | None, processes: int | None) -> Sharding:

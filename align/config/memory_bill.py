@@ -36,6 +36,7 @@ class Sharding:
     stage: int = 0
     """That of ZeRO: 0 for whole models, 2 for gradients and optimizer, 3 for weights as well."""
     device: Literal["cpu", "cuda"] = "cuda"
+    needs_deepspeed: bool = False
 
     def share(self, number: float, stage: int) -> int:
         """The share of one process of what is divided from this stage on."""
@@ -249,7 +250,8 @@ def read_sharding(file: Path) -> Sharding:
     if not isinstance(processes, int) or processes < 1:
         raise RecipeError(f"{file}: num_processes: expected a whole number from 1, got {processes}")
     on_cpu = str(content.get("use_cpu", False)).lower() == "true"
-    return Sharding(processes, _stage(content), "cpu" if on_cpu else "cuda")
+    is_deepspeed = content.get("distributed_type") == "DEEPSPEED"
+    return Sharding(processes, _stage(content), "cpu" if on_cpu else "cuda", is_deepspeed)
 
 
 def _stage(content: Mapping[str, Any]) -> int:

@@ -77,7 +77,7 @@ class Recipe:
         """An error about the key at ``keys``, which begin with the name of its stage.
 
         A message that begins with the same key or one below it, such as ``trainer.optim: ``, is an
-        error about that key.
+        error about that key, unless an input of the stage has this name.
         """
         name, *above = map(str, keys)
         first, colon, rest = message.partition(": ")
@@ -85,7 +85,7 @@ class Recipe:
         stage = self.stages.get(name)
         if stage is None and name in self.invalid:
             stage = self.invalid[name].config
-        if colon and stage is not None:
+        if colon and stage is not None and first not in stage.input_names().values():
             for address in (below, [*above[:-1], *below], [*above, *below]):
                 if address[: len(above)] == above and is_key(type(stage), address):
                     return f"{self.at(name, *address)}: {rest}"

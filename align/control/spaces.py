@@ -55,17 +55,22 @@ class UnfitError(Exception):
         self.key = key
 
 
+class NotInstalledError(UnfitError):
+    """An environment, or Gymnasium itself, needs a package that is not installed."""
+
+
 def inspect_env(environment: GymEnvironment) -> EnvSpec:
     """Make one environment and read its spaces.
 
     Raises:
-        UnfitError: The environment does not exist, is not installed, does not accept its options,
-            has no time limit, or has spaces that no policy supports.
+        NotInstalledError: A package is missing.
+        UnfitError: The environment does not exist, does not accept its options, has no time limit,
+            or has spaces that no policy supports.
     """
     try:
         import gymnasium
     except ImportError:
-        raise UnfitError(
+        raise NotInstalledError(
             "environment", "Gymnasium is not installed: pip install -e '.[control]'"
         ) from None
     with warnings.catch_warnings():
@@ -114,12 +119,12 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
     except errors.DependencyNotInstalled as error:
         text = " ".join(str(error).split())
         extra = next((e for word, e in _EXTRAS.items() if word in text.lower()), "control")
-        raise UnfitError(
+        raise NotInstalledError(
             "environment", f"{name} needs more packages: pip install -e '.[{extra}]'"
         ) from None
     except (errors.UnregisteredEnv, errors.DeprecatedEnv, errors.Error, ImportError) as error:
         if isinstance(error, ImportError) and ":" not in name:
-            raise UnfitError("environment", f"{name} needs a package: {error}") from None
+            raise NotInstalledError("environment", f"{name} needs a package: {error}") from None
         known = sorted(key for key in gymnasium.registry if "/" not in key)
         hint = did_you_mean(name, known) or "; gymnasium.pprint_registry() lists them"
         raise UnfitError("environment", f"unknown environment {name}{hint}") from None

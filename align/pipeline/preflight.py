@@ -8,7 +8,6 @@ itself knows is checked after them, by :func:`check_before_training`.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import tempfile
@@ -23,13 +22,14 @@ from align.data import tables as data_tables
 from align.data.annotation_files import read_annotations
 from align.data.completion_files import read_completions
 from align.errors import UserError
-from align.pipeline import reward_checks, token_lengths, trackers
+from align.pipeline import packages, reward_checks, token_lengths, trackers
 from align.pipeline.model_checks import (
     check_gguf_files,
     check_hub_models,
     check_revisions,
     check_target_modules,
 )
+from align.pipeline.packages import check_packages
 from align.pipeline.plan import PlannedStage
 from align.pipeline.quantization_checks import check_quantization, remarks
 from align.pipeline.table_checks import (
@@ -153,20 +153,6 @@ def check_finished_stages(errors: ErrorCollector, planned: Sequence[PlannedStage
         errors.raise_any()
 
 
-def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
-    """Check that the optional dependencies that settings require are installed."""
-    for stage in pending:
-        for key, (package, requirement) in stage.config.required_packages.items():
-            if _is_missing((package, requirement)):
-                message = f"{package} is not installed: pip install {requirement}"
-                errors.add((stage.name, *key.split(".")), message)
-
-
-def _is_missing(package: tuple[str, str] | None) -> bool:
-    """Whether a package, given by its module and its requirement, is not installed."""
-    return package is not None and importlib.util.find_spec(package[0]) is None
-
-
 def check_gpus(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that there is an NVIDIA GPU where settings require one."""
     for stage in pending:
@@ -196,14 +182,8 @@ def check_trackers(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> N
 
 def check_environments(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Make each Gymnasium environment once, to check that it exists and has usable spaces."""
-    for stage in pending:
-        for environment in stage.config.gym_environments:
-            from align.control import spaces
-
-            try:
-                spaces.inspect_env(environment)
-            except spaces.UnfitError as error:
-                errors.add((stage.name, error.key), str(error))
+    for stage, problem in packages.environment_problems(pending):
+        errors.add((stage.name, problem.key), str(problem))
 
 
 def check_reward_functions(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
@@ -356,8 +336,8 @@ def check_trainer_arguments(errors: ErrorCollector, pending: Sequence[PlannedSta
     for stage in trained:
         trl_class = trl_trainer.config_class(str(stage.config.trainer_config))
         arguments = stage.config.trl_arguments()
-        if _is_missing(stage.config.required_packages.get("trainer.optim")):
-            # An error of :func:`check_packages`; the others are found with another optimizer.
+        if packages.is_missing(stage.config.required_packages.get("trainer.optim")):
+            # An error of `check_packages`; the others are found with another optimizer.
             of_optimizer = ("optim", "optim_args", "optim_target_modules")
             arguments = {key: arguments[key] for key in arguments if key not in of_optimizer}
         seed = getattr(stage.config, "seed", 0)

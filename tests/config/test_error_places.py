@@ -43,6 +43,7 @@ stages:
         (("ppo", "rewards", 1), "rewards.1: not finite", "11: ppo.rewards.1: not finite"),
         (("ppo", "rewards", 1), "module:function: x", "11: ppo.rewards.1: module:function: x"),
         (("ppo",), "steps.jsonl: no such file", "8: ppo: steps.jsonl: no such file"),
+        (("ppo", "rewards", 0), "reward: no score", "10: ppo.rewards.0: reward: no score"),
         (("evaluate", "judge"), "api.model: unknown", "15: evaluate.judge.api.model: unknown"),
     ],
 )  # fmt: skip

@@ -84,6 +84,7 @@ ERRORS = [
     "recipe.yaml:2: prepare: rows.jsonl: ",
     "recipe.yaml:4: sft.sede: unknown key; did you mean `seed`?",
     "recipe.yaml:5: dpo.model: no earlier stage `base`",
+    "recipe.yaml:6: ppo.rewards.0: no_such_module:score: cannot be imported",
     "recipe.yaml:7: control.environment: unknown environment CartPol-v1",
     "recipe.yaml:8: ppo_2.model: owner/name: no such folder, not in the cache",
     "recipe.yaml:8: ppo_2.rewards.0: no_such_module:score: cannot be imported",
