@@ -1,4 +1,4 @@
-"""An error is reported at the key that it is about, which stands in its line once."""
+"""An error is reported at the key that it is about, which its line names once."""
 
 from __future__ import annotations
 

@@ -66,7 +66,11 @@ def test_every_check_that_needs_no_other_to_succeed_is_made(
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     Path("r.yaml").write_text(MISTAKES)
-    lines = errors_of("r.yaml", tmp_path / "runs")
+    errors = ErrorCollector(read_recipe("r.yaml"))
+    stages = with_invalid(errors, plan_stages(errors, tmp_path), tmp_path)
+    assert [stage.status for stage in stages] == ["invalid"] * 6
+    list(preflight.examine(errors, stages, tmp_path, world_size=1))
+    lines = list(dict.fromkeys(errors.lines))
     missing = [start for start in FOUND if not any(f"r.yaml:{start}" in line for line in lines)]
     assert missing == [], "\n".join(lines)
     assert len(lines) == len(FOUND), "\n".join(lines)
