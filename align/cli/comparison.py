@@ -184,7 +184,7 @@ def stages_of_run(folder: Path) -> dict[str, tuple[str, Path]] | None:
     finished = [
         (artifacts.finish_order(stage, artifact), stage, artifact)
         for stage in (file.parent for file in folder.glob(f"*-????????????/{artifacts.FILE}"))
-        if (artifact := artifacts.read_artifact(stage))
+        if (artifact := artifacts.read_artifact(stage)) and artifact.stage != gguf_files.KIND
     ]
     finished.sort(key=itemgetter(0, 1))
     return {artifact.name: (artifact.stage, stage) for _, stage, artifact in finished} or None

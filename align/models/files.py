@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from align.models.model_config import (
     config_problems,
     other_head,
 )
-from align.runtime import checksums
+from align.runtime import artifacts, checksums
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
@@ -83,8 +84,11 @@ def read_adapter_base(file: Path, adapter: Path | str) -> AdapterBase:
     if folder.is_absolute() and not folder.is_dir():
         folder = Path(adapter).resolve().parent / folder.name
         if not folder.is_dir():
+            is_gguf = folder.name.rpartition("-")[0] == artifacts.CONVERTED
+            command = f"align export FILE.gguf {shlex.quote(str(folder))}"
+            again = f"write it again from its GGUF file, `{command}`, or " if is_gguf else ""
             raise ArtifactError(
-                f"{file}: the base model {base} does not exist; set {key} to its folder"
+                f"{file}: the base model {base} does not exist; {again}set {key} to its folder"
             )
         base = str(folder)
     if (folder / ADAPTER_CONFIG).is_file():

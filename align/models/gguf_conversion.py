@@ -104,7 +104,8 @@ def _convert(file: Path, folder: Path, announce: Callable[[str], None]) -> None:
     """
     working = folder / _UNFINISHED
     if _read_finished(working) is None:
-        _check_free(file, folder, [gguf_card.FILE])
+        if not (folder / "config.json").is_file():  # no copy that may be equal
+            _check_free(file, folder, [gguf_card.FILE])
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir()
         try:
@@ -130,21 +131,26 @@ def _read_finished(working: Path) -> artifacts.Artifact | None:
 def _check_free(file: Path, folder: Path, names: Iterable[str]) -> None:
     """Check that ``folder`` has no files of these names, and none that would be loaded.
 
+    Those with the content that the conversion has written count as its own: `align export` may have
+    written them before.
+
     Raises:
-        ArtifactError: One line for each that the conversion did not write.
+        ArtifactError: One line for each other file.
     """
     finished = _read_finished(folder / _UNFINISHED)
-    moved = finished.files if finished is not None else {}
-    blocking = {folder / name for name in names if os.path.lexists(folder / name)}
-    blocking.update(artifacts.added_files(folder, moved))
-    if blocking:
-        raise ArtifactError(
-            *(
+    written = finished.files if finished is not None else {}
+    found = {folder / name for name in names if os.path.lexists(folder / name)}
+    found.update(artifacts.added_files(folder, ()))
+    blocking = []
+    for path in sorted(found):
+        record = written.get(path.relative_to(folder).as_posix())
+        if record is None or not path.is_file() or checksums.digest_once(path) != record["sha256"]:
+            blocking.append(
                 f"{path}: in the way of the conversion of {file}, which did not write it; move it "
                 "away, or delete it"
-                for path in sorted(blocking)
             )
-        )
+    if blocking:
+        raise ArtifactError(*blocking)
 
 
 def _write_model(file: Path, folder: Path, announce: Callable[[str], None]) -> None:

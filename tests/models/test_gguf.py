@@ -358,6 +358,25 @@ def test_no_file_of_a_user_is_lost_in_a_conversion(
         assert (folder / name).read_text() == content
 
 
+def test_a_changed_copy_of_a_conversion_is_not_replaced(converted: tuple[Path, Path]):
+    file, runs = converted
+    (finished,) = runs.iterdir()
+    folder = Path("runs") / finished.name
+    shutil.copytree(finished, folder)
+    (folder / artifacts.FILE).unlink()
+    (folder / "chat_template.jinja").write_text("{{ mine }}")
+    with pytest.raises(ArtifactError) as error:
+        gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    assert list(error.value.lines) == [
+        f"{folder / 'chat_template.jinja'}: in the way of the conversion of {file}, which did not "
+        "write it; move it away, or delete it"
+    ]
+    assert (folder / "chat_template.jinja").read_text() == "{{ mine }}"
+    (folder / "chat_template.jinja").unlink()
+    assert gguf_conversion.converted(file, Path("runs"), lambda _: None) == folder
+    artifacts.check_folder(folder)
+
+
 @pytest.mark.parametrize("n_moved", [0, 2, 5])
 def test_a_conversion_that_ended_while_its_files_were_moved_is_completed_without_reading_the_file(
     converted: tuple[Path, Path], n_moved: int, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from helpers import gguf_models
 from align.cli import main
 from align.config.stages import STAGES
 from align.errors import ArtifactError, UserError
-from align.models import files, gguf_conversion
+from align.models import files, gguf_conversion, gguf_files
 from align.pipeline.model_card import model_card
 from align.runtime import artifacts, checksums
 from align.runtime.artifacts import Artifact
@@ -124,14 +124,22 @@ align export {shlex.quote(NAME)} ../{base.name}
     stage = Path("elsewhere/sft-0123456789ab").absolute()
     shutil.copy(NAME, stage)
     monkeypatch.chdir(stage)
-    with pytest.raises(UserError, match=r"the base model .* does not exist"):
+    with pytest.raises(UserError) as error:
         files.read_adapter_base(Path("adapter_config.json"), stage)
+    assert error.value.lines[0].endswith(
+        f"{base.name} does not exist; write it again from its GGUF file, `align export FILE.gguf "
+        f"{stage.parent / base.name}`, or set `base_model_name_or_path` to its folder"
+    )
     program, name, *arguments = shlex.split(command)
     assert (program, name) == ("align", "export")
     main.export(arguments[0], Path(arguments[1]))
     found = files.read_adapter_base(Path("adapter_config.json"), stage)
     assert Path(found.source) == stage.parent / base.name
     found.check_unchanged(stage)  # compares the fingerprint
+    folder = gguf_conversion.converted(Path(NAME), stage.parent, quiet)  # takes the equal copy
+    assert folder == Path(found.source)
+    artifacts.check_folder(folder)
+    assert not (folder / ".converting").exists()
 
 
 def test_other_cards_have_no_such_command():
@@ -146,3 +154,33 @@ def test_other_cards_have_no_such_command():
     card = model_card(stage, artifact)
     assert f"| base model | the GGUF file `{NAME}` |" in card
     assert "SHA-256" not in card
+
+
+def test_a_converted_file_hides_no_stage_of_its_name():
+    from align.cli import comparison
+
+    file = gguf_models.write_model(Path("sft.gguf"))
+    adapter(gguf_conversion.converted(file, Path("runs"), quiet), Path("runs/sft-0123456789ab"))
+    shutil.rmtree(gguf_files.converted_folder(file, Path("runs")))
+    gguf_conversion.converted(file, Path("runs"), quiet)  # the last one to finish
+    assert comparison.stages_of_run(Path("runs")) == {"sft": ("sft", Path("runs/sft-0123456789ab"))}
+
+
+def test_a_configuration_for_another_trainer_names_the_command_for_the_folder():
+    gguf_models.write_model(Path(NAME))
+    stages = {
+        "prepare": {"source": "embedded", "max_rows": 60},
+        "grpo": {
+            "model": NAME,
+            "rewards": ["mod:f"],
+            "steps": 1,
+            "batch_size": 8,
+            "lora": {"r": 2},
+        },
+    }
+    Path("mod.py").write_text("def f(prompts, completions): return [0.0] * len(completions)\n")
+    Path("r.yaml").write_text(json.dumps({"stages": stages}))
+    with pytest.raises(UserError) as error:
+        main.export("r.yaml", Path("out"), program="verl")
+    line = f"grpo.model: {NAME} is a GGUF file; `align export {shlex.quote(NAME)} FOLDER` writes its model, name that"
+    assert any(each.endswith(line) for each in error.value.lines), error.value.lines

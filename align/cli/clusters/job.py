@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,8 @@ def _check_finished(
         repair = f"align run {errors.recipe.path} --until {target}"
         errors.add((name, key), f"`{target}` is not finished; run it with `{repair}`")
     elif isinstance(stage.inputs[key], Path) and stage.inputs[key] in stage.gguf_files:
-        errors.add((name, key), f"{target} is a GGUF file; name a folder with its full weights")
+        command = f"align export {shlex.quote(target)} FOLDER"
+        errors.add((name, key), f"{target} is a GGUF file; `{command}` writes its model, name that")
 
 
 def _from_folder(folder: Path) -> Job:
