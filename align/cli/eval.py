@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from align.cli.quantization import Quantization, check_quantization
+from align.cli.quantization import Quantization, announce_mismatches, check_quantization
 from align.cli.run import Runs
 from align.errors import UserError
 from align.runtime.environment import quiet_libraries
@@ -158,6 +158,7 @@ def eval_reward(
     place = stages.stage(data, *COMPLETIONS)
     scorer = None if judge is None else stages.judge(judge)
     stages.raise_problems()
+    announce_mismatches(quantization, [source] if judge is None else [source, judge])
     quiet_libraries()
     from align.evaluation.reward_evaluation import evaluate_reward_model, result_tables
     from align.runtime import distributed

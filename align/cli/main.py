@@ -17,7 +17,7 @@ from align.cli.import_recipe import import_recipe
 from align.cli.init import init
 from align.cli.launcher import check_launch_configuration, launch
 from align.cli.plan import check, plan
-from align.cli.quantization import Quantization, check_quantization
+from align.cli.quantization import Quantization, announce_mismatches, check_quantization
 from align.cli.report import report
 from align.cli.run import Force, Name, Overrides, RecipePath, Runs, Until
 from align.cli.runs import runs as list_runs
@@ -150,8 +150,10 @@ def chat(
     check_quantization(quantization)
     quiet_libraries()
     names = [policy] if compare is None or compare == policy else [policy, compare]
+    sources = {name: lookup.find_policy(name, runs) for name in names}
+    announce_mismatches(quantization, sources.values())
     cli_chat.chat(
-        {name: lookup.find_policy(name, runs) for name in names},
+        sources,
         cli_chat.Sampling(temperature, top_p, max_new_tokens, seed),
         system=system,
         quantization=quantization,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from align.errors import UserError
+from align.errors import UserError, printable
 
 Quantization = Annotated[
     str | None,
@@ -27,3 +30,13 @@ def check_quantization(value: str | None) -> None:
         raise UserError(
             "--quantization: bitsandbytes is not installed: pip install -e '.[quantization]'"
         )
+
+
+def announce_mismatches(value: str | None, models: Iterable[Path | str]) -> None:
+    """Print a line for each adapter that was trained on a base of another type than the option."""
+    from align.pipeline import quantization_checks
+
+    for model in models:
+        line = quantization_checks.mismatch(Path(model).expanduser(), value)
+        if line is not None:
+            print(printable(f"{line}; `--quantization` decides"), file=sys.stderr)

@@ -194,6 +194,18 @@ def check_config(folder: Path, role: Role) -> None:
             raise ArtifactError(*problems)
 
 
+def stored_type(folder: Path) -> str | None:
+    """The type in which a folder stores quantized weights: ``nf4``, ``gptq``; None for others."""
+    file = folder / "config.json"
+    if not file.is_file() or _json_problems(file):
+        return None
+    config = _read_json(file).get("quantization_config")
+    if not isinstance(config, dict):
+        return None
+    in_4_bits = config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
+    return str(in_4_bits or config.get("quant_method") or "quantized")
+
+
 def matches_module(target: str, names: Iterable[str]) -> bool:
     """Whether an entry of ``target_modules`` is one of these modules, or the end of its name."""
     return any(name == target or name.endswith(f".{target}") for name in names)

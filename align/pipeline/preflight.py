@@ -31,7 +31,7 @@ from align.pipeline.model_checks import (
 )
 from align.pipeline.packages import check_packages
 from align.pipeline.plan import PlannedStage
-from align.pipeline.quantization_checks import check_quantization, remarks
+from align.pipeline.quantization_checks import check_quantization, check_stored_types, remarks
 from align.pipeline.table_checks import (
     TableCheck,
     check_tables,
@@ -275,6 +275,7 @@ CHECKS = (
     check_revisions,
     check_target_modules,
     check_quantization,
+    check_stored_types,
     check_sharding,
     check_chat_templates,
     check_added_tokens,

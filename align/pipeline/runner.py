@@ -26,6 +26,7 @@ from align.pipeline.estimates import LARGEST_SOURCE
 from align.pipeline.memory_advice import out_of_memory_line
 from align.pipeline.model_card import write_model_card
 from align.pipeline.plan import PlannedStage, plan_stages, with_invalid
+from align.pipeline.quantization_checks import remarks
 from align.report.advice import LiveAdvice
 from align.runtime import artifacts, checkpoints, distributed, exit_codes, out_of_memory, signals
 from align.runtime.locks import folder_lock
@@ -103,11 +104,13 @@ def run_recipe(
     pending = [stage for stage in planned if stage.status != "reused"]
     if pending or distributed.world_size() > 1:
         distributed.init_process_group()
+        _raise_errors(recipe, preflight.check_before_training, pending)
         if _convert_gguf_files(pending, runs, display):
             # Now the tokens of their rows can be counted.
             planned = plan_checked(recipe, runs, until=until, force=force)
             pending = [stage for stage in planned if stage.status != "reused"]
-        _raise_errors(recipe, preflight.check_before_training, pending)
+        for line in remarks(pending):
+            display.info(line)
     plan_file = _record_plan(planned, runs / recipe.name) if distributed.is_main() else None
     finished = []
     for stage in planned:
