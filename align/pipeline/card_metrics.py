@@ -1,7 +1,8 @@
 """The metrics of a model card, with intervals where the stage stored a value per held-out prompt.
 
-A reward model stores the interval of its accuracy itself. The values of an online-RL stage are in
-its ``held_out.jsonl``. Left out: intervals of other metrics, of which only the mean is stored.
+A reward model stores the interval of its accuracy itself. That of TRL's accuracy on validation
+pairs follows from the number of their prompts. The values of an online-RL stage are in its
+``held_out.jsonl``. Left out: intervals of other metrics, of which only the mean is stored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.stages import ONLINE_RL
+from align.errors import counted
 from align.runtime import artifacts
 from align.runtime.artifacts import Artifact
 
@@ -21,6 +23,7 @@ METRICS = {
     "rewards/accuracies": "training: share of pairs ordered correctly",
     "rewards/margins": "training: margin of the implicit rewards, chosen minus rejected",
     "eval_loss": "held out: loss",
+    "eval_mean_token_accuracy": "held out: share of tokens that are the most likely one",
     "eval_rewards/accuracies": "held out: share of pairs ordered correctly",
     "held_out.accuracy": "held out: share of pairs ordered correctly",
     "held_out.accuracy_upper_bound": "the best possible share on these noisy labels",
@@ -38,6 +41,7 @@ METRICS = {
 
 ``online_rl`` is the kind of an online-RL stage, under which its metrics are stored.
 """
+ACCURACY = "eval_rewards/accuracies"
 _BY_PROMPT = {"online_rl.eval_score": "score", "online_rl.eval_kl": "kl"}
 """Metrics whose values of each prompt are in ``held_out.jsonl``, with their keys there."""
 
@@ -61,6 +65,10 @@ def rows(folder: Path, artifact: Artifact) -> Iterator[tuple[str, str, str]]:
             interval = values.get("ci")
         elif address in _BY_PROMPT:
             interval = _interval([line[_BY_PROMPT[address]] for line in held_out])
+        elif address == ACCURACY:
+            interval = _share_interval(value, metrics.get("eval_prompts", 0))
+        if address.startswith("eval_") and "eval_rows" in metrics:
+            name = f"{name}, {counted(metrics['eval_rows'], 'row')}"
         yield name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*interval) if interval else ""
 
 
@@ -73,6 +81,25 @@ def _held_out(folder: Path, artifact: Artifact) -> list[dict[str, Any]]:
     stop = artifact.metrics.get("stop")
     last = stop["best_step"] if stop else max((line["step"] for line in lines), default=0)
     return [line for line in lines if line["step"] == last]
+
+
+def _share_interval(rate: float, n_prompts: int) -> Sequence[float] | None:
+    """Interval of a share of pairs, each prompt of which counts as one pair; None without prompts.
+
+    TRL averages the shares of batches, so the share times the number of pairs is no whole number.
+    Pairs of one prompt agree in part, so the interval is at least as wide as that of their means.
+    """
+    if not n_prompts:
+        return None
+    import torch
+
+    from align.functional.intervals import share_interval
+
+    n_correct = round(rate * n_prompts)
+    outcomes = torch.tensor(
+        [1.0] * n_correct + [0.0] * (n_prompts - n_correct), dtype=torch.float64
+    )
+    return share_interval(rate, outcomes - outcomes.mean(), confidence=0.95)
 
 
 def _interval(values: list[float]) -> tuple[float, float] | None:

@@ -42,6 +42,8 @@ from align.training.sharded_trainers import load_whole_models, store_tied_weight
 
 KEY_METRICS = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
 """Logged metrics that the progress display shows and that the stage returns."""
+HELD_OUT_METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies")
+"""Metrics of the validation rows that the stage returns; the last of a run."""
 OPTIMIZER_FIELDS = ("optim", "adam_", "learning_rate", "weight_decay", "lr_scheduler", "warmup")
 """Beginnings of the names of the fields that decide the optimizer and the schedule."""
 TRAINING_ARGUMENTS = "training_args.bin"
@@ -234,10 +236,18 @@ def _last_metrics(trainer: Trainer) -> dict[str, Any]:
     metrics: dict[str, Any] = {key: last[key] for key in KEY_METRICS if key in last}
     metrics |= {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
     for entry in history:
-        for key in ("eval_loss", "eval_rewards/accuracies"):
-            if key in entry:
-                metrics[key] = entry[key]
+        metrics |= {key: entry[key] for key in HELD_OUT_METRICS if key in entry}
+    if any(key in metrics for key in HELD_OUT_METRICS):
+        metrics |= _held_out_counts(trainer.eval_dataset)
     return metrics
+
+
+def _held_out_counts(rows: Any) -> dict[str, int]:
+    """The number of validation rows and, of pairs, that of their prompts."""
+    counts = {"eval_rows": len(rows)}
+    if "prompt_ids" in getattr(rows, "column_names", ()):
+        counts["eval_prompts"] = len(set(map(tuple, rows["prompt_ids"])))
+    return counts
 
 
 class _ProgressCallback(TrainerCallback):

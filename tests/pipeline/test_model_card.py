@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ def test_an_adapter_is_loaded_on_a_base_of_the_type_that_it_was_trained_on(tmp_p
     code = card.partition("```python\n")[2].partition("```")[0]
     compile(code, "README.md", "exec")
     marks = ("BitsAndBytesConfig(", "quantization_config=quantization", "--quantization nf4")
-    assert [mark in card for mark in marks] == [quantization is not None] * 3
+    marks += ("pip install bitsandbytes", "| the adapter, trained on a base in 4 bits (nf4) |")
+    assert [mark in card for mark in marks] == [quantization is not None] * 5
     (folder / "adapter_config.json").rename(tmp_path / "elsewhere")  # full weights
     exported = model_card(folder, dataclasses.replace(artifact, recipe=recipe))
     assert not any(mark in exported for mark in marks)
@@ -329,3 +331,25 @@ def test_the_copy_of_a_stage_has_the_intervals_of_the_stage(tmp_path):
     (tmp_path / "copy").mkdir()
     card = model_card(tmp_path / "copy", artifact, stage=tmp_path / "grpo-1")
     assert "| held out: mean score | 0.125 | 0 to 0.5 |" in card
+
+
+def test_the_accuracy_on_validation_pairs_has_an_interval_over_their_prompts(tmp_path):
+    metrics = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.75}
+    counts = {"eval_rows": 80, "eval_prompts": 40}
+    folder, artifact = dpo(tmp_path, "some/base", "hub:some/base@abc", metrics=metrics | counts)
+    lines = model_card(folder, artifact).splitlines()
+    assert "| held out: loss, 80 rows | 0.5 |  |" in lines
+    start = "| held out: share of pairs ordered correctly, 80 rows | 0.75 | "
+    (line,) = [line for line in lines if line.startswith(start)]
+    low, high = map(float, line.removeprefix(start).removesuffix(" |").split(" to "))
+    # Wilson's interval of 30 of 40, with t = 2.0227 of 39 degrees of freedom in place of z, is
+    # (p + t^2 / 2n +- t sqrt(p (1 - p) / n + t^2 / 4n^2)) / (1 + t^2 / n). The variance of a sample
+    # of 40 counts as that of n = 39.
+    t, n = 2.0227, 39
+    center, scale = 0.75 + t**2 / (2 * n), 1 + t**2 / n
+    margin = t * math.sqrt(0.75 * 0.25 / n + t**2 / (4 * n**2))
+    assert low == pytest.approx((center - margin) / scale, abs=2e-3)
+    assert high == pytest.approx((center + margin) / scale, abs=2e-3)
+    plain = dataclasses.replace(artifact, metrics=metrics)  # of an earlier version
+    assert "| held out: loss | 0.5 |  |" in model_card(folder, plain).splitlines()
+    assert "| held out: share of pairs ordered correctly | 0.75 |  |" in model_card(folder, plain)
