@@ -78,7 +78,7 @@ def check_convertible(file: Path) -> None:
             f"{file}: its rotary embeddings are scaled ({scaling}), which transformers does not "
             f"read from GGUF files; {LAYOUT}"
         )
-    missing = missing_tensors(header)
+    missing = [*_missing_keys(header), *missing_tensors(header)]
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ArtifactError(
@@ -151,14 +151,20 @@ def _check_tokenizer(file: Path, header: GgufHeader) -> None:
     """Check that a file has a tokenizer, which splits text as the converted one would.
 
     Raises:
-        ArtifactError: It has none, a special token is not in its vocabulary, or its split of text
-            into words is not known.
+        ArtifactError: It has none, an incomplete one, a special token that is not in its
+            vocabulary, or its split of text into words is not known.
     """
     size = header.vocabulary
     if not size:
         raise ArtifactError(
             f"{file}: no tokenizer ({TOKENS}); convert the model again with its tokenizer, or "
             f"{LAYOUT}"
+        )
+    lacking = _missing_tokenizer_key(header)
+    if lacking:
+        raise ArtifactError(
+            f"{file}: its tokenizer is incomplete: without {lacking}; convert the model again with "
+            f"its tokenizer, or {LAYOUT}"
         )
     for key in _TOKEN_KEYS:
         token = header.metadata.get(key, 0)
@@ -174,6 +180,30 @@ def _check_tokenizer(file: Path, header: GgufHeader) -> None:
             f"(tokenizer.ggml.pre = {header.metadata[_PRE]!r:.60}), and would split it as GPT-2; "
             f"{LAYOUT}"
         )
+
+
+def _missing_tokenizer_key(header: GgufHeader) -> str | None:
+    """A key without which transformers reads no tokenizer, or one that splits special tokens."""
+    keys = [f"tokenizer.ggml.{name}" for name in ("model", "scores", "merges", "token_type")]
+    model, scores, merges, types = (header.metadata.get(key) for key in keys)
+    if not model:
+        return keys[0]
+    if not scores and (model == "t5" or not merges):
+        return keys[2] if model == "gpt2" else keys[1]
+    return keys[3] if has_template(header) and not types else None
+
+
+def _missing_keys(header: GgufHeader) -> list[str]:
+    """Keys that llama.cpp requires too, and for which transformers would use its own defaults."""
+    keys = ["context_length", "embedding_length", "block_count"]
+    norms = ["attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"]
+    prefix, plain = header.architecture, _plain(header.architecture)
+    if plain in _EQUAL_BLOCKS:
+        keys += ["attention.head_count"] if plain != "mamba" else []
+        keys += (
+            norms[:1] if not any(f"{prefix}.{norm}" in header.metadata for norm in norms) else []
+        )
+    return [f"{prefix}.{key}" for key in keys if f"{prefix}.{key}" not in header.metadata]
 
 
 def missing_tensors(header: GgufHeader) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ArtifactError, UserError
-from align.models import gguf_card, gguf_checks, gguf_files
+from align.models import gguf_card, gguf_checks, gguf_files, tokenizer_files
 from align.models.gguf_files import LAYOUT
 from align.models.loading import cannot_load, check_finite, check_vocabulary
 from align.models.tokenizer_files import GENERATION_CONFIG
@@ -68,9 +68,11 @@ def tokenizer_folder(file: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_tokenizer(file, folder)
-        ends = {"eos_token_id": gguf_files.read_header(file).ends}
-        artifacts.write_json(folder / GENERATION_CONFIG, ends)
+        header = gguf_files.read_header(file)
+        artifacts.write_json(folder / GENERATION_CONFIG, {"eos_token_id": header.ends})
         try:
+            shape = header.tensors["token_embd.weight"]
+            tokenizer_files.check_vocabulary(folder, embeddings=shape[-1] if shape else 0)
             with gguf_checks.naming_files({folder: file}):
                 yield folder
         except UserError as error:
@@ -213,7 +215,11 @@ def _load(file: Path) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # the content of a file may break transformers at any place
-        raise UserError(f"{cannot_load(file, 'model', error)}; {LAYOUT}") from None
+        line = cannot_load(file, "model", error)
+        if "ignore_mismatched_sizes" in line:
+            shapes = "its tensors have other shapes than its metadata"
+            raise ArtifactError(f"{file}: {shapes}; {gguf_checks.COMPLETE}") from None
+        raise UserError(f"{line}; {LAYOUT}") from None
     missing = sorted(report["missing_keys"])
     if missing:  # transformers initializes missing weights randomly and only logs it
         raise ArtifactError(

@@ -100,16 +100,18 @@ def has_token(folder: Path, token: str) -> bool | None:
     return tokenizer.token_to_id(token) is not None
 
 
-def check_vocabulary(folder: Path) -> None:
+def check_vocabulary(folder: Path, *, embeddings: int | None = None) -> None:
     """Check that the model in a folder has an embedding for every token that a row can have.
+
+    ``embeddings`` is their number, by default that in the config of the model.
 
     Raises:
         UserError: It has fewer, or a file is malformed.
     """
     from tokenizers import Tokenizer
 
-    config = _read_json(_base_folder(folder) / "config.json")
-    embeddings = vocabulary_size(config)
+    if embeddings is None:
+        embeddings = vocabulary_size(_read_json(_base_folder(folder) / "config.json"))
     if embeddings is None or not (folder / "tokenizer.json").is_file():
         return
     tokenizer = _read(folder / "tokenizer.json", Tokenizer.from_file)

@@ -122,7 +122,13 @@ def by_hand(
     Without an architecture or a name of the tensor, it has none. ``metadata`` are further keys,
     ``texts`` further values of the tokenizer.
     """
-    named = {f"tokenizer.ggml.{key}": value for key, value in texts.items()} | (metadata or {})
+    sizes = ("embedding_length", "block_count", "attention.head_count",
+             "attention.layer_norm_rms_epsilon")  # fmt: skip
+    named: dict[str, str | int] = {
+        f"{architecture}.{key}": int(key != "block_count") for key in sizes
+    }
+    texts = {"model": "llama"} | texts
+    named |= {f"tokenizer.ggml.{key}": value for key, value in texts.items()} | (metadata or {})
     named |= {"general.architecture": architecture} if architecture else {}
     keys = [
         *(
@@ -132,6 +138,7 @@ def by_hand(
         ),
         text(f"{architecture}.context_length") + struct.pack("<II", 4, 77),
         text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("Ġb"),
+        text("tokenizer.ggml.scores") + struct.pack("<IIQff", 9, 6, 2, 0.0, 0.0),
     ]  # fmt: skip
     header = b"GGUF" + struct.pack("<IQQ", 3, bool(tensor), len(keys)) + b"".join(keys)
     if tensor:

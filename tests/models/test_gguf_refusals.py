@@ -89,6 +89,13 @@ def test_what_is_no_whole_model_is_refused_when_the_recipe_is_planned(
 INCOMPLETE = [
     ("tokenizer.ggml.tokens", {}, "no tokenizer (tokenizer.ggml.tokens); convert the model again "
      f"with its tokenizer, or {LAYOUT}"),
+    *((rf"tokenizer\.ggml\.{key}$", {}, f"its tokenizer is incomplete: without tokenizer.ggml.{key}; "
+       f"convert the model again with its tokenizer, or {LAYOUT}")
+      for key in ("model", "merges", "token_type")),
+    *((rf"llama\.{key}$", {}, f"incomplete: without llama.{key}, which its architecture 'llama' has; "
+       f"get a complete file, or {LAYOUT}")
+      for key in ("context_length", "embedding_length", "block_count", "attention.head_count",
+                  "attention.layer_norm_rms_epsilon")),
     ("token_embd", {}, "incomplete: without token_embd.weight, which its architecture 'llama' has; "
      f"get a complete file, or {LAYOUT}"),
     (r"blk\.1\.ffn_up", {}, "incomplete: without blk.1.ffn_up.weight, which its architecture "
@@ -142,6 +149,52 @@ def test_a_tensor_that_all_blocks_lack_is_found_when_the_weights_are_read():
     (line,) = error.value.lines
     assert line.startswith("a.gguf: 2 weights are missing, such as model.layers.0.mlp.up_proj")
     assert line.endswith(f"; get a complete file, or {LAYOUT}")
+
+
+@pytest.mark.parametrize(("model", "without", "key"), [
+    ("llama", "merges", "scores"), ("llama", "none", None), ("t5", "none", "scores"),
+    ("gpt2", "merges", "merges"), ("gpt2", "none", None),
+])  # fmt: skip
+def test_a_tokenizer_needs_merges_or_scores(model: str, without: str, key: str | None):
+    metadata = {"tokenizer__ggml__model": model}
+    gguf_models.write_model(Path("a.gguf"), without=rf"tokenizer\.ggml\.{without}", **metadata)
+    lines = errors("a.gguf")
+    assert [f"incomplete: without tokenizer.ggml.{key};" in line for line in lines] == [
+        True
+    ] * bool(key)
+
+
+def test_types_of_tokens_are_needed_for_a_template_only():
+    file = gguf_models.write_model(Path("a.gguf"), without=r"tokenizer\.ggml\.token_type")
+    assert "incomplete: without tokenizer.ggml.token_type;" in errors("a.gguf")[0]
+    gguf_models.write_model(file, without=r"tokenizer\.(ggml\.token_type|chat_template)")
+    assert not errors("a.gguf")
+
+
+def test_tensors_of_other_shapes_than_the_metadata_are_named_when_they_are_read():
+    file = gguf_models.write_model(Path("a.gguf"), without=r"llama\.feed_forward_length")
+    with pytest.raises(ArtifactError) as error:
+        gguf_conversion.converted(file, Path("runs"), lambda _: None)
+    assert error.value.lines == (
+        f"a.gguf: its tensors have other shapes than its metadata; get a complete file, or {LAYOUT}",
+    )
+
+
+def test_a_token_without_an_embedding_is_found_with_the_tokens():
+    import dataclasses
+
+    file = gguf_models.write_model(Path("a.gguf"))
+    with gguf_conversion.tokenizer_folder(file):
+        pass
+    header = gguf_files.read_header(file)
+    fewer = dataclasses.replace(header, tensors={**header.tensors, "token_embd.weight": (32, 260)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_files, "read_header", lambda _: fewer)
+        with pytest.raises(UserError) as error, gguf_conversion.tokenizer_folder(file):
+            pass
+    assert error.value.lines[0].startswith(
+        "a.gguf: its tokenizer has ids up to 260, but the model has 260 embeddings, for ids up to 259"
+    )
 
 
 @pytest.mark.parametrize("key", ["bos", "eos", "unknown", "padding"])
