@@ -8,6 +8,7 @@ never tests for the class of a stage, so a new stage is one module in ``config``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -148,6 +149,11 @@ class Stage(Config):
     """Whether the stage writes a causal language model that other stages can start from."""
     prepares_data: ClassVar[bool] = False
     """Whether the stage writes the tables that other stages read, from external sources."""
+    later_keys: ClassVar[Mapping[str, Any]] = {}
+    """Keys that earlier versions did not have, with the value that means the same as those.
+
+    With this value, a key is not part of the digest. Those of base classes count as well.
+    """
     prompt_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that change only the tables of prompts, so that stages without prompts are reused."""
     main_process_only: ClassVar[bool] = False
@@ -171,7 +177,10 @@ class Stage(Config):
 
     def digest_settings(self) -> dict[str, Any]:
         """The settings that the digest of the stage covers."""
-        return self.model_dump(exclude={"stage"})
+        settings = self.model_dump(exclude={"stage"})
+        later = [vars(cls).get("later_keys", {}).items() for cls in type(self).__mro__]
+        unused = {key for key, value in itertools.chain(*later) if settings[key] == value}
+        return {key: value for key, value in settings.items() if key not in unused}
 
     def external_sources(self) -> tuple[ExternalSource, ...]:
         """Data from outside the recipe; its content is part of the digest."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from align.config.base import Problem, Stage
 from align.config.quantization import QuantizableStage
@@ -12,17 +12,12 @@ from align.config.quantization import QuantizableStage
 class DecodingStage(QuantizableStage):
     """A stage that samples completions."""
 
+    later_keys: ClassVar = {"compile_decoding": None}
+
     compile_decoding: Literal["inductor", "aot_eager"] | None = None
     """Compile the step of one token with this backend of ``torch.compile``; on a GPU, ``inductor``
     replays it as a CUDA graph. The first batches take a minute. Completions are equal up to
     rounding. ``aot_eager`` generates no code; it is for tests."""
-
-    def digest_settings(self) -> dict[str, Any]:
-        """All settings; an unused key does not change the digest."""
-        settings = super().digest_settings()
-        if self.compile_decoding is None:
-            del settings["compile_decoding"]
-        return settings
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Settings with which no step can be compiled."""
@@ -40,17 +35,12 @@ class DecodingStage(QuantizableStage):
 class MergingStage(DecodingStage):
     """A stage that samples completions from the policy that it trains."""
 
+    later_keys: ClassVar = {"merge_adapter": False}
+
     merge_adapter: bool = False
     """With ``lora``, add the adapter to the weights while completions are sampled; afterwards they
     are restored bit for bit. Saves the time of the adapter for each token, and costs the memory of
     the adapted matrices. Completions are equal up to rounding."""
-
-    def digest_settings(self) -> dict[str, Any]:
-        """All settings; an unused key does not change the digest."""
-        settings = super().digest_settings()
-        if not self.merge_adapter:
-            del settings["merge_adapter"]
-        return settings
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Settings with which there is no adapter, or none that can be added exactly."""

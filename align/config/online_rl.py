@@ -36,23 +36,6 @@ from align.config.reporting import ReportingStage
 from align.config.training_base import TOKENS_PER_WORD, TrainingStage
 from align.config.vllm import VLLMStage
 
-LATER_KEYS = {
-    "mixed_precision": None,
-    "tokens_per_batch": None,
-    "optimizer": "adamw",
-    "loss": "clip",
-    "aggregate": "token",
-    "overlong_buffer": None,
-    "overlong_penalty": 1.0,
-    "normalize_scores": "none",
-    "stop": None,
-    "environment": None,
-    "max_turns": 8,
-    "max_episode_tokens": None,
-    "max_staleness": 0,
-}
-"""Keys that earlier versions did not have, with the value that means the same as those."""
-
 
 class OnlineRL(
     RewardKeys,
@@ -82,6 +65,21 @@ class OnlineRL(
     }
     reads: ClassVar = (Table("prompts", "prompts"),)
     metrics_class: ClassVar[str | None] = "align.online_rl.results:OnlineRLMetrics"
+    later_keys: ClassVar = {
+        "mixed_precision": None,
+        "tokens_per_batch": None,
+        "optimizer": "adamw",
+        "loss": "clip",
+        "aggregate": "token",
+        "overlong_buffer": None,
+        "overlong_penalty": 1.0,
+        "normalize_scores": "none",
+        "stop": None,
+        "environment": None,
+        "max_turns": 8,
+        "max_episode_tokens": None,
+        "max_staleness": 0,
+    }
     has_critic: ClassVar[bool] = False
     """Whether the estimator of the advantages trains a critic."""
     least_completions: ClassVar[int] = 1
@@ -207,9 +205,6 @@ class OnlineRL(
             reward.digest_settings() if isinstance(reward, ScoreFunction) else setting
             for reward, setting in zip(self.rewards, settings["rewards"], strict=True)
         ]
-        for key, value in LATER_KEYS.items():
-            if settings[key] == value:
-                del settings[key]
         if not self.keep_checkpoints:
             del settings["save_steps"]
         if self.aggregate == "constant" and self.environment is not None:

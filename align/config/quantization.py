@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from align.config.base import Stage
 
@@ -10,16 +10,11 @@ from align.config.base import Stage
 class QuantizableStage(Stage):
     """A stage whose models may be stored in 4 bits."""
 
+    later_keys: ClassVar = {"quantization": None}
+
     quantization: Literal["nf4"] | None = None
     """Store the linear layers of the models in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
     Training requires ``lora``. Default: ``dtype``."""
-
-    def digest_settings(self) -> dict[str, Any]:
-        """All settings; an unused key does not change the digest."""
-        settings = super().digest_settings()
-        if self.quantization is None:
-            del settings["quantization"]
-        return settings
 
     @property
     def required_packages(self) -> dict[str, tuple[str, str]]:

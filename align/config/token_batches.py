@@ -25,6 +25,7 @@ EXCLUDED = (
 class TokenBatchStage(TRLStage):
     """A stage whose batches have a number of rows or of tokens."""
 
+    later_keys: ClassVar = {"tokens_per_batch": None}
     loss_is_mean_over_rows: ClassVar[bool] = True
     """Whether the loss is a mean over rows; otherwise it is a mean over tokens."""
 
@@ -33,13 +34,6 @@ class TokenBatchStage(TRLStage):
     distinct ones with ``prefix_sharing``, otherwise those of the padded batch. A longer row forms a
     batch alone, as do the rows of ``kto`` that both labels need. The loss of a step is the mean
     over its rows, or tokens in ``sft``, whatever their division."""
-
-    def digest_settings(self) -> dict[str, Any]:
-        """All settings; an unused key does not change the digest."""
-        settings = super().digest_settings()
-        if self.tokens_per_batch is None:
-            del settings["tokens_per_batch"]
-        return settings
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Fields of TRL that contradict ``tokens_per_batch``."""

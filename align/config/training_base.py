@@ -79,7 +79,7 @@ class TrainingStage(QuantizableStage):
         """All settings except the names of inputs, whose content counts instead."""
         settings = super().digest_settings()
         named = self.input_names()
-        for key in self.inputs:
+        for key in self.inputs.keys() & settings.keys():
             if isinstance(settings[key], str):
                 del settings[key]
             elif isinstance(settings[key], list):  # of a list, what names no input counts by itself
@@ -122,6 +122,7 @@ class TRLStage(TrainingStage):
     """The keys of every stage that trains a model with a TRL trainer."""
 
     code_version: ClassVar[int] = 3
+    later_keys: ClassVar = {"compile_layers": None}
     row_columns: ClassVar[tuple[str, ...]] = ("completion",)
     """The columns of a row, besides its prompt, that the trainer reads."""
 
@@ -202,8 +203,6 @@ class TRLStage(TrainingStage):
         """All settings but those, here and in ``trainer``, that cannot change the trained model."""
         settings = super().digest_settings()
         del settings["max_lost_rows"]
-        if self.compile_layers is None:  # as in recipes from before the key existed
-            del settings["compile_layers"]
         ignored = trl_fields.REPORTING
         if not (self.keep_checkpoints or self.trainer.get("load_best_model_at_end")):
             ignored |= trl_fields.SAVING

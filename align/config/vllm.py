@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from align.config.decoding import MergingStage
 
 class VLLMStage(MergingStage):
     """A stage that trains a policy, and whose completions vLLM may sample."""
+
+    later_keys: ClassVar = {"vllm_mode": "server"}
 
     sampler: Literal["transformers", "vllm"] = "transformers"
     """Engine that samples completions."""
@@ -73,8 +75,6 @@ class VLLMStage(MergingStage):
         settings = super().digest_settings()
         for key in ("vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization"):
             del settings[key]
-        if self.vllm_mode == "server":
-            del settings["vllm_mode"]
         return settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,11 @@ class PolicyGradient(Control):
     """REINFORCE, A2C or PPO on a Gymnasium environment, with the update of language models."""
 
     code_version: ClassVar[int] = 3
+    later_keys: ClassVar = {
+        **dict.fromkeys(("initial_log_std", "record_steps", *CONSTRAINT_KEYS)),
+        "vectorization": "gymnasium",
+        "initialization": "orthogonal",
+    }
 
     algorithm: Literal["reinforce", "a2c", "ppo"] = "ppo"
     """Algorithm."""
@@ -216,15 +221,3 @@ class PolicyGradient(Control):
         return (
             GymEnvironment(self.environment, self.environment_options, self.distribution, needs),
         )
-
-    def digest_settings(self) -> dict[str, Any]:
-        """All settings; unused keys do not change the digest."""
-        settings = super().digest_settings()
-        for key in ("initial_log_std", "record_steps", *CONSTRAINT_KEYS):
-            if settings[key] is None:
-                del settings[key]
-        if self.vectorization == "gymnasium":
-            del settings["vectorization"]
-        if self.initialization == "orthogonal":
-            del settings["initialization"]
-        return settings
