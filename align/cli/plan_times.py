@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.runtime.durations import duration
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -65,16 +67,16 @@ def times_table(times: Mapping[str, StageTime], start_up: float) -> Table:
     table.add_column("of which")
     table.add_column("measured on")
     total = Seconds.exactly(start_up)
-    table.add_row("start", duration(total), "libraries", "")
+    table.add_row("start", duration_range(total), "libraries", "")
     for name, stage in times.items():
         total += stage.total
         if stage.known:
-            table.add_row(name, duration(stage.total), _largest(stage), stage.measured)
+            table.add_row(name, duration_range(stage.total), _largest(stage), stage.measured)
         else:
             table.add_row(name, UNKNOWN, "", "")
     known = all(stage.known for stage in times.values())
     table.add_section()
-    table.add_row("all", f"{'' if known else '≥ '}{duration(total)}", "", "")
+    table.add_row("all", f"{'' if known else '≥ '}{duration_range(total)}", "", "")
     return table
 
 
@@ -89,23 +91,10 @@ def _largest(stage: StageTime) -> str:
     )
 
 
-def duration(seconds: Seconds) -> str:
+def duration_range(seconds: Seconds) -> str:
     """A time, or a range if its ends differ by more than a tenth: ``12 to 15 min``."""
-    least, most = _with_unit(seconds.least), _with_unit(seconds.most)
+    least, most = duration(seconds.least), duration(seconds.most)
     if seconds.most < 1.1 * seconds.least or least == most:
-        return _with_unit((seconds.least + seconds.most) / 2)
+        return duration((seconds.least + seconds.most) / 2)
     number, _, unit = least.partition(" ")
     return f"{number if most.endswith(f' {unit}') else least} to {most}"
-
-
-def _with_unit(seconds: float) -> str:
-    """Seconds below two minutes, minutes below two hours, otherwise hours.
-
-    >>> [_with_unit(seconds) for seconds in (0.4, 95, 1500, 9000)]
-    ['0.4 s', '95 s', '25 min', '2.5 h']
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

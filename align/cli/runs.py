@@ -12,15 +12,14 @@ import typer
 
 from align.cli.run import Runs
 from align.errors import UserError, counted
+from align.runtime.durations import DAY, MINUTE, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from align.cli.inventory import StageFolder
 
-DAY = 24 * 3600  # seconds
 LONGEST = 60  # characters of the settings of a stage
-UNITS = ((DAY, "d"), (3600, "h"), (60, "min"))
 
 
 def runs(
@@ -105,7 +104,8 @@ def _print_stages(console: Console, stages: Sequence[StageFolder]) -> None:
     """A line for each stage, then its result, its settings and its runs."""
     width = max((len(stage.folder.name) for stage in stages), default=0)
     for stage in stages:
-        age = _age(time.time() - stage.changed)
+        seconds = time.time() - stage.changed
+        age = "now" if seconds < MINUTE else duration(seconds)
         line = f"{stage.folder.name:<{width}}  {age:>7}  {_size(stage.bytes):>8}"
         console.print(f"{line}  {', '.join(stage.runs) or '(no run)'}")
         for detail in _details(stage, stages):
@@ -145,14 +145,6 @@ def _distinctive_settings(stage: StageFolder, stages: Sequence[StageFolder]) -> 
 
 def _kind(stage: StageFolder) -> str:
     return stage.artifact.stage if stage.artifact else ""
-
-
-def _age(seconds: float) -> str:
-    """The age in its largest unit: ``3 d``, ``2 h``, ``5 min``, ``now``."""
-    for length, unit in UNITS:
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return "now"
 
 
 def _size(count: float) -> str:

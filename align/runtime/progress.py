@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import printable
+from align.runtime.durations import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,8 +111,7 @@ class _Pace:
         if not self.done < done < total:
             return ""
         seconds = (now - self.at) * (total - done) / (done - self.done)
-        amount = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        return f", about {amount} left"
+        return f", about {duration(seconds)} left"
 
 
 class Display:
@@ -215,9 +215,9 @@ class LiveDisplay(Display):
             self._progress.remove_task(self._task)
             self._task = None
         mark = "[dim]=[/]" if status == "reused" else "[green]✓[/]"
-        duration = "" if status == "reused" else f"{seconds:7.1f} s"
+        spent = "" if status == "reused" else f"{seconds:7.1f} s"
         self.console.print(
-            f"{mark} [bold]{name:<12}[/] {status:<7}{duration:>10}  [dim]{numbers(metrics)}[/]",
+            f"{mark} [bold]{name:<12}[/] {status:<7}{spent:>10}  [dim]{numbers(metrics)}[/]",
             markup=True,
         )
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from align.cli.plan_times import duration, times_table
+from align.cli.plan_times import duration_range, times_table
 from align.config.completions import Label, Sample
 from align.config.data import Prepare
 from align.config.online_rl_stages import GRPO
@@ -131,7 +131,7 @@ def test_the_time_of_sampling_is_that_of_its_two_phases(per_token: float, batch:
     ],
 )
 def test_a_range_is_printed_only_where_it_is_one(seconds: Seconds, text: str):
-    assert duration(seconds) == text
+    assert duration_range(seconds) == text
 
 
 def test_the_table_fits_80_columns_and_names_what_is_not_known(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from align.report.page.contents import StageContents
+from align.runtime.durations import duration
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 150, 46, 46, 16, 4  # in pixels
 LONGEST_NAME = 18
@@ -69,13 +70,3 @@ def _box(stage: StageContents, place: tuple[int, int]) -> str:
         f'<text x="{x + 10}" y="{y + 19}" class="name">{escape(name)}</text>'
         f'<text x="{x + 10}" y="{y + 36}" class="state">{escape(kind + state)}</text></a>'
     )
-
-
-def duration(seconds: float) -> str:
-    """A duration in its largest units: ``1 h 44 min``, ``2 min 5 s``, ``3.2 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

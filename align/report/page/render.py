@@ -20,6 +20,7 @@ from align.report.page.contents import (
     StageContents,
     read_run,
 )
+from align.runtime.durations import duration
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -120,7 +121,7 @@ def _render(template: str, **contents: object) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {
-        "duration": chain.duration,
+        "duration": duration,
         "setting": setting,
         "code": code,
         "percent": lambda share: f"{100 * share:.1f}",
