@@ -19,13 +19,13 @@ from align.config.base import (
     Table,
     Workload,
 )
-from align.config.decoding import DecodingStage
+from align.config.decoding import SamplingStage, Temperature
 from align.config.functions import ScoreFunction
 from align.config.inference_bill import InferenceWork, Rows, longest_prompt, sampled_copies
 from align.config.quantization import QuantizableStage
 
 
-class Sample(DecodingStage):
+class Sample(SamplingStage):
     """Sample completions from a policy, for ``label``."""
 
     code_version: ClassVar[int] = 2
@@ -45,16 +45,9 @@ class Sample(DecodingStage):
     """Number of prompts, from the start of the split. Default: all."""
     n_completions: int = Field(4, ge=1)
     """Completions sampled per prompt."""
-    temperature: float = Field(1.0, ge=0.0)
-    """Sampling temperature; 0 selects the most likely token."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Nucleus sampling: tokens are drawn from the smallest set with this probability."""
-    max_new_tokens: int = Field(256, ge=1)
-    """Longest completion in tokens."""
+    temperature: Temperature = 1.0
     batch_size: int = Field(64, ge=1)
     """Completions sampled at once on each process."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights."""
     revision: str | None = None
     """Commit, branch or tag of a model on the Hub."""
     seed: int = Field(0, ge=0, lt=2**32)

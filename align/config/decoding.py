@@ -1,12 +1,18 @@
-"""The keys ``compile_decoding`` and ``merge_adapter`` of the stages that sample from a model."""
+"""Keys of the stages that sample from a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from align.config.base import Problem, Stage
 from align.config.quantization import QuantizableStage
+
+Temperature = Annotated[
+    float, Field(ge=0.0, description="Sampling temperature; 0 selects the most likely token.")
+]
 
 
 class DecodingStage(QuantizableStage):
@@ -30,6 +36,17 @@ class DecodingStage(QuantizableStage):
         if getattr(self, "sampler", None) == "vllm":
             message = "`sampler: vllm` samples with steps of vLLM; remove it"
             yield Problem(("compile_decoding",), message)
+
+
+class SamplingStage(DecodingStage):
+    """A stage that samples completions from policies that it does not train."""
+
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: tokens are drawn from the smallest set with this probability."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest completion in tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights."""
 
 
 class MergingStage(DecodingStage):

@@ -22,7 +22,7 @@ from align.config.base import (
     Workload,
     duplicates,
 )
-from align.config.decoding import DecodingStage
+from align.config.decoding import SamplingStage, Temperature
 from align.config.functions import ScoreFunction
 from align.config.inference_bill import InferenceWork, Rows, longest_prompt, sampled_copies
 from align.config.judges import Judges, ServerJudge
@@ -32,7 +32,7 @@ REFERENCE = "reference"
 """The baseline whose completions are those of the data set."""
 
 
-class Evaluate(DecodingStage):
+class Evaluate(SamplingStage):
     """Held-out win rates against a baseline, and accuracies of implicit rewards."""
 
     code_version: ClassVar[int] = 4
@@ -66,16 +66,9 @@ class Evaluate(DecodingStage):
     """Number of held-out prompts, with their pairs, from the start of the split. Default: all."""
     n_completions: int = Field(1, ge=1)
     """Completions per prompt and policy."""
-    temperature: float = Field(0.7, ge=0.0)
-    """Sampling temperature; 0 selects the most likely token."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Nucleus sampling: tokens are drawn from the smallest set with this probability."""
-    max_new_tokens: int = Field(256, ge=1)
-    """Longest completion in tokens."""
+    temperature: Temperature = 0.7
     batch_size: int = Field(64, ge=1)
     """Completions sampled or scored at once on each process."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights."""
     prefix_sharing: bool = True
     """Compute each shared prompt once and skip padding when completions are scored."""
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
