@@ -37,7 +37,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "overoptimization" / "stop.yaml
 JUDGES = {"gold": "gold", "judge_model": "reward model"}
 RUNS = {"stopped": "reward model", "healthy": "gold"}
 SEEDED = ("reward", "policy", "samples", "labels", "judge_model", *RUNS)
-ALPHA, CHECKS, COMPARISONS = 0.05, 10, 64
+ALPHA, CHECKS, COMPARISONS = 0.05, 10, 256
 """Those of the recipe."""
 SIMULATED = 20_000
 STRENGTHS = {
@@ -97,13 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("overrides", nargs="*", help="of the recipe, behind `--`")
     args = parser.parse_args()
     simulate()
     rows = []
     for seed in args.seeds:
         for judge in JUDGES:
             overrides = ["pairs.max_rows=250", *(f"{stage}.seed={seed}" for stage in SEEDED)]
-            overrides += [f"{run}.stop.judge={judge}" for run in RUNS]
+            overrides += [*(f"{run}.stop.judge={judge}" for run in RUNS), *args.overrides]
             finished = api.run(load_recipe(RECIPE, overrides), args.runs)
             rows += [(judge, run, seed, finished[run]) for run in RUNS]
     if rows:
