@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from align.config.inputs import FUNCTION as FUNCTION
 from align.config.inputs import Input as Input
 from align.config.inputs import input_names
+from align.config.keys import Config as Config
+from align.config.keys import between_keys as between_keys
 
 TAGS = ("«text»", "«new model»")  # of unions; they are not part of a key's address
 Keys = tuple[str | int, ...]  # the address of a key below a stage: ("rewards", 0)
@@ -120,18 +122,6 @@ class Workload:
     """Pairs that its judges compare, where their number is not that of the rows."""
     is_partial: bool = False
     """Whether training ends before all rows have been used."""
-
-
-class Config(BaseModel):
-    """Strict and frozen: an unknown key is an error, and text is not converted to a number."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class Stage(Config):
@@ -342,20 +332,19 @@ class NewModel(Config):
     initializer_range: float = Field(0.02, gt=0.0)
     """Standard deviation of random weights. With more, narrow models soon learn to copy words."""
 
-    @model_validator(mode="after")
-    def _check_heads(self) -> NewModel:
+    @between_keys
+    def _check_heads(self) -> Iterator[str]:
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
+            yield (
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of twice "
                 f"`num_attention_heads` ({self.num_attention_heads}), because rotary "
                 "embeddings rotate pairs of channels"
             )
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            yield (
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
                 f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
-        return self
 
     def count_parameters(self) -> int:
         """Parameters of a Llama of this shape, as transformers builds it (RMS norms, no biases)."""

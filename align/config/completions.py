@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from align.config import judges
 from align.config.base import (
@@ -18,6 +18,7 @@ from align.config.base import (
     Stage,
     Table,
     Workload,
+    between_keys,
 )
 from align.config.decoding import SamplingStage, Temperature
 from align.config.functions import ScoreFunction
@@ -53,14 +54,13 @@ class Sample(SamplingStage):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the sampling."""
 
-    @model_validator(mode="after")
-    def _check_temperature(self) -> Sample:
+    @between_keys
+    def _check_temperature(self) -> Iterator[str]:
         if self.temperature == 0 and self.n_completions > 1:
-            raise ValueError(
+            yield (
                 "`temperature: 0.0` samples the same completion every time; raise it, "
                 "or set `n_completions: 1`"
             )
-        return self
 
     def required_tables(self) -> tuple[Table, ...]:
         """The prompts of the configured split."""
@@ -146,20 +146,19 @@ class Label(QuantizableStage):
         splits = ("train", "validation", "test")
         return tuple(Table("completions", "completions", split) for split in splits)
 
-    @model_validator(mode="after")
-    def _check_label_noise(self) -> Label:
+    @between_keys
+    def _check_label_noise(self) -> Iterator[str]:
         if self.label_noise_slope is not None and self.label_noise is None:
-            raise ValueError(
+            yield (
                 "`label_noise_slope` has no effect without `label_noise: bradley_terry`; remove it"
             )
         if self.compares:
             for key in ("margin", "label_noise"):
                 if getattr(self, key):
-                    raise ValueError(
+                    yield (
                         f"`{key}` needs the scores of one judge, and this judge compares "
                         "completions; remove it"
                     )
-        return self
 
     @property
     def compares(self) -> bool:

@@ -13,6 +13,7 @@ from align.config.base import (
     ExternalSource,
     Problem,
     Stage,
+    between_keys,
 )
 from align.config.readers import COLUMNS, READER_OPTIONS, Reader
 from align.errors import nearest
@@ -68,15 +69,14 @@ class Source(Config):
             return values
         return {str(label).strip().lower(): value for label, value in values.items()}
 
-    @model_validator(mode="after")
-    def _check_reader_options(self) -> Source:
+    @between_keys
+    def _check_reader_options(self) -> Iterator[str]:
         for key, readers in READER_OPTIONS.items():
             if getattr(self, key) not in (None, []) and self.reader not in readers:
-                raise ValueError(
+                yield (
                     f"`{key}` has no effect with `reader: {self.reader}`; remove it, or set "
                     f"{' or '.join(f'`reader: {reader}`' for reader in readers)}"
                 )
-        return self
 
 
 class MixtureSource(Source):
@@ -128,36 +128,34 @@ class Prepare(Source, Stage):
     ``prompts-*.parquet``, from the first row of each prompt. Lists and objects are stored as JSON
     text."""
 
-    @model_validator(mode="after")
-    def _check_sources(self) -> Prepare:
+    @between_keys
+    def _check_sources(self) -> Iterator[str]:
         if bool(self.source) == bool(self.mixture):
-            raise ValueError("set either `source` or `mixture`")
+            yield "set either `source` or `mixture`"
+            return
         if self.mixture:
             misplaced = [key for key in Source.model_fields if key in self.model_fields_set]
-            if misplaced:
-                raise ValueError(f"`{misplaced[0]}` belongs into the entries of `mixture`")
+            for key in misplaced:
+                yield f"`{key}` belongs into the entries of `mixture`"
             if len({entry.weight is None for entry in self.mixture}) > 1:
-                raise ValueError("set `weight` in every entry of `mixture`, or in none")
-        return self
+                yield "set `weight` in every entry of `mixture`, or in none"
 
-    @model_validator(mode="after")
-    def _check_columns(self) -> Prepare:
+    @between_keys
+    def _check_columns(self) -> Iterator[str]:
         reserved = {"prompt", "prompt_id", "tools"} & set(self.keep_columns)
         if reserved:
-            raise ValueError(
+            yield (
                 f"`keep_columns` must not contain `{min(reserved)}`, which Align writes itself; "
                 "rename the column of the source"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_fractions(self) -> Prepare:
+    @between_keys
+    def _check_fractions(self) -> Iterator[str]:
         if self.test_fraction + self.validation_fraction >= 1.0:
-            raise ValueError(
+            yield (
                 "`test_fraction` and `validation_fraction` must sum to less than 1, "
                 "or no prompt is left to train on"
             )
-        return self
 
     def sources(self) -> tuple[ExternalSource, ...]:
         """The sources whose rows are read."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from align.config import judges
 from align.config.base import (
@@ -20,6 +20,7 @@ from align.config.base import (
     Stage,
     Table,
     Workload,
+    between_keys,
     duplicates,
 )
 from align.config.decoding import SamplingStage, Temperature
@@ -79,16 +80,15 @@ class Evaluate(SamplingStage):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of sampling and of the bootstrap. Every policy has its own random stream."""
 
-    @model_validator(mode="after")
-    def _check_measures(self) -> Evaluate:
+    @between_keys
+    def _check_measures(self) -> Iterator[str]:
         if self.judge is None and not self.implicit_rewards:
-            raise ValueError("nothing to measure; set `judge`, or `implicit_rewards: true`")
+            yield "nothing to measure; set `judge`, or `implicit_rewards: true`"
         if self.implicit_rewards and (self.baseline == REFERENCE or self.completion_files):
-            raise ValueError(
+            yield (
                 "`implicit_rewards` needs models on both sides; remove it, or the files of "
                 "completions and `baseline: reference`"
             )
-        return self
 
     @property
     def completion_files(self) -> dict[str, str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
-from align.config.base import FUNCTION, Config
+from align.config.base import FUNCTION, Config, between_keys
 
 BUILT_IN = ("number", "math", "regex", "contains", "length", "json_schema", "sentiment")
 """Short names of the functions in :mod:`align.rewards.verifiers`."""
@@ -39,18 +39,15 @@ class ScoreFunction(Config):
     timeout_seconds: float = Field(600.0, gt=0.0)
     """Longest time of one call, after which the run ends with an error."""
 
-    @model_validator(mode="after")
-    def _check_function(self) -> ScoreFunction:
+    @between_keys
+    def _check_function(self) -> Iterator[str]:
         if self.function not in BUILT_IN and not FUNCTION.match(self.function):
-            raise ValueError(
+            yield (
                 f"`function` must be written module:function, or be {', '.join(BUILT_IN)}; got "
                 f"{self.function!r}"
             )
         if self.answer is not None and self.answer_column is not None:
-            raise ValueError(
-                "`answer` and `answer_column` both set the answer of a row; remove one of them"
-            )
-        return self
+            yield "`answer` and `answer_column` both set the answer of a row; remove one of them"
 
     @property
     def label(self) -> str:

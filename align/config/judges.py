@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from align.config.base import Config, Keys, Problem, duplicates
+from align.config.base import Config, Keys, Problem, between_keys, duplicates
 from align.config.functions import ScoreFunction
 
 PANEL = "panel"
@@ -100,23 +100,22 @@ class Server(Config):
             )
         return name
 
-    @model_validator(mode="after")
-    def _check_prices_and_fields(self) -> Server:
+    @between_keys
+    def _check_prices_and_fields(self) -> Iterator[str]:
         if (self.input_price is None) != (self.output_price is None):
-            raise ValueError("set both `input_price` and `output_price`, or neither")
+            yield "set both `input_price` and `output_price`, or neither"
         for field in self.extra_body:
             if field in _OWN_FIELDS:
-                raise ValueError(f"`extra_body` cannot set `{field}`; remove it")
+                yield f"`extra_body` cannot set `{field}`; remove it"
             if field.lower() in _SECRETS:
-                raise ValueError(
+                yield (
                     f"`extra_body` would store `{field}` with the results; name the environment "
                     "variable with the key in `key_variable`"
                 )
         try:
             json.dumps(self.extra_body, allow_nan=False)
         except (TypeError, ValueError):
-            raise ValueError("`extra_body` must consist of values that JSON has") from None
-        return self
+            yield "`extra_body` must consist of values that JSON has"
 
 
 class ServerJudge(Config):

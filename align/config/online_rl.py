@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
-
-from pydantic import model_validator
+from typing import Any, ClassVar
 
 from align.config.base import (
     GoldPrompts,
@@ -17,6 +15,7 @@ from align.config.base import (
     Stage,
     Table,
     Workload,
+    between_keys,
 )
 from align.config.functions import BUILT_IN, ScoreFunction, as_function
 from align.config.memory import ModelSize
@@ -90,8 +89,8 @@ class OnlineRL(
     prompts: str = "prepare"
     """The prompts to sample completions for: an earlier ``prepare`` stage, or its folder."""
 
-    @model_validator(mode="after")
-    def _check_keys_without_effect(self) -> Self:
+    @between_keys
+    def _check_keys_without_effect(self) -> Iterator[str]:
         ignored: dict[str, str] = {}  # key → the setting that disables it
         if self.overlong_buffer is None:
             ignored["overlong_penalty"] = "without `overlong_buffer`"
@@ -103,100 +102,94 @@ class OnlineRL(
             ignored |= dict.fromkeys(("eval_split", "n_eval_prompts"), "without `eval_steps`")
         for key, condition in ignored.items():
             if key in self.model_fields_set:
-                raise ValueError(f"`{key}` has no effect {condition}; remove it")
-        return self
+                yield f"`{key}` has no effect {condition}; remove it"
 
-    @model_validator(mode="after")
-    def _check_sources_of_rewards(self) -> Self:
+    @between_keys
+    def _check_sources_of_rewards(self) -> Iterator[str]:
         if not self.rewards and self.environment is None:
-            raise ValueError("set `rewards`, or an `environment`, which rewards the policy as well")
+            yield "set `rewards`, or an `environment`, which rewards the policy as well"
         if self.environment is not None:
             if self.environment in self.reward_names:
-                raise ValueError(
+                yield (
                     f"`rewards` contains {self.environment!r}, the name of the rewards of the "
                     "`environment`; remove it, or give it another `name`"
                 )
             for key in ("judge", "sampler"):
                 if getattr(self, key) in ("gold", "vllm"):
-                    raise ValueError(
+                    yield (
                         f"`{key}: {getattr(self, key)}` works on completions of one turn; remove "
                         f"it, or remove `environment`"
                     )
             for key in ("overlong_buffer", "stop"):
                 if getattr(self, key) is not None:
-                    raise ValueError(
+                    yield (
                         f"`{key}` measures completions of one turn; remove it, or remove "
                         "`environment`"
                     )
-        return self
 
-    @model_validator(mode="after")
-    def _check_kl(self) -> Self:
+    @between_keys
+    def _check_kl(self) -> Iterator[str]:
         if self.kl_target is None:
-            return self
+            return
         if self.kl_coef == 0:
-            raise ValueError("`kl_target` adapts `kl_coef`, which must therefore be greater than 0")
+            yield "`kl_target` adapts `kl_coef`, which must therefore be greater than 0"
         if self.batch_size >= 5 * self.kl_horizon:
-            raise ValueError(
+            yield (
                 f"`kl_horizon` ({self.kl_horizon}) must be more than a fifth of `batch_size` "
                 f"({self.batch_size}), or one step could change the sign of `kl_coef`"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_stop(self) -> Self:
+    @between_keys
+    def _check_stop(self) -> Iterator[str]:
         if self.stop and self.eval_steps is None:
-            raise ValueError("`stop` compares policies in evaluations; set `eval_steps`")
+            yield "`stop` compares policies in evaluations; set `eval_steps`"
         if self.stop and self.eval_split == "test":
-            raise ValueError(
+            yield (
                 "`stop` chooses the policy by `eval_split`, so a later evaluation on the test "
                 "split would be no independent evidence; set `eval_split: validation`"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_batch_sizes(self) -> Self:
+    @between_keys
+    def _check_batch_sizes(self) -> Iterator[str]:
         if self.batch_size % self.n_completions:
-            raise ValueError(
+            yield (
                 f"`batch_size` ({self.batch_size}) must be a multiple of `n_completions` "
                 f"({self.n_completions}), because all completions of a "
                 "prompt are in the same update"
             )
         if self.tokens_per_batch and "micro_batch_size" in self.model_fields_set:
-            raise ValueError(
+            yield (
                 "`micro_batch_size` and `tokens_per_batch` both set the size of a forward pass; "
                 "remove one of them"
             )
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
-            raise ValueError(
+            yield (
                 f"`overlong_buffer` ({self.overlong_buffer}) must not exceed `max_new_tokens` "
                 f"({self.max_new_tokens})"
             )
         if self.minibatches > self.batch_size:
-            raise ValueError(
+            yield (
                 f"`minibatches` ({self.minibatches}) must not exceed `batch_size` "
                 f"({self.batch_size})"
             )
         if self.normalize_scores == "group" and self.n_completions < 2:
-            raise ValueError(
+            yield (
                 "`normalize_scores: group` compares the completions of a prompt; set "
                 "`n_completions` to at least 2, or use `batch`"
             )
         if self.n_completions < self.least_completions:
-            raise ValueError(
+            yield (
                 "the advantages compare the completions of a prompt; set `n_completions` to at "
                 f"least {self.least_completions}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_warmup(self) -> Self:
+    @between_keys
+    def _check_warmup(self) -> Iterator[str]:
         longest = max(self.steps_without_policy, self.warmup_steps)
         if longest >= self.steps:
             keys = "`warmup_steps`"
             keys += " and `critic_warmup_steps`" * self.has_critic
-            raise ValueError(f"{keys} must be less than `steps` ({self.steps}), got {longest}")
-        return self
+            yield f"{keys} must be less than `steps` ({self.steps}), got {longest}"
 
     def digest_settings(self) -> dict[str, Any]:
         """All settings but those that cannot change the trained model."""

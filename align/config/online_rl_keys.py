@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import FUNCTION, Config, duplicates
+from align.config.base import FUNCTION, Config, between_keys, duplicates
 from align.config.functions import Reward, ScoreFunction, as_function
 from align.config.stopping import Stop
 from align.errors import did_you_mean
@@ -38,20 +39,19 @@ class RewardKeys(Config):
     normalize_rewards: bool = False
     """Scale rewards to variance 1 in each update; their mean is unchanged."""
 
-    @model_validator(mode="after")
-    def _check_rewards(self) -> Self:
+    @between_keys
+    def _check_rewards(self) -> Iterator[str]:
         repeated = duplicates(self.reward_names)
         if repeated:
-            raise ValueError(
+            yield (
                 f"`rewards` contains {repeated[0]!r} more than once; list it once, with a weight, "
                 "or give a mapping another `name`"
             )
         if self.weights is not None and len(self.weights) != len(self.rewards):
-            raise ValueError(
+            yield (
                 f"`weights` must have one entry for each of `rewards` ({len(self.rewards)}), "
                 f"got {len(self.weights)}"
             )
-        return self
 
     @property
     def reward_names(self) -> list[str]:
@@ -82,19 +82,18 @@ class EnvironmentKeys(Config):
     """Longest episode in tokens, with its prompt. It ends before a turn for which fewer than
     ``max_new_tokens`` are left. Default: the positions of the model."""
 
-    @model_validator(mode="after")
-    def _check_environment(self) -> Self:
+    @between_keys
+    def _check_environment(self) -> Iterator[str]:
         name = self.environment
         if name is None:
             for key in ("max_turns", "max_episode_tokens"):
                 if key in self.model_fields_set:
-                    raise ValueError(f"`{key}` has no effect without `environment`; remove it")
+                    yield f"`{key}` has no effect without `environment`; remove it"
         elif name not in ENVIRONMENTS and not FUNCTION.match(name):
-            raise ValueError(
+            yield (
                 f"`environment` is {name!r}{did_you_mean(name, ENVIRONMENTS)}; name a class, "
                 f"`module:Class`, or an embedded environment: {', '.join(ENVIRONMENTS)}"
             )
-        return self
 
 
 class SamplingKeys(Config):
@@ -165,17 +164,16 @@ class LossKeys(Config):
     entropy_coef: float = Field(0.0, ge=0.0)
     """Weight of the entropy bonus."""
 
-    @model_validator(mode="after")
-    def _check_loss(self) -> Self:
+    @between_keys
+    def _check_loss(self) -> Iterator[str]:
         for key in UNUSED_BY_LOSS[self.loss]:
             if key in self.model_fields_set:
-                raise ValueError(f"`{key}` has no effect with `loss: {self.loss}`; remove it")
+                yield f"`{key}` has no effect with `loss: {self.loss}`; remove it"
         if self.loss == "vespo" and not isinstance(self, GroupKeys):
-            raise ValueError(
+            yield (
                 "`loss: vespo` needs one advantage for all tokens of a completion; use a `grpo` or "
                 "`rloo` stage, or set another `loss`"
             )
-        return self
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -200,11 +198,10 @@ class GroupKeys(Config):
     """Draws of an update with ``filter``, the first included; then prompts whose completions have
     equal scores fill the batch."""
 
-    @model_validator(mode="after")
-    def _check_filter(self) -> Self:
+    @between_keys
+    def _check_filter(self) -> Iterator[str]:
         if self.filter is None and "max_draws" in self.model_fields_set:
-            raise ValueError("`max_draws` has no effect without `filter`; remove it")
-        return self
+            yield "`max_draws` has no effect without `filter`; remove it"
 
 
 class StepKeys(Config):

@@ -146,23 +146,20 @@ def validate_values(name: str, values: dict[str, Any], raw: RawRecipe) -> Stage 
         return cls.model_validate(values)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        for detail in filter(lambda detail: detail["loc"], details):
+        for detail in details:
             _report(name, cls, detail, raw)
-        conflicts = list(_conflicts(cls, values, raw.wrong.get(name, set())))
-        for message in conflicts:
-            raw.report(name, [], message)
-        if not conflicts:
-            for detail in filter(lambda detail: not detail["loc"], details):
-                _report(name, cls, detail, raw)
+        if all(detail["loc"] for detail in details):  # pydantic compares valid keys only
+            for message in _conflicts(cls, values, raw.wrong[name]):
+                raw.report(name, [], message)
         return None
 
 
 def _conflicts(
     cls: type[Stage], values: dict[str, Any], wrong: Collection[tuple[str, ...]]
 ) -> Iterator[str]:
-    """The errors between the keys of a stage, one of each check.
+    """The errors between the keys of a stage with ``wrong`` ones.
 
-    Where values are wrong, those that name such a key, or one like it, are left out.
+    Those that name a wrong key, or one like it, are left out.
     """
     config = _without(cls, values, wrong)
     required = {key for key, field in cls.model_fields.items() if field.is_required()}
@@ -170,13 +167,9 @@ def _conflicts(
         return
     names = {each for keys in wrong for each in keys}
     names |= {most_similar(name, cls.model_fields) or name for name in names}
-    for check in cls.__pydantic_decorators__.model_validators.values():
-        if check.info.mode == "after":
-            try:
-                check.func(config)
-            except ValueError as error:
-                if not any(name in str(error) for name in names):
-                    yield str(error)
+    for message in config.conflicts():
+        if not any(name in message for name in names):
+            yield message
 
 
 def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -> None:
@@ -198,7 +191,9 @@ def _report(name: str, cls: type[Stage], detail: ErrorDetails, raw: RawRecipe) -
                 choices = re.findall(r"'([^']+)'", context["expected"])
                 message += did_you_mean(value, choices)
         case "value_error":
-            message = str(context["error"])
+            *others, message = str(context["error"]).split("\n")
+            for other in others:
+                raw.report(name, keys, other)
         case kind if kind in _EXPECTED:
             message = mismatch(_EXPECTED[kind], value, raw.text(name, keys))
         case _:

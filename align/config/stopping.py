@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from align.config import judges
-from align.config.base import Config, Keys, Problem
+from align.config.base import Config, Keys, Problem, between_keys
 from align.config.functions import ScoreFunction
 from align.config.judges import AnnotationJudge, JudgeConfig, ServerJudge
 
@@ -27,14 +27,13 @@ class Stop(Config):
     alpha: float = Field(0.05, gt=0.0, lt=1.0)
     """Largest probability that a run is stopped although its policy never declined."""
 
-    @model_validator(mode="after")
-    def _check_judge(self) -> Self:
+    @between_keys
+    def _check_judge(self) -> Iterator[str]:
         if isinstance(self.judge, AnnotationJudge):
-            raise ValueError(
+            yield (
                 "`judge.annotations` are about given completions, and a run samples new ones; name "
                 "another judge"
             )
-        return self
 
     @property
     def functions(self) -> dict[Keys, ScoreFunction]:

@@ -10,9 +10,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import Input, ModelOrNew, NewModel, Problem, Stage, Table, Workload
+from align.config.base import (
+    Input,
+    ModelOrNew,
+    NewModel,
+    Problem,
+    Stage,
+    Table,
+    Workload,
+    between_keys,
+)
 from align.config.token_batches import TokenBatchStage
 from align.config.training_base import BATCH_SIZE, PolicyStage
 
@@ -39,14 +48,13 @@ class SFT(PolicyStage, TokenBatchStage):
     which the others are context. Set ``last`` if the earlier turns are of unknown quality, as in
     preference data."""
 
-    @model_validator(mode="after")
-    def _check_lora(self) -> SFT:
+    @between_keys
+    def _check_lora(self) -> Iterator[str]:
         if self.lora and isinstance(self.model, NewModel):
-            raise ValueError(
+            yield (
                 "`lora` freezes the weights, which are random in a new model; remove `lora`, "
                 "or name a trained `model`"
             )
-        return self
 
     @property
     def trained_turns(self) -> Literal["all", "last"]:

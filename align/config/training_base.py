@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from align.config import trl_fields
 from align.config.base import (
@@ -20,6 +20,7 @@ from align.config.base import (
     Problem,
     Stage,
     Workload,
+    between_keys,
 )
 from align.config.memory import ModelSize
 from align.config.memory_bill import Work, trained_weights
@@ -50,25 +51,21 @@ class TrainingStage(QuantizableStage):
     keep_checkpoints: bool = False
     """Keep the checkpoints after the stage is complete."""
 
-    @model_validator(mode="after")
-    def _check_dtype(self) -> Self:
+    @between_keys
+    def _check_dtype(self) -> Iterator[str]:
         if self.dtype == "bfloat16" and not self.lora:
             key = (
                 "trainer: {bf16: true}" if hasattr(self, "trainer") else "mixed_precision: bfloat16"
             )
-            raise ValueError(
+            yield (
                 "`dtype: bfloat16` rounds small updates to zero in full fine-tuning (8 bits of "
                 f"precision); use float32 (mixed precision: `{key}`), or set `lora`, whose adapters stay in float32"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_quantization(self) -> Self:
+    @between_keys
+    def _check_quantization(self) -> Iterator[str]:
         if self.quantization and not self.lora:
-            raise ValueError(
-                "`quantization` freezes the backbone; set `lora`, or remove `quantization`"
-            )
-        return self
+            yield "`quantization` freezes the backbone; set `lora`, or remove `quantization`"
 
     @property
     def lora_dict(self) -> dict[str, Any] | None:

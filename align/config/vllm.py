@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from align.config.base import between_keys
 from align.config.decoding import MergingStage
 
 
@@ -32,8 +34,8 @@ class VLLMStage(MergingStage):
     importance_cap: float = Field(2.0, gt=0.0)
     """Upper bound on the importance weights policy / sampler, where another engine samples."""
 
-    @model_validator(mode="after")
-    def _check_vllm(self) -> Self:
+    @between_keys
+    def _check_vllm(self) -> Iterator[str]:
         if self.sampler != "vllm":
             unused, condition = [*_OF_SERVERS, *_OF_ENGINES, "vllm_mode"], "without `sampler: vllm`"
         elif self.vllm_mode == "server":
@@ -42,12 +44,9 @@ class VLLMStage(MergingStage):
             unused, condition = _OF_SERVERS, "with `vllm_mode: colocate`"
         for key in unused:
             if key in self.model_fields_set:
-                raise ValueError(f"`{key}` has no effect {condition}; remove it")
+                yield f"`{key}` has no effect {condition}; remove it"
         if self.quantization and self.sampler == "vllm":
-            raise ValueError(
-                "`sampler: vllm` needs unquantized weights; remove `quantization` or `sampler`"
-            )
-        return self
+            yield "`sampler: vllm` needs unquantized weights; remove `quantization` or `sampler`"
 
     @property
     def colocates(self) -> bool:

@@ -76,6 +76,42 @@ def test_every_check_that_needs_no_other_to_succeed_is_made(
     assert len(lines) == len(FOUND), "\n".join(lines)
 
 
+CONFLICTS = """\
+stages:
+  prepare: {source: embedded, test_fraction: 0.6, validation_fraction: 0.5, keep_columns: [prompt]}
+  sft: {model: {}}
+  grpo: {model: sft, rewards: ["m:f", "m:f"], weights: [1.0], steps: 1, batch_size: 5, n_completions: 2,
+    minibatches: 6, warmup_steps: 3, kl_target: 1.0, kl_coef: 0.0, loss: cispo, clip: 0.1, seed: x}
+  control: {environment: Pendulum-v1, environment_options: {g: 1, max_episode_steps: 0}, steps: 10,
+    vectorization: batched, algorithm: a2c, epochs: 2, minibatches: 3, seeds: [1, 1]}
+"""
+
+
+def test_all_conflicts_of_a_stage_are_found_and_those_with_a_wrong_key_are_not(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(CONFLICTS)
+    problems = read_recipe(tmp_path / "r.yaml").problems
+    found = [line.partition("r.yaml:")[2].partition(": ")[2] for line in problems]
+    starts = [
+        "prepare: `keep_columns` must not contain",
+        "prepare: `test_fraction` and `validation_fraction` must sum",
+        "grpo: `rewards` contains 'm:f' more than once",
+        "grpo: `weights` must have one entry",
+        "grpo: `clip` has no effect with `loss: cispo`",
+        "grpo: `kl_target` adapts `kl_coef`",
+        "grpo: `batch_size` (5) must be a multiple",
+        "grpo: `minibatches` (6) must not exceed",
+        "grpo: `warmup_steps` must be less than",
+        "control: `environment_options.max_episode_steps` must be",
+        "control: `seeds` contains 1 more than once",
+        "control: `epochs` has no effect with `algorithm: a2c`",
+        "control: `minibatches` has no effect with `algorithm: a2c`",
+        "control: `environment_options.g` has no effect",
+    ]
+    missing = [start for start in starts if not any(line.startswith(start) for line in found)]
+    assert missing == [], found
+    assert any(line.startswith("grpo.seed: ") for line in found)
+
+
 STAGES_OF_ALL_KINDS: dict[str, dict[str, Any]] = {
     "prepare": {"source": "embedded", "max_rows": 60},
     "sft": {"model": {}},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import GymEnvironment, Workload, duplicates
+from align.config.base import GymEnvironment, Workload, between_keys, duplicates
 from align.config.reporting import ReportingStage
 from align.errors import shown
 
@@ -67,29 +67,27 @@ class Control(ReportingStage):
     keep_checkpoints: bool = False
     """Keep the checkpoints after the stage is complete."""
 
-    @model_validator(mode="after")
-    def _check_environment_options(self) -> Control:
+    @between_keys
+    def _check_environment_options(self) -> Iterator[str]:
         options = self.environment_options
         limit = options.get("max_episode_steps", 1)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(
+            yield (
                 "`environment_options.max_episode_steps` must be a whole number from 1, got "
                 f"{shown(limit)}: an episode without a limit may never end; remove it to use the "
                 "limit of the environment"
             )
         if "render_mode" in options:
-            raise ValueError(
+            yield (
                 "`environment_options.render_mode` has no effect in training; remove it, and watch "
                 "the trained policy with `align play`"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_seeds(self) -> Control:
+    @between_keys
+    def _check_seeds(self) -> Iterator[str]:
         repeated = duplicates(self.seeds)
         if repeated:
-            raise ValueError(f"`seeds` contains {repeated[0]} more than once; list it once")
-        return self
+            yield f"`seeds` contains {repeated[0]} more than once; list it once"
 
     @property
     def policy_shape(self) -> PolicyShape:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import GymEnvironment
+from align.config.base import GymEnvironment, between_keys
 from align.config.control.base import PolicyShape
 from align.config.control.replay import Replay
 from align.errors import shown
@@ -42,15 +43,14 @@ class MultiAgent(Replay):
     action_noise: float = Field(0.3, ge=0.0)
     """Standard deviation of the noise on actions, whose bounds are scaled to ±1."""
 
-    @model_validator(mode="after")
-    def _check_module(self) -> MultiAgent:
+    @between_keys
+    def _check_module(self) -> Iterator[str]:
         module = self.environment_options.get("module")
         if not isinstance(module, str):
-            raise ValueError(
+            yield (
                 "`environment_options.module` must be the module of an environment of PettingZoo, "
                 f"such as mpe2.simple_spread_v3, got {shown(module)}"
             )
-        return self
 
     @property
     def policy_shape(self) -> PolicyShape:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import GymEnvironment
+from align.config.base import GymEnvironment, between_keys
 from align.config.control.base import PolicyShape
 from align.config.control.replay import Replay
 
@@ -61,20 +62,19 @@ class OffPolicy(Replay):
     """TD3: standard deviation of the noise on actions, whose bounds are scaled to ±1. Default: 0.1.
     """
 
-    @model_validator(mode="after")
-    def _check_algorithm(self) -> OffPolicy:
+    @between_keys
+    def _check_algorithm(self) -> Iterator[str]:
         for key, algorithm in OWN_KEYS.items():
             if getattr(self, key) is not None and self.algorithm != algorithm:
-                raise ValueError(
+                yield (
                     f"`{key}` has no effect with `algorithm: {self.algorithm}`; remove it, or set "
                     f"`algorithm: {algorithm}`"
                 )
         if self.hindsight_goals is not None and self.replay != "hindsight":
-            raise ValueError(
+            yield (
                 "`hindsight_goals` has no effect with `replay: uniform`; remove it, or set "
                 "`replay: hindsight`"
             )
-        return self
 
     @property
     def policy_shape(self) -> PolicyShape:

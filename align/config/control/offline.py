@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import Problem, Stage, duplicates
+from align.config.base import Problem, Stage, between_keys, duplicates
 from align.config.control.base import Control, PolicyShape
 from align.config.inputs import Input
 
@@ -42,15 +42,14 @@ class Offline(Control):
     tau: float | None = Field(None, gt=0.0, le=1.0)
     """IQL: part of the trained weights in each update of the target networks. Default: 0.005."""
 
-    @model_validator(mode="after")
-    def _check_algorithm(self) -> Offline:
+    @between_keys
+    def _check_algorithm(self) -> Iterator[str]:
         for key in OWN_KEYS:
             if getattr(self, key) is not None and self.algorithm != "iql":
-                raise ValueError(
+                yield (
                     f"`{key}` has no effect with `algorithm: {self.algorithm}`; remove it, or set "
                     "`algorithm: iql`"
                 )
-        return self
 
     def problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         """Stages that are listed twice, record nothing, or act in another environment."""

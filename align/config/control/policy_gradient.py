@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import GymEnvironment
+from align.config.base import GymEnvironment, between_keys
 from align.config.control.base import Control, PolicyShape
 
 BATCHED = ("CartPole-v1", "Pendulum-v1")
@@ -101,60 +102,53 @@ class PolicyGradient(Control):
     """Environment steps of the trained policy of each seed, with sampled actions, that are written
     to ``steps-<seed>.safetensors`` for ``iql`` and ``behavior_cloning``. Default: none."""
 
-    @model_validator(mode="after")
-    def _check_algorithm(self) -> PolicyGradient:
-        unused = [key for key in PPO_KEYS if getattr(self, key) is not None]
-        if self.algorithm != "ppo" and unused:
-            raise ValueError(
-                f"`{unused[0]}` has no effect with `algorithm: {self.algorithm}`; remove it, "
-                "or set `algorithm: ppo`"
-            )
+    @between_keys
+    def _check_algorithm(self) -> Iterator[str]:
+        for key in PPO_KEYS if self.algorithm != "ppo" else ():
+            if getattr(self, key) is not None:
+                yield (
+                    f"`{key}` has no effect with `algorithm: {self.algorithm}`; remove it, or set "
+                    "`algorithm: ppo`"
+                )
         for key in CONSTRAINT_KEYS[1:]:
             if getattr(self, key) is not None and self.cost_limit is None:
-                raise ValueError(
-                    f"`{key}` has no effect without `cost_limit`; set it, or remove the key"
-                )
+                yield f"`{key}` has no effect without `cost_limit`; set it, or remove the key"
         if self.algorithm != "ppo" and self.normalize_advantages == "minibatch":
-            raise ValueError(
+            yield (
                 f"`algorithm: {self.algorithm}` has no minibatches; set `normalize_advantages: "
                 "true`, or `algorithm: ppo`"
             )
         if self.algorithm != "reinforce" and self.baseline == "none":
-            raise ValueError(
-                f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`"
-            )
+            yield f"`algorithm: {self.algorithm}` requires values; remove `baseline: none`"
         if self.algorithm == "reinforce" and self.n_steps is not None:
-            raise ValueError("`algorithm: reinforce` collects whole episodes; remove `n_steps`")
+            yield "`algorithm: reinforce` collects whole episodes; remove `n_steps`"
         if self.algorithm == "reinforce" and self.gae_lambda not in (None, 1.0):
-            raise ValueError(
+            yield (
                 "`algorithm: reinforce` uses whole returns (`gae_lambda: 1.0`); remove `gae_lambda`"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_vectorization(self) -> PolicyGradient:
+    @between_keys
+    def _check_vectorization(self) -> Iterator[str]:
         if self.vectorization == "batched" and self.environment not in BATCHED:
-            raise ValueError(
+            yield (
                 f"`vectorization: batched` does not support {self.environment}; expected "
                 f"{' or '.join(BATCHED)}, or remove the key"
             )
         others = [option for option in self.environment_options if option != "max_episode_steps"]
-        if self.vectorization == "batched" and others:
-            raise ValueError(
-                f"`environment_options.{others[0]}` has no effect with `vectorization: batched`, "
+        for option in others if self.vectorization == "batched" else ():
+            yield (
+                f"`environment_options.{option}` has no effect with `vectorization: batched`, "
                 "which only accepts `max_episode_steps`; remove one of them"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_batch_sizes(self) -> PolicyGradient:
+    @between_keys
+    def _check_batch_sizes(self) -> Iterator[str]:
         collected = self.n_envs * (self.rollout_steps or 1)
         if self.update_minibatches > collected:
-            raise ValueError(
+            yield (
                 f"`minibatches` ({self.update_minibatches}) must not exceed `n_envs` times "
                 f"`n_steps` ({collected}); lower it, or raise `n_steps`"
             )
-        return self
 
     @property
     def collects_episodes(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Iterator
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from align.config.base import between_keys
 from align.config.control.base import Control
 
 
@@ -21,14 +22,13 @@ class Replay(Control):
     batch_size: int = Field(256, ge=1)
     """Steps that an update samples from the buffer."""
 
-    @model_validator(mode="after")
-    def _check_learning_starts(self) -> Self:
+    @between_keys
+    def _check_learning_starts(self) -> Iterator[str]:
         if self.learning_starts >= self.steps:
-            raise ValueError(
+            yield (
                 f"`learning_starts` ({self.learning_starts}) must be less than `steps` "
                 f"({self.steps}): otherwise nothing is learned; lower it"
             )
-        return self
 
     @property
     def steps_before_learning(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.config.base import GymEnvironment
+from align.config.base import GymEnvironment, between_keys
 from align.config.control.base import Control, PolicyShape
 from align.errors import shown
 
@@ -42,24 +43,22 @@ class SelfPlay(Control):
     hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([64, 64])
     """Widths of the hidden layers, with tanh, of the policy and of the critic."""
 
-    @model_validator(mode="after")
-    def _check_game(self) -> SelfPlay:
+    @between_keys
+    def _check_game(self) -> Iterator[str]:
         game = self.environment_options.get("game")
         if not isinstance(game, str):
-            raise ValueError(
+            yield (
                 "`environment_options.game` must be the name of a game of OpenSpiel, such as "
                 f"kuhn_poker, got {shown(game)}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_minibatches(self) -> SelfPlay:
+    @between_keys
+    def _check_minibatches(self) -> Iterator[str]:
         if self.minibatches > self.games:
-            raise ValueError(
+            yield (
                 f"`minibatches` ({self.minibatches}) must not exceed `games` ({self.games}); "
                 "lower it"
             )
-        return self
 
     @property
     def policy_shape(self) -> PolicyShape:
