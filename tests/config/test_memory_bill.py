@@ -269,7 +269,7 @@ def test_vllm_in_the_training_process_has_its_share_of_the_device_while_it_sampl
         (
             {"distributed_type": "DEEPSPEED", "num_processes": 2,
              "deepspeed_config": {"zero_stage": 3}},
-            Sharding(2, 3),
+            Sharding(2, 3, needs_deepspeed=True),
         ),
         (
             {"distributed_type": "FSDP", "num_processes": 4,
