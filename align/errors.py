@@ -5,9 +5,10 @@ A message names the place, what was found, what is allowed and the repair.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _UNPRINTABLE = re.compile(  # control characters, of directions of text too, and half pairs
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -46,6 +47,33 @@ class DataError(UserError):
 
 class ArtifactError(UserError):
     """A stage's folder is damaged, cannot be created, or does not fit this run."""
+
+
+class Problems:
+    """The user errors of several checks, which are raised as one."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep a user error that is raised inside."""
+        try:
+            yield
+        except UserError as error:
+            self.errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise what was collected: a single error itself, of several each line once.
+
+        Raises:
+            UserError: At least one error was collected.
+        """
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            lines = (line for error in self.errors for line in error.lines)
+            raise UserError(*dict.fromkeys(lines))
 
 
 MOST_LISTED = 15  # known words in a message

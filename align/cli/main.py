@@ -21,6 +21,7 @@ from align.cli.quantization import Quantization, announce_mismatches, check_quan
 from align.cli.report import report
 from align.cli.run import Force, Name, Overrides, RecipePath, Runs, Until
 from align.cli.runs import runs as list_runs
+from align.errors import Problems
 from align.runtime.environment import quiet_libraries
 from align.runtime.exit_codes import guarded
 
@@ -91,10 +92,14 @@ def run(
             point.run_name(name or loaded.name): read_recipe(recipe, [*given, *point.overrides])
             for point in points(sweep)
         }
+    problems = Problems()
     for each in recipes.values():
-        plan_checked(each, runs, until=until, force=force)
+        with problems.collected():
+            plan_checked(each, runs, until=until, force=force)
     if config is not None:
-        check_launch_configuration(config)
+        with problems.collected():
+            check_launch_configuration(config)
+    problems.raise_any()
     options = ["--runs", str(runs)]
     options += ["--force", force] if force else []
     options += ["--until", until] if until else []
@@ -147,10 +152,15 @@ def chat(
     from align.cli import chat as cli_chat
     from align.pipeline import lookup
 
-    check_quantization(quantization)
     quiet_libraries()
     names = [policy] if compare is None or compare == policy else [policy, compare]
-    sources = {name: lookup.find_policy(name, runs) for name in names}
+    problems, sources = Problems(), dict[str, Path | str]()
+    with problems.collected():
+        check_quantization(quantization)
+    for name in names:
+        with problems.collected():
+            sources[name] = lookup.find_policy(name, runs)
+    problems.raise_any()
     announce_mismatches(quantization, sources.values())
     cli_chat.chat(
         sources,
@@ -227,13 +237,8 @@ def export(
     if overrides or stage is not None:
         raise UserError("overrides and --stage have an effect with --for only; remove them")
     # Everything that can be known wrong is reported before the model is merged.
-    cli_export.check_target(target)
-    converter = publish.find_converter() if gguf is not None else []
-    if gguf is not None:
-        publish.check_gguf_target(gguf)
+    converter = publish.check_places(target, gguf, push_to_hub)
     with cli_export.model_folder(model, runs, target) as (folder, role):
-        if push_to_hub is not None:
-            publish.check_repository(push_to_hub)
         quiet_libraries()
         cli_export.export(folder, role, target, dtype=dtype)
     if gguf is not None:

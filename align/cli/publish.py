@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from align.errors import UserError
+from align.cli.export import check_target
+from align.errors import Problems, UserError
 from align.runtime import hub
 
 SCRIPTS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
@@ -66,6 +67,29 @@ def write_gguf(converter: list[str], folder: Path, file: Path) -> None:
             f"--gguf {file}: llama.cpp's converter failed: {reason}; {folder} is complete"
         )
     partial.replace(file)
+
+
+def check_places(target: Path, gguf: Path | None, repository: str | None) -> list[str]:
+    """Check the places that a model will be written to; return the command of the converter.
+
+    The command is empty without ``gguf``.
+
+    Raises:
+        UserError: One line for each place that cannot be written, and for a missing converter.
+    """
+    problems, converter = Problems(), list[str]()
+    with problems.collected():
+        check_target(target)
+    if gguf is not None:
+        with problems.collected():
+            check_gguf_target(gguf)
+        with problems.collected():
+            converter = find_converter()
+    if repository is not None:
+        with problems.collected():
+            check_repository(repository)
+    problems.raise_any()
+    return converter
 
 
 def check_repository(repository: str) -> None:

@@ -96,12 +96,15 @@ def _stage_lines(
     rows = row_tokens.rows_of(config, {} if data is None else tables.get(Path(data), {}))
     with errors.at(stage.name, "model"), naming_files(gguf_files):
         model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
+        n_errors = len(errors.lines)
+        with at_field(errors, stage.name):  # needs no rows
+            row_limits.max_length(config, model.positions)
         if model.conversations is not None:
             model.conversations.end_of_turn()  # finds the faults that depend on no row
             template_checks.check_rows(model.conversations, rows, config.trained_turns)
             if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
                 model.conversations.check_end(repair=MISSING_END_REPAIR)
-            if rows:
+            if rows and len(errors.lines) == n_errors:
                 with at_field(errors, stage.name):
                     counts = row_tokens.count(config, rows, model)
                     yield _length_line(stage.name, counts, config, len(rows))

@@ -142,6 +142,19 @@ def test_without_a_network_a_hub_model_is_rejected_before_any_retry(tmp_path, mo
             data.data_show("embedded", model="owner/name")
 
 
+def test_a_command_names_all_of_its_wrong_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as raised:
+        main.chat("sft", runs=tmp_path, compare="dpo", quantization="int8")
+    starts = ("--quantization int8", f"{tmp_path}: no finished", f"{tmp_path}: no finished")
+    lines = raised.value.lines
+    assert all(line.startswith(s) for line, s in zip(lines, starts, strict=True)), lines
+    Path("r.yaml").write_text("stages: {prepare: {sorce: embedded}}\n")
+    with pytest.raises(UserError) as raised:
+        main.run(Path("r.yaml"), runs=tmp_path / "runs", config=Path("none.yaml"))
+    assert [line.partition(": ")[0] for line in raised.value.lines] == ["r.yaml:1", "none.yaml"]
+
+
 def test_a_stage_that_is_no_policy_is_named_with_its_kind(tmp_path):
     folder = tmp_path / "prepare-0123456789ab"
     folder.mkdir()

@@ -108,6 +108,21 @@ def test_what_cannot_be_written_is_refused_before_merging(
     assert not (tmp_path / "out").exists()
 
 
+def test_all_places_that_cannot_be_written_are_named_at_once(policy, tmp_path, monkeypatch, hub):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    (tmp_path / "out").mkdir()
+    options = ("--gguf", str(tmp_path / "m.bin"), "--push-to-hub", "a b")
+    with pytest.raises(UserError) as raised:
+        export(policy, str(tmp_path / "out"), *options)
+    places = (f"{tmp_path / 'out'}: exists already", f"--gguf {tmp_path / 'm.bin'}: expected",
+              "--gguf: no convert_hf_to_gguf.py", "--push-to-hub a b: expected OWNER/NAME")  # fmt: skip
+    lines = raised.value.lines
+    assert len(lines) == 4 and all(
+        line.startswith(p) for line, p in zip(lines, places, strict=True)
+    )
+
+
 def test_a_missing_converter_token_or_hub_is_named(policy, tmp_path, monkeypatch, hub):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_CPP", raising=False)

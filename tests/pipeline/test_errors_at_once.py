@@ -22,6 +22,7 @@ stages:
     eos_token: <stop>,
     chat_template_path: nothere.jinja,
     optim: adamw_torch_4bit}}
+  sft_2: {stage: sft, model: model, trainer: {max_length: 100000}}
   dpo: {model: sft, lora: {r: 0, target_modules: "no_such.*"}, trainer: {pad_token: <fill>}}
   kto: {model: nothing, quantization: nf4, dtype: bfloat16, trainer: {optim: lomo}}
   ppo: {model: sft, rewards: ["no_such_module:score"], steps: 1, batch_size: none}
@@ -35,17 +36,18 @@ FOUND = [
     "5: sft.trainer.eos_token: the tokenizer of model has no token",
     "6: sft.trainer.chat_template_path: nothere.jinja: no such file",
     "7: sft.trainer.optim: torchao is not installed",
-    "8: dpo.lora.r: must be greater than or equal to 1",
-    "8: dpo.lora.target_modules: no_such.* matches the whole name of no module",
-    "8: dpo.trainer.pad_token: the tokenizer of model has no token",
-    "9: kto.model: no earlier stage `nothing`",
-    "9: kto: `dtype: bfloat16` rounds small updates",
-    "9: kto: `quantization` freezes the backbone",
-    "9: kto.trainer.optim: lomo_optim is not installed",
-    "10: ppo.batch_size: expected a whole number",
-    "10: ppo.rewards.0: no_such_module:score: cannot be imported",
-    "11: evaluate.policies.1: no earlier stage `nobody`",
-    "11: evaluate.judge.function: no_such:judge: cannot be imported",
+    "8: sft_2.trainer.max_length: 100000 is more than the ",
+    "9: dpo.lora.r: must be greater than or equal to 1",
+    "9: dpo.lora.target_modules: no_such.* matches the whole name of no module",
+    "9: dpo.trainer.pad_token: the tokenizer of model has no token",
+    "10: kto.model: no earlier stage `nothing`",
+    "10: kto: `dtype: bfloat16` rounds small updates",
+    "10: kto: `quantization` freezes the backbone",
+    "10: kto.trainer.optim: lomo_optim is not installed",
+    "11: ppo.batch_size: expected a whole number",
+    "11: ppo.rewards.0: no_such_module:score: cannot be imported",
+    "12: evaluate.policies.1: no earlier stage `nobody`",
+    "12: evaluate.judge.function: no_such:judge: cannot be imported",
 ]
 
 
@@ -68,7 +70,7 @@ def test_every_check_that_needs_no_other_to_succeed_is_made(
     Path("r.yaml").write_text(MISTAKES)
     errors = ErrorCollector(read_recipe("r.yaml"))
     stages = with_invalid(errors, plan_stages(errors, tmp_path), tmp_path)
-    assert [stage.status for stage in stages] == ["invalid"] * 6
+    assert [stage.status for stage in stages] == ["invalid"] * 7
     list(preflight.examine(errors, stages, tmp_path, world_size=1))
     lines = list(dict.fromkeys(errors.lines))
     missing = [start for start in FOUND if not any(f"r.yaml:{start}" in line for line in lines)]
