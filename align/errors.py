@@ -55,6 +55,10 @@ class Problems:
     def __init__(self) -> None:
         self.errors: list[UserError] = []
 
+    def add(self, line: str) -> None:
+        """Add an error."""
+        self.errors.append(UserError(line))
+
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:
         """Keep a user error that is raised inside."""

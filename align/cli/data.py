@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align.errors import RecipeError, UserError
+from align.errors import Problems, RecipeError, UserError
 from align.models import gguf_files
 from align.runtime import hub
 from align.runtime.environment import quiet_libraries
@@ -88,9 +88,12 @@ def data_prepare(
     ),
 ) -> None:
     """Check a source, split it by prompt, and write its tables and their data card."""
-    config = prepare_config(source, keys)
+    problems = Problems()
+    with problems.collected():
+        config = prepare_config(source, keys)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; choose another folder with --out, or remove it")
+        problems.add(f"{out}: already exists; choose another folder with --out, or remove it")
+    problems.raise_any()
     from align.data import doctor
     from align.runtime.progress import Logger, NullDisplay
     from align.stages import prepare
@@ -154,19 +157,20 @@ def data_show(
     """Show the tokens that a stage trains on, with the trained ones marked."""
     from align.training import token_view
 
-    problems = []
+    problems = Problems()
     if stage not in token_view.SUPPORTED_STAGES:
         known = ", ".join(token_view.SUPPORTED_STAGES)
-        problems.append(f"--stage {stage}: unknown; known: {known}")
+        problems.add(f"--stage {stage}: unknown; known: {known}")
     if train_on not in ("all", "last"):
-        problems.append(f"--train-on {train_on}: unknown; known: all, last")
+        problems.add(f"--train-on {train_on}: unknown; known: all, last")
     if not model:
-        problems.append("--model: missing; name a folder with a tokenizer, a GGUF file or a Hub id")
-    if problems:
-        raise UserError(*problems)
-    config = prepare_config(source, keys)
-    if not (Path(model).expanduser().is_dir() or gguf_files.is_gguf(model)):
-        hub.check_model(model)
+        problems.add("--model: missing; name a folder with a tokenizer, a GGUF file or a Hub id")
+    with problems.collected():
+        config = prepare_config(source, keys)
+    if model and not (Path(model).expanduser().is_dir() or gguf_files.is_gguf(model)):
+        with problems.collected():
+            hub.check_model(model)
+    problems.raise_any()
     quiet_libraries()
     from rich.text import Text
 

@@ -8,7 +8,7 @@ in the artifact, and logged if an artifact of another number is reused.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from align.config.base import Stage
@@ -42,12 +42,19 @@ class PlannedStage:
     gguf_files: Mapping[Path, Path] = field(default_factory=dict)
     """The GGUF files among the inputs, by the folder that each is converted into."""
     is_partial: bool = False
-    """Whether the configuration lacks values that are wrong in the recipe."""
+    """Whether it lacks values that are wrong in the recipe, or inputs that cannot be read."""
 
     @property
     def stage(self) -> str:
         """The kind of stage."""
         return stage_kind(self.config)
+
+    def without_inputs(self, folders: Container[Path]) -> PlannedStage:
+        """The stage without the inputs in ``folders``, which cannot be read."""
+        known = {key: each for key, each in self.inputs.items() if each not in folders}
+        if len(known) == len(self.inputs):
+            return self
+        return replace(self, inputs=known, is_partial=True)
 
 
 def plan(

@@ -131,26 +131,27 @@ def _source_bytes(stage: PlannedStage) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def check_finished_stages(errors: ErrorCollector, planned: Sequence[PlannedStage]) -> None:
+def check_finished_stages(
+    errors: ErrorCollector, planned: Sequence[PlannedStage]
+) -> frozenset[Path]:
     """Compare the files of reused stages, and of finished folders that are inputs, with checksums.
 
-    Every file is read once.
-
-    Raises:
-        UserError: One line for each damaged file; damaged tables cannot be examined further.
+    Every file is read once. Returns the damaged folders, which cannot be examined further.
     """
     checked: set[Path] = set()
-    n_errors = len(errors.lines)
+    damaged: set[Path] = set()
     for stage in planned:
         used = [stage.folder] if stage.status == "reused" else stage.inputs.values()
         for folder in used:
             artifact = artifacts.read_artifact(folder) if isinstance(folder, Path) else None
             if isinstance(folder, Path) and artifact is not None and folder not in checked:
                 checked.add(folder)
+                n_errors = len(errors.lines)
                 with errors.at(stage.name):
                     artifacts.check_contents(folder, artifact)
-    if len(errors.lines) > n_errors:
-        errors.raise_any()
+                if len(errors.lines) > n_errors:
+                    damaged.add(folder)
+    return frozenset(damaged)
 
 
 def check_gpus(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:

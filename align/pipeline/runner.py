@@ -154,10 +154,11 @@ def plan_checked(
     """
     errors = ErrorCollector(recipe)
     planned = plan_stages(errors, runs, until=until, force=force)
+    damaged = frozenset[Path]()
     if distributed.is_main():  # the others wait for it, or end with it
-        preflight.check_finished_stages(errors, planned)
+        damaged = preflight.check_finished_stages(errors, planned)
     checked = with_invalid(errors, planned, runs, until=until)
-    pending = [stage for stage in checked if stage.status != "reused"]
+    pending = [stage.without_inputs(damaged) for stage in checked if stage.status != "reused"]
     # A larger source is not read twice: the errors of its rows are raised when it is prepared.
     world_size = distributed.world_size()
     for _ in preflight.examine(

@@ -101,9 +101,11 @@ def _stage_lines(
             row_limits.max_length(config, model.positions)
         if model.conversations is not None:
             model.conversations.end_of_turn()  # finds the faults that depend on no row
-            template_checks.check_rows(model.conversations, rows, config.trained_turns)
+            with errors.at(stage.name, "model"), naming_files(gguf_files):
+                template_checks.check_rows(model.conversations, rows, config.trained_turns)
             if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
-                model.conversations.check_end(repair=MISSING_END_REPAIR)
+                with errors.at(stage.name, "model"), naming_files(gguf_files):
+                    model.conversations.check_end(repair=MISSING_END_REPAIR)
             if rows and len(errors.lines) == n_errors:
                 with at_field(errors, stage.name):
                     counts = row_tokens.count(config, rows, model)

@@ -149,6 +149,11 @@ def test_a_command_names_all_of_its_wrong_arguments(tmp_path, monkeypatch):
     starts = ("--quantization int8", f"{tmp_path}: no finished", f"{tmp_path}: no finished")
     lines = raised.value.lines
     assert all(line.startswith(s) for line, s in zip(lines, starts, strict=True)), lines
+    with pytest.raises(UserError) as raised:
+        data.data_show("embedded", ["sede=1"], stage="label", train_on="none")
+    starts = ("--stage label", "--train-on none", "--model: missing", "command line: prepare.sede")
+    lines = raised.value.lines
+    assert all(line.startswith(s) for line, s in zip(lines, starts, strict=True)), lines
     Path("r.yaml").write_text("stages: {prepare: {sorce: embedded}}\n")
     with pytest.raises(UserError) as raised:
         main.run(Path("r.yaml"), runs=tmp_path / "runs", config=Path("none.yaml"))

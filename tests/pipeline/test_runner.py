@@ -713,6 +713,18 @@ def test_a_damaged_file_of_a_finished_stage_is_an_error_with_a_repair_that_works
     assert set(run().values()) == {"reused"}
 
 
+def test_a_damaged_file_of_a_finished_stage_hides_no_other_error(here):
+    run()
+    file = plan()["prepare"].folder / "pairs-train.parquet"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError) as raised:
+        run("dpo.trainer={optim: lomo}")
+    first, second = raised.value.lines
+    assert f": prepare: {file}: its content differs" in first
+    assert ": dpo.trainer.optim: lomo_optim is not installed" in second
+
+
 def checkpoints_remove(path: Path) -> None:
     if path.is_dir():
         path.rmdir()
