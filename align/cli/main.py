@@ -84,6 +84,7 @@ def run(
     from align.pipeline.runner import plan_checked
 
     # Invalid input is reported before the launcher starts, which takes many seconds.
+    quiet_libraries()
     given = overrides or []
     loaded = read_recipe(recipe, given)
     recipes = {name or loaded.name: loaded}
