@@ -43,7 +43,7 @@ def check_judge(judge: ServerJudge) -> Iterator[str]:
         template = None if judge.api.prompt is None else Path(judge.api.prompt)
         JudgePrompt(template, with_criterion=judge.rubric is not None)
     except UserError as error:
-        lines += [f"prompt: {line}" for line in error.lines]
+        lines += [f"api.prompt: {line}" for line in error.lines]
     models: list[str] = []
     try:
         client = ChatClient(judge.api, read_key(judge.api.key_variable))

@@ -660,7 +660,7 @@ def test_the_check_reports_all_errors_at_once(tmp_path, monkeypatch):
     with pytest.raises(UserError) as raised:
         list(check_judge(config("http://127.0.0.1:1/v1", **keys)))
     assert [line.partition(":")[0] for line in raised.value.lines] == [
-        "rubric", "prompt", "prompt", "prompt", "key_variable",
+        "rubric", "api.prompt", "api.prompt", "api.prompt", "api.key_variable",
     ]  # fmt: skip
     with pytest.raises(UserError, match="no server answers"):
         list(check_judge(config("http://127.0.0.1:1/v1")))

@@ -264,7 +264,7 @@ def test_a_run_ends_with_one_line_and_exit_code_2(
     assert done.code == 2
     assert "Traceback" not in done.err
     line = done.err.splitlines()[-1]
-    assert f"ppo: vllm_url: {server.url}/v1/completions: " in line
+    assert f"ppo.vllm_url: {server.url}/v1/completions: " in line
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_a_run_ends_with_one_line_and_exit_code_2(
     assert done.code == 2
     assert "Traceback" not in done.err
     line = done.err.splitlines()[-1]
-    assert f"ppo: vllm_mode: vLLM: generate: OutOfMemoryError: CUDA out of memory; {SHARE}" in line
+    assert f"ppo.vllm_mode: vLLM: generate: OutOfMemoryError: CUDA out of memory; {SHARE}" in line
 
 
 def test_a_prompt_that_the_engine_has_no_memory_for_is_one_line(folders: Folders, vllm: Record):
