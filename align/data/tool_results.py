@@ -3,8 +3,9 @@
 The APIs of OpenAI and Mistral refuse a conversation with a result for an unknown call, with more
 results than calls, or with a call whose result is missing; chat templates write all of them without
 an error. A row with such a fault is dropped. What may be right is reported instead: one result for
-several calls without ids (ShareGPT has one turn for all), results in another order, a call that the
-source has written into the text of a turn.
+several calls without ids (ShareGPT has one turn for all), results in another order, and every
+result behind a turn without calls, because a source may write a call into the text or the reasoning
+of a turn in any notation (ReAct, a command in a code block).
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from align.data.rows import UNTRAINED, DroppedError, Message, Messages, calls_of
-
-_CALL_IN_TEXT = frozenset("{(<[")
-"""Characters of which every usual notation of a call in a text has one."""
 
 
 class _Exchange(NamedTuple):
@@ -37,7 +35,6 @@ def check_results(turns: Messages) -> list[str]:
     for exchange in _exchanges(turns):
         calls = calls_of(exchange.turn)
         if not calls:
-            _check_text(exchange)
             unusual["a result behind a turn without `tool_calls`, whose text may contain them"] = (
                 None
             )
@@ -85,13 +82,6 @@ def _exchanges(turns: Messages) -> Iterator[_Exchange]:
                 end += 1
             if end > index + 1:
                 yield _Exchange(turn, index + 1, turns[index + 1 : end])
-
-
-def _check_text(exchange: _Exchange) -> None:
-    """Check that a turn without calls may have them in its text."""
-    if not _CALL_IN_TEXT & set(exchange.turn["content"]):
-        detail = f"turn {exchange.number + 1} (tool); the turn before calls nothing"
-        raise DroppedError("result of a tool without a call", detail)
 
 
 def _unanswered(exchange: _Exchange) -> list[dict[str, Any]]:

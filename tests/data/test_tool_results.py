@@ -58,8 +58,8 @@ DROPPED: list[tuple[str, dict[str, Any], str, str]] = [
      "turn 4 (tool): 2 results of 1 calls"),
     ("more results than calls, some with ids", conversation(calls("a", "b"), result("a"), result(),
      result()), NO_CALL, "turn 5 (tool): 3 results of 2 calls"),
-    ("a turn that calls nothing", conversation(assistant("t"), result()), NO_CALL,
-     "turn 3 (tool); the turn before calls nothing"),
+    ("a result without a turn before it", conversation(result()), NO_CALL,
+     "roles: user, tool"),
 ]  # fmt: skip
 
 
@@ -92,6 +92,12 @@ KEPT: list[tuple[str, tuple[Turn, ...], list[str]]] = [
     ("one result for several calls", (calls(None, None), result()), [FEWER]),
     ("one result without an id", (calls("a", "b"), result()), [FEWER]),
     ("a call in the text", (assistant("<tool_call>…</tool_call>"), result()), [BEHIND_TEXT]),
+    ("a call of ReAct in the text", (assistant("Thought: I look it up.\nAction: search\nAction Input:"
+     " paris"), result()), [BEHIND_TEXT]),
+    ("a command in the text", (assistant("```bash\nls -la\n```"), result()), [BEHIND_TEXT]),
+    ("a call in the reasoning", ({**assistant("I look."), "reasoning_content": "call search(x)"},
+     result()), [BEHIND_TEXT]),
+    ("no call that can be recognized", (assistant("t"), result("a")), [BEHIND_TEXT]),
     ("the name of another function", (calls("a"), result(name="sub")), [OTHER_NAME]),
     ("the name of its function", (calls("a"), result(name="add")), []),
 ]  # fmt: skip
