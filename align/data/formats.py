@@ -115,11 +115,16 @@ def labeled(raw: Raw, labels: Mapping[str, bool] | None = None) -> Row:
     row, value = _demonstration(raw), raw.get("label")
     if value is None or value != value or not str(value).strip():  # `!=`: NaN
         raise DroppedError("no label")
-    label = (labels or _LABELS).get(_label_text(value))
+    label = label_of(value, labels)
     if label is None:
         raise DroppedError(UNKNOWN_LABEL, f"it is {str(value)[:40]!r}")
     tool_results.check_declared([*row["prompt"], *(row["completion"] if label else ())])
     return {**row, "label": label}
+
+
+def label_of(value: object, labels: Mapping[str, bool] | None = None) -> bool | None:
+    """The label of a value, as in :func:`labeled`; None if the value is no label."""
+    return (labels or _LABELS).get(_label_text(value))
 
 
 def _label_text(value: object) -> str:

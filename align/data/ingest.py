@@ -252,7 +252,7 @@ class _Ingester:
         }
         group = GROUPED.get(source.reader)
         rows = group(part.rows, part.name) if group else part.rows
-        row_layouts = RowLayouts(part.name, kind, source.reader, source.columns)
+        row_layouts = RowLayouts(part, kind, source)
         for number, raw in enumerate(rows, start=1):
             if source.max_rows is not None and n_rows[kind] >= source.max_rows:
                 break

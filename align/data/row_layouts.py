@@ -1,8 +1,9 @@
 """Layouts of the rows of a part, all of which are read in one layout.
 
 The columns at the head of a part decide how its rows are read. A row that has none of the columns
-with the completions of this layout, and has those of another, is dropped with this reason. Of such
-rows, a few may be stray; from ``LARGE_SHARE`` on, the part is a mixture and an error.
+with the completions of this layout, and has those of another, is dropped with this reason, unless
+the rows of the part have these columns too: then it is a defective row of the part. Of rows of
+another layout, a few may be stray; from ``LARGE_SHARE`` on, the part is a mixture and an error.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from align.config.data import MixtureSource
 from align.config.readers import REQUIRED_COLUMNS
-from align.data.columns import columns_of, complete_columns, kind_of
+from align.data.columns import columns_of, complete_columns, kind_of, rename_columns
+from align.data.formats import label_of
 from align.data.public_layouts import is_transcript, reader_of
 from align.data.rows import DroppedError, Raw
 from align.data.sources import Part
@@ -67,16 +70,30 @@ def layout_of(names: tuple[str, ...], columns: Mapping[str, str]) -> RowLayout |
     return RowLayout(kind, name, tuple(column for column in in_source if column in names))
 
 
+@dataclass(slots=True)
+class _Rows:
+    """The number of rows of a layout, and the first of them."""
+
+    first: int
+    count: int = 0
+
+
 class RowLayouts:
     """Counts of the layouts of the rows of a part, which is read as rows of one kind."""
 
-    def __init__(self, part: str, kind: str, reader: str, columns: Mapping[str, str]) -> None:
-        """``columns`` is the column map of the recipe."""
-        self._part, self._kind, self._reader, self._columns = part, kind, reader, columns
+    def __init__(self, part: Part, kind: str, source: MixtureSource) -> None:
+        self._part, self._kind = part.name, kind
+        self._reader, self._columns, self._labels = source.reader, source.columns, source.labels
         self._known: dict[tuple[str, ...], RowLayout | None] = {}
-        self._counts: dict[RowLayout, int] = {}
-        self._first: dict[RowLayout, int] = {}
+        self._rows: dict[RowLayout, _Rows] = {}
+        self._own: dict[tuple[str, ...], _Rows | None] = {}
         self._n_rows = self._n_other = 0
+        self._filled = set[str]()
+        """Columns of the source in which rows have a value that have all that the part needs."""
+        _, columns = complete_columns(part, source.reader, source.columns)
+        for raw in part.head:
+            if not self._may_be_other(rename_columns(raw, columns)):
+                self._add_filled(raw)
 
     def count(self, raw: Raw, renamed: Raw, number: int) -> DroppedError | None:
         """Count a row; the reason to drop it if it is of another layout.
@@ -85,14 +102,14 @@ class RowLayouts:
         """
         self._n_rows += 1
         other = self._other_layout(raw, renamed)
-        layout = other or self._own_layout(raw)
-        if layout is not None:
-            self._counts[layout] = self._counts.get(layout, 0) + 1
-            self._first.setdefault(layout, number)
         if other is None:
-            return None
-        self._n_other += 1
-        return DroppedError(OTHER_LAYOUT, str(other))
+            rows = self._own_rows(raw, number)
+        else:
+            rows = self._rows.setdefault(other, _Rows(number))
+            self._n_other += 1
+        if rows is not None:
+            rows.count += 1
+        return DroppedError(OTHER_LAYOUT, str(other)) if other else None
 
     def raise_if_mixed(self) -> None:
         """Check the share of rows of other layouts, after the last row.
@@ -104,10 +121,9 @@ class RowLayouts:
         if not self._n_other or self._n_other < LARGE_SHARE * self._n_rows:
             return
         counts = "; ".join(
-            f"{count:,} × {layout} (row {self._first[layout]:,})"
-            for layout, count in self._counts.items()
+            f"{rows.count:,} × {layout} (row {rows.first:,})" for layout, rows in self._rows.items()
         )
-        if self._n_other == self._n_rows and len(self._counts) == 1:
+        if self._n_other == self._n_rows and len(self._rows) == 1:
             repair = (
                 "remove the empty columns"
                 if self._reader == "columns"
@@ -130,26 +146,38 @@ class RowLayouts:
         detail = f"{error.detail}; {found}" if error.detail else found
         return DroppedError(error.reason, detail, place=error.place)
 
-    def _own_layout(self, raw: Raw) -> RowLayout | None:
-        if self._reader == "columns":
-            return self._layout(tuple(raw))
-        return RowLayout(self._kind, f"rows of `reader: {self._reader}`", ())
+    def _own_rows(self, raw: Raw, number: int) -> _Rows | None:
+        """The rows of the part with the same columns; None if they fit no layout."""
+        names = tuple(raw) if self._reader == "columns" else ()
+        if names not in self._own:
+            if len(self._own) == _MAX_KNOWN:
+                self._own.clear()
+            if self._reader == "columns":
+                layout = self._layout(names)
+            else:
+                layout = RowLayout(self._kind, f"rows of `reader: {self._reader}`", ())
+            own = self._rows.setdefault(layout, _Rows(number)) if layout is not None else None
+            self._own[names] = own
+        return self._own[names]
 
     def _other_layout(self, raw: Raw, renamed: Raw) -> RowLayout | None:
         if self._reader == "columns" and is_transcript(renamed):
             return RowLayout("pairs", "transcripts", ("chosen", "rejected"))
         if self._reader == "hh" and _has_value(renamed, "chosen"):
-            texts = renamed.get("prompt"), renamed["chosen"]
+            texts = map(renamed.get, ("prompt", "chosen", "rejected"))
             is_plain = _has_value(renamed, "prompt") and not any(map(begins_transcript, texts))
             return self._layout(_with_values(raw)) if is_plain else None
         if not self._may_be_other(renamed):
+            self._add_filled(raw)
             return None
         layout = self._layout(_with_values(raw))
         if layout is None and (reader := reader_of(raw)) not in ("", self._reader):
             columns = REQUIRED_COLUMNS.get(reader, ())
             layout = RowLayout("", f"rows of `reader: {reader}`", columns)
+        if layout is None or (layout.columns and self._filled.issuperset(layout.columns)):
+            return None
         is_own = self._reader == "columns" and self._has_completion(renamed)
-        return None if layout is None or (is_own and layout.kind == self._kind) else layout
+        return None if is_own and layout.kind == self._kind else layout
 
     def _may_be_other(self, renamed: Raw) -> bool:
         """Whether a row lacks what all rows of the part have, or has a label that they lack."""
@@ -157,13 +185,17 @@ class RowLayouts:
             return any(renamed.get(name) is None for name in REQUIRED_COLUMNS[self._reader])
         if not self._has_completion(renamed):
             return True
-        if self._kind == "unpaired":
-            return "label" not in renamed
-        return self._kind == "demonstrations" and any(_has_value(renamed, n) for n in _LABELS)
+        return self._kind == "demonstrations" and any(
+            label_of(renamed[name], self._labels) is not None for name in _LABELS if name in renamed
+        )
 
     def _has_completion(self, renamed: Raw) -> bool:
-        names = _COMPLETIONS.get(self._kind, ("completion", "messages"))
-        return any(_has_value(renamed, name) for name in names)
+        first, second = _COMPLETIONS.get(self._kind, ("completion", "messages"))
+        return _has_value(renamed, first) or _has_value(renamed, second)
+
+    def _add_filled(self, raw: Raw) -> None:
+        if not self._filled.issuperset(raw):
+            self._filled.update(_with_values(raw))
 
     def _layout(self, names: tuple[str, ...]) -> RowLayout | None:
         if names not in self._known:

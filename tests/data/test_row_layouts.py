@@ -72,9 +72,6 @@ MIXED: list[tuple[str, Rows, dict[str, Any], str]] = [
     ("labels behind the head", [*sharegpt(101), {**LABELED, "kto_tag": False}, LABELED], {},
      "101 × demonstrations of ShareGPT with `conversations` (row 1);"
      " 2 × labeled completions of ShareGPT with `conversations`, `kto_tag` (row 102)"),
-    ("labels in some rows", [*plain(1), {**plain(1)[0], "label": False}], {},
-     "1 × demonstrations with `prompt`, `completion` (row 1);"
-     " 1 × labeled completions with `prompt`, `completion`, `label` (row 2)"),
     ("pairs and transcripts", [*pairs(3), *transcripts(1)], {},
      "3 × pairs with `prompt`, `chosen`, `rejected` (row 1);"
      " 1 × transcripts with `chosen`, `rejected` (row 4)"),
@@ -135,6 +132,7 @@ def test_a_stray_row_is_dropped_with_its_layout_and_a_defective_one_with_its_col
     assert data.findings["not_read"] == {"column `note`": 1}  # not those of the other layout
 
 
+BLANK = {"chosen": "", "rejected": ""}
 H4 = {**PAIR, "messages": [user("Say a word."), assistant("Hello.")]}
 SPARSE: list[tuple[str, Rows, str, int]] = [
     ("Alpaca with and without input", [*alpaca(1), {**alpaca(1)[0], "input": "1"},
@@ -153,6 +151,16 @@ SPARSE: list[tuple[str, Rows, str, int]] = [
      "pairs", 2),
     ("labels that are null", [{**plain(1)[0], "label": True}, {**plain(2)[1], "label": None}],
      "unpaired", 1),
+    ("labels in some rows", [*plain(1), {**plain(2)[1], "label": True}], "unpaired", 1),
+    ("a column `label` with other values behind the head",
+     [*plain(101), *({**row, "label": "math"} for row in plain(110)[101:])], "demonstrations", 0),
+    ("blank pairs beside messages in all rows",
+     [{**PAIR, "prompt": f"q {k}", **messages(1)[0], **(BLANK if k % 7 == 0 else {})}
+      for k in range(30)], "pairs", 5),
+    ("blank conversations beside Alpaca's columns",
+     [{**a, "conversations": c["conversations"] if k % 7 else []}
+      for k, (a, c) in enumerate(zip(alpaca(30), sharegpt(30), strict=True))],
+     "demonstrations", 5),
     ("notes in some rows", [*pairs(2), {**PAIR, "source": "s", "id": 3}], "pairs", 0),
     ("ShareGPT with system and tools in some rows",
      [*sharegpt(2), {"conversations": CONVERSATION, "system": "s", "tools": "[]"}],
@@ -176,6 +184,36 @@ def test_parquet_may_have_messages_beside_prompts_and_completions(tmp_path: Path
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = training_rows(prepared_whole(tmp_path / "a.parquet"), "demonstrations")
     assert [row["completion"] for row in read] == [[assistant("d")], [assistant("b 0")]]
+
+
+def test_blank_pairs_of_csv_beside_completions_are_no_other_layout(tmp_path: Path):
+    columns, file = ("prompt", "chosen", "rejected", "completion"), tmp_path / "a.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        for k, row in enumerate(pairs(40)):
+            writer.writerow({**row, "completion": "c", **(BLANK if k % 10 == 0 else {})})
+    data = prepared_whole(file)
+    assert len(training_rows(data, "pairs")) == 36
+    assert data.dropped == {"pairs: blank completion": 4}
+
+
+def test_labels_with_names_of_the_recipe_make_another_layout(tmp_path: Path):
+    rows = [{"prompt": "a", "completion": "b", "label": "up"}, *plain(101)]
+    rows = [*rows[1:], *({**rows[0], "prompt": f"z {k}"} for k in range(3))]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(training_rows(prepared_whole(file), "demonstrations")) == 104
+    with pytest.raises(DataError, match=r"3 × labeled completions with .*`label` \(row 102\)"):
+        prepared_whole(file, labels={"up": True, "down": False})
+
+
+def test_a_broken_transcript_is_no_other_layout(tmp_path: Path):
+    good = transcripts(20)
+    rows = [{"prompt": "topic", **row} for row in good]
+    rows[3]["chosen"] = rows[5]["rejected"] = "junk"
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows), reader="hh")
+    assert len(training_rows(data, "pairs")) == 18
+    assert data.dropped == {"pairs: not an HH transcript": 2}
 
 
 def test_an_input_of_alpaca_that_begins_behind_the_head_is_read(tmp_path: Path):
