@@ -32,6 +32,7 @@ from align.data.rows import DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, check_hub_keys, read_source, source_files
 from align.data.tool_calls import is_empty
 from align.data.tool_results import check_results
+from align.data.transcripts import reads_prompt
 from align.errors import DataError, nearest
 
 GROUPED: Mapping[str, Callable[[Iterator[Raw], str], Iterator[Raw]]] = {
@@ -250,6 +251,9 @@ class _Ingester:
             *columns.values(),
             *columns_of_kind(kind, source.reader, columns),
         }
+        prompt = columns.get("prompt", "prompt")
+        if source.reader == "hh" and prompt not in self._config.keep_columns:
+            used.discard(prompt)
         group = GROUPED.get(source.reader)
         rows = group(part.rows, part.name) if group else part.rows
         row_layouts = RowLayouts(part, kind, source)
@@ -260,7 +264,8 @@ class _Ingester:
             renamed = rename_columns(raw, columns)
             other = None if group else row_layouts.count(raw, renamed, number)
             if source.reader not in PUBLIC_FORMATS and other is None:
-                self._count_unread(raw, renamed, used)
+                is_read = source.reader == "hh" and reads_prompt(renamed)
+                self._count_unread(raw, renamed, used | {prompt} if is_read else used)
             for converted in _convert(other or renamed, source.reader, columns, options):
                 table.n_read[self._n_sources] += 1
                 try:

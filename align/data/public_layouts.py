@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from align.config.readers import REQUIRED_COLUMNS
 from align.data.annotation_files import is_annotation
 from align.data.rows import Raw
+from align.data.transcripts import ANSWER, begins_transcript
 
 _MESSAGE = ("message_id", "parent_id", "text", "role")
 """Columns of a flat message of OpenAssistant."""
@@ -18,9 +19,10 @@ def _has(row: Raw, reader: str) -> bool:
 
 def is_transcript(row: Raw) -> bool:
     """Whether a pair consists of transcripts, as in HH-RLHF, or begins with one in its prompt."""
-    text = row.get("prompt") or row.get("chosen")
-    is_pair = row.get("chosen") is not None
-    return is_pair and isinstance(text, str) and text.startswith("\n\nHuman:")
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if chosen is None or not begins_transcript(prompt or chosen):
+        return False
+    return any(isinstance(text, str) and ANSWER in text for text in (prompt, chosen))
 
 
 def _is_tree(row: Raw) -> bool:

@@ -10,6 +10,8 @@ import re
 
 from align.data.rows import DroppedError, Messages, Raw
 
+ANSWER = "\n\nAssistant:"
+"""Beginning of a turn of the assistant."""
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -17,6 +19,11 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 def begins_transcript(text: object) -> bool:
     """Whether a value is a text that begins with a turn of a person."""
     return isinstance(text, str) and text.lstrip().startswith("Human:")
+
+
+def reads_prompt(raw: Raw) -> bool:
+    """Whether the prompt of a pair is the beginning of a transcript in one of its sides."""
+    return any(whole_transcript(raw, side) is not raw.get(side) for side in ("chosen", "rejected"))
 
 
 def turns_of_transcript(text: str) -> Messages:

@@ -239,6 +239,9 @@ SHP = {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "sco
 PUBLIC: list[tuple[str, dict[str, Any], str]] = [
     ("hh", transcripts(1)[0], "the rows are transcripts"),
     ("hh", {"prompt": "\n\nHuman: h\n\nAssistant:", "chosen": " a", "rejected": " b"}, "transcripts"),
+    ("hh", {"prompt": "Human: h\n\nAssistant:", "chosen": " a", "rejected": " b"}, "transcripts"),
+    ("hh", {"chosen": "Human: h\n\nAssistant: a", "rejected": "Human: h\n\nAssistant: b"},
+     "the rows are transcripts"),
     ("ultrafeedback", {"instruction": "i", "completions": [{"response": "r"}]}, "UltraFeedback's"),
     ("shp", {**SHP, "score_B": 2}, "those of Stanford Human Preferences"),
     ("tldr", {"info": {"post": "p"}, "summaries": [{"text": "t"}] * 2, "choice": 0}, "TL;DR comp"),
@@ -273,6 +276,23 @@ def test_rows_of_a_public_data_set_name_its_reader(
 
 def test_every_reader_of_a_public_data_set_is_named_by_its_rows():
     assert {case[0] for case in PUBLIC} == {*get_args(Reader)} - {"columns"}
+
+
+def test_a_prompt_that_begins_with_a_speaker_is_no_transcript(tmp_path: Path):
+    rows = [{**PAIR, "prompt": "Human: a being. Assistant: a helper. Say more."}]
+    (row,) = training_rows(prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows)), "pairs")
+    assert row["prompt"] == [user(rows[0]["prompt"])]
+
+
+def test_a_prompt_beside_whole_transcripts_is_counted_as_not_read(tmp_path: Path):
+    parted = {"q": "\n\nHuman: h\n\nAssistant:", "chosen": " a", "rejected": " b"}
+    rows = [*({"q": "topic", **row} for row in transcripts(3)), parted]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    keys: dict[str, Any] = {"reader": "hh", "columns": {"prompt": "q"}}
+    data = prepared_whole(file, **keys)
+    assert len(training_rows(data, "pairs")) == 4
+    assert data.findings["not_read"] == {"column `q`": 3}
+    assert "not_read" not in prepared_whole(file, **keys, keep_columns=["q"]).findings
 
 
 def test_questions_and_answers_of_another_source_are_mapped(tmp_path: Path):
