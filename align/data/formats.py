@@ -13,15 +13,16 @@ ignored and counted (:func:`unread_fields`).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from align.data import layouts, tool_calls, tool_results, transcripts
+from align.data.labels import label_of
 from align.data.rows import (
     ROLES,
     UNTRAINED,
+    UNUSUAL,
     DroppedError,
     Messages,
     Raw,
@@ -41,7 +42,6 @@ _UNSUPPORTED_FIELDS = (  # of a turn: without them, another text would be traine
 )
 _TRAIN_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _KNOWN_FIELDS = {"role", "content", *_TRAIN_FIELDS, *_UNSUPPORTED_FIELDS, *tool_calls.FIELDS}
-_LABELS = {"true": True, "1": True, "false": False, "0": False}
 UNKNOWN_LABEL = "label is not true or false"
 EQUAL = "chosen equals rejected"
 
@@ -63,9 +63,7 @@ def pair(raw: Raw) -> Row:
     The prompt may be missing if the other two are whole conversations.
     """
     sides = {side: _in_column(side, _completion, raw) for side in ("chosen", "rejected")}
-    row = _check_distinct(_assemble(raw, sides))
-    tool_results.check_declared([*row["prompt"], *row["chosen"]])  # `rejected` may be a bad call
-    return row
+    return _check_distinct(_assemble(raw, sides, ("chosen",)))  # `rejected` may be a bad call
 
 
 def hh_pair(raw: Raw) -> Row:
@@ -97,40 +95,27 @@ def demonstration(raw: Raw) -> Row:
 
     The last turn of ``messages`` is the completion.
     """
-    row = _demonstration(raw)
-    tool_results.check_declared([*row["prompt"], *row["completion"]])
-    return row
+    return _demonstration(raw, ("completion",))
 
 
-def _demonstration(raw: Raw) -> Row:
+def _demonstration(raw: Raw, called: Sequence[str]) -> Row:
     has_completion = raw.get("completion") is not None  # a file may have the columns of both
     value = raw["completion"] if has_completion else raw.get("messages")
     if not has_completion and isinstance(value, str):
         raise DroppedError("messages are not a list")
-    return _assemble(raw, {"completion": _completion(value)})
+    return _assemble(raw, {"completion": _completion(value)}, called)
 
 
 def labeled(raw: Raw, labels: Mapping[str, bool] | None = None) -> Row:
     """Convert a demonstration with a ``label``: a key of ``labels``, or true, false, 1 or 0."""
-    row, value = _demonstration(raw), raw.get("label")
+    value = raw.get("label")
+    label = label_of(value, labels)
+    row = _demonstration(raw, ("completion",) if label else ())
     if value is None or value != value or not str(value).strip():  # `!=`: NaN
         raise DroppedError("no label")
-    label = label_of(value, labels)
     if label is None:
         raise DroppedError(UNKNOWN_LABEL, f"it is {str(value)[:40]!r}")
-    tool_results.check_declared([*row["prompt"], *(row["completion"] if label else ())])
     return {**row, "label": label}
-
-
-def label_of(value: object, labels: Mapping[str, bool] | None = None) -> bool | None:
-    """The label of a value, as in :func:`labeled`; None if the value is no label."""
-    return (labels or _LABELS).get(_label_text(value))
-
-
-def _label_text(value: object) -> str:
-    """A label as in the keys of ``labels``: lower case, whole numbers without a point."""
-    text = str(value).strip().lower()
-    return re.sub(r"^([-+]?\d+)\.0*$", r"\1", text).removeprefix("+")
 
 
 def hh_turns(text: object) -> Messages:
@@ -163,8 +148,11 @@ def _is_read(turn: Mapping[str, Any], field: str) -> bool:
     return field in _KNOWN_FIELDS
 
 
-def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
-    """Join the prompt of a row and completions; ``sides`` may be whole conversations instead."""
+def _assemble(raw: Raw, sides: Mapping[str, Messages], called: Sequence[str] = ()) -> Row:
+    """Join the prompt of a row and completions; ``sides`` may be whole conversations instead.
+
+    The completions of ``called`` may only call functions that the row declares.
+    """
     for column in _MEDIA:
         if raw.get(column) and not is_empty(raw[column]):
             raise DroppedError(f"`{column}` are not supported")
@@ -188,16 +176,20 @@ def _assemble(raw: Raw, sides: Mapping[str, Messages]) -> Row:
         content = prompt_turns[-1]["content"]
         content = f"{content}\n\n{addition}" if content.strip() else addition
         prompt_turns = [*prompt_turns[:-1], {**prompt_turns[-1], "content": content}]
-    prompt_turns = _with_system(_optional_text(raw, "system"), prompt_turns)
-    _check_prompt(prompt_turns)
+    unusual = _check_prompt(prompt_turns)  # with the numbers that the turns have in the source
     for side, turns in completions.items():
         try:
             _check_completion(turns)
         except DroppedError as error:
             raise error.within(f"`{side}`") if len(completions) > 1 else error from None
     if tools:
+        last = [turn for side in called for turn in completions[side]]
+        tool_results.check_declared(tools, [*prompt_turns, *last])
+    prompt_turns = _with_system(_optional_text(raw, "system"), prompt_turns)
+    if tools:
         prompt_turns = [{**prompt_turns[0], "tools": tools}, *prompt_turns[1:]]
-    return {"prompt": prompt_turns, **completions, "prompt_id": prompt_id(prompt_turns)}
+    row = {"prompt": prompt_turns, **completions, "prompt_id": prompt_id(prompt_turns)}
+    return {**row, UNUSUAL: unusual} if unusual else row
 
 
 def _divide_conversations(
@@ -236,15 +228,19 @@ def _optional_text(raw: Raw, column: str) -> str:
 
 def _with_system(system: str, prompt: Messages) -> Messages:
     """The prompt with its system turn, which is left out if it is blank, as in the column."""
-    if prompt and prompt[0]["role"] == "system" and not prompt[0]["content"].strip():
-        prompt = prompt[1:]
-    if not system or not prompt:
+    prompt = _without_blank_system(prompt)
+    if not system:
         return prompt
     if prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     if prompt[0]["content"].strip() != system.strip():
         raise DroppedError("column `system` differs from the system turn")
     return prompt
+
+
+def _without_blank_system(prompt: Messages) -> Messages:
+    is_blank = prompt and prompt[0]["role"] == "system" and not prompt[0]["content"].strip()
+    return prompt[1:] if is_blank else prompt
 
 
 def _completion(completion: object) -> Messages:
@@ -265,7 +261,7 @@ def _excluded_by(turn: Mapping[str, Any]) -> str:
         value = turn.get(field)
         if value is None or value != value:  # `!=`: NaN
             continue
-        trained = _LABELS.get(_label_text(value))
+        trained = label_of(value)
         if trained is None:
             raise DroppedError(f"`{field}` of a turn is not 0 or 1", f"it is {str(value)[:40]!r}")
         if not trained:
@@ -354,13 +350,15 @@ def _type_name(value: object) -> str:
     return "missing" if value is None else names.get(type(value), "a number")
 
 
-def _check_prompt(prompt: Messages) -> None:
-    if not prompt:
+def _check_prompt(prompt: Messages) -> list[str]:
+    """Check the turns of a prompt; return what is unusual in them."""
+    turns = _without_blank_system(prompt)
+    if not turns:
         raise DroppedError("blank prompt", "it has no turn")
-    for number, turn in enumerate(prompt, 1):
+    for number, turn in enumerate(turns, 1 + len(prompt) - len(turns)):
         if not _says_something(turn):
             raise DroppedError("blank prompt", f"turn {number} ({turn['role']})")
-    roles = [turn["role"] for turn in prompt]
+    roles = [turn["role"] for turn in turns]
     roles = roles[1:] if roles[0] == "system" else roles
     for before, role in pairwise([*roles, "assistant"]):
         if role == before != "tool":
@@ -377,7 +375,7 @@ def _check_prompt(prompt: Messages) -> None:
     for turn, following in pairwise(prompt):
         if calls_of(turn) and following["role"] != "tool":
             raise DroppedError("tool calls without results", f"roles: {', '.join(roles)}")
-    tool_results.check_results(prompt)
+    return tool_results.check_results(prompt)
 
 
 def _says_something(turn: Mapping[str, Any]) -> bool:

@@ -28,10 +28,9 @@ from align.data.pairing import PairingOptions
 from align.data.public_datasets import PUBLIC_FORMATS, trees
 from align.data.row_layouts import RowLayouts
 from align.data.row_store import RowTable
-from align.data.rows import DroppedError, Raw, Row, normalize_text
+from align.data.rows import UNUSUAL, DroppedError, Raw, Row, normalize_text
 from align.data.sources import Part, check_hub_keys, read_source, source_files
 from align.data.tool_calls import is_empty
-from align.data.tool_results import check_results
 from align.data.transcripts import reads_prompt
 from align.errors import DataError, nearest
 
@@ -278,6 +277,7 @@ class _Ingester:
                     place = f"{file}{error.place or f'{unit} {number}'}"
                     table.add_invalid(example, self._n_sources, place)
                 else:
+                    unusual = row.pop(UNUSUAL, ())
                     copied = {
                         name: _flatten(raw.get(name, converted.get(name)))
                         for name in self._config.keep_columns
@@ -285,7 +285,7 @@ class _Ingester:
                     margin, place = converted.get("margin"), f"{file}{unit}"
                     table.add(row, self._n_sources, copied, margin, place=place, number=number)
                     self._add_to_index(table, row)
-                    self._count_unusual(row, f"{place} {number}")
+                    self._count_unusual(unusual, f"{place} {number}")
         row_layouts.raise_if_mixed()
 
     def _count_unread(self, raw: Raw, renamed: Raw, used: set[str]) -> None:
@@ -296,11 +296,10 @@ class _Ingester:
         for name in unread_fields(renamed):
             self.unread[f"field `{name}` of turns"] += 1
 
-    def _count_unusual(self, row: Row, place: str) -> None:
-        """Count what is unusual in the results of tools of a row that is kept."""
-        if any(turn["role"] == "tool" for turn in row["prompt"]):
-            for name in check_results(row["prompt"]):
-                self.unusual.setdefault(name, {"rows": 0, "first": place})["rows"] += 1
+    def _count_unusual(self, names: Sequence[str], place: str) -> None:
+        """Count what is unusual in a row that is kept."""
+        for name in names:
+            self.unusual.setdefault(name, {"rows": 0, "first": place})["rows"] += 1
 
     def _check_contamination(self, row: Row) -> None:
         if self._evaluation:

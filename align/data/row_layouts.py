@@ -15,7 +15,7 @@ from typing import Any
 from align.config.data import MixtureSource
 from align.config.readers import REQUIRED_COLUMNS
 from align.data.columns import columns_of, complete_columns, kind_of, rename_columns
-from align.data.formats import label_of
+from align.data.labels import label_of
 from align.data.public_layouts import is_transcript, reader_of
 from align.data.rows import DroppedError, Raw
 from align.data.sources import Part
@@ -185,17 +185,20 @@ class RowLayouts:
             return any(renamed.get(name) is None for name in REQUIRED_COLUMNS[self._reader])
         if not self._has_completion(renamed):
             return True
-        return self._kind == "demonstrations" and any(
-            label_of(renamed[name], self._labels) is not None for name in _LABELS if name in renamed
-        )
+        if self._kind == "demonstrations":
+            for name in _LABELS:
+                if name in renamed and label_of(renamed[name], self._labels) is not None:
+                    return True
+        return False
 
     def _has_completion(self, renamed: Raw) -> bool:
         first, second = _COMPLETIONS.get(self._kind, ("completion", "messages"))
         return _has_value(renamed, first) or _has_value(renamed, second)
 
     def _add_filled(self, raw: Raw) -> None:
-        if not self._filled.issuperset(raw):
-            self._filled.update(_with_values(raw))
+        for name in raw:
+            if name not in self._filled and _has_value(raw, name):
+                self._filled.add(name)
 
     def _layout(self, names: tuple[str, ...]) -> RowLayout | None:
         if names not in self._known:

@@ -27,6 +27,8 @@ Raw = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 UNTRAINED = "untrained"
 """Field of an earlier turn of the assistant that the source excludes from training: true."""
+UNUSUAL = "unusual"
+"""Column of a checked row with what is unusual in it, as nouns; it is counted and not stored."""
 EXTRA_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", UNTRAINED, "tools")
 """Fields of a turn beside role and content (:mod:`align.data.tool_calls`).
 

@@ -10,6 +10,7 @@ of a turn in any notation (ReAct, a command in a code block).
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -53,24 +54,26 @@ def check_results(turns: Messages) -> list[str]:
     return list(unusual)
 
 
-def check_declared(turns: Sequence[Message]) -> None:
-    """Check that the functions which a conversation calls are among its tools, if it has any.
+def check_declared(tools: str, turns: Sequence[Message]) -> None:
+    """Check that the functions which a conversation calls are among its tools.
 
-    Turns that are excluded from training may call others.
+    ``tools`` is their JSON text. Turns that are excluded from training may call others.
 
     Raises:
         DroppedError: A turn calls another function.
     """
-    tools = turns[0].get("tools")
-    if not tools or not any(map(calls_of, turns)):
-        return
-    names = list(dict.fromkeys(tool["function"]["name"] for tool in json.loads(tools)))
+    names = _declared_names(tools)
     for number, turn in enumerate(turns, 1):
         for call in calls_of(turn):
             name = call["function"]["name"]
             if name not in names and not turn.get(UNTRAINED):
                 detail = f"turn {number} (assistant): `{name[:40]}`; `tools` has {_quoted(names)}"
                 raise DroppedError("call of a function that is not in `tools`", detail)
+
+
+@functools.lru_cache(maxsize=64)
+def _declared_names(tools: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(tool["function"]["name"] for tool in json.loads(tools)))
 
 
 def _exchanges(turns: Messages) -> Iterator[_Exchange]:

@@ -77,6 +77,26 @@ def test_a_result_without_its_call_or_a_call_without_its_result_is_dropped(
     assert data.dropped_examples == {f"demonstrations: {reason}": f"row 2: {detail}"}
 
 
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({**conversation(calls("a"), result("x")), "system": "s"}, "turn 3 (tool)"),
+        ({"messages": [system(""), *conversation(calls("a"), result("x"))["messages"]]},
+         "turn 4 (tool)"),
+        ({"messages": [user("q"), assistant(" "), user("z"), assistant("y")], "system": "s"},
+         "turn 2 (assistant)"),
+        ({"messages": [system(" "), user(" "), assistant("y")]}, "turn 2 (user)"),
+        ({"messages": [system(" "), assistant("y")]}, "it has no turn"),
+    ],
+)  # fmt: skip
+def test_a_turn_has_its_number_in_the_file_also_with_a_system_turn(
+    row: dict[str, Any], detail: str
+):
+    with pytest.raises(DroppedError) as error:
+        demonstration(row)
+    assert error.value.detail.split(":")[0] == detail
+
+
 BEHIND_TEXT = "a result behind a turn without `tool_calls`, whose text may contain them"
 FEWER = "fewer results than calls, without ids"
 IN_ORDER = "results without the ids of several calls, matched by their order"
@@ -127,10 +147,12 @@ def test_a_call_of_a_function_that_is_not_declared_is_dropped_where_it_would_be_
     asked: dict[str, Any] = {"prompt": "q", "tools": TOOLS, "system": "s"}
     in_prompt: dict[str, Any] = {"messages": [user("q"), bad, result("a"), assistant("y")]}
     cases: list[tuple[Any, dict[str, Any], int]] = [
-        (demonstration, {**asked, "completion": [bad]}, 3),
+        (demonstration, {**asked, "completion": [bad]}, 2),
         (demonstration, {**in_prompt, "tools": TOOLS}, 2),
-        (pair, {**asked, "chosen": [bad], "rejected": [good]}, 3),
-        (labeled, {**asked, "completion": [bad], "label": True}, 3),
+        (demonstration, {**in_prompt, "tools": TOOLS, "system": "s"}, 2),
+        (demonstration, {"messages": [system(" "), *in_prompt["messages"]], "tools": TOOLS}, 3),
+        (pair, {**asked, "chosen": [bad], "rejected": [good]}, 2),
+        (labeled, {**asked, "completion": [bad], "label": True}, 2),
         (labeled, {**in_prompt, "tools": TOOLS, "label": False}, 2),
     ]
     for read, row, number in cases:
