@@ -11,7 +11,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.config.base import GymEnvironment
@@ -64,8 +64,8 @@ def inspect_env(environment: GymEnvironment) -> EnvSpec:
 
     Raises:
         NotInstalledError: A package is missing.
-        UnfitError: The environment does not exist, does not accept its options, has no time limit,
-            or has spaces that no policy supports.
+        UnfitError: The environment does not exist, cannot be made, does not accept its options, has
+            no time limit, or has spaces that no policy supports.
     """
     try:
         import gymnasium
@@ -78,7 +78,8 @@ def inspect_env(environment: GymEnvironment) -> EnvSpec:
         env = _make(gymnasium, environment.name, environment.options)
     try:
         spec = _spec(env, environment.name, environment.distribution)
-        _check_needs(env, environment.name, environment.needs)
+        _check_needs(env, environment)
+        _check_options(env, environment)
         if env.spec is None or env.spec.max_episode_steps is None:
             raise UnfitError(
                 "environment_options",
@@ -128,16 +129,46 @@ def _make(gymnasium: Any, name: str, options: Mapping[str, Any]) -> gymnasium.En
         known = sorted(key for key in gymnasium.registry if "/" not in key)
         hint = did_you_mean(name, known) or "; gymnasium.pprint_registry() lists them"
         raise UnfitError("environment", f"unknown environment {name}{hint}") from None
-    except (TypeError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise UnfitError(
-            "environment_options", f"{name} does not accept {dict(options)}: {text}"
-        ) from None
+    except Exception as error:  # of any kind: many environments do not check their options
+        raise _unfit(name, options, error) from None
 
 
-def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) -> None:
+def _unfit(name: str, options: Mapping[str, Any], error: Exception) -> UnfitError:
+    """The error about an environment that raised ``error`` when it was made or stepped."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, (TypeError, ValueError)):
+        text = f"{type(error).__name__}: {text}"
+    if options or isinstance(error, TypeError):  # a required option is missing
+        return UnfitError("environment_options", f"{name} does not accept {dict(options)}: {text}")
+    return UnfitError("environment", f"{name} cannot be made: {text}; change the environment")
+
+
+def _check_options(env: gymnasium.Env[Any, Any], environment: GymEnvironment) -> None:
+    """Take a step, where some environments use their options for the first time.
+
+    Those of games are used when the game is loaded, and its moves may be illegal.
+    """
+    if environment.options.keys() - {"max_episode_steps"} and not hasattr(env.unwrapped, "game"):
+        _first_step(env, environment)
+
+
+def _first_step(env: gymnasium.Env[Any, Any], environment: GymEnvironment) -> Mapping[str, Any]:
+    """The ``info`` of the first step of an episode, with a random action."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            env.reset(seed=0)
+            env.action_space.seed(0)
+            *_, info = env.step(env.action_space.sample())
+    except Exception as error:  # as when it is made
+        raise _unfit(environment.name, environment.options, error) from None
+    return info
+
+
+def _check_needs(env: gymnasium.Env[Any, Any], environment: GymEnvironment) -> None:
     from gymnasium.spaces import Box, Dict, Discrete
 
+    name, needs = environment.name, environment.needs
     observations, actions = env.observation_space, env.action_space
     fulfilled = {
         "numbered states": (isinstance(observations, Discrete), observations),
@@ -163,7 +194,7 @@ def _check_needs(env: gymnasium.Env[Any, Any], name: str, needs: Sequence[str]) 
         )
     for need in needs:
         if need == "a cost":
-            _check_cost(env, name)
+            _check_cost(env, environment)
             continue
         is_fulfilled, has = fulfilled[need]
         if not is_fulfilled:
@@ -178,15 +209,12 @@ def _n_agents(env: gymnasium.Env[Any, Any]) -> int:
     return int(getattr(env.unwrapped, "n_agents", 1))
 
 
-def _check_cost(env: gymnasium.Env[Any, Any], name: str) -> None:
-    env.reset(seed=0)
-    env.action_space.seed(0)
-    *_, info = env.step(env.action_space.sample())
-    if "cost" not in info:
+def _check_cost(env: gymnasium.Env[Any, Any], environment: GymEnvironment) -> None:
+    if "cost" not in _first_step(env, environment):
         raise UnfitError(
             "cost_limit",
-            f"{name} has no `cost` in the `info` of a step; remove the key, or change the "
-            "environment",
+            f"{environment.name} has no `cost` in the `info` of a step; remove the key, or change "
+            "the environment",
         )
 
 

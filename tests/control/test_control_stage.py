@@ -269,6 +269,31 @@ def test_the_error_of_a_missing_dependency_names_the_extra(environment, hidden, 
         spaces.inspect_env(GymEnvironment(environment, {}))
 
 
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ("FrozenLake-v1", {"map_name": "9x9"}, "does not accept {'map_name': '9x9'}: KeyError: '9x9'"),
+        ("LunarLander-v3", {"gravity": 5}, "AssertionError: gravity (current value: 5) must be"),
+        ("Pendulum-v1", {"g": "x"}, "does not accept {'g': 'x'}: unsupported operand"),  # in a step
+    ],
+)  # fmt: skip
+def test_an_option_that_breaks_an_environment_is_an_error(environment, options, message):
+    if environment == "LunarLander-v3":
+        pytest.importorskip("Box2D", reason="the extra [box2d] is not installed")
+    with pytest.raises(spaces.UnfitError, match=re.escape(message)) as error:
+        spaces.inspect_env(GymEnvironment(environment, options))
+    assert error.value.key == "environment_options"
+
+
+def test_a_module_that_breaks_is_an_error_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_environment.py").write_text("1 / 0")
+    message = "broken_environment:Any-v0 cannot be made: ZeroDivisionError: division by zero; ch"
+    with pytest.raises(spaces.UnfitError, match=message) as error:
+        spaces.inspect_env(GymEnvironment("broken_environment:Any-v0", {}))
+    assert error.value.key == "environment"
+
+
 def test_plan_and_check_inspect_the_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.yaml").write_text(SMALL)

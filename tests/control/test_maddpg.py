@@ -282,6 +282,7 @@ def test_a_centralized_critic_explains_what_an_independent_one_takes_for_noise()
     [
         ({"module": "mpe2.simple_spread_v3"}, r"actions Discrete\(5\); expected a Box"),
         ({"module": "mpe2.simple_sprad_v3"}, "No module named 'mpe2.simple_sprad_v3'"),
+        ({"module": -1}, "`module` must be a text, such as mpe2.simple_spread_v3, got -1"),
         ({"module": "helpers"}, "AttributeError: module 'helpers' has no att"),
         ({"module": "helpers.agents", "sizes": (1, 2)}, "left has observations .*, but right has"),
         ({"module": "helpers.agents", "stakes": -1}, "AssertionError: stakes must not be neg"),

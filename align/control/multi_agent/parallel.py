@@ -29,6 +29,8 @@ def load(module: str, options: Mapping[str, Any]) -> Any:
         gymnasium.error.DependencyNotInstalled: The extra is missing.
         ValueError: No such module, or it does not accept the options.
     """
+    if not isinstance(module, str):
+        raise ValueError(f"`module` must be a text, such as mpe2.simple_spread_v3, got {module!r}")
     library = module.partition(".")[0]
     if library in LIBRARIES and importlib.util.find_spec(library) is None:
         raise gymnasium.error.DependencyNotInstalled(f"{library} is not installed")
