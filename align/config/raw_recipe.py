@@ -30,6 +30,8 @@ class RawRecipe:
     """The keys of each stage whose values are not valid by themselves."""
     wrong_inputs: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
     """The keys of each stage that name no input."""
+    reports: dict[str, list[tuple[tuple[str | int, ...], str]]] = field(default_factory=dict)
+    """The errors of each stage: the key, and the message."""
 
     def classes(self) -> dict[str, type[Stage] | None]:
         """The class of each stage, in order; None for an unknown kind."""
@@ -75,6 +77,7 @@ class RawRecipe:
         """Add an error between keys that are each valid, at one of them."""
         keys = tuple(keys)
         self.invalid.add(name)
+        self.reports.setdefault(name, []).append((keys, message))
         address = ".".join(map(str, (name, *keys)))
         self.problems.append(f"{self.place(name, *keys)}: {address}: {message}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin
 
@@ -33,7 +33,8 @@ _EXPECTED = {  # by pydantic's type of error
 }
 
 
-DECISIVE = ("revision", "chat_template_path", "environment", "environment_options", "data_split")
+ENVIRONMENT = ("environment", "environment_options")
+DECISIVE = ("revision", "chat_template_path", "algorithm", "data_split", *ENVIRONMENT)
 """Keys without which a check could find errors that are none."""
 
 
@@ -47,10 +48,14 @@ class InvalidStage:
     """The keys whose values are wrong."""
     wrong_inputs: frozenset[tuple[str, ...]] = frozenset()
     """The keys that name no input."""
+    contradicted: frozenset[str] = frozenset()
+    """The keys of the environment that an error between keys is about."""
 
     def lacks(self, keys: Sequence[str]) -> bool:
-        """Whether the value at ``keys`` is wrong, or part of a wrong one."""
-        return any(tuple(keys[: len(wrong)]) == wrong for wrong in self.wrong)
+        """Whether the value at ``keys`` is wrong, part of a wrong one, or contradicted."""
+        return not self.contradicted.isdisjoint(keys[:1]) or any(
+            tuple(keys[: len(wrong)]) == wrong for wrong in self.wrong
+        )
 
     def lacks_input(self, keys: tuple[str, ...]) -> bool:
         """Whether ``keys`` name no input."""
@@ -72,7 +77,21 @@ def invalid_stages(
         config = stages[name] if not wrong else _without(cls, values, wrong)
         if config is not None:
             inputs = frozenset(raw.wrong_inputs.get(name, ()))
-            yield name, InvalidStage(config, frozenset(filter(None, wrong)), inputs)
+            contradicted = _contradicted(cls, raw.reports.get(name, ()))
+            yield name, InvalidStage(config, frozenset(filter(None, wrong)), inputs, contradicted)
+
+
+def _contradicted(
+    cls: type[Stage], reports: Iterable[tuple[tuple[str | int, ...], str]]
+) -> frozenset[str]:
+    """The keys of a Gymnasium environment that errors name: it would be refused once more."""
+    keys = ENVIRONMENT if issubclass(cls, Control) else ()
+    return frozenset(
+        key
+        for key in keys
+        for at, message in reports
+        if key in at[:1] or re.search(rf"`{key}\b", message)
+    )
 
 
 def _without(

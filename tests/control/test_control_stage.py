@@ -231,7 +231,7 @@ ERRORS = [  # name, keys of the recipe, texts that one line of the error contain
     ("a lambda for REINFORCE", {"algorithm": "reinforce", "gae_lambda": 0.5}, ["remove `gae_lambda`"]),
     ("no baseline for PPO", {"baseline": "none"}, ["`algorithm: ppo` requires values"]),
     ("more minibatches than steps", {"n_envs": 4, "n_steps": 8, "minibatches": 33}, ["control: `minibatches` (33) must not exceed `n_envs` times `n_steps` (32)"]),
-    ("no batched environment", {"environment": "Acrobot-v1", "vectorization": "batched"}, ["`vectorization: batched` does not support Acrobot-v1; expected CartPole-v1 or Pendulum-v1"]),
+    ("no batched environment", {"environment": "Acrobot-v1", "vectorization": "batched"}, ["`vectorization: batched` does not support `environment: Acrobot-v1`; expected CartPole-v1 or Pendulum-v1"]),
     ("an option of Gymnasium's environment", {"vectorization": "batched", "environment_options": {"sutton_barto_reward": True}}, ["control: `environment_options.sutton_barto_reward` has no effect with `vectorization: batched`"]),
     ("a seed twice", {"seeds": [1, 1]}, ["`seeds` contains 1 more than once"]),
     ("a seed that is no list", {"seeds": 1}, ["control.seeds: expected a list, got 1"]),

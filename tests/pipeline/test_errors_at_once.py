@@ -131,19 +131,76 @@ STAGES_OF_ALL_KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STAGES_OF_ALL_KINDS)
-def test_a_wrong_or_missing_value_causes_no_other_error(kind: str, tmp_path: Path):
+OTHER_ALGORITHMS: dict[str, dict[str, Any]] = {
+    "maddpg": {
+        "stage": "control",
+        "algorithm": "maddpg",
+        "environment": "align.control.multi_agent.parallel:Parallel-v0",
+        "environment_options": {"module": "mpe2.simple_spread_v3", "continuous_actions": True},
+        "steps": 2000,
+    },
+    "sarsa": {
+        "stage": "control",
+        "algorithm": "sarsa",
+        "environment": "CliffWalking-v1",
+        "environment_options": {"max_episode_steps": 100},
+        "steps": 100,
+    },
+    "value_iteration": {
+        "stage": "control",
+        "algorithm": "value_iteration",
+        "environment": "FrozenLake-v1",
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*STAGES_OF_ALL_KINDS, *OTHER_ALGORITHMS])
+def test_a_wrong_or_missing_value_causes_no_other_error(name: str, tmp_path: Path):
     assert STAGES_OF_ALL_KINDS.keys() == STAGES.keys()
-    assert errors_of({"stages": STAGES_OF_ALL_KINDS}, tmp_path) == []
-    cls = stage_class(kind, STAGES_OF_ALL_KINDS[kind])
+    if name == "maddpg":
+        pytest.importorskip("mpe2", reason="the extra [multi-agent] is not installed")
+    stages = STAGES_OF_ALL_KINDS if name in STAGES_OF_ALL_KINDS else {name: OTHER_ALGORITHMS[name]}
+    assert errors_of({"stages": stages}, tmp_path) == []
+    cls = stage_class(stages[name].get("stage", name), stages[name])
     required = [key for key, field in cls.model_fields.items() if field.is_required()]
     wrong: Any = {"no": {"such": "key"}}
     changes = [{key: wrong if key not in ("trainer", "columns") else 5} for key in cls.model_fields]
     changes += [{key: None} for key in required] + [{"no_such_key": 1}]
+    changes += [{"algorithm": "no_such"}] if cls.model_fields.get("algorithm") else []
     for change in changes:
-        values = STAGES_OF_ALL_KINDS[kind] | change
-        values = {key: value for key, value in values.items() if value is not None}
         (key,) = change
-        lines = errors_of({"stages": STAGES_OF_ALL_KINDS | {kind: values}}, tmp_path)
+        if key in ("stage", "algorithm") and change[key] is None:
+            continue  # another kind of stage, or another algorithm
+        values = stages[name] | change
+        values = {key: value for key, value in values.items() if value is not None}
+        lines = errors_of({"stages": stages | {name: values}}, tmp_path)
         assert lines, change
-        assert all(f" {kind}.{key}" in line or key == "stage" for line in lines), lines
+        places = (f" {name}.{key}", f" {name}: `{key}.")  # of a value, or of one in a mapping
+        assert key == "stage" or all(any(at in line for at in places) for line in lines), lines
+
+
+SPREAD = OTHER_ALGORITHMS["maddpg"]
+BATCHED = {"stage": "control", "environment": "CartPole-v1", "vectorization": "batched", "steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (BATCHED | {"environment": "CartPole-v9"}, "does not support `environment: CartPole-v9`"),
+        (BATCHED | {"environment_options": {"max_episode_steps": 3.7}}, "a whole number from 1"),
+        (SPREAD | {"environment_options": {"module": -1}}, "`environment_options.module` must be"),
+    ],
+)
+def test_one_wrong_environment_is_one_error(values: Any, message: str, tmp_path: Path):
+    lines = errors_of({"stages": {"a": values}}, tmp_path)
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+
+
+def test_offline_data_of_another_environment_is_one_error(tmp_path: Path):
+    recorded = {"stage": "control", "environment": "CartPole-v1", "steps": 9, "record_steps": 9}
+    offline = {"stage": "control", "algorithm": "iql", "environment": "true", "steps": 9}
+    stages = {"a": recorded, "b": recorded, "c": offline | {"data": ["a", "b"]}}
+    lines = errors_of({"stages": stages}, tmp_path)
+    assert len(lines) == 1, lines
+    assert ": c.environment: the stages `a`, `b` record CartPole-v1, but this stage" in lines[0]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from pydantic import Field
+
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.maddpg import MultiAgent
@@ -32,6 +34,9 @@ FAMILIES: tuple[type[Control], ...] = (
 
 class UnknownAlgorithm(Control, extra="ignore"):
     """The keys that are checked while ``algorithm`` has no valid value."""
+
+    steps: int = Field(1, ge=1)
+    """Not required: some algorithms have a default."""
 
 
 def algorithms_of(family: type[Control]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -56,6 +57,7 @@ class Offline(Control):
         yield from super().problems(stages)
         for name in duplicates(self.data):
             yield Problem(("data",), f"`{name}` is listed more than once; list it once")
+        others: defaultdict[str, dict[int, str]] = defaultdict(dict)
         for place, name in enumerate(self.data):
             source = stages.get(name)
             if not isinstance(source, Control):
@@ -64,11 +66,17 @@ class Offline(Control):
                 message = f"the stage `{name}` records no steps; set `record_steps` there"
                 yield Problem(("data", place), message)
             elif source.environment != self.environment:
-                message = (
-                    f"the stage `{name}` records {source.environment}, but this stage has "
-                    f"{self.environment}; change one of them"
-                )
-                yield Problem(("data", place), message)
+                others[source.environment][place] = f"`{name}`"
+        for environment, names in others.items():
+            place = next(iter(names))
+            keys = ("data", place) if len(names) < len(self.data) else ("environment",)
+            sources = "stage" if len(names) == 1 else "stages"
+            verb = "records" if len(names) == 1 else "record"
+            yield Problem(
+                keys,
+                f"the {sources} {', '.join(names.values())} {verb} {environment}, but this stage "
+                f"has {self.environment}; change one of them",
+            )
 
     @property
     def value_expectile(self) -> float:

@@ -131,8 +131,8 @@ class PolicyGradient(Control):
     def _check_vectorization(self) -> Iterator[str]:
         if self.vectorization == "batched" and self.environment not in BATCHED:
             yield (
-                f"`vectorization: batched` does not support {self.environment}; expected "
-                f"{' or '.join(BATCHED)}, or remove the key"
+                f"`vectorization: batched` does not support `environment: "
+                f"{self.environment}`; expected {' or '.join(BATCHED)}, or remove the key"
             )
         others = [option for option in self.environment_options if option != "max_episode_steps"]
         for option in others if self.vectorization == "batched" else ():
