@@ -62,6 +62,7 @@ def pair(raw: Raw) -> Row:
 
     The prompt may be missing if the other two are whole conversations.
     """
+    raw = layouts.with_messages(raw)
     sides = {side: _in_column(side, _completion, raw) for side in ("chosen", "rejected")}
     return _check_distinct(_assemble(raw, sides, ("chosen",)))  # `rejected` may be a bad call
 
@@ -127,7 +128,10 @@ def hh_turns(text: object) -> Messages:
 
 def unread_fields(raw: Raw) -> set[str]:
     """Fields of the turns of a row that are neither read nor a reason to drop it."""
-    conversations = [value for value in map(raw.get, _CONVERSATIONS) if isinstance(value, list)]
+    prompt = raw.get("prompt")
+    inner = prompt.get("messages") if isinstance(prompt, dict) else None
+    values = (inner, *map(raw.get, _CONVERSATIONS))
+    conversations = [value for value in values if isinstance(value, list)]
     return {
         field
         for turns in conversations

@@ -1,9 +1,11 @@
-"""Layouts of ShareGPT and Alpaca, recognized by their columns, and converted to roles and turns.
+"""Layouts of ShareGPT, Alpaca and OpenAI's preferences, recognized by their columns.
 
 ShareGPT has ``conversations``, whose turns are ``{from, value}``. Beside them, LLaMA-Factory has
 ``chosen`` and ``rejected`` as single turns, or ``kto_tag`` as a label. Alpaca has ``instruction``,
 ``input`` and ``output``, and may have ``system`` and ``history``, a list of earlier questions with
-their answers. Column maps of the recipe take precedence, and so do Align's own columns.
+their answers. OpenAI's preferences have ``input``, an object with ``messages`` and ``tools``, and
+``preferred_output`` and ``non_preferred_output``. Column maps of the recipe take precedence, and so
+do Align's own columns.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from align.data.rows import DroppedError, Messages
-from align.data.tool_calls import calls_of_text
+from align.data.rows import DroppedError, Messages, Raw
+from align.data.tool_calls import calls_of_text, is_empty
 
 ROLES = {
     "human": "user",
@@ -23,16 +25,24 @@ ROLES = {
     "function_call": "assistant",
 }
 """Values of ``from`` and the roles that they stand for."""
-SHAREGPT, ALPACA = "ShareGPT", "Alpaca"
+SHAREGPT, ALPACA, OPENAI = "ShareGPT", "Alpaca", "OpenAI"
 OPTIONAL = ("input", "history")
 """Columns of Alpaca that belong to the prompt; the rows at the head of a file may lack them."""
+
+_PREFERENCES = {
+    "prompt": "input",
+    "chosen": "preferred_output",
+    "rejected": "non_preferred_output",
+}
 
 
 def recognize(names: Collection[str]) -> tuple[str, dict[str, str]]:
     """The layout of a source with these columns, and the column map that reads it.
 
-    Both are empty if the columns are those of neither layout.
+    Both are empty if the columns are those of no layout.
     """
+    if set(_PREFERENCES.values()) <= set(names):
+        return OPENAI, dict(_PREFERENCES)
     label = {"label": "kto_tag"} if "kto_tag" in names and "label" not in names else {}
     pairs = {"chosen", "rejected"} <= set(names)
     if "conversations" in names and "messages" not in names:
@@ -45,6 +55,23 @@ def recognize(names: Collection[str]) -> tuple[str, dict[str, str]]:
             columns["completion"] = "output"
         return ALPACA, columns | {name: name for name in OPTIONAL}
     return "", {}
+
+
+def with_messages(raw: Raw) -> Raw:
+    """A pair of OpenAI with the turns of its prompt and its tools; any other row as it is.
+
+    Raises:
+        DroppedError: Both the prompt and the row have tools.
+    """
+    prompt = raw.get("prompt")
+    if not isinstance(prompt, dict) or "messages" not in prompt:
+        return raw
+    raw = {**raw, "prompt": prompt["messages"]}
+    if is_empty(prompt.get("tools")):
+        return raw
+    if not is_empty(raw.get("tools")):
+        raise DroppedError("`tools` next to `tools` of `input`")
+    return {**raw, "tools": prompt["tools"]}
 
 
 def is_sharegpt(turn: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""ShareGPT's and Alpaca's layouts are recognized by their columns, and shown as recognized."""
+"""The layouts of ShareGPT, Alpaca and OpenAI are recognized by their columns, and shown as such."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def turns(*pairs: str) -> list[dict[str, str]]:
 CALL = '{"name": "weather", "arguments": {"city": "Rom"}}'
 STORED = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
 GO = [system("Be brief."), user("Hi"), assistant("Hm?"), user("Go")]
+PREFERRED = {"preferred_output": [assistant("A")], "non_preferred_output": [assistant("B")]}
 SHARED = turns("human: Hi", "gpt: Hm?", "human: Go")
 ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("ShareGPT", {"conversations": [*SHARED, *turns("gpt: A")], "system": "Be brief."},
@@ -70,6 +71,15 @@ ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
      "pairs", {"prompt": [user("Hi")], "chosen": [assistant("A")], "rejected": [assistant("B")]}),
     ("Alpaca, labeled", {"instruction": "Hi", "output": "A", "kto_tag": "true"},
      "unpaired", {"prompt": [user("Hi")], "completion": [assistant("A")], "label": True}),
+    ("OpenAI", {"input": {"messages": GO, "tools": [], "parallel_tool_calls": True}, **PREFERRED},
+     "pairs", {"prompt": GO, "chosen": [assistant("A")], "rejected": [assistant("B")]}),
+    ("OpenAI, tools", {"input": {"messages": GO[3:], "tools": [{"name": "weather"}]}, **PREFERRED},
+     "pairs", {"chosen": [assistant("A")], "rejected": [assistant("B")], "prompt": [
+         GO[3] | {"tools": '[{"type": "function", "function": {"name": "weather"}}]'}]}),
+    ("OpenAI, null tools and tools of the row", {"input": {"messages": GO[3:], "tools": None},
+      "tools": [{"name": "weather"}], **PREFERRED},
+     "pairs", {"prompt": [
+         GO[3] | {"tools": '[{"type": "function", "function": {"name": "weather"}}]'}]}),
 ]  # fmt: skip
 
 
@@ -84,7 +94,8 @@ def test_a_layout_is_recognized_and_shown(
     (read,) = training_rows(data, kind)
     assert {name: read[name] for name in expected} == expected
     assert "not_read" not in data.findings
-    layout = "ShareGPT" if "conversations" in row else "Alpaca"
+    names = {"conversations": "ShareGPT", "instruction": "Alpaca", "preferred_output": "OpenAI"}
+    layout = next(layout for name, layout in names.items() if name in row)
     (line,) = statistics.how_read(data.findings)
     assert line.startswith(f"recognized: {file} as {layout}, columns {{")
 
@@ -134,6 +145,24 @@ def test_rows_of_the_layout_are_checked_as_others(tmp_path: Path):
         "demonstrations: begins with an assistant turn": 1,
         "demonstrations: wrong roles": 1,
     }
+
+
+def test_rows_of_openai_are_checked_as_others(tmp_path: Path):
+    tools = [{"name": "weather"}]
+    named = [user("Hi") | {"emotion": "glad"}]
+    rows = [
+        {"input": {"messages": named}, **PREFERRED},
+        {"input": {"messages": GO[3:], "tools": tools}, "tools": tools, **PREFERRED},
+        {"input": {"turns": GO}, **PREFERRED},
+        {"input": {"messages": GO[:3]}, **PREFERRED},
+    ]
+    data = prepared_whole(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert data.dropped == {
+        "pairs: `tools` next to `tools` of `input`": 1,
+        "pairs: content is not text": 1,
+        "pairs: two turns in a row by one speaker": 1,
+    }
+    assert data.findings["not_read"] == {"field `emotion` of turns": 1}
 
 
 def test_a_system_turn_that_differs_from_the_column_is_dropped(tmp_path: Path):
