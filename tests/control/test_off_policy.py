@@ -38,7 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
         "network": "dueling",
     },
     "sac": {"environment": POINT_REACH, "algorithm": "sac", "replay": "hindsight"},
-    "td3": {"environment": "Pendulum-v1", "algorithm": "td3", "train_every": 3},
+    "td3": {
+        "environment": "Pendulum-v1",
+        "algorithm": "td3",
+        "train_every": 3,
+        "schedule": "linear",
+    },
 }
 
 
@@ -143,6 +148,21 @@ def test_random_actions_become_rarer() -> None:
     assert rate(0.0) == pytest.approx(0.6)
     trainer.model.num_timesteps = 200
     assert rate(0.0) == 0.2
+
+
+@trains
+@pytest.mark.parametrize("case", ["dqn", "sac"])
+def test_the_learning_rate_decays_over_the_whole_run(case: str) -> None:
+    for schedule, part in (("linear", 1 - 130 / 260), ("constant", 1.0)):
+        trainer = build(**CASES[case] | {"schedule": schedule, "learning_rate": 0.01})
+        while trainer.steps < 130:  # in several calls of the library, of which each trains
+            trainer.train_step()
+        assert trainer.steps == 130
+        policy = trainer.model.policy
+        networks = (policy,) if case == "dqn" else (policy.actor, policy.critic)
+        for network in networks:
+            (group,) = network.optimizer.param_groups
+            assert group["lr"] == pytest.approx(0.01 * part)
 
 
 @trains

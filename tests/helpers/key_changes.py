@@ -467,6 +467,7 @@ CHANGES["control: off-policy"] = {key: CHANGES["control"][key] for key in OF_ALL
     "buffer_size": Change(30),
     "learning_starts": Change(30),
     "batch_size": Change(16),
+    "schedule": Change("linear"),
     "train_every": Change(30),
     "gradient_steps": Change(2),
     "tau": Change(0.1),

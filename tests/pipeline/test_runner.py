@@ -218,8 +218,8 @@ OTHER["control: dynamic programming"] = OF_ALL_ALGORITHMS | {
 }  # fmt: skip
 OTHER["control: off-policy"] = OF_ALL_ALGORITHMS | {
     "algorithm": "sac", "hidden_sizes": [3], "learning_rate": 0.1, "buffer_size": 7, "learning_starts": 7,
-    "batch_size": 7, "train_every": 7, "gradient_steps": 7, "tau": 0.7, "replay": "hindsight", "hindsight_goals": 7,
-    "target": "double", "network": "dueling", "target_update_interval": 7, "exploration_fraction": 0.7,
+    "batch_size": 7, "schedule": "linear", "train_every": 7, "gradient_steps": 7, "tau": 0.7,
+    "replay": "hindsight", "hindsight_goals": 7, "target": "double", "network": "dueling", "target_update_interval": 7, "exploration_fraction": 0.7,
     "exploration_final": 0.7, "action_noise": 0.7,
 }  # fmt: skip
 OTHER["control: self-play"] = OF_ALL_ALGORITHMS | {

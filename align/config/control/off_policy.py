@@ -29,11 +29,14 @@ class OffPolicy(Replay):
     """
 
     code_version: ClassVar[int] = 1
+    later_keys: ClassVar = {"schedule": "constant"}
 
     algorithm: Literal["dqn", "sac", "td3"]
     """Algorithm."""
     hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([256, 256], min_length=1)
     """Widths of the hidden layers, with ReLU, of the policy and of the critics."""
+    schedule: Literal["linear", "constant"] = "constant"
+    """Learning rate over the run: constant, or decaying to 0."""
     train_every: int = Field(1, ge=1)
     """Environment steps between updates."""
     gradient_steps: int = Field(1, ge=1)

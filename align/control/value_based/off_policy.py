@@ -59,6 +59,11 @@ class OffPolicyTrainer(Trainer[OffPolicy]):
         self._random: tuple[Any, Tensor] | None = None
         with self._own_randomness():
             self.model = build_model(config, self.env, derive_seed(seed, 1))
+        if config.schedule == "linear":  # that of the library decays over each call of `learn`
+            model = self.model
+            model.lr_schedule = lambda _: (
+                config.learning_rate * max(0.0, 1 - model.num_timesteps / config.steps)
+            )
         self.model.set_logger(Logger(None, []))
         self.first_observation, _ = env.reset(seed=seed)
 
