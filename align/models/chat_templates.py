@@ -32,6 +32,8 @@ SECONDS = 5.0
 """Longest time that a template may take for one conversation."""
 MAX_LENGTH = 10_000_000
 """Longest text or list that a template may build by multiplication."""
+MAX_PARTS = 3
+"""Most missing parts of a conversation that an error lists."""
 TODAY = datetime.datetime(2024, 7, 26)
 """What ``strftime_now`` formats: a real date would change the tokens of a run from day to day."""
 REPAIR = (
@@ -73,12 +75,26 @@ class ChatTemplate:
         if tools or any(has_more) or (turns and _may_omit(self.text, text, messages)):
             missing = self._missing(text, messages, add_generation_prompt, tools, turns)
             if missing:
-                raise UserError(
-                    f"{self.name}: its chat template does not write {', '.join(missing)} in the "
-                    f"conversation {_beginning(messages)}; remove such rows from the source, or "
-                    f"{REPAIR}"
-                )
+                raise self._incomplete(text, messages, missing)
         return text
+
+    def _incomplete(
+        self, text: str, messages: Sequence[Message], missing: Sequence[str]
+    ) -> UserError:
+        """The error for parts that the template leaves out."""
+        contents = [str(message.get("content") or "").strip() for message in messages]
+        if not any(content and content in text for content in contents):
+            return UserError(
+                f"{self.name}: its chat template writes no text of the conversation "
+                f"{_beginning(messages)}, as that of a model for images may not; {REPAIR}"
+            )
+        parts = ", ".join(missing[:MAX_PARTS])
+        if len(missing) > MAX_PARTS:
+            parts += f" and {len(missing) - MAX_PARTS} further parts"
+        return UserError(
+            f"{self.name}: its chat template does not write {parts} in the conversation "
+            f"{_beginning(messages)}; remove such rows from the source, or {REPAIR}"
+        )
 
     def _missing(
         self,

@@ -154,9 +154,9 @@ def open_reasoning_lines(
     count = sum(any(not _ends_reasoning(turn) for turn in answers(row)) for row in rows)
     if count:
         yield (
-            f"{name}: {count:,} of {len(rows):,} rows have an answer without reasoning behind the "
-            f"`{REASONING[0]}` that the template writes before it, so the policy learns to answer "
-            f"within its reasoning; add `{turn_fields.REASONING[0]}` to them, or {REPAIR}"
+            f"{name}: warning: {count:,} of {len(rows):,} rows have an answer without reasoning "
+            f"behind the `{REASONING[0]}` that the template writes before it, so the policy learns "
+            f"to answer within its reasoning; add `{turn_fields.REASONING[0]}` to them, or {REPAIR}"
         )
 
 

@@ -25,6 +25,8 @@ from align.training.token_batches import TokenBatchTrainer
 IGNORED_LABEL = -100
 DEMONSTRATION = "demonstration"
 """Column with the index of the demonstration that a token row belongs to."""
+SPLITS = {"train": "training", "eval": "validation"}
+"""Names of the splits, by those that TRL has for them."""
 LENGTHS = "seq_lengths"
 """Column with the lengths of the token rows in one list of tokens, as TRL names it."""
 
@@ -42,7 +44,13 @@ class DemonstrationTrainer(TokenBatchTrainer, SFTTrainer):
             self.data_collator = _Collator(self.data_collator)
 
     def _prepare_dataset(
-        self, dataset: Dataset, processing_class: Any, args: SFTConfig, packing: bool, *others: Any
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: None,
+        dataset_name: str,
     ) -> Dataset | Demonstrations:
         """Tokenize demonstrations; TRL then truncates, packs and shuffles their token rows."""
         with global_then_local_main_first():
@@ -54,11 +62,14 @@ class DemonstrationTrainer(TokenBatchTrainer, SFTTrainer):
                 num_proc=args.dataset_num_proc,
                 fn_kwargs={
                     "rows": self._rows,
+                    "split": SPLITS[dataset_name],
                     "train_on": self._train_on,
                     "whole": not self.completion_only_loss,
                 },
             )
-        rows = super()._prepare_dataset(rows, processing_class, args, packing, *others)
+        rows = super()._prepare_dataset(
+            rows, processing_class, args, packing, formatting_func, dataset_name
+        )
         if packing:
             return rows
         demonstrations = Demonstrations(rows)
@@ -70,6 +81,7 @@ def _tokenize(
     indices: Sequence[int],
     *,
     rows: RowsForTRL,
+    split: str,
     train_on: Any,
     whole: bool,
 ) -> dict[str, list[Any]]:
@@ -80,7 +92,7 @@ def _tokenize(
     with naming_row(
         numbered,
         lambda row: tokenize([row[0]], [row[1]]),
-        lambda row: f"row {row[2] + 1:,} of the demonstrations",
+        lambda row: f"row {row[2] + 1:,} of the {split} demonstrations",
     ):
         tokenized = tokenize(columns["prompt"], columns["completion"])
     flat = [(index, row) for index, own in zip(indices, tokenized, strict=True) for row in own]

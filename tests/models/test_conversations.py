@@ -175,6 +175,15 @@ def test_a_template_that_omits_turns_of_a_prompt_is_refused(omitted: str):
     tokenization.tokenize_prompts(tokenizer, [PROMPT])
 
 
+def test_many_omitted_turns_are_counted():
+    tokenizer = make_tokenizer("{{ messages[-1].content }}</s>")
+    with pytest.raises(UserError, match=r"of turn 3 \(user\) and 5 further parts in the"):
+        tokenization.tokenize_prompts(tokenizer, [[*(PROMPT + answer("yes")) * 4, *PROMPT]])
+    tokenizer = make_tokenizer("{% for m in messages %}User{% endfor %}")
+    with pytest.raises(UserError, match=r"writes no text of the conversation 'the question'"):
+        tokenization.tokenize_prompts(tokenizer, [PROMPT + answer("yes") + PROMPT])
+
+
 @pytest.mark.parametrize("template", [
     VICUNA.replace("m.content", "m.content.replace('/no_think', '')"),  # SmolLM3's command
     VICUNA.replace("m.content", "(m.content.split('</think>')|last)"),

@@ -513,7 +513,9 @@ def test_the_command_shows_the_tokens_of_a_file(
     }]))  # fmt: skip
     with pytest.raises(UserError) as raised:  # the template has no tools
         data_show("calls.json", ["test_fraction=0"], stage="sft", model=str(converted[0]), n=1)
-    place = f"row 1 of the demonstrations: {converted[0]}: its chat template does not write"
+    place = (
+        f"row 1 of the training demonstrations: {converted[0]}: its chat template does not write"
+    )
     (line,) = raised.value.lines
     assert line.startswith(place)
     assert line.endswith(f"FILE.jinja {converted[0]} NEW.gguf`")

@@ -100,7 +100,9 @@ def test_answers_without_the_reasoning_that_a_template_begins_are_counted(check:
     assert begins != CHATML
     code, out, err = check("  sft: {model: model}\n", template=begins)
     assert code == 0, err
-    assert "sft: 40 of 40 rows have an answer without reasoning behind the `<think>`" in out
+    assert (
+        "sft: warning: 40 of 40 rows have an answer without reasoning behind the `<think>`" in out
+    )
     thought = [{"role": "assistant", "content": "Yes.", "reasoning_content": "It is."}]
     for chosen in (thought, "<think>It is.</think>Yes."):
         written = "('<think>\n' + message.reasoning_content + '</think>' "

@@ -63,7 +63,7 @@ def test_sft_names_the_demonstration(tmp_path: Path, tmp_path_factory: pytest.Te
     config = Prepare(source=write_jsonl(tmp_path / "a.jsonl", rows), test_fraction=0.0)
     with pytest.raises(UserError) as error:
         token_view.tokenized_rows(config, "sft", str(tmp_path / "model"), 4)
-    assert str(error.value).startswith("row 3 of the demonstrations: "), error.value
+    assert str(error.value).startswith("row 3 of the training demonstrations: "), error.value
 
 
 def test_an_error_that_no_row_has_alone_is_raised_as_it_is():

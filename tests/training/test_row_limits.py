@@ -42,15 +42,14 @@ def words(count: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def data(world: tiny_models.World) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 short pairs, 3 with a prompt beyond the positions of the model, 1 with such an answer."""
-    folder = world.folder / "long"
+    folder = tmp_path_factory.mktemp("long")
     lengths = [(3, 3)] * 30 + [(400, 3)] * 3 + [(3, 400)]
     rows = [
         {"prompt": f"{n} {words(a)}", "chosen": f"yes {words(b)}", "rejected": "no"}
         for n, (a, b) in enumerate(lengths)
     ]
-    folder.mkdir()
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = Prepare(source=str(file), test_fraction=0.0)
