@@ -96,7 +96,7 @@ def last_point(folder: Path, seed: int) -> dict[str, Any]:
         pytest.param(
             "cartpole_dqn",
             "control",
-            {"seeds": [1], "learning_rate": 2.3e-3, "target": "double", "network": "dueling"},
+            {"seeds": [1], "target": "double", "network": "dueling"},
             475,
             id="double DQN with a dueling network",
             marks=long,
