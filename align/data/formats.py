@@ -362,6 +362,8 @@ def _check_prompt(prompt: Messages) -> list[str]:
     for number, turn in enumerate(turns, 1 + len(prompt) - len(turns)):
         if not _says_something(turn):
             raise DroppedError("blank prompt", f"turn {number} ({turn['role']})")
+    if len(turns) == 1 and turns[0]["role"] == "user":  # most rows
+        return []
     roles = [turn["role"] for turn in turns]
     roles = roles[1:] if roles[0] == "system" else roles
     for before, role in pairwise([*roles, "assistant"]):

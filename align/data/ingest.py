@@ -277,7 +277,8 @@ class _Ingester:
                     place = f"{file}{error.place or f'{unit} {number}'}"
                     table.add_invalid(example, self._n_sources, place)
                 else:
-                    unusual = row.pop(UNUSUAL, ())
+                    if UNUSUAL in row:
+                        self._count_unusual(row.pop(UNUSUAL), f"{file}{unit} {number}")
                     copied = {
                         name: _flatten(raw.get(name, converted.get(name)))
                         for name in self._config.keep_columns
@@ -285,7 +286,6 @@ class _Ingester:
                     margin, place = converted.get("margin"), f"{file}{unit}"
                     table.add(row, self._n_sources, copied, margin, place=place, number=number)
                     self._add_to_index(table, row)
-                    self._count_unusual(unusual, f"{place} {number}")
         row_layouts.raise_if_mixed()
 
     def _count_unread(self, raw: Raw, renamed: Raw, used: set[str]) -> None:

@@ -84,6 +84,7 @@ class RowLayouts:
     def __init__(self, part: Part, kind: str, source: MixtureSource) -> None:
         self._part, self._kind = part.name, kind
         self._reader, self._columns, self._labels = source.reader, source.columns, source.labels
+        self._required = REQUIRED_COLUMNS.get(source.reader)
         self._known: dict[tuple[str, ...], RowLayout | None] = {}
         self._rows: dict[RowLayout, _Rows] = {}
         self._own: dict[tuple[str, ...], _Rows | None] = {}
@@ -137,8 +138,7 @@ class RowLayouts:
 
     def with_columns(self, error: DroppedError, raw: Raw, renamed: Raw) -> DroppedError:
         """The error with the columns of its row, if a column that is required has no value."""
-        required = REQUIRED_COLUMNS.get(self._reader, ())
-        is_complete = all(renamed.get(name) is not None for name in required)
+        is_complete = all(renamed.get(name) is not None for name in self._required or ())
         if error.reason == OTHER_LAYOUT or (error.reason not in _MISSING and is_complete):
             return error
         names = ", ".join(f"`{name}`" for name in _with_values(raw)[:8])
@@ -181,8 +181,8 @@ class RowLayouts:
 
     def _may_be_other(self, renamed: Raw) -> bool:
         """Whether a row lacks what all rows of the part have, or has a label that they lack."""
-        if self._reader in REQUIRED_COLUMNS:
-            return any(renamed.get(name) is None for name in REQUIRED_COLUMNS[self._reader])
+        if self._required is not None:
+            return any(renamed.get(name) is None for name in self._required)
         if not self._has_completion(renamed):
             return True
         if self._kind == "demonstrations":
