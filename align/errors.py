@@ -167,3 +167,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     else:
         listed, more = known, ""
     return did_you_mean(word, known) or f"; known: {', '.join(listed)}{more}"
+
+
+def not_installed(package: str, requirement: str) -> str:
+    """The error about a missing package: ``requirement`` is the argument of ``pip install``.
+
+    >>> not_installed("gguf", "-e '.[gguf]'")
+    "gguf is not installed: pip install -e '.[gguf]'"
+    """
+    return f"{package} is not installed: pip install {requirement}"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from align.cli.run import Runs
-from align.errors import ArtifactError, DataError, RecipeError, counted, printable
+from align.errors import ArtifactError, DataError, RecipeError, counted, not_installed, printable
 from align.runtime import artifacts, signals
 from align.runtime.environment import quiet_libraries
 
@@ -61,7 +61,7 @@ def annotate(
     from align.evaluation.annotation.session import Session
 
     if importlib.util.find_spec("gradio") is None:
-        raise ArtifactError("align annotate needs gradio; pip install 'align-llm[annotate]'")
+        raise ArtifactError(not_installed("gradio", "-e '.[annotate]'"))
     quiet_libraries()
     server.check_address(host, port, password := os.environ.get(server.PASSWORD))
     text = _read_guideline(guideline)

@@ -17,11 +17,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from align.errors import RecipeError
+from align.errors import RecipeError, not_installed
 from align.runtime import signals
 from align.runtime.exit_codes import RESUMES
 
-NO_DEEPSPEED = "deepspeed is not installed: pip install -e '.[deepspeed]'"
+NO_DEEPSPEED = not_installed("deepspeed", "-e '.[deepspeed]'")
 
 
 def check_launch_configuration(file: Path) -> None:

@@ -106,7 +106,9 @@ def _missing_packages(
 
     yield from packages.missing(stages)
     for stage, problem in packages.environment_problems(stages):
-        if packages.is_of_package(problem):
+        from align.control.spaces import NotInstalledError  # only where there is a problem
+
+        if isinstance(problem, NotInstalledError):
             yield f"{stage.name}.{problem.key}: {problem}"
         else:
             errors.add((stage.name, problem.key), str(problem))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from align.errors import UserError, printable
+from align.errors import UserError, not_installed, printable
 
 Quantization = Annotated[
     str | None,
@@ -27,9 +27,8 @@ def check_quantization(value: str | None) -> None:
     if value not in (None, "nf4"):
         raise UserError(f"--quantization {value}: expected nf4")
     if value is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "--quantization: bitsandbytes is not installed: pip install -e '.[quantization]'"
-        )
+        message = not_installed("bitsandbytes", "-e '.[quantization]'")
+        raise UserError(f"--quantization: {message}")
 
 
 def announce_mismatches(value: str | None, models: Iterable[Path | str]) -> None:

@@ -37,6 +37,13 @@ PACKAGES = (
 )
 """Parts of the values of ``optim``, each with the module that such an optimizer imports and the
 argument of ``pip install``. The first part that fits decides."""
+UNSUPPORTED = {
+    "adamw_anyprecision": (
+        "needs torchdistx, whose last release is for torch 1.12 and Python 3.10; set another, "
+        "such as `optim: adamw_torch`"
+    ),
+}
+"""Values of ``optim`` that cannot be used here, each with the error."""
 LOW_RANK = ("galore_", "apollo_")
 """Beginnings of the values of ``optim`` that read ``optim_target_modules``."""
 
@@ -51,8 +58,14 @@ def required_package(optimizer: str) -> tuple[str, str] | None:
     return next(packages, None)
 
 
-def unread_fields(optimizer: str, changed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The fields among ``changed`` that an optimizer does not read, each with the error."""
+def field_errors(optimizer: str, changed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields among ``changed`` that an optimizer does not read, each with the error.
+
+    Of an optimizer that cannot be used here, ``optim`` alone.
+    """
+    if optimizer in UNSUPPORTED:
+        yield "optim", UNSUPPORTED[optimizer]
+        return
     for name, optimizers in UNREAD.items():
         if name in changed and optimizer in optimizers:
             yield name, f"`optim: {optimizer}` does not read it; remove it"

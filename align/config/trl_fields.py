@@ -278,7 +278,7 @@ def conflicts(config: str, trainer: Mapping[str, Any]) -> Iterator[tuple[tuple[A
             message = f"{len(weights)} weights for {n_losses} of `loss_type`; list one for each"
             yield ("loss_weights",), message
     changed = {name: value for name, value in valid.items() if value != fields[name].default}
-    for name, message in optimizers.unread_fields(str(value_of("optim")), changed):
+    for name, message in optimizers.field_errors(str(value_of("optim")), changed):
         yield (name,), message
     scheduler = str(value_of("lr_scheduler_type"))
     kwargs = valid.get("lr_scheduler_kwargs")

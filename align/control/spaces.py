@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.config.base import GymEnvironment
-from align.errors import did_you_mean, printable
+from align.errors import did_you_mean, not_installed, printable
 
 if TYPE_CHECKING:
     import gymnasium
@@ -71,7 +71,7 @@ def inspect_env(environment: GymEnvironment) -> EnvSpec:
         import gymnasium
     except ImportError:
         raise NotInstalledError(
-            "environment", "Gymnasium is not installed: pip install -e '.[control]'"
+            "environment", not_installed("Gymnasium", "-e '.[control]'")
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a newer version of the environment exists

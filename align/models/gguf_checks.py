@@ -62,10 +62,7 @@ def check_convertible(file: Path) -> None:
     """
     header = gguf_files.read_header(file)
     if not gguf_files.is_installed():
-        raise ArtifactError(
-            f"{file}: the package gguf, which reads it, is not installed: "
-            "pip install 'align-llm[gguf]'"
-        )
+        raise ArtifactError(f"{file}: {gguf_files.NOT_INSTALLED}")
     supported = _supported_architectures()
     if supported and _plain(header.architecture) not in supported:
         raise ArtifactError(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.errors import ArtifactError
+from align.errors import ArtifactError, not_installed
 from align.runtime import artifacts, checksums
 
 SUFFIX = ".gguf"
@@ -97,6 +97,9 @@ class GgufHeader:
 def is_gguf(target: Path | str) -> bool:
     """Whether the value of a key names a GGUF file that exists."""
     return str(target).lower().endswith(SUFFIX) and Path(target).expanduser().is_file()
+
+
+NOT_INSTALLED = not_installed("gguf", "-e '.[gguf]'")
 
 
 def is_installed() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.config.recipe import ErrorCollector
-from align.errors import UserError
+from align.errors import UserError, not_installed
 from align.models import gguf_files
 from align.pipeline import trackers
 from align.pipeline.plan import PlannedStage
@@ -27,10 +27,15 @@ def is_missing(package: tuple[str, str] | None) -> bool:
 def check_packages(errors: ErrorCollector, pending: Sequence[PlannedStage]) -> None:
     """Check that the optional dependencies that settings require are installed."""
     for stage in pending:
-        for key, (package, requirement) in stage.config.required_packages.items():
-            if is_missing((package, requirement)):
-                message = f"{package} is not installed: pip install {requirement}"
-                errors.add((stage.name, *key.split(".")), message)
+        for key, message in _missing_requirements(stage):
+            errors.add((stage.name, *key.split(".")), message)
+
+
+def _missing_requirements(stage: PlannedStage) -> Iterator[tuple[str, str]]:
+    """The keys of a stage that require a missing package, each with the error."""
+    for key, package in stage.config.required_packages.items():
+        if is_missing(package):
+            yield key, not_installed(*package)
 
 
 def environment_problems(
@@ -45,13 +50,6 @@ def environment_problems(
                 spaces.inspect_env(environment)
             except spaces.UnfitError as error:
                 yield stage, error
-
-
-def is_of_package(problem: UnfitError) -> bool:
-    """Whether the reason is a package that is not installed."""
-    from align.control.spaces import NotInstalledError
-
-    return isinstance(problem, NotInstalledError)
 
 
 def missing(stages: Sequence[PlannedStage]) -> Iterator[str]:
@@ -69,9 +67,7 @@ def missing(stages: Sequence[PlannedStage]) -> Iterator[str]:
 
 def _messages(stage: PlannedStage) -> Iterator[tuple[str, str]]:
     """The keys of a stage that need a missing package, each with what is missing."""
-    for key, (package, requirement) in stage.config.required_packages.items():
-        if is_missing((package, requirement)):
-            yield key, f"{package} is not installed: pip install {requirement}"
+    yield from _missing_requirements(stage)
     for keys, function in stage.config.reward_functions.items():
         try:
             functions.check_package(function)
@@ -84,4 +80,4 @@ def _messages(stage: PlannedStage) -> Iterator[tuple[str, str]]:
     for key, target in stage.inputs.items():
         is_converted = (Path(target) / artifacts.FILE).is_file()
         if target in stage.gguf_files and not is_converted and not gguf_files.is_installed():
-            yield key, "gguf is not installed: pip install -e '.[gguf]'"
+            yield key, gguf_files.NOT_INSTALLED

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from align.config import trl_fields
+from align.config.optimizers import UNSUPPORTED
 from align.config.recipe import ErrorCollector
 from align.data import sources
 from align.data import tables as data_tables
@@ -338,8 +339,9 @@ def check_trainer_arguments(errors: ErrorCollector, pending: Sequence[PlannedSta
     for stage in trained:
         trl_class = trl_trainer.config_class(str(stage.config.trainer_config))
         arguments = stage.config.trl_arguments()
-        if packages.is_missing(stage.config.required_packages.get("trainer.optim")):
-            # An error of `check_packages`; the others are found with another optimizer.
+        package = stage.config.required_packages.get("trainer.optim")
+        if arguments.get("optim") in UNSUPPORTED or packages.is_missing(package):
+            # This error is reported elsewhere; the others are found with another optimizer.
             of_optimizer = ("optim", "optim_args", "optim_target_modules")
             arguments = {key: arguments[key] for key in arguments if key not in of_optimizer}
         seed = getattr(stage.config, "seed", 0)

@@ -49,13 +49,13 @@ def check_stored_types(errors: ErrorCollector, pending: Sequence[PlannedStage]) 
             if getattr(stage.config, "quantization", None) not in (None, stored):
                 message = f"the weights are stored as {stored} already; remove it, or {repair}"
                 errors.add((stage.name, "quantization"), f"{target}: {message}")
-            elif key == "model" and stage.config.trains_model and not _lora(stage):
+            elif (
+                key == "model"
+                and stage.config.trains_model
+                and not getattr(stage.config, "lora", None)
+            ):
                 message = f"its weights are stored as {stored}, which cannot be trained; set `lora`"
                 errors.add((stage.name, *key.split(".")), f"{target}: {message}, or {repair}")
-
-
-def _lora(stage: PlannedStage) -> object:
-    return getattr(stage.config, "lora", None)
 
 
 def _stored_type(target: Path | str, stage: PlannedStage, key: str) -> str | None:

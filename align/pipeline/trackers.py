@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.errors import not_installed
+
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "azure_ml": ("azureml",),
     "comet_ml": ("comet_ml",),
@@ -72,7 +74,7 @@ def problem(tracker: str) -> str | None:
         return None
     modules = PACKAGES.get(tracker, (tracker,))
     if not any(importlib.util.find_spec(module) for module in modules):
-        return f"{tracker} is not installed: pip install {modules[0]}"
+        return not_installed(tracker, modules[0])
     key = KEYS.get(tracker)
     if key is None or os.environ.get(key.variable) or _is_offline(key) or _in_file(tracker, key):
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.functions import ScoreFunction
-from align.errors import UserError, counted
+from align.errors import UserError, counted, not_installed
 from align.rewards.containment import contained, working_directory_on_path
 from align.runtime import artifacts
 
@@ -78,8 +78,7 @@ def check_package(config: ScoreFunction) -> None:
         UserError: It is not.
     """
     if config.package is not None and importlib.util.find_spec(config.package[0]) is None:
-        module, requirement = config.package
-        raise UserError(f"{config.function}: {module} is not installed: pip install {requirement}")
+        raise UserError(f"{config.function}: {not_installed(*config.package)}")
 
 
 def function_file(name: str) -> Path | None:

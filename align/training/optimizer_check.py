@@ -18,6 +18,7 @@ from accelerate import PartialState
 from transformers import Trainer, get_scheduler
 
 from align.config.optimizers import required_package
+from align.errors import not_installed
 
 BY_LAYER = ("galore", "apollo", "lomo", "muon", "dion")
 """Parts of the names of optimizers that need the model."""
@@ -34,9 +35,9 @@ def optimizer_problems(arguments: Any) -> Iterator[str]:
     name = str(getattr(arguments.optim, "value", arguments.optim))
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=arguments.learning_rate)
-    package, _ = required_package(name) or ("torch", "")
-    if importlib.util.find_spec(package) is None:
-        yield f"trainer.optim: {name} requires the package {package}, which is missing"
+    package = required_package(name)
+    if package is not None and importlib.util.find_spec(package[0]) is None:
+        yield f"trainer.optim: {not_installed(*package)}"
     elif not any(part in name for part in BY_LAYER):
         try:
             optimizer_class, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)

@@ -101,10 +101,7 @@ def test_what_is_no_model_is_refused_with_its_place_and_the_repair(monkeypatch: 
     Path("a.gguf").write_bytes(by_hand())
     monkeypatch.setattr(gguf_files, "is_installed", lambda: False)
     (line,) = errors(sft={"model": "a.gguf"})
-    assert line.endswith(
-        "sft.model: a.gguf: the package gguf, which reads it, is not installed: "
-        "pip install 'align-llm[gguf]'"
-    )
+    assert line.endswith("sft.model: a.gguf: gguf is not installed: pip install -e '.[gguf]'")
     monkeypatch.setattr(gguf_files, "is_installed", lambda: True)
     assert not errors(sft={"model": "a.gguf"})
     Path("a.gguf").write_bytes(by_hand(architecture="eleven"))

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -287,10 +286,22 @@ def test_modules_are_read_by_low_rank_optimizers_only() -> None:
         assert len(list(SFT(model="m", trainer=trainer).problems({}))) == n_problems
 
 
-@pytest.mark.parametrize("name", ["galore_adamw", "lomo"])
-def test_an_optimizer_without_its_package_is_refused_before_training(name: str):
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("galore_adamw", "galore_torch is not installed: pip install galore-torch"),
+     ("lomo", "lomo_optim is not installed: pip install lomo-optim")],
+)  # fmt: skip
+def test_an_optimizer_without_its_package_is_refused_before_training(name: str, missing: str):
     problems = optimizer_check.optimizer_problems(SimpleNamespace(optim=name, learning_rate=1e-3))
-    assert re.search(rf"{name} requires the package \w+, which is missing", next(problems))
+    assert next(problems) == f"trainer.optim: {missing}"
+
+
+def test_an_optimizer_that_no_supported_version_of_python_has_is_refused() -> None:
+    (problem,) = SFT(model="m", trainer={"optim": "adamw_anyprecision"}).problems({})
+    assert problem.keys == ("trainer", "optim")
+    assert (
+        "needs torchdistx, whose last release is for torch 1.12 and Python 3.10" in problem.message
+    )
 
 
 def test_the_last_checkpoints_are_kept_when_the_clock_jumps_back(
