@@ -41,8 +41,8 @@ def check_target(target: Path) -> None:
 
 
 @contextmanager
-def model_folder(model: str, runs: Path, target: Path) -> Iterator[tuple[Path, Role]]:
-    """The folder of a policy or a reward model, and which of them it is.
+def model_folder(model: str, runs: Path, target: Path) -> Iterator[tuple[Path, Role, str]]:
+    """The folder of a policy or a reward model, which of them it is, and its name in messages.
 
     A GGUF file that no run has converted is converted into a temporary folder beside ``target``.
 
@@ -50,7 +50,8 @@ def model_folder(model: str, runs: Path, target: Path) -> Iterator[tuple[Path, R
         UserError: There is no such model, it is damaged, or a GGUF file cannot be converted.
     """
     if not gguf_files.is_gguf(model):
-        yield lookup.find_model(model, runs)
+        folder, role = lookup.find_model(model, runs)
+        yield folder, role, str(folder)
         return
     file = Path(model).expanduser()
     gguf_checks.check_convertible(file)
@@ -58,14 +59,19 @@ def model_folder(model: str, runs: Path, target: Path) -> Iterator[tuple[Path, R
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".align-") as name:
         folder = gguf_files.converted_folder(file, runs)
         is_finished = artifacts.read_artifact(folder) is not None
-        yield (
-            gguf_conversion.converted(file, runs if is_finished else Path(name), _announce),
-            ("policy"),
-        )
+        runs = runs if is_finished else Path(name)
+        temporary = str(gguf_files.converted_folder(file, Path(name)))
+
+        def announce(line: str) -> None:
+            _announce(line.replace(temporary, str(target)))  # where its files are in the end
+
+        yield gguf_conversion.converted(file, runs, announce), "policy", str(file)
 
 
-def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None:
+def export(source: Path, role: Role, target: Path, *, dtype: str | None, name: str) -> None:
     """Write the model of a stage or a folder with full weights into the new folder ``target``.
+
+    Messages call it ``name``.
 
     The weights are merged in float32 and then rounded to ``dtype``, by default that of the
     training. Rounding to bfloat16 changes the logits; the difference is printed. Of a folder that
@@ -82,20 +88,20 @@ def export(source: Path, role: Role, target: Path, *, dtype: str | None) -> None
     try:
         if artifact is not None and artifact.recipe.get("quantization"):
             _announce(
-                f"{source}: trained on a base in 4 bits and merged into its full weights, so the "
+                f"{name}: trained on a base in 4 bits and merged into its full weights, so the "
                 "logits differ from those in the training"
             )
         if artifact is not None and artifact.stage == artifacts.CONVERTED and dtype == "float32":
             _copy(source, artifact.files, temporary)
         else:
-            _write_model(source, role, temporary, dtype)
+            _write_model(source, role, temporary, dtype, name)
         if artifact is not None and artifact.stage in STAGES:
             write_model_card(temporary, artifact, stage=source)
         artifacts.make_readable(temporary)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _announce(f"{source}: written to {target} in {dtype}")
+    _announce(f"{name}: written to {target} in {dtype}")
 
 
 def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
@@ -105,7 +111,7 @@ def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def _write_model(source: Path, role: Role, folder: Path, dtype: str) -> None:
+def _write_model(source: Path, role: Role, folder: Path, dtype: str, name: str) -> None:
     """Write weights, tokenizer, end tokens and, of a reward model, the mean of its scores."""
     import torch
 
@@ -128,11 +134,11 @@ def _write_model(source: Path, role: Role, folder: Path, dtype: str) -> None:
         model = model.to(getattr(torch, dtype))
         after = merging.probe(model)
         difference = float((after - before).norm() / before.norm())
-        _announce(f"{source}: rounding to {dtype} changes the logits by {difference:.2%}")
+        _announce(f"{name}: rounding to {dtype} changes the logits by {difference:.2%}")
     try:
         model.save_pretrained(str(folder))
     except ValueError as error:  # of a generation config that contradicts itself
-        raise UserError(f"{source}: cannot be written: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name}: cannot be written: {' '.join(str(error).split())}") from None
     tokenizer.save_pretrained(str(folder))
     if not is_policy:
         tokenization.save_end_tokens(tokenizer, folder)

@@ -239,9 +239,9 @@ def export(
         raise UserError("overrides and --stage have an effect with --for only; remove them")
     # Everything that can be known wrong is reported before the model is merged.
     converter = publish.check_places(target, gguf, push_to_hub)
-    with cli_export.model_folder(model, runs, target) as (folder, role):
+    with cli_export.model_folder(model, runs, target) as (folder, role, name):
         quiet_libraries()
-        cli_export.export(folder, role, target, dtype=dtype)
+        cli_export.export(folder, role, target, dtype=dtype, name=name)
     if gguf is not None:
         publish.write_gguf(converter, target, gguf)
         print(printable(str(gguf)))

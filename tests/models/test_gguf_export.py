@@ -53,6 +53,19 @@ def test_an_export_of_a_file_is_the_converted_folder_wherever_it_was_converted()
     assert json.loads(Path("half/config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_an_export_of_a_file_names_no_folder_that_is_removed_again(
+    capsys: pytest.CaptureFixture[str],
+):
+    gguf_models.write_model(Path("a.gguf"))
+    main.export("a.gguf", Path("out"), dtype="bfloat16")
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("a.gguf: ")]
+    assert lines[0] == "a.gguf: converting into out"
+    assert lines[-2].startswith("a.gguf: rounding to bfloat16 changes the logits by ")
+    assert lines[-1] == "a.gguf: written to out in bfloat16"
+    assert ".align-" not in printed
+
+
 def test_an_export_of_what_is_no_model_writes_nothing():
     gguf_models.write_model(Path("a.gguf"), without="token_embd")
     for name, problem in {
