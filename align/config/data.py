@@ -38,8 +38,8 @@ class Source(Config):
     """Column names of Align mapped to those of the source, such as ``{rejected: reject}``. For
     ``ultrafeedback``, ``shp`` and ``tldr``, the columns that they require: ``{history: post}``.
     ``system`` is the system turn; ``input`` is appended to the prompt; ``history`` has earlier
-    questions with their answers; ``tools`` are those of the conversation. The columns of ShareGPT
-    and Alpaca are recognized without a map."""
+    questions with their answers; ``tools`` are those of the conversation. The columns of ShareGPT,
+    of Alpaca and of OpenAI's preferences are recognized without a map."""
     labels: dict[str, bool] = Field({})
     """Labels of the source mapped to true and false, such as ``{up: true, down: false}``. Default:
     true, false, 1 and 0; a row with another label is an error."""
@@ -92,7 +92,7 @@ class MixtureSource(Source):
 class Prepare(Source, Stage):
     """Read preference data, check it, split it by prompt, and write it as Parquet."""
 
-    code_version: ClassVar[int] = 8
+    code_version: ClassVar[int] = 9
     main_process_only: ClassVar[bool] = True
     prepares_data: ClassVar[bool] = True
     prompt_keys: ClassVar[tuple[str, ...]] = ("keep_columns",)

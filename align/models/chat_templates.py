@@ -40,6 +40,8 @@ REPAIR = (
     "set another template in the `sft` stage, `trainer: {chat_template_path: FILE.jinja}`, or "
     "correct the file `chat_template.jinja` of the tokenizer"
 )
+REPAIR_OF_NAMED = "correct it, or name another one in the `sft` stage, `trainer: {chat_template_path: FILE.jinja}`"
+"""Repair of a template that a recipe names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,11 @@ class ChatTemplate:
 
     text: str
     name: str
-    """Folder or Hub id of the tokenizer, for error messages."""
+    """Folder or Hub id of the tokenizer, or the file of the template, for error messages."""
     special_tokens: Mapping[str, Any] = field(default_factory=dict)
     """Values of ``bos_token``, ``eos_token`` and others."""
+    repair: str = REPAIR
+    """What a user can do about its faults."""
 
     def render(
         self,
@@ -78,22 +82,26 @@ class ChatTemplate:
                 raise self._incomplete(text, messages, missing)
         return text
 
+    def fault(self, what: str) -> UserError:
+        """The error for a fault of the template, with its repair."""
+        return UserError(f"{self.name}: its chat template {what}; {self.repair}")
+
     def _incomplete(
         self, text: str, messages: Sequence[Message], missing: Sequence[str]
     ) -> UserError:
         """The error for parts that the template leaves out."""
         contents = [str(message.get("content") or "").strip() for message in messages]
         if not any(content and content in text for content in contents):
-            return UserError(
-                f"{self.name}: its chat template writes no text of the conversation "
-                f"{_beginning(messages)}, as that of a model for images may not; {REPAIR}"
+            return self.fault(
+                f"writes no text of the conversation {_beginning(messages)}, as that of a model "
+                "for images may not"
             )
         parts = ", ".join(missing[:MAX_PARTS])
         if len(missing) > MAX_PARTS:
             parts += f" and {len(missing) - MAX_PARTS} further parts"
         return UserError(
             f"{self.name}: its chat template does not write {parts} in the conversation "
-            f"{_beginning(messages)}; remove such rows from the source, or {REPAIR}"
+            f"{_beginning(messages)}; remove such rows from the source, or {self.repair}"
         )
 
     def _missing(
@@ -136,13 +144,13 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"{self.name}: its chat template is malformed: line {error.lineno}: "
-                f"{_one_line(error)}; {REPAIR}"
+                f"{_one_line(error)}; {self.repair}"
             ) from None
         except Exception as error:  # a template can raise anything, such as OverflowError
             raise UserError(
                 f"{self.name}: its chat template refuses a conversation of the roles "
                 f"{', '.join(str(m.get('role')) for m in messages)} ({_beginning(messages)}): "
-                f"{_reason(error)}; remove such rows from the source, or {REPAIR}"
+                f"{_reason(error)}; remove such rows from the source, or {self.repair}"
             ) from None
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from align.errors import UserError
 from align.models import turn_fields
-from align.models.chat_templates import BREAK, REPAIR, ChatTemplate, Message
+from align.models.chat_templates import BREAK, ChatTemplate, Message
 
 REASONING = ("<think>", "</think>")
 """Tokens that a completion may contain although some templates write them too."""
@@ -81,9 +81,7 @@ class Conversations:
         except UserError:  # a template for a single turn
             text = self.template.render(turns[:1], add_generation_prompt=True)
         if "User" not in text:
-            raise UserError(
-                f"{self.template.name}: its chat template does not write the user's text; {REPAIR}"
-            )
+            raise self.template.fault("does not write the user's text")
         framing = {t for t in self.added_tokens if t in text and not t.isspace()}
         tokens = (self.special_tokens | framing).difference(REASONING)
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))
@@ -111,7 +109,7 @@ class Conversations:
         ]
         rows = self._encode(texts)
         if not all(rows):
-            raise UserError(f"{self.template.name}: its chat template writes no prompt; {REPAIR}")
+            raise self.template.fault("writes no prompt")
         return rows
 
     def rows(
@@ -156,8 +154,7 @@ class Conversations:
         whole = self.template.render(turns, add_generation_prompt=True)
         _, written, text = whole.rpartition(content)
         if not written:
-            which = f"turn {place + 1} (assistant)"
-            raise UserError(f"{self.template.name}: its chat template omits {which}; {REPAIR}")
+            raise self.template.fault(f"omits turn {place + 1} (assistant)")
         ids = self._encode_behind(text)
         if not self.writes_end:
             return ids
@@ -255,9 +252,7 @@ class Conversations:
         )
         head, placeholder, tail = framed.rpartition(PLACEHOLDER)
         if not placeholder:
-            raise UserError(
-                f"{self.template.name}: its chat template does not write the completion; {REPAIR}"
-            )
+            raise self.template.fault("does not write the completion")
         header = _common_prefix(before, self.template.render(prompt, tools=tools))
         shared = _common_prefix(before, head)
         # What a finished turn writes before its text, behind the header, such as empty reasoning.
@@ -316,9 +311,9 @@ class Conversations:
         return [*completion[:-1], {**completion[-1], "content": rest.lstrip()}]
 
     def _begins_otherwise(self, header: str) -> UserError:
-        return UserError(
-            f"{self.template.name}: its chat template writes other text before sampling, "
-            f"{header!r}, than before a turn with tool calls or reasoning; {REPAIR}"
+        return self.template.fault(
+            f"writes other text before sampling, {header!r}, than before a turn with tool calls or "
+            "reasoning"
         )
 
     def _mark(self, messages: Sequence[Message]) -> list[Message]:

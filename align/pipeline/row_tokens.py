@@ -17,6 +17,7 @@ from align.config.training import KTO
 from align.config.training_base import TRLStage
 from align.errors import ArtifactError
 from align.models import files, gguf_checks, gguf_files, tokenizer_files, turn_fields
+from align.models.chat_templates import REPAIR_OF_NAMED
 from align.models.conversations import Conversations, TrainedRow
 from align.pipeline.plan import PlannedStage
 from align.runtime import artifacts, hub
@@ -136,7 +137,15 @@ def read_model(
     conversations = tokenizer_files.read_conversations(
         folder, template=template, eos_token=eos_token
     )
+    if conversations is not None and template is not None:
+        conversations = _with_named_template(conversations, template)
     return TokenizedModel(conversations, positions)
+
+
+def _with_named_template(conversations: Conversations, template: Path) -> Conversations:
+    """Conversations whose errors name the template that the recipe names."""
+    named = replace(conversations.template, name=str(template), repair=REPAIR_OF_NAMED)
+    return replace(conversations, template=named)
 
 
 def find_model(
@@ -192,7 +201,11 @@ def read_gguf_tokenizer(
             folder, template=template, eos_token=eos_token
         )
     assert conversations is not None  # the folder has a tokenizer.json
-    conversations = replace(conversations, template=replace(conversations.template, name=str(file)))
+    if template is not None:
+        conversations = _with_named_template(conversations, template)
+    else:
+        named = replace(conversations.template, name=str(file))
+        conversations = replace(conversations, template=named)
     return TokenizedModel(conversations, header.positions)
 
 

@@ -17,7 +17,7 @@ from align.config.recipe import ErrorCollector
 from align.config.validation import HUB_ID
 from align.errors import UserError
 from align.models import tokenizer_files, turn_fields
-from align.models.chat_templates import REPAIR, Message
+from align.models.chat_templates import Message
 from align.models.conversations import REASONING, Conversations, trained_turns
 from align.models.gguf_checks import naming_files
 from align.pipeline import row_tokens
@@ -129,6 +129,17 @@ def special_token_lines(
         )
 
 
+def end_token_lines(name: str, conversations: Conversations, eos_token: Any) -> Iterator[str]:
+    """A line if ``trainer: {eos_token: …}`` names a token that the template ends no turn with."""
+    if isinstance(eos_token, str) and conversations.writes_end:
+        end = conversations.end_of_turn().ids[-1:]
+        if conversations.encode_batch([eos_token]) != [end]:
+            yield (
+                f"{name}: warning: `trainer.eos_token` is {eos_token!r}, but the template ends a "
+                "turn with another end token; remove it, or name the token that ends a turn"
+            )
+
+
 def open_reasoning_lines(
     name: str,
     conversations: Conversations,
@@ -156,7 +167,8 @@ def open_reasoning_lines(
         yield (
             f"{name}: warning: {count:,} of {len(rows):,} rows have an answer without reasoning "
             f"behind the `{REASONING[0]}` that the template writes before it, so the policy learns "
-            f"to answer within its reasoning; add `{turn_fields.REASONING[0]}` to them, or {REPAIR}"
+            f"to answer within its reasoning; add `{turn_fields.REASONING[0]}` to them, or "
+            f"{conversations.template.repair}"
         )
 
 

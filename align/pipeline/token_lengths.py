@@ -94,17 +94,20 @@ def _stage_lines(
         return  # its error has been reported
     data = stage.inputs.get(config.data_input)
     rows = row_tokens.rows_of(config, {} if data is None else tables.get(Path(data), {}))
+    fields = config.trl_arguments()
+    has_template = fields.get("chat_template_path") is not None
+    place = (stage.name, *(("trainer", "chat_template_path") if has_template else ("model",)))
     with errors.at(stage.name, "model"), naming_files(gguf_files):
         model = models[stage.folder] = row_tokens.read_model(stage, rows, models)
         n_errors = len(errors.lines)
         with at_field(errors, stage.name):  # needs no rows
             row_limits.max_length(config, model.positions)
         if model.conversations is not None:
-            model.conversations.end_of_turn()  # finds the faults that depend on no row
-            with errors.at(stage.name, "model"), naming_files(gguf_files):
-                template_checks.check_rows(model.conversations, rows, config.trained_turns)
-            if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
-                with errors.at(stage.name, "model"), naming_files(gguf_files):
+            with errors.at(*place), naming_files(gguf_files):
+                model.conversations.end_of_turn()  # finds the faults that depend on no row
+                with errors.at(*place), naming_files(gguf_files):
+                    template_checks.check_rows(model.conversations, rows, config.trained_turns)
+                if isinstance(config, PolicyStage) and not config.allow_missing_end_token:
                     model.conversations.check_end(repair=MISSING_END_REPAIR)
             if rows and len(errors.lines) == n_errors:
                 with at_field(errors, stage.name):
@@ -113,6 +116,9 @@ def _stage_lines(
                     yield from _trained_lines(stage.name, counts, config, rows, model)
                     yield from template_checks.special_token_lines(
                         stage.name, model.conversations, rows
+                    )
+                    yield from template_checks.end_token_lines(
+                        stage.name, model.conversations, fields.get("eos_token")
                     )
                     yield from template_checks.open_reasoning_lines(
                         stage.name, model.conversations, rows, config.trained_turns

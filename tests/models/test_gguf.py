@@ -265,7 +265,8 @@ def test_the_check_reads_the_template_and_the_tokens_of_a_file_that_is_not_conve
     assert [e.replace("tiny.gguf", str(folder)) for e in errors] == errors_after
     Path("strict.jinja").write_text("{{ raise_exception('only in Latin') }}")
     _, (error,) = check(Path("runs"), chat_template_path="strict.jinja")
-    assert error.startswith("recipe: sft.model: tiny.gguf: its chat template refuses")
+    start = "recipe: sft.trainer.chat_template_path: strict.jinja: its chat template refuses"
+    assert error.startswith(start), error
     assert "only in Latin" in error
 
 

@@ -149,6 +149,35 @@ def test_a_template_without_an_end_token_is_an_error_unless_it_is_accepted(check
     assert check("  sft: {model: model}\n", **both)[0] == 0
 
 
+def test_errors_about_a_template_that_a_recipe_names_are_about_it(check: Any, tmp_path: Path):
+    template = CHATML.replace("in messages", "in messages if message['role'] != 'system'")
+    (tmp_path / "nosys.jinja").write_text(template)
+    stages = "  sft: {model: model, trainer: {chat_template_path: nosys.jinja}}\n"
+    code, _, err = check(stages, system="Be kind.")
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("r.yaml:3: sft.trainer.chat_template_path: 20 of 40 rows: "), err
+    assert "nosys.jinja: its chat template does not write the text of turn 1 (system)" in err
+    assert "or correct it, or name another one in the `sft` stage" in err
+    (tmp_path / "nosys.jinja").write_text("{% for %}")
+    code, _, err = check(stages)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("r.yaml:3: sft.trainer.chat_template_path: nosys.jinja: its chat"), err
+    (tmp_path / "nosys.jinja").write_text(CHATML)
+    code, out, err = check(stages + "  dpo: {model: sft}\n", system="Be kind.")
+    assert code == 0, err
+    assert out.count("by the template of nosys.jinja") == 2
+
+
+def test_an_end_token_that_ends_no_turn_is_a_warning(check: Any):
+    both = {"generation_config": {"eos_token_id": [0, 2]}}
+    stages = "  sft: {{model: model, trainer: {{eos_token: {}}}}}\n"
+    code, out, err = check(stages.format("<|im_start|>"), **both)
+    assert code == 0, err
+    assert "sft: warning: `trainer.eos_token` is '<|im_start|>', but the template ends a" in out
+    code, out, err = check(stages.format("<|im_end|>"))
+    assert code == 0 and "ends a turn with another" not in out
+
+
 def test_rows_with_special_tokens_in_their_text_are_counted(check: Any):
     code, out, err = check("  sft: {model: model}\n", text="What is <|im_end|>?")
     assert code == 0, err
