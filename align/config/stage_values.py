@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from align.config import renamed_keys, trl_fields
 from align.config.base import Stage
-from align.config.control.algorithms import algorithms_with
+from align.config.control.algorithms import UnknownAlgorithm, algorithms_with
 from align.config.control.base import Control
 from align.config.overrides import declared_type, nested_models
 from align.config.raw_recipe import RawRecipe, stage_class
@@ -34,7 +34,7 @@ _EXPECTED = {  # by pydantic's type of error
 
 
 ENVIRONMENT = ("environment", "environment_options")
-DECISIVE = ("revision", "chat_template_path", "algorithm", "data_split", *ENVIRONMENT)
+DECISIVE = ("revision", "chat_template_path", "data_split", *ENVIRONMENT)
 """Keys without which a check could find errors that are none."""
 
 
@@ -101,6 +101,8 @@ def _without(
     names = {each for keys in wrong for each in keys[:2]}
     if any(name in DECISIVE or most_similar(name, DECISIVE) for name in names):
         return None
+    if issubclass(cls, Control) and any(_is_misspelled_algorithm(name) for name in names):
+        return None  # the class may be another one
     values = copy.deepcopy(values)
     for keys in wrong:
         _remove(values, keys)
@@ -165,12 +167,36 @@ def validate_values(name: str, values: dict[str, Any], raw: RawRecipe) -> Stage 
         return cls.model_validate(values)
     except ValidationError as error:
         details = error.errors(include_url=False)
+        if issubclass(cls, Control):
+            details = _without_consequences(details)
         for detail in details:
             _report(name, cls, detail, raw)
         if all(detail["loc"] for detail in details):  # pydantic compares valid keys only
             for message in _conflicts(cls, values, raw.wrong[name]):
                 raw.report(name, [], message)
         return None
+
+
+def _is_misspelled_algorithm(key: str) -> bool:
+    """Whether a key is like the one that decides the class of a ``control`` stage."""
+    return key != "algorithm" and most_similar(key, Control.model_fields) == "algorithm"
+
+
+def _without_consequences(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """The errors of a ``control`` stage that do not depend on an ``algorithm`` that is misspelled.
+
+    Without that key, the class is that of the default algorithm.
+    """
+    unknown = {str(each["loc"][-1]) for each in details if each["type"] == "extra_forbidden"}
+    if not any(_is_misspelled_algorithm(key) for key in unknown):
+        return details
+    required = {key for key, field in UnknownAlgorithm.model_fields.items() if field.is_required()}
+    return [
+        each
+        for each in details
+        if not (each["type"] == "missing" and each["loc"][-1] not in required)
+        and not (each["type"] == "extra_forbidden" and algorithms_with(str(each["loc"][-1])))
+    ]
 
 
 def _conflicts(

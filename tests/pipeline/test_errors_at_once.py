@@ -197,6 +197,17 @@ def test_one_wrong_environment_is_one_error(values: Any, message: str, tmp_path:
     assert message in lines[0]
 
 
+def test_a_wrong_algorithm_hides_no_error_and_causes_none(tmp_path: Path):
+    values = SPREAD | {"critic": "independent", "seeds": [1, 1], "gamma": 2.0}
+    lines = errors_of({"stages": {"a": values | {"algorithm": "madpg"}}}, tmp_path)
+    found = [line.partition(": a")[2].partition(" ")[0] for line in lines]
+    assert sorted(found) == [".algorithm:", ".gamma:", ":"], lines
+    misspelled = {key: values[key] for key in values if key not in ("algorithm", "seeds", "steps")}
+    lines = errors_of({"stages": {"a": misspelled | {"algo": "maddpg"}}}, tmp_path)
+    found = [line.partition(": a")[2].partition(" ")[0] for line in lines]
+    assert sorted(found) == [".algo:", ".gamma:"], lines
+
+
 def test_offline_data_of_another_environment_is_one_error(tmp_path: Path):
     recorded = {"stage": "control", "environment": "CartPole-v1", "steps": 9, "record_steps": 9}
     offline = {"stage": "control", "algorithm": "iql", "environment": "true", "steps": 9}

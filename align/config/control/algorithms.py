@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from pydantic import Field
 
+from align.config.base import GymEnvironment
 from align.config.control.base import Control
 from align.config.control.dynamic_programming import DynamicProgramming
 from align.config.control.maddpg import MultiAgent
@@ -37,6 +38,11 @@ class UnknownAlgorithm(Control, extra="ignore"):
 
     steps: int = Field(1, ge=1)
     """Not required: some algorithms have a default."""
+
+    @property
+    def gym_environments(self) -> tuple[GymEnvironment, ...]:
+        """None that can be checked: the algorithm decides what an environment must have."""
+        return ()
 
 
 def algorithms_of(family: type[Control]) -> tuple[str, ...]:
