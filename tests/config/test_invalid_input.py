@@ -671,7 +671,11 @@ DATA = [
         "transcripts read as completions",
         "pairs.jsonl",
         "pairs.jsonl: the rows are transcripts; read them with `reader: hh`",
-        files={"pairs.jsonl": jsonl(dict.fromkeys(["chosen", "rejected"], "\n\nHuman: a"))},
+        files={
+            "pairs.jsonl": jsonl(
+                dict.fromkeys(["chosen", "rejected"], "\n\nHuman: a\n\nAssistant: b")
+            )
+        },
     ),
     data(
         "plain columns read as transcripts",
