@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.errors import printable
+from align.errors import UserError, printable
 
 FULL = "the conversation fills the {limit} positions of the model; an empty line starts a new one"
 
@@ -89,6 +89,23 @@ class _Chat:
             max_new_tokens=sampling.max_new_tokens,
         )
         self.start()
+        self._check_system()
+
+    def _check_system(self) -> None:
+        """Check before the first line that the chat template writes the system turn."""
+        from align.models import tokenization
+
+        if self.system is None:
+            return
+        prompts = tokenization.conversations(self.tokenizer).prompts
+        user = {"role": "user", "content": "User"}
+        prompts([[user]])
+        try:
+            prompts([[*self.messages, user]])
+        except UserError as error:
+            raise UserError(
+                *(f"--system: {line}, or leave it out" for line in error.lines)
+            ) from None
 
     def start(self) -> None:
         """Start a new conversation."""

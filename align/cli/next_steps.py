@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.runtime import artifacts
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,13 +32,22 @@ def next_commands(summary: RunSummary, runs: Path) -> Iterator[str]:
     from align.config.stages import STAGES
 
     option = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
-    policies = [stage.name for stage in summary.stages if STAGES[stage.stage].writes_policy]
+    trained = [stage for stage in summary.stages if STAGES[stage.stage].writes_policy]
+    policies = [stage.name for stage in trained]
     if any(stage.stage == "control" for stage in summary.stages):
         played = [stage.name for stage in summary.stages if stage.stage == "control"]
         yield f"align play {played[-1]}{option}"
     if not policies:
         return
-    yield f"align chat {policies[-1]}{option}"
+    yield f"align chat {policies[-1]}{_quantization(trained[-1].folder)}{option}"
     if len(policies) > 1 and not any(stage.stage == "evaluate" for stage in summary.stages):
-        yield f"align eval {policies[-1]} --baseline {policies[0]} --judge JUDGE{option}"
+        bits = _quantization(trained[-1].folder)
+        yield f"align eval {policies[-1]} --baseline {policies[0]} --judge JUDGE{bits}{option}"
     yield f"align export {policies[-1]} {policies[-1]}-merged{option}"
+
+
+def _quantization(folder: Path) -> str:
+    """The option with which an adapter on a base in 4 bits is loaded as it was trained."""
+    artifact = artifacts.read_artifact(folder)
+    quantization = artifact.recipe.get("quantization") if artifact is not None else None
+    return f" --quantization {quantization}" if quantization else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -130,6 +131,18 @@ def test_a_file_that_is_no_launch_configuration_is_an_error_of_one_line(tmp_path
 def test_the_shipped_launch_configurations_are_valid(name):
     root = Path(__file__).parents[2]
     launcher.check_launch_configuration(root / "accelerate_configs" / f"{name}.yaml")
+
+
+def test_a_system_turn_that_the_template_does_not_write_is_an_error_before_the_first_line(
+    policy, tmp_path, monkeypatch, capsys
+):
+    others = shutil.ignore_patterns("artifact.json")  # a model of another origin
+    shutil.copytree(policy, tmp_path / "policy", ignore=others)
+    template = tokenization.CHATML.replace("in messages", "in messages if message.role != 'system'")
+    (tmp_path / "policy" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"^--system: .* turn 1 \(system\) .*, or leave it out$"):
+        chat_with(tmp_path / "policy", [], monkeypatch, capsys, system="Be brief.")
+    chat_with(tmp_path / "policy", [], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("command", ["chat", "data show"])

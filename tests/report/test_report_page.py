@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -262,6 +263,17 @@ def test_the_next_commands_use_the_last_policy():
     assert evaluated == ["align chat dpo --runs other", "align export dpo dpo-merged --runs other"]
     assert list(next_steps.next_commands(finished("control"), runs)) == ["align play control"]
     assert list(next_steps.next_commands(finished("prepare"), runs)) == []
+
+
+def test_the_next_commands_load_a_policy_as_it_was_trained(tmp_path):
+    folder = stage(tmp_path, "dpo", recipe={"quantization": "nf4"})
+    run = finished("sft", "dpo")
+    run = replace(run, stages=(run.stages[0], replace(run.stages[1], folder=folder)))
+    assert list(next_steps.next_commands(run, Path("runs"))) == [
+        "align chat dpo --quantization nf4",
+        "align eval dpo --baseline sft --judge JUDGE --quantization nf4",
+        "align export dpo dpo-merged",
+    ]
 
 
 def test_a_report_that_fails_does_not_fail_the_run(run, capsys):
