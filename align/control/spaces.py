@@ -146,9 +146,11 @@ def _unfit(name: str, options: Mapping[str, Any], error: Exception) -> UnfitErro
 def _check_options(env: gymnasium.Env[Any, Any], environment: GymEnvironment) -> None:
     """Take a step, where some environments use their options for the first time.
 
-    Those of games are used when the game is loaded, and its moves may be illegal.
+    Those of games are used when the game is loaded, and its moves may be illegal. With a
+    ``render_mode``, which only ``align play`` sets, a step would open a window.
     """
-    if environment.options.keys() - {"max_episode_steps"} and not hasattr(env.unwrapped, "game"):
+    options = environment.options.keys() - {"max_episode_steps"}
+    if options and "render_mode" not in options and not hasattr(env.unwrapped, "game"):
         _first_step(env, environment)
 
 
