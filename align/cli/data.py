@@ -169,6 +169,7 @@ def data_show(
         config = prepare_config(source, keys)
     if model and not (Path(model).expanduser().is_dir() or gguf_files.is_gguf(model)):
         with problems.collected():
+            gguf_files.check_named(model)
             hub.check_model(model)
     problems.raise_any()
     quiet_libraries()

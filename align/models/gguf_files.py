@@ -102,6 +102,17 @@ def is_gguf(target: Path | str) -> bool:
 NOT_INSTALLED = not_installed("gguf", "-e '.[gguf]'")
 
 
+def check_named(target: str) -> None:
+    """Check that a model which is named like a GGUF file is one, or a folder.
+
+    Raises:
+        ArtifactError: There is neither.
+    """
+    path = Path(target).expanduser()
+    if target.lower().endswith(SUFFIX) and not path.is_dir() and not path.is_file():
+        raise ArtifactError(f"{target}: no such file; name a GGUF file that exists")
+
+
 def is_installed() -> bool:
     """Whether the package that reads the weights of GGUF files is installed."""
     return importlib.util.find_spec("gguf") is not None

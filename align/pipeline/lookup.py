@@ -37,7 +37,7 @@ def find_policy(policy: str, runs: Path) -> Path | str:
     if gguf_files.is_gguf(folder):
         gguf_checks.check_template(folder)
         return gguf_conversion.converted(folder, runs, _announce)
-    _check_no_gguf(policy)
+    gguf_files.check_named(policy)
     if "/" in policy:
         hub.check_model(policy)
         return policy
@@ -53,7 +53,7 @@ def find_model(model: str, runs: Path) -> tuple[Path, Role]:
         UserError: As :func:`find_policy`.
     """
     folder = Path(model).expanduser()
-    _check_no_gguf(model)
+    gguf_files.check_named(model)
     if not folder.is_dir():
         kinds = (*accepted_kinds(Input(policies=True)), *accepted_kinds(Input(("reward",))))
         folder = newest_run(model, runs, kinds, recipe=POLICY_RECIPE)
@@ -62,16 +62,6 @@ def find_model(model: str, runs: Path) -> tuple[Path, Role]:
     files.check_model_folder(folder, role)
     tokenizer_files.check_vocabulary(folder)
     return folder, role
-
-
-def _check_no_gguf(name: str) -> None:
-    """Check that a name is not that of a GGUF file, where there is none.
-
-    Raises:
-        ArtifactError: It is.
-    """
-    if name.lower().endswith(gguf_files.SUFFIX) and not Path(name).expanduser().is_dir():
-        raise ArtifactError(f"{name}: no such file; name a GGUF file that exists")
 
 
 def find_control_policy(policy: str, runs: Path) -> Path:

@@ -155,6 +155,18 @@ def test_without_a_network_a_hub_model_is_rejected_before_any_retry(tmp_path, mo
             data.data_show("embedded", model="owner/name")
 
 
+def test_a_missing_gguf_file_is_no_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: main.chat("a.gguf", runs=tmp_path),
+        lambda: data.data_show("embedded", model="a.gguf"),
+    ):
+        with pytest.raises(
+            UserError, match=r"a\.gguf: no such file; name a GGUF file that exists$"
+        ):
+            call()
+
+
 def test_a_command_names_all_of_its_wrong_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
