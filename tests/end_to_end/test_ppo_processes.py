@@ -165,7 +165,6 @@ def one_of_two(inputs: dict[str, Path], folder: Path) -> None:
     rank = distributed.rank()
     torch.save(train_and_sample(inputs, folder / str(rank)), folder / f"{rank}.pt")
     distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,7 +46,10 @@ def start(
 def _become(
     environment: dict[str, str], log: Path, target: Callable[..., object], arguments: Any
 ) -> None:
-    """Replace what a fork has inherited from the server, and call ``target``."""
+    """Replace what a fork has inherited from the server, and call ``target``.
+
+    The process ends without the shutdown of the interpreter, which gloo's threads may block.
+    """
     os.setsid()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -54,6 +58,9 @@ def _become(
     os.environ.clear()
     os.environ.update(environment)
     target(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager

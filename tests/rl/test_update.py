@@ -708,7 +708,7 @@ def run_rank(folder: Path) -> None:
         )
         results[name] = (weights(learner), dataclasses.asdict(diagnostics))
     torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
 
 
 @pytest.fixture(scope="module")
