@@ -39,9 +39,9 @@ def next_commands(summary: RunSummary, runs: Path) -> Iterator[str]:
         yield f"align play {played[-1]}{option}"
     if not policies:
         return
-    yield f"align chat {policies[-1]}{_quantization(trained[-1].folder)}{option}"
+    bits = _quantization(trained[-1].folder)
+    yield f"align chat {policies[-1]}{bits}{option}"
     if len(policies) > 1 and not any(stage.stage == "evaluate" for stage in summary.stages):
-        bits = _quantization(trained[-1].folder)
         yield f"align eval {policies[-1]} --baseline {policies[0]} --judge JUDGE{bits}{option}"
     yield f"align export {policies[-1]} {policies[-1]}-merged{option}"
 
